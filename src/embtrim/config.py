@@ -1,0 +1,116 @@
+"""Settings: frozen, validated pydantic models that read from and write to TOML; an unknown key is an error."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from embtrim.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover
+    import tomli as tomllib
+
+ConfigT = TypeVar("ConfigT", bound="Config")
+
+
+class Config(BaseModel):
+    """Base of every settings class: immutable, no unknown keys, errors that name the section and the allowed keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @classmethod
+    def parse(cls: type[ConfigT], values: Mapping[str, Any], where: str = "") -> ConfigT:
+        """Validate `values`; `where` (a file or section) leads the message of any ConfigError."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise ConfigError(describe_errors(cls, error, where)) from None
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(describe_errors(type(self), error, "")) from None
+
+    def replace(self: ConfigT, **changes: Any) -> ConfigT:
+        """Return a validated copy with some fields changed."""
+        return type(self).parse({**self.model_dump(), **changes})
+
+
+def describe_errors(cls: type[BaseModel], error: ValidationError, where: str) -> str:
+    """Turn pydantic's report into one line a fault: where, which key, what was given, what is allowed."""
+    prefix = f"[{where}] " if where else ""
+    lines = []
+    for fault in error.errors():
+        path = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            key = str(fault["loc"][-1])
+            allowed = list(_model_at(cls, fault["loc"][:-1]).model_fields)
+            near = difflib.get_close_matches(key, allowed, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
+            lines.append(f"{prefix}unknown key {path!r} for {cls.__name__}; {hint}")
+        else:
+            message = fault["msg"].removeprefix("Value error, ")
+            given = "" if fault["type"] == "missing" else f", given {fault['input']!r}"
+            lines.append(f"{prefix}{cls.__name__}: {path or 'value'}{given}: {message}")
+    return "\n".join(lines)
+
+
+def _model_at(cls: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel]:
+    """The settings class that sits at `path` inside `cls`, as far as the annotations tell; else `cls` itself."""
+    for part in path:
+        if isinstance(part, str) and part in cls.model_fields:
+            annotation = cls.model_fields[part].annotation
+            candidates = [annotation, *getattr(annotation, "__args__", ())]
+            nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+            if nested:
+                cls = nested[0]
+    return cls
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read a TOML file; ConfigError names the file and the line when it does not parse."""
+    try:
+        return tomllib.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"settings file {path} does not exist") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"settings file {path} is not valid TOML: {error}") from None
+
+
+def to_toml(config: BaseModel) -> str:
+    """Write settings as TOML; keys whose value is None are left out, since TOML has no null."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Apply `section.key=value` strings to nested settings; a value is read as TOML, else as a string."""
+    result = _copy_nested(values)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set takes section.key=value, given {override!r}")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        node = result
+        *parents, last = key.strip().split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"--set {override}: {parent!r} is a value, not a section")
+        node[last] = value
+    return result
+
+
+def _copy_nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy_nested(value) if isinstance(value, Mapping) else value for key, value in values.items()}

@@ -1,0 +1,192 @@
+"""What the columns of a log are: fields, tables, vocabulary sizes, and a fingerprint that ties plans to data.
+
+A *field* is one column of the log. An id field owns `length` id columns (one, unless it is multi-valued) and
+reads one *table*; fields that name the same table share its vocabulary and its rows. A dense field is a float that
+bypasses the tables.
+
+Ids are local to a table. Row 0 is the OOV row; rows 1.. are the values kept, most frequent first (a hashed table
+has no order). PAD (-1) fills the unused id columns of a multi-valued field and reads zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import tomli_w
+from pydantic import Field, model_validator
+
+from embtrim.config import Config, read_toml
+from embtrim.errors import DataError
+
+PAD = -1
+OOV = 0
+
+
+class FieldSpec(Config):
+    """One column of a log and how it is encoded.
+
+    Attributes:
+        name: name of the field, unique in the schema.
+        column: raw column that the field reads; None means `name`. Two fields may read one column.
+        type: "categorical" (string or integer ids), "numeric" (a number turned into buckets, then ids), "dense" (a
+            number kept as a float), or "multi" (several values at once: a list column, or a string with `separator`).
+        transform: numeric: "log2" (Criteo's rule: v > 2 -> floor(ln(v)^2), else floor(v)) or "quantile:k";
+            dense: "log1p", "standard" (zero mean, unit variance over the training rows) or "none".
+        min_count: a value seen fewer times in the training rows is out of vocabulary.
+        hash_size: if set, values are hashed into this many rows instead of listed in a vocabulary.
+        separator: multi: what separates values inside a string; None for a list column.
+        max_len: multi: id columns owned; the first max_len values of a row are used.
+        pooling: multi: how the embeddings of one row's values become one vector.
+        table: name of the table; None means `name`. Fields with the same table share one vocabulary.
+        nulls: strings that mean "missing" in this column, beside the schema's. A missing value is a value of
+            its own (it has a row like any other), except in a multi field, where it is an empty list.
+        vocab_size: rows of the field's table, OOV included; set by `encode`, not by hand.
+    """
+
+    name: str = Field(min_length=1)
+    column: str | None = None
+    type: Literal["categorical", "numeric", "dense", "multi"] = "categorical"
+    transform: str | None = Field(default=None, pattern=r"^(log2|log1p|standard|none|quantile:[1-9][0-9]*)$")
+    min_count: int = Field(default=1, ge=1)
+    hash_size: int | None = Field(default=None, ge=1)
+    separator: str | None = None
+    max_len: int = Field(default=1, ge=1)
+    pooling: Literal["sum", "mean"] = "mean"
+    table: str | None = None
+    nulls: tuple[str, ...] = ()
+    vocab_size: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _check_type(self) -> FieldSpec:
+        numeric = self.transform is not None and (self.transform == "log2" or self.transform.startswith("quantile:"))
+        dense = self.transform in ("log1p", "standard", "none")
+        if self.type == "numeric" and not numeric:
+            raise ValueError(f"numeric field {self.name!r} needs transform = 'log2' or 'quantile:k'")
+        if self.type == "dense" and not dense:
+            raise ValueError(f"dense field {self.name!r} needs transform = 'log1p', 'standard' or 'none'")
+        if self.type in ("categorical", "multi") and self.transform is not None:
+            raise ValueError(f"{self.type} field {self.name!r} takes no transform")
+        if self.type != "multi" and (self.max_len != 1 or self.separator is not None):
+            raise ValueError(f"field {self.name!r}: max_len and separator are for type = 'multi'")
+        if self.type == "dense" and (self.table is not None or self.hash_size is not None):
+            raise ValueError(f"dense field {self.name!r} has no table")
+        return self
+
+    @property
+    def raw_column(self) -> str:
+        """The column of the raw log that this field reads."""
+        return self.column or self.name
+
+    @property
+    def table_name(self) -> str:
+        """The table that this field reads."""
+        return self.table or self.name
+
+    @property
+    def length(self) -> int:
+        """Number of id columns that the field owns (0 for a dense field)."""
+        return 0 if self.type == "dense" else self.max_len
+
+
+class Schema(Config):
+    """The fields of a log, its label, and - once encoded - the vocabulary sizes.
+
+    Attributes:
+        label: column with the binary label.
+        weight: column with a non-negative sample weight, or None.
+        time: column that orders rows for a split by time, or None.
+        nulls: strings that mean "missing" in every column.
+        fields: the fields in the order in which models concatenate them.
+        vocabulary_digest: digest of the vocabularies, set by `encode`.
+    """
+
+    label: str = Field(min_length=1)
+    weight: str | None = None
+    time: str | None = None
+    nulls: tuple[str, ...] = ("",)
+    fields: tuple[FieldSpec, ...] = Field(min_length=1)
+    vocabulary_digest: str | None = None
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> Schema:
+        names = [field.name for field in self.fields]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"field names must be unique; given twice: {', '.join(twice)}")
+        leaks = [field.name for field in self.fields if field.raw_column == self.label]
+        if leaks:
+            raise ValueError(f"field {leaks[0]!r} reads the label column {self.label!r}")
+        by_table: dict[str, FieldSpec] = {}
+        for field in self.id_fields:
+            first = by_table.setdefault(field.table_name, field)
+            for key in ("vocab_size", "hash_size", "min_count"):
+                if getattr(field, key) != getattr(first, key):
+                    raise ValueError(f"fields {first.name!r} and {field.name!r} share a table but differ in {key}")
+        return self
+
+    @property
+    def id_fields(self) -> tuple[FieldSpec, ...]:
+        """The fields that read a table, in order; F in shape comments."""
+        return tuple(field for field in self.fields if field.type != "dense")
+
+    @property
+    def dense_fields(self) -> tuple[FieldSpec, ...]:
+        """The fields kept as floats, in order."""
+        return tuple(field for field in self.fields if field.type == "dense")
+
+    @property
+    def tables(self) -> dict[str, int]:
+        """Rows of each table (OOV included) by name, in the order of first use."""
+        sizes: dict[str, int] = {}
+        for field in self.id_fields:
+            if field.vocab_size is None:
+                raise DataError(f"schema is a draft: field {field.name!r} has no vocab_size; run `embtrim encode` first")
+            sizes[field.table_name] = field.vocab_size
+        return sizes
+
+    @property
+    def num_id_columns(self) -> int:
+        """Columns of an encoded id matrix; C in shape comments."""
+        return sum(field.length for field in self.id_fields)
+
+    @property
+    def column_slices(self) -> tuple[slice, ...]:
+        """For each id field, its columns in the id matrix."""
+        slices, start = [], 0
+        for field in self.id_fields:
+            slices.append(slice(start, start + field.length))
+            start += field.length
+        return tuple(slices)
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hex digits that change whenever a field, a size or a vocabulary does."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def describe(self) -> str:
+        """Short form for error messages, such as `9f2c04aa11d3 (39 fields)`."""
+        return f"{self.fingerprint} ({len(self.fields)} fields)"
+
+    def save_draft(self, path: str | Path) -> None:
+        """Write the schema as TOML for the user to edit; keys at their default are left out of the fields."""
+        values = self.model_dump(mode="json", exclude_none=True, exclude={"fields", "vocabulary_digest"})
+        values["fields"] = [
+            {"name": f.name, "type": f.type, **f.model_dump(mode="json", exclude_defaults=True, exclude={"vocab_size"})}
+            for f in self.fields
+        ]
+        Path(path).write_text(tomli_w.dumps(values), "utf-8")
+
+    @classmethod
+    def load_draft(cls, path: str | Path) -> Schema:
+        """Read a schema from TOML; ConfigError names the key that is wrong."""
+        return cls.parse(read_toml(path), where=str(path))
+
+    @classmethod
+    def from_sizes(cls, sizes: Sequence[int], label: str = "label") -> Schema:
+        """A schema of single-valued fields `f0, f1, ..` with the given vocabulary sizes, for synthetic data."""
+        return cls(label=label, fields=tuple(FieldSpec(name=f"f{i}", vocab_size=n) for i, n in enumerate(sizes)))
