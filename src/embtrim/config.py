@@ -48,8 +48,12 @@ class Config(BaseModel):
 def describe_errors(cls: type[BaseModel], error: ValidationError, where: str) -> str:
     """Turn pydantic's report into one line a fault: where, which key, what was given, what is allowed."""
     prefix = f"[{where}] " if where else ""
+    faults = error.errors()
+    nested = [str(f["ctx"]["error"]) for f in faults if isinstance(f.get("ctx", {}).get("error"), ConfigError)]
+    if nested:  # a settings class inside this one has said it all; what follows from its absence is noise
+        return "\n".join(prefix + text for text in nested)
     lines = []
-    for fault in error.errors():
+    for fault in faults:
         path = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
             key = str(fault["loc"][-1])
