@@ -1,0 +1,1 @@
+"""embtrim: right-sized embedding tables for recommender and CTR models."""

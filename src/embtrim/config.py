@@ -49,7 +49,7 @@ def describe_errors(cls: type[BaseModel], error: ValidationError, where: str) ->
     """Turn pydantic's report into one line a fault: where, which key, what was given, what is allowed."""
     prefix = f"[{where}] " if where else ""
     faults = error.errors()
-    nested = [str(f["ctx"]["error"]) for f in faults if isinstance(f.get("ctx", {}).get("error"), ConfigError)]
+    nested = [str(e) for f in faults if isinstance(e := f.get("ctx", {}).get("error"), ConfigError)]
     if nested:  # a settings class inside this one has said it all; what follows from its absence is noise
         return "\n".join(prefix + text for text in nested)
     lines = []

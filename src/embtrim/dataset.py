@@ -128,7 +128,9 @@ class EncodedDataset:
                 weights=_open_array(folder / name / "weights.npy") if schema.weight else None,
             )
             if len(arrays) != meta["num_rows"][name]:
-                raise DataError(f"{folder / name} holds {len(arrays)} rows, meta.json says {meta['num_rows'][name]}; encode again")
+                raise DataError(
+                    f"{folder / name} holds {len(arrays)} rows, meta.json says {meta['num_rows'][name]}; encode again"
+                )
             splits[name] = arrays
         return cls(schema, splits, folder)
 
@@ -187,7 +189,9 @@ class EncodedDataset:
         """The same data with ids re-numbered while reading: `id_maps[table][stored id]` is the id batches carry."""
         for name, id_map in id_maps.items():
             if len(id_map) != self.schema.tables.get(name, -1):
-                raise DataError(f"id map for table {name!r} has {len(id_map)} rows, the table {self.schema.tables.get(name)}")
+                raise DataError(
+                    f"id map for table {name!r} has {len(id_map)} rows, the table {self.schema.tables.get(name)}"
+                )
         return EncodedDataset(self.schema, self.splits, self.folder, id_maps)
 
     def _batch(self, arrays: SplitArrays) -> Batch:

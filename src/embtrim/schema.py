@@ -144,7 +144,9 @@ class Schema(Config):
         sizes: dict[str, int] = {}
         for field in self.id_fields:
             if field.vocab_size is None:
-                raise DataError(f"schema is a draft: field {field.name!r} has no vocab_size; run `embtrim encode` first")
+                raise DataError(
+                    f"schema is a draft: field {field.name!r} has no vocab_size; run `embtrim encode` first"
+                )
             sizes[field.table_name] = field.vocab_size
         return sizes
 

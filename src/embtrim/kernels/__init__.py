@@ -1,0 +1,1 @@
+"""Row kernels: `torch.py` is the definition and the default."""

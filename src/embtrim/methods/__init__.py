@@ -1,0 +1,1 @@
+"""Search methods, one file each: search(task, config, budget, seed) -> SizePlan."""

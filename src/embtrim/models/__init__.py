@@ -1,0 +1,1 @@
+"""Base models of click-through-rate prediction, one file each."""

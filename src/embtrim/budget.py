@@ -1,0 +1,94 @@
+"""Budgets: parse what the user writes and turn it into a number of embedding parameters.
+
+`10%` is a share of the full embedding tables without first-order weights. `1.5M params` counts the same parameters
+absolutely. `200MB` counts bytes of the embedding tables and of the first-order tables. Projections and shared rows of
+the compact tables count against all three. Counting plans is plan.py's work; here is only the limit.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from embtrim.errors import BudgetError
+
+_FORMS = "allowed: '10%', '200MB', '64MiB', '1.5M params', '20000 params'"
+_PARAM_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+_BYTE_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+BYTES_PER_PARAM = 4
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit on the size of the embedding tables.
+
+    Attributes:
+        kind: "percent" (amount is a share in (0, 1]), "params" or "bytes" (amount is a count).
+        amount: the limit, in the unit of `kind`.
+
+    Example:
+        >>> Budget.parse("10%").max_params(full_params=1000, first_order_params=100)
+        100
+    """
+
+    kind: Literal["percent", "params", "bytes"]
+    amount: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.amount) or self.amount <= 0:
+            raise BudgetError(f"budget must be a positive number, given {self.amount}; {_FORMS}")
+        if self.kind == "percent" and self.amount > 1:
+            raise BudgetError(f"budget {self.amount:.0%} is more than the full tables; give at most 100%")
+
+    @classmethod
+    def parse(cls, text: str | Budget) -> Budget:
+        """Read a budget such as `"10%"`, `"200MB"` or `"1.5M params"`; BudgetError names the allowed forms."""
+        if isinstance(text, Budget):
+            return text
+        match = re.fullmatch(
+            r"\s*([0-9][0-9_,]*\.?[0-9]*(?:e[0-9]+)?)\s*(%|[a-z]*)\s*(params|parameters)?\s*", str(text).lower()
+        )
+        if not match:
+            raise BudgetError(f"budget {text!r} is not understood; {_FORMS}")
+        number = float(match[1].replace(",", "").replace("_", ""))
+        unit, of_params = match[2], bool(match[3])
+        if unit in ("params", "parameters"):
+            unit, of_params = "", True
+        if unit == "%" and not of_params:
+            return cls("percent", number / 100)
+        if of_params and unit in _PARAM_UNITS:
+            return cls("params", number * _PARAM_UNITS[unit])
+        if not of_params and unit in _BYTE_UNITS:
+            return cls("bytes", number * _BYTE_UNITS[unit])
+        raise BudgetError(f"budget {text!r} has no unit that is known; {_FORMS}")
+
+    def max_params(self, full_params: int, first_order_params: int = 0) -> int:
+        """The number of embedding parameters allowed (fp32), first-order weights not counted in.
+
+        Args:
+            full_params: embedding parameters of the full tables, without first-order weights.
+            first_order_params: first-order weights that the compact model will keep.
+
+        Raises:
+            BudgetError: a byte budget that the first-order weights alone exceed.
+        """
+        if self.kind == "percent":
+            return math.floor(self.amount * full_params + 1e-9)
+        if self.kind == "params":
+            return math.floor(self.amount)
+        left = math.floor(self.amount / BYTES_PER_PARAM) - first_order_params
+        if left < 0:
+            raise BudgetError(
+                f"budget of {self} is below the first-order weights alone "
+                f"({first_order_params * BYTES_PER_PARAM:,} bytes); give more, or a budget in percent"
+            )
+        return left
+
+    def __str__(self) -> str:
+        if self.kind == "percent":
+            return f"{self.amount * 100:g}%"
+        if self.kind == "params":
+            return f"{self.amount:,.0f} params"
+        return f"{self.amount:,.0f} bytes"

@@ -1,0 +1,425 @@
+"""SizePlan: what survives of every table. The only place that counts parameters and bytes.
+
+A plan is data: it can be saved (JSON, and an npz beside it where rows were chosen), read, edited by hand, diffed, and
+applied to a model that was never searched. Per table it lists *blocks*: (rows, kept columns or their number,
+alignment). A field-level method gives one block per table; row pruning one block of kept rows; sizes per feature
+value several. Rows in no block share the table's one DROPPED row.
+
+How a table is laid out follows from its blocks:
+- *uniform*: all blocks keep the same columns. The table is as wide as they are. A narrow one is brought to the full
+  width, where a model needs equal widths, by "scatter" (kept columns return to their places) or "project" (a matrix
+  M in R^{d x D} of its own, no bias).
+- *mixed*: blocks of several widths, all "project". The table gives D columns: a row of width s is multiplied by
+  W_s in R^{s x D}, which all mixed tables share; width D is taken as it is.
+
+Compact ids of a table run through its blocks in order; the DROPPED row comes last in the last of the widest blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+from embtrim.budget import BYTES_PER_PARAM, Budget
+from embtrim.errors import PlanError
+from embtrim.schema import OOV, Schema
+
+Alignment = Literal["concat", "scatter", "project"]
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Rows of one table that are stored alike.
+
+    Attributes:
+        num_rows: rows in the block.
+        columns: kept columns of the full table, ascending; or an int where only their number is known.
+        alignment: "concat" (no model part needs equal widths), "scatter" or "project"; see the module docstring.
+        rows: int32 ids in the full table, ascending; None means all rows, or - in a plan read without its npz,
+            as inside a bundle - rows that are not at hand.
+    """
+
+    num_rows: int
+    columns: tuple[int, ...] | int
+    alignment: Alignment = "scatter"
+    rows: np.ndarray | None = None
+
+    @property
+    def width(self) -> int:
+        """Number of kept columns."""
+        return self.columns if isinstance(self.columns, int) else len(self.columns)
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """What survives of one table.
+
+    Attributes:
+        name: the table's name in the schema (for a foreign model, the module's path).
+        num_rows: rows of the full table, OOV included.
+        width: columns of the full table, D.
+        blocks: see Block; a row is in at most one.
+    """
+
+    name: str
+    num_rows: int
+    width: int
+    blocks: tuple[Block, ...]
+
+    def __post_init__(self) -> None:
+        where = f"plan for table {self.name!r}"
+        if self.num_kept > self.num_rows:
+            raise PlanError(f"{where}: its blocks hold {self.num_kept:,} rows, the table {self.num_rows:,}")
+        for block in self.blocks:
+            columns = range(block.columns) if isinstance(block.columns, int) else block.columns
+            if any(b <= a for a, b in itertools.pairwise(columns)) or any(not 0 <= c < self.width for c in columns):
+                raise PlanError(f"{where}: columns must ascend within 0..{self.width - 1}, given {block.columns}")
+            if block.rows is not None:
+                rows = block.rows
+                if len(rows) != block.num_rows:
+                    raise PlanError(f"{where}: a block says {block.num_rows:,} rows and lists {len(rows):,}")
+                if len(rows) and (np.any(np.diff(rows) <= 0) or rows[0] < 0 or rows[-1] >= self.num_rows):
+                    raise PlanError(f"{where}: row ids must ascend within 0..{self.num_rows - 1:,}")
+        listed = [block.rows for block in self.blocks if block.rows is not None]
+        if len(listed) > 1 and len(np.unique(np.concatenate(listed))) != sum(map(len, listed)):
+            raise PlanError(f"{where}: a row is in two blocks")
+        if self.mixed and any(b.alignment != "project" and b.width not in (0, self.width) for b in self.blocks):
+            raise PlanError(f"{where}: blocks of different columns in one table need alignment 'project'")
+
+    @property
+    def num_kept(self) -> int:
+        """Rows that are in a block."""
+        return sum(block.num_rows for block in self.blocks)
+
+    @property
+    def has_dropped(self) -> bool:
+        """Whether some rows share the DROPPED row."""
+        return self.num_kept < self.num_rows
+
+    @property
+    def num_compact_rows(self) -> int:
+        """Rows of the compact table: those kept, and the DROPPED row if there is one."""
+        return self.num_kept + self.has_dropped
+
+    @property
+    def mixed(self) -> bool:
+        """Whether rows of several widths are projected to D (see the module docstring)."""
+        return len({block.columns for block in self.blocks}) > 1
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Columns of the full table that the compact table's output stands for, ascending."""
+        if self.mixed:
+            return tuple(range(self.width))
+        kept = self.blocks[0].columns if self.blocks else ()
+        return tuple(range(kept)) if isinstance(kept, int) else kept
+
+    @property
+    def output_width(self) -> int:
+        """Columns that a field of this table occupies in `concat`."""
+        return len(self.columns)
+
+    @property
+    def alignment(self) -> Alignment:
+        """How the table's output reaches the full width: of a mixed table, as it is."""
+        return "scatter" if self.mixed or not self.blocks else self.blocks[0].alignment
+
+    @property
+    def _dropped_block(self) -> int:
+        """The block that the DROPPED row is stored with: the last, of a mixed table the last of the widest."""
+        last = len(self.blocks) - 1
+        return max(range(len(self.blocks)), key=lambda i: (self.blocks[i].width, i)) if self.mixed else last
+
+    @property
+    def _block_starts(self) -> list[int]:
+        """First compact id of each block."""
+        sizes = [b.num_rows + (i == self._dropped_block and self.has_dropped) for i, b in enumerate(self.blocks)]
+        return [sum(sizes[:i]) for i in range(len(sizes))]
+
+    @property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """(rows, width) of each run of compact ids of one width."""
+        if not self.mixed:
+            return ((self.num_compact_rows, self.output_width),)
+        ends = [*self._block_starts[1:], self.num_compact_rows]
+        return tuple(
+            (end - start, b.width) for b, start, end in zip(self.blocks, self._block_starts, ends, strict=True)
+        )
+
+    @property
+    def dropped_id(self) -> int | None:
+        """Compact id of the DROPPED row, or None if no row was dropped."""
+        if not self.has_dropped:
+            return None
+        block = self._dropped_block
+        return self._block_starts[block] + self.blocks[block].num_rows if self.blocks else 0
+
+    def oov_id(self) -> int | None:
+        """Compact id of the OOV row; None if it was dropped, or the plan was read without its rows."""
+        for block, start in zip(self.blocks, self._block_starts, strict=True):
+            if block.num_rows == self.num_rows or (block.rows is not None and len(block.rows) and block.rows[0] == OOV):
+                return start
+        return None
+
+    def id_map(self) -> np.ndarray | None:
+        """int32 map from full ids to compact ids, or None where no id changes.
+
+        Raises:
+            PlanError: the plan was read without its rows.
+        """
+        if not self.has_dropped and len(self.blocks) == 1:
+            return None
+        id_map = np.full(self.num_rows, self.dropped_id if self.has_dropped else -1, np.int32)
+        for block, start in zip(self.blocks, self._block_starts, strict=True):
+            rows = np.arange(self.num_rows) if block.rows is None and block.num_rows == self.num_rows else block.rows
+            if rows is None:
+                raise PlanError(
+                    f"plan for table {self.name!r} was read without its rows; load it with the .npz beside it"
+                )
+            id_map[rows] = np.arange(start, start + block.num_rows, dtype=np.int32)
+        return id_map
+
+    def kept_mask(self) -> np.ndarray:
+        """bool (num_rows, width): the entries of the full table that survive; a count keeps the first columns."""
+        mask = np.zeros((self.num_rows, self.width), bool)
+        for block in self.blocks:
+            columns = np.array(range(block.columns) if isinstance(block.columns, int) else block.columns, np.int64)
+            rows = np.arange(self.num_rows) if block.rows is None else block.rows
+            mask[np.ix_(rows, columns)] = True
+        return mask
+
+
+@dataclass(frozen=True)
+class SizePlan:
+    """What survives of every table, and where the plan came from.
+
+    Attributes:
+        fingerprint: of the schema (or the foreign model's sites) that the plan was made for.
+        num_fields: id fields of that schema; for messages.
+        tables: one entry a table, in the schema's order.
+        first_order: whether the model keeps one first-order weight a row.
+        method: name of the search that made it.
+        details: what the search wants remembered: settings, seed, budget, scores.
+
+    Example:
+        >>> plan = SizePlan.full(Schema.from_sizes([100, 10]), width=4)
+        >>> plan.num_params, plan.num_bytes
+        (440, 1760)
+    """
+
+    fingerprint: str
+    num_fields: int
+    tables: tuple[TablePlan, ...]
+    first_order: bool = False
+    method: str = "manual"
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def full(cls, schema: Schema, width: int, first_order: bool = False) -> SizePlan:
+        """The plan that keeps everything."""
+        tables = tuple(
+            TablePlan(name, rows, width, (Block(rows, tuple(range(width))),)) for name, rows in schema.tables.items()
+        )
+        return cls(schema.fingerprint, len(schema.id_fields), tables, first_order, "full")
+
+    def with_columns(
+        self,
+        columns: Mapping[str, Sequence[int]],
+        method: str,
+        details: dict[str, Any],
+        alignment: Alignment = "scatter",
+    ) -> SizePlan:
+        """A field-level plan over the same tables: all rows, the given columns of each.
+
+        Args:
+            columns: kept columns by table name, in any order; a table that is not named keeps none.
+            method: name of the search.
+            details: see SizePlan.
+            alignment: how narrow tables reach the full width.
+        """
+        tables = tuple(
+            TablePlan(
+                t.name, t.num_rows, t.width, (Block(t.num_rows, tuple(sorted(columns.get(t.name, ()))), alignment),)
+            )
+            for t in self.tables
+        )
+        return dataclasses.replace(self, tables=tables, method=method, details=details)
+
+    @property
+    def width(self) -> int:
+        """Columns of the widest full table, D."""
+        return max((table.width for table in self.tables), default=0)
+
+    @property
+    def shared_projection_widths(self) -> tuple[int, ...]:
+        """Widths s of the matrices W_s that mixed tables share, ascending."""
+        mixed = [table for table in self.tables if table.mixed]
+        return tuple(sorted({w for t in mixed for _, w in t.segments if 0 < w < t.width}))
+
+    @property
+    def num_projection_params(self) -> int:
+        """Parameters of all projections to the full width."""
+        own = sum(t.output_width * t.width for t in self.tables if projects(t))
+        return own + sum(s * self.width for s in self.shared_projection_widths)
+
+    @property
+    def num_params(self) -> int:
+        """Embedding parameters: rows, shared DROPPED rows and projections; no first-order weights."""
+        return sum(rows * width for t in self.tables for rows, width in t.segments) + self.num_projection_params
+
+    @property
+    def num_first_order_params(self) -> int:
+        """First-order weights: one a compact row, if the model has them."""
+        return sum(t.num_compact_rows for t in self.tables) if self.first_order else 0
+
+    @property
+    def num_full_params(self) -> int:
+        """Embedding parameters of the full tables, which a percentage refers to."""
+        return sum(t.num_rows * t.width for t in self.tables)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the embedding tables, projections and first-order weights, stored as fp32."""
+        return BYTES_PER_PARAM * (self.num_params + self.num_first_order_params)
+
+    @property
+    def slot_ratio(self) -> float:
+        """Kept share of the (table, column) slots; of a mixed table, of its entries."""
+        kept = sum(
+            sum(rows * width for rows, width in t.segments) / t.num_rows if t.mixed else t.output_width
+            for t in self.tables
+        )
+        return kept / max(1, sum(t.width for t in self.tables))
+
+    def max_params(self, budget: Budget) -> int:
+        """Embedding parameters that `budget` allows a plan with this one's first-order weights."""
+        return budget.max_params(self.num_full_params, self.num_first_order_params)
+
+    def check_schema(self, schema: Schema) -> None:
+        """Raise PlanError if the plan was made for another schema."""
+        if self.fingerprint != schema.fingerprint:
+            raise PlanError(
+                f"plan was made for schema {self.fingerprint} ({self.num_fields} fields), this is "
+                f"{schema.fingerprint} ({len(schema.id_fields)} fields); search again or encode with the same schema"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write `path` (JSON) and, where rows were chosen, the rows to the same name with `.npz`."""
+        path = Path(path)
+        arrays: dict[str, np.ndarray] = {}
+        tables = []
+        for number, table in enumerate(self.tables):
+            blocks = []
+            for place, block in enumerate(table.blocks):
+                entry: dict[str, Any] = {
+                    "num_rows": block.num_rows,
+                    "columns": block.columns,
+                    "alignment": block.alignment,
+                }
+                if block.rows is not None:
+                    entry["rows"] = f"t{number}b{place}"
+                    arrays[entry["rows"]] = block.rows.astype(np.int32)
+                blocks.append(entry)
+            tables.append({"name": table.name, "num_rows": table.num_rows, "width": table.width, "blocks": blocks})
+        head = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "tables"}
+        text = json.dumps({"plan_version": PLAN_VERSION, **head, "tables": tables}, indent=1)
+        if arrays:
+            write_then_rename(path.with_suffix(".npz"), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+        write_then_rename(path, lambda file: file.write(text.encode()))
+
+    @classmethod
+    def load(cls, path: str | Path, *, rows: bool = True) -> SizePlan:
+        """Read a plan; with rows=False only its layout, for which the npz is not needed.
+
+        Raises:
+            PlanError: the file is missing, no plan, of a newer version, or contradicts itself.
+        """
+        path = Path(path)
+        try:
+            values = json.loads(path.read_text("utf-8"))
+            if not isinstance(values, dict) or "plan_version" not in values:
+                raise PlanError(f"{path} is no embtrim plan: it has no plan_version")
+            version = values.pop("plan_version")
+            if version != PLAN_VERSION:
+                raise PlanError(
+                    f"{path} has plan version {version}, this release reads {PLAN_VERSION}; upgrade embtrim"
+                )
+            named = any("rows" in b for t in values["tables"] for b in t["blocks"])
+            arrays = dict(np.load(path.with_suffix(".npz"), allow_pickle=False)) if rows and named else {}
+            values["tables"] = tuple(
+                TablePlan(
+                    t["name"], t["num_rows"], t["width"], tuple(_read_block(b, arrays, rows) for b in t["blocks"])
+                )
+                for t in values["tables"]
+            )
+            return cls(**values)
+        except FileNotFoundError as error:
+            raise PlanError(
+                f"{error.filename} does not exist; a plan is a .json and, where rows were chosen, an .npz"
+            ) from None
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+            raise PlanError(
+                f"{path} is no valid plan ({type(error).__name__}: {error}); write it with SizePlan.save"
+            ) from None
+
+    def diff(self, other: SizePlan) -> str:
+        """Lines that say which tables `other` keeps differently; empty if none."""
+        theirs = {table.name: table for table in other.tables}
+        lines = [
+            f"{t.name}: {describe_table(t)} -> {describe_table(theirs[t.name]) if t.name in theirs else 'gone'}"
+            for t in self.tables
+            if t.name not in theirs or describe_table(theirs[t.name]) != describe_table(t)
+        ]
+        return "\n".join(lines + [f"{name}: new" for name in theirs if name not in {t.name for t in self.tables}])
+
+    def summary(self) -> str:
+        """What the plan keeps, a line a table, for people."""
+        head = (
+            f"{self.method}: {self.num_params:,} of {self.num_full_params:,} embedding parameters "
+            f"({self.num_params / max(1, self.num_full_params):.2%}), {self.slot_ratio:.1%} of the slots, "
+            f"{self.num_bytes:,} bytes with {self.num_first_order_params:,} first-order weights"
+        )
+        return "\n".join([head, *(f"  {t.name}: {describe_table(t)}" for t in self.tables)])
+
+
+def projects(table: TablePlan) -> bool:
+    """Whether a uniform table owns a projection matrix M of output_width x D."""
+    return not table.mixed and table.alignment == "project" and 0 < table.output_width < table.width
+
+
+def describe_table(table: TablePlan) -> str:
+    """One table of a plan in a few words."""
+    widths = ", ".join(f"{rows:,} rows x {width}" for rows, width in table.segments)
+    columns = f" (columns {list(table.columns)})" if not table.mixed and 0 < table.output_width < table.width else ""
+    return f"{widths} of {table.num_rows:,} x {table.width}{columns}"
+
+
+def _read_block(entry: dict[str, Any], arrays: Mapping[str, np.ndarray], with_rows: bool) -> Block:
+    columns = entry["columns"] if isinstance(entry["columns"], int) else tuple(entry["columns"])
+    if entry["alignment"] not in ("concat", "scatter", "project"):
+        raise PlanError(f"alignment must be concat, scatter or project, given {entry['alignment']!r}")
+    rows = arrays[entry["rows"]] if with_rows and "rows" in entry else None
+    return Block(int(entry["num_rows"]), columns, entry["alignment"], rows)
+
+
+def write_then_rename(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file under a temporary name and rename it, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,559 @@
+"""EmbeddingTables: the embeddings of all fields in one flat buffer, with mixed widths.
+
+Storage. One 1-D parameter `weight`. Rows are numbered so that the rows of one width lie together: a *group* is a 2-D
+view of the buffer, and there are as many groups as distinct widths, not as many as fields. A *storage row* is a row's
+number over all groups; first-order weights, one a row, have the same numbering (so a table of width 0 still has rows).
+
+Paths. Training looks up the distinct rows of a batch once, in buffers of their own, and expands them; with a row
+optimiser attached only these buffers get gradients, and only these rows move. Without one the tables are an ordinary
+module with dense gradients, and any optimiser works. Inference and export gather directly, with fixed shapes.
+
+Axes: B batch, C id columns, F fields, D full width, S output columns of all fields (sum of their widths), U distinct
+rows of a batch, R storage rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embtrim.errors import EmbtrimError, PlanError
+from embtrim.plan import SizePlan, projects
+from embtrim.schema import PAD, Schema
+
+# Up to this batch size inference gathers single elements from the buffer in one call: below it the calls for each
+# group cost more than the gather.
+ELEMENT_GATHER_ROWS = 32
+
+SlotGate = Callable[[Tensor], Tensor]
+RowGate = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows of one width: storage rows `start .. start + num_rows`, elements from `offset` on."""
+
+    width: int
+    start: int
+    num_rows: int
+    offset: int
+    # Storage rows from here to the group's end belong to mixed tables, whose rows are projected to D.
+    mixed_start: int
+    # Id columns of the uniform tables in this group, and their fields.
+    columns: tuple[int, ...]
+    fields: tuple[int, ...]
+
+    @property
+    def has_mixed(self) -> bool:
+        """Whether any of the rows belong to mixed tables."""
+        return self.mixed_start < self.start + self.num_rows
+
+
+@dataclass
+class Lookup:
+    """The distinct rows of one forward pass, as leaves that collect gradients.
+
+    Attributes:
+        rows_U: int32 storage rows, ascending.
+        bounds: for each group, the range of `rows_U` that lies in it.
+        leaves: for each group, the looked-up rows (U_g, width); `.grad` is set by backward.
+        first_order_U: the looked-up first-order weights, or None.
+    """
+
+    rows_U: Tensor
+    bounds: list[tuple[int, int]]
+    leaves: list[Tensor]
+    first_order_U: Tensor | None = None
+    has_gradient: bool = False
+
+
+class RowOptimizer(Protocol):
+    """What the tables need of a row-sparse optimiser (see optim.py)."""
+
+    def catch_up(self, rows_U: Tensor | None) -> None:
+        """Apply the decay owed to these storage rows (None: to all), in place."""
+        ...
+
+
+@dataclass
+class EmbeddingViews:
+    """What a model reads: the embeddings of one batch, in the form that each part needs."""
+
+    tables: EmbeddingTables
+    concat: Tensor
+    """(B, S) embeddings side by side in field order, each as wide as its plan says."""
+    first_order: Tensor | None = None
+    """(B,) sum of the first-order weights, or None if the tables have none."""
+    _aligned: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def aligned(self) -> Tensor:
+        """(B, F, D) embeddings brought to the full width, by scatter or projection."""
+        if self._aligned is None:
+            self._aligned = self.tables.align(self.concat)
+        return self._aligned
+
+    def fm(self) -> Tensor:
+        """(B,) FM term: sum over pairs of fields of the inner products of aligned embeddings (Rendle 2010).
+
+        Narrow tables never build (B, F, D): with P the stacked projections, the square of the sum is (E P)^2, and
+        the sum of squares is rowsum((E G) * E) with G = blockdiag(P_f P_f^T); for 0/1 projections G is the identity.
+        """
+        tables, concat = self.tables, self.concat
+        if tables.is_equal_width:
+            sum_BD = concat.view(len(concat), tables.num_fields, -1).sum(1)
+        else:
+            projection_SD = tables.projection_SD()
+            sum_BD = concat @ projection_SD
+        if tables.has_projections:
+            gram_SS = (projection_SD @ projection_SD.T) * tables.same_field_SS
+            squares_B = ((concat @ gram_SS) * concat).sum(1)
+        else:
+            squares_B = (concat * concat).sum(1)
+        return 0.5 * ((sum_BD * sum_BD).sum(1) - squares_B)
+
+
+class EmbeddingTables(nn.Module):
+    """All embedding tables of a model in one flat storage, laid out by a plan.
+
+    Args:
+        schema: fields and vocabulary sizes of the full tables.
+        plan: what to store of them (`SizePlan.full(schema, width)` for everything).
+        init_std: standard deviation of the initial weights; OOV and DROPPED rows start at zero.
+        generator: source of the initial weights.
+
+    Attributes:
+        widths: columns of each field in `concat`.
+        slot_gate: if set, applied to `concat` (B, S); may differ per sample. See `gated`.
+        row_gate: if set, applied to (storage rows (U,), their embeddings (U, D)) of each group, before pooling.
+
+    Raises:
+        PlanError: the plan was made for another schema.
+    """
+
+    def __init__(
+        self, schema: Schema, plan: SizePlan, init_std: float = 1e-4, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        plan.check_schema(schema)
+        self.schema = schema
+        self.plan = plan
+        self.width = plan.width
+        self.num_fields = len(schema.id_fields)
+        self.slot_gate: SlotGate | None = None
+        self.row_gate: RowGate | None = None
+        self.lookups: list[Lookup] = []
+        self._optimizer: RowOptimizer | None = None
+        self._lay_out()
+        self.weight = nn.Parameter(torch.empty(self._num_elements).normal_(0, init_std, generator=generator))
+        self.first_order = (
+            nn.Parameter(torch.empty(self.num_rows).normal_(0, init_std, generator=generator))
+            if plan.first_order
+            else None
+        )
+        self._init_projections(generator)
+        self._zero_special_rows()
+
+    # ---- layout -----------------------------------------------------------------------------------------------
+
+    def _lay_out(self) -> None:
+        """Number the storage rows and derive the index buffers that forward needs."""
+        tables = {table.name: table for table in self.plan.tables}
+        fields = self.schema.id_fields
+        names = [f.table_name for f in fields]
+        segments = [  # (width, mixed, table, segment, rows)
+            (width, table.mixed, table.name, number, rows)
+            for table in self.plan.tables
+            for number, (rows, width) in enumerate(table.segments)
+        ]
+        segments.sort(key=lambda s: (-s[0], s[1]))  # stable: the schema's order within a width
+        self.segment_starts: dict[str, list[int]] = {t.name: [0] * len(t.segments) for t in self.plan.tables}
+        groups: list[Group] = []
+        row = element = 0
+        for width in sorted({s[0] for s in segments}, reverse=True):
+            start, offset, mixed_start = row, element, None
+            for _, mixed, name, number, rows in (s for s in segments if s[0] == width):
+                if mixed and mixed_start is None:
+                    mixed_start = row
+                self.segment_starts[name][number] = row
+                row += rows
+                element += rows * width
+            own = tuple(i for i, n in enumerate(names) if not tables[n].mixed and tables[n].output_width == width)
+            columns = tuple(
+                c for i in own for c in range(*self.schema.column_slices[i].indices(self.schema.num_id_columns))
+            )
+            groups.append(
+                Group(width, start, row - start, offset, row if mixed_start is None else mixed_start, columns, own)
+            )
+        self.groups = tuple(groups)
+        self.num_rows = row
+        self._num_elements = element
+        self.widths = tuple(tables[n].output_width for n in names)
+        self.mixed_fields = tuple(i for i, n in enumerate(names) if tables[n].mixed)
+        self.is_equal_width = all(w == self.width for w in self.widths)
+        self.has_projections = any(projects(tables[n]) for n in names)
+
+        self._buffer("group_starts", torch.tensor([g.start for g in groups] + [row], dtype=torch.int32))
+        starts = [
+            0 if tables[n].mixed else self.segment_starts[n][0]
+            for f, n in zip(fields, names, strict=True)
+            for _ in range(f.length)
+        ]
+        self._buffer("shift_C", torch.tensor(starts, dtype=torch.int32))
+        field_of_column = [i for i, f in enumerate(fields) for _ in range(f.length)]
+        self._mixed_columns = [c for c, i in enumerate(field_of_column) if i in self.mixed_fields]
+        if self._mixed_columns:
+            self._lay_out_mixed([names[field_of_column[c]] for c in self._mixed_columns])
+        for number, group in enumerate(groups):
+            self._buffer(f"columns_{number}", torch.tensor(group.columns, dtype=torch.int64))
+        self.is_pooled = any(f.length > 1 or f.type == "multi" for f in fields)
+        self._lengths = [f.length for f in fields]
+        self._buffer("mean_F", torch.tensor([f.pooling == "mean" for f in fields]))
+        self._buffer("field_of_column_C", torch.tensor(field_of_column, dtype=torch.int64))
+
+        # Where output column s stands in the full width, its field, and - for gathers of single elements - its address.
+        place_S = [c for n in names for c in tables[n].columns]
+        field_S = [i for i, w in enumerate(self.widths) for _ in range(w)]
+        self._buffer(
+            "place_S",
+            torch.tensor([i * self.width + c for i, c in zip(field_S, place_S, strict=True)], dtype=torch.int64),
+        )
+        fixed = torch.zeros(len(place_S), self.width)
+        fixed[range(len(place_S)), place_S] = 1.0
+        own_rows = [s for s, i in enumerate(field_S) if projects(tables[names[i]])]
+        self.projected_columns = own_rows
+        if not self.is_equal_width:
+            fixed[own_rows] = 0.0
+            self._buffer("fixed_projection_SD", fixed)
+            field_of_output = torch.tensor(field_S)
+            self._buffer("same_field_SS", (field_of_output[:, None] == field_of_output[None, :]).to(torch.float32))
+            self._buffer("projected_S", torch.tensor(own_rows, dtype=torch.int64))
+        if not self.mixed_fields and not self.is_pooled:
+            group_of = {i: g for g in groups for i in g.fields}
+            address = [
+                group_of[i].offset + (self.segment_starts[names[i]][0] - group_of[i].start) * w
+                for i, w in enumerate(self.widths)
+            ]
+            within = np.concatenate([np.arange(w) for w in self.widths]) if self.widths else np.zeros(0)
+            self._buffer("element_S", torch.tensor(within + np.repeat(address, self.widths), dtype=torch.int64))
+            self._buffer("field_S", torch.tensor(field_S, dtype=torch.int64))
+            self._buffer("width_S", torch.tensor(np.repeat(self.widths, self.widths), dtype=torch.int64))
+
+    def _lay_out_mixed(self, names: list[str]) -> None:
+        """Index buffers that take an id of a mixed table to its storage row, by the segment it lies in."""
+        tables = {table.name: table for table in self.plan.tables}
+        first_id, bounds, shifts = {}, [], []
+        total = 0
+        for name in dict.fromkeys(names):
+            first_id[name] = total
+            local = 0
+            for (rows, _), start in zip(tables[name].segments, self.segment_starts[name], strict=True):
+                bounds.append(total + local)
+                shifts.append(start - total - local)
+                local += rows
+            total += local
+        self._buffer("mixed_C", torch.tensor(self._mixed_columns, dtype=torch.int64))
+        self._buffer("mixed_first_id", torch.tensor([first_id[n] for n in names], dtype=torch.int32))
+        self._buffer("mixed_bounds", torch.tensor(bounds, dtype=torch.int32))
+        self._buffer("mixed_shifts", torch.tensor(shifts, dtype=torch.int32))
+
+    def _buffer(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value, persistent=False)
+
+    def _init_projections(self, generator: torch.Generator | None) -> None:
+        widths = [self.widths[i] for i in range(self.num_fields) for _ in range(self.widths[i])]
+        if self.has_projections:
+            std = torch.tensor([widths[s] ** -0.5 for s in self.projected_columns])
+            noise = torch.empty(len(self.projected_columns), self.width).normal_(generator=generator)
+            self.projection = nn.Parameter(noise * std[:, None])
+        self.shared_projections = nn.ParameterDict(
+            {
+                str(s): nn.Parameter(torch.empty(s, self.width).normal_(0, s**-0.5, generator=generator))
+                for s in self.plan.shared_projection_widths
+            }
+        )
+
+    @torch.no_grad()
+    def _zero_special_rows(self) -> None:
+        """OOV and DROPPED rows start at zero, so that an untrained one is no noise."""
+        for table in self.plan.tables:
+            special = [] if table.dropped_id is None else [table.dropped_id]
+            oov = table.oov_id()
+            for row in special + ([] if oov is None else [oov]):
+                self.set_rows(table.name, np.array([row]), torch.zeros(1, self.width))
+
+    # ---- reading and writing rows by table --------------------------------------------------------------------
+
+    def group_view(self, group: Group) -> Tensor:
+        """The (num_rows, width) view of a group's rows."""
+        return self.weight[group.offset : group.offset + group.num_rows * group.width].view(group.num_rows, group.width)
+
+    def storage_rows(self, name: str, ids: np.ndarray) -> np.ndarray:
+        """Storage rows of compact ids of a table."""
+        table = next(t for t in self.plan.tables if t.name == name)
+        ends = np.cumsum([rows for rows, _ in table.segments])
+        segment = np.searchsorted(ends, ids, side="right")
+        starts = ends - [rows for rows, _ in table.segments]
+        return ids - starts[segment] + np.array(self.segment_starts[name])[segment]
+
+    @torch.no_grad()
+    def get_rows(self, name: str, ids: np.ndarray) -> list[tuple[np.ndarray, Tensor]]:
+        """Stored rows of a table, by width: (positions in `ids`, values (n, width)) for each width among them."""
+        rows = self.storage_rows(name, ids)
+        found = []
+        for group in self.groups:
+            inside = np.flatnonzero((rows >= group.start) & (rows < group.start + group.num_rows))
+            if len(inside):
+                index = torch.from_numpy(rows[inside] - group.start).to(self.weight.device)
+                found.append((inside, self.group_view(group)[index]))
+        return found
+
+    @torch.no_grad()
+    def set_rows(self, name: str, ids: np.ndarray, values_ND: Tensor) -> None:
+        """Write rows of a table; of each value as many leading columns are taken as the row stores."""
+        rows = self.storage_rows(name, ids)
+        for group in self.groups:
+            inside = np.flatnonzero((rows >= group.start) & (rows < group.start + group.num_rows))
+            if len(inside):
+                index = torch.from_numpy(rows[inside] - group.start).to(self.weight.device)
+                values = values_ND[torch.from_numpy(inside).to(values_ND.device), : group.width]
+                self.group_view(group)[index] = values.to(self.weight)
+
+    # ---- optimiser and gates ----------------------------------------------------------------------------------
+
+    def attach(self, optimizer: RowOptimizer | None) -> None:
+        """Let a row-sparse optimiser own the updates (None: release the tables, all decay owed being settled)."""
+        self.settle()
+        self.lookups.clear()
+        self._optimizer = optimizer
+
+    def settle(self) -> None:
+        """Apply the decay that untouched rows are owed; needed before weights are read from outside."""
+        if self._optimizer is not None:
+            self._optimizer.catch_up(None)
+
+    def __getstate__(self) -> dict:
+        # A copy (deepcopy, a saved module) has settled weights and no optimiser of its own.
+        self.settle()
+        return {**super().__getstate__(), "_optimizer": None, "lookups": [], "slot_gate": None, "row_gate": None}
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        self.settle()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    @contextmanager
+    def gated(self, slot_gate: SlotGate | None = None, row_gate: RowGate | None = None) -> Iterator[None]:
+        """Apply gates inside a `with` block; see the class attributes. Gates do not nest."""
+        if self.slot_gate is not None or self.row_gate is not None:
+            raise EmbtrimError("these tables are gated already; gates do not nest")
+        self.slot_gate, self.row_gate = slot_gate, row_gate
+        try:
+            yield
+        finally:
+            self.slot_gate = self.row_gate = None
+
+    # ---- forward ----------------------------------------------------------------------------------------------
+
+    def forward(self, ids_BC: Tensor) -> EmbeddingViews:
+        """Look up a batch.
+
+        Args:
+            ids_BC: integer ids local to their table, PAD = -1; one column an id column of the schema.
+        """
+        assert ids_BC.shape[1] == len(self.shift_C), f"ids have {ids_BC.shape[1]} columns, tables {len(self.shift_C)}"
+        pool_BC = self._pool_weights(ids_BC) if self.is_pooled else None
+        learns = self._optimizer is not None and self.training and torch.is_grad_enabled()
+        if self._optimizer is not None and not learns:
+            self.settle()
+        if learns or self.row_gate is not None:
+            concat, first_order = self._forward_distinct(ids_BC, pool_BC, learns)
+        elif len(ids_BC) <= ELEMENT_GATHER_ROWS and hasattr(self, "element_S"):
+            index_BS = ids_BC[:, self.field_S] * self.width_S + self.element_S
+            concat = self.weight[index_BS]
+            first_order = None if self.first_order is None else self.first_order[ids_BC + self.shift_C].sum(1)
+        else:
+            concat, first_order = self._forward_direct(ids_BC, pool_BC)
+        if self.slot_gate is not None:
+            concat = self.slot_gate(concat)
+        return EmbeddingViews(self, concat, first_order)
+
+    def _pool_weights(self, ids_BC: Tensor) -> Tensor:
+        """(B, C) factor of each id column: 0 for PAD, and 1 / count where a field takes the mean."""
+        used_BC = (ids_BC != PAD).to(self.weight.dtype)
+        count_BF = used_BC.new_zeros(len(ids_BC), self.num_fields).index_add(1, self.field_of_column_C, used_BC)
+        scale_BF = torch.where(self.mean_F, 1 / count_BF.clamp(min=1), 1.0)
+        return used_BC * scale_BF[:, self.field_of_column_C]
+
+    def storage_ids(self, ids_BC: Tensor) -> Tensor:
+        """(B, C) storage rows of a batch of ids; PAD reads row 0 of its table, with weight zero."""
+        ids_BC = ids_BC.clamp(min=0) if self.is_pooled else ids_BC
+        rows_BC = (ids_BC + self.shift_C).to(torch.int32)
+        if self._mixed_columns:
+            key = (ids_BC[:, self.mixed_C] + self.mixed_first_id).to(torch.int32)
+            segment = torch.searchsorted(self.mixed_bounds, key, right=True) - 1
+            rows_BC = rows_BC.index_copy(1, self.mixed_C, key + self.mixed_shifts[segment])
+        return rows_BC
+
+    def _forward_distinct(self, ids_BC: Tensor, pool_BC: Tensor | None, learns: bool) -> tuple[Tensor, Tensor | None]:
+        """Look up each distinct row once, then expand; gates and gradients see the distinct rows."""
+        rows_BC = self.storage_ids(ids_BC)
+        rows_U, inverse = torch.unique(rows_BC, return_inverse=True)
+        edges = torch.searchsorted(rows_U, self.group_starts).tolist()
+        bounds = list(itertools.pairwise(edges))
+        if learns:
+            assert self._optimizer is not None
+            self._optimizer.catch_up(rows_U)
+        lookup = Lookup(rows_U, bounds, [])
+        sources, indices, projected = [], [], []
+        for number, (group, (low, high)) in enumerate(zip(self.groups, bounds, strict=True)):
+            rows_g = rows_U[low:high]
+            found = self._read(self.group_view(group), rows_g - group.start, learns, lookup)
+            lookup.leaves.append(found)
+            if self.row_gate is not None:
+                found = self.row_gate(rows_g, found)
+            sources.append(found)
+            columns = self.get_buffer(f"columns_{number}")
+            indices.append(inverse if len(group.columns) == inverse.shape[1] else inverse[:, columns] - low)
+            if group.has_mixed:
+                cut = int(torch.searchsorted(rows_g, group.mixed_start))
+                projected.append((low + cut, high, self._project(group, found[cut:])))
+        mixed = None
+        if self._mixed_columns:
+            # Distinct rows of mixed tables, all at width D now, in the order of rows_U.
+            position_U = torch.zeros(len(rows_U), dtype=torch.int64, device=rows_U.device)
+            filled = 0
+            for low, high, _ in projected:
+                position_U[low:high] = torch.arange(filled, filled + high - low, device=rows_U.device)
+                filled += high - low
+            source = torch.cat([values for _, _, values in projected])
+            index = position_U[inverse[:, self.mixed_C]]
+            mixed = source.index_select(0, index.reshape(-1)).view(*index.shape, self.width)
+        first_order = None
+        if self.first_order is not None:
+            first_U = self._read(self.first_order, rows_U, learns, lookup)
+            lookup.first_order_U = first_U
+            first_BC = first_U.index_select(0, inverse.reshape(-1)).view(inverse.shape)
+            first_order = (first_BC if pool_BC is None else first_BC * pool_BC).sum(1)
+        return self._assemble(sources, indices, mixed, pool_BC), first_order
+
+    def _read(self, source: Tensor, rows: Tensor, learns: bool, lookup: Lookup) -> Tensor:
+        """Rows of `source`; where a row optimiser learns, as a leaf that enters `lookup` once it has a gradient."""
+        if not learns:
+            return source.index_select(0, rows)
+        leaf = source.detach().index_select(0, rows).requires_grad_()
+        leaf.register_post_accumulate_grad_hook(lambda _: self._note(lookup))
+        return leaf
+
+    def _note(self, lookup: Lookup) -> None:
+        if not lookup.has_gradient:
+            lookup.has_gradient = True
+            self.lookups.append(lookup)
+
+    def _forward_direct(self, ids_BC: Tensor, pool_BC: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Gather every id from its group's view."""
+        rows_BC = self.storage_ids(ids_BC)
+        sources = [self.group_view(group) for group in self.groups]
+        indices = [rows_BC[:, self.get_buffer(f"columns_{n}")] - g.start for n, g in enumerate(self.groups)]
+        mixed = None
+        if self._mixed_columns:
+            rows = rows_BC[:, self.mixed_C]
+            mixed = rows.new_zeros((*rows.shape, self.width), dtype=self.weight.dtype)
+            for group, source in zip(self.groups, sources, strict=True):
+                if group.width == 0 or not group.has_mixed:
+                    continue
+                local = rows - group.start
+                inside = (local >= 0) & (local < group.num_rows)
+                found = source.index_select(0, (local * inside).reshape(-1))
+                mixed = mixed + self._project(group, found).view(mixed.shape) * inside[..., None]
+        first_order = None
+        if self.first_order is not None:
+            first_BC = self.first_order.index_select(0, rows_BC.reshape(-1)).view(rows_BC.shape)
+            first_order = (first_BC if pool_BC is None else first_BC * pool_BC).sum(1)
+        return self._assemble(sources, indices, mixed, pool_BC), first_order
+
+    def _project(self, group: Group, values: Tensor) -> Tensor:
+        """Rows of mixed tables at width D: x W_s (PME), width D as it is, width 0 as zero."""
+        if group.width == self.width:
+            return values
+        if group.width == 0:
+            return values.new_zeros(len(values), self.width)
+        return values @ self.shared_projections[str(group.width)]
+
+    def _assemble(
+        self, sources: list[Tensor], indices: list[Tensor], mixed: Tensor | None, pool_BC: Tensor | None
+    ) -> Tensor:
+        """(B, S): expand each group's rows by its index (B, columns), pool multi-valued fields, order the fields."""
+        outputs: dict[int, Tensor] = {}
+        for number, (group, source, index) in enumerate(zip(self.groups, sources, indices, strict=True)):
+            if not group.fields or group.width == 0:
+                continue
+            found = source.index_select(0, index.reshape(-1)).view(*index.shape, group.width)
+            if pool_BC is None and len(group.fields) == self.num_fields:
+                return found.view(len(found), -1)
+            weights = None if pool_BC is None else pool_BC[:, self.get_buffer(f"columns_{number}")]
+            self._split_fields(outputs, found, group.fields, weights)
+        if mixed is not None:
+            weights = None if pool_BC is None else pool_BC[:, self.mixed_C]
+            self._split_fields(outputs, mixed, self.mixed_fields, weights)
+        if not outputs:
+            return self.weight.new_zeros(len(indices[0]), 0)
+        return torch.cat([outputs[i] for i in sorted(outputs)], 1)
+
+    def _split_fields(
+        self, outputs: dict[int, Tensor], found_BCW: Tensor, fields: tuple[int, ...], weights_BC: Tensor | None
+    ) -> None:
+        """Add each field's pooled (B, width) output to `outputs`."""
+        if weights_BC is not None:
+            found_BCW = found_BCW * weights_BC[..., None]
+        parts = found_BCW.split([self._lengths[i] for i in fields], 1)
+        for i, part in zip(fields, parts, strict=True):
+            outputs[i] = part.sum(1) if self._lengths[i] > 1 else part.squeeze(1)
+
+    # ---- alignment --------------------------------------------------------------------------------------------
+
+    def projection_SD(self) -> Tensor:
+        """(S, D) stacked projections P_f: 0/1 where a field is scattered or full, learned where it is projected."""
+        if self.has_projections:
+            return self.fixed_projection_SD.index_copy(
+                0, self.projected_S, self.projection.to(self.fixed_projection_SD.dtype)
+            )
+        return self.fixed_projection_SD
+
+    def align(self, concat_BS: Tensor) -> Tensor:
+        """(B, F, D): each field's output at the full width."""
+        shape = (len(concat_BS), self.num_fields, self.width)
+        if self.is_equal_width:
+            return concat_BS.view(shape)
+        flat_size = self.num_fields * self.width
+        if not self.has_projections:
+            return concat_BS.new_zeros(len(concat_BS), flat_size).index_copy(1, self.place_S, concat_BS).view(shape)
+        # One product with the block matrix Q, whose block of field f is P_f.
+        field_of_output = torch.div(self.place_S, self.width, rounding_mode="floor")
+        blocks = torch.nn.functional.one_hot(field_of_output, self.num_fields).to(concat_BS.dtype)
+        q = blocks[:, :, None] * self.projection_SD().to(concat_BS.dtype)[:, None, :]
+        return (concat_BS @ q.view(-1, flat_size)).view(shape)
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        widths = ", ".join(f"{g.num_rows:,} x {g.width}" for g in self.groups)
+        return f"fields={self.num_fields}, rows by width: {widths}, first_order={self.first_order is not None}"
+
+
+def full_tables(
+    schema: Schema,
+    width: int,
+    first_order: bool = False,
+    init_std: float = 1e-4,
+    generator: torch.Generator | None = None,
+) -> EmbeddingTables:
+    """Tables that store everything at one width."""
+    if width < 0:
+        raise PlanError(f"embedding_dim must be 0 or more, given {width}")
+    return EmbeddingTables(schema, SizePlan.full(schema, width, first_order), init_std, generator)
