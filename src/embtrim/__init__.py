@@ -1,1 +1,68 @@
-"""embtrim: right-sized embedding tables for recommender and CTR models."""
+"""embtrim: right-sized embedding tables for recommender and CTR models.
+
+The names below are the public face; they are loaded on first use, so that `import embtrim` stays light.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from embtrim import models
+    from embtrim.budget import Budget
+    from embtrim.bundle import load_bundle, save
+    from embtrim.catalog import load
+    from embtrim.compaction import compact, verify
+    from embtrim.encoding import encode
+    from embtrim.errors import EmbtrimError
+    from embtrim.methods import RandomConfig, SSEDSConfig, UniformConfig, search
+    from embtrim.plan import SizePlan
+    from embtrim.schema import FieldSpec, Schema
+    from embtrim.sites import CTRTask, Task
+    from embtrim.train import TrainConfig, evaluate, fit
+
+_HOMES = {
+    "Budget": "budget",
+    "CTRTask": "sites",
+    "EmbtrimError": "errors",
+    "FieldSpec": "schema",
+    "RandomConfig": "methods",
+    "SSEDSConfig": "methods",
+    "Schema": "schema",
+    "SizePlan": "plan",
+    "Task": "sites",
+    "TrainConfig": "train",
+    "UniformConfig": "methods",
+    "compact": "compaction",
+    "encode": "encoding",
+    "evaluate": "train",
+    "fit": "train",
+    "load": "catalog",
+    "load_bundle": "bundle",
+    "models": "models",
+    "save": "bundle",
+    "search": "methods",
+    "verify": "compaction",
+}
+
+__all__ = [  # noqa: RUF022 (in the order of the way through the house)
+    "encode", "load", "models", "fit", "evaluate", "search", "verify", "compact", "save", "load_bundle",
+    "Task", "CTRTask", "Budget", "SizePlan", "Schema", "FieldSpec", "TrainConfig",
+    "SSEDSConfig", "UniformConfig", "RandomConfig", "EmbtrimError",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'embtrim' has no attribute {name!r}")
+    home = import_module(f"embtrim.{_HOMES[name]}")
+    value = home if _HOMES[name] == name else getattr(home, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from embtrim.errors import DataError
+from embtrim.plan import SizePlan
 from embtrim.schema import PAD, Schema
 
 FORMAT_VERSION = 1
@@ -171,7 +172,7 @@ class EncodedDataset:
 
     def value_counts(self, split: str = "train") -> dict[str, np.ndarray]:
         """How often each row of each table occurs in a split: int64 (rows,) by table name. PAD is not counted."""
-        sizes = {name: len(self.id_maps[name]) if name in self.id_maps else n for name, n in self.schema.tables.items()}
+        sizes = self.schema.tables
         counts = {name: np.zeros(n, np.int64) for name, n in sizes.items()}
         ids = self.split(split).ids
         for start in range(0, len(ids), WINDOW_ROWS):
@@ -179,11 +180,19 @@ class EncodedDataset:
             for field, columns in zip(self.schema.id_fields, self.schema.column_slices, strict=True):
                 used = block[:, columns].ravel()
                 counts[field.table_name] += np.bincount(used[used != PAD], minlength=sizes[field.table_name])
-        if not self.id_maps:
-            return counts
         for name, id_map in self.id_maps.items():
             counts[name] = np.bincount(id_map, weights=counts[name], minlength=int(id_map.max()) + 1).astype(np.int64)
         return counts
+
+    def recode(self, plan: SizePlan) -> EncodedDataset:
+        """The same data with the ids of a compact model; a field-level plan changes none.
+
+        Raises:
+            PlanError: the plan was made for another schema.
+        """
+        plan.check_schema(self.schema)
+        id_maps = {table.name: table.id_map() for table in plan.tables}
+        return self.with_id_maps({name: id_map for name, id_map in id_maps.items() if id_map is not None})
 
     def with_id_maps(self, id_maps: Mapping[str, np.ndarray]) -> EncodedDataset:
         """The same data with ids re-numbered while reading: `id_maps[table][stored id]` is the id batches carry."""

@@ -138,6 +138,23 @@ class EmbeddingTables(nn.Module):
         PlanError: the plan was made for another schema.
     """
 
+    # Index buffers, derived from the plan; see _lay_out.
+    group_starts: Tensor
+    shift_C: Tensor
+    mean_F: Tensor
+    field_of_column_C: Tensor
+    place_S: Tensor
+    element_S: Tensor
+    field_S: Tensor
+    width_S: Tensor
+    fixed_projection_SD: Tensor
+    same_field_SS: Tensor
+    projected_S: Tensor
+    mixed_C: Tensor
+    mixed_first_id: Tensor
+    mixed_bounds: Tensor
+    mixed_shifts: Tensor
+
     def __init__(
         self, schema: Schema, plan: SizePlan, init_std: float = 1e-4, generator: torch.Generator | None = None
     ) -> None:
@@ -288,6 +305,8 @@ class EmbeddingTables(nn.Module):
             oov = table.oov_id()
             for row in special + ([] if oov is None else [oov]):
                 self.set_rows(table.name, np.array([row]), torch.zeros(1, self.width))
+                if self.first_order is not None:
+                    self.first_order[int(self.storage_rows(table.name, np.array([row]))[0])] = 0.0
 
     # ---- reading and writing rows by table --------------------------------------------------------------------
 

@@ -1,1 +1,33 @@
 """Search methods, one file each: search(task, config, budget, seed) -> SizePlan."""
+
+from __future__ import annotations
+
+from embtrim.budget import Budget
+from embtrim.config import Config
+from embtrim.methods.random import RandomConfig
+from embtrim.methods.registry import METHODS, Method, method_named, method_of
+from embtrim.methods.sseds import SSEDSConfig
+from embtrim.methods.uniform import UniformConfig
+from embtrim.plan import SizePlan
+from embtrim.sites import Task
+
+__all__ = ["METHODS", "Method", "RandomConfig", "SSEDSConfig", "UniformConfig", "method_named", "method_of", "search"]
+
+
+def search(task: Task, config: Config, budget: str | Budget, seed: int = 0) -> SizePlan:
+    """Find what to keep of a task's embedding tables within a budget; the model is not changed.
+
+    Args:
+        task: a CTRTask, or a Task around any module.
+        config: settings of the method to use, such as `SSEDSConfig()`.
+        budget: such as "10%", "200MB" or "1.5M params".
+        seed: of everything random in the search; the same seed gives the same plan.
+
+    Raises:
+        BudgetError: the budget cannot be parsed or is below the smallest plan of the method.
+        ConfigError: `config` belongs to no method.
+    """
+    budget = Budget.parse(budget)
+    plan = method_of(config).search(task, config, budget, seed)
+    assert plan.num_params <= plan.max_params(budget), "a search exceeded its budget"
+    return plan

@@ -1,0 +1,881 @@
+"""Encode a raw log into an EncodedDataset: schema, splits, vocabulary from the training rows, ids on disk.
+
+The log is read in passes, chunk by chunk: (0) the time column, if a split by quantiles of time asks for it; (1) columns
+whose transform is learned (quantile edges, mean and std); (2) all fields, counting values; (3) all fields again, writing
+ids. Passes 0-2 see training rows only. The writer appends, so nothing but the chunk at hand and the vocabulary is in
+memory.
+
+Memory: bounded whatever the number of rows, by about 400 MB for 16 MB chunks of text or slices of parquet, plus what
+distinct values take: about 250 bytes for each distinct value of the training rows (those below min_count included), or
+none for a hashed field. Quantiles (of fields and of time) are exact up to SAMPLE_ROWS values, and beyond that come from a
+seeded sample of that many rows.
+
+Splits do not depend on the size of chunks: a row's part is a hash (splitmix64) of the seed and of its index in the log.
+
+The output is written to a temporary folder beside the target and renamed: a run that fails, or is interrupted, leaves the
+target as it was, and the next run removes what a killed one has left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import glob
+import json
+import logging
+import os
+import re
+import shutil
+import struct
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+import polars as pl
+from pydantic import model_validator
+
+from embtrim.config import Config
+from embtrim.dataset import FORMAT_VERSION, SPLITS, EncodedDataset
+from embtrim.encoder import Encoder, ValueCounter, digest, id_values, needed_columns, to_numbers
+from embtrim.errors import ConfigError, DataError
+from embtrim.reading import CHUNK_BYTES, Chunk, Format, RawLog, ReadOptions, Source, SparseText, open_log
+from embtrim.schema import FieldSpec, Schema
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_ROWS = 1 << 18  # at this size a quantile edge is off by about 0.1% of the rows
+INFER_ROWS = 100_000
+
+_LABEL_NAMES = ("label", "click", "clicked", "is_click", "clk", "target", "y", "conversion", "is_clicked")
+_TIME_NAMES = ("timestamp", "time", "datetime", "date", "ts", "time_stamp", "event_time", "created_at")
+_ID_NAME = re.compile(r"(^|_)(id|ids|code|zip|zipcode|user|item|ad|hash|category|cate|brand|site|app)($|_)|[a-z]Id$")
+
+
+class Split(Config):
+    """How one log is divided into training, validation and test rows.
+
+    Attributes:
+        by: "ratio" draws each row's part at random; "time" cuts along the schema's time column.
+        ratio: parts of the whole for train, valid, test; a part of 0 leaves that split out.
+        cuts: by time only: train is before the first cut, valid before the second, test the rest (one cut: no test). None
+            means quantiles of time according to `ratio`; rows of one moment are never parted.
+    """
+
+    by: Literal["ratio", "time"] = "ratio"
+    ratio: tuple[float, float, float] = (8.0, 1.0, 1.0)
+    cuts: tuple[str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Split:
+        if min(self.ratio) < 0 or not np.isfinite(sum(self.ratio)) or self.ratio[0] <= 0:
+            raise ValueError("ratio needs a positive part for train, and none below 0, such as 8:1:1")
+        if self.cuts is not None and (self.by != "time" or len(self.cuts) not in (1, 2)):
+            raise ValueError("cuts are one or two values of the time column, for by = 'time'")
+        return self
+
+    @classmethod
+    def from_text(cls, text: str) -> Split:
+        """Parse `8:1:1`, `time:8:1:1` or `time:2024-01-25,2024-01-28` (cuts are separated by commas).
+
+        Raises:
+            ConfigError: the text is none of these.
+        """
+        by, rest = ("time", text[5:]) if text.startswith("time:") else ("ratio", text)
+        try:
+            ratio = tuple(float(part) for part in rest.split(":"))
+        except ValueError:
+            ratio = ()
+        if len(ratio) == 3:
+            return cls.parse({"by": by, "ratio": ratio}, where=f"split {text}")
+        if by == "time":
+            cuts = tuple(cut.strip() for cut in rest.split(",") if cut.strip())
+            return cls.parse({"by": by, "cuts": cuts}, where=f"split {text}")
+        raise ConfigError(f"split {text!r} is not understood; allowed: 8:1:1, time:8:1:1, time:CUT,CUT")
+
+
+def encode(
+    source: Source,
+    schema: Schema | str | Path | None = None,
+    *,
+    label: str | None = None,
+    out: str | Path,
+    split: Split | str | None = None,
+    valid: Source | None = None,
+    test: Source | None = None,
+    seed: int = 0,
+    format: Format | None = None,
+    header: bool = True,
+    columns: Sequence[str] | None = None,
+    separator: str | None = None,
+    encoding: Literal["utf-8", "latin-1"] = "utf-8",
+    quoted: bool | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> EncodedDataset:
+    """Encode a raw log into a folder and open it.
+
+    Args:
+        source: path, paths, glob, folder or polars DataFrame; the training rows if `valid` or `test` is given.
+        schema: the fields, or a TOML file with them; None infers a draft and writes it to `<out>.schema.toml`.
+        label: the label column; needed without a schema unless the column has a usual name (label, click, ..).
+        out: folder to write.
+        split: how `source` is divided, such as "8:1:1" (the default) or "time:8:1:1"; with `valid` and `test` given,
+            all of `source` is for training, unless a split is asked for whose parts for the given files are 0.
+        valid: a log with the validation rows.
+        test: a log with the test rows.
+        seed: of the random split and of the sample for quantiles.
+        format: see `ReadOptions`, like `header`, `columns`, `separator`, `encoding` and `quoted`.
+        header: whether the first line of text names the columns.
+        columns: names of the columns.
+        separator: between cells of text.
+        encoding: of text.
+        quoted: whether `"` quotes cells.
+        overwrite: replace an encoded dataset at `out`; anything else there is never touched.
+        progress: show a bar on stderr for what takes longer than two seconds.
+        chunk_bytes: bytes of text read at a time.
+
+    Raises:
+        DataError: a column is missing; a label, number or weight cannot be used (with file and line); a split is empty or
+            has one class only; `out` exists; the disk is full.
+
+    Example:
+        >>> import polars as pl, tempfile
+        >>> log = pl.DataFrame({"click": [0, 1] * 50, "user": ["ann", "bob", "eve", "eve"] * 25})
+        >>> data = encode(log, label="click", out=tempfile.mkdtemp() + "/data")
+        >>> data.schema.tables
+        {'user': 4}
+    """
+    started = time.perf_counter()
+    options = ReadOptions(
+        format=format,
+        header=header,
+        columns=None if columns is None else tuple(columns),
+        separator=separator,
+        encoding=encoding,
+        quoted=quoted,
+    )
+    target = Path(out).expanduser()
+    _check_target(target, overwrite)
+    logs = {"train": open_log(source, options)}
+    for name, given in (("valid", valid), ("test", test)):
+        if given is not None:
+            logs[name] = open_log(given, options)
+    chosen = _choose_split(split, given=[name for name in logs if name != "train"])
+    draft_path = None
+    if schema is None:
+        schema = _infer(logs["train"], label)
+        draft_path = target.with_name(target.name + ".schema.toml")
+        _write_draft(schema, draft_path)
+    elif isinstance(schema, (str, Path)):
+        schema = Schema.load_draft(schema)
+    if label is not None and label != schema.label:
+        schema = schema.replace(label=label)
+    schema = _as_draft(schema)
+    if chosen is not None and chosen.by == "time" and schema.time is None:
+        raise DataError("a split by time needs the schema's time column; set time = '<column>' in the schema")
+    for name, log in logs.items():
+        by_time = name == "train" and chosen is not None and chosen.by == "time"
+        log.require(_raw_columns(schema, with_time=by_time))
+
+    bar = _Bar(progress)
+    with _atomic_folder(target, overwrite) as folder, bar:
+        splitter = _Splitter(chosen, schema, seed)
+        splitter.learn_cuts(logs["train"], chunk_bytes, bar)
+        training = _TrainingRows(logs["train"], splitter, chunk_bytes, bar)
+        encoder = _fit_encoder(schema, training, seed)
+        parts = {name: (log, splitter if name == "train" else SPLITS.index(name)) for name, log in logs.items()}
+        num_rows, positives = _write_splits(folder, encoder, parts, chunk_bytes, bar)
+        _check_splits(num_rows, positives, schema.label, chosen, list(logs))
+        encoder.save(folder)
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "num_rows": num_rows,
+            "positives": positives,
+            "sources": {name: log.describe() for name, log in logs.items()},
+            "read_options": options.model_dump(mode="json", exclude_none=True),
+            "split": None if chosen is None else {**chosen.model_dump(mode="json"), "cuts": splitter.cuts},
+            "seed": seed,
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
+    listed = ", ".join(f"{name} {n:,}" for name, n in num_rows.items())
+    logger.info("encoded %s rows into %s in %.1f s", listed, target, time.perf_counter() - started)
+    return EncodedDataset.load(target)
+
+
+# --- splits -----------------------------------------------------------------------------------------------------------
+
+
+def _choose_split(split: Split | str | None, given: Sequence[str]) -> Split | None:
+    """The split of the main log; None if all of it is for training."""
+    if split is None:
+        return None if given else Split()
+    chosen = Split.from_text(split) if isinstance(split, str) else split
+    for name in given:
+        if chosen.cuts is not None or chosen.ratio[SPLITS.index(name)] > 0:
+            raise DataError(
+                f"a {name} log is given, and the split also cuts {name} rows out of the main log; give a ratio whose part for "
+                f"{name} is 0, such as {'9:1:0' if name == 'test' else '9:0:1'}, or no split"
+            )
+    return chosen
+
+
+class _Splitter:
+    """Says which split each row of the main log belongs to: int8 (N,), an index into SPLITS."""
+
+    def __init__(self, split: Split | None, schema: Schema, seed: int) -> None:
+        self.split = split
+        self.seed = seed
+        self.column = schema.time if split is not None and split.by == "time" else None
+        self.cuts: list[str | float] | None = None
+        self._is_text: bool | None = None
+
+    def learn_cuts(self, log: RawLog, chunk_bytes: int, bar: _Bar) -> None:
+        """Find the moments at which to cut, from the split's settings or from the log's quantiles of time."""
+        if self.column is None:
+            return
+        assert self.split is not None
+        if self.split.cuts is not None:
+            chunk = next(iter(log.chunks([self.column], chunk_bytes)), None)
+            if chunk is None:
+                raise DataError(f"{log.name} holds no rows")
+            times = self._times(chunk)
+            try:
+                cuts = [cut if self._is_text else float(cut) for cut in self.split.cuts]
+            except ValueError:
+                raise DataError(
+                    f"time column {self.column!r} holds numbers such as {times[0]!r}, the cuts are {', '.join(self.split.cuts)}"
+                ) from None
+            if chunk.frame.schema[self.column].is_temporal():
+                cuts = [str(cut).replace("T", " ") for cut in cuts]
+            if cuts != sorted(cuts):
+                raise DataError(f"time cuts must not decrease; given {', '.join(self.split.cuts)}")
+            self.cuts = list(cuts)
+            return
+        sample = _Sample(self.seed)
+        for chunk in log.chunks([self.column], chunk_bytes):
+            sample.add(chunk.first_row, self._times(chunk))
+            bar.update("reading times", chunk.done)
+        times = sample.values().sort()
+        if not len(times):
+            raise DataError(f"{log.name} holds no rows")
+        bounds = np.cumsum(self.split.ratio)[:2] / sum(self.split.ratio)
+        ends = [times[min(len(times) - 1, int(len(times) * bound))] for bound in bounds]
+        # A part of 0 leaves its split out: no row lies after the last moment.
+        self.cuts = ends if self.split.ratio[2] > 0 else ends[:1]
+
+    def assign(self, chunk: Chunk) -> np.ndarray:
+        """The split of each row of a chunk."""
+        num_rows = chunk.frame.height
+        if self.split is None:
+            return np.zeros(num_rows, np.int8)
+        if self.column is None:
+            draw_N = (_random_bits(chunk.first_row, num_rows, self.seed) >> np.uint64(11)) * 2.0**-53
+            bounds = np.cumsum(self.split.ratio)[:2] / sum(self.split.ratio)
+            return ((draw_N >= bounds[0]).astype(np.int8) + (draw_N >= bounds[1])).astype(np.int8)
+        assert self.cuts is not None
+        times = self._times(chunk)
+        return sum(((times >= cut).to_numpy().astype(np.int8) for cut in self.cuts), np.zeros(num_rows, np.int8))
+
+    def _times(self, chunk: Chunk) -> pl.Series:
+        """Times as numbers, or as text that sorts (ISO)."""
+        assert self.column is not None
+        raw = chunk.frame[self.column]
+        times = raw
+        if raw.dtype.is_temporal():
+            self._is_text, times = True, raw.cast(pl.String)
+        elif raw.dtype.is_numeric():
+            self._is_text, times = False, raw.cast(pl.Float64).fill_nan(None)
+        elif raw.dtype == pl.String:
+            numbers = raw.cast(pl.Float64, strict=False).fill_nan(None)
+            if self._is_text is None:
+                self._is_text = numbers.null_count() > raw.null_count()
+            times = raw if self._is_text else numbers
+        else:
+            raise DataError(f"time column {self.column!r} holds {raw.dtype}; it must hold numbers, dates or ISO text")
+        bad = times.is_null().arg_true()
+        if len(bad):
+            raise DataError(
+                f"{chunk.locate(bad[0])}: time column {self.column!r} holds {raw[bad[0]]!r}, which cannot be ordered; "
+                "drop the row or split by ratio"
+            )
+        if raw.dtype == pl.String and self._is_text:
+            bad = raw.str.contains(r"^\d{1,2}[/.\-]").arg_true()
+            if len(bad):
+                raise DataError(
+                    f"{chunk.locate(bad[0])}: time column {self.column!r} holds {raw[bad[0]]!r}, which does not sort as text; "
+                    "write times as 2024-01-31 10:00:00 or as numbers"
+                )
+        return times
+
+
+def _random_bits(first_row: int, num_rows: int, seed: int) -> np.ndarray:
+    """splitmix64 of (seed, row index): uint64 (N,), the same however the log is cut into chunks."""
+    with np.errstate(over="ignore"):
+        z = np.arange(first_row, first_row + num_rows, dtype=np.uint64) + np.uint64((seed * 0xD1342543DE82EF95 + 1) % 2**64)
+        z *= np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+class _Sample:
+    """All values, or a uniform sample of SAMPLE_ROWS of them once there are more: those with the smallest random bits."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._bits: list[np.ndarray] = []
+        self._parts: list[pl.Series] = []
+
+    def add(self, first_row: int, values: pl.Series, rows: np.ndarray | None = None) -> None:
+        """Offer values, of rows `first_row` + `rows` (default: consecutive)."""
+        bits = _random_bits(first_row, len(values) if rows is None else int(rows.max(initial=-1)) + 1, self.seed + 1)
+        self._bits.append(bits if rows is None else bits[rows])
+        self._parts.append(values)
+        if sum(map(len, self._bits)) > 2 * SAMPLE_ROWS:
+            self._shrink()
+
+    def values(self) -> pl.Series:
+        """The sample."""
+        self._shrink()
+        return self._parts[0] if self._parts else pl.Series([], dtype=pl.Float64)
+
+    def _shrink(self) -> None:
+        if not self._parts:
+            return
+        bits, values = np.concatenate(self._bits), pl.concat(self._parts)
+        if len(bits) > SAMPLE_ROWS:
+            kept = np.argpartition(bits, SAMPLE_ROWS)[:SAMPLE_ROWS]
+            bits, values = bits[kept], values.gather(kept)
+        self._bits, self._parts = [bits], [values]
+
+
+# --- fitting ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _TrainingRows:
+    """The training rows of the main log, as often as they are asked for."""
+
+    log: RawLog
+    splitter: _Splitter
+    chunk_bytes: int
+    bar: _Bar
+
+    def chunks(self, columns: Sequence[str], stage: str) -> Iterator[tuple[Chunk, np.ndarray]]:
+        """Yield (chunk, bool (N,) is a training row)."""
+        if self.splitter.column is not None:
+            columns = [*columns, self.splitter.column]
+        for chunk in self.log.chunks(columns, self.chunk_bytes):
+            yield chunk, self.splitter.assign(chunk) == 0
+            self.bar.update(stage, chunk.done)
+
+
+def _fit_encoder(schema: Schema, training: _TrainingRows, seed: int) -> Encoder:
+    """Learn transforms and vocabularies from the training rows."""
+    transforms = _fit_transforms(schema, training, seed)
+    counter = ValueCounter(schema)
+    num_rows, positives = 0, 0
+    for chunk, is_train_N in training.chunks([schema.label, *needed_columns(schema)], "counting values"):
+        labels_N = read_labels(chunk, schema.label)[is_train_N]
+        values = id_values(chunk.frame, schema, transforms, chunk.locate)
+        counter.add(values.filter(pl.Series(is_train_N)))
+        num_rows += len(labels_N)
+        positives += int(labels_N.sum())
+    _check_split("train", num_rows, positives, schema.label, training.splitter.split)
+    vocabularies = counter.vocabularies()
+    fields = []
+    for field_spec in schema.fields:
+        if field_spec.type != "dense":
+            kept = field_spec.hash_size or vocabularies[field_spec.table_name].height
+            field_spec = field_spec.replace(vocab_size=1 + kept)
+        fields.append(field_spec)
+    encoded = schema.replace(fields=tuple(fields), vocabulary_digest=digest(vocabularies, transforms))
+    return Encoder(encoded, vocabularies, transforms)
+
+
+def _fit_transforms(schema: Schema, training: _TrainingRows, seed: int) -> dict[str, dict[str, Any]]:
+    """Quantile edges, and mean and std, from the training rows."""
+    fitted = [f for f in schema.fields if f.transform == "standard" or (f.transform or "").startswith("quantile:")]
+    if not fitted:
+        return {}
+    samples = {f.name: _Sample(seed) for f in fitted if f.transform != "standard"}
+    moments = {f.name: _Moments() for f in fitted if f.transform == "standard"}
+    columns = list(dict.fromkeys(f.raw_column for f in fitted))
+    for chunk, is_train_N in training.chunks(columns, "reading numbers"):
+        numbers = to_numbers(chunk.frame, fitted, schema, chunk.locate)
+        for name in samples:
+            rows = np.flatnonzero(is_train_N & numbers[name].is_not_null().to_numpy())
+            samples[name].add(chunk.first_row, numbers[name].gather(rows), rows)
+        for name, moment in moments.items():
+            moment.add(numbers[name].filter(pl.Series(is_train_N)).drop_nulls().to_numpy())
+    transforms: dict[str, dict[str, Any]] = {}
+    for f in fitted:
+        if f.transform == "standard":
+            transforms[f.name] = moments[f.name].result()
+        else:
+            num_buckets = int((f.transform or "").partition(":")[2])
+            transforms[f.name] = {"edges": quantile_edges(samples[f.name].values().to_numpy(), num_buckets)}
+    return transforms
+
+
+def quantile_edges(values: np.ndarray, num_buckets: int) -> list[float]:
+    """Edges that divide values into buckets of equal size as far as ties allow; rising, at most num_buckets - 1.
+
+    Example:
+        >>> quantile_edges(np.array([1.0, 2, 3, 4, 5, 6]), 3)
+        [3.0, 5.0]
+    """
+    ordered = np.sort(values)
+    if not len(ordered):
+        return []
+    edges = np.unique(ordered[len(ordered) * np.arange(1, num_buckets) // num_buckets])
+    return [float(edge) for edge in edges if edge > ordered[0]]
+
+
+@dataclass
+class _Moments:
+    """Count, mean and sum of squared deviations, merged chunk by chunk (Chan et al.)."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def add(self, values: np.ndarray) -> None:
+        if not len(values):
+            return
+        mean, count = float(values.mean()), self.count + len(values)
+        delta = mean - self.mean
+        self.squares += float(((values - mean) ** 2).sum()) + delta * delta * self.count * len(values) / count
+        self.mean += delta * len(values) / count
+        self.count = count
+
+    def result(self) -> dict[str, float]:
+        std = (self.squares / self.count) ** 0.5 if self.count else 0.0
+        return {"mean": self.mean, "std": std if std > 0 else 1.0}
+
+
+# --- labels and weights -----------------------------------------------------------------------------------------------
+
+
+def read_labels(chunk: Chunk, column: str) -> np.ndarray:
+    """Labels of a chunk: float32 (N,), 0 or 1.
+
+    Raises:
+        DataError: a label is missing, or is not 0, 1, true or false; names file and line.
+    """
+    raw = chunk.frame[column]
+    if not (raw.dtype.is_numeric() or raw.dtype in (pl.String, pl.Boolean, pl.Null, pl.Categorical, pl.Enum)):
+        raise DataError(f"label column {column!r} holds {raw.dtype}; it must hold 0 and 1, or true and false")
+    raw = raw.cast(pl.String) if raw.dtype in (pl.Categorical, pl.Enum) else raw
+    labels = raw.cast(pl.Float64, strict=False)
+    if raw.dtype == pl.String and labels.null_count() > raw.null_count():
+        word = raw.str.strip_chars().str.to_lowercase()
+        is_word = word.is_in(["true", "false"]).fill_null(False)
+        labels = labels.fill_null(word.cast(pl.Float64, strict=False)).set(is_word, None)
+        labels = labels.fill_null((word == "true").cast(pl.Float64).set(~is_word, None))
+    bad = (~labels.is_in([0.0, 1.0])).fill_null(True).arg_true()
+    if len(bad):
+        value = raw[bad[0]]
+        if value is None or value != value:
+            raise DataError(f"{chunk.locate(bad[0])}: label {column!r} is missing; drop the row or fill it in")
+        raise DataError(
+            f"{chunk.locate(bad[0])}: label {column!r} is {value!r}; a label is 0 or 1, or true or false: "
+            "is this the right column?"
+        )
+    return labels.cast(pl.Float32).to_numpy()
+
+
+def read_weights(chunk: Chunk, column: str) -> np.ndarray:
+    """Sample weights of a chunk: float32 (N,), finite, not negative.
+
+    Raises:
+        DataError: a weight is missing, no number, infinite or negative; names file and line.
+    """
+    raw = chunk.frame[column]
+    weights = raw.cast(pl.Float64, strict=False)
+    bad = (~(weights.is_finite() & (weights >= 0))).fill_null(True).arg_true()
+    if len(bad):
+        raise DataError(f"{chunk.locate(bad[0])}: weight {column!r} is {raw[bad[0]]!r}; a weight is a finite number, 0 or more")
+    return weights.cast(pl.Float32).to_numpy()
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+class _ArrayFile:
+    """An .npy file written row by row: appended, not mapped, so that a full disk is an error and not a crash."""
+
+    HEADER_BYTES = 128
+
+    def __init__(self, path: Path, dtype: str, num_columns: int | None) -> None:
+        self.dtype = np.dtype(dtype)
+        self.num_columns = num_columns
+        self.num_rows = 0
+        self.file: IO[bytes] = open(path, "wb", buffering=1 << 20)  # noqa: SIM115 - closed by close()
+        self.file.write(bytes(self.HEADER_BYTES))
+
+    def append(self, rows: np.ndarray) -> None:
+        self.file.write(memoryview(np.ascontiguousarray(rows, self.dtype)).cast("B") if rows.size else b"")
+        self.num_rows += len(rows)
+
+    def close(self) -> None:
+        shape = (self.num_rows,) if self.num_columns is None else (self.num_rows, self.num_columns)
+        text = repr({"descr": self.dtype.str, "fortran_order": False, "shape": shape}).encode()
+        room = self.HEADER_BYTES - 10
+        self.file.seek(0)
+        self.file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", room) + text.ljust(room - 1) + b"\n")
+        self.file.close()
+
+
+class _SplitWriter:
+    def __init__(self, folder: Path, schema: Schema) -> None:
+        folder.mkdir()
+        self.positives = 0
+        self.ids = _ArrayFile(folder / "ids.npy", "<i4", schema.num_id_columns)
+        self.labels = _ArrayFile(folder / "labels.npy", "<f4", None)
+        self.dense = _ArrayFile(folder / "dense.npy", "<f4", len(schema.dense_fields)) if schema.dense_fields else None
+        self.weights = _ArrayFile(folder / "weights.npy", "<f4", None) if schema.weight else None
+
+    def files(self) -> list[_ArrayFile]:
+        return [file for file in (self.ids, self.labels, self.dense, self.weights) if file is not None]
+
+
+def _write_splits(
+    folder: Path,
+    encoder: Encoder,
+    parts: Mapping[str, tuple[RawLog, _Splitter | int]],
+    chunk_bytes: int,
+    bar: _Bar,
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Encode every log once more and append its rows to their splits; rows and positives by split."""
+    schema = encoder.schema
+    writers: dict[str, _SplitWriter] = {}
+    try:
+        for log, splitter in parts.values():
+            by_time = isinstance(splitter, _Splitter) and splitter.column is not None
+            for chunk in log.chunks(_raw_columns(schema, with_time=by_time), chunk_bytes):
+                labels_N = read_labels(chunk, schema.label)
+                weights_N = None if schema.weight is None else read_weights(chunk, schema.weight)
+                encoded = encoder.encode_chunk(chunk)
+                part_N = splitter.assign(chunk) if isinstance(splitter, _Splitter) else None
+                present = [splitter] if part_N is None else np.unique(part_N)
+                for part in present:
+                    name = SPLITS[part]  # type: ignore[call-overload]
+                    if name not in writers:
+                        writers[name] = _SplitWriter(folder / name, schema)
+                    writer, rows = writers[name], slice(None) if part_N is None else part_N == part
+                    writer.ids.append(encoded.ids[rows])
+                    writer.labels.append(labels_N[rows])
+                    writer.positives += int(labels_N[rows].sum())
+                    if writer.dense is not None and encoded.dense is not None:
+                        writer.dense.append(encoded.dense[rows])
+                    if writer.weights is not None and weights_N is not None:
+                        writer.weights.append(weights_N[rows])
+                bar.update("writing ids", chunk.done)
+        for writer in writers.values():
+            for file in writer.files():
+                file.close()
+    except BaseException:
+        for writer in writers.values():
+            for file in writer.files():
+                with contextlib.suppress(OSError):
+                    file.file.close()
+        raise
+    found = [name for name in SPLITS if name in writers]
+    return {name: writers[name].labels.num_rows for name in found}, {name: writers[name].positives for name in found}
+
+
+def _check_splits(
+    num_rows: Mapping[str, int], positives: Mapping[str, int], label: str, split: Split | None, logs: Sequence[str]
+) -> None:
+    expected = set(logs)
+    if split is not None and split.cuts is not None:
+        expected |= set(SPLITS[: 1 + len(split.cuts)])
+    elif split is not None:
+        expected |= {name for name, part in zip(SPLITS, split.ratio, strict=True) if part > 0}
+    for name in SPLITS:
+        if name in expected:
+            _check_split(name, num_rows.get(name, 0), positives.get(name, 0), label, split)
+
+
+def _check_split(name: str, num_rows: int, positives: int, label: str, split: Split | None) -> None:
+    how = "" if split is None else f" (split by {split.by}, {':'.join(f'{part:g}' for part in split.ratio)})"
+    if num_rows == 0:
+        raise DataError(f"split {name!r} is empty{how}; give more rows or another split")
+    if positives in (0, num_rows):
+        raise DataError(
+            f"split {name!r} has {num_rows:,} rows, all with label {label!r} = {int(positives > 0)}{how}; both classes are "
+            "needed: give more rows, another split or another label"
+        )
+
+
+@contextlib.contextmanager
+def _atomic_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder beside `target` that takes its place at the end, and vanishes if anything goes wrong."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        folder = target.with_name(f".{target.name}.encoding-{os.getpid()}")
+        folder.mkdir()
+    except OSError as error:
+        raise DataError(f"cannot write beside {target}: {error.strerror or error}; choose another --out") from None
+    try:
+        yield folder
+        _check_target(target, overwrite)
+        old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+        if target.exists():
+            target.rename(old)
+        folder.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(f"the disk is full while writing {target}; free space or choose another --out") from None
+        raise DataError(f"cannot write {target}: {error}") from error
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists() and not target.is_symlink():
+        return
+    if not overwrite:
+        raise DataError(f"{target} exists; choose another folder, or pass overwrite=True (--overwrite)")
+    if not (target / "meta.json").exists():
+        raise DataError(f"{target} exists and is no encoded dataset; it is not overwritten")
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what killed runs have left beside `target`; put back a dataset that one had moved out of the way."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*-*"):
+        found = re.fullmatch(r"(encoding|replaced)-(\d+)", path.name.removeprefix(f".{target.name}."))
+        if found is None or (int(found[2]) != os.getpid() and _is_running(int(found[2]))):
+            continue
+        if found[1] == "replaced" and not target.exists():
+            path.rename(target)
+            continue
+        logger.warning("removing %s, left by a run that did not end", path)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+class _Bar:
+    """A progress bar on stderr that appears after two seconds, if at all."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.started = time.monotonic()
+        self._progress: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def update(self, stage: str, done: float) -> None:
+        """Show how far a stage is, 0..1."""
+        if not self.enabled or time.monotonic() - self.started < 2:
+            return
+        if self._progress is None:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._progress = Progress(console=Console(stderr=True), transient=True)
+            self._task = self._progress.add_task(stage, total=1.0)
+            self._progress.start()
+        self._progress.update(self._task, description=stage, completed=done)
+
+
+# --- the schema of a run ----------------------------------------------------------------------------------------------
+
+
+def _raw_columns(schema: Schema, with_time: bool) -> list[str]:
+    extra = [schema.weight, schema.time if with_time else None]
+    return [schema.label, *needed_columns(schema), *(name for name in extra if name is not None)]
+
+
+def _as_draft(schema: Schema) -> Schema:
+    """The schema without what encoding fills in."""
+    fields = tuple(spec.replace(vocab_size=None) for spec in schema.fields)
+    return schema.replace(fields=fields, vocabulary_digest=None)
+
+
+def _write_draft(schema: Schema, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        if Schema.load_draft(path) != schema:
+            raise DataError(f"{path} exists and is not what would be inferred now; pass it as schema (--schema), or remove it")
+        return
+    schema.save_draft(path)
+    logger.info("wrote the inferred schema to %s; edit it and pass it as schema to encode again", path)
+
+
+# --- inference --------------------------------------------------------------------------------------------------------
+
+
+def infer_schema(source: Source, label: str | None = None, options: ReadOptions | None = None) -> Schema:
+    """Draft a schema from the first rows of a log (up to INFER_ROWS), for the user to edit.
+
+    Text, booleans and integers are categorical; integers with many values of which the most frequent is -1..2 are
+    counts: numeric log2; numbers with fractions are numeric (log2 if very skewed, else quantile:20); lists, and text
+    whose parts around `|`, `;`, `^` or `,` recur, are multi. Dates and times become the schema's time column and no field;
+    columns that are empty, or different in every row, are left out. min_count grows with the log: 1, 2 from 50,000
+    rows, 4 from 500,000, 10 from 5,000,000.
+
+    Raises:
+        DataError: no label column, or no usable field.
+
+    Example:
+        >>> import polars as pl
+        >>> log = pl.DataFrame({"click": [0, 1], "user": ["a", "b"], "tags": [["x"], ["x", "y"]]})
+        >>> [(field.name, field.type) for field in infer_schema(log, "click").fields]
+        [('user', 'categorical'), ('tags', 'multi')]
+    """
+    return _infer(open_log(source, options), label)
+
+
+def _infer(log: RawLog, label: str | None) -> Schema:
+    names = list(log.columns)
+    label = label or next((name for name in names if name.lower() in _LABEL_NAMES), None)
+    if label is None or label not in names:
+        given = "no label column is named" if label is None else f"there is no column {label!r}"
+        near = difflib.get_close_matches(label or "", names, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise DataError(f"{log.name}: {given}; {hint}label takes one of: {', '.join(names[:40])}{log.files[0].hint([label or ''])}")
+    if log.is_sparse:
+        return _infer_sparse(log, label)
+    frames, num_rows, done = [], 0, 1.0
+    for chunk in log.chunks(None):
+        frames.append(chunk.frame)
+        num_rows, done = num_rows + chunk.frame.height, chunk.done
+        if num_rows >= INFER_ROWS:
+            break
+    if not num_rows:
+        raise DataError(f"{log.name} holds no rows")
+    min_count = _min_count(num_rows / max(done, 1e-9))
+    sample = pl.concat(frames).head(INFER_ROWS)
+    time_column, fields = None, []
+    for name in names:
+        if name == label:
+            continue
+        found = _infer_field(sample[name], min_count)
+        if found == "time" and time_column is None:
+            time_column = name
+        elif isinstance(found, FieldSpec):
+            fields.append(found)
+        else:
+            logger.info("column %r is left out of the schema: %s", name, found)
+    if not fields:
+        raise DataError(f"{log.name} has no column that could be a field beside label {label!r}; write a schema by hand")
+    return Schema(label=label, time=time_column, fields=tuple(fields))
+
+
+def _min_count(num_rows: float) -> int:
+    for least, min_count in ((5_000_000, 10), (500_000, 4), (50_000, 2)):
+        if num_rows >= least:
+            return min_count
+    return 1
+
+
+def _infer_field(column: pl.Series, min_count: int) -> FieldSpec | str:
+    """The field for a column; or "time"; or why there is none."""
+    name, values = column.name, column.drop_nulls()
+    if not len(values):
+        return "it is empty"
+    if isinstance(column.dtype, (pl.List, pl.Array)):
+        longest = int(values.list.len().quantile(0.99, "higher") or 1) if isinstance(column.dtype, pl.List) else column.dtype.size
+        return FieldSpec(name=name, type="multi", max_len=max(1, min(longest, 50)), min_count=min_count)
+    if column.dtype.is_temporal():
+        return "time"
+    num_distinct = values.n_unique()
+    categorical = FieldSpec(name=name, min_count=1 if num_distinct <= 1000 else min_count)
+    if column.dtype == pl.String:
+        numbers = values.cast(pl.Float64, strict=False)
+        if numbers.null_count() or values.str.contains(r"^[+-]?0\d").any():
+            if values.str.contains(r"^\d{4}-\d{2}-\d{2}").all():
+                return "time"
+            if len(values) >= 1000 and num_distinct > 0.995 * len(values):
+                return "its values differ from row to row"
+            return _infer_multi(values, min_count) or categorical
+        values = numbers
+    elif not column.dtype.is_numeric():
+        return categorical
+    values = values.cast(pl.Float64).drop_nans()
+    if name.lower() in _TIME_NAMES and num_distinct > 50:
+        return "time"
+    is_whole = bool((values == values.floor()).all())
+    if num_distinct <= 50 or (is_whole and _ID_NAME.search(name)):
+        return categorical
+    middle, top = values.abs().median(), values.abs().max()
+    is_skewed = isinstance(top, float) and isinstance(middle, float) and top > 20 * max(middle, 1e-9)
+    if is_whole:
+        most_frequent = values.value_counts().sort("count", name, descending=True)[name][0]
+        if is_skewed and -1 <= most_frequent <= 2:
+            return FieldSpec(name=name, type="numeric", transform="log2")
+        if len(values) >= 1000 and num_distinct > 0.995 * len(values):
+            return "its values differ from row to row"
+        return categorical
+    transform = "log2" if is_skewed and isinstance(top, float) and top > 100 else "quantile:20"
+    return FieldSpec(name=name, type="numeric", transform=transform)
+
+
+def _infer_multi(values: pl.Series, min_count: int) -> FieldSpec | None:
+    """A multi field if one separator occurs in a tenth of the rows and the parts recur more than the wholes do."""
+    for separator in ("|", ";", "^", ","):
+        if (values.str.contains(separator, literal=True)).mean() < 0.1:  # type: ignore[operator]
+            continue
+        parts = values.str.split(separator)
+        num_parts = parts.list.len()
+        distinct = parts.explode().n_unique()
+        if distinct < values.n_unique() and int(num_parts.sum()) >= 2 * distinct:
+            longest = min(int(num_parts.quantile(0.99, "higher") or 1), 50)
+            return FieldSpec(name=values.name, type="multi", separator=separator, max_len=longest, min_count=min_count)
+    return None
+
+
+def _infer_sparse(log: RawLog, label: str) -> Schema:
+    """libsvm or libfm: lists of indices where all values are 0 or 1, else one numeric field an index."""
+    file = log.files[0]
+    assert isinstance(file, SparseText)
+    fields = []
+    for column in log.columns:
+        if column == label:
+            continue
+        numbered = file.valued_indices(column)
+        if len(numbered) > 500:
+            raise DataError(
+                f"{log.name}: column {column!r} has values other than 0 and 1 at {len(numbered)} indices; write a schema with "
+                f"the fields to keep, such as name = 'x', column = {numbered[0]!r}, type = 'dense', transform = 'log1p'"
+            )
+        if numbered:
+            fields += [FieldSpec(name=f"f{index}", column=index, type="numeric", transform="quantile:20") for index in numbered]
+            continue
+        chunk = next(log.chunks([column]), None)
+        if chunk is None:
+            raise DataError(f"{log.name} holds no rows")
+        longest = int(chunk.frame[column].list.len().max() or 1)  # type: ignore[arg-type]
+        name = column if column == "features" else f"field_{column}"
+        min_count = _min_count(chunk.frame.height / max(chunk.done, 1e-9))
+        fields.append(
+            FieldSpec(name=name, column=column, type="multi", max_len=min(longest, 200), pooling="sum", min_count=min_count)
+        )
+    return Schema(label=label, fields=tuple(fields))

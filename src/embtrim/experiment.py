@@ -1,0 +1,450 @@
+"""run: the whole way from encoded data to a smaller, retrained, verified model, with one record a trained model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+import embtrim
+from embtrim.budget import BYTES_PER_PARAM, Budget
+from embtrim.bundle import folder_bytes, save
+from embtrim.compaction import Verification, compact, verify
+from embtrim.config import Config, to_toml
+from embtrim.dataset import EncodedDataset
+from embtrim.errors import ConfigError, DataError, EmbtrimError
+from embtrim.methods import method_named, search
+from embtrim.models import build
+from embtrim.models.ctr_model import CTRModel
+from embtrim.plan import SizePlan, write_then_rename
+from embtrim.sites import CTRTask
+from embtrim.train import FitResult, TrainConfig, evaluate, fit, logloss_of_batch, make_optimizers
+
+log = logging.getLogger(__name__)
+
+RECORD_VERSION = 1
+# Bisection over budgets for `max_loss`: the smallest budget tried, and how many budgets are tried at most.
+SMALLEST_SHARE = 0.01
+BISECTIONS = 6
+# Steps timed for the estimate of a dry run, after one that warms up.
+TIMED_STEPS = 5
+
+
+class RunConfig(Config):
+    """Everything that a run depends on, beside the data.
+
+    Attributes:
+        model: name of the base model (`embtrim models`).
+        hparams: its arguments, such as embedding_dim and hidden_units.
+        train: how full and compact models are trained.
+        method: name of the search method (`embtrim methods`).
+        search: its settings.
+        budget: such as "10%", "200MB", "1.5M params".
+        max_loss: if set, the budget is ignored and the smallest plan is sought whose validation AUC is at most this
+            much below the full model's, by bisection over budgets.
+        init: how the compact model starts: "scratch", "initial" or "inherit".
+        controls: methods run at the same budget for comparison, with their default settings.
+        seed: first seed.
+        seeds: how many seeds.
+    """
+
+    model: str = "deepfm"
+    hparams: dict[str, Any] = Field(default_factory=dict)
+    train: TrainConfig = TrainConfig()
+    method: str = "sseds"
+    search: dict[str, Any] = Field(default_factory=dict)
+    budget: str = "10%"
+    max_loss: float | None = Field(default=None, gt=0, lt=0.5)
+    init: Literal["scratch", "initial", "inherit"] = "scratch"
+    controls: tuple[str, ...] = ("uniform",)
+    seed: int = Field(default=0, ge=0)
+    seeds: int = Field(default=1, ge=1)
+
+
+class RunRecord(Config):
+    """One trained model: what it was, what it cost, how well it does. Written as JSON.
+
+    Attributes:
+        variant: "full", or the name of the method that sized it.
+        budget: as asked for; None for the full model.
+        data: fingerprint, folder and rows of the encoded data.
+        valid, test: metrics of the splits, see Metrics; empty where the split is missing.
+        num_params: embedding parameters, projections included, without first-order weights.
+        table_bytes: bytes of embedding tables and first-order weights.
+        bundle_bytes: bytes of the saved bundle on disk, vocabulary included.
+        widths: output columns of each field.
+        kept_rows: compact rows of each table.
+        search_seconds: of the search alone, its own pretraining included; 0 for the full model.
+        search_epochs: search_seconds as a multiple of one training epoch of the full model.
+        train_seconds: of training this model, validation included.
+        peak_memory_bytes: peak anonymous memory of the process over search and training; None where the system does
+            not tell.
+        verification: compact against masked, see Verification; None for the full model.
+    """
+
+    record_version: int = RECORD_VERSION
+    variant: str
+    model: str
+    hparams: dict[str, Any]
+    train: dict[str, Any]
+    search: dict[str, Any] = Field(default_factory=dict)
+    budget: str | None = None
+    init: str | None = None
+    seed: int
+    data: dict[str, Any]
+    valid: dict[str, Any]
+    test: dict[str, Any]
+    num_params: int
+    num_full_params: int
+    num_first_order_params: int
+    table_bytes: int
+    model_params: int
+    bundle_bytes: int
+    widths: dict[str, int]
+    full_width: int
+    kept_rows: dict[str, int]
+    num_rows: dict[str, int]
+    search_seconds: float
+    search_epochs: float
+    train_seconds: float
+    epochs: int
+    rows_per_second: float
+    precision: str
+    peak_memory_bytes: int | None
+    verification: dict[str, Any] | None = None
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+
+    def save(self, path: str | Path) -> None:
+        """Write the record as JSON."""
+        write_then_rename(Path(path), lambda file: file.write(self.model_dump_json(indent=1).encode()))
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunRecord:
+        """Read a record; DataError if it is none."""
+        try:
+            values = json.loads(Path(path).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} is no run record ({error})") from None
+        return cls.parse(values, where=str(path))
+
+
+@dataclass
+class Trained:
+    """A model of a run with its record, and its plan unless it is the full one."""
+
+    model: CTRModel
+    record: RunRecord
+    plan: SizePlan | None = None
+
+
+def run(
+    data: EncodedDataset,
+    config: RunConfig,
+    out: str | Path,
+    *,
+    progress: bool = False,
+    on_record: Callable[[RunRecord], None] | None = None,
+) -> list[RunRecord]:
+    """Train the full model, search, compact, verify, retrain, and save, for the method and the controls.
+
+    Writes into `out`: config.toml (resolved), records/*.json, plans/*.json, bundles/*. The report is report.py's.
+
+    Args:
+        data: encoded data with splits train, valid and test.
+        config: see RunConfig.
+        out: a new folder.
+        progress: show progress bars on stderr.
+        on_record: called with each record as it is written.
+
+    Returns:
+        The records: for each seed the full model, the method, the controls.
+
+    Raises:
+        DataError: a split is missing, or `out` exists.
+        BudgetError: the budget is below the smallest plan.
+    """
+    out = Path(out)
+    check_run(data, config)
+    if out.exists() and any(out.iterdir()):
+        raise DataError(f"output folder {out} exists and is not empty; choose another or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+    write_then_rename(out / "config.toml", lambda file: file.write(to_toml(config).encode()))
+    records = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        full = train_full(data, config, seed, progress)
+        records.append(_keep(full, data, out, on_record))
+        for variant in dict.fromkeys((config.method, *config.controls)):
+            settings = config.search if variant == config.method else {}
+            if config.max_loss is not None and variant == config.method:
+                trained = smallest_within(full, data, config, seed, config.max_loss, progress)
+                config = config.replace(budget=trained.record.budget)
+            else:
+                trained = shrink(full, data, config, variant, settings, config.budget, seed, progress)
+            records.append(_keep(trained, data, out, on_record))
+        if config.max_loss is not None:
+            config = config.replace(budget=RunConfig().budget)
+    return records
+
+
+def check_run(data: EncodedDataset, config: RunConfig) -> None:
+    """Raise what a run would raise late: a missing split, unknown names or settings, an impossible budget."""
+    for split in ("train", "valid", "test"):
+        data.split(split)
+    for name in (config.method, *config.controls):
+        method_named(name)
+    method_named(config.method).config.parse(config.search, where="search")
+    model = build(config.model, data.schema, **{**config.hparams, "embedding_dim": 1} if "embedding_dim" in config.hparams else config.hparams)
+    if model.tables.width == 0:
+        raise ConfigError(f"model {config.model!r} has no embedding tables to shrink, only first-order weights; choose another")
+    Budget.parse(config.budget)
+
+
+def train_full(data: EncodedDataset, config: RunConfig, seed: int, progress: bool = False) -> Trained:
+    """Train the full model of a run and record it."""
+    with peak_memory() as peak:
+        model = build(config.model, data.schema, **{**config.hparams, "seed": seed})
+        result = fit(model, data, config.train.replace(seed=seed), progress=progress)
+    record = make_record("full", model, data, config, result, seed, peak.bytes)
+    return Trained(model, record)
+
+
+def shrink(
+    full: Trained,
+    data: EncodedDataset,
+    config: RunConfig,
+    variant: str,
+    settings: dict[str, Any],
+    budget: str,
+    seed: int,
+    progress: bool = False,
+) -> Trained:
+    """Search, verify, compact and retrain within one budget, and record it."""
+    train = config.train.replace(seed=seed)
+    method = method_named(variant)
+    with peak_memory() as peak:
+        started = time.perf_counter()
+        plan = search(CTRTask(full.model, data, train), method.config.parse(settings, where="search"), budget, seed)
+        search_seconds = time.perf_counter() - started
+        verification = verify(full.model, plan, data)
+        if not verification.passed:
+            raise EmbtrimError(
+                f"compact and masked model differ by {verification.max_difference:.2e} (allowed {verification.tolerance:.0e}); "
+                "please report this as a bug, with the plan"
+            )
+        small = compact(full.model, plan, init=config.init, seed=seed)
+        recoded = data.recode(plan)
+        result = fit(small, recoded, train, progress=progress)
+    epoch_seconds = full.record.train_seconds / max(1, full.record.epochs)
+    record = make_record(
+        variant,
+        small,
+        recoded,
+        config,
+        result,
+        seed,
+        peak.bytes,
+        search=settings,
+        budget=budget,
+        search_seconds=search_seconds,
+        epoch_seconds=epoch_seconds,
+        verification=verification,
+    )
+    return Trained(small, record, plan)
+
+
+def smallest_within(
+    full: Trained, data: EncodedDataset, config: RunConfig, seed: int, max_loss: float, progress: bool = False
+) -> Trained:
+    """The smallest plan whose validation AUC is at most `max_loss` below the full model's.
+
+    Bisects the share of the full tables on a log scale, on the assumption that more budget does no harm; what comes
+    back was measured, whether or not that holds.
+
+    Raises:
+        BudgetError: not even the largest budget tried is within the tolerance.
+    """
+    wanted = full.record.valid["auc"] - max_loss
+    low, high = SMALLEST_SHARE, 1.0
+    best: Trained | None = None
+    for _ in range(BISECTIONS):
+        share = (low * high) ** 0.5
+        trained = shrink(full, data, config, config.method, config.search, f"{share:.4%}", seed, progress)
+        log.info("budget %.2f%%: validation AUC %.4f, wanted %.4f", share * 100, trained.record.valid["auc"], wanted)
+        if trained.record.valid["auc"] >= wanted:
+            best, high = trained, share
+        else:
+            low = share
+    if best is None:
+        raise EmbtrimError(
+            f"no plan of method {config.method!r} up to {low:.0%} of the tables is within {max_loss} of the full model's "
+            f"validation AUC {full.record.valid['auc']:.4f}; allow more loss, or name a budget"
+        )
+    return best
+
+
+def make_record(
+    variant: str,
+    model: CTRModel,
+    data: EncodedDataset,
+    config: RunConfig,
+    result: FitResult,
+    seed: int,
+    peak_bytes: int | None,
+    *,
+    search: dict[str, Any] | None = None,
+    budget: str | None = None,
+    search_seconds: float = 0.0,
+    epoch_seconds: float = 1.0,
+    verification: Verification | None = None,
+) -> RunRecord:
+    """Evaluate a trained model and write down everything about it."""
+    plan = model.tables.plan
+    fields = [f.name for f in data.schema.id_fields]
+    return RunRecord(
+        variant=variant,
+        model=config.model,
+        hparams=model.hparams,
+        train=config.train.replace(seed=seed).model_dump(),
+        search=search or {},
+        budget=budget,
+        init=None if variant == "full" else config.init,
+        seed=seed,
+        data={
+            "fingerprint": data.schema.fingerprint,
+            "folder": None if data.folder is None else data.folder.name,
+            "num_rows": {name: data.num_rows(name) for name in data.splits},
+        },
+        valid=evaluate(model, data, "valid").to_dict(),
+        test=evaluate(model, data, "test", deciles=True).to_dict(),
+        num_params=plan.num_params,
+        num_full_params=plan.num_full_params,
+        num_first_order_params=plan.num_first_order_params,
+        table_bytes=plan.num_bytes,
+        model_params=sum(p.numel() for p in model.parameters()),
+        bundle_bytes=0,
+        widths=dict(zip(fields, model.tables.widths, strict=True)),
+        full_width=plan.width,
+        kept_rows={t.name: t.num_compact_rows for t in plan.tables},
+        num_rows={t.name: t.num_rows for t in plan.tables},
+        search_seconds=search_seconds,
+        search_epochs=search_seconds / max(epoch_seconds, 1e-9),
+        train_seconds=result.seconds,
+        epochs=len(result.history),
+        rows_per_second=result.rows_per_second,
+        precision=result.precision,
+        peak_memory_bytes=peak_bytes,
+        verification=None if verification is None else vars(verification),
+        versions={"embtrim": embtrim.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        hardware={"processor": processor_name(), "threads": torch.get_num_threads(), "device": config.train.device},
+    )
+
+
+def _keep(
+    trained: Trained, data: EncodedDataset, out: Path, on_record: Callable[[RunRecord], None] | None
+) -> RunRecord:
+    """Write the bundle, the plan and the record of a trained model."""
+    name = f"{trained.record.variant}-seed{trained.record.seed}"
+    record = trained.record
+    if data.folder is not None:
+        save(trained.model, out / "bundles" / name, data, plan=trained.plan, metrics={"valid": record.valid, "test": record.test})
+        record = record.replace(bundle_bytes=folder_bytes(out / "bundles" / name))
+    if trained.plan is not None:
+        trained.plan.save(out / "plans" / f"{name}.json")
+    record.save(out / "records" / f"{name}.json")
+    if on_record is not None:
+        on_record(record)
+    return record
+
+
+def dry_run(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
+    """What a run would do: the resolved settings, bytes before and after, and an estimate of its longest time.
+
+    The estimate times a few training steps of the full model and assumes every model trains all epochs; early stopping
+    usually ends well before.
+    """
+    check_run(data, config)
+    model = build(config.model, data.schema, **config.hparams)
+    plan = model.tables.plan
+    limit = plan.num_full_params if config.max_loss is not None else plan.max_params(Budget.parse(config.budget))
+    optimizers = make_optimizers(model, config.train)
+    model.train()
+    seconds = []
+    for batch in islice(data.batches("train", config.train.batch_size), TIMED_STEPS + 1):
+        started = time.perf_counter()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        logloss_of_batch(model, batch).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        seconds.append(time.perf_counter() - started)
+    step_seconds = sorted(seconds[1:] or seconds)[len(seconds[1:]) // 2]
+    models = 1 + len(dict.fromkeys((config.method, *config.controls)))
+    steps = data.num_batches("train", config.train.batch_size) * config.train.epochs
+    return {
+        "config": config.model_dump(mode="json"),
+        "table_bytes_before": plan.num_bytes,
+        "table_bytes_allowed": BYTES_PER_PARAM * (min(limit, plan.num_full_params) + plan.num_first_order_params),
+        "seconds_per_step": step_seconds,
+        "seconds_at_most": step_seconds * steps * models * config.seeds,
+    }
+
+
+class _Peak:
+    bytes: int | None = None
+
+
+@contextmanager
+def peak_memory(interval: float = 0.02) -> Iterator[_Peak]:
+    """Peak anonymous memory of this process inside a `with` block, sampled; memory-mapped data do not count."""
+    peak, done = _Peak(), threading.Event()
+
+    def sample() -> None:
+        while True:
+            now = anonymous_memory()
+            if now is not None:
+                peak.bytes = max(peak.bytes or 0, now)
+            if done.wait(interval):
+                return
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+
+
+def anonymous_memory() -> int | None:
+    """Anonymous resident memory of this process in bytes, or None where the system does not tell."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        return None
+    return None
+
+
+def processor_name() -> str:
+    """Model name of the processor, as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
+    except OSError:
+        pass
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"

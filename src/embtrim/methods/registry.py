@@ -1,0 +1,65 @@
+"""The list of search methods: a config type, a name and a search function each."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from embtrim.budget import Budget
+from embtrim.config import Config
+from embtrim.errors import ConfigError
+from embtrim.plan import SizePlan
+
+SearchT = TypeVar("SearchT", bound=Callable[..., SizePlan])
+
+
+@dataclass(frozen=True)
+class Method:
+    """One search method.
+
+    Attributes:
+        name: as on the command line.
+        config: its settings class.
+        search: (task, config, budget, seed) -> plan.
+        needs: whether it reads a "trained" model, an "initial" one, or "nothing".
+    """
+
+    name: str
+    config: type[Config]
+    search: Callable[[Any, Any, Budget, int], SizePlan]
+    needs: Literal["trained", "initial", "nothing"]
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register(
+    name: str, config: type[Config], needs: Literal["trained", "initial", "nothing"]
+) -> Callable[[SearchT], SearchT]:
+    """Decorator that lists a search function under a name and a config type."""
+
+    def add(search: SearchT) -> SearchT:
+        METHODS[name] = Method(name, config, search, needs)
+        return search
+
+    return add
+
+
+def method_named(name: str) -> Method:
+    """The method of this name; ConfigError with the nearest name if there is none."""
+    if name in METHODS:
+        return METHODS[name]
+    near = difflib.get_close_matches(name, METHODS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(METHODS)}"
+    raise ConfigError(f"unknown method {name!r}; {hint}")
+
+
+def method_of(config: Config) -> Method:
+    """The method whose settings these are."""
+    for method in METHODS.values():
+        if type(config) is method.config:
+            return method
+    names = ", ".join(m.config.__name__ for m in METHODS.values())
+    raise ConfigError(f"{type(config).__name__} is not the config of a search method; there are {names}")

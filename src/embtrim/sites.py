@@ -1,0 +1,292 @@
+"""Where embeddings live in a model, and the Task that a search sees.
+
+A *site* is a place where embeddings enter a model: the EmbeddingTables of a zoo model (one site, all fields), or each
+nn.Embedding of a foreign model. Its *slots* are (table, column) pairs; a slot gate multiplies what the site puts out.
+A search reads a Task and its sites and knows neither the model nor the kind of site.
+
+Shapes: S slots of a site, B batch, O output columns of a site.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embtrim.dataset import EncodedDataset
+from embtrim.errors import EmbtrimError
+from embtrim.models.ctr_model import CTRModel
+from embtrim.plan import Alignment, Block, SizePlan, TablePlan
+from embtrim.tables import EmbeddingTables
+from embtrim.train import FitResult, Hooks, TrainConfig, evaluate, fit, logloss_of_batch, train_loop
+
+
+class Site(Protocol):
+    """A place where embeddings enter a model.
+
+    Attributes:
+        names: names of its tables.
+        num_rows: rows of each table.
+        widths: columns of each table.
+    """
+
+    names: tuple[str, ...]
+    num_rows: tuple[int, ...]
+    widths: tuple[int, ...]
+
+    def gate_slots(self, gate: Tensor | Callable[[Tensor], Tensor]) -> Any:
+        """Context manager: multiply the site's slots by a tensor (S,) or (B, S), or apply a function to its output.
+
+        Slots run table by table, column by column. A function gets the pooled output (B, O), field by field.
+        """
+        ...
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(table name, rows (V, D)) of each table, detached."""
+        ...
+
+
+class TableSite:
+    """The EmbeddingTables of a zoo model; fields that share a table share its slots."""
+
+    def __init__(self, tables: EmbeddingTables) -> None:
+        self.tables = tables
+        plans = tables.plan.tables
+        self.names = tuple(t.name for t in plans)
+        self.num_rows = tuple(t.num_rows for t in plans)
+        self.widths = tuple(t.output_width for t in plans)
+        first = dict(zip(self.names, np.cumsum([0, *self.widths[:-1]]).tolist(), strict=True))
+        slots = [
+            first[f.table_name] + column
+            for f, width in zip(tables.schema.id_fields, tables.widths, strict=True)
+            for column in range(width)
+        ]
+        # None where the slots are the output columns in order: no table is shared.
+        self.slot_of_output = None if slots == list(range(len(slots))) else torch.tensor(slots)
+
+    def gate_slots(self, gate: Tensor | Callable[[Tensor], Tensor]) -> Any:
+        """See Site."""
+        return self.tables.gated(slot_gate=gate if callable(gate) else lambda concat: concat * self._by_output(gate))
+
+    def _by_output(self, gate: Tensor) -> Tensor:
+        return gate if self.slot_of_output is None else gate[..., self.slot_of_output.to(gate.device)]
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See Site."""
+        self.tables.settle()
+        for name, rows in zip(self.names, self.num_rows, strict=True):
+            yield name, self.tables.get_rows(name, np.arange(rows))[0][1].detach()
+
+
+class ModuleSite:
+    """One nn.Embedding of a foreign model, used any number of times in a forward pass."""
+
+    def __init__(self, name: str, module: nn.Embedding) -> None:
+        self.module = module
+        self.names = (name,)
+        self.num_rows = (module.num_embeddings,)
+        self.widths = (module.embedding_dim,)
+
+    @contextmanager
+    def gate_slots(self, gate: Tensor | Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """See Site; a function gets the module's output (..., D)."""
+        apply = gate if callable(gate) else lambda output: output * gate
+        handle = self.module.register_forward_hook(lambda _module, _inputs, output: apply(output))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See Site."""
+        yield self.names[0], self.module.weight.detach()
+
+
+def find_sites(model: nn.Module, keep: Callable[[str], bool] | None = None) -> list[Site]:
+    """Find where embeddings enter a model.
+
+    Width-1 embeddings are first-order terms and are left alone, and so are subclasses of nn.Embedding, whose forward
+    may do anything.
+
+    Args:
+        model: zoo model or foreign module.
+        keep: filter on module paths; False leaves a module alone.
+
+    Raises:
+        EmbtrimError: nothing was found, with what was seen and why it was left.
+    """
+    sites: list[Site] = []
+    left: list[str] = []
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, EmbeddingTables):
+            sites.append(TableSite(module))
+        elif isinstance(module, nn.Embedding):
+            if type(module) is not nn.Embedding:
+                left.append(f"{name} is a {type(module).__name__}")
+            elif module.embedding_dim == 1:
+                left.append(f"{name} has width 1 (a first-order term)")
+            elif keep is not None and not keep(name):
+                left.append(f"{name} was filtered out")
+            elif id(module.weight) in seen:
+                left.append(f"{name} shares the weight of another module")
+            else:
+                seen.add(id(module.weight))
+                sites.append(ModuleSite(name, module))
+        elif isinstance(module, nn.EmbeddingBag):
+            left.append(f"{name} is an nn.EmbeddingBag")
+    if not sites:
+        raise EmbtrimError(
+            f"no embedding to shrink was found in {type(model).__name__}"
+            + (f"; left alone: {'; '.join(left)}" if left else "; it has no nn.Embedding")
+        )
+    return sites
+
+
+def site_plan(sites: Sequence[Site]) -> SizePlan:
+    """The keep-everything plan of a foreign model's sites; its fingerprint covers names, rows and widths."""
+    tables = tuple(
+        TablePlan(name, rows, width, (Block(rows, tuple(range(width))),))
+        for site in sites
+        for name, rows, width in zip(site.names, site.num_rows, site.widths, strict=True)
+    )
+    text = repr([(t.name, t.num_rows, t.width) for t in tables])
+    return SizePlan(hashlib.sha256(text.encode()).hexdigest()[:12], len(tables), tables, method="full")
+
+
+class Task:
+    """A model with everything a search may ask of it.
+
+    Args:
+        model: the model to shrink; searches never change it.
+        loss: (model, batch) -> mean loss, a scalar tensor.
+        train: training batches: an iterable that starts anew at each `iter`, such as a DataLoader.
+        valid: validation batches, likewise; needed by searches that score on validation data.
+        score: model -> validation score, higher is better; needed for early stopping and evolution.
+        optimizer: model -> optimiser; needed by searches that train.
+        fresh: seed -> a model with initial weights, on which searches train; None re-uses copies of `model`.
+        keep: filter on module paths, see `find_sites`.
+    """
+
+    needs_aligned = True  # a foreign module's forward expects the full width
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[nn.Module, Any], Tensor],
+        train: Iterable[Any],
+        valid: Iterable[Any] | None = None,
+        score: Callable[[nn.Module], float] | None = None,
+        optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
+        fresh: Callable[[int], nn.Module] | None = None,
+        keep: Callable[[str], bool] | None = None,
+    ) -> None:
+        self.model = model
+        self.loss = loss
+        self._train, self._valid = train, valid
+        self.score = score
+        self._optimizer, self._fresh, self._keep = optimizer, fresh, keep
+
+    def sites(self, model: nn.Module) -> list[Site]:
+        """The sites of a model of this task."""
+        return find_sites(model, self._keep)
+
+    def full_plan(self) -> SizePlan:
+        """The plan that keeps everything."""
+        return site_plan(self.sites(self.model))
+
+    def batches(self, split: str, seed: int | None = None) -> Iterable[Any]:
+        """Batches of "train" or "valid"; `seed` shuffles where the task can."""
+        batches = self._train if split == "train" else self._valid
+        if batches is None:
+            raise EmbtrimError(f"this search reads {split} batches; give the Task `{split}=`")
+        return batches
+
+    def fresh(self, seed: int) -> nn.Module:
+        """A model with initial weights."""
+        if self._fresh is None:
+            raise EmbtrimError("this search starts from initial weights; give the Task `fresh=` (seed -> model)")
+        return self._fresh(seed)
+
+    def fit(self, model: nn.Module, epochs: int, seed: int, hooks: Hooks | None = None) -> FitResult:
+        """Train a model of this task for a number of epochs, without early stopping."""
+        if self._optimizer is None:
+            raise EmbtrimError("this search trains; give the Task `optimizer=` (model -> optimiser)")
+        return train_loop(
+            model,
+            loss=self.loss,
+            batches=lambda epoch: self.batches("train", seed * 100_003 + epoch),
+            num_rows=None,
+            optimizers=[self._optimizer(model)],
+            score=None,
+            config=TrainConfig(epochs=epochs, seed=seed, precision="fp32"),
+            hooks=hooks or Hooks(),
+        )
+
+    def row_counts(self) -> dict[str, np.ndarray] | None:
+        """Occurrences of each row in the training data by table, or None where the task cannot tell."""
+        return None
+
+
+class CTRTask(Task):
+    """The task of a zoo model on encoded data.
+
+    Args:
+        model: zoo model; trained already, for searches that need one.
+        data: encoded data with a "train" and, for most searches, a "valid" split.
+        config: how `fit` trains; batch size, L2 and so on of the search's own training.
+    """
+
+    def __init__(self, model: CTRModel, data: EncodedDataset, config: TrainConfig | None = None) -> None:
+        self.data = data
+        self.config = config or TrainConfig()
+        super().__init__(model, logloss_of_batch, train=(), score=lambda m: evaluate(m, data, "valid", self.config).auc)
+        self.model: CTRModel = model
+        self.needs_aligned = model.needs_aligned
+
+    def full_plan(self) -> SizePlan:
+        """See Task."""
+        return SizePlan.full(self.data.schema, self.model.tables.width, self.model.has_first_order)
+
+    def batches(self, split: str, seed: int | None = None) -> Iterable[Any]:
+        """See Task."""
+        return (b.to(self.config.device) for b in self.data.batches(split, self.config.batch_size, seed))
+
+    def fresh(self, seed: int) -> nn.Module:
+        """See Task."""
+        model = type(self.model)(self.model.schema, **{**self.model.hparams, "seed": seed})
+        return model.to(self.config.device)
+
+    def fit(self, model: nn.Module, epochs: int, seed: int, hooks: Hooks | None = None) -> FitResult:
+        """See Task."""
+        assert isinstance(model, CTRModel)
+        train_only = EncodedDataset(self.data.schema, {"train": self.data.split("train")}, id_maps=self.data.id_maps)
+        return fit(model, train_only, self.config.replace(epochs=epochs, seed=seed), hooks=hooks)
+
+    def row_counts(self) -> dict[str, np.ndarray] | None:
+        """See Task."""
+        return self.data.value_counts("train")
+
+
+@contextmanager
+def gate_sites(sites: Sequence[Site], gates: Sequence[Tensor]) -> Iterator[None]:
+    """Multiply the slots of every site by its gate (S,)."""
+    with ExitStack() as stack:
+        for site, gate in zip(sites, gates, strict=True):
+            stack.enter_context(site.gate_slots(gate))
+        yield
+
+
+def num_slots(site: Site) -> int:
+    """Slots of a site, S."""
+    return sum(site.widths)
+
+
+def alignment_of(task: Task, wanted: Alignment) -> Alignment:
+    """The alignment a plan for this task needs: none for a model that only concatenates."""
+    return wanted if task.needs_aligned else "concat"

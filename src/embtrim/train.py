@@ -1,0 +1,423 @@
+"""fit and evaluate: one plain loop with three hooks. No search method writes its own.
+
+The loop follows the recipe of the BARS benchmark: Adam, early stopping on a validation metric, the learning rate
+reduced where it stops improving, best weights restored. Embedding L2 is lambda W in the gradient of the whole table at
+every step (lambda / 2 ||W||^2 added to the mean loss).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from embtrim.config import Config
+from embtrim.dataset import Batch, EncodedDataset
+from embtrim.errors import ConfigError, DataError, EmbtrimError
+from embtrim.metrics import Metrics, auc_by_frequency_decile, compute_metrics
+from embtrim.models.ctr_model import CTRModel
+from embtrim.optim import RowAdagrad, RowAdam, RowSGD
+from embtrim.progress import progress_bar
+
+log = logging.getLogger(__name__)
+
+# Inference batches: large enough to keep the matmuls busy, small enough that (B, F, D) stays in cache-sized chunks.
+EVAL_BATCH_SIZE = 8_192
+
+
+class TrainConfig(Config):
+    """How `fit` trains.
+
+    Attributes:
+        epochs: most passes over the training rows; early stopping usually ends sooner.
+        batch_size: rows a step.
+        optimizer: "adam", "adagrad" (row-wise over the tables: one accumulator a row) or "sgd".
+        learning_rate: of all parameters.
+        tables: "lazy" moves only the rows of the batch; "dense" updates the whole tables at every step by a fused
+            dense optimiser, as the field's code does: faithful, and slow on large tables.
+        embedding_l2: lambda of the embeddings' L2, first-order weights included.
+        l2_scope: "table" decays every row at every step (an untouched row is caught up when it is next read);
+            "batch" decays the rows of the batch. The dense mode knows "table" only.
+        l2_form: "coupled" puts lambda W into the gradient; "decoupled" shrinks the weights directly (AdamW).
+        monitor: validation metric that early stopping and the learning rate watch.
+        patience: epochs without improvement after which training stops; 0 never stops early.
+        reduce_lr: factor on the learning rate after an epoch without improvement; 1 keeps it.
+        precision: "fp32", "bf16" (autocast), or "auto": oneDNN matmuls, and bf16 where the processor has it.
+        device: "cpu", "cuda" or "cuda:1".
+        seed: of shuffling and dropout.
+    """
+
+    epochs: int = Field(default=50, ge=1)
+    batch_size: int = Field(default=4096, ge=1)
+    optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
+    learning_rate: float = Field(default=1e-3, gt=0)
+    tables: Literal["lazy", "dense"] = "lazy"
+    embedding_l2: float = Field(default=0.0, ge=0)
+    l2_scope: Literal["table", "batch"] = "table"
+    l2_form: Literal["coupled", "decoupled"] = "coupled"
+    monitor: Literal["auc", "logloss"] = "auc"
+    patience: int = Field(default=2, ge=0)
+    reduce_lr: float = Field(default=0.1, gt=0, le=1)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: str = "cpu"
+    seed: int = 0
+
+
+@dataclass
+class Hooks:
+    """What a search may add to the loop.
+
+    Attributes:
+        param_groups: extra (optimiser, parameters) a method trains beside the model: called once with the model.
+        extra_loss: added to the loss of each batch.
+        on_step: called after each optimiser step with the number of steps done.
+    """
+
+    param_groups: Callable[[nn.Module], Sequence[torch.optim.Optimizer]] | None = None
+    extra_loss: Callable[[nn.Module, Any], Tensor] | None = None
+    on_step: Callable[[int], None] | None = None
+
+
+class Optimizer(Protocol):
+    """What the loop needs of an optimiser."""
+
+    def step(self) -> Any: ...  # noqa: D102
+    def zero_grad(self) -> Any: ...  # noqa: D102
+
+
+@dataclass
+class FitResult:
+    """What training did.
+
+    Attributes:
+        history: one entry an epoch: mean loss, validation score, learning rate factor, seconds.
+        best_epoch: epoch (from 1) whose weights the model has now.
+        best_score: its validation score, or None without a validation split.
+        seconds: wall time of training, validation included.
+        rows_per_second: training rows over the seconds of training alone.
+        precision: what the forward pass ran in, in words.
+        optimizer_bytes: bytes of optimiser state of the tables.
+    """
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_score: float | None = None
+    seconds: float = 0.0
+    rows_per_second: float = 0.0
+    precision: str = "fp32"
+    optimizer_bytes: int = 0
+
+
+def fit(
+    model: CTRModel,
+    data: EncodedDataset,
+    config: TrainConfig | None = None,
+    *,
+    hooks: Hooks | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> FitResult:
+    """Train a model in place on the "train" split; with a "valid" split stop early and restore the best weights.
+
+    Args:
+        model: any zoo model, full or compact (give a compact one `data.recode(plan)`).
+        data: encoded data of the model's schema.
+        config: see TrainConfig; `settings` are its fields by name, for short calls.
+        hooks: additions of a search method.
+        progress: show a progress bar with rows/s and ETA on stderr.
+
+    Raises:
+        DataError: the data are of another schema, or a split is empty or has one class only.
+        EmbtrimError: the loss became infinite or NaN.
+
+    Example:
+        >>> embtrim.fit(model, data, epochs=3, embedding_l2=0.05)  # doctest: +SKIP
+    """
+    config = (config or TrainConfig()).replace(**settings) if settings else config or TrainConfig()
+    check_data(model, data)
+    valid = "valid" in data.splits and data.num_rows("valid") > 0
+    device = torch.device(config.device)
+    model.to(device)
+
+    def score() -> float:
+        metrics = evaluate(model, data, "valid", config)
+        return metrics.auc if config.monitor == "auc" else -metrics.logloss
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        return logloss_of_batch(model, batch.to(device))
+
+    return train_loop(
+        model,
+        loss=loss,
+        batches=lambda epoch: data.batches("train", config.batch_size, shuffle_seed=config.seed * 100_003 + epoch),
+        num_rows=data.num_rows("train"),
+        optimizers=make_optimizers(model, config),
+        score=score if valid else None,
+        config=config,
+        hooks=hooks or Hooks(),
+        progress=progress,
+    )
+
+
+def train_loop(
+    model: nn.Module,
+    *,
+    loss: Callable[[nn.Module, Any], Tensor],
+    batches: Callable[[int], Iterable[Any]],
+    num_rows: int | None,
+    optimizers: Sequence[Optimizer],
+    score: Callable[[], float] | None,
+    config: TrainConfig,
+    hooks: Hooks,
+    progress: bool = False,
+) -> FitResult:
+    """The one training loop: of zoo models (`fit`) and of any Task.
+
+    Args:
+        model: trained in place.
+        loss: mean loss of a batch, a scalar tensor.
+        batches: the batches of an epoch (from 1).
+        num_rows: rows an epoch, if known; for the progress bar.
+        optimizers: stepped together; those over tables are detached at the end.
+        score: validation score, higher is better; None trains all epochs.
+        config: epochs, patience, reduce_lr, precision and seed are read here.
+        hooks: see Hooks.
+        progress: show a progress bar.
+    """
+    optimizers = [*optimizers, *(hooks.param_groups(model) if hooks.param_groups else ())]
+    result = FitResult(optimizer_bytes=sum(getattr(o, "state_bytes", 0) for o in optimizers))
+    best_state: dict[str, Tensor] | None = None
+    bad_epochs, step, train_seconds, train_rows, factor = 0, 0, 0.0, 0, 1.0
+    started = time.perf_counter()
+    device = next(iter(model.parameters())).device
+    forked = [device] if device.type == "cuda" else []
+    with fast_matmul(config.precision, device) as (autocast, result.precision), torch.random.fork_rng(forked):
+        torch.manual_seed(config.seed)
+        with progress_bar(progress) as bar:
+            task = bar.add_task("epoch 1", total=num_rows)
+            for epoch in range(1, config.epochs + 1):
+                model.train()
+                bar.reset(task, total=num_rows)
+                epoch_started = time.perf_counter()
+                total_loss, epoch_rows, epoch_batches = torch.zeros((), device=device), 0, 0
+                for batch in batches(epoch):
+                    for optimizer in optimizers:
+                        optimizer.zero_grad()
+                    with autocast():
+                        batch_loss = loss(model, batch)
+                    if hooks.extra_loss is not None:
+                        batch_loss = batch_loss + hooks.extra_loss(model, batch)
+                    batch_loss.backward()
+                    for optimizer in optimizers:
+                        optimizer.step()
+                    step += 1
+                    if hooks.on_step is not None:
+                        hooks.on_step(step)
+                    total_loss += batch_loss.detach()
+                    epoch_batches += 1
+                    epoch_rows += len(batch) if isinstance(batch, Batch) else 0
+                    bar.advance(task, len(batch) if hasattr(batch, "__len__") else 1)
+                if epoch_batches == 0:
+                    raise DataError("there are no training rows")
+                seconds = time.perf_counter() - epoch_started
+                train_seconds, train_rows = train_seconds + seconds, train_rows + epoch_rows
+                mean_loss = float(total_loss) / epoch_batches
+                if not np.isfinite(mean_loss):
+                    raise EmbtrimError(f"training loss is {mean_loss} in epoch {epoch}; lower learning_rate")
+                record = {"epoch": epoch, "loss": mean_loss, "lr_factor": factor, "seconds": seconds}
+                result.history.append(record)
+                if score is None:
+                    result.best_epoch = epoch
+                    continue
+                record["score"] = score()
+                bar.update(task, description=f"epoch {epoch + 1} (valid {config.monitor} {abs(record['score']):.4f})")
+                if result.best_score is None or record["score"] > result.best_score:
+                    result.best_score, result.best_epoch, bad_epochs = record["score"], epoch, 0
+                    best_state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+                    continue
+                bad_epochs += 1
+                if config.patience and bad_epochs >= config.patience:
+                    break
+                factor *= config.reduce_lr
+                scale_learning_rates(optimizers, config.reduce_lr)
+    for optimizer in optimizers:
+        detach = getattr(optimizer, "detach", None)
+        if detach is not None:
+            detach()
+    if best_state is not None:
+        model.load_state_dict(best_state)
+    model.eval()
+    result.seconds = time.perf_counter() - started
+    result.rows_per_second = train_rows / max(train_seconds, 1e-9)
+    log.info("trained %d epochs in %.1f s (%s)", len(result.history), result.seconds, result.precision)
+    return result
+
+
+def make_optimizers(model: CTRModel, config: TrainConfig) -> list[Optimizer]:
+    """The optimisers of a zoo model: one over the rows of its tables, one over everything else."""
+    tables = model.tables
+    in_tables = {id(p) for p in (tables.weight, tables.first_order) if p is not None}
+    dense = [p for p in model.parameters() if id(p) not in in_tables and p.requires_grad]
+    lr, l2, coupled = config.learning_rate, config.embedding_l2, config.l2_form == "coupled"
+    optimizers: list[Optimizer] = []
+    if dense:
+        optimizers.append(_dense_optimizer(dense, config, l2=0.0))
+    if config.tables == "dense":
+        if config.l2_scope == "batch" and l2:
+            raise ConfigError("l2_scope = 'batch' needs tables = 'lazy'; the dense mode decays the whole table")
+        whole = [p for p in (tables.weight, tables.first_order) if p is not None and p.numel()]
+        if whole:
+            optimizers.append(_dense_optimizer(whole, config, l2=l2))
+        return optimizers
+    if config.optimizer == "adam":
+        rows = RowAdam(tables, lr=lr, l2=l2, l2_scope=config.l2_scope, decoupled=not coupled)
+    elif config.optimizer == "adagrad":
+        rows = RowAdagrad(tables, lr=lr, l2=l2, l2_scope=config.l2_scope, decoupled=not coupled)
+    else:
+        rows = RowSGD(tables, lr=lr, l2=l2, l2_scope=config.l2_scope, decoupled=not coupled)
+    return [*optimizers, rows]
+
+
+def _dense_optimizer(parameters: list[nn.Parameter], config: TrainConfig, l2: float) -> torch.optim.Optimizer:
+    if config.l2_form == "decoupled" and l2 and config.optimizer != "adam":
+        raise ConfigError(
+            f"l2_form = 'decoupled' in the dense mode needs optimizer = 'adam', given {config.optimizer!r}"
+        )
+    if config.optimizer == "adam":
+        kind = torch.optim.AdamW if config.l2_form == "decoupled" and l2 else torch.optim.Adam
+        return kind(parameters, lr=config.learning_rate, weight_decay=l2, fused=True)
+    if config.optimizer == "adagrad":
+        return torch.optim.Adagrad(parameters, lr=config.learning_rate, weight_decay=l2)
+    return torch.optim.SGD(parameters, lr=config.learning_rate, weight_decay=l2)
+
+
+def scale_learning_rates(optimizers: Iterable[Optimizer], factor: float) -> None:
+    """Multiply every learning rate by `factor`."""
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.Optimizer):
+            for group in optimizer.param_groups:
+                group["lr"] *= factor
+        else:
+            optimizer.lr *= factor  # type: ignore[attr-defined]
+
+
+def logloss_of_batch(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean binary cross entropy of a batch, weighted where the data have sample weights; a scalar."""
+    logits_B = model(batch.ids_BC, batch.dense_BE).float()
+    if batch.weights_B is None:
+        return functional.binary_cross_entropy_with_logits(logits_B, batch.labels_B)
+    losses_B = functional.binary_cross_entropy_with_logits(logits_B, batch.labels_B, reduction="none")
+    return (losses_B * batch.weights_B).sum() / batch.weights_B.sum().clamp(min=1e-12)
+
+
+@torch.no_grad()
+def predict_logits(
+    model: CTRModel, data: EncodedDataset, split: str = "test", config: TrainConfig | None = None
+) -> np.ndarray:
+    """float32 logits (N,) of a split, in stored order."""
+    config = config or TrainConfig()
+    device = torch.device(config.device)
+    model.to(device).eval()
+    logits = np.empty(data.num_rows(split), np.float32)
+    start = 0
+    with fast_matmul("fp32", device):
+        for batch in data.batches(split, EVAL_BATCH_SIZE):
+            batch = batch.to(device)
+            logits[start : start + len(batch)] = model(batch.ids_BC, batch.dense_BE).float().cpu().numpy()
+            start += len(batch)
+    return logits
+
+
+def evaluate(
+    model: CTRModel,
+    data: EncodedDataset,
+    split: str = "test",
+    config: TrainConfig | None = None,
+    *,
+    deciles: bool = False,
+) -> Metrics:
+    """Exact metrics over a whole split; always in fp32.
+
+    Args:
+        model: full or compact (give a compact one `data.recode(plan)`).
+        data: encoded data of the model's schema.
+        split: "train", "valid" or "test".
+        config: for the device.
+        deciles: also AUC by how often the row's rarest value occurs in the training rows.
+
+    Raises:
+        DataError: the split is missing or has one class only.
+    """
+    check_data(model, data)
+    arrays = data.split(split)
+    logits = predict_logits(model, data, split, config)
+    labels = np.asarray(arrays.labels)
+    weights = None if arrays.weights is None else np.asarray(arrays.weights)
+    metrics = compute_metrics(labels, logits, weights)
+    if deciles:
+        by_decile = auc_by_frequency_decile(labels, logits, rarest_value_counts(data, split))
+        metrics = metrics.with_deciles(by_decile)
+    return metrics
+
+
+def rarest_value_counts(data: EncodedDataset, split: str) -> np.ndarray:
+    """int64 (N,): for each row, how often its rarest feature value occurs in the training rows."""
+    stored = EncodedDataset(data.schema, data.splits)
+    counts = stored.value_counts("train")
+    ids = np.asarray(data.split(split).ids)
+    rarest = np.full(len(ids), np.iinfo(np.int64).max)
+    for spec, columns in zip(data.schema.id_fields, data.schema.column_slices, strict=True):
+        for column in range(columns.start, columns.stop):
+            found = counts[spec.table_name][np.maximum(ids[:, column], 0)]
+            rarest = np.where(ids[:, column] >= 0, np.minimum(rarest, found), rarest)
+    return rarest
+
+
+def check_data(model: CTRModel, data: EncodedDataset) -> None:
+    """Raise DataError unless the data carry the ids that the model reads."""
+    if data.schema.fingerprint != model.schema.fingerprint:
+        raise DataError(
+            f"model was made for schema {model.schema.describe()}, this dataset is {data.schema.describe()}"
+        )
+    for table in model.tables.plan.tables:
+        mapped = table.name in data.id_maps
+        if mapped != (table.has_dropped or len(table.blocks) > 1):
+            raise DataError(
+                f"ids of table {table.name!r} are {'re-coded, but the model reads the stored ones' if mapped else 'as stored, but the model is compact'};"
+                " give a compact model data.recode(plan), a full one the data as they are"
+            )
+
+
+@contextmanager
+def fast_matmul(precision: str, device: torch.device) -> Iterator[tuple[Callable[[], Any], str]]:
+    """Choose matmul precision inside a `with` block and restore the global flag after it.
+
+    "medium" routes fp32 matmuls to oneDNN on CPUs. Without AMX tiles these stay exact fp32; with them oneDNN may use
+    bf16, so "fp32" then keeps torch's default.
+
+    Yields:
+        A factory of autocast contexts for the forward pass, and what was chosen, in words.
+    """
+    before = torch.get_float32_matmul_precision()
+    has_amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    onednn = device.type == "cpu" and (precision != "fp32" or not has_amx)
+    if device.type == "cpu":
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or has_amx
+    else:
+        has_bf16 = torch.cuda.is_bf16_supported()
+    bf16 = precision == "bf16" or (precision == "auto" and has_bf16)
+    chosen = ("bf16 autocast" if bf16 else "fp32") + (", oneDNN matmul" if onednn else "")
+    try:
+        torch.set_float32_matmul_precision("medium" if onednn else "highest")
+        yield (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else nullcontext, chosen
+    finally:
+        torch.set_float32_matmul_precision(before)
