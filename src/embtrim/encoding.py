@@ -19,7 +19,6 @@ target as it was, and the next run removes what a killed one has left.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import glob
 import json
@@ -36,65 +35,18 @@ from typing import IO, Any, Literal
 
 import numpy as np
 import polars as pl
-from pydantic import model_validator
 
-from embtrim.config import Config
 from embtrim.dataset import FORMAT_VERSION, SPLITS, EncodedDataset
+from embtrim.drafting import draft_schema, infer_schema
 from embtrim.encoder import Encoder, ValueCounter, digest, id_values, needed_columns, to_numbers
-from embtrim.errors import ConfigError, DataError
-from embtrim.reading import CHUNK_BYTES, Chunk, Format, RawLog, ReadOptions, Source, SparseText, open_log
-from embtrim.schema import FieldSpec, Schema
+from embtrim.errors import DataError
+from embtrim.reading import CHUNK_BYTES, Chunk, Format, RawLog, ReadOptions, Source, iter_chunks, open_log
+from embtrim.schema import Schema
+from embtrim.splitting import Sample, Split, Splitter, choose_split
+
+__all__ = ["Encoder", "ReadOptions", "Split", "encode", "infer_schema", "iter_chunks", "open_log"]
 
 logger = logging.getLogger(__name__)
-
-SAMPLE_ROWS = 1 << 18  # at this size a quantile edge is off by about 0.1% of the rows
-INFER_ROWS = 100_000
-
-_LABEL_NAMES = ("label", "click", "clicked", "is_click", "clk", "target", "y", "conversion", "is_clicked")
-_TIME_NAMES = ("timestamp", "time", "datetime", "date", "ts", "time_stamp", "event_time", "created_at")
-_ID_NAME = re.compile(r"(^|_)(id|ids|code|zip|zipcode|user|item|ad|hash|category|cate|brand|site|app)($|_)|[a-z]Id$")
-
-
-class Split(Config):
-    """How one log is divided into training, validation and test rows.
-
-    Attributes:
-        by: "ratio" draws each row's part at random; "time" cuts along the schema's time column.
-        ratio: parts of the whole for train, valid, test; a part of 0 leaves that split out.
-        cuts: by time only: train is before the first cut, valid before the second, test the rest (one cut: no test). None
-            means quantiles of time according to `ratio`; rows of one moment are never parted.
-    """
-
-    by: Literal["ratio", "time"] = "ratio"
-    ratio: tuple[float, float, float] = (8.0, 1.0, 1.0)
-    cuts: tuple[str, ...] | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Split:
-        if min(self.ratio) < 0 or not np.isfinite(sum(self.ratio)) or self.ratio[0] <= 0:
-            raise ValueError("ratio needs a positive part for train, and none below 0, such as 8:1:1")
-        if self.cuts is not None and (self.by != "time" or len(self.cuts) not in (1, 2)):
-            raise ValueError("cuts are one or two values of the time column, for by = 'time'")
-        return self
-
-    @classmethod
-    def from_text(cls, text: str) -> Split:
-        """Parse `8:1:1`, `time:8:1:1` or `time:2024-01-25,2024-01-28` (cuts are separated by commas).
-
-        Raises:
-            ConfigError: the text is none of these.
-        """
-        by, rest = ("time", text[5:]) if text.startswith("time:") else ("ratio", text)
-        try:
-            ratio = tuple(float(part) for part in rest.split(":"))
-        except ValueError:
-            ratio = ()
-        if len(ratio) == 3:
-            return cls.parse({"by": by, "ratio": ratio}, where=f"split {text}")
-        if by == "time":
-            cuts = tuple(cut.strip() for cut in rest.split(",") if cut.strip())
-            return cls.parse({"by": by, "cuts": cuts}, where=f"split {text}")
-        raise ConfigError(f"split {text!r} is not understood; allowed: 8:1:1, time:8:1:1, time:CUT,CUT")
 
 
 def encode(
@@ -165,10 +117,10 @@ def encode(
     for name, given in (("valid", valid), ("test", test)):
         if given is not None:
             logs[name] = open_log(given, options)
-    chosen = _choose_split(split, given=[name for name in logs if name != "train"])
+    chosen = choose_split(split, given=[name for name in logs if name != "train"])
     draft_path = None
     if schema is None:
-        schema = _infer(logs["train"], label)
+        schema = draft_schema(logs["train"], label)
         draft_path = target.with_name(target.name + ".schema.toml")
         _write_draft(schema, draft_path)
     elif isinstance(schema, (str, Path)):
@@ -184,8 +136,8 @@ def encode(
 
     bar = _Bar(progress)
     with _atomic_folder(target, overwrite) as folder, bar:
-        splitter = _Splitter(chosen, schema, seed)
-        splitter.learn_cuts(logs["train"], chunk_bytes, bar)
+        splitter = Splitter(chosen, schema, seed)
+        splitter.learn_cuts(logs["train"], chunk_bytes, bar.update)
         training = _TrainingRows(logs["train"], splitter, chunk_bytes, bar)
         encoder = _fit_encoder(schema, training, seed)
         parts = {name: (log, splitter if name == "train" else SPLITS.index(name)) for name, log in logs.items()}
@@ -208,153 +160,6 @@ def encode(
     return EncodedDataset.load(target)
 
 
-# --- splits -----------------------------------------------------------------------------------------------------------
-
-
-def _choose_split(split: Split | str | None, given: Sequence[str]) -> Split | None:
-    """The split of the main log; None if all of it is for training."""
-    if split is None:
-        return None if given else Split()
-    chosen = Split.from_text(split) if isinstance(split, str) else split
-    for name in given:
-        if chosen.cuts is not None or chosen.ratio[SPLITS.index(name)] > 0:
-            raise DataError(
-                f"a {name} log is given, and the split also cuts {name} rows out of the main log; give a ratio whose part for "
-                f"{name} is 0, such as {'9:1:0' if name == 'test' else '9:0:1'}, or no split"
-            )
-    return chosen
-
-
-class _Splitter:
-    """Says which split each row of the main log belongs to: int8 (N,), an index into SPLITS."""
-
-    def __init__(self, split: Split | None, schema: Schema, seed: int) -> None:
-        self.split = split
-        self.seed = seed
-        self.column = schema.time if split is not None and split.by == "time" else None
-        self.cuts: list[str | float] | None = None
-        self._is_text: bool | None = None
-
-    def learn_cuts(self, log: RawLog, chunk_bytes: int, bar: _Bar) -> None:
-        """Find the moments at which to cut, from the split's settings or from the log's quantiles of time."""
-        if self.column is None:
-            return
-        assert self.split is not None
-        if self.split.cuts is not None:
-            chunk = next(iter(log.chunks([self.column], chunk_bytes)), None)
-            if chunk is None:
-                raise DataError(f"{log.name} holds no rows")
-            times = self._times(chunk)
-            try:
-                cuts = [cut if self._is_text else float(cut) for cut in self.split.cuts]
-            except ValueError:
-                raise DataError(
-                    f"time column {self.column!r} holds numbers such as {times[0]!r}, the cuts are {', '.join(self.split.cuts)}"
-                ) from None
-            if chunk.frame.schema[self.column].is_temporal():
-                cuts = [str(cut).replace("T", " ") for cut in cuts]
-            if cuts != sorted(cuts):
-                raise DataError(f"time cuts must not decrease; given {', '.join(self.split.cuts)}")
-            self.cuts = list(cuts)
-            return
-        sample = _Sample(self.seed)
-        for chunk in log.chunks([self.column], chunk_bytes):
-            sample.add(chunk.first_row, self._times(chunk))
-            bar.update("reading times", chunk.done)
-        times = sample.values().sort()
-        if not len(times):
-            raise DataError(f"{log.name} holds no rows")
-        bounds = np.cumsum(self.split.ratio)[:2] / sum(self.split.ratio)
-        ends = [times[min(len(times) - 1, int(len(times) * bound))] for bound in bounds]
-        # A part of 0 leaves its split out: no row lies after the last moment.
-        self.cuts = ends if self.split.ratio[2] > 0 else ends[:1]
-
-    def assign(self, chunk: Chunk) -> np.ndarray:
-        """The split of each row of a chunk."""
-        num_rows = chunk.frame.height
-        if self.split is None:
-            return np.zeros(num_rows, np.int8)
-        if self.column is None:
-            draw_N = (_random_bits(chunk.first_row, num_rows, self.seed) >> np.uint64(11)) * 2.0**-53
-            bounds = np.cumsum(self.split.ratio)[:2] / sum(self.split.ratio)
-            return ((draw_N >= bounds[0]).astype(np.int8) + (draw_N >= bounds[1])).astype(np.int8)
-        assert self.cuts is not None
-        times = self._times(chunk)
-        return sum(((times >= cut).to_numpy().astype(np.int8) for cut in self.cuts), np.zeros(num_rows, np.int8))
-
-    def _times(self, chunk: Chunk) -> pl.Series:
-        """Times as numbers, or as text that sorts (ISO)."""
-        assert self.column is not None
-        raw = chunk.frame[self.column]
-        times = raw
-        if raw.dtype.is_temporal():
-            self._is_text, times = True, raw.cast(pl.String)
-        elif raw.dtype.is_numeric():
-            self._is_text, times = False, raw.cast(pl.Float64).fill_nan(None)
-        elif raw.dtype == pl.String:
-            numbers = raw.cast(pl.Float64, strict=False).fill_nan(None)
-            if self._is_text is None:
-                self._is_text = numbers.null_count() > raw.null_count()
-            times = raw if self._is_text else numbers
-        else:
-            raise DataError(f"time column {self.column!r} holds {raw.dtype}; it must hold numbers, dates or ISO text")
-        bad = times.is_null().arg_true()
-        if len(bad):
-            raise DataError(
-                f"{chunk.locate(bad[0])}: time column {self.column!r} holds {raw[bad[0]]!r}, which cannot be ordered; "
-                "drop the row or split by ratio"
-            )
-        if raw.dtype == pl.String and self._is_text:
-            bad = raw.str.contains(r"^\d{1,2}[/.\-]").arg_true()
-            if len(bad):
-                raise DataError(
-                    f"{chunk.locate(bad[0])}: time column {self.column!r} holds {raw[bad[0]]!r}, which does not sort as text; "
-                    "write times as 2024-01-31 10:00:00 or as numbers"
-                )
-        return times
-
-
-def _random_bits(first_row: int, num_rows: int, seed: int) -> np.ndarray:
-    """splitmix64 of (seed, row index): uint64 (N,), the same however the log is cut into chunks."""
-    with np.errstate(over="ignore"):
-        z = np.arange(first_row, first_row + num_rows, dtype=np.uint64) + np.uint64((seed * 0xD1342543DE82EF95 + 1) % 2**64)
-        z *= np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
-
-
-class _Sample:
-    """All values, or a uniform sample of SAMPLE_ROWS of them once there are more: those with the smallest random bits."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self._bits: list[np.ndarray] = []
-        self._parts: list[pl.Series] = []
-
-    def add(self, first_row: int, values: pl.Series, rows: np.ndarray | None = None) -> None:
-        """Offer values, of rows `first_row` + `rows` (default: consecutive)."""
-        bits = _random_bits(first_row, len(values) if rows is None else int(rows.max(initial=-1)) + 1, self.seed + 1)
-        self._bits.append(bits if rows is None else bits[rows])
-        self._parts.append(values)
-        if sum(map(len, self._bits)) > 2 * SAMPLE_ROWS:
-            self._shrink()
-
-    def values(self) -> pl.Series:
-        """The sample."""
-        self._shrink()
-        return self._parts[0] if self._parts else pl.Series([], dtype=pl.Float64)
-
-    def _shrink(self) -> None:
-        if not self._parts:
-            return
-        bits, values = np.concatenate(self._bits), pl.concat(self._parts)
-        if len(bits) > SAMPLE_ROWS:
-            kept = np.argpartition(bits, SAMPLE_ROWS)[:SAMPLE_ROWS]
-            bits, values = bits[kept], values.gather(kept)
-        self._bits, self._parts = [bits], [values]
-
-
 # --- fitting ----------------------------------------------------------------------------------------------------------
 
 
@@ -363,7 +168,7 @@ class _TrainingRows:
     """The training rows of the main log, as often as they are asked for."""
 
     log: RawLog
-    splitter: _Splitter
+    splitter: Splitter
     chunk_bytes: int
     bar: _Bar
 
@@ -404,7 +209,7 @@ def _fit_transforms(schema: Schema, training: _TrainingRows, seed: int) -> dict[
     fitted = [f for f in schema.fields if f.transform == "standard" or (f.transform or "").startswith("quantile:")]
     if not fitted:
         return {}
-    samples = {f.name: _Sample(seed) for f in fitted if f.transform != "standard"}
+    samples = {f.name: Sample(seed) for f in fitted if f.transform != "standard"}
     moments = {f.name: _Moments() for f in fitted if f.transform == "standard"}
     columns = list(dict.fromkeys(f.raw_column for f in fitted))
     for chunk, is_train_N in training.chunks(columns, "reading numbers"):
@@ -501,7 +306,9 @@ def read_weights(chunk: Chunk, column: str) -> np.ndarray:
     weights = raw.cast(pl.Float64, strict=False)
     bad = (~(weights.is_finite() & (weights >= 0))).fill_null(True).arg_true()
     if len(bad):
-        raise DataError(f"{chunk.locate(bad[0])}: weight {column!r} is {raw[bad[0]]!r}; a weight is a finite number, 0 or more")
+        raise DataError(
+            f"{chunk.locate(bad[0])}: weight {column!r} is {raw[bad[0]]!r}; a weight is a finite number, 0 or more"
+        )
     return weights.cast(pl.Float32).to_numpy()
 
 
@@ -521,7 +328,7 @@ class _ArrayFile:
         self.file.write(bytes(self.HEADER_BYTES))
 
     def append(self, rows: np.ndarray) -> None:
-        self.file.write(memoryview(np.ascontiguousarray(rows, self.dtype)).cast("B") if rows.size else b"")
+        self.file.write(np.ascontiguousarray(rows, self.dtype).data if rows.size else b"")
         self.num_rows += len(rows)
 
     def close(self) -> None:
@@ -549,7 +356,7 @@ class _SplitWriter:
 def _write_splits(
     folder: Path,
     encoder: Encoder,
-    parts: Mapping[str, tuple[RawLog, _Splitter | int]],
+    parts: Mapping[str, tuple[RawLog, Splitter | int]],
     chunk_bytes: int,
     bar: _Bar,
 ) -> tuple[dict[str, int], dict[str, int]]:
@@ -558,12 +365,12 @@ def _write_splits(
     writers: dict[str, _SplitWriter] = {}
     try:
         for log, splitter in parts.values():
-            by_time = isinstance(splitter, _Splitter) and splitter.column is not None
+            by_time = isinstance(splitter, Splitter) and splitter.column is not None
             for chunk in log.chunks(_raw_columns(schema, with_time=by_time), chunk_bytes):
                 labels_N = read_labels(chunk, schema.label)
                 weights_N = None if schema.weight is None else read_weights(chunk, schema.weight)
                 encoded = encoder.encode_chunk(chunk)
-                part_N = splitter.assign(chunk) if isinstance(splitter, _Splitter) else None
+                part_N = splitter.assign(chunk) if isinstance(splitter, Splitter) else None
                 present = [splitter] if part_N is None else np.unique(part_N)
                 for part in present:
                     name = SPLITS[part]  # type: ignore[call-overload]
@@ -723,159 +530,9 @@ def _write_draft(schema: Schema, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         if Schema.load_draft(path) != schema:
-            raise DataError(f"{path} exists and is not what would be inferred now; pass it as schema (--schema), or remove it")
+            raise DataError(
+                f"{path} exists and is not what would be inferred now; pass it as schema (--schema), or remove it"
+            )
         return
     schema.save_draft(path)
     logger.info("wrote the inferred schema to %s; edit it and pass it as schema to encode again", path)
-
-
-# --- inference --------------------------------------------------------------------------------------------------------
-
-
-def infer_schema(source: Source, label: str | None = None, options: ReadOptions | None = None) -> Schema:
-    """Draft a schema from the first rows of a log (up to INFER_ROWS), for the user to edit.
-
-    Text, booleans and integers are categorical; integers with many values of which the most frequent is -1..2 are
-    counts: numeric log2; numbers with fractions are numeric (log2 if very skewed, else quantile:20); lists, and text
-    whose parts around `|`, `;`, `^` or `,` recur, are multi. Dates and times become the schema's time column and no field;
-    columns that are empty, or different in every row, are left out. min_count grows with the log: 1, 2 from 50,000
-    rows, 4 from 500,000, 10 from 5,000,000.
-
-    Raises:
-        DataError: no label column, or no usable field.
-
-    Example:
-        >>> import polars as pl
-        >>> log = pl.DataFrame({"click": [0, 1], "user": ["a", "b"], "tags": [["x"], ["x", "y"]]})
-        >>> [(field.name, field.type) for field in infer_schema(log, "click").fields]
-        [('user', 'categorical'), ('tags', 'multi')]
-    """
-    return _infer(open_log(source, options), label)
-
-
-def _infer(log: RawLog, label: str | None) -> Schema:
-    names = list(log.columns)
-    label = label or next((name for name in names if name.lower() in _LABEL_NAMES), None)
-    if label is None or label not in names:
-        given = "no label column is named" if label is None else f"there is no column {label!r}"
-        near = difflib.get_close_matches(label or "", names, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise DataError(f"{log.name}: {given}; {hint}label takes one of: {', '.join(names[:40])}{log.files[0].hint([label or ''])}")
-    if log.is_sparse:
-        return _infer_sparse(log, label)
-    frames, num_rows, done = [], 0, 1.0
-    for chunk in log.chunks(None):
-        frames.append(chunk.frame)
-        num_rows, done = num_rows + chunk.frame.height, chunk.done
-        if num_rows >= INFER_ROWS:
-            break
-    if not num_rows:
-        raise DataError(f"{log.name} holds no rows")
-    min_count = _min_count(num_rows / max(done, 1e-9))
-    sample = pl.concat(frames).head(INFER_ROWS)
-    time_column, fields = None, []
-    for name in names:
-        if name == label:
-            continue
-        found = _infer_field(sample[name], min_count)
-        if found == "time" and time_column is None:
-            time_column = name
-        elif isinstance(found, FieldSpec):
-            fields.append(found)
-        else:
-            logger.info("column %r is left out of the schema: %s", name, found)
-    if not fields:
-        raise DataError(f"{log.name} has no column that could be a field beside label {label!r}; write a schema by hand")
-    return Schema(label=label, time=time_column, fields=tuple(fields))
-
-
-def _min_count(num_rows: float) -> int:
-    for least, min_count in ((5_000_000, 10), (500_000, 4), (50_000, 2)):
-        if num_rows >= least:
-            return min_count
-    return 1
-
-
-def _infer_field(column: pl.Series, min_count: int) -> FieldSpec | str:
-    """The field for a column; or "time"; or why there is none."""
-    name, values = column.name, column.drop_nulls()
-    if not len(values):
-        return "it is empty"
-    if isinstance(column.dtype, (pl.List, pl.Array)):
-        longest = int(values.list.len().quantile(0.99, "higher") or 1) if isinstance(column.dtype, pl.List) else column.dtype.size
-        return FieldSpec(name=name, type="multi", max_len=max(1, min(longest, 50)), min_count=min_count)
-    if column.dtype.is_temporal():
-        return "time"
-    num_distinct = values.n_unique()
-    categorical = FieldSpec(name=name, min_count=1 if num_distinct <= 1000 else min_count)
-    if column.dtype == pl.String:
-        numbers = values.cast(pl.Float64, strict=False)
-        if numbers.null_count() or values.str.contains(r"^[+-]?0\d").any():
-            if values.str.contains(r"^\d{4}-\d{2}-\d{2}").all():
-                return "time"
-            if len(values) >= 1000 and num_distinct > 0.995 * len(values):
-                return "its values differ from row to row"
-            return _infer_multi(values, min_count) or categorical
-        values = numbers
-    elif not column.dtype.is_numeric():
-        return categorical
-    values = values.cast(pl.Float64).drop_nans()
-    if name.lower() in _TIME_NAMES and num_distinct > 50:
-        return "time"
-    is_whole = bool((values == values.floor()).all())
-    if num_distinct <= 50 or (is_whole and _ID_NAME.search(name)):
-        return categorical
-    middle, top = values.abs().median(), values.abs().max()
-    is_skewed = isinstance(top, float) and isinstance(middle, float) and top > 20 * max(middle, 1e-9)
-    if is_whole:
-        most_frequent = values.value_counts().sort("count", name, descending=True)[name][0]
-        if is_skewed and -1 <= most_frequent <= 2:
-            return FieldSpec(name=name, type="numeric", transform="log2")
-        if len(values) >= 1000 and num_distinct > 0.995 * len(values):
-            return "its values differ from row to row"
-        return categorical
-    transform = "log2" if is_skewed and isinstance(top, float) and top > 100 else "quantile:20"
-    return FieldSpec(name=name, type="numeric", transform=transform)
-
-
-def _infer_multi(values: pl.Series, min_count: int) -> FieldSpec | None:
-    """A multi field if one separator occurs in a tenth of the rows and the parts recur more than the wholes do."""
-    for separator in ("|", ";", "^", ","):
-        if (values.str.contains(separator, literal=True)).mean() < 0.1:  # type: ignore[operator]
-            continue
-        parts = values.str.split(separator)
-        num_parts = parts.list.len()
-        distinct = parts.explode().n_unique()
-        if distinct < values.n_unique() and int(num_parts.sum()) >= 2 * distinct:
-            longest = min(int(num_parts.quantile(0.99, "higher") or 1), 50)
-            return FieldSpec(name=values.name, type="multi", separator=separator, max_len=longest, min_count=min_count)
-    return None
-
-
-def _infer_sparse(log: RawLog, label: str) -> Schema:
-    """libsvm or libfm: lists of indices where all values are 0 or 1, else one numeric field an index."""
-    file = log.files[0]
-    assert isinstance(file, SparseText)
-    fields = []
-    for column in log.columns:
-        if column == label:
-            continue
-        numbered = file.valued_indices(column)
-        if len(numbered) > 500:
-            raise DataError(
-                f"{log.name}: column {column!r} has values other than 0 and 1 at {len(numbered)} indices; write a schema with "
-                f"the fields to keep, such as name = 'x', column = {numbered[0]!r}, type = 'dense', transform = 'log1p'"
-            )
-        if numbered:
-            fields += [FieldSpec(name=f"f{index}", column=index, type="numeric", transform="quantile:20") for index in numbered]
-            continue
-        chunk = next(log.chunks([column]), None)
-        if chunk is None:
-            raise DataError(f"{log.name} holds no rows")
-        longest = int(chunk.frame[column].list.len().max() or 1)  # type: ignore[arg-type]
-        name = column if column == "features" else f"field_{column}"
-        min_count = _min_count(chunk.frame.height / max(chunk.done, 1e-9))
-        fields.append(
-            FieldSpec(name=name, column=column, type="multi", max_len=min(longest, 200), pooling="sum", min_count=min_count)
-        )
-    return Schema(label=label, fields=tuple(fields))

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeAlias, cast
 
+import numpy as np
 import polars as pl
 
 from embtrim.config import Config
@@ -166,7 +167,9 @@ def open_log(source: Source, options: ReadOptions | None = None) -> RawLog:
     if isinstance(source, pl.DataFrame):
         return RawLog("the frame", [_Frame(source)])
     if type(source).__module__.split(".")[0] in ("pandas", "pyarrow"):
-        raise DataError(f"cannot read a {type(source).__module__.split('.')[0]} object; convert it: polars.DataFrame(..)")
+        raise DataError(
+            f"cannot read a {type(source).__module__.split('.')[0]} object; convert it: polars.DataFrame(..)"
+        )
     if isinstance(source, (str, Path)):
         name, paths = str(source), _expand(source)
     elif isinstance(source, Sequence) and all(isinstance(part, (str, Path)) for part in source):
@@ -327,7 +330,11 @@ class _Text(_File):
         if self.quoted and b'"' in rows:
             rows = re.sub(rb'"[^"]*"', b"", rows)
         num_lines = rows.count(b"\n") + (not rows.endswith(b"\n"))
-        return rows.count(self.separator) == num_lines * (len(self.columns) - 1)
+        if len(self.separator) == 1:  # several times faster than bytes.count where every tenth byte is a separator
+            num_separators = int(np.count_nonzero(np.frombuffer(rows, np.uint8) == self.separator[0]))
+        else:
+            num_separators = rows.count(self.separator)
+        return num_separators == num_lines * (len(self.columns) - 1)
 
     def _width_error(self, block: bytes, first_line: int) -> DataError:
         for line, row in _logical_rows(block, self.quoted):
@@ -380,11 +387,13 @@ class SparseText(_File):
             self.columns = ("label", "features")
         else:
             block, _, _ = next(_blocks(path, 1 << 20, quoted=False))
-            fields = {token.split(b":")[0].decode("utf-8", "replace") for token in block.split() if token.count(b":") == 2}
+            fields = {
+                token.split(b":")[0].decode("utf-8", "replace") for token in block.split() if token.count(b":") == 2
+            }
             self.columns = ("label", *sorted(fields, key=lambda name: (len(name), name)))
 
     def missing(self, columns: Sequence[str]) -> list[str]:
-        # Which indices a file has is known only at its end: any name of the right form will do, and is empty if absent.
+        """Those of `columns` that cannot be an index; which indices a file has is known only at its end."""
         form = r"features|\d+" if self.num_parts == 2 else r"[^\s:]+(:[^\s:]+)?"
         return [name for name in columns if name != "label" and not re.fullmatch(form, name)]
 
@@ -401,7 +410,7 @@ class SparseText(_File):
         return [] if plain else sorted(names, key=lambda text: (len(text), text))
 
     def chunks(self, columns: list[str], chunk_bytes: int) -> Iterator[Chunk]:
-        # Exploding pairs costs several times what cells do; smaller blocks keep the bound.
+        """Yield the columns; blocks are smaller than of other text, since exploded pairs take several times more."""
         for block, first_line, done in _blocks(self.path, max(1, chunk_bytes // 4), quoted=False):
             lines = [
                 (number, line)
@@ -447,7 +456,9 @@ class SparseText(_File):
                 column = self._column(pairs, name, locate)
             result = result.join(column, on="row", how="left", maintain_order="left")
             if name != "label":
-                absent = pl.lit([], dtype=pl.List(pl.String)) if result.schema[name] == pl.List(pl.String) else pl.lit("0")
+                absent = (
+                    pl.lit([], dtype=pl.List(pl.String)) if result.schema[name] == pl.List(pl.String) else pl.lit("0")
+                )
                 result = result.with_columns(pl.col(name).fill_null(absent))
         return result.select(columns)
 
@@ -472,9 +483,7 @@ class SparseText(_File):
                 f"declare a numeric or dense field with column = {numbered!r} instead"
             )
         return (
-            mine_only.filter(pl.col("value") == 1)
-            .group_by("row", maintain_order=True)
-            .agg(pl.col("index").alias(name))
+            mine_only.filter(pl.col("value") == 1).group_by("row", maintain_order=True).agg(pl.col("index").alias(name))
         )
 
 
@@ -506,10 +515,14 @@ def _find_format(path: Path) -> Format:
         return "parquet"
     if head.startswith((b"PK\x03\x04", b"\xff\xfe", b"\xfe\xff")):
         kind = "a zip archive (or a spreadsheet)" if head.startswith(b"PK") else "UTF-16 text"
-        raise DataError(f"{path} is {kind}; embtrim reads UTF-8 or latin-1 text (also gzipped), parquet, libsvm and libfm")
+        raise DataError(
+            f"{path} is {kind}; embtrim reads UTF-8 or latin-1 text (also gzipped), parquet, libsvm and libfm"
+        )
     suffix = _suffix(path)
     if suffix not in SUFFIXES:
-        raise DataError(f"{path}: unknown suffix {suffix!r}; known: {', '.join(SUFFIXES)}; or pass format='csv', 'parquet', ..")
+        raise DataError(
+            f"{path}: unknown suffix {suffix!r}; known: {', '.join(SUFFIXES)}; or pass format='csv', 'parquet', .."
+        )
     found = SUFFIXES[suffix]
     if found is None:
         first = _first_nonblank_line(path)
@@ -548,57 +561,61 @@ def _first_nonblank_line(path: Path) -> bytes:
 
 
 def _blocks(path: Path, size: int, quoted: bool, skip_lines: int = 0) -> Iterator[tuple[bytes, int, float]]:
-    """Yield (block of whole lines, its first line number, part of the file read); `skip_lines` counts from the first
-    line that is not blank."""
+    """Yield (block of whole rows, its first line number, part of the file read).
+
+    `skip_lines` lines are left out at the start, blank ones not counted. A quoted cell may span lines: a row ends at a
+    newline with an even number of quotes before it.
+    """
     file_size = max(1, path.stat().st_size)
-    rest, line_number = b"", 1
+    line_number = 1
     file, raw = _open_binary(path)
     try:
         while True:
             try:
-                piece = file.read(size)
+                block = file.read(size)
+                if not block.endswith(b"\n"):
+                    block += file.readline(MAX_LINE_BYTES)
+                if quoted and block.count(b'"') % 2:
+                    block += _rest_of_quoted(file, path, line_number)
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise DataError(f"{path} is a damaged gz file after line {line_number:,} ({_first_line(error)})") from None
-            if line_number == 1 and not rest and piece.startswith(b"\xef\xbb\xbf"):
-                piece = piece[3:]
-            buffer = rest + piece
-            if not buffer:
+                raise DataError(
+                    f"{path} is a damaged gz file after line {line_number:,} ({_first_line(error)})"
+                ) from None
+            if not block:
                 return
-            end = len(buffer) if not piece else _end_of_rows(buffer, quoted)
-            if not end:
-                if len(buffer) > MAX_LINE_BYTES:
-                    raise DataError(
-                        f"{path} line {line_number:,} does not end within {MAX_LINE_BYTES >> 20} MB"
-                        + ('; if " is plain text in this log, pass quoted=False' if quoted else "")
-                    )
-                rest = buffer
-                continue
-            block, rest = buffer[:end], buffer[end:]
-            del buffer
-            num_lines = block.count(b"\n")
+            if len(block) > size + MAX_LINE_BYTES - 1:
+                raise DataError(
+                    f"{path} line {line_number:,} and those after it do not end within {MAX_LINE_BYTES >> 20} MB"
+                )
+            if line_number == 1 and block.startswith(b"\xef\xbb\xbf"):
+                block = block[3:]
             start = line_number
+            line_number += block.count(b"\n")
             while skip_lines and block:
                 line, _, block = block.partition(b"\n")
                 start += 1
                 skip_lines -= bool(line.strip())
             if block:
                 yield block, start, raw.tell() / file_size
-            line_number += num_lines
     finally:
         file.close()
         raw.close()
 
 
-def _end_of_rows(buffer: bytes, quoted: bool) -> int:
-    """Where the last whole row ends: after a newline with an even number of quotes before it; 0 if there is none."""
-    end = buffer.rfind(b"\n") + 1
-    if quoted and b'"' in buffer:
-        odd = buffer.count(b'"', 0, end) % 2
-        while end and odd:
-            earlier = buffer.rfind(b"\n", 0, end - 1) + 1
-            odd = (odd + buffer.count(b'"', earlier, end)) % 2
-            end = earlier
-    return end
+def _rest_of_quoted(file: BinaryIO, path: Path, line_number: int) -> bytes:
+    """The lines up to the one that closes a quoted cell."""
+    lines, num_bytes = [], 0
+    for line in file:
+        lines.append(line)
+        num_bytes += len(line)
+        if line.count(b'"') % 2:
+            break
+        if num_bytes > MAX_LINE_BYTES:
+            raise DataError(
+                f"{path}: a quote opened after line {line_number:,} is not closed within {MAX_LINE_BYTES >> 20} MB; "
+                'if " is plain text in this log, pass quoted=False'
+            )
+    return b"".join(lines)
 
 
 def _without_blank_lines(block: bytes) -> bytes:

@@ -1,0 +1,34 @@
+# make demo   the main job on the bundled data set
+# make test   the whole suite
+# make check  lint, types, spelling
+# Each does its own set-up: a virtual environment in .venv with the versions of requirements.lock.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO_OUT ?= runs/demo
+# Torch's threads spin while they wait; with two test processes on two cores that slows both many times.
+QUIET_THREADS := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
+
+.PHONY: demo test check clean
+
+.venv/installed: pyproject.toml requirements.lock
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: .venv/installed
+	rm -rf $(DEMO_OUT)
+	$(BIN)/embtrim run flights --config recipes/demo.toml --out $(DEMO_OUT)
+
+test: .venv/installed
+	$(QUIET_THREADS) $(BIN)/python -m pytest -n 2
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/codespell
+
+clean:
+	rm -rf .venv runs build dist

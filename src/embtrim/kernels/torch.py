@@ -1,0 +1,201 @@
+"""Row kernels in plain torch, on any device: the definition that a faster kernel must equal.
+
+Each works in place on 2-D views of flat buffers and touches only the rows it is given. What was measured: index_select
+to gather and index_copy_ to write back cost a fraction of `W[index]`, of `index_put_` and of F.embedding's backward.
+
+Axes: R rows of a view, W its width, U distinct rows, N rows with repeats.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def gather_rows(source_RW: Tensor, rows_U: Tensor) -> Tensor:
+    """(U, W) copies of rows."""
+    return source_RW.index_select(0, rows_U)
+
+
+def sum_rows(values_NW: Tensor, index_N: Tensor, num_rows: int) -> Tensor:
+    """(num_rows, W): the sum of all values with one index."""
+    return values_NW.new_zeros(num_rows, values_NW.shape[1]).index_add_(0, index_N, values_NW)
+
+
+def sgd_rows_(weight_RW: Tensor, rows_U: Tensor, grad_UW: Tensor, *, lr: float, l2: float, decay: float) -> None:
+    """W <- decay W - lr (G + l2 W) on the given rows."""
+    weight_UW = weight_RW.index_select(0, rows_U)
+    weight_UW.mul_(decay - lr * l2).sub_(grad_UW, alpha=lr)
+    weight_RW.index_copy_(0, rows_U, weight_UW)
+
+
+def adagrad_rows_(
+    weight_RW: Tensor,
+    square_R: Tensor,
+    rows_U: Tensor,
+    grad_UW: Tensor,
+    *,
+    lr: float,
+    eps: float,
+    l2: float,
+    decay: float,
+) -> None:
+    """Row-wise Adagrad: one accumulator a row takes the mean of the squared gradients over the row.
+
+    s <- s + mean(g^2),  W <- decay W - lr g / (sqrt(s) + eps),  g = G + l2 W. As FBGEMM's exact_rowwise_adagrad.
+    """
+    weight_UW = weight_RW.index_select(0, rows_U)
+    if l2:
+        grad_UW = grad_UW.add(weight_UW, alpha=l2)
+    square_U = square_R.index_select(0, rows_U).add_(grad_UW.square().mean(1))
+    square_R.index_copy_(0, rows_U, square_U)
+    if decay != 1:
+        weight_UW.mul_(decay)
+    weight_UW.addcdiv_(grad_UW, square_U.sqrt().add_(eps)[:, None], value=-lr)
+    weight_RW.index_copy_(0, rows_U, weight_UW)
+
+
+def adam_rows_(
+    weight_RW: Tensor,
+    mean_RW: Tensor,
+    square_RW: Tensor,
+    rows_U: Tensor,
+    grad_UW: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    l2: float,
+    decay: float,
+) -> None:
+    """Adam (Kingma & Ba 2015) on the given rows, bias corrections by the number of this step (from 1).
+
+    m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2,  W <- decay W - lr mhat / (sqrt(vhat) + eps),  g = G + l2 W.
+    """
+    weight_UW = weight_RW.index_select(0, rows_U)
+    if l2:
+        grad_UW = grad_UW.add(weight_UW, alpha=l2)
+    mean_UW = mean_RW.index_select(0, rows_U).lerp_(grad_UW, 1 - betas[0])
+    square_UW = square_RW.index_select(0, rows_U).mul_(betas[1]).addcmul_(grad_UW, grad_UW, value=1 - betas[1])
+    mean_RW.index_copy_(0, rows_U, mean_UW)
+    square_RW.index_copy_(0, rows_U, square_UW)
+    if decay != 1:
+        weight_UW.mul_(decay)
+    root_UW = square_UW.sqrt_().mul_((1 - betas[1] ** step) ** -0.5).add_(eps)
+    weight_UW.addcdiv_(mean_UW, root_UW, value=-lr / (1 - betas[0] ** step))
+    weight_RW.index_copy_(0, rows_U, weight_UW)
+
+
+def scale_rows_(weight_RW: Tensor, rows_U: Tensor, factor_U: Tensor) -> None:
+    """W <- factor W on the given rows."""
+    weight_RW.index_copy_(0, rows_U, weight_RW.index_select(0, rows_U).mul_(factor_U[:, None]))
+
+
+def strides(missed_U: Tensor, max_stride: int) -> Iterator[tuple[int, int, int]]:
+    """Cut missed steps into strides of 1, 1, 2, 4, .. max_stride.
+
+    Args:
+        missed_U: missed steps of each row, descending.
+        max_stride: the longest stride.
+
+    Yields:
+        (rows, first, longest): the first `rows` rows have missed more than `first` steps; their next stride is
+        `longest` steps, or all that is left.
+    """
+    total = int(missed_U[0]) if len(missed_U) else 0
+    firsts = [0]
+    while firsts[-1] < total:
+        firsts.append(firsts[-1] + min(max(1, firsts[-1]), max_stride))
+    ascending = missed_U.flip(0)
+    thresholds = torch.tensor(firsts[:-1], dtype=missed_U.dtype, device=missed_U.device)
+    active = (len(missed_U) - torch.searchsorted(ascending, thresholds, right=True)).tolist()
+    for rows, (first, following) in zip(active, itertools.pairwise(firsts), strict=True):
+        yield rows, first, following - first
+
+
+def replay_adam_rows_(
+    weight_RW: Tensor,
+    mean_RW: Tensor,
+    square_RW: Tensor,
+    rows_U: Tensor,
+    missed_U: Tensor,
+    *,
+    step: int,
+    lr_sums: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    l2: float,
+    max_stride: int,
+) -> None:
+    """Catch up rows with the steps of dense Adam they missed, where the gradient was l2 W alone.
+
+    A stride of n steps holds the denominator at its value in mid-stride; W and m then follow the linear map
+
+        m' = b1 m + (1 - b1) l2 W,   W' = W - a m',   a = lr / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+
+    whose n-th power has a closed form: eigenvalues 1 - e and b1 / (1 - e), where e^2 - (1 - b1 + d) e + d = 0 and
+    d = a (1 - b1) l2. A stride of 1 is Adam itself. Approximations of longer ones: v and the corrections vary within a stride;
+    where the eigenvalues are complex (W overshoots zero) the map is taken as critically damped, so that a weight near
+    zero comes to rest there instead of ringing.
+
+    Args:
+        weight_RW: weights, updated in place.
+        mean_RW: first moments, updated in place.
+        square_RW: second moments, updated in place.
+        rows_U: rows to catch up, each once.
+        missed_U: steps that each has missed, at least 1.
+        step: steps done, by which all rows are caught up.
+        lr_sums: float64; difference i of it, counted from the end, is the learning rate of step `step` - i.
+        betas: decay rates of the moments.
+        eps: added to the denominator.
+        l2: lambda.
+        max_stride: longest stride; 1 replays every single step.
+    """
+    missed_U, order = missed_U.sort(descending=True)
+    rows_U = rows_U[order]
+    weight_UW, mean_UW, square_UW = (x.index_select(0, rows_U) for x in (weight_RW, mean_RW, square_RW))
+    b1, b2 = betas
+    dtype = weight_UW.dtype
+    last = len(lr_sums) - 1
+    for rows, first, longest in strides(missed_U, max_stride):
+        w, m, v = weight_UW[:rows], mean_UW[:rows], square_UW[:rows]
+        left = missed_U[:rows] - first
+        n = left.clamp(max=longest)
+        begin = last - left
+        n64, start = n.double(), (step - left).double()
+        lr = (lr_sums[begin + n] - lr_sums[begin]) / n64
+        middle = start + (n64 + 1) / 2
+        scale = (lr / -torch.expm1(middle * _log(b1)) if b1 else lr).to(dtype)[:, None]
+        root = (-torch.expm1(middle * _log(b2))).rsqrt().to(dtype)[:, None] if b2 else 1.0
+        decayed_v = torch.exp((n64 + 1) / 2 * _log(b2)).to(dtype)[:, None]
+        g = w * l2
+        g2 = g * g
+        a = scale / (torch.lerp(g2, v, decayed_v).sqrt_() * root + eps)
+        v.copy_(torch.lerp(g2, v, torch.exp(n64 * _log(b2)).to(dtype)[:, None]))
+        if longest == 1:
+            m.lerp_(g, 1 - b1)
+            w.addcmul_(a, m, value=-1)
+            continue
+        n_U1 = n.to(dtype)[:, None]
+        d = (a * ((1 - b1) * l2)).clamp_(max=0.99 * (1 - b1**0.5) ** 2)
+        trace = d + (1 - b1)
+        gap = (trace * trace - 4 * d).sqrt_()  # difference of the eigenvalues
+        e = 2 * d / (trace + gap)
+        slow = torch.exp(torch.log1p(-e) * n_U1)
+        fast = torch.exp(n64 * _log(b1)).to(dtype)[:, None] / slow
+        u = (slow - fast) / gap
+        half = (slow + fast) / 2
+        tilt = u * (0.5 * (1 - b1 - d))
+        new_w = w * (half + tilt) - a * m * (b1 * u)
+        m.mul_(half - tilt).addcmul_(w, u, value=(1 - b1) * l2)
+        w.copy_(new_w)
+    for target, values in ((weight_RW, weight_UW), (mean_RW, mean_UW), (square_RW, square_UW)):
+        target.index_copy_(0, rows_U, values)
+
+
+def _log(beta: float) -> float:
+    return float(torch.tensor(beta, dtype=torch.float64).log())

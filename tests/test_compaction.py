@@ -1,0 +1,207 @@
+"""Compact equals masked, for every model and every kind of plan; foreign modules too."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from embtrim.budget import Budget
+from embtrim.compaction import CompactEmbedding, compact, inherit_weights, verify
+from embtrim.errors import EmbtrimError, PlanError
+from embtrim.methods import RandomConfig, UniformConfig, search
+from embtrim.models import MODELS, FNN, DeepFM, build
+from embtrim.plan import Block, SizePlan, TablePlan
+from embtrim.sites import CTRTask, Task, find_sites, site_plan
+
+TABLE_MODELS = [name for name in MODELS if name != "lr"]
+
+
+def noisy(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random weights and batch-norm statistics, so that no equality holds by accident."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.5, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_var"):
+                buffer.uniform_(0.5, 2.0, generator=generator)
+            elif name.endswith("running_mean"):
+                buffer.normal_(0, 1, generator=generator)
+    return model
+
+
+def small_model(name: str, schema, width: int = 6):
+    hparams = {"embedding_dim": width, "hidden_units": (16, 8)}
+    if name in ("lr", "fm"):
+        hparams.pop("hidden_units")
+    if name == "lr":
+        hparams.pop("embedding_dim")
+    return noisy(build(name, schema, **hparams))
+
+
+def row_plan(model, seed: int = 0) -> SizePlan:
+    """Half of the rows of each table, random columns; the last table keeps nothing."""
+    rng = np.random.default_rng(seed)
+    tables = []
+    full = model.tables.plan
+    for number, t in enumerate(full.tables):
+        rows = np.sort(rng.choice(np.arange(1, t.num_rows), t.num_rows // 2, replace=False))
+        rows = np.concatenate([[0], rows]).astype(np.int32)
+        columns = tuple(sorted(rng.choice(t.width, 3, replace=False).tolist()))
+        blocks = (Block(len(rows), columns, "scatter", rows),) if number < len(full.tables) - 1 else ()
+        tables.append(TablePlan(t.name, t.num_rows, t.width, blocks))
+    return dataclasses.replace(full, tables=tuple(tables), method="test")
+
+
+@pytest.mark.parametrize("name", TABLE_MODELS)
+@pytest.mark.parametrize("budget", ["60%", "15%"])
+def test_verify_holds_for_every_model(name, budget, wide_data):
+    model = small_model(name, wide_data.schema)
+    plan = search(CTRTask(model, wide_data), RandomConfig(), budget, seed=3)
+    result = verify(model, plan, wide_data)
+    assert result.passed, result
+    assert result.num_rows == wide_data.num_rows("valid")
+
+
+@pytest.mark.parametrize("name", TABLE_MODELS)
+def test_verify_holds_when_rows_go(name, wide_data):
+    model = small_model(name, wide_data.schema)
+    assert verify(model, row_plan(model), wide_data).passed
+
+
+def test_verify_sees_a_wrong_compact_model(wide_data, monkeypatch):
+    model = small_model("deepfm", wide_data.schema)
+    plan = search(CTRTask(model, wide_data), RandomConfig(), "40%")
+
+    def forget_one(full, small):
+        inherit_weights(full, small)
+        with torch.no_grad():
+            small.tables.weight[-1] += 1e-3
+
+    monkeypatch.setattr("embtrim.compaction.inherit_weights", forget_one)
+    assert not verify(model, plan, wide_data).passed
+
+
+def test_projected_plan_verifies_by_selection(wide_data):
+    model = small_model("deepfm", wide_data.schema)
+    plan = search(CTRTask(model, wide_data), RandomConfig(align="project"), "40%")
+    assert plan.num_projection_params > 0
+    assert verify(model, plan, wide_data).passed
+
+
+def test_compact_is_smaller_by_what_the_plan_says(data):
+    model = DeepFM(data.schema, embedding_dim=8, hidden_units=(16,))
+    plan = search(CTRTask(model, data), RandomConfig(), "25%")
+    small = compact(model, plan)
+    assert small.tables.weight.numel() == plan.num_params
+    assert small.tables.first_order.numel() == plan.num_first_order_params == sum(data.schema.tables.values())
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters()) / 2
+    first = next(p for n, p in small.named_parameters() if n.startswith("mlp") and p.ndim == 2)
+    assert first.shape[1] == sum(small.tables.widths)
+
+
+def test_inits_differ_as_named(data):
+    model = noisy(DeepFM(data.schema, embedding_dim=8, hidden_units=(16,), seed=5))
+    plan = search(CTRTask(model, data), RandomConfig(), "25%")
+    table = next(t for t in plan.tables if t.output_width)
+    rows = np.arange(table.num_rows)
+
+    def kept(m):
+        return m.tables.get_rows(table.name, rows)[0][1]
+
+    columns = list(table.columns)
+    assert torch.equal(kept(compact(model, plan, "inherit")), kept(model)[:, columns])
+    fresh = DeepFM(data.schema, embedding_dim=8, hidden_units=(16,), seed=5)
+    assert torch.equal(kept(compact(model, plan, "initial")), kept(fresh)[:, columns])
+    assert torch.equal(kept(compact(model, plan, "scratch", seed=1)), kept(compact(model, plan, "scratch", seed=1)))
+    assert not torch.equal(kept(compact(model, plan, "scratch", seed=1)), kept(compact(model, plan, "scratch", seed=2)))
+    with pytest.raises(EmbtrimError, match="scratch"):
+        compact(model, plan, "warm")
+
+
+def test_keep_all_plan_is_the_identity(data):
+    model = noisy(DeepFM(data.schema, embedding_dim=4, hidden_units=(8,))).eval()
+    small = compact(model, SizePlan.full(data.schema, 4, True), "inherit").eval()
+    batch = next(iter(data.batches("valid", 64)))
+    assert torch.equal(small(batch.ids_BC), model(batch.ids_BC))
+
+
+def test_a_plan_for_another_schema_is_refused(data, wide_data):
+    model = DeepFM(data.schema, embedding_dim=4, hidden_units=(8,))
+    with pytest.raises(PlanError, match="made for schema"):
+        compact(model, SizePlan.full(wide_data.schema, 4, True))
+
+
+def test_count_only_plan_cannot_inherit(data):
+    model = FNN(data.schema, embedding_dim=4, hidden_units=(8,))
+    full = SizePlan.full(data.schema, 4)
+    tables = tuple(TablePlan(t.name, t.num_rows, t.width, (Block(t.num_rows, 2),)) for t in full.tables)
+    plan = dataclasses.replace(full, tables=tables)
+    assert compact(model, plan).tables.widths == (2, 2, 2)
+    with pytest.raises(PlanError, match="how many columns, not which"):
+        compact(model, plan, "inherit")
+
+
+class Foreign(nn.Module):
+    """A stranger's model: an nn.Embedding per field, unequal widths, one used twice, one of width 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(40, 6)
+        self.item = nn.Embedding(25, 4, padding_idx=0)
+        self.bias = nn.Embedding(40, 1)
+        self.head = nn.Sequential(nn.Linear(6 + 4 + 4, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def forward(self, ids):
+        parts = [self.user(ids[:, 0]), self.item(ids[:, 1]), self.item(ids[:, 2])]
+        return (self.head(torch.cat(parts, 1)) + self.bias(ids[:, 0])).squeeze(1)
+
+
+def foreign_batches(num: int = 4):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(num):
+        ids = torch.stack([torch.randint(0, n, (64,), generator=generator) for n in (40, 25, 25)], 1)
+        yield ids, (ids[:, 0] % 2).float()
+
+
+@pytest.mark.parametrize("align", ["scatter", "project"])
+def test_foreign_module_compact_equals_masked(align):
+    torch.manual_seed(0)
+    model = Foreign()
+    before = copy.deepcopy(model.state_dict())
+    task = Task(model, lambda m, b: nn.functional.binary_cross_entropy_with_logits(m(b[0]), b[1]), list(foreign_batches()))
+    plan = search(task, RandomConfig(align=align), "60%", seed=1)
+    small = compact(model, plan, "inherit")
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        for table in plan.tables:
+            weight = masked.get_submodule(table.name).weight
+            weight *= torch.from_numpy(table.kept_mask()).to(weight)
+    for ids, _ in foreign_batches():
+        assert torch.allclose(small(ids), masked(ids), atol=1e-6)
+    assert isinstance(small.user, CompactEmbedding)
+    assert isinstance(small.bias, nn.Embedding)
+    assert small.user.weight.numel() + small.item.weight.numel() <= Budget.parse("60%").max_params(40 * 6 + 25 * 4)
+    small.load_state_dict(copy.deepcopy(small).state_dict())
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+
+
+def test_foreign_rows_cannot_be_dropped_yet():
+    model = Foreign()
+    full = site_plan(find_sites(model))
+    tables = (TablePlan("user", 40, 6, (Block(2, (0,), "scatter", np.array([0, 1], np.int32)),)), full.tables[1])
+    with pytest.raises(PlanError, match="drops or re-sizes rows"):
+        compact(model, dataclasses.replace(full, tables=tables))
+
+
+def test_uniform_and_compact_agree_on_bytes(data):
+    model = DeepFM(data.schema, embedding_dim=8, hidden_units=(8,))
+    plan = search(CTRTask(model, data), UniformConfig(), "20 kB")
+    small = compact(model, plan)
+    stored = 4 * (small.tables.weight.numel() + small.tables.first_order.numel())
+    assert stored == plan.num_bytes <= 20_000

@@ -1,0 +1,188 @@
+"""The loop: it learns, stops, restores, repeats itself, and leaves global state alone."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embtrim.dataset import WINDOW_ROWS, EncodedDataset, SplitArrays
+from embtrim.errors import ConfigError, DataError, EmbtrimError
+from embtrim.models import LR, DeepFM
+from embtrim.schema import Schema
+from embtrim.train import Hooks, TrainConfig, evaluate, fit, predict_logits, rarest_value_counts
+
+QUICK = TrainConfig(epochs=3, batch_size=256, learning_rate=3e-3, precision="fp32")
+
+
+def model_of(data, **hparams):
+    return DeepFM(data.schema, **{"embedding_dim": 4, "hidden_units": (16,), **hparams})
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad", "sgd"])
+@pytest.mark.parametrize("tables", ["lazy", "dense"])
+def test_it_learns(optimizer, tables, data):
+    rate = {"adam": 3e-3, "adagrad": 0.05, "sgd": 0.5}[optimizer]
+    model = model_of(data, init_std=0.05)
+    fit(model, data, QUICK, optimizer=optimizer, tables=tables, learning_rate=rate, epochs=8)
+    assert evaluate(model, data, "test").auc > 0.75
+
+
+def test_same_seed_same_model_and_global_state_untouched(data):
+    results = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        before, precision = torch.get_rng_state(), torch.get_float32_matmul_precision()
+        model = model_of(data, dropout=0.3)
+        fit(model, data, QUICK)
+        assert torch.equal(before, torch.get_rng_state())
+        assert torch.get_float32_matmul_precision() == precision
+        results.append(predict_logits(model, data, "test"))
+    assert np.array_equal(*results)
+    other = model_of(data, dropout=0.3)
+    fit(other, data, QUICK, seed=1)
+    assert not np.array_equal(results[0], predict_logits(other, data, "test"))
+
+
+def test_best_weights_come_back(data):
+    model = model_of(data)
+    result = fit(model, data, QUICK, epochs=30, learning_rate=0.02, patience=2, reduce_lr=1.0)
+    scores = [record["score"] for record in result.history]
+    assert len(scores) < 30, "it overfits, so it must stop early"
+    assert result.best_score == max(scores)
+    assert result.best_epoch == 1 + int(np.argmax(scores))
+    assert evaluate(model, data, "valid").auc == pytest.approx(max(scores), abs=1e-12)
+
+
+def test_learning_rate_falls_on_a_plateau(data):
+    result = fit(model_of(data), data, QUICK, epochs=20, learning_rate=0.02, patience=3, reduce_lr=0.1)
+    factors = [record["lr_factor"] for record in result.history]
+    assert factors[0] == 1.0
+    assert factors[-1] < 0.11
+
+
+def test_monitor_logloss(data):
+    result = fit(model_of(data), data, QUICK, monitor="logloss")
+    assert result.best_score is not None
+    assert result.best_score < 0
+
+
+def test_hooks_are_called_and_extra_loss_counts(data):
+    steps, extra = [], torch.nn.Parameter(torch.ones(()))
+    hooks = Hooks(
+        param_groups=lambda _: [torch.optim.SGD([extra], lr=0.1)], extra_loss=lambda m, b: extra**2, on_step=steps.append
+    )
+    fit(model_of(data), data, QUICK, hooks=hooks, epochs=1)
+    assert steps == list(range(1, data.num_batches("train", 256) + 1))
+    assert float(extra) < 0.2
+
+
+def test_sample_weights_matter(data):
+    arrays = data.split("train")
+    schema = data.schema.replace(weight="w")
+    weights = np.where(np.asarray(arrays.labels) == 1, 5.0, 1.0).astype(np.float32)
+    weighted = EncodedDataset(schema, {"train": dataclasses.replace(arrays, weights=weights)})
+    heavy, plain = DeepFM(schema, embedding_dim=4, hidden_units=(8,)), model_of(data, hidden_units=(8,))
+    fit(heavy, weighted, QUICK)
+    fit(plain, EncodedDataset(data.schema, {"train": arrays}), QUICK)
+    assert predict_logits(heavy, weighted, "train").mean() > predict_logits(plain, data, "train").mean() + 0.5
+
+
+def test_no_dense_gradient_when_lazy(data):
+    model = model_of(data)
+    seen = []
+    fit(model, data, QUICK, epochs=1, hooks=Hooks(on_step=lambda _: seen.append(model.tables.weight.grad is None)))
+    assert all(seen)
+    assert len(seen) > 1
+
+
+def test_lazy_and_dense_agree_with_whole_table_l2(data):
+    """The replayed decay keeps the lazy optimiser near the dense one: same metric on the planted data."""
+    aucs = []
+    for tables in ("lazy", "dense"):
+        model = model_of(data)
+        fit(model, data, QUICK, tables=tables, embedding_l2=0.01, epochs=6)
+        aucs.append(evaluate(model, data, "test").auc)
+    assert abs(aucs[0] - aucs[1]) < 0.01
+
+
+def test_bf16_and_fp32_agree(data):
+    aucs = []
+    for precision in ("fp32", "bf16"):
+        model = model_of(data)
+        result = fit(model, data, QUICK, precision=precision, epochs=6)
+        assert precision in result.precision
+        aucs.append(evaluate(model, data, "test").auc)
+    assert abs(aucs[0] - aucs[1]) < 0.01
+
+
+def test_a_fitted_model_can_be_copied_and_trained_by_anyone(data):
+    model = model_of(data)
+    fit(model, data, QUICK, epochs=1)
+    clone = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(clone.parameters(), lr=0.1)
+    before = clone.tables.weight.detach().clone()
+    batch = next(iter(data.batches("train", 64)))
+    clone.train()
+    clone(batch.ids_BC).sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, clone.tables.weight)
+
+
+def test_errors(data, wide_data):
+    with pytest.raises(DataError, match="made for schema"):
+        fit(model_of(wide_data), data, QUICK)
+    with pytest.raises(DataError, match="no split 'holdout'"):
+        evaluate(model_of(data), data, "holdout")
+    with pytest.raises(ConfigError, match="did you mean 'batch_size'"):
+        fit(model_of(data), data, batch_sise=3)
+    with pytest.raises(ConfigError, match="l2_scope = 'batch' needs"):
+        fit(model_of(data), data, QUICK, tables="dense", l2_scope="batch", embedding_l2=0.1)
+    with pytest.raises(EmbtrimError, match="lower learning_rate"):
+        fit(model_of(data, batch_norm=False), data, QUICK, optimizer="sgd", learning_rate=1e12)
+    with pytest.raises(DataError, match="recode"):
+        maps = {name: np.zeros(n, np.int32) for name, n in data.schema.tables.items()}
+        evaluate(model_of(data), data.with_id_maps(maps), "test")
+
+
+def test_lr_trains_without_embeddings(data):
+    model = LR(data.schema)
+    fit(model, data, QUICK, learning_rate=0.02)
+    assert evaluate(model, data, "test").auc > 0.7
+
+
+@given(rows=st.integers(1, 300), batch=st.integers(1, 70), seed=st.integers(0, 5))
+@settings(max_examples=30, deadline=None)
+def test_every_row_is_read_once_an_epoch(rows, batch, seed):
+    ids = np.arange(rows, dtype=np.int32)[:, None]
+    data = EncodedDataset(Schema.from_sizes([rows]), {"train": SplitArrays(ids, np.zeros(rows, np.float32))})
+    seen = [b.ids_BC[:, 0].tolist() for b in data.batches("train", batch, shuffle_seed=seed)]
+    assert sorted(sum(seen, [])) == list(range(rows))
+    assert len(seen) == data.num_batches("train", batch)
+    assert all(len(part) == batch for part in seen[:-1])
+
+
+def test_large_splits_are_shuffled_in_windows(monkeypatch):
+    monkeypatch.setattr("embtrim.dataset.WINDOW_ROWS", 64)
+    monkeypatch.setattr("embtrim.dataset.CHUNK_ROWS", 16)
+    assert WINDOW_ROWS > 64
+    ids = np.arange(1000, dtype=np.int32)[:, None]
+    data = EncodedDataset(Schema.from_sizes([1000]), {"train": SplitArrays(ids, np.zeros(1000, np.float32))})
+    order = [i for b in data.batches("train", 33, shuffle_seed=1) for i in b.ids_BC[:, 0].tolist()]
+    assert sorted(order) == list(range(1000))
+    assert order != sorted(order)
+    assert abs(np.mean(order[:64]) - 500) < 250, "a window draws chunks from the whole split"
+    assert order == [i for b in data.batches("train", 33, shuffle_seed=1) for i in b.ids_BC[:, 0].tolist()]
+
+
+def test_rarest_value_counts(data):
+    counts = data.value_counts("train")
+    rows = rarest_value_counts(data, "test")
+    ids = data.split("test").ids
+    expected = [min(counts[f.name][ids[7, i]] for i, f in enumerate(data.schema.id_fields))]
+    assert rows[7] == expected[0]
