@@ -68,6 +68,10 @@ class TestEveryMethod:
 
     @pytest.mark.parametrize("budget", ["80%", "30%", "12%", "500 params"])
     def test_budget_holds_and_is_full(self, config: Config, task: Task, budget: str):
+        if isinstance(config, UniformConfig) and budget == "12%" and not isinstance(task, CTRTask):
+            with pytest.raises(BudgetError, match="does not know which rows"):
+                search(task, config, budget)
+            return
         plan = search(task, config, budget)
         limit = plan.max_params(Budget.parse(budget))
         assert plan.num_params <= limit
@@ -168,10 +172,10 @@ def test_planted_noise_goes_first_with_the_signed_score():
     The faithful absolute score on the training data does not: it gives the memorised noise field a large score.
     """
     data = planted_data(num_rows=8000, noise_vocab=3000, seed=1)
-    config = TrainConfig(epochs=15, batch_size=256, learning_rate=3e-3, patience=0, precision="fp32")
+    config = TrainConfig(epochs=4, batch_size=256, learning_rate=3e-3, patience=0, reduce_lr=1.0, precision="fp32")
     model = DeepFM(data.schema, embedding_dim=8, hidden_units=(32,))
-    fit(model, data, config)
     task = CTRTask(model, data, config)
+    task.fit(model, epochs=4, seed=0)
 
     def shares(settings: SSEDSConfig) -> np.ndarray:
         scores = np.array(search(task, settings, "20%").details["scores"]).reshape(3, 8)

@@ -79,7 +79,7 @@ def test_hooks_are_called_and_extra_loss_counts(data):
     )
     fit(model_of(data), data, QUICK, hooks=hooks, epochs=1)
     assert steps == list(range(1, data.num_batches("train", 256) + 1))
-    assert float(extra) < 0.2
+    assert extra.item() < 0.2
 
 
 def test_sample_weights_matter(data):

@@ -88,14 +88,15 @@ def compact(model: nn.Module, plan: SizePlan, init: Init = "scratch", seed: int 
     if plan.first_order != model.has_first_order:
         plan = dataclasses.replace(plan, first_order=model.has_first_order)
     hparams = dict(model.hparams) if seed is None else {**model.hparams, "seed": seed}
-    small = type(model)(model.schema, plan=plan, **hparams)
+    like = next(model.parameters())
+    small = type(model)(model.schema, plan=plan, **hparams).to(like.device, like.dtype)
     if init == "initial":
-        inherit_weights(type(model)(model.schema, **hparams), small)
+        inherit_weights(type(model)(model.schema, **hparams).to(like.device, like.dtype), small)
     elif init == "inherit":
         inherit_weights(model, small)
     elif init != "scratch":
         raise EmbtrimError(f"init must be 'scratch', 'initial' or 'inherit', given {init!r}")
-    return small.to(next(model.parameters()).device)
+    return small
 
 
 @torch.no_grad()
@@ -185,8 +186,7 @@ def verify(
     check_data(model, data)
     plan.check_schema(model.schema)
     full = copy.deepcopy(model).cpu().double().eval()
-    small = compact(full, plan, init="inherit").double().eval()
-    inherit_weights(full, small)  # again, in float64
+    small = compact(full, plan, init="inherit").eval()
     masked = mask_tables(full, plan)
     recoded = data.recode(plan)
     worst, rows = 0.0, 0

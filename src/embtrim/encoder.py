@@ -167,7 +167,7 @@ class Encoder:
                 else:
                     ids_NC[:, columns.start] = self._lookups[field.name].ids(codes[field.name], column)
                 continue
-            length_N = column.list.len().fill_null(0).to_numpy()
+            length_N = column.list.len().fill_null(0).to_numpy().astype(np.int64)
             flat = flatten(column)
             if field.hash_size:
                 flat_ids = self._hash(flat, field)
@@ -341,11 +341,10 @@ def to_numbers(
     )
     # Only a column that holds more than plain finite numbers and nulls is looked at again.
     num_null = numbers.null_count()
-    num_null_raw = frame.select(f.raw_column for f in fields).null_count() if fields else None
+    num_null_raw = frame.select(list(dict.fromkeys(f.raw_column for f in fields))).null_count()
     is_infinite = numbers.select(pl.all().is_infinite().any())
     repaired = []
     for f in fields:
-        assert num_null_raw is not None
         numeric_nulls = any(_is_finite(text) for text in (*schema.nulls, *f.nulls))
         if numeric_nulls or is_infinite[f.name][0] or num_null[f.name][0] > num_null_raw[f.raw_column][0]:
             repaired.append(_repair(numbers[f.name], frame[f.raw_column], f, schema, locate))

@@ -291,7 +291,7 @@ class _Text(_File):
             raise DataError(f"{path} names a column twice: {_some(twice)}{self.hint(twice)}")
 
     def hint(self, missing: Sequence[str]) -> str:
-        if self.header and sum(_is_number(name) or not name for name in self.columns) * 2 > len(self.columns):
+        if self.header and sum(_is_number(name) or not name for name in self.columns) * 2 >= len(self.columns):
             return "; the first line looks like data: pass header=False (and columns=..)"
         if len(self.columns) == 1:
             return f"; is {self.separator.decode()!r} the separator?"

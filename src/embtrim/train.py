@@ -256,6 +256,8 @@ def train_loop(
     if best_state is not None:
         model.load_state_dict(best_state)
     model.eval()
+    for parameter in model.parameters():
+        parameter.grad = None
     result.seconds = time.perf_counter() - started
     result.rows_per_second = train_rows / max(train_seconds, 1e-9)
     log.info("trained %d epochs in %.1f s (%s)", len(result.history), result.seconds, result.precision)

@@ -25,10 +25,12 @@ def sum_rows(values_NW: Tensor, index_N: Tensor, num_rows: int) -> Tensor:
     return values_NW.new_zeros(num_rows, values_NW.shape[1]).index_add_(0, index_N, values_NW)
 
 
-def sgd_rows_(weight_RW: Tensor, rows_U: Tensor, grad_UW: Tensor, *, lr: float, l2: float, decay: float) -> None:
-    """W <- decay W - lr (G + l2 W) on the given rows."""
+def sgd_rows_(weight_RW: Tensor, rows_U: Tensor, grad_UW: Tensor, *, lr: float, decay: float) -> None:
+    """W <- decay W - lr G on the given rows."""
     weight_UW = weight_RW.index_select(0, rows_U)
-    weight_UW.mul_(decay - lr * l2).sub_(grad_UW, alpha=lr)
+    if decay != 1:
+        weight_UW.mul_(decay)
+    weight_UW.sub_(grad_UW, alpha=lr)
     weight_RW.index_copy_(0, rows_U, weight_UW)
 
 
@@ -90,9 +92,9 @@ def adam_rows_(
     weight_RW.index_copy_(0, rows_U, weight_UW)
 
 
-def scale_rows_(weight_RW: Tensor, rows_U: Tensor, factor_U: Tensor) -> None:
-    """W <- factor W on the given rows."""
-    weight_RW.index_copy_(0, rows_U, weight_RW.index_select(0, rows_U).mul_(factor_U[:, None]))
+def scale_rows_(weight_RW: Tensor, rows_U: Tensor, factor: Tensor | float) -> None:
+    """W <- factor W on the given rows; one factor, or (U, 1)."""
+    weight_RW.index_copy_(0, rows_U, weight_RW.index_select(0, rows_U).mul_(factor))
 
 
 def strides(missed_U: Tensor, max_stride: int) -> Iterator[tuple[int, int, int]]:
@@ -137,10 +139,10 @@ def replay_adam_rows_(
 
         m' = b1 m + (1 - b1) l2 W,   W' = W - a m',   a = lr / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
 
-    whose n-th power has a closed form: eigenvalues 1 - e and b1 / (1 - e), where e^2 - (1 - b1 + d) e + d = 0 and
-    d = a (1 - b1) l2. A stride of 1 is Adam itself. Approximations of longer ones: v and the corrections vary within a stride;
-    where the eigenvalues are complex (W overshoots zero) the map is taken as critically damped, so that a weight near
-    zero comes to rest there instead of ringing.
+    whose determinant is b1 and whose n-th power has a closed form: of d = a (1 - b1) l2 and the roots x, y of
+    z^2 - (1 + b1 - d) z + b1. Complex roots are a weight that swings through zero, as it does under Adam. Approximate
+    are the constant denominator, l2 W at its value at the start in it, and a bound d <= 3, past which the map
+    diverges. A stride of 1 is Adam itself.
 
     Args:
         weight_RW: weights, updated in place.
@@ -175,26 +177,91 @@ def replay_adam_rows_(
         g = w * l2
         g2 = g * g
         a = scale / (torch.lerp(g2, v, decayed_v).sqrt_() * root + eps)
-        v.copy_(torch.lerp(g2, v, torch.exp(n64 * _log(b2)).to(dtype)[:, None]))
+        kept_v = torch.exp(n64 * _log(b2)).to(dtype)[:, None]
         if longest == 1:
             m.lerp_(g, 1 - b1)
+            v.copy_(torch.lerp(g2, v, kept_v))
             w.addcmul_(a, m, value=-1)
             continue
         n_U1 = n.to(dtype)[:, None]
-        d = (a * ((1 - b1) * l2)).clamp_(max=0.99 * (1 - b1**0.5) ** 2)
-        trace = d + (1 - b1)
-        gap = (trace * trace - 4 * d).sqrt_()  # difference of the eigenvalues
-        e = 2 * d / (trace + gap)
-        slow = torch.exp(torch.log1p(-e) * n_U1)
-        fast = torch.exp(n64 * _log(b1)).to(dtype)[:, None] / slow
-        u = (slow - fast) / gap
-        half = (slow + fast) / 2
+        a.clamp_(max=3 / ((1 - b1) * l2))
+        d = a * ((1 - b1) * l2)
+        u, half = _power(d, b1, n_U1)
         tilt = u * (0.5 * (1 - b1 - d))
         new_w = w * (half + tilt) - a * m * (b1 * u)
         m.mul_(half - tilt).addcmul_(w, u, value=(1 - b1) * l2)
+        g2 = (w * w + w * new_w + new_w * new_w) * (l2 * l2 / 3)
+        v.copy_(torch.lerp(g2, v, kept_v))
         w.copy_(new_w)
     for target, values in ((weight_RW, weight_UW), (mean_RW, mean_UW), (square_RW, square_UW)):
         target.index_copy_(0, rows_U, values)
+
+
+def _power(d_UW: Tensor, b1: float, n_U1: Tensor) -> tuple[Tensor, Tensor]:
+    """(x^n - y^n) / (x - y) and (x^n + y^n) / 2, where x, y are the roots of z^2 - (1 + b1 - d) z + b1."""
+    trace = d_UW + (1 - b1)
+    square = trace * trace - 4 * d_UW
+    rings = square < 0
+    root = square.abs_().clamp_(min=1e-10).sqrt_()
+    power = torch.exp(n_U1 * _log(b1))
+    # x = 1 - e, with e from the form of the quadratic formula that does not cancel.
+    slow = torch.log1p(d_UW * -2 / trace.add_(root)).mul_(n_U1).exp_()
+    fast = power / slow
+    u, half = (slow - fast).div_(root), slow.add_(fast).mul_(0.5)
+    if bool(rings.any()):  # complex roots: modulus sqrt(b1), and the real form is meaningless
+        modulus = power.sqrt()
+        angle = torch.atan2(root, 1 + b1 - d_UW).mul_(n_U1)
+        u = torch.where(rings, 2 * modulus * angle.sin() / root, u)
+        half = torch.where(rings, modulus * angle.cos(), half)
+    return u, half
+
+
+def replay_adagrad_rows_(
+    weight_RW: Tensor,
+    square_R: Tensor,
+    rows_U: Tensor,
+    missed_U: Tensor,
+    *,
+    lr_sums: Tensor,
+    eps: float,
+    l2: float,
+    max_stride: int,
+) -> None:
+    """Catch up rows with the steps of dense row-wise Adagrad they missed, where the gradient was l2 W alone.
+
+    All weights of a row shrink by one factor, 1 - lr l2 / (sqrt(s) + eps) a step, so that scalars suffice. A stride
+    of n steps holds the accumulator s at its value in mid-stride; a stride of 1 is Adagrad itself. A factor that
+    would change the sign of the weights in a longer stride is taken as zero.
+
+    Args:
+        weight_RW: weights, updated in place.
+        square_R: accumulators, updated in place.
+        rows_U: rows to catch up, each once.
+        missed_U: steps that each has missed, at least 1.
+        lr_sums: float64; difference i of it, counted from the end, is the learning rate of the step i before the last.
+        eps: added to the denominator.
+        l2: lambda.
+        max_stride: longest stride; 1 replays every single step.
+    """
+    missed_U, order = missed_U.sort(descending=True)
+    rows_U = rows_U[order]
+    weight_UW = weight_RW.index_select(0, rows_U)
+    square_U = square_R.index_select(0, rows_U).double()
+    norm_U = weight_UW.square().mean(1, dtype=torch.float64) * l2**2  # mean of the squared decay gradient
+    factor_U = torch.ones_like(norm_U)
+    last = len(lr_sums) - 1
+    for rows, first, longest in strides(missed_U, max_stride):
+        s, f = square_U[:rows], factor_U[:rows]
+        left = missed_U[:rows] - first
+        n = left.clamp(max=longest)
+        begin = last - left
+        lr = (lr_sums[begin + n] - lr_sums[begin]) / n
+        g2 = norm_U[:rows] * f * f
+        rate = lr * l2 / ((s + g2 * (n + 1) / 2).sqrt_() + eps)
+        s.addcmul_(g2, n.double())
+        f.mul_(1 - rate if longest == 1 else (1 - rate).clamp_(min=0) ** n)
+    square_R.index_copy_(0, rows_U, square_U.to(square_R.dtype))
+    weight_RW.index_copy_(0, rows_U, weight_UW.mul_(factor_U.to(weight_UW.dtype)[:, None]))
 
 
 def _log(beta: float) -> float:

@@ -1,1 +1,56 @@
 """Base models of click-through-rate prediction, one file each."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+from embtrim.errors import ConfigError
+from embtrim.models.ctr_model import CTRModel
+from embtrim.models.dcn import DCN
+from embtrim.models.dcnv2 import DCNv2
+from embtrim.models.deepfm import DeepFM
+from embtrim.models.dlrm import DLRM
+from embtrim.models.fm import FM
+from embtrim.models.fnn import FNN
+from embtrim.models.ipnn import IPNN
+from embtrim.models.lr import LR
+from embtrim.models.widedeep import WideDeep
+from embtrim.schema import Schema
+
+MODELS: dict[str, type[CTRModel]] = {
+    model.name: model for model in (LR, FM, FNN, IPNN, WideDeep, DeepFM, DCN, DCNv2, DLRM)
+}
+
+__all__ = ["DCN", "DLRM", "FM", "FNN", "IPNN", "LR", "MODELS", "CTRModel", "DCNv2", "DeepFM", "WideDeep", "build"]
+
+
+def build(name: str, schema: Schema, **hparams: Any) -> CTRModel:
+    """Build a base model by name.
+
+    Args:
+        name: key of MODELS, such as "deepfm".
+        schema: fields and vocabulary sizes of the data.
+        hparams: constructor arguments of the model; `plan` may be among them.
+
+    Raises:
+        ConfigError: the name or an argument is unknown, or a value is out of range.
+
+    Example:
+        >>> build("fm", Schema.from_sizes([100, 10]), embedding_dim=4).hparams["embedding_dim"]
+        4
+    """
+    if name not in MODELS:
+        raise ConfigError(f"unknown model {name!r}; {_hint(str(name), list(MODELS))}")
+    # The first two are self and schema.
+    allowed = list(inspect.signature(MODELS[name].__init__).parameters)[2:]
+    for key in hparams:
+        if key not in allowed:
+            raise ConfigError(f"[model {name}] unknown argument {key!r}; {_hint(key, allowed)}")
+    return MODELS[name](schema, **hparams)
+
+
+def _hint(given: str, allowed: list[str]) -> str:
+    near = difflib.get_close_matches(given.lower(), allowed, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"

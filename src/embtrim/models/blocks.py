@@ -1,0 +1,199 @@
+"""Building blocks of base models: MLP, first-order part, cross layers, inner products of pairs.
+
+Weights are initialised as in FuxiCTR, the code behind the BARS benchmark: Xavier normal, biases zero; from a given
+generator, so that the global one is left alone.
+
+Axes: B batch, E dense fields, F id fields, D full width, P pairs, L layers, N inputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from embtrim.plan import projects
+from embtrim.tables import EmbeddingTables, EmbeddingViews
+
+Units = tuple[Annotated[int, Field(ge=1, strict=True)], ...]
+
+
+def xavier_normal(num_outputs: int, num_inputs: int, generator: torch.Generator) -> nn.Parameter:
+    """(num_outputs, num_inputs) weights from N(0, 2 / (inputs + outputs)) (Glorot & Bengio 2010)."""
+    std = (2 / (num_inputs + num_outputs)) ** 0.5
+    return nn.Parameter(torch.empty(num_outputs, num_inputs).normal_(0, std, generator=generator))
+
+
+def linear(num_inputs: int, num_outputs: int, generator: torch.Generator) -> nn.Linear:
+    """A Linear layer with Xavier normal weights and zero bias; it may have no inputs, where a plan left none."""
+    # torch's own initialisation would draw from the global generator, and warn if there are no inputs.
+    layer = nn.utils.skip_init(nn.Linear, max(1, num_inputs), num_outputs)
+    assert isinstance(layer, nn.Linear)
+    layer.in_features = num_inputs
+    layer.weight = xavier_normal(num_outputs, num_inputs, generator)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """BatchNorm1d that takes a training batch of one row, which has no variance, by the running statistics."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, N) -> (B, N)."""
+        if self.training and len(input) == 1:
+            return nn.functional.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+            )
+        return super().forward(input)
+
+
+class MLP(nn.Sequential):
+    """Hidden layers of Linear -> BatchNorm -> ReLU -> Dropout, and a last Linear.
+
+    Args:
+        num_inputs: N; may be 0.
+        hidden_units: width of each hidden layer.
+        dropout: share of hidden units dropped in training.
+        batch_norm: whether hidden layers are normalised.
+        generator: source of the weights.
+        num_outputs: width of the last Linear; None leaves it out.
+    """
+
+    def __init__(
+        self,
+        num_inputs: int,
+        hidden_units: Sequence[int],
+        dropout: float,
+        batch_norm: bool,
+        generator: torch.Generator,
+        num_outputs: int | None = 1,
+    ) -> None:
+        layers: list[nn.Module] = []
+        width = num_inputs
+        for units in hidden_units:
+            layers.append(linear(width, units, generator))
+            if batch_norm:
+                layers.append(BatchNorm(units))
+            layers.append(nn.ReLU())
+            if dropout:
+                layers.append(nn.Dropout(dropout))
+            width = units
+        if num_outputs is not None:
+            layers.append(linear(width, num_outputs, generator))
+        super().__init__(*layers)
+
+
+class FirstOrder(nn.Module):
+    """The linear part: bias, one weight a feature value (held by the tables), one weight a dense field.
+
+        y = w_0 + sum_i w_i + sum_e v_e x_e
+
+    Args:
+        num_dense: E.
+        init_std: standard deviation of the initial v.
+        generator: source of the weights.
+    """
+
+    def __init__(self, num_dense: int, init_std: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1))
+        self.dense_E = nn.Parameter(torch.empty(num_dense).normal_(0, init_std, generator=generator))
+
+    def forward(self, views: EmbeddingViews, dense_BE: Tensor) -> Tensor:
+        """(B,) linear term of a batch."""
+        assert views.first_order is not None, "these tables carry no first-order weights"
+        return self.bias + views.first_order + dense_BE @ self.dense_E
+
+
+class CrossVectors(nn.Module):
+    """Cross layers with a weight vector each (Wang et al. 2017):
+
+        x_{l+1} = x_0 (w_l . x_l + c_l) + b_l + x_l
+
+    In the paper c is zero. In a compact model it carries what the coordinates that a plan removed contribute to
+    w_l . x_l: their x_0 is zero, yet they hold the sum of the biases so far.
+
+    Args:
+        num_inputs: N.
+        num_layers: L.
+        generator: source of the weights.
+    """
+
+    carried_L: Tensor
+
+    def __init__(self, num_inputs: int, num_layers: int, generator: torch.Generator) -> None:
+        super().__init__()
+        # Each w_l is a layer with one output of its own.
+        weights = [xavier_normal(1, num_inputs, generator) for _ in range(num_layers)]
+        self.weight_LN = nn.Parameter(torch.cat([w.detach() for w in weights]))
+        self.bias_LN = nn.Parameter(torch.zeros(num_layers, num_inputs))
+        self.register_buffer("carried_L", torch.zeros(num_layers))
+
+    def forward(self, x0_BN: Tensor) -> Tensor:
+        """(B, N) -> (B, N)."""
+        x_BN = x0_BN
+        for w_N, b_N, c in zip(self.weight_LN, self.bias_LN, self.carried_L, strict=True):
+            x_BN = x0_BN * (x_BN @ w_N + c)[:, None] + b_N + x_BN
+        return x_BN
+
+
+class CrossMatrices(nn.ModuleList):
+    """Cross layers with a weight matrix each (Wang et al. 2021):
+
+        x_{l+1} = x_0 * (W_l x_l + b_l) + x_l
+
+    Args:
+        num_inputs: N.
+        num_layers: L.
+        generator: source of the weights.
+    """
+
+    def __init__(self, num_inputs: int, num_layers: int, generator: torch.Generator) -> None:
+        super().__init__(linear(num_inputs, num_inputs, generator) for _ in range(num_layers))
+
+    def forward(self, x0_BN: Tensor) -> Tensor:
+        """(B, N) -> (B, N)."""
+        x_BN = x0_BN
+        for layer in self:
+            x_BN = x0_BN * layer(x_BN) + x_BN
+        return x_BN
+
+
+class PairProducts(nn.Module):
+    """Inner products of the pairs of vectors (i, j), i < j, that a plan has not made zero.
+
+    Pairs run row by row: (0, 1), (0, 2), ..., (1, 2), ... The vectors are the fields' embeddings and, last,
+    `num_extra` others of full width.
+
+    Args:
+        tables: the embeddings.
+        num_extra: vectors that are no embeddings.
+
+    Attributes:
+        kept: positions of the kept pairs among all of them.
+    """
+
+    place_P: Tensor
+
+    def __init__(self, tables: EmbeddingTables, num_extra: int = 0) -> None:
+        super().__init__()
+        plans = {table.name: table for table in tables.plan.tables}
+        of_field = [plans[field.table_name] for field in tables.schema.id_fields]
+        # A vector may be nonzero in these columns: a projected one in all of them, a scattered one where it was kept.
+        everywhere = frozenset(range(tables.width))
+        columns = [everywhere if projects(table) else frozenset(table.columns) for table in of_field]
+        columns += [everywhere] * num_extra
+        pairs = list(itertools.combinations(range(len(columns)), 2))
+        self.kept = tuple(n for n, (i, j) in enumerate(pairs) if columns[i] & columns[j])
+        # Where the kept pairs stand in the flattened (vectors, vectors) matrix of all products.
+        places = [pairs[n][0] * len(columns) + pairs[n][1] for n in self.kept]
+        self.register_buffer("place_P", torch.tensor(places, dtype=torch.int64), persistent=False)
+
+    def forward(self, vectors_BFD: Tensor) -> Tensor:
+        """(B, P) inner products."""
+        products_BFF = vectors_BFD @ vectors_BFD.transpose(1, 2)
+        return products_BFF.flatten(1).index_select(1, self.place_P)

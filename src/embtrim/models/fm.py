@@ -1,0 +1,42 @@
+"""FM: factorization machine (Rendle, ICDM 2010).
+
+    logit = w_0 + sum_i w_i + sum_{i<j} <e_i, e_j>
+
+A dense field has a linear term only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from embtrim.models.blocks import FirstOrder
+from embtrim.models.ctr_model import CTRModel
+from embtrim.plan import SizePlan
+from embtrim.schema import Schema
+
+
+class FM(CTRModel):
+    """Factorization machine of second order. Arguments: see HyperParameters."""
+
+    name = "fm"
+    needs_aligned = True
+    has_first_order = True
+
+    def __init__(
+        self,
+        schema: Schema,
+        *,
+        embedding_dim: int = 16,
+        plan: SizePlan | None = None,
+        seed: int = 0,
+        init_std: float = 1e-4,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        super().__init__(schema, generator, plan, embedding_dim=embedding_dim, seed=seed, init_std=init_std)
+        self.linear = FirstOrder(self.num_dense, init_std, generator)
+
+    def forward(self, ids_BC: Tensor, dense_BE: Tensor | None = None) -> Tensor:
+        """(B,) logits; see CTRModel."""
+        views, dense_BE = self.look_up(ids_BC, dense_BE)
+        return self.linear(views, dense_BE) + views.fm()
