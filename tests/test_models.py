@@ -109,7 +109,10 @@ class Sample:
         for layer in range(num_hidden):
             x = self.w[f"{prefix}.{layer * step}.weight"] @ x + self.w[f"{prefix}.{layer * step}.bias"]
             if batch_norm:
-                bn = {k: self.w[f"{prefix}.{layer * step + 1}.{k}"] for k in ("running_mean", "running_var", "weight", "bias")}
+                bn = {
+                    k: self.w[f"{prefix}.{layer * step + 1}.{k}"]
+                    for k in ("running_mean", "running_var", "weight", "bias")
+                }
                 x = (x - bn["running_mean"]) / np.sqrt(bn["running_var"] + 1e-5) * bn["weight"] + bn["bias"]
             x = np.maximum(x, 0)
         last = num_hidden * step
@@ -395,8 +398,7 @@ def test_weights_follow_the_seed_alone(name):
     assert second.hparams == first.hparams
     for key, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[key]), key
-        constant = key.endswith("bias") or "bias_L" in key or bool((value == value.flatten()[0]).all())
-        assert constant or not torch.equal(value, third.state_dict()[key]), key
+        assert len(value.unique()) <= 1 or not torch.equal(value, third.state_dict()[key]), key
 
 
 def test_initial_weights_are_xavier_normal_with_zero_bias():
@@ -414,13 +416,13 @@ def test_everything_learns(name, batch_norm):
     schema = make_schema()
     model = make_model(name, schema, batch_norm=batch_norm).train()
     ids, values = make_batch(schema, 200)
-    (model(ids, values) * torch.linspace(-1, 1, 200)).sum().backward()
+    (model(ids, values) * torch.linspace(-1, 2, 200)).sum().backward()
     hidden_biases = set()
     if batch_norm:  # batch norm takes the mean away, and with it what the bias before it adds
         hidden_biases = {f"{part}.{n}.bias" for part, n in itertools.product(("mlp", "deep", "bottom"), (0, 3))}
         hidden_biases -= {"bottom.3.bias"}  # the last layer
     for key, parameter in model.named_parameters():
-        if key not in hidden_biases:
+        if key not in hidden_biases and parameter.numel():
             assert parameter.grad is not None, key
             assert parameter.grad.abs().max() > 1e-4, key
     if name != "lr":
@@ -475,7 +477,7 @@ def test_compact_state_loads_again(name):
         ("xyz", {}, "unknown model 'xyz'; allowed: lr, fm, fnn, ipnn, widedeep, deepfm, dcn, dcnv2, dlrm"),
         ("fnn", {"hiden_units": [4]}, r"\[model fnn\] unknown argument 'hiden_units'; did you mean 'hidden_units'\?"),
         ("lr", {"embedding_dim": 4}, r"\[model lr\] unknown argument 'embedding_dim'"),
-        ("fm", {"schema": 4}, r"\[model fm\] unknown argument 'schema'; allowed: embedding_dim, plan, seed"),
+        ("fm", {"hidden_units": [4]}, "unknown argument 'hidden_units'; allowed: embedding_dim, plan, seed, init_std"),
         ("fm", {"embedding_dim": 0}, "embedding_dim, given 0: .*greater than or equal to 1"),
         ("fm", {"embedding_dim": "8"}, "embedding_dim, given '8'.*integer"),
         ("fm", {"init_std": -1.0}, "init_std, given -1.0"),
@@ -488,13 +490,7 @@ def test_compact_state_loads_again(name):
 )
 def test_bad_settings_are_named(name, hparams, message):
     with pytest.raises(ConfigError, match=message):
-        build(name, Schema.from_sizes([3, 4]), **hparams) if "schema" not in hparams else MODELS and build_with(name, hparams)
-
-
-def build_with(name, hparams):
-    from embtrim.models import check_arguments
-
-    check_arguments(name, hparams)
+        build(name, Schema.from_sizes([3, 4]), **hparams)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -526,7 +522,7 @@ def test_schemas_and_plans_that_cannot_serve():
     schema = Schema.from_sizes([4, 5])
     with pytest.raises(PlanError, match="LR has none"):
         LR(schema, plan=SizePlan.full(schema, 4))
-    with pytest.raises(PlanError, match="another|made for"):
+    with pytest.raises(PlanError, match="made for schema"):
         FNN(schema, plan=SizePlan.full(Schema.from_sizes([4, 6]), 4))
     with pytest.raises(EmbtrimError, match="draft"):
         FM(Schema(label="y", fields=(FieldSpec(name="a"),)))

@@ -175,7 +175,8 @@ def test_lazy_adam_is_sparse_adam():
     rows = make_tables((50,))
     embedding = nn.Embedding(50, WIDTH, sparse=True)
     embedding.weight.data = rows.weight.detach().clone().view(50, WIDTH)
-    optimizer, sparse = RowAdam(rows, lr=0.01), torch.optim.SparseAdam(embedding.parameters(), lr=0.01)
+    # torch adds eps before the bias correction of the denominator here, and after it in Adam, as we do.
+    optimizer, sparse = RowAdam(rows, 0.01, eps=1e-15), torch.optim.SparseAdam(embedding.parameters(), 0.01, eps=1e-15)
     problem = Problem(sizes=(50,))
     for _ in range(50):
         ids, loss = problem.next()
@@ -276,7 +277,7 @@ def test_accumulated_passes_equal_one_batch(name):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_output_without_gradient_leaves_its_weights_to_the_decay(name):
-    tables = make_tables((5,))
+    tables = make_tables((5,), std=1.0)
     before = tables.weight.detach().clone()
     optimizer = OPTIMIZERS[name](tables)
     tables(torch.tensor([[2]])).first_order.sum().backward()
@@ -377,7 +378,9 @@ def test_zero_grad_forgets_and_a_step_without_gradients_does_nothing():
 def test_state_saved_is_state_loaded(name):
     straight, resumed = make_tables(), make_tables()
     problem = Problem()
-    train_rows(straight, OPTIMIZERS[name](straight), problem, 20)
+    optimizer = OPTIMIZERS[name](straight)
+    train_rows(straight, optimizer, problem, 10)  # settles, as state_dict does: strides of a replay start anew
+    train_rows(straight, optimizer, problem, 10)
     problem = Problem()
     optimizer = OPTIMIZERS[name](resumed)
     train_rows(resumed, optimizer, problem, 10)
@@ -388,10 +391,8 @@ def test_state_saved_is_state_loaded(name):
     optimizer.load_state_dict(state)
     train_rows(again, optimizer, problem, 10)
     assert optimizer.steps == 20
-    if "table" in name and "sgd" not in name:  # the replay starts its strides anew where it was settled
-        torch.testing.assert_close(again.weight, straight.weight, rtol=0.02, atol=2e-4)
-    else:
-        torch.testing.assert_close(again.weight, straight.weight)
+    assert torch.equal(again.weight, straight.weight)
+    assert torch.equal(again.first_order, straight.first_order)
 
 
 def test_state_bytes_by_hand():

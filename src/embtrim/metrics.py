@@ -41,13 +41,9 @@ class Metrics:
     auc_by_decile: list[tuple[int, int, float, float | None]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The attributes as a JSON-able dict; `auc_by_decile` only if it was computed."""
-        values = dataclasses.asdict(self)
-        if self.auc_by_decile is None:
-            del values["auc_by_decile"]
-        else:
-            values["auc_by_decile"] = [list(entry) for entry in self.auc_by_decile]
-        return values
+        """The attributes as a JSON-able dict."""
+        deciles = None if self.auc_by_decile is None else [list(entry) for entry in self.auc_by_decile]
+        return {**dataclasses.asdict(self), "auc_by_decile": deciles}
 
     def with_deciles(self, auc_by_decile: list[tuple[int, int, float, float | None]]) -> Metrics:
         """A copy with `auc_by_decile`."""
@@ -146,8 +142,11 @@ def auc_by_frequency_decile(
     """
     labels_N, scores_N, _ = _check(labels, scores, None, both_classes=False)
     frequency_N = np.asarray(frequency, np.float64)
-    if frequency_N.shape != labels_N.shape:
-        raise DataError(f"metrics: {len(labels_N)} labels, but frequencies of shape {frequency_N.shape}")
+    if frequency_N.shape != labels_N.shape or np.isnan(frequency_N).any():
+        raise DataError(
+            f"metrics: frequencies must be {len(labels_N)} numbers, one a row; given shape {frequency_N.shape}"
+            + (" with NaN" if np.isnan(frequency_N).any() else "")
+        )
     # Stable: rows of one frequency stay in the order of the log, so the groups are the same at every call.
     groups = np.array_split(np.argsort(frequency_N, kind="stable"), NUM_DECILES)
     return [

@@ -307,7 +307,7 @@ class _Text(_File):
                 if not rows:
                     continue
                 if not self._is_even(rows):
-                    raise self._width_error(block, first_line)
+                    raise self._fault(block, first_line, "lines of unequal length")
             if self.latin:
                 rows = rows.decode("latin-1").encode()
             if len(self.separator) > 1:
@@ -322,7 +322,7 @@ class _Text(_File):
                     quote_char='"' if self.quoted else None,
                 )
             except pl.exceptions.PolarsError as error:
-                raise self._parse_error(block, first_line, error) from None
+                raise self._fault(block, first_line, _first_line(error)) from None
             yield Chunk(frame.select(columns), 0, self._locator(block, first_line), done)
 
     def _is_even(self, rows: bytes) -> bool:
@@ -336,7 +336,7 @@ class _Text(_File):
             num_separators = rows.count(self.separator)
         return num_separators == num_lines * (len(self.columns) - 1)
 
-    def _width_error(self, block: bytes, first_line: int) -> DataError:
+    def _width_error(self, block: bytes, first_line: int) -> DataError | None:
         for line, row in _logical_rows(block, self.quoted):
             if self.quoted:
                 row = re.sub(rb'"[^"]*"', b"", row)
@@ -346,9 +346,10 @@ class _Text(_File):
                     f"{self.path} line {first_line + line:,} has {num_cells} cells, the log has {len(self.columns)} columns; "
                     "repair or drop the line"
                 )
-        return DataError(f"{self.path} has lines of unequal length after line {first_line:,}; is a quote left open?")
+        return None
 
-    def _parse_error(self, block: bytes, first_line: int, error: Exception) -> DataError:
+    def _fault(self, block: bytes, first_line: int, reason: str) -> DataError:
+        """What is wrong with a block that does not parse, by a slow look at every line."""
         if not self.latin:
             for line, row in _logical_rows(block, self.quoted):
                 try:
@@ -357,8 +358,8 @@ class _Text(_File):
                     return DataError(
                         f"{self.path} line {first_line + line:,} is not UTF-8; pass encoding='latin-1' if that is what it is"
                     )
-        return DataError(
-            f"{self.path} cannot be parsed near line {first_line:,} ({_first_line(error)}); "
+        return self._width_error(block, first_line) or DataError(
+            f"{self.path} cannot be parsed after line {first_line:,} ({reason}); "
             'if " is plain text in this log, pass quoted=False'
         )
 

@@ -325,6 +325,7 @@ class EmbeddingTables(nn.Module):
     @torch.no_grad()
     def get_rows(self, name: str, ids: np.ndarray) -> list[tuple[np.ndarray, Tensor]]:
         """Stored rows of a table, by width: (positions in `ids`, values (n, width)) for each width among them."""
+        self.settle()
         rows = self.storage_rows(name, ids)
         found = []
         for group in self.groups:
@@ -337,6 +338,7 @@ class EmbeddingTables(nn.Module):
     @torch.no_grad()
     def set_rows(self, name: str, ids: np.ndarray, values_ND: Tensor) -> None:
         """Write rows of a table; of each value as many leading columns are taken as the row stores."""
+        self.settle()  # decay owed is owed on the weights that are about to go
         rows = self.storage_rows(name, ids)
         for group in self.groups:
             inside = np.flatnonzero((rows >= group.start) & (rows < group.start + group.num_rows))
@@ -361,11 +363,15 @@ class EmbeddingTables(nn.Module):
     def __getstate__(self) -> dict:
         # A copy (deepcopy, a saved module) has settled weights and no optimiser of its own.
         self.settle()
-        return {**super().__getstate__(), "_optimizer": None, "lookups": [], "slot_gate": None, "row_gate": None}
+        return {**self.__dict__, "_optimizer": None, "lookups": [], "slot_gate": None, "row_gate": None}
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         self.settle()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        self.settle()  # decay owed is owed on the weights that are about to go
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @contextmanager
     def gated(self, slot_gate: SlotGate | None = None, row_gate: RowGate | None = None) -> Iterator[None]:

@@ -24,18 +24,18 @@ Units = tuple[Annotated[int, Field(ge=1, strict=True)], ...]
 
 def xavier_normal(num_outputs: int, num_inputs: int, generator: torch.Generator) -> nn.Parameter:
     """(num_outputs, num_inputs) weights from N(0, 2 / (inputs + outputs)) (Glorot & Bengio 2010)."""
-    std = (2 / (num_inputs + num_outputs)) ** 0.5
+    std = (2 / max(1, num_inputs + num_outputs)) ** 0.5
     return nn.Parameter(torch.empty(num_outputs, num_inputs).normal_(0, std, generator=generator))
 
 
 def linear(num_inputs: int, num_outputs: int, generator: torch.Generator) -> nn.Linear:
-    """A Linear layer with Xavier normal weights and zero bias; it may have no inputs, where a plan left none."""
-    # torch's own initialisation would draw from the global generator, and warn if there are no inputs.
-    layer = nn.utils.skip_init(nn.Linear, max(1, num_inputs), num_outputs)
+    """A Linear layer with Xavier normal weights and zero bias; either side may be empty, where a plan left nothing."""
+    # torch's own initialisation would draw from the global generator, and warn about empty sides.
+    layer = nn.utils.skip_init(nn.Linear, 1, 1)
     assert isinstance(layer, nn.Linear)
-    layer.in_features = num_inputs
+    layer.in_features, layer.out_features = num_inputs, num_outputs
     layer.weight = xavier_normal(num_outputs, num_inputs, generator)
-    nn.init.zeros_(layer.bias)
+    layer.bias = nn.Parameter(torch.zeros(num_outputs))
     return layer
 
 
@@ -49,6 +49,23 @@ class BatchNorm(nn.BatchNorm1d):
                 input, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
             )
         return super().forward(input)
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout whose mask costs 16 random bits an element on the CPU.
+
+    There torch's own draws one variate an element in series, which took 12 ms for (4096, 400) where this takes 1: more
+    than the layer's matmul. The share kept is rounded to 1/65536, and the scale is of the rounded share.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, N) -> (B, N)."""
+        if not self.training or input.device.type != "cpu":
+            return super().forward(input)
+        kept = min(65535, round((1 - self.p) * 65536))
+        bits = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        keep = bits.view(torch.int16)[: input.numel()].view(input.shape) < kept - 32768
+        return input * (keep.to(input.dtype) * (65536 / max(1, kept)))
 
 
 class MLP(nn.Sequential):
@@ -80,7 +97,7 @@ class MLP(nn.Sequential):
                 layers.append(BatchNorm(units))
             layers.append(nn.ReLU())
             if dropout:
-                layers.append(nn.Dropout(dropout))
+                layers.append(Dropout(dropout))
             width = units
         if num_outputs is not None:
             layers.append(linear(width, num_outputs, generator))
