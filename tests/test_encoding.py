@@ -846,7 +846,7 @@ fields = tuple(FieldSpec(name=f"c{i}") for i in range(12)) + (
     FieldSpec(name="d", type="dense", transform="standard"))
 before = anonymous()
 thread = threading.Thread(target=watch, daemon=True); thread.start()
-encode(sys.argv[1], Schema(label="y", fields=fields), out=sys.argv[2], chunk_bytes=2 << 20, progress=False)
+encode(sys.argv[1], Schema(label="y", fields=fields), out=sys.argv[2], chunk_bytes=int(sys.argv[3]), progress=False)
 stop.append(1); thread.join()
 print(peak[0] - before)
 """
@@ -860,24 +860,27 @@ def test_memory_is_bounded_whatever_the_number_of_rows(tmp_path, kind):
     block = pl.DataFrame({"y": rng.integers(0, 2, n), "q": rng.normal(size=n), "d": rng.normal(size=n)})
     block = block.with_columns(pl.Series(f"c{i}", rng.integers(0, 2000, n)).cast(pl.String) for i in range(12))
     block = block.with_columns(pl.concat_str(pl.lit("value-"), f"c{i}").alias(f"c{i}") for i in range(12))
-    peaks = []
-    for repeats in (2, 10):
-        path = tmp_path / f"log{repeats}.{kind}"
-        if kind == "csv":
-            with open(path, "wb") as file:
-                for i in range(repeats):
-                    block.write_csv(file, include_header=i == 0)
-        else:
-            pl.concat([block] * repeats).write_parquet(path, row_group_size=n)
-        command = [sys.executable, "-c", MEMORY_PROBE, str(path), str(tmp_path / f"out{repeats}")]
+    repeats = 10
+    path = tmp_path / f"log.{kind}"
+    if kind == "csv":
+        with open(path, "wb") as file:
+            for i in range(repeats):
+                block.write_csv(file, include_header=i == 0)
+    else:
+        pl.concat([block] * repeats).write_parquet(path, row_group_size=n)
+
+    def peak(chunk_bytes: int) -> float:
+        command = [sys.executable, "-c", MEMORY_PROBE, str(path), str(tmp_path / f"out{chunk_bytes}"), str(chunk_bytes)]
         env = {**os.environ, "POLARS_MAX_THREADS": "1", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=60)
         assert done.returncode == 0, done.stderr
-        peaks.append(float(done.stdout))
-    # 400,000 rows are about 65 MB of text. Chunks of 2 MB stay far below, and five times the rows take no more.
-    print(kind, peaks)
-    assert peaks[1] < 110, peaks
-    assert peaks[1] < peaks[0] + 30, peaks
+        return float(done.stdout)
+
+    # 400,000 rows, 65 MB of text. In chunks of 2 MB the peak is about 60 MB (and levels off at 110 MB, the sample for
+    # quantiles full, for any number of rows); read whole, the csv takes about 300 MB.
+    assert peak(2 << 20) < 110
+    if kind == "csv":
+        assert peak(1 << 30) > 150
 
 
 def test_interrupt_by_signal_leaves_nothing(tmp_path):

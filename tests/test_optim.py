@@ -124,11 +124,10 @@ def test_coupled_adam_replayed_step_by_step_is_dense_adam(lrs):
 # Measured distances at 400 steps, std 1e-2, lr 1e-3; the bounds are about twice these. Under the last setting decay
 # rules: dense Adam leaves all but the last-touched weights at zero, give or take a tenth of lr, and so do we.
 @pytest.mark.parametrize("l2, scale, bound", [(1e-6, 1e-3, 5e-3), (1e-5, 1e-5, 5e-3), (1e-5, 1e-3, 6e-3), (1e-3, 1e-3, 5e-3), (0.05, 1e-3, 6e-2)])  # fmt: skip
-def test_coupled_adam_replayed_in_strides_stays_near_dense_adam(l2, scale, bound, record_property):
+def test_coupled_adam_replayed_in_strides_stays_near_dense_adam(l2, scale, bound):
     rows, dense = make_tables(), make_tables()
     train_rows(rows, RowAdam(rows, l2=l2), Problem(scale), 400)
     train_dense(dense, torch.optim.Adam(dense.parameters(), lr=1e-3, weight_decay=l2), Problem(scale), 400)
-    record_property("distance", distance(rows, dense))
     assert distance(rows, dense) < bound
     lazy = make_tables()
     train_rows(lazy, RowAdam(lazy, l2=l2, l2_scope="batch"), Problem(scale), 400)
@@ -149,7 +148,7 @@ def test_a_weight_at_rest_under_decay_does_not_ring():
     assert tables.weight.isfinite().all()
 
 
-@pytest.mark.parametrize("max_stride, bound", [(1, 1e-5), (64, 1e-3)])
+@pytest.mark.parametrize("max_stride, bound", [(1, 1e-5), (64, 7e-3)])
 def test_coupled_adagrad_is_near_a_dense_one(max_stride, bound):
     rows, dense = make_tables(), make_tables()
     train_rows(rows, RowAdagrad(rows, lr=1e-2, l2=1e-3, max_stride=max_stride), Problem(), 200)

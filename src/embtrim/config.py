@@ -16,7 +16,7 @@ from embtrim.errors import ConfigError
 if sys.version_info >= (3, 11):
     import tomllib
 else:  # pragma: no cover
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 

@@ -347,12 +347,10 @@ class SizePlan:
         try:
             values = json.loads(path.read_text("utf-8"))
             if not isinstance(values, dict) or "plan_version" not in values:
-                raise PlanError(f"{path} is no embtrim plan: it has no plan_version")
+                raise PlanError("this is no embtrim plan: it has no plan_version")
             version = values.pop("plan_version")
             if version != PLAN_VERSION:
-                raise PlanError(
-                    f"{path} has plan version {version}, this release reads {PLAN_VERSION}; upgrade embtrim"
-                )
+                raise PlanError(f"plan version {version}, this release reads {PLAN_VERSION}; upgrade embtrim")
             named = any("rows" in b for t in values["tables"] for b in t["blocks"])
             arrays = dict(np.load(path.with_suffix(".npz"), allow_pickle=False)) if rows and named else {}
             values["tables"] = tuple(
@@ -376,11 +374,12 @@ class SizePlan:
     def diff(self, other: SizePlan) -> str:
         """Lines that say which tables `other` keeps differently; empty if none."""
         theirs = {table.name: table for table in other.tables}
-        lines = [
-            f"{t.name}: {describe_table(t)} -> {describe_table(theirs[t.name]) if t.name in theirs else 'gone'}"
-            for t in self.tables
-            if t.name not in theirs or describe_table(theirs[t.name]) != describe_table(t)
-        ]
+        lines = []
+        for table in self.tables:
+            if table.name not in theirs:
+                lines.append(f"{table.name}: {describe_table(table)} -> gone")
+            elif difference := describe_difference(table, theirs[table.name]):
+                lines.append(f"{table.name}: {difference}")
         return "\n".join(lines + [f"{name}: new" for name in theirs if name not in {t.name for t in self.tables}])
 
     def summary(self) -> str:
@@ -403,6 +402,19 @@ def describe_table(table: TablePlan) -> str:
     widths = ", ".join(f"{rows:,} rows x {width}" for rows, width in table.segments)
     columns = f" (columns {list(table.columns)})" if not table.mixed and 0 < table.output_width < table.width else ""
     return f"{widths} of {table.num_rows:,} x {table.width}{columns}"
+
+
+def describe_difference(left: TablePlan, right: TablePlan) -> str:
+    """How two plans of one table differ, in a few words; empty if they do not."""
+    change = f"{describe_table(left)} -> {describe_table(right)}"
+    layouts = [[(b.num_rows, b.columns, b.alignment) for b in t.blocks] for t in (left, right)]
+    if describe_table(left) != describe_table(right):
+        return change
+    if layouts[0] != layouts[1]:
+        return f"{change}, stored or aligned differently"
+    rows = [[b.rows for b in t.blocks] for t in (left, right)]
+    same = all(np.array_equal(a, b) for a, b in zip(*rows, strict=True) if a is not None and b is not None)
+    return "" if same else f"{change}, other rows"
 
 
 def _read_block(entry: dict[str, Any], arrays: Mapping[str, np.ndarray], with_rows: bool) -> Block:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -69,12 +69,12 @@ class TableSite:
         # None where the slots are the output columns in order: no table is shared.
         self.slot_of_output = None if slots == list(range(len(slots))) else torch.tensor(slots)
 
-    def gate_slots(self, gate: Tensor | Callable[[Tensor], Tensor]) -> Any:
+    def gate_slots(self, gate: Tensor | Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
         """See Site."""
-        return self.tables.gated(slot_gate=gate if callable(gate) else lambda concat: concat * self._by_output(gate))
-
-    def _by_output(self, gate: Tensor) -> Tensor:
-        return gate if self.slot_of_output is None else gate[..., self.slot_of_output.to(gate.device)]
+        if isinstance(gate, Tensor):
+            by_output = gate if self.slot_of_output is None else gate[..., self.slot_of_output.to(gate.device)]
+            return self.tables.gated(slot_gate=lambda concat: concat * by_output)
+        return self.tables.gated(slot_gate=gate)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """See Site."""
@@ -95,8 +95,11 @@ class ModuleSite:
     @contextmanager
     def gate_slots(self, gate: Tensor | Callable[[Tensor], Tensor]) -> Iterator[None]:
         """See Site; a function gets the module's output (..., D)."""
-        apply = gate if callable(gate) else lambda output: output * gate
-        handle = self.module.register_forward_hook(lambda _module, _inputs, output: apply(output))
+
+        def apply(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            return output * gate if isinstance(gate, Tensor) else gate(output)
+
+        handle = self.module.register_forward_hook(apply)
         try:
             yield
         finally:
@@ -245,9 +248,13 @@ class CTRTask(Task):
     def __init__(self, model: CTRModel, data: EncodedDataset, config: TrainConfig | None = None) -> None:
         self.data = data
         self.config = config or TrainConfig()
-        super().__init__(model, logloss_of_batch, train=(), score=lambda m: evaluate(m, data, "valid", self.config).auc)
+        super().__init__(model, logloss_of_batch, train=(), score=self._score)
         self.model: CTRModel = model
         self.needs_aligned = model.needs_aligned
+
+    def _score(self, model: nn.Module) -> float:
+        assert isinstance(model, CTRModel)
+        return evaluate(model, self.data, "valid", self.config).auc
 
     def full_plan(self) -> SizePlan:
         """See Task."""
