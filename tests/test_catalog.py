@@ -154,7 +154,9 @@ class TestLayouts:
             encode_known("movielenslatest_x1", tmp_path, tmp_path / "out2", split="8:1:1")
 
     def test_movielens_1m(self, tmp_path):
-        ratings = "".join(f"{1 + i % 2}::{1 + i % 3}::{1 + i % 5}::{956703932 + i * 1000}\n" for i in range(500))
+        ratings = "".join(
+            f"{1 + i % 2}::{1 + i % 3}::{(1, 2, 3, 3, 5)[i % 5]}::{956703932 + i * 1000}\n" for i in range(500)
+        )
         (tmp_path / "ratings.dat").write_text(ratings)
         (tmp_path / "users.dat").write_text("1::F::1::10::48067\n2::M::56::16::70072\n")
         movies = (
@@ -162,8 +164,8 @@ class TestLayouts:
         )
         (tmp_path / "movies.dat").write_bytes(movies.encode("latin-1"))
         data = encode_known("movielens-1m", tmp_path, **options(tmp_path))
-        assert sum(data.num_rows(name) for name in data.splits) == 400  # a fifth has rating 3
-        assert sum(data.split(name).labels.sum() for name in data.splits) == 200
+        assert sum(data.num_rows(name) for name in data.splits) == 300  # two fifths have rating 3
+        assert sum(data.split(name).labels.sum() for name in data.splits) == 100
         assert data.folder is not None
         vocabularies = Encoder.load(data.folder).vocabularies
         assert set(vocabularies["genres"]["value"]) == {"Animation", "Comedy", "Drama", "Crime"}

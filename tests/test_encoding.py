@@ -234,6 +234,18 @@ class TestLeaks:
         assert ids(with_test, "test") == [[2], [2], [2], [0]]
         assert with_test.schema.fingerprint == run(train, schema).schema.fingerprint
 
+    def test_transforms_see_training_rows_only(self, run):
+        numbers = [1.0, 2, 3, 4, 5, 6, -500, 500]
+        frame = pl.DataFrame({"y": [0, 1] * 4, "t": range(8), "q": numbers, "d": numbers})
+        fields = (
+            FieldSpec(name="q", type="numeric", transform="quantile:3"),
+            FieldSpec(name="d", type="dense", transform="standard"),
+        )
+        data = run(frame, schema_of(*fields, time="t"), split="time:6")
+        transforms = Encoder.load(data.folder).transforms
+        assert transforms["q"] == {"edges": [3.0, 5.0]}
+        assert transforms["d"] == pytest.approx({"mean": 3.5, "std": (35 / 12) ** 0.5})
+
     def test_ratio_split_of_one_log(self, run):
         frame = pl.DataFrame({"y": [0, 1] * 500, "a": [str(i) for i in range(1000)]})
         data = run(frame, ONE, split="8:1:1")
@@ -785,9 +797,9 @@ class TestInference:
     def test_labels(self, frame):
         assert infer_schema(frame.rename({"click": "bought"}), "bought").label == "bought"
         with pytest.raises(
-            DataError, match=r"no column 'clik'; did you mean 'click'\? label takes one of: when, click"
+            DataError, match=r"no column 'clicc'; did you mean 'click'\? label takes one of: when, click"
         ):
-            infer_schema(frame, "clik")
+            infer_schema(frame, "clicc")
         with pytest.raises(DataError, match="no label column is named"):
             infer_schema(frame.drop("click"))
         with pytest.raises(DataError, match="no column that could be a field"):

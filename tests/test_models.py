@@ -16,6 +16,7 @@ from embtrim.errors import ConfigError, DataError, EmbtrimError, PlanError
 from embtrim.models import DCN, DLRM, FM, FNN, IPNN, LR, MODELS, DCNv2, DeepFM, build
 from embtrim.plan import Block, SizePlan, TablePlan
 from embtrim.schema import PAD, FieldSpec, Schema
+from embtrim.train import evaluate, fit
 
 DIM = 5
 NAMES = list(MODELS)
@@ -534,3 +535,22 @@ def test_the_plan_decides_width_and_the_model_first_order():
     assert model.hparams["embedding_dim"] == 3
     assert model.tables.first_order is not None
     assert FNN(schema, plan=SizePlan.full(schema, 3, first_order=True)).tables.first_order is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_finds_the_planted_signal(name, wide_data):
+    takes = inspect.signature(MODELS[name].__init__).parameters
+    small = {"embedding_dim": 4, "hidden_units": (16,), "bottom_units": (8,), "init_std": 0.05}
+    model = build(name, wide_data.schema, **{k: v for k, v in small.items() if k in takes})
+    fit(model, wide_data, epochs=8, batch_size=128, learning_rate=0.02, precision="fp32")
+    assert evaluate(model, wide_data).auc > 0.78
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_graph_fits_any_batch_size(name):
+    schema = make_schema()
+    model = make_model(name, schema)
+    rows = torch.export.Dim("rows", min=33, max=4096)
+    program = torch.export.export(model, make_batch(schema, 64), dynamic_shapes=({0: rows}, {0: rows}))
+    batch = make_batch(schema, 77, seed=3)
+    assert torch.equal(program.module()(*batch), model(*batch))

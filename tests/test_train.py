@@ -145,8 +145,8 @@ def test_errors(data, wide_data):
         fit(model_of(data), data, QUICK, tables="dense", l2_scope="batch", embedding_l2=0.1)
     with pytest.raises(EmbtrimError, match="lower learning_rate"):
         fit(model_of(data, batch_norm=False), data, QUICK, optimizer="sgd", learning_rate=1e12)
+    maps = {name: np.zeros(n, np.int32) for name, n in data.schema.tables.items()}
     with pytest.raises(DataError, match="recode"):
-        maps = {name: np.zeros(n, np.int32) for name, n in data.schema.tables.items()}
         evaluate(model_of(data), data.with_id_maps(maps), "test")
 
 
@@ -162,7 +162,7 @@ def test_every_row_is_read_once_an_epoch(rows, batch, seed):
     ids = np.arange(rows, dtype=np.int32)[:, None]
     data = EncodedDataset(Schema.from_sizes([rows]), {"train": SplitArrays(ids, np.zeros(rows, np.float32))})
     seen = [b.ids_BC[:, 0].tolist() for b in data.batches("train", batch, shuffle_seed=seed)]
-    assert sorted(sum(seen, [])) == list(range(rows))
+    assert sorted(i for part in seen for i in part) == list(range(rows))
     assert len(seen) == data.num_batches("train", batch)
     assert all(len(part) == batch for part in seen[:-1])
 
@@ -186,3 +186,14 @@ def test_rarest_value_counts(data):
     ids = data.split("test").ids
     expected = [min(counts[f.name][ids[7, i]] for i, f in enumerate(data.schema.id_fields))]
     assert rows[7] == expected[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_trains_as_the_cpu_does(data):
+    aucs = []
+    for device in ("cpu", "cuda"):
+        model = model_of(data)
+        fit(model, data, QUICK, device=device, embedding_l2=0.01)
+        aucs.append(evaluate(model, data, "test", QUICK.replace(device=device)).auc)
+    assert abs(aucs[0] - aucs[1]) < 0.005

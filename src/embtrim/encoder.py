@@ -228,11 +228,12 @@ class Encoder:
             ids_V, texts = listed["id"].to_numpy(), listed["value"]
             if field.type == "categorical":
                 # Texts that mean "missing" become codes too, so that no pass over the cells has to replace them.
-                nulls = pl.Series("value", sorted({*self.schema.nulls, *field.nulls}), pl.String)
-                ids_V = np.where(texts.is_in(nulls.implode()).to_numpy(), missing_id, ids_V)
-                extra = nulls.filter(~nulls.is_in(texts.implode()))
-                texts = pl.concat([texts, extra])
+                nulls = sorted({*self.schema.nulls, *field.nulls})
+                is_null = texts.is_in(nulls)
+                extra = sorted(set(nulls) - set(texts.filter(is_null)))
+                ids_V = np.where(is_null.to_numpy(), missing_id, ids_V)
                 ids_V = np.concatenate([ids_V, np.full(len(extra), missing_id)])
+                texts = pl.concat([texts, pl.Series("value", extra, pl.String)])
             code = pl.col(field.name).cast(pl.Enum(texts), strict=False).to_physical().cast(pl.UInt32)
             ids_V = np.concatenate([ids_V, [unseen, missing_id]]).astype(np.int32)
             lookups[field.name] = _Lookup(code.fill_null(len(texts)), ids_V)

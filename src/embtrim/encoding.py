@@ -2,7 +2,7 @@
 
 The log is read in passes, chunk by chunk: (0) the time column, if a split by quantiles of time asks for it; (1) columns
 whose transform is learned (quantile edges, mean and std); (2) all fields, counting values; (3) all fields again, writing
-ids. Passes 0-2 see training rows only. The writer appends, so nothing but the chunk at hand and the vocabulary is in
+ids. Passes 1 and 2 learn from training rows only. The writer appends, so nothing but the chunk at hand and the vocabulary is in
 memory.
 
 Memory: bounded whatever the number of rows, by about 400 MB for 16 MB chunks of text or slices of parquet, plus what

@@ -108,7 +108,7 @@ class EmbeddingViews:
         """
         tables, concat = self.tables, self.concat
         if tables.is_equal_width:
-            sum_BD = concat.view(len(concat), tables.num_fields, -1).sum(1)
+            sum_BD = concat.view(concat.shape[0], tables.num_fields, -1).sum(1)
         else:
             projection_SD = tables.projection_SD()
             sum_BD = concat @ projection_SD
@@ -150,6 +150,8 @@ class EmbeddingTables(nn.Module):
     fixed_projection_SD: Tensor
     same_field_SS: Tensor
     projected_S: Tensor
+    projected_outputs: Tensor
+    projection_rows: Tensor
     mixed_C: Tensor
     mixed_first_id: Tensor
     mixed_bounds: Tensor
@@ -244,14 +246,23 @@ class EmbeddingTables(nn.Module):
         )
         fixed = torch.zeros(len(place_S), self.width)
         fixed[range(len(place_S)), place_S] = 1.0
+        # A projection belongs to its table: fields that share the table share its rows of `projection`.
         own_rows = [s for s, i in enumerate(field_S) if projects(tables[names[i]])]
-        self.projected_columns = own_rows
+        first_output: dict[tuple[str, int], int] = {}
+        for s in own_rows:
+            first_output.setdefault((names[field_S[s]], place_S[s]), s)
+        self.projected_columns = list(first_output.values())
+        row_of = {key: row for row, key in enumerate(first_output)}
         if not self.is_equal_width:
             fixed[own_rows] = 0.0
             self._buffer("fixed_projection_SD", fixed)
             field_of_output = torch.tensor(field_S)
             self._buffer("same_field_SS", (field_of_output[:, None] == field_of_output[None, :]).to(torch.float32))
-            self._buffer("projected_S", torch.tensor(own_rows, dtype=torch.int64))
+            # Of each row of `projection` the first output it projects; and all outputs projected, with their rows.
+            self._buffer("projected_S", torch.tensor(self.projected_columns, dtype=torch.int64))
+            self._buffer("projected_outputs", torch.tensor(own_rows, dtype=torch.int64))
+            rows = [row_of[names[field_S[s]], place_S[s]] for s in own_rows]
+            self._buffer("projection_rows", torch.tensor(rows, dtype=torch.int64))
         if not self.mixed_fields and not self.is_pooled:
             group_of = {i: g for g in groups for i in g.fields}
             address = [
@@ -399,7 +410,7 @@ class EmbeddingTables(nn.Module):
             self.settle()
         if learns or self.row_gate is not None:
             concat, first_order = self._forward_distinct(ids_BC, pool_BC, learns)
-        elif len(ids_BC) <= ELEMENT_GATHER_ROWS and hasattr(self, "element_S"):
+        elif ids_BC.shape[0] <= ELEMENT_GATHER_ROWS and hasattr(self, "element_S"):
             index_BS = ids_BC[:, self.field_S] * self.width_S + self.element_S
             concat = self.weight[index_BS]
             first_order = None if self.first_order is None else self.first_order[ids_BC + self.shift_C].sum(1)
@@ -412,7 +423,7 @@ class EmbeddingTables(nn.Module):
     def _pool_weights(self, ids_BC: Tensor) -> Tensor:
         """(B, C) factor of each id column: 0 for PAD, and 1 / count where a field takes the mean."""
         used_BC = (ids_BC != PAD).to(self.weight.dtype)
-        count_BF = used_BC.new_zeros(len(ids_BC), self.num_fields).index_add(1, self.field_of_column_C, used_BC)
+        count_BF = used_BC.new_zeros(ids_BC.shape[0], self.num_fields).index_add(1, self.field_of_column_C, used_BC)
         scale_BF = torch.where(self.mean_F, 1 / count_BF.clamp(min=1), 1.0)
         return used_BC * scale_BF[:, self.field_of_column_C]
 
@@ -521,14 +532,14 @@ class EmbeddingTables(nn.Module):
                 continue
             found = source.index_select(0, index.reshape(-1)).view(*index.shape, group.width)
             if pool_BC is None and len(group.fields) == self.num_fields:
-                return found.view(len(found), -1)
+                return found.view(found.shape[0], -1)
             weights = None if pool_BC is None else pool_BC[:, self.get_buffer(f"columns_{number}")]
             self._split_fields(outputs, found, group.fields, weights)
         if mixed is not None:
             weights = None if pool_BC is None else pool_BC[:, self.mixed_C]
             self._split_fields(outputs, mixed, self.mixed_fields, weights)
         if not outputs:
-            return self.weight.new_zeros(len(indices[0]), 0)
+            return self.weight.new_zeros(indices[0].shape[0], 0)
         return torch.cat([outputs[i] for i in sorted(outputs)], 1)
 
     def _split_fields(
@@ -546,19 +557,20 @@ class EmbeddingTables(nn.Module):
     def projection_SD(self) -> Tensor:
         """(S, D) stacked projections P_f: 0/1 where a field is scattered or full, learned where it is projected."""
         if self.has_projections:
+            own_projection = self.projection.index_select(0, self.projection_rows)
             return self.fixed_projection_SD.index_copy(
-                0, self.projected_S, self.projection.to(self.fixed_projection_SD.dtype)
+                0, self.projected_outputs, own_projection.to(self.fixed_projection_SD.dtype)
             )
         return self.fixed_projection_SD
 
     def align(self, concat_BS: Tensor) -> Tensor:
         """(B, F, D): each field's output at the full width."""
-        shape = (len(concat_BS), self.num_fields, self.width)
+        shape = (concat_BS.shape[0], self.num_fields, self.width)
         if self.is_equal_width:
             return concat_BS.view(shape)
         flat_size = self.num_fields * self.width
         if not self.has_projections:
-            return concat_BS.new_zeros(len(concat_BS), flat_size).index_copy(1, self.place_S, concat_BS).view(shape)
+            return concat_BS.new_zeros(concat_BS.shape[0], flat_size).index_copy(1, self.place_S, concat_BS).view(shape)
         # One product with the block matrix Q, whose block of field f is P_f.
         field_of_output = torch.div(self.place_S, self.width, rounding_mode="floor")
         blocks = torch.nn.functional.one_hot(field_of_output, self.num_fields).to(concat_BS.dtype)

@@ -39,6 +39,12 @@ def linear(num_inputs: int, num_outputs: int, generator: torch.Generator) -> nn.
     return layer
 
 
+def side_by_side(*parts: Tensor) -> Tensor:
+    """Concatenate (B, n) tensors along the columns; what has none costs no copy."""
+    filled = [part for part in parts if part.shape[1]]
+    return filled[0] if len(filled) == 1 else torch.cat(filled or parts, 1)
+
+
 class BatchNorm(nn.BatchNorm1d):
     """BatchNorm1d that takes a training batch of one row, which has no variance, by the running statistics."""
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from embtrim.models.blocks import MLP, CrossVectors, linear
+from embtrim.models.blocks import MLP, CrossVectors, linear, side_by_side
 from embtrim.models.ctr_model import CTRModel, Reads
 from embtrim.plan import SizePlan
 from embtrim.schema import Schema
@@ -51,7 +51,7 @@ class DCN(CTRModel):
     def forward(self, ids_BC: Tensor, dense_BE: Tensor | None = None) -> Tensor:
         """(B,) logits; see CTRModel."""
         views, dense_BE = self.look_up(ids_BC, dense_BE)
-        x0_BN = torch.cat([views.concat, dense_BE], 1)
+        x0_BN = side_by_side(views.concat, dense_BE)
         parts = [self.cross(x0_BN), self.deep(x0_BN)] if self.num_deep else [self.cross(x0_BN)]
         return self.out(torch.cat(parts, 1)).squeeze(1)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from embtrim.errors import DataError
-from embtrim.models.blocks import MLP, PairProducts
+from embtrim.models.blocks import MLP, PairProducts, side_by_side
 from embtrim.models.ctr_model import CTRModel, Reads
 from embtrim.plan import SizePlan
 from embtrim.schema import Schema
@@ -62,7 +62,7 @@ class DLRM(CTRModel):
             return self.mlp(self.pairs(views.aligned)).squeeze(1)
         dense_BD = self.bottom(dense_BE).relu()
         pairs_BP = self.pairs(torch.cat([views.aligned, dense_BD[:, None]], 1))
-        return self.mlp(torch.cat([pairs_BP, dense_BD], 1)).squeeze(1)
+        return self.mlp(side_by_side(pairs_BP, dense_BD)).squeeze(1)
 
     def reads(self) -> list[Reads]:
         """See CTRModel."""

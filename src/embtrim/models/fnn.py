@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from embtrim.models.blocks import MLP
+from embtrim.models.blocks import MLP, side_by_side
 from embtrim.models.ctr_model import CTRModel, Reads
 from embtrim.plan import SizePlan
 from embtrim.schema import Schema
@@ -46,7 +46,7 @@ class FNN(CTRModel):
     def forward(self, ids_BC: Tensor, dense_BE: Tensor | None = None) -> Tensor:
         """(B,) logits; see CTRModel."""
         views, dense_BE = self.look_up(ids_BC, dense_BE)
-        return self.mlp(torch.cat([views.concat, dense_BE], 1)).squeeze(1)
+        return self.mlp(side_by_side(views.concat, dense_BE)).squeeze(1)
 
     def reads(self) -> list[Reads]:
         """See CTRModel."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from embtrim.models.blocks import MLP, PairProducts
+from embtrim.models.blocks import MLP, PairProducts, side_by_side
 from embtrim.models.ctr_model import CTRModel, Reads
 from embtrim.plan import SizePlan
 from embtrim.schema import Schema
@@ -49,7 +49,7 @@ class IPNN(CTRModel):
         """(B,) logits; see CTRModel."""
         views, dense_BE = self.look_up(ids_BC, dense_BE)
         pairs_BP = self.pairs(views.aligned)
-        return self.mlp(torch.cat([views.concat, pairs_BP, dense_BE], 1)).squeeze(1)
+        return self.mlp(side_by_side(views.concat, pairs_BP, dense_BE)).squeeze(1)
 
     def reads(self) -> list[Reads]:
         """See CTRModel."""
