@@ -56,7 +56,10 @@ class Problem:
         width = WIDTH * len(self.sizes)
         slope = torch.randn(len(ids), width, generator=self.generator) * self.scale
         bias = torch.randn(len(ids), generator=self.generator) * self.scale
-        return ids, lambda v: (v.concat * slope).sum() + (v.concat.square() * slope).sum() + (v.first_order * bias).sum()
+        return (
+            ids,
+            lambda v: (v.concat * slope).sum() + (v.concat.square() * slope).sum() + (v.first_order * bias).sum(),
+        )
 
 
 def train_rows(tables, optimizer, problem, steps, lrs=None) -> None:
@@ -239,7 +242,9 @@ def test_only_the_rows_of_the_batch_move(name):
     for group in tables.groups:
         inside = mask[group.start : group.start + group.num_rows]
         old = before[group.offset : group.offset + group.num_rows * group.width].view(group.num_rows, group.width)
-        assert torch.equal((tables.group_view(group) != old).any(1), inside if group.width else torch.zeros_like(inside))
+        assert torch.equal(
+            (tables.group_view(group) != old).any(1), inside if group.width else torch.zeros_like(inside)
+        )
     assert tables.weight.grad is None
     assert tables.first_order.grad is None
     assert tables.lookups == []
@@ -434,7 +439,7 @@ def test_a_decay_that_turns_weights_round_is_refused():
     tables = make_tables()
     optimizer = RowSGD(tables, lr=2.0, l2=0.5)
     tables(torch.zeros(2, 3, dtype=torch.int32)).concat.sum().backward()
-    with pytest.raises(ConfigError, match="lr \\* l2 must be below 1, given lr = 2.0 and l2 = 0.5"):
+    with pytest.raises(ConfigError, match=r"lr \* l2 must be below 1, given lr = 2\.0 and l2 = 0\.5"):
         optimizer.step()
 
 

@@ -181,7 +181,7 @@ def test_layout_alone_counts_the_same_and_has_no_id_map(saved):
     layout = SizePlan.load(saved, rows=False)
     assert (layout.num_params, layout.num_bytes) == (example_plan().num_params, example_plan().num_bytes)
     assert layout.tables[0].oov_id() is None
-    with pytest.raises(PlanError, match="read without its rows; load it with the .npz"):
+    with pytest.raises(PlanError, match=r"read without its rows; load it with the \.npz"):
         layout.tables[0].id_map()
 
 

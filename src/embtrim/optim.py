@@ -22,7 +22,6 @@ Axes: U distinct rows of the lookups, R rows of a view, W its width.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Mapping
@@ -252,9 +251,7 @@ class RowOptimizer:
             rows_U, missed_U = rows_U[behind], missed_U[behind]
         until_R.index_fill_(0, rows_U, self.steps)
         edges = torch.searchsorted(rows_U, self.tables.group_starts.long()).tolist()
-        for part, (low, high) in zip(
-            self._parts(), [*itertools.pairwise(edges), (0, len(rows_U))], strict=False
-        ):
+        for part, (low, high) in zip(self._parts(), [*itertools.pairwise(edges), (0, len(rows_U))], strict=False):
             if part.weight_RW.numel() == 0 or low == high:
                 continue
             part_rows_U = rows_U[low:high] - part.rows.start

@@ -108,7 +108,7 @@ class EmbeddingViews:
         """
         tables, concat = self.tables, self.concat
         if tables.is_equal_width:
-            sum_BD = concat.view(concat.shape[0], tables.num_fields, -1).sum(1)
+            sum_BD = concat.view(concat.shape[0], tables.num_fields, tables.width).sum(1)
         else:
             projection_SD = tables.projection_SD()
             sum_BD = concat @ projection_SD
