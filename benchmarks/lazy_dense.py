@@ -1,6 +1,6 @@
 """Does it matter for accuracy that only touched rows move? Lazy against dense tables, bf16 against fp32; same settings.
 
-    python benchmarks/lazy_dense.py frappe-64 --data DATA/frappe --seeds 3
+python benchmarks/lazy_dense.py frappe-64 --data DATA/frappe --seeds 3
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    config = RunConfig.parse(read_toml(Path(__file__).parents[1] / "recipes" / f"{args.recipe}.toml"), where=args.recipe)
+    config = RunConfig.parse(
+        read_toml(Path(__file__).parents[1] / "recipes" / f"{args.recipe}.toml"), where=args.recipe
+    )
     data = embtrim.load(args.data)
     print("| tables | precision | test AUC by seed | mean | spread | logloss | rows/s |", flush=True)
     print("|---|---|---|---|---|---|---|", flush=True)

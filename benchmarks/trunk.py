@@ -35,7 +35,9 @@ def main() -> None:
     parser.add_argument("--budgets", default="20%,10%")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    config = RunConfig.parse(read_toml(Path(__file__).parents[1] / "recipes" / f"{args.recipe}.toml"), where=args.recipe)
+    config = RunConfig.parse(
+        read_toml(Path(__file__).parents[1] / "recipes" / f"{args.recipe}.toml"), where=args.recipe
+    )
     data = embtrim.load(args.data)
     out = Path(args.out)
     records: list[tuple[str, RunRecord]] = []

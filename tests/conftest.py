@@ -35,7 +35,11 @@ def planted_data(
         score = score + 0.5 * dense_values[:, 0]
     labels = (rng.random(num_rows) < 1 / (1 + np.exp(-score))).astype(np.float32)
     ids = np.stack(columns, 1).astype(np.int32)
-    cuts = {"train": slice(0, num_rows * 8 // 10), "valid": slice(num_rows * 8 // 10, num_rows * 9 // 10), "test": slice(num_rows * 9 // 10, None)}
+    cuts = {
+        "train": slice(0, num_rows * 8 // 10),
+        "valid": slice(num_rows * 8 // 10, num_rows * 9 // 10),
+        "test": slice(num_rows * 9 // 10, None),
+    }
     splits = {
         name: SplitArrays(ids[rows], labels[rows], None if dense_values is None else dense_values[rows])
         for name, rows in cuts.items()

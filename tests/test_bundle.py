@@ -59,7 +59,9 @@ def test_a_bundle_scores_the_raw_log_as_the_model_does(saved, raw, encoded):
     ids = Encoder.load(encoded.folder).encode_chunk(raw).ids
     from embtrim.dataset import EncodedDataset, SplitArrays
 
-    whole = EncodedDataset(encoded.schema, {"test": SplitArrays(ids, np.zeros(len(ids), np.float32))}, id_maps=data.id_maps)
+    whole = EncodedDataset(
+        encoded.schema, {"test": SplitArrays(ids, np.zeros(len(ids), np.float32))}, id_maps=data.id_maps
+    )
     expected = 1 / (1 + np.exp(-predict_logits(model, whole, "test")))
     np.testing.assert_allclose(scores, expected, atol=1e-6)
     assert scores.std() > 0.01
@@ -92,7 +94,9 @@ def test_dropped_values_are_distinct_from_unseen_ones(encoded, tmp_path):
     bundle = load_bundle(tmp_path / "b")
     values = pl.read_parquet(encoded.folder / "vocab.parquet").filter(pl.col("table") == table.name)
     dropped = values.filter(pl.Series(table.id_map()[values["id"].to_numpy()] == table.dropped_id))["value"][0]
-    frame = pl.DataFrame({"user": ["u1", "u1"], "item": ["i1", "i1"]}).with_columns(pl.Series(table.name, [dropped, "never seen"]))
+    frame = pl.DataFrame({"user": ["u1", "u1"], "item": ["i1", "i1"]}).with_columns(
+        pl.Series(table.name, [dropped, "never seen"])
+    )
     scores = bundle.predict(frame)
     assert scores[0] != scores[1]
 

@@ -14,7 +14,7 @@ from embtrim.budget import Budget
 from embtrim.compaction import CompactEmbedding, compact, inherit_weights, verify
 from embtrim.errors import EmbtrimError, PlanError
 from embtrim.methods import RandomConfig, UniformConfig, search
-from embtrim.models import MODELS, FNN, DeepFM, build
+from embtrim.models import FNN, MODELS, DeepFM, build
 from embtrim.plan import Block, SizePlan, TablePlan
 from embtrim.sites import CTRTask, Task, find_sites, site_plan
 
@@ -174,7 +174,9 @@ def test_foreign_module_compact_equals_masked(align):
     torch.manual_seed(0)
     model = Foreign()
     before = copy.deepcopy(model.state_dict())
-    task = Task(model, lambda m, b: nn.functional.binary_cross_entropy_with_logits(m(b[0]), b[1]), list(foreign_batches()))
+    task = Task(
+        model, lambda m, b: nn.functional.binary_cross_entropy_with_logits(m(b[0]), b[1]), list(foreign_batches())
+    )
     plan = search(task, RandomConfig(align=align), "60%", seed=1)
     small = compact(model, plan, "inherit")
     masked = copy.deepcopy(model)

@@ -122,7 +122,9 @@ def test_shared_table_is_one_slot_for_both_fields():
     from embtrim.dataset import EncodedDataset, SplitArrays
     from embtrim.schema import FieldSpec, Schema
 
-    schema = Schema(label="y", fields=(FieldSpec(name="a", vocab_size=9, table="t"), FieldSpec(name="b", vocab_size=9, table="t")))
+    schema = Schema(
+        label="y", fields=(FieldSpec(name="a", vocab_size=9, table="t"), FieldSpec(name="b", vocab_size=9, table="t"))
+    )
     rng = np.random.default_rng(0)
     arrays = SplitArrays(rng.integers(0, 9, (64, 2)).astype(np.int32), rng.integers(0, 2, 64).astype(np.float32))
     data = EncodedDataset(schema, {"train": arrays, "valid": arrays})

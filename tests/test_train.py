@@ -75,7 +75,9 @@ def test_monitor_logloss(data):
 def test_hooks_are_called_and_extra_loss_counts(data):
     steps, extra = [], torch.nn.Parameter(torch.ones(()))
     hooks = Hooks(
-        param_groups=lambda _: [torch.optim.SGD([extra], lr=0.1)], extra_loss=lambda m, b: extra**2, on_step=steps.append
+        param_groups=lambda _: [torch.optim.SGD([extra], lr=0.1)],
+        extra_loss=lambda m, b: extra**2,
+        on_step=steps.append,
     )
     fit(model_of(data), data, QUICK, hooks=hooks, epochs=1)
     assert steps == list(range(1, data.num_batches("train", 256) + 1))

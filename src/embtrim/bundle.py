@@ -1,10 +1,10 @@
 """The bundle: a trained model that scores raw logs, in a folder without pickle; loads without search code or data.
 
-    bundle.json          format version, model name and hyper-parameters, metrics, digest of every file
-    model.safetensors    weights and batch-norm statistics
-    plan.json            layout of the tables (which rows were kept is in the vocabulary, not here)
-    encoder/             schema.json, vocab.parquet, transforms.json: from raw values to the compact model's ids
-    README.md            model card
+bundle.json          format version, model name and hyper-parameters, metrics, digest of every file
+model.safetensors    weights and batch-norm statistics
+plan.json            layout of the tables (which rows were kept is in the vocabulary, not here)
+encoder/             schema.json, vocab.parquet, transforms.json: from raw values to the compact model's ids
+README.md            model card
 """
 
 from __future__ import annotations
@@ -132,7 +132,9 @@ def save(
         }
         (temporary / "README.md").write_text(model_card(model, info), "utf-8")
         info["files"] = {
-            str(path.relative_to(temporary)): file_digest(path) for path in sorted(temporary.rglob("*")) if path.is_file()
+            str(path.relative_to(temporary)): file_digest(path)
+            for path in sorted(temporary.rglob("*"))
+            if path.is_file()
         }
         (temporary / "bundle.json").write_text(json.dumps(info, indent=1), "utf-8")
         if folder.exists():
@@ -155,11 +157,15 @@ def load_bundle(folder: str | Path) -> Bundle:
         info = json.loads((folder / "bundle.json").read_text("utf-8"))
         version, files = info["bundle_version"], info["files"]
     except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(f"{folder} is no bundle: it has no bundle.json; write one with `embtrim run` or embtrim.save") from None
+        raise BundleError(
+            f"{folder} is no bundle: it has no bundle.json; write one with `embtrim run` or embtrim.save"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise BundleError(f"{folder / 'bundle.json'} is damaged ({error}); save the bundle again") from None
     if version != BUNDLE_VERSION:
-        raise BundleError(f"{folder} has bundle version {version}, this release reads {BUNDLE_VERSION}; upgrade embtrim")
+        raise BundleError(
+            f"{folder} has bundle version {version}, this release reads {BUNDLE_VERSION}; upgrade embtrim"
+        )
     for name, digest in files.items():
         path = folder / name
         if not path.is_file():
@@ -172,14 +178,17 @@ def load_bundle(folder: str | Path) -> Bundle:
         model = MODELS[info["model"]](encoder.schema, plan=plan, **info["hparams"])
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except (KeyError, TypeError, RuntimeError, SafetensorError, EmbtrimError) as error:
-        raise BundleError(f"{folder} cannot be opened ({type(error).__name__}: {error}); save the bundle again") from None
+        raise BundleError(
+            f"{folder} cannot be opened ({type(error).__name__}: {error}); save the bundle again"
+        ) from None
     return Bundle(model.eval(), encoder, info)
 
 
 def layout_only(plan: SizePlan) -> SizePlan:
     """The plan without the rows it chose and without search details: all that loading a model needs."""
     tables = tuple(
-        dataclasses.replace(t, blocks=tuple(Block(b.num_rows, b.columns, b.alignment) for b in t.blocks)) for t in plan.tables
+        dataclasses.replace(t, blocks=tuple(Block(b.num_rows, b.columns, b.alignment) for b in t.blocks))
+        for t in plan.tables
     )
     return dataclasses.replace(plan, tables=tables, details={})
 

@@ -186,16 +186,15 @@ def run(
     for seed in range(config.seed, config.seed + config.seeds):
         full = train_full(data, config, seed, progress)
         records.append(_keep(full, data, out, on_record))
+        budget = config.budget
         for variant in dict.fromkeys((config.method, *config.controls)):
-            settings = config.search if variant == config.method else {}
-            if config.max_loss is not None and variant == config.method:
+            if variant == config.method and config.max_loss is not None:
                 trained = smallest_within(full, data, config, seed, config.max_loss, progress)
-                config = config.replace(budget=trained.record.budget)
+                budget = trained.record.budget or budget  # the controls get what the method needed
             else:
-                trained = shrink(full, data, config, variant, settings, config.budget, seed, progress)
+                settings = config.search if variant == config.method else {}
+                trained = shrink(full, data, config, variant, settings, budget, seed, progress)
             records.append(_keep(trained, data, out, on_record))
-        if config.max_loss is not None:
-            config = config.replace(budget=RunConfig().budget)
     return records
 
 
@@ -206,9 +205,15 @@ def check_run(data: EncodedDataset, config: RunConfig) -> None:
     for name in (config.method, *config.controls):
         method_named(name)
     method_named(config.method).config.parse(config.search, where="search")
-    model = build(config.model, data.schema, **{**config.hparams, "embedding_dim": 1} if "embedding_dim" in config.hparams else config.hparams)
+    model = build(
+        config.model,
+        data.schema,
+        **{**config.hparams, "embedding_dim": 1} if "embedding_dim" in config.hparams else config.hparams,
+    )
     if model.tables.width == 0:
-        raise ConfigError(f"model {config.model!r} has no embedding tables to shrink, only first-order weights; choose another")
+        raise ConfigError(
+            f"model {config.model!r} has no embedding tables to shrink, only first-order weights; choose another"
+        )
     Budget.parse(config.budget)
 
 
@@ -359,7 +364,13 @@ def _keep(
     name = f"{trained.record.variant}-seed{trained.record.seed}"
     record = trained.record
     if data.folder is not None:
-        save(trained.model, out / "bundles" / name, data, plan=trained.plan, metrics={"valid": record.valid, "test": record.test})
+        save(
+            trained.model,
+            out / "bundles" / name,
+            data,
+            plan=trained.plan,
+            metrics={"valid": record.valid, "test": record.test},
+        )
         record = record.replace(bundle_bytes=folder_bytes(out / "bundles" / name))
     if trained.plan is not None:
         trained.plan.save(out / "plans" / f"{name}.json")

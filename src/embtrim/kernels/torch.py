@@ -9,10 +9,14 @@ Axes: R rows of a view, W its width, U distinct rows, N rows with repeats.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+# Elements that a replay works on at a time: what it needs of them then stays in the processor's cache.
+REPLAY_ELEMENTS = 1 << 22
 
 
 def gather_rows(source_RW: Tensor, rows_U: Tensor) -> Tensor:
@@ -159,7 +163,31 @@ def replay_adam_rows_(
     """
     missed_U, order = missed_U.sort(descending=True)
     rows_U = rows_U[order]
-    weight_UW, mean_UW, square_UW = (x.index_select(0, rows_U) for x in (weight_RW, mean_RW, square_RW))
+    size = max(1, REPLAY_ELEMENTS // weight_RW.shape[1])
+    for missed_C, rows_C in zip(missed_U.split(size), rows_U.split(size), strict=True):
+        weight_CW, mean_CW, square_CW = (x.index_select(0, rows_C) for x in (weight_RW, mean_RW, square_RW))
+        _replay_adam(
+            weight_CW, mean_CW, square_CW, missed_C,
+            step=step, lr_sums=lr_sums, betas=betas, eps=eps, l2=l2, max_stride=max_stride,
+        )  # fmt: skip
+        for target, values in ((weight_RW, weight_CW), (mean_RW, mean_CW), (square_RW, square_CW)):
+            target.index_copy_(0, rows_C, values)
+
+
+def _replay_adam(
+    weight_UW: Tensor,
+    mean_UW: Tensor,
+    square_UW: Tensor,
+    missed_U: Tensor,
+    *,
+    step: int,
+    lr_sums: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    l2: float,
+    max_stride: int,
+) -> None:
+    """replay_adam_rows_ on copies of the rows, in place; missed steps descend."""
     b1, b2 = betas
     dtype = weight_UW.dtype
     last = len(lr_sums) - 1
@@ -193,8 +221,6 @@ def replay_adam_rows_(
         g2 = (w * w + w * new_w + new_w * new_w) * (l2 * l2 / 3)
         v.copy_(torch.lerp(g2, v, kept_v))
         w.copy_(new_w)
-    for target, values in ((weight_RW, weight_UW), (mean_RW, mean_UW), (square_RW, square_UW)):
-        target.index_copy_(0, rows_U, values)
 
 
 def _power(d_UW: Tensor, b1: float, n_U1: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,4 +291,4 @@ def replay_adagrad_rows_(
 
 
 def _log(beta: float) -> float:
-    return float(torch.tensor(beta, dtype=torch.float64).log())
+    return math.log(beta) if beta else -math.inf

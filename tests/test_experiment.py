@@ -1,0 +1,116 @@
+"""run: the whole way, its records, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+
+import embtrim
+from embtrim.bundle import load_bundle
+from embtrim.errors import ConfigError, DataError, EmbtrimError
+from embtrim.experiment import RunConfig, RunRecord, dry_run, peak_memory, run, smallest_within, train_full
+from embtrim.plan import SizePlan
+from embtrim.train import TrainConfig
+
+CONFIG = RunConfig(
+    hparams={"embedding_dim": 8, "hidden_units": [16]},
+    train=TrainConfig(epochs=2, batch_size=256, learning_rate=3e-3, precision="fp32"),
+    budget="30%",
+    controls=("uniform", "random"),
+    seeds=2,
+)
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    user, item = rng.integers(0, 30, 4000), rng.integers(0, 200, 4000)
+    click = (rng.random(4000) < 1 / (1 + np.exp(-rng.normal(size=30)[user] * 2))).astype(int)
+    log = pl.DataFrame({"user": user, "item": item, "click": click}).cast({"user": pl.String, "item": pl.String})
+    return embtrim.encode(log, label="click", out=tmp_path_factory.mktemp("logs") / "data")
+
+
+def test_run_writes_records_plans_bundles_and_its_settings(encoded, tmp_path):
+    seen = []
+    records = run(encoded, CONFIG, tmp_path / "x", on_record=seen.append)
+    assert seen == records
+    assert [r.variant for r in records] == ["full", "sseds", "uniform", "random"] * 2
+    assert {r.seed for r in records} == {0, 1}
+    for record in records:
+        path = tmp_path / "x" / "records" / f"{record.variant}-seed{record.seed}.json"
+        assert RunRecord.load(path) == record
+        bundle = load_bundle(tmp_path / "x" / "bundles" / path.stem)
+        assert bundle.info["metrics"]["test"]["auc"] == record.test["auc"]
+        assert record.bundle_bytes > record.table_bytes
+        if record.variant == "full":
+            assert record.verification is None
+            assert record.num_params == record.num_full_params
+        else:
+            assert record.verification["passed"]
+            assert record.num_params <= 0.3 * record.num_full_params
+            plan = SizePlan.load(tmp_path / "x" / "plans" / path.with_suffix(".json").name)
+            assert plan.num_params == record.num_params
+    again = RunConfig.parse(embtrim.config.read_toml(tmp_path / "x" / "config.toml"))
+    assert again == CONFIG
+    with pytest.raises(DataError, match="not empty"):
+        run(encoded, CONFIG, tmp_path / "x")
+
+
+def test_same_seed_same_metrics(encoded, tmp_path):
+    config = CONFIG.replace(seeds=1, controls=())
+    first, second = (run(encoded, config, tmp_path / name) for name in ("a", "b"))
+    assert [r.test for r in first] == [r.test for r in second]
+    assert [r.widths for r in first] == [r.widths for r in second]
+
+
+def test_max_loss_finds_a_small_plan_within_the_tolerance(encoded, monkeypatch):
+    monkeypatch.setattr("embtrim.experiment.BISECTIONS", 3)
+    config = CONFIG.replace(train=CONFIG.train.replace(epochs=4), max_loss=0.02)
+    full = train_full(encoded, config, 0)
+    found = smallest_within(full, encoded, config, 0, 0.02)
+    assert found.record.valid["auc"] >= full.record.valid["auc"] - 0.02
+    assert found.record.num_params < full.record.num_params / 2
+    monkeypatch.setattr("embtrim.experiment.SMALLEST_SHARE", 0.0001)
+    monkeypatch.setattr("embtrim.experiment.BISECTIONS", 1)
+    with pytest.raises(EmbtrimError, match="allow more loss"):
+        smallest_within(full, encoded, config, 0, 1e-9)
+
+
+def test_dry_run_says_what_would_happen(encoded):
+    facts = dry_run(encoded, CONFIG)
+    assert facts["config"]["budget"] == "30%"
+    rows = sum(encoded.schema.tables.values())
+    assert facts["table_bytes_before"] == 4 * (rows * 8 + rows)
+    assert facts["table_bytes_allowed"] == 4 * (int(rows * 8 * 0.3) + rows)
+    assert facts["seconds_at_most"] > 0
+    json.dumps(facts)
+
+
+def test_it_refuses_early(encoded, data, tmp_path):
+    out = tmp_path / "never"
+    with pytest.raises(ConfigError, match="did you mean 'sseds'"):
+        run(encoded, CONFIG.replace(method="ssed"), out)
+    with pytest.raises(ConfigError, match="unknown key 'scor'"):
+        run(encoded, CONFIG.replace(search={"scor": "abs"}), out)
+    with pytest.raises(ConfigError, match="no embedding tables"):
+        run(encoded, CONFIG.replace(model="lr", hparams={}), out)
+    with pytest.raises(EmbtrimError, match="budget"):
+        run(encoded, CONFIG.replace(budget="ten percent"), out)
+    without_test = embtrim.dataset.EncodedDataset(
+        data.schema, {"train": data.split("train"), "valid": data.split("valid")}
+    )
+    with pytest.raises(DataError, match="no split 'test'"):
+        run(without_test, CONFIG, out)
+    assert not out.exists()
+
+
+def test_peak_memory_sees_an_allocation():
+    with peak_memory() as before:
+        pass
+    with peak_memory() as peak:
+        block = np.ones(40_000_000, np.uint8)
+        block += 1
+    assert peak.bytes - before.bytes > 30_000_000
