@@ -172,7 +172,7 @@ class Task:
         valid: validation batches, likewise; needed by searches that score on validation data.
         score: model -> validation score, higher is better; needed for early stopping and evolution.
         optimizer: model -> optimiser; needed by searches that train.
-        fresh: seed -> a model with initial weights, on which searches train; None re-uses copies of `model`.
+        fresh: seed -> a model with initial weights; needed by searches that start from them.
         keep: filter on module paths, see `find_sites`.
     """
 
