@@ -14,7 +14,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ from safetensors.torch import load_file, save_file
 import embtrim
 from embtrim.dataset import EncodedDataset
 from embtrim.encoder import Encoder
-from embtrim.errors import BundleError, EmbtrimError
+from embtrim.errors import BundleError, DataError, EmbtrimError
 from embtrim.models import MODELS
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan import Block, SizePlan
-from embtrim.reading import ReadOptions, open_log
+from embtrim.progress import progress_bar
+from embtrim.reading import Chunk, ReadOptions, open_log
 from embtrim.train import EVAL_BATCH_SIZE, check_data
 
 BUNDLE_VERSION = 1
@@ -62,17 +64,18 @@ class Bundle:
             DataError: a column is missing or holds what its field cannot read.
         """
         if isinstance(rows, pl.DataFrame):
-            return self._score(rows)
+            return self.predict_chunk(rows)
         parts = list(self.predict_chunks(rows, options))
         return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
     def predict_chunks(self, source: str | Path, options: ReadOptions | None = None) -> Iterator[np.ndarray]:
         """Probabilities of a log on disk chunk by chunk, in bounded memory."""
         for chunk in open_log(source, options).chunks(self.encoder.columns):
-            yield self._score(chunk)
+            yield self.predict_chunk(chunk)
 
     @torch.no_grad()
-    def _score(self, rows: Any) -> np.ndarray:
+    def predict_chunk(self, rows: pl.DataFrame | Chunk) -> np.ndarray:
+        """Probabilities of one chunk of raw rows."""
         encoded = self.encoder.encode_chunk(rows)
         scores = np.empty(len(encoded), np.float32)
         for start in range(0, len(encoded), EVAL_BATCH_SIZE):
@@ -80,6 +83,53 @@ class Bundle:
             dense = None if encoded.dense is None else torch.from_numpy(encoded.dense[part])
             scores[part] = self.model(torch.from_numpy(encoded.ids[part]), dense).sigmoid().numpy()
         return scores
+
+
+def write_predictions(
+    bundle: Bundle,
+    source: str | Path,
+    out: str | Path,
+    *,
+    keep: Sequence[str] = (),
+    options: ReadOptions | None = None,
+    progress: bool = False,
+) -> int:
+    """Score a log on disk in bounded memory and write a column `score`; returns the number of rows.
+
+    Args:
+        bundle: the model.
+        source: the raw log.
+        out: file to write, `.parquet` or `.csv`; under a temporary name until it is complete.
+        keep: columns of the log to copy beside the scores.
+        options: how to read the log.
+        progress: show a bar on stderr.
+
+    Raises:
+        DataError: the log lacks a column, holds what a field cannot read, or `out` has another suffix.
+    """
+    out = Path(out)
+    if out.suffix not in (".parquet", ".csv"):
+        raise DataError(f"--out takes a .parquet or .csv file, given {out.name!r}")
+    if "score" in keep:
+        raise DataError("column 'score' of the log would collide with the scores; leave it out of keep")
+    log = open_log(source, options)
+    log.require([*bundle.encoder.columns, *keep])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = 0
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder, progress_bar(progress) as bar:
+        task = bar.add_task("predict", total=None)
+        parts = []
+        for chunk in log.chunks(list(dict.fromkeys([*bundle.encoder.columns, *keep]))):
+            part = chunk.frame.select(keep).with_columns(pl.Series("score", bundle.predict_chunk(chunk)))
+            parts.append(Path(folder) / f"{len(parts):06d}.parquet")
+            part.write_parquet(parts[-1])
+            rows += len(part)
+            bar.update(task, completed=rows, total=rows / max(chunk.done, 1e-9))
+        whole = pl.scan_parquet(parts) if parts else pl.LazyFrame(schema={"score": pl.Float32})
+        complete = Path(folder) / f"complete{out.suffix}"
+        (whole.sink_parquet if out.suffix == ".parquet" else whole.sink_csv)(complete)
+        os.replace(complete, out)
+    return rows
 
 
 def save(

@@ -116,5 +116,14 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
     return result
 
 
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings in which `above` wins, section by section; neither argument is changed."""
+    result = _copy_nested(below)
+    for key, value in above.items():
+        lower = result.get(key)
+        result[key] = merge(lower, value) if isinstance(lower, dict) and isinstance(value, Mapping) else value
+    return result
+
+
 def _copy_nested(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _copy_nested(value) if isinstance(value, Mapping) else value for key, value in values.items()}

@@ -8,15 +8,11 @@ Axes: R rows of a view, W its width, U distinct rows, N rows with repeats.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-
-# Elements that a replay works on at a time: what it needs of them then stays in the processor's cache.
-REPLAY_ELEMENTS = 1 << 22
 
 
 def gather_rows(source_RW: Tensor, rows_U: Tensor) -> Tensor:
@@ -101,26 +97,45 @@ def scale_rows_(weight_RW: Tensor, rows_U: Tensor, factor: Tensor | float) -> No
     weight_RW.index_copy_(0, rows_U, weight_RW.index_select(0, rows_U).mul_(factor))
 
 
-def strides(missed_U: Tensor, max_stride: int) -> Iterator[tuple[int, int, int]]:
-    """Cut missed steps into strides of 1, 1, 2, 4, .. max_stride.
+def strides(missed_U: Tensor, max_stride: int) -> Iterator[tuple[int, Tensor | slice]]:
+    """Cut the missed steps of each row into strides of 1, 1, 2, 4, .., powers of two up to max_stride.
+
+    k missed steps are 1 + (1 + 2 + .. + 2^(p-1)) + rest; each power of two that is in the rest makes a second stride
+    of this length beside the first, so that strides grow, and all rows of a stride go equally far.
 
     Args:
-        missed_U: missed steps of each row, descending.
-        max_stride: the longest stride.
+        missed_U: missed steps of each row, at least 1, descending.
+        max_stride: the longest stride; what is not a power of two is rounded down.
 
     Yields:
-        (rows, first, longest): the first `rows` rows have missed more than `first` steps; their next stride is
-        `longest` steps, or all that is left.
+        (length, rows that take the stride): a slice of the first rows, or their indices.
     """
-    total = int(missed_U[0]) if len(missed_U) else 0
-    firsts = [0]
-    while firsts[-1] < total:
-        firsts.append(firsts[-1] + min(max(1, firsts[-1]), max_stride))
+    if len(missed_U) == 0:
+        return
+    cap = max_stride.bit_length() - 1
+    longest = int(missed_U[0])
     ascending = missed_U.flip(0)
-    thresholds = torch.tensor(firsts[:-1], dtype=missed_U.dtype, device=missed_U.device)
-    active = (len(missed_U) - torch.searchsorted(ascending, thresholds, right=True)).tolist()
-    for rows, (first, following) in zip(active, itertools.pairwise(firsts), strict=True):
-        yield rows, first, following - first
+
+    def at_least(steps: list[int]) -> list[int]:
+        """How many rows have missed that many steps."""
+        bounds = torch.tensor(steps, dtype=missed_U.dtype, device=missed_U.device)
+        return (len(missed_U) - torch.searchsorted(ascending, bounds)).tolist()
+
+    yield 1, slice(None)
+    levels = range(min(cap, longest.bit_length() - 1))
+    counts = at_least([1 << (p + 1) for p in levels])
+    # Levels that a row climbs, as many as fit: 2^p <= k, p <= cap. The rest is below 2^p unless the cap cut it off.
+    climbed_U = torch.zeros_like(missed_U)
+    for count in counts:
+        climbed_U[:count] += 1
+    rest_U = missed_U - (1 << climbed_U)
+    for level, count in zip(levels, counts, strict=True):
+        yield 1 << level, slice(count)
+        twice = ((rest_U >> level) & 1).bool() & (climbed_U > level)
+        yield 1 << level, twice.nonzero().squeeze(1)
+    starts = range(2 << cap, longest + 1, 1 << cap)
+    for count in at_least(list(starts)):
+        yield 1 << cap, slice(count)
 
 
 def replay_adam_rows_(
@@ -143,10 +158,9 @@ def replay_adam_rows_(
 
         m' = b1 m + (1 - b1) l2 W,   W' = W - a m',   a = lr / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
 
-    whose determinant is b1 and whose n-th power has a closed form: of d = a (1 - b1) l2 and the roots x, y of
-    z^2 - (1 + b1 - d) z + b1. Complex roots are a weight that swings through zero, as it does under Adam. Approximate
-    are the constant denominator, l2 W at its value at the start in it, and a bound d <= 3, past which the map
-    diverges. A stride of 1 is Adam itself.
+    whose n-th power is taken by squaring, so that a weight that swings through zero, as it may under Adam, does so
+    here. Approximate are the constant denominator, the mean learning rate, and a bound a (1 - b1) l2 <= 3, past which
+    the map diverges. A stride of 1 is Adam itself.
 
     Args:
         weight_RW: weights, updated in place.
@@ -163,83 +177,66 @@ def replay_adam_rows_(
     """
     missed_U, order = missed_U.sort(descending=True)
     rows_U = rows_U[order]
-    size = max(1, REPLAY_ELEMENTS // weight_RW.shape[1])
-    for missed_C, rows_C in zip(missed_U.split(size), rows_U.split(size), strict=True):
-        weight_CW, mean_CW, square_CW = (x.index_select(0, rows_C) for x in (weight_RW, mean_RW, square_RW))
-        _replay_adam(
-            weight_CW, mean_CW, square_CW, missed_C,
-            step=step, lr_sums=lr_sums, betas=betas, eps=eps, l2=l2, max_stride=max_stride,
-        )  # fmt: skip
-        for target, values in ((weight_RW, weight_CW), (mean_RW, mean_CW), (square_RW, square_CW)):
-            target.index_copy_(0, rows_C, values)
-
-
-def _replay_adam(
-    weight_UW: Tensor,
-    mean_UW: Tensor,
-    square_UW: Tensor,
-    missed_U: Tensor,
-    *,
-    step: int,
-    lr_sums: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    l2: float,
-    max_stride: int,
-) -> None:
-    """replay_adam_rows_ on copies of the rows, in place; missed steps descend."""
+    weight_UW, mean_UW, square_UW = (x.index_select(0, rows_U) for x in (weight_RW, mean_RW, square_RW))
     b1, b2 = betas
     dtype = weight_UW.dtype
-    last = len(lr_sums) - 1
-    for rows, first, longest in strides(missed_U, max_stride):
-        w, m, v = weight_UW[:rows], mean_UW[:rows], square_UW[:rows]
-        left = missed_U[:rows] - first
-        n = left.clamp(max=longest)
-        begin = last - left
-        n64, start = n.double(), (step - left).double()
-        lr = (lr_sums[begin + n] - lr_sums[begin]) / n64
-        middle = start + (n64 + 1) / 2
-        scale = (lr / -torch.expm1(middle * _log(b1)) if b1 else lr).to(dtype)[:, None]
-        root = (-torch.expm1(middle * _log(b2))).rsqrt().to(dtype)[:, None] if b2 else 1.0
-        decayed_v = torch.exp((n64 + 1) / 2 * _log(b2)).to(dtype)[:, None]
-        g = w * l2
-        g2 = g * g
-        a = scale / (torch.lerp(g2, v, decayed_v).sqrt_() * root + eps)
-        kept_v = torch.exp(n64 * _log(b2)).to(dtype)[:, None]
-        if longest == 1:
+    left_U = missed_U.clone()
+    scratch = weight_UW.new_empty(7, *weight_UW.shape)  # fresh memory for each result would cost more than the sums
+    for length, rows in strides(missed_U, max_stride):
+        w, m, v, left = weight_UW[rows], mean_UW[rows], square_UW[rows], left_U[rows]
+        begin = len(lr_sums) - 1 - left
+        lr = (lr_sums[begin + length] - lr_sums[begin]).div_(length).to(dtype)
+        middle = (step + (length + 1) / 2 - left).to(dtype)
+        a_scale = lr if b1 == 0 else lr.div_(-torch.expm1(middle * math.log(b1)))
+        root_scale = torch.ones_like(middle) if b2 == 0 else (-torch.expm1(middle * math.log(b2))).rsqrt_()
+        g, a, *free = scratch[:, : len(w)].unbind()
+        torch.mul(w, l2, out=g)
+        torch.mul(v, b2 ** ((length + 1) / 2), out=a).addcmul_(g, g, value=1 - b2 ** ((length + 1) / 2))
+        a.sqrt_().mul_(root_scale[:, None]).add_(eps).reciprocal_().mul_(a_scale[:, None])
+        if length == 1:
+            v.mul_(b2).addcmul_(g, g, value=1 - b2)
             m.lerp_(g, 1 - b1)
-            v.copy_(torch.lerp(g2, v, kept_v))
             w.addcmul_(a, m, value=-1)
-            continue
-        n_U1 = n.to(dtype)[:, None]
-        a.clamp_(max=3 / ((1 - b1) * l2))
-        d = a * ((1 - b1) * l2)
-        u, half = _power(d, b1, n_U1)
-        tilt = u * (0.5 * (1 - b1 - d))
-        new_w = w * (half + tilt) - a * m * (b1 * u)
-        m.mul_(half - tilt).addcmul_(w, u, value=(1 - b1) * l2)
-        g2 = (w * w + w * new_w + new_w * new_w) * (l2 * l2 / 3)
-        v.copy_(torch.lerp(g2, v, kept_v))
-        w.copy_(new_w)
+        else:
+            a.clamp_(max=3 / ((1 - b1) * l2))
+            lost, kept, gained, next_w, _ = free
+            _power_(lost, kept, gained, a, b1, l2, free[3:], length)
+            torch.mul(a, gained, out=next_w).mul_(m).mul_(-b1).add_(w).addcmul_(lost, w, value=-1)
+            m.mul_(kept).addcmul_(gained, g, value=1 - b1)
+            # The mean of W^2 over a straight line from W to W'.
+            torch.mul(w, w, out=lost).addcmul_(w, next_w).addcmul_(next_w, next_w)
+            v.mul_(b2**length).add_(lost, alpha=(1 - b2**length) * l2**2 / 3)
+            w.copy_(next_w)
+        left -= length
+        if not isinstance(rows, slice):  # copies, not views
+            for target, values in ((weight_UW, w), (mean_UW, m), (square_UW, v), (left_U, left)):
+                target.index_copy_(0, rows, values)
+    for target, values in ((weight_RW, weight_UW), (mean_RW, mean_UW), (square_RW, square_UW)):
+        target.index_copy_(0, rows_U, values)
 
 
-def _power(d_UW: Tensor, b1: float, n_U1: Tensor) -> tuple[Tensor, Tensor]:
-    """(x^n - y^n) / (x - y) and (x^n + y^n) / 2, where x, y are the roots of z^2 - (1 + b1 - d) z + b1."""
-    trace = d_UW + (1 - b1)
-    square = trace * trace - 4 * d_UW
-    rings = square < 0
-    root = square.abs_().clamp_(min=1e-10).sqrt_()
-    power = torch.exp(n_U1 * _log(b1))
-    # x = 1 - e, with e from the form of the quadratic formula that does not cancel.
-    slow = torch.log1p(d_UW * -2 / trace.add_(root)).mul_(n_U1).exp_()
-    fast = power / slow
-    u, half = (slow - fast).div_(root), slow.add_(fast).mul_(0.5)
-    if bool(rings.any()):  # complex roots: modulus sqrt(b1), and the real form is meaningless
-        modulus = power.sqrt()
-        angle = torch.atan2(root, 1 + b1 - d_UW).mul_(n_U1)
-        u = torch.where(rings, 2 * modulus * angle.sin() / root, u)
-        half = torch.where(rings, modulus * angle.cos(), half)
-    return u, half
+def _power_(
+    x: Tensor, y: Tensor, u: Tensor, a: Tensor, b1: float, l2: float, scratch: list[Tensor], length: int
+) -> None:
+    """Write to x, y, u the power 2^p = length of the map of `replay_adam_rows_`, elementwise.
+
+    Every power has the form  W' = (1 - x) W - a b1 u m,  m' = (1 - b1) l2 u W + y m.  Keeping x instead of 1 - x keeps
+    slow decay exact in float32. The first square is written out, since y = b1 and u = 1 before it.
+    """
+    cross, trace = scratch
+    torch.mul(a, (1 - b1) * l2, out=x)
+    torch.mul(x, b1, out=cross)
+    torch.sub(1 + b1, x, out=u)
+    torch.sub(b1**2, cross, out=y)
+    torch.sub(2, x, out=trace)
+    x.mul_(trace).add_(cross)
+    for _ in range(length.bit_length() - 2):
+        torch.mul(u, u, out=cross).mul_(a).mul_(b1 * (1 - b1) * l2)
+        torch.sub(y, x, out=trace).add_(1)
+        u.mul_(trace)
+        torch.sub(2, x, out=trace)
+        x.mul_(trace).add_(cross)
+        y.mul_(y).sub_(cross)
 
 
 def replay_adagrad_rows_(
@@ -275,20 +272,15 @@ def replay_adagrad_rows_(
     square_U = square_R.index_select(0, rows_U).double()
     norm_U = weight_UW.square().mean(1, dtype=torch.float64) * l2**2  # mean of the squared decay gradient
     factor_U = torch.ones_like(norm_U)
-    last = len(lr_sums) - 1
-    for rows, first, longest in strides(missed_U, max_stride):
-        s, f = square_U[:rows], factor_U[:rows]
-        left = missed_U[:rows] - first
-        n = left.clamp(max=longest)
-        begin = last - left
-        lr = (lr_sums[begin + n] - lr_sums[begin]) / n
-        g2 = norm_U[:rows] * f * f
-        rate = lr * l2 / ((s + g2 * (n + 1) / 2).sqrt_() + eps)
-        s.addcmul_(g2, n.double())
-        f.mul_(1 - rate if longest == 1 else (1 - rate).clamp_(min=0) ** n)
+    left_U = missed_U.clone()
+    for length, rows in strides(missed_U, max_stride):
+        s, f, left = square_U[rows], factor_U[rows], left_U[rows]
+        begin = len(lr_sums) - 1 - left
+        lr = (lr_sums[begin + length] - lr_sums[begin]) / length
+        g2 = norm_U[rows] * f * f
+        shrink = 1 - lr * l2 / ((s + g2 * ((length + 1) / 2)).sqrt_() + eps)
+        square_U[rows] = s + g2 * length
+        factor_U[rows] = f * (shrink if length == 1 else shrink.clamp_(min=0) ** length)
+        left_U[rows] = left - length
     square_R.index_copy_(0, rows_U, square_U.to(square_R.dtype))
     weight_RW.index_copy_(0, rows_U, weight_UW.mul_(factor_U.to(weight_UW.dtype)[:, None]))
-
-
-def _log(beta: float) -> float:
-    return math.log(beta) if beta else -math.inf
