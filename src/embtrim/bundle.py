@@ -190,8 +190,12 @@ def save(
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)
-    except OSError as error:
-        raise BundleError(f"bundle {folder} could not be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError, pl.exceptions.PolarsError) as error:
+        # safetensors and polars write from Rust, and wrap a full disk in errors of their own.
+        raise BundleError(
+            f"bundle {folder} could not be written: {getattr(error, 'strerror', None) or error}; "
+            "free space or choose another place"
+        ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -284,9 +284,9 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write the HTML report of a run anew, and print its table."""
-    from embtrim.report import load_records, write_report
+    from embtrim.report import read_records, write_report
 
-    records = load_records(folder)
+    records = read_records(folder)
     target = out or folder / "report.html"
     write_report(records, target)
     _show_records(records, as_json)

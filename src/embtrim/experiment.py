@@ -214,7 +214,7 @@ def check_run(data: EncodedDataset, config: RunConfig) -> None:
         raise ConfigError(
             f"model {config.model!r} has no embedding tables to shrink, only first-order weights; choose another"
         )
-    Budget.parse(config.budget)
+    model.tables.plan.max_params(Budget.parse(config.budget))
 
 
 def train_full(data: EncodedDataset, config: RunConfig, seed: int, progress: bool = False) -> Trained:
@@ -390,18 +390,7 @@ def dry_run(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
     model = build(config.model, data.schema, **config.hparams)
     plan = model.tables.plan
     limit = plan.num_full_params if config.max_loss is not None else plan.max_params(Budget.parse(config.budget))
-    optimizers = make_optimizers(model, config.train)
-    model.train()
-    seconds = []
-    for batch in islice(data.batches("train", config.train.batch_size), TIMED_STEPS + 1):
-        started = time.perf_counter()
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        logloss_of_batch(model, batch).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        seconds.append(time.perf_counter() - started)
-    step_seconds = sorted(seconds[1:] or seconds)[len(seconds[1:]) // 2]
+    step_seconds = seconds_per_step(model, data, config.train)
     models = 1 + len(dict.fromkeys((config.method, *config.controls)))
     steps = data.num_batches("train", config.train.batch_size) * config.train.epochs
     return {
@@ -411,6 +400,23 @@ def dry_run(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
         "seconds_per_step": step_seconds,
         "seconds_at_most": step_seconds * steps * models * config.seeds,
     }
+
+
+def seconds_per_step(model: CTRModel, data: EncodedDataset, train: TrainConfig) -> float:
+    """Wall time of one training step of a model, the median of a few; moves its weights a little."""
+    optimizers = make_optimizers(model, train)
+    model.train()
+    seconds = []
+    for batch in islice(data.batches("train", train.batch_size), TIMED_STEPS + 1):
+        started = time.perf_counter()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        logloss_of_batch(model, batch).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        seconds.append(time.perf_counter() - started)
+    timed = sorted(seconds[1:] or seconds)
+    return timed[len(timed) // 2]
 
 
 class _Peak:

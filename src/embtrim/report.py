@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -234,8 +235,8 @@ def terminal_table(records: Sequence[RunRecord]) -> Table:
         DataError: no records.
     """
     groups = variants(records)
-    table = Table(title=Text(_title(groups)), title_justify="left")
-    table.add_column("")
+    table = Table(title=Text(_title(groups)), title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
     for variant in groups:
         table.add_column(Text(variant.label), justify="right", no_wrap=True)
     for name, cells in table_rows(groups):
@@ -424,6 +425,7 @@ def _widths_figure(groups: Sequence[Variant]) -> dict[str, Any]:
                 "text": texts,
                 "hovertemplate": "%{text}<extra></extra>",
                 "marker": marker,
+                "cliponaxis": False,
             }
         )
     ticks = [_text(name if len(name) <= MAX_TICK_LETTERS else name[: MAX_TICK_LETTERS - 1] + "…") for name in names]
@@ -496,7 +498,10 @@ def _calibration_figure(groups: Sequence[Variant]) -> dict[str, Any]:
         "automargin": True,
         "zeroline": False,
     }
-    figure = _figure(traces, {"title": {"text": "predicted / observed"}}, vertical, height=130 + 34 * len(groups))
+    found = [1.0, *(r.test["calibration"] for v in groups for r in v.records if r.test)]
+    room = 0.08 * (max(found) - min(found)) or 0.01
+    axis = {"title": {"text": "predicted / observed"}, "range": [min(found) - room, max(found) + room]}
+    figure = _figure(traces, axis, vertical, height=130 + 34 * len(groups))
     line = {"color": "#999999", "dash": "dot", "width": 1}
     figure["layout"]["shapes"] = [{"type": "line", "x0": 1, "x1": 1, "y0": 0, "y1": 1, "yref": "paper", "line": line}]
     return figure
