@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--budgets", default="20%,10%")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     args = parser.parse_args()
     config = RunConfig.parse(
         read_toml(Path(__file__).parents[1] / "recipes" / f"{args.recipe}.toml"), where=args.recipe
@@ -41,7 +42,7 @@ def main() -> None:
     data = embtrim.load(args.data)
     out = Path(args.out)
     records: list[tuple[str, RunRecord]] = []
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         full = None
         cells = [("full", "100%")] + [(name, budget) for budget in args.budgets.split(",") for name in VARIANTS]
         for name, budget in cells:

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 import embtrim
 from embtrim.dataset import EncodedDataset
 from embtrim.encoder import Encoder
-from embtrim.errors import BundleError, DataError, EmbtrimError
+from embtrim.errors import BundleError, ConfigError, DataError, EmbtrimError
 from embtrim.models import MODELS
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan import Block, SizePlan
@@ -92,6 +92,7 @@ def write_predictions(
     *,
     keep: Sequence[str] = (),
     options: ReadOptions | None = None,
+    overwrite: bool = False,
     progress: bool = False,
 ) -> int:
     """Score a log on disk in bounded memory and write a column `score`; returns the number of rows.
@@ -102,14 +103,18 @@ def write_predictions(
         out: file to write, `.parquet` or `.csv`; under a temporary name until it is complete.
         keep: columns of the log to copy beside the scores.
         options: how to read the log.
+        overwrite: replace an existing file.
         progress: show a bar on stderr.
 
     Raises:
-        DataError: the log lacks a column, holds what a field cannot read, or `out` has another suffix.
+        ConfigError: `out` has another suffix.
+        DataError: the log lacks a column or holds what a field cannot read; `out` exists; the disk is full.
     """
     out = Path(out)
     if out.suffix not in (".parquet", ".csv"):
-        raise DataError(f"--out takes a .parquet or .csv file, given {out.name!r}")
+        raise ConfigError(f"--out takes a .parquet or .csv file, given {str(out)!r}")
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise DataError(f"{out} exists; choose another name or pass overwrite=True (--overwrite)")
     if "score" in keep:
         raise DataError("column 'score' of the log would collide with the scores; leave it out of keep")
     log = open_log(source, options)

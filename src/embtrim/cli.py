@@ -1,36 +1,122 @@
-"""The command line: one command per verb, each a thin mirror of a Python function.
+"""The command line: one command a verb, each a thin mirror of a Python function.
 
-Exit codes: 0 done, 1 failed, 2 usage (a flag or setting is wrong), 130 interrupted. Results go to stdout, logs to stderr.
+Results go to stdout, logs and errors to stderr. Exit codes: 0 done; 1 failed; 2 usage (a flag or a setting is wrong);
+130 interrupted. Settings of one run, from the weakest: defaults, the recipe of a known dataset, --config, --set, flags.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import embtrim
-from embtrim.errors import ConfigError, EmbtrimError
+from embtrim.budget import Budget
+from embtrim.config import Config, apply_overrides, merge, read_toml, to_toml
+from embtrim.errors import BudgetError, ConfigError, DataError, EmbtrimError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+if TYPE_CHECKING:  # rooms that import torch are imported by the commands that need them: --help must not wait
+    from embtrim.bundle import Bundle
+    from embtrim.dataset import EncodedDataset
+    from embtrim.experiment import RunConfig, RunRecord
+    from embtrim.models import CTRModel
+    from embtrim.reading import ReadOptions
+    from embtrim.train import TrainConfig
 
-ConfigFile = Annotated[Optional[Path], typer.Option("--config", help="TOML file with settings.")]  # noqa: UP045
-Settings = Annotated[list[str], typer.Option("--set", help="section.key=value; may be repeated.")]
+SettingsT = TypeVar("SettingsT", bound=Config)
+
+# Columns of a table that goes to a file or a pipe, which has no width of its own.
+PIPE_WIDTH = 160
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Shrink the embedding tables of CTR models: find the size of every field within a budget, retrain, prove it.",
+)
+
+# --- flags that several commands take -------------------------------------------------------------------------------
+
+DataName = Annotated[str, typer.Argument(metavar="DATA", help="Encoded folder, or a known dataset such as flights.")]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a saved model.")]
+OutPath = Annotated[Path | None, typer.Option("--out", help="What to write; needed unless --dry-run.")]
+ConfigPath = Annotated[Path | None, typer.Option("--config", help="TOML file with settings.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; repeatable.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars, no log but warnings.")]
+ModelName = Annotated[str | None, typer.Option("--model", help="Base model: see `embtrim models`.")]
+MethodName = Annotated[str | None, typer.Option("--method", help="Search method: see `embtrim methods`.")]
+BudgetText = Annotated[str | None, typer.Option("--budget", help="Such as 10%, 200MB, '1.5M params'.")]
+InitName = Annotated[
+    str | None, typer.Option("--init", metavar="scratch|initial|inherit", help="How a compact model starts.")
+]
+FormatName = Annotated[str | None, typer.Option("--format", metavar="csv|parquet|libsvm|libfm", help="Of the log.")]
+NoHeader = Annotated[bool | None, typer.Option("--no-header", help="The first line of the log holds data.")]
+Columns = Annotated[str | None, typer.Option("--columns", help="Names of the log's columns, separated by commas.")]
+Separator = Annotated[str | None, typer.Option("--separator", help="What separates the log's cells.")]
+
+
+class EncodeSettings(Config):
+    """Settings of `embtrim encode`: arguments of the functions `encode` and `encode_known`.
+
+    Attributes:
+        schema_file: TOML file with the schema; None infers one.
+        label: column with the binary label.
+        split: such as "8:1:1", "time:8:1:1" or "time:CUT,CUT".
+        valid: log of the validation split.
+        test: log of the test split.
+        dataset: name of a known dataset whose layout the log has.
+        min_count: for the fields of a known dataset.
+        seed: of a random split.
+        read: how the log is read, see ReadOptions.
+    """
+
+    schema_file: str | None = None
+    label: str | None = None
+    split: str | None = None
+    valid: str | None = None
+    test: str | None = None
+    dataset: str | None = None
+    min_count: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0)
+    read: dict[str, Any] = Field(default_factory=dict)
+
+
+class PredictSettings(Config):
+    """Settings of `embtrim predict`.
+
+    Attributes:
+        keep: columns of the log to copy beside the score.
+        read: how the log is read, see ReadOptions.
+    """
+
+    keep: tuple[str, ...] = ()
+    read: dict[str, Any] = Field(default_factory=dict)
+
+
+# --- the commands ---------------------------------------------------------------------------------------------------
 
 
 @app.callback(invoke_without_command=True)
 def _top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     if version:
         typer.echo(f"embtrim {embtrim.__version__}")
         raise typer.Exit
@@ -39,258 +125,360 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
 @app.command()
 def encode(
     log: Annotated[
-        list[str], typer.Argument(help="Raw log: files, or a folder (csv, tsv, parquet, libsvm, libfm; .gz too).")
-    ],
-    out: Annotated[Optional[Path], typer.Option(help="Folder to write.")] = None,  # noqa: UP045
-    label: Annotated[Optional[str], typer.Option(help="Column with the binary label, to infer a schema.")] = None,  # noqa: UP045
+        list[str] | None,
+        typer.Argument(metavar="LOG...", help="Raw log: files, a glob or a folder; csv, tsv, parquet, libsvm, libfm."),
+    ] = None,
+    label: Annotated[str | None, typer.Option("--label", help="Column with the binary label.")] = None,
+    out: OutPath = None,
     schema: Annotated[
-        Optional[Path], typer.Option(help="Schema as TOML; without it one is inferred and written beside OUT.")
-    ] = None,  # noqa: UP045
-    dataset: Annotated[Optional[str], typer.Option(help="Layout of a known dataset, see `embtrim datasets`.")] = None,  # noqa: UP045
-    draft: Annotated[Optional[Path], typer.Option(help="Only infer the schema and write it here.")] = None,  # noqa: UP045
-    split: Annotated[Optional[str], typer.Option(help="8:1:1, time:8:1:1 or time:CUT,CUT.")] = None,  # noqa: UP045
-    valid: Annotated[Optional[str], typer.Option(help="Log of the validation split.")] = None,  # noqa: UP045
-    test: Annotated[Optional[str], typer.Option(help="Log of the test split.")] = None,  # noqa: UP045
-    header: Annotated[
-        bool, typer.Option("--header/--no-header", help="Whether the first line names the columns.")
-    ] = True,
-    columns: Annotated[Optional[str], typer.Option(help="Names of the columns, separated by commas.")] = None,  # noqa: UP045
-    separator: Annotated[Optional[str], typer.Option(help="What separates cells.")] = None,  # noqa: UP045
-    seed: Annotated[int, typer.Option(help="Of a random split.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an encoded dataset at OUT.")] = False,
+        str | None, typer.Option("--schema", help="Schema as TOML; if not given, it is inferred and written beside --out.")
+    ] = None,
+    draft: Annotated[Path | None, typer.Option("--draft", help="Only infer the schema, and write it to this file.")] = None,
+    split: Annotated[str | None, typer.Option("--split", help="8:1:1 (default), time:8:1:1 or time:CUT,CUT.")] = None,
+    valid: Annotated[str | None, typer.Option("--valid", help="Log of the validation split.")] = None,
+    test: Annotated[str | None, typer.Option("--test", help="Log of the test split.")] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", help="Layout of a known dataset: see `embtrim datasets`.")] = None,
+    min_count: Annotated[
+        int | None, typer.Option("--min-count", help="With --dataset: rarer values are out of vocabulary.")
+    ] = None,
+    format: FormatName = None,
+    no_header: NoHeader = None,
+    columns: Columns = None,
+    separator: Separator = None,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
-    """Encode a raw click log into memory-mapped ids."""
-    from embtrim.catalog import encode_known
-    from embtrim.drafting import infer_schema
-    from embtrim.reading import ReadOptions
+    """Encode a raw log: vocabulary from the training rows, ids on disk."""
+    _start(quiet)
+    flags = {
+        "schema_file": schema, "label": label, "split": split, "valid": valid, "test": test, "dataset": dataset,
+        "min_count": min_count, "seed": seed, "read": _read_flags(format, no_header, columns, separator),
+    }  # fmt: skip
+    settings = _settle(EncodeSettings, config, overrides, flags)
+    from embtrim.catalog import encode_known, known
+    from embtrim.encoding import infer_schema
+    from embtrim.schema import Schema
+    from embtrim.splitting import Split
 
-    source: Any = log[0] if len(log) == 1 else log
-    names = tuple(columns.split(",")) if columns else None
-    if draft is not None or dry_run:
-        drafted = infer_schema(source, label, ReadOptions(header=header, columns=names, separator=separator))
-        if draft is not None and not dry_run:
+    options = _read_options(settings.read)
+    if settings.split is not None:
+        Split.from_text(settings.split)
+    source: Any = log[0] if log and len(log) == 1 else log
+    if settings.dataset is not None:
+        _check_known(settings, log)
+        drafted = known(settings.dataset).schema if draft is not None or dry_run else None
+    elif not log:
+        raise ConfigError("encode needs LOG, one or more files (or --dataset with the name of a bundled dataset)")
+    elif settings.min_count is not None:
+        raise ConfigError("--min-count goes with --dataset; otherwise set min_count of each field in the schema")
+    elif settings.schema_file is not None:
+        drafted = Schema.load_draft(settings.schema_file)
+    else:
+        drafted = infer_schema(source, settings.label, options) if draft is not None or dry_run else None
+    if draft is not None:
+        if draft.exists() and not overwrite:
+            raise DataError(f"{draft} exists; choose another name or pass --overwrite")
+        if drafted is not None and not dry_run:
             drafted.save_draft(draft)
-            typer.echo(f"wrote {draft}: edit it, then run embtrim encode with --schema {draft}", err=True)
-        typer.echo(json.dumps(drafted.model_dump(mode="json"), indent=1))
+            _log(f"wrote {draft}; edit it, then: embtrim encode .. --schema {draft}")
+        _show_schema(drafted, as_json)
         return
-    if out is None:
-        raise ConfigError("encode needs --out, the folder to write (or --draft to see the schema first)")
-    if dataset is not None:
-        data = encode_known(dataset, log[0], out, split=split, seed=seed, overwrite=overwrite, progress=not quiet)
+    if dry_run:
+        if as_json:
+            assert drafted is not None
+            _print_json({"config": settings.model_dump(mode="json"), "schema": drafted.model_dump(mode="json")})
+            return
+        _print(to_toml(settings))
+        _show_schema(drafted, as_json)
+        return
+    out = _needed(out)
+    progress = _progress(quiet)
+    if settings.dataset is not None:
+        data = encode_known(
+            settings.dataset, source, out, split=settings.split, seed=settings.seed, min_count=settings.min_count,
+            overwrite=overwrite, progress=progress,
+        )  # fmt: skip
     else:
         data = embtrim.encode(
-            source, schema, label=label, out=out, split=split, valid=valid, test=test, seed=seed, header=header,
-            columns=names, separator=separator, overwrite=overwrite, progress=not quiet,
+            source, settings.schema_file, label=settings.label, out=out, split=settings.split, valid=settings.valid,
+            test=settings.test, seed=settings.seed, **options.model_dump(), overwrite=overwrite, progress=progress,
         )  # fmt: skip
-    facts = {
-        "folder": str(out),
-        "fingerprint": data.schema.fingerprint,
-        "num_rows": {name: data.num_rows(name) for name in data.splits},
-        "tables": data.schema.tables,
-    }
-    _show(facts, as_json, title=f"encoded {out}")
+    if as_json:
+        _print_json(
+            {
+                "folder": str(out),
+                "fingerprint": data.schema.fingerprint,
+                "num_rows": {name: data.num_rows(name) for name in data.splits},
+                "schema": data.schema.model_dump(mode="json"),
+            }
+        )
+        return
+    _show_schema(data.schema, as_json)
+    rows = ", ".join(f"{name} {data.num_rows(name):,}" for name in data.splits)
+    _print(f"{out}: rows {rows}; schema {data.schema.describe()}")
 
 
 @app.command()
 def train(
-    data: Annotated[str, typer.Argument(help="Encoded folder, or a bundled dataset.")],
-    out: Annotated[Path, typer.Option(help="Bundle to write.")],
-    model: Annotated[Optional[str], typer.Option(help="Base model, see `embtrim models`.")] = None,  # noqa: UP045
-    config: ConfigFile = None,
-    settings: Settings = [],  # noqa: B006
-    seed: Annotated[Optional[int], typer.Option(help="First seed.")] = None,  # noqa: UP045
+    data: DataName,
+    model: ModelName = None,
+    out: OutPath = None,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
     """Train the full model and save it as a bundle."""
-    from embtrim.bundle import save
-    from embtrim.experiment import dry_run as estimate
+    _start(quiet)
+    settings = _run_config(data, config, overrides, {"model": model, "seed": seed})
+    from embtrim.bundle import folder_bytes, save
     from embtrim.experiment import train_full
+    from embtrim.models import build
 
     encoded = embtrim.load(data)
-    resolved = _resolve(data, config, settings, {"model": model, "seed": seed})
+    for split in ("train", "valid", "test"):
+        encoded.split(split)
+    full = build(settings.model, encoded.schema, **{**settings.hparams, "seed": settings.seed})
     if dry_run:
-        _show(estimate(encoded, resolved), as_json, title="dry run")
+        facts = {"table_bytes": full.tables.plan.num_bytes, **_time_at_most(full, encoded, settings.train)}
+        _show_dry_run(settings, facts, as_json)
         return
-    trained = train_full(encoded, resolved, resolved.seed, progress=not quiet)
+    target = _free(out, overwrite)
+    trained = train_full(encoded, settings, settings.seed, progress=_progress(quiet))
     record = trained.record
-    save(trained.model, out, encoded, metrics={"valid": record.valid, "test": record.test})
-    _show_records([record], as_json)
+    save(trained.model, target, encoded, metrics={"valid": record.valid, "test": record.test}, overwrite=overwrite)
+    _show_records([record.replace(bundle_bytes=folder_bytes(target))], as_json, many=False)
+    _log(f"bundle: {target}")
 
 
 @app.command()
 def search(
-    bundle: Annotated[Path, typer.Argument(help="Bundle of a trained full model.")],
-    data: Annotated[str, typer.Argument(help="Encoded folder, or a bundled dataset.")],
-    out: Annotated[Path, typer.Option(help="Plan to write (JSON).")],
-    method: Annotated[Optional[str], typer.Option(help="Search method, see `embtrim methods`.")] = None,  # noqa: UP045
-    budget: Annotated[Optional[str], typer.Option(help="Such as 10%, 200MB, '1.5M params'.")] = None,  # noqa: UP045
-    config: ConfigFile = None,
-    settings: Settings = [],  # noqa: B006
-    seed: Annotated[Optional[int], typer.Option(help="Seed of the search.")] = None,  # noqa: UP045
+    bundle: BundlePath,
+    data: DataName,
+    method: MethodName = None,
+    budget: BudgetText = None,
+    out: OutPath = None,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     dry_run: DryRun = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Find what to keep of a model's embedding tables."""
-    from embtrim.budget import Budget
-    from embtrim.bundle import load_bundle
+    """Find what to keep of a trained model's tables within a budget: a plan, as JSON."""
+    _start(quiet)
+    settings = _run_config(data, config, overrides, {"method": method, "budget": budget, "seed": seed})
     from embtrim.methods import method_named
     from embtrim.sites import CTRTask
 
+    chosen = method_named(settings.method)
+    method_settings = chosen.config.parse(settings.search, where="search")
     encoded = embtrim.load(data)
-    resolved = _resolve(data, config, settings, {"method": method, "budget": budget, "seed": seed})
-    chosen = method_named(resolved.method)
-    task = CTRTask(load_bundle(bundle).model, encoded, resolved.train)
+    full = _load_full(bundle, encoded).model
     if dry_run:
-        limit = task.full_plan().max_params(Budget.parse(resolved.budget))
-        _show({"config": resolved.model_dump(mode="json"), "params_allowed": limit}, as_json, title="dry run")
+        plan = full.tables.plan
+        allowed = min(plan.num_full_params, plan.max_params(Budget.parse(settings.budget)))
+        facts = {
+            "table_bytes_before": plan.num_bytes,
+            "embedding_params_before": plan.num_full_params,
+            "embedding_params_allowed": allowed,
+            "seconds_per_epoch": _time_at_most(full, encoded, settings.train.replace(epochs=1))["seconds_at_most"],
+        }
+        _show_dry_run(settings, facts, as_json)
         return
-    plan = embtrim.search(task, chosen.config.parse(resolved.search, where="search"), resolved.budget, resolved.seed)
-    plan.save(out)
+    target = _needed(out)
+    if target.suffix != ".json":
+        raise ConfigError(f"a plan is written as .json, --out is {target}")
+    _free(target, overwrite)
+    task = CTRTask(full, encoded, settings.train.replace(seed=settings.seed))
+    plan = embtrim.search(task, method_settings, settings.budget, settings.seed)
+    plan.save(target)
     if as_json:
-        typer.echo(out.read_text("utf-8"))
+        _print_json(json.loads(target.read_text("utf-8")))
     else:
-        typer.echo(plan.summary())
+        _print(plan.summary())
+    _log(f"plan: {target}")
 
 
 @app.command()
 def compact(
-    bundle: Annotated[Path, typer.Argument(help="Bundle of the full model.")],
-    plan: Annotated[Path, typer.Argument(help="Plan to apply (JSON).")],
-    data: Annotated[str, typer.Argument(help="Encoded folder, or a bundled dataset.")],
-    out: Annotated[Path, typer.Option(help="Bundle to write.")],
-    init: Annotated[str, typer.Option(help="scratch, initial or inherit.")] = "scratch",
-    retrain: Annotated[bool, typer.Option("--train/--no-train", help="Whether to retrain.")] = True,
-    config: ConfigFile = None,
-    settings: Settings = [],  # noqa: B006
-    seed: Annotated[Optional[int], typer.Option(help="Seed of new weights and training.")] = None,  # noqa: UP045
+    bundle: BundlePath,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="JSON file that `embtrim search` wrote.")],
+    data: DataName,
+    init: InitName = None,
+    no_train: Annotated[bool, typer.Option("--no-train", help="Do not retrain; only sensible with --init inherit.")] = False,
+    out: OutPath = None,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
-    """Apply a plan: verify, build the smaller model, retrain it, save it."""
-    from embtrim.bundle import load_bundle, save
-    from embtrim.compaction import compact as build_compact
-    from embtrim.compaction import verify
+    """Apply a plan: verify that compact equals masked, build the smaller model, retrain and save it."""
+    _start(quiet)
+    settings = _run_config(data, config, overrides, {"init": init, "seed": seed})
+    from embtrim.bundle import folder_bytes, save
     from embtrim.plan import SizePlan
     from embtrim.train import evaluate, fit
 
     encoded = embtrim.load(data)
-    resolved = _resolve(data, config, settings, {"init": init, "seed": seed})
-    full, sizes = load_bundle(bundle).model, SizePlan.load(plan)
+    full = _load_full(bundle, encoded).model
+    sizes = SizePlan.load(plan)
     sizes.check_schema(full.schema)
     if dry_run:
-        _show(
-            {"table_bytes_before": full.tables.plan.num_bytes, "table_bytes_after": sizes.num_bytes},
-            as_json,
-            title="dry run",
-        )
+        facts = {
+            "table_bytes_before": full.tables.plan.num_bytes,
+            "table_bytes_after": sizes.num_bytes,
+            **({} if no_train else _time_at_most(full, encoded, settings.train)),
+        }
+        _show_dry_run(settings, facts, as_json)
         return
-    checked = verify(full, sizes, encoded)
+    target = _free(out, overwrite)
+    checked = embtrim.verify(full, sizes, encoded, split="valid" if "valid" in encoded.splits else "train")
     if not checked.passed:
         raise EmbtrimError(
-            f"compact and masked model differ by {checked.max_difference:.2e}; please report this as a bug"
+            f"compact and masked model differ by {checked.max_difference:.2e} (allowed {checked.tolerance:.0e}); "
+            "please report this as a bug, with the plan"
         )
+    _log(f"verified on {checked.num_rows:,} rows: compact equals masked, largest difference {checked.max_difference:.1e}")
+    small = embtrim.compact(full, sizes, init=settings.init, seed=settings.seed)
     recoded = encoded.recode(sizes)
-    small = build_compact(full, sizes, resolved.init, resolved.seed)
-    if retrain:
-        fit(small, recoded, resolved.train.replace(seed=resolved.seed), progress=not quiet)
-    metrics = {name: evaluate(small, recoded, name).to_dict() for name in ("valid", "test") if name in recoded.splits}
-    save(small, out, recoded, metrics=metrics)
-    facts = {"bundle": str(out), "table_bytes": small.tables.plan.num_bytes, "verification": vars(checked), **metrics}
-    _show(facts, as_json, title=f"wrote {out}")
+    if not no_train:
+        fit(small, recoded, settings.train.replace(seed=settings.seed), progress=_progress(quiet))
+    metrics = {s: evaluate(small, recoded, s).to_dict() for s in ("valid", "test") if s in encoded.splits}
+    save(small, target, recoded, metrics=metrics, overwrite=overwrite)
+    result = {
+        "bundle": str(target),
+        "table_bytes_before": full.tables.plan.num_bytes,
+        "table_bytes_after": small.tables.plan.num_bytes,
+        "bundle_bytes": folder_bytes(target),
+        "verification": vars(checked),
+        **metrics,
+    }
+    _show_facts(result, as_json)
 
 
 @app.command()
 def predict(
-    bundle: Annotated[Path, typer.Argument(help="Bundle of a model.")],
-    log: Annotated[str, typer.Argument(help="Raw log to score.")],
-    out: Annotated[Path, typer.Option(help="File to write: .parquet or .csv.")],
-    keep: Annotated[list[str], typer.Option(help="Column of the log to copy into OUT; may be repeated.")] = [],  # noqa: B006
-    header: Annotated[
-        bool, typer.Option("--header/--no-header", help="Whether the first line names the columns.")
-    ] = True,
-    columns: Annotated[Optional[str], typer.Option(help="Names of the columns, separated by commas.")] = None,  # noqa: UP045
-    separator: Annotated[Optional[str], typer.Option(help="What separates cells.")] = None,  # noqa: UP045
+    bundle: BundlePath,
+    log: Annotated[str, typer.Argument(metavar="LOG", help="Raw log to score: a file, a glob or a folder.")],
+    out: OutPath = None,
+    keep: Annotated[
+        str | None, typer.Option("--keep", help="Columns of the log to copy beside the score, separated by commas.")
+    ] = None,
+    format: FormatName = None,
+    no_header: NoHeader = None,
+    columns: Columns = None,
+    separator: Separator = None,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score a raw log; values that training never saw read the OOV row."""
+    """Score a raw log with a saved model; values that training never saw read the OOV row."""
+    _start(quiet)
+    flags = {
+        "keep": None if keep is None else _split_commas(keep),
+        "read": _read_flags(format, no_header, columns, separator),
+    }
+    settings = _settle(PredictSettings, config, overrides, flags)
+    options = _read_options(settings.read)
     from embtrim.bundle import load_bundle, write_predictions
-    from embtrim.reading import ReadOptions
+    from embtrim.reading import open_log
 
     loaded = load_bundle(bundle)
-    options = ReadOptions(header=header, columns=tuple(columns.split(",")) if columns else None, separator=separator)
     if dry_run:
-        _show({"model": loaded.info["model"], "columns_needed": list(loaded.encoder.columns)}, as_json, title="dry run")
+        opened = open_log(log, options)
+        opened.require([*loaded.encoder.columns, *settings.keep])
+        facts = {"model": loaded.info["model"], "columns": list(loaded.encoder.columns), "log": opened.describe()}
+        _show_dry_run(settings, facts, as_json)
         return
-    rows = write_predictions(loaded, log, out, keep=keep, options=options, progress=not quiet)
-    _show({"out": str(out), "num_rows": rows}, as_json, title=f"wrote {out}")
+    target = _needed(out)
+    rows = write_predictions(
+        loaded, log, target, keep=settings.keep, options=options, overwrite=overwrite, progress=_progress(quiet)
+    )
+    _show_facts({"out": str(target), "num_rows": rows}, as_json)
 
 
 @app.command()
 def run(
-    data: Annotated[str, typer.Argument(help="Encoded folder, or a bundled dataset such as flights.")],
-    out: Annotated[Path, typer.Option(help="New folder for records, plans, bundles and the report.")],
-    model: Annotated[Optional[str], typer.Option(help="Base model, see `embtrim models`.")] = None,  # noqa: UP045
-    method: Annotated[Optional[str], typer.Option(help="Search method, see `embtrim methods`.")] = None,  # noqa: UP045
-    budget: Annotated[Optional[str], typer.Option(help="Such as 10%, 200MB, '1.5M params'.")] = None,  # noqa: UP045
+    data: DataName,
+    model: ModelName = None,
+    method: MethodName = None,
+    budget: BudgetText = None,
     max_loss: Annotated[
-        Optional[float], typer.Option(help="Instead of a budget: validation AUC that may be lost.")
-    ] = None,  # noqa: UP045
-    seeds: Annotated[Optional[int], typer.Option(help="How many seeds.")] = None,  # noqa: UP045
-    seed: Annotated[Optional[int], typer.Option(help="First seed.")] = None,  # noqa: UP045
-    init: Annotated[
-        Optional[str], typer.Option(help="How the compact model starts: scratch, initial, inherit.")
-    ] = None,  # noqa: UP045
+        float | None,
+        typer.Option("--max-loss", help="Instead of a budget: the smallest plan that loses at most this validation AUC."),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", help="How many seeds, from --seed on.")] = None,
+    init: InitName = None,
     controls: Annotated[
-        Optional[str], typer.Option(help="Controls at the same budget, separated by commas; '' for none.")
-    ] = None,  # noqa: UP045
-    config: ConfigFile = None,
-    settings: Settings = [],  # noqa: B006
+        str | None, typer.Option("--controls", help="Methods run at the same budget, separated by commas; '' for none.")
+    ] = None,
+    out: OutPath = None,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
     as_json: AsJson = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train, search, compact, verify, retrain, save and report: the whole way."""
-    from embtrim.experiment import dry_run as estimate
-    from embtrim.experiment import run as run_experiment
+    """Do it all: train, search, compact, verify, retrain, save, report."""
+    _start(quiet)
+    if budget is not None and max_loss is not None:
+        raise ConfigError("--budget and --max-loss exclude each other; give one of them")
+    flags = {
+        "model": model, "method": method, "budget": budget, "max_loss": max_loss, "seeds": seeds, "init": init, "seed": seed,
+        "controls": None if controls is None else _split_commas(controls),
+    }  # fmt: skip
+    settings = _run_config(data, config, overrides, flags)
+    from embtrim import experiment
     from embtrim.report import write_report
 
     encoded = embtrim.load(data)
-    flags = {
-        "model": model, "method": method, "budget": budget, "max_loss": max_loss, "seeds": seeds, "seed": seed, "init": init,
-        "controls": None if controls is None else [c for c in controls.split(",") if c],
-    }  # fmt: skip
-    resolved = _resolve(data, config, settings, flags)
     if dry_run:
-        _show(estimate(encoded, resolved), as_json, title="dry run")
+        facts = experiment.dry_run(encoded, settings)
+        facts.pop("config")
+        _show_dry_run(settings, facts, as_json)
         return
-    records = run_experiment(encoded, resolved, out, progress=not quiet)
-    write_report(records, out / "report.html")
+    target = _needed(out)
+    records = experiment.run(encoded, settings, target, progress=_progress(quiet), on_record=_log_record)
+    write_report(records, target / "report.html")
     _show_records(records, as_json)
-    typer.echo(f"report: {out / 'report.html'}", err=True)
+    _log(f"report: {target / 'report.html'}")
 
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder of a run.")],
-    out: Annotated[Optional[Path], typer.Option(help="Page to write; FOLDER/report.html if not given.")] = None,  # noqa: UP045
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `embtrim run` wrote.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Page to write; RUN/report.html if not given.")] = None,
     as_json: AsJson = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Write the HTML report of a run anew, and print its table."""
+    """Print the table of a run's records, and write their page."""
+    _start(quiet)
     from embtrim.report import read_records, write_report
 
     records = read_records(folder)
-    target = out or folder / "report.html"
-    write_report(records, target)
     _show_records(records, as_json)
-    typer.echo(f"report: {target}", err=True)
+    if not dry_run:
+        target = out or folder / "report.html"
+        write_report(records, target)
+        _log(f"report: {target}")
 
 
 @app.command()
@@ -299,19 +487,30 @@ def datasets(as_json: AsJson = False) -> None:
     from embtrim.catalog import CATALOG
 
     rows = [
-        {"name": e.name, "title": e.title, "bundled": e.bundled is not None, "licence": e.licence, "source": e.source,
-         "how_to_get": e.how_to_get}
-        for e in CATALOG.values()
-    ]  # fmt: skip
-    _show_rows(rows, as_json, hide=() if as_json else ("how_to_get",))
+        {
+            "name": entry.name,
+            "title": entry.title,
+            "bundled": entry.bundled is not None,
+            "licence": entry.licence,
+            "source": entry.source,
+            "how_to_get": entry.how_to_get,
+            "note": entry.note,
+            "recipe": {section: dict(values) for section, values in entry.recipe.items()},
+        }
+        for entry in CATALOG.values()
+    ]
+    _show_rows(rows, as_json, shown=("name", "bundled", "title", "licence", "source"))
 
 
 @app.command()
 def models(as_json: AsJson = False) -> None:
-    """List the base models."""
-    from embtrim.models import MODELS
+    """List the base models and their arguments."""
+    from embtrim.models import MODELS, arguments
 
-    rows = [{"name": name, "what": _first_line(sys.modules[m.__module__].__doc__)} for name, m in MODELS.items()]
+    rows = [
+        {"name": name, "what": _first_line(sys.modules[model.__module__].__doc__), "arguments": arguments(name)}
+        for name, model in MODELS.items()
+    ]
     _show_rows(rows, as_json)
 
 
@@ -322,86 +521,315 @@ def methods(as_json: AsJson = False) -> None:
 
     rows = [
         {
-            "name": m.name,
-            "what": _first_line(sys.modules[m.search.__module__].__doc__),
-            "needs": m.needs,
-            "settings": ", ".join(f"{key} = {value!r}" for key, value in m.config().model_dump().items()),
+            "name": method.name,
+            "what": _first_line(sys.modules[method.search.__module__].__doc__),
+            "needs": method.needs,
+            "settings": method.config().model_dump(mode="json"),
         }
-        for m in METHODS.values()
+        for method in METHODS.values()
     ]
     _show_rows(rows, as_json)
 
 
-def _resolve(data: str, config: Path | None, settings: list[str], flags: dict[str, Any]) -> Any:
-    """Settings of a run: a known dataset's recipe, below the file, below --set, below flags."""
-    from embtrim.catalog import CATALOG
-    from embtrim.config import apply_overrides, merge, read_toml
-    from embtrim.experiment import RunConfig
+# --- settings -------------------------------------------------------------------------------------------------------
 
-    values: dict[str, Any] = {}
-    if data in CATALOG:
-        recipe = CATALOG[data].recipe
-        values = {"hparams": dict(recipe.get("model", {})), "train": dict(recipe.get("train", {}))}
+
+def _settle(
+    kind: type[SettingsT],
+    config: Path | None,
+    overrides: Sequence[str] | None,
+    flags: Mapping[str, Any],
+    recipe: Mapping[str, Any] | None = None,
+) -> SettingsT:
+    """Settings from, weakest first: the recipe, the file, --set, the flags that were given."""
+    values: dict[str, Any] = dict(recipe or {})
     if config is not None:
-        values = merge(values, read_toml(config))
-    values = apply_overrides(values, settings)
-    values = merge(values, {key: value for key, value in flags.items() if value is not None})
-    return RunConfig.parse(values, where=str(config) if config is not None else "settings")
+        in_file = read_toml(config)
+        kind.parse(in_file, where=str(config))  # alone first, so that a message says where the fault is
+        values = merge(values, in_file)
+    values = apply_overrides(values, overrides or ())
+    return kind.parse(merge(values, {key: value for key, value in flags.items() if value is not None}))
 
 
-def _show_records(records: list[Any], as_json: bool) -> None:
+def _run_config(
+    data: str, config: Path | None, overrides: Sequence[str] | None, flags: Mapping[str, Any]
+) -> RunConfig:
+    """The settings of a run; wrong ones are found before any work is done."""
+    if isinstance(flags.get("budget"), str):
+        _check_budget(flags["budget"], "--budget")
+    from embtrim.catalog import CATALOG
+    from embtrim.experiment import RunConfig
+    from embtrim.methods import method_named
+    from embtrim.models import MODELS, arguments
+
+    settings = _settle(RunConfig, config, overrides, flags)
+    _check_budget(settings.budget, "budget")
+    for name in (settings.method, *settings.controls):
+        method_named(name)
+    if data in CATALOG and not Path(data).is_dir():
+        recipe = CATALOG[data].recipe
+        # The recipe was written for one model; another takes what it knows of it.
+        known = arguments(settings.model) if settings.model in MODELS else {}
+        hparams = {key: value for key, value in recipe.get("model", {}).items() if key in known}
+        settings = _settle(RunConfig, config, overrides, flags, {"hparams": hparams, "train": recipe.get("train", {})})
+    return settings
+
+
+def _check_budget(text: str, where: str) -> None:
+    try:
+        Budget.parse(text)
+    except BudgetError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _check_known(settings: EncodeSettings, log: Sequence[str] | None) -> None:
+    """Raise ConfigError for what a known dataset brings itself."""
+    own = [key for key in ("schema_file", "label", "valid", "test", "read") if getattr(settings, key)]
+    if own:
+        raise ConfigError(f"dataset {settings.dataset!r} brings its own {', '.join(own)}; leave that out, or leave out --dataset")
+    if log and len(log) > 1:
+        raise ConfigError(f"--dataset takes one folder (or file) as LOG, given {len(log)}: {', '.join(log)}")
+
+
+def _read_flags(format: str | None, no_header: bool | None, columns: str | None, separator: str | None) -> dict[str, Any]:
+    flags = {
+        "format": format,
+        "header": False if no_header else None,
+        "columns": None if columns is None else _split_commas(columns),
+        "separator": None if separator is None else separator.replace("\\t", "\t"),
+    }
+    return {key: value for key, value in flags.items() if value is not None}
+
+
+def _read_options(values: Mapping[str, Any]) -> ReadOptions:
+    from embtrim.reading import ReadOptions
+
+    return ReadOptions.parse(values, where="read")
+
+
+def _split_commas(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _needed(out: Path | None) -> Path:
+    if out is None:
+        raise ConfigError("--out is needed: where to write (or --dry-run)")
+    return out
+
+
+def _free(out: Path | None, overwrite: bool) -> Path:
+    """--out, which must not exist: hours of training are not to end in this message."""
+    target = _needed(out)
+    if target.exists() and not overwrite:
+        raise DataError(f"{target} exists; choose another --out or pass --overwrite")
+    return target
+
+
+def _load_full(folder: Path, data: EncodedDataset) -> Bundle:
+    """A bundle of a full model on the data given."""
+    from embtrim.bundle import load_bundle
+    from embtrim.train import check_data
+
+    bundle = load_bundle(folder)
+    plan = bundle.model.tables.plan
+    if plan.num_params < plan.num_full_params:
+        raise DataError(f"{folder} holds a compact model ({plan.method}); give the bundle of a full one, see `embtrim train`")
+    check_data(bundle.model, data)
+    return bundle
+
+
+def _time_at_most(model: CTRModel, data: EncodedDataset, train: TrainConfig) -> dict[str, float]:
+    """Estimate of the longest training: early stopping usually ends well before."""
+    from embtrim.experiment import seconds_per_step
+
+    step = seconds_per_step(model, data, train)
+    return {
+        "seconds_per_step": step,
+        "seconds_at_most": step * data.num_batches("train", train.batch_size) * train.epochs,
+    }
+
+
+# --- what is printed ------------------------------------------------------------------------------------------------
+
+
+class _LogLines(logging.Handler):
+    """Log lines on whatever stderr is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(self.format(record), err=True)
+
+
+def _start(quiet: bool) -> None:
+    logger = logging.getLogger("embtrim")
+    if not any(isinstance(handler, _LogLines) for handler in logger.handlers):
+        logger.addHandler(_LogLines())
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def _progress(quiet: bool) -> bool:
+    return not quiet and sys.stderr.isatty()
+
+
+def _log(text: str) -> None:
+    logging.getLogger("embtrim.cli").info(text)
+
+
+def _log_record(record: RunRecord) -> None:
+    from embtrim.report import format_bytes, format_seconds
+
+    _log(
+        f"{record.variant}, seed {record.seed}: test AUC {record.test['auc']:.4f}, tables {format_bytes(record.table_bytes)}, "
+        f"search {format_seconds(record.search_seconds)}, training {format_seconds(record.train_seconds)}"
+    )
+
+
+def _print(text: str) -> None:
+    typer.echo(text.rstrip("\n"))
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1))
+
+
+def _print_table(table: Table) -> None:
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False).print(table)
+
+
+def _show_records(records: Sequence[RunRecord], as_json: bool, many: bool = True) -> None:
+    if as_json:
+        dumped = [record.model_dump(mode="json") for record in records]
+        _print_json(dumped if many else dumped[0])
+        return
     from embtrim.report import terminal_table
 
-    if as_json:
-        typer.echo(json.dumps([record.model_dump(mode="json") for record in records], indent=1))
-    else:
-        Console(width=None if sys.stdout.isatty() else 160).print(terminal_table(records))
+    _print_table(terminal_table(records))
 
 
-def _show(facts: dict[str, Any], as_json: bool, title: str) -> None:
+def _show_dry_run(settings: Config, facts: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(facts, indent=1))
+        _print_json({"config": settings.model_dump(mode="json"), **facts})
         return
-    typer.echo(title)
-    for key, value in facts.items():
-        typer.echo(f"  {key}: {json.dumps(value) if isinstance(value, (dict, list)) else value}")
+    _print(to_toml(settings))
+    _print("")
+    _show_facts(facts, as_json=False)
 
 
-def _show_rows(rows: list[dict[str, Any]], as_json: bool, hide: tuple[str, ...] = ()) -> None:
+def _show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
+    """Facts line by line; the unit is in the name."""
     if as_json:
-        typer.echo(json.dumps(rows, indent=1))
+        _print_json(facts)
         return
-    shown = [key for key in rows[0] if key not in hide]
-    table = Table(*shown, box=None, pad_edge=False)
+    from embtrim.report import format_bytes, format_count, format_seconds
+
+    for name, value in facts.items():
+        words = name.replace("_", " ")
+        if "bytes" in name:
+            _print(f"{words}: {format_bytes(value)}")
+        elif name.startswith("seconds"):
+            _print(f"{words.replace('seconds', 'time')}: {format_seconds(value)}")
+        elif isinstance(value, dict):
+            parts = (f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items() if v is not None)
+            _print(f"{words}: {', '.join(parts)}")
+        elif isinstance(value, list):
+            _print(f"{words}: {', '.join(str(v) for v in value)}")
+        else:
+            _print(f"{words}: {format_count(value) if isinstance(value, int) else value}")
+
+
+def _show_schema(schema: Any, as_json: bool) -> None:
+    if as_json:
+        _print_json(schema.model_dump(mode="json"))
+        return
+    rows = []
+    for field in schema.fields:
+        row = {"field": field.name, "type": field.type, "transform": field.transform or "", "min_count": field.min_count}
+        if field.vocab_size is not None:
+            row["rows"] = f"{field.vocab_size:,}"
+        rows.append({**row, "table": field.table_name if field.table else ""})
+    _show_rows(rows, as_json=False, shown=list(dict.fromkeys(key for row in rows for key in row)))
+
+
+def _show_rows(rows: Sequence[Mapping[str, Any]], as_json: bool, shown: Sequence[str] | None = None) -> None:
+    if as_json:
+        _print_json(rows)
+        return
+    names = list(shown or rows[0])
+    table = Table(box=None, pad_edge=False)
+    for name in names:
+        table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(("yes" if row[key] else "") if isinstance(row[key], bool) else str(row[key]) for key in shown))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+        table.add_row(*(Text(_cell(row.get(name, ""))) for name in names))
+    _print_table(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} = {json.dumps(v)}" for key, v in value.items())
+    return str(value)
 
 
 def _first_line(doc: str | None) -> str:
-    return (doc or "").strip().splitlines()[0]
+    """What a module's docstring says first, without the name before the colon."""
+    return (doc or "").strip().partition("\n")[0].partition(": ")[2]
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Console entry point: errors become one clear line and an exit code."""
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Console entry point: a user's errors become one clear line and an exit code, ours keep their traceback."""
+    code: Any
     try:
-        code = app(args=arguments, standalone_mode=False)
+        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
-        errors.print("embtrim: interrupted; what was finished before is on disk, nothing is half-written")
-        code = 130
+        code = _INTERRUPTED
     except ConfigError as error:
-        errors.print(f"embtrim: {error}", markup=False)
-        code = 2
-    except (EmbtrimError, OSError) as error:
-        errors.print(f"embtrim: {error}", markup=False)
-        code = 1
+        code = _fail(str(error), 2)
+    except EmbtrimError as error:
+        code = _fail(str(error), 1)
+    except OSError as error:
+        code = _fail_os(error)
     except Exception as error:
-        show = getattr(error, "show", None)  # a usage error of click, which typer bundles or not, by version
+        show = getattr(error, "show", None)  # a usage error of click, of which typer has its own copy or not
         if show is None:
             raise
-        show()
+        show(file=sys.stderr)
         code = 2
+    if code == _INTERRUPTED:
+        _fail("interrupted; what was finished before is on disk, nothing is half-written", _INTERRUPTED)
     sys.exit(code or 0)
+
+
+_INTERRUPTED: Literal[130] = 130
+
+
+def _fail(message: str, code: int) -> int:
+    with suppress(OSError):
+        typer.echo(f"embtrim: {message}", err=True)
+    return code
+
+
+def _fail_os(error: OSError) -> int:
+    # What is still buffered would be written, and fail again, when Python ends.
+    if not _can_flush():
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):  # whoever read stdout has gone, which is no fault: `embtrim report X | head`
+        return 1
+    where = f"{error.filename}: " if error.filename else ""
+    advice = "; free space or choose another --out" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+    return _fail(f"{where}{error.strerror or error}{advice}", 1)
+
+
+def _can_flush() -> bool:
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ from embtrim.models.fnn import FNN
 from embtrim.models.ipnn import IPNN
 from embtrim.models.lr import LR
 from embtrim.models.widedeep import WideDeep
+from embtrim.plan import SizePlan
 from embtrim.schema import Schema
 
 MODELS: dict[str, type[CTRModel]] = {
     model.name: model for model in (LR, FM, FNN, IPNN, WideDeep, DeepFM, DCN, DCNv2, DLRM)
 }
 
-__all__ = ["DCN", "DLRM", "FM", "FNN", "IPNN", "LR", "MODELS", "CTRModel", "DCNv2", "DeepFM", "WideDeep", "build"]
+__all__ = ["DCN", "DLRM", "FM", "FNN", "IPNN", "LR", "MODELS", "CTRModel", "DCNv2", "DeepFM", "WideDeep", "arguments", "build"]
 
 
 def build(name: str, schema: Schema, **hparams: Any) -> CTRModel:
@@ -43,12 +44,24 @@ def build(name: str, schema: Schema, **hparams: Any) -> CTRModel:
     """
     if name not in MODELS:
         raise ConfigError(f"unknown model {name!r}; {_hint(str(name), list(MODELS))}")
-    # The first two are self and schema.
-    allowed = list(inspect.signature(MODELS[name].__init__).parameters)[2:]
+    allowed = [*arguments(name), "plan"]
+    if not isinstance(hparams.get("plan"), SizePlan | None):
+        raise ConfigError(f"[model {name}] 'plan' takes a SizePlan, given {hparams['plan']!r}; it is no setting")
     for key in hparams:
         if key not in allowed:
             raise ConfigError(f"[model {name}] unknown argument {key!r}; {_hint(key, allowed)}")
     return MODELS[name](schema, **hparams)
+
+
+def arguments(name: str) -> dict[str, Any]:
+    """Names and defaults of a model's settings: its constructor arguments but `schema` and `plan`.
+
+    Example:
+        >>> arguments("lr")["init_std"]
+        0.0001
+    """
+    parameters = inspect.signature(MODELS[name].__init__).parameters
+    return {key: p.default for key, p in parameters.items() if key not in ("self", "schema", "plan")}
 
 
 def _hint(given: str, allowed: list[str]) -> str:
