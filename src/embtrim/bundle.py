@@ -125,7 +125,7 @@ def write_predictions(
         task = bar.add_task("predict", total=None)
         parts = []
         for chunk in log.chunks(list(dict.fromkeys([*bundle.encoder.columns, *keep]))):
-            part = chunk.frame.select(keep).with_columns(pl.Series("score", bundle.predict_chunk(chunk)))
+            part = chunk.frame.with_columns(pl.Series("score", bundle.predict_chunk(chunk))).select(*keep, "score")
             parts.append(Path(folder) / f"{len(parts):06d}.parquet")
             part.write_parquet(parts[-1])
             rows += len(part)

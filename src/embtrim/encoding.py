@@ -122,7 +122,7 @@ def encode(
     if schema is None:
         schema = draft_schema(logs["train"], label)
         draft_path = target.with_name(target.name + ".schema.toml")
-        _write_draft(schema, draft_path)
+        _check_draft(schema, draft_path)
     elif isinstance(schema, (str, Path)):
         schema = Schema.load_draft(schema)
     if label is not None and label != schema.label:
@@ -155,6 +155,8 @@ def encode(
             "seconds": round(time.perf_counter() - started, 3),
         }
         (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
+    if draft_path is not None:
+        _write_draft(draft, draft_path)
     listed = ", ".join(f"{name} {n:,}" for name, n in num_rows.items())
     logger.info("encoded %s rows into %s in %.1f s", listed, target, time.perf_counter() - started)
     return EncodedDataset.load(target)
@@ -526,13 +528,15 @@ def _as_draft(schema: Schema) -> Schema:
     return schema.replace(fields=fields, vocabulary_digest=None)
 
 
+def _check_draft(schema: Schema, path: Path) -> None:
+    if path.exists() and Schema.load_draft(path) != schema:
+        raise DataError(
+            f"{path} exists and is not what would be inferred now; pass it as schema (--schema), or remove it"
+        )
+
+
 def _write_draft(schema: Schema, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        if Schema.load_draft(path) != schema:
-            raise DataError(
-                f"{path} exists and is not what would be inferred now; pass it as schema (--schema), or remove it"
-            )
         return
     schema.save_draft(path)
     logger.info("wrote the inferred schema to %s; edit it and pass it as schema to encode again", path)

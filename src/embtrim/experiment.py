@@ -16,21 +16,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 import embtrim
 from embtrim.budget import BYTES_PER_PARAM, Budget
 from embtrim.bundle import folder_bytes, save
 from embtrim.compaction import Verification, compact, verify
-from embtrim.config import Config, to_toml
+from embtrim.config import Config, describe_errors, to_toml
 from embtrim.dataset import EncodedDataset
 from embtrim.errors import ConfigError, DataError, EmbtrimError
 from embtrim.methods import method_named, search
 from embtrim.models import build
-from embtrim.models.ctr_model import CTRModel
+from embtrim.models.ctr_model import CTRModel, HyperParameters
 from embtrim.plan import SizePlan, write_then_rename
 from embtrim.sites import CTRTask
-from embtrim.train import FitResult, TrainConfig, evaluate, fit, logloss_of_batch, make_optimizers
+from embtrim.train import FitResult, TrainConfig, device_of, evaluate, fit, logloss_of_batch, make_optimizers
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,10 @@ class RunRecord(Config):
             values = json.loads(Path(path).read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"{path} is no run record ({error})") from None
-        return cls.parse(values, where=str(path))
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise DataError(f"{describe_errors(cls, error, str(path))}; is this a record of another release?") from None
 
 
 @dataclass
@@ -205,6 +208,9 @@ def check_run(data: EncodedDataset, config: RunConfig) -> None:
     for name in (config.method, *config.controls):
         method_named(name)
     method_named(config.method).config.parse(config.search, where="search")
+    device_of(config.train)
+    if "embedding_dim" in config.hparams:
+        HyperParameters.parse({"embedding_dim": config.hparams["embedding_dim"]}, where="hparams")
     model = build(
         config.model,
         data.schema,
@@ -332,8 +338,8 @@ def make_record(
             "folder": None if data.folder is None else data.folder.name,
             "num_rows": {name: data.num_rows(name) for name in data.splits},
         },
-        valid=evaluate(model, data, "valid").to_dict(),
-        test=evaluate(model, data, "test", deciles=True).to_dict(),
+        valid=evaluate(model, data, "valid", config.train).to_dict(),
+        test=evaluate(model, data, "test", config.train, deciles=True).to_dict(),
         num_params=plan.num_params,
         num_full_params=plan.num_full_params,
         num_first_order_params=plan.num_first_order_params,

@@ -145,7 +145,7 @@ def fit(
     config = (config or TrainConfig()).replace(**settings) if settings else config or TrainConfig()
     check_data(model, data)
     valid = "valid" in data.splits and data.num_rows("valid") > 0
-    device = torch.device(config.device)
+    device = device_of(config)
     model.to(device)
 
     def score() -> float:
@@ -264,6 +264,24 @@ def train_loop(
     return result
 
 
+def device_of(config: TrainConfig) -> torch.device:
+    """The device asked for; never another in its place.
+
+    Raises:
+        ConfigError: no such device, or torch does not see it.
+    """
+    try:
+        device = torch.device(config.device)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"[train] unknown device {config.device!r}; allowed: 'cpu', 'cuda', 'cuda:1'")
+    found = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= found:
+        raise ConfigError(f"[train] device {config.device!r} is not there, torch {torch.__version__} sees {found}; use 'cpu'")
+    return device
+
+
 def make_optimizers(model: CTRModel, config: TrainConfig) -> list[Optimizer]:
     """The optimisers of a zoo model: one over the rows of its tables, one over everything else."""
     tables = model.tables
@@ -327,7 +345,7 @@ def predict_logits(
 ) -> np.ndarray:
     """float32 logits (N,) of a split, in stored order."""
     config = config or TrainConfig()
-    device = torch.device(config.device)
+    device = device_of(config)
     model.to(device).eval()
     logits = np.empty(data.num_rows(split), np.float32)
     start = 0

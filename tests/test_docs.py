@@ -1,0 +1,86 @@
+"""What the README and the recipes promise runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+import embtrim
+from embtrim.config import read_toml
+from embtrim.experiment import RunConfig
+from embtrim.methods import method_named
+from embtrim.models import MODELS
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def logs(tmp_path, monkeypatch):
+    """logs.csv, logs.parquet, and tomorrow's, in the current folder."""
+    rng = np.random.default_rng(0)
+    user, item = rng.integers(0, 40, 3000), rng.integers(0, 100, 3000)
+    click = (rng.random(3000) < 1 / (1 + np.exp(-(user % 7 - 3.0)))).astype(int)
+    log = pl.DataFrame({"user": user, "item": item, "click": click}).with_columns(pl.format("u{}", "user").alias("user"))
+    monkeypatch.chdir(tmp_path)
+    log.write_csv("logs.csv")
+    log.write_parquet("logs.parquet")
+    log.drop("click").head(50).write_csv("tomorrow.csv")
+    log.head(50).write_parquet("new_logs.parquet")
+    return tmp_path
+
+
+def test_the_python_example_runs(logs):
+    (code,) = blocks("python")
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert len(names["scores"]) == 50
+    assert names["plan"].num_params <= 0.1 * names["plan"].num_full_params
+
+
+def test_the_csv_example_runs(logs):
+    (script,) = [block for block in blocks("sh") if "logs.csv" in block]
+    ran = []
+    for line in script.splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] != ["embtrim"]:
+            continue
+        command = [sys.executable, "-m", "embtrim.cli", *words[1:]]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        ran.append(words[1])
+    assert ran == ["encode", "encode", "run", "predict"]
+    assert pl.read_parquet("scores.parquet").height == 50
+    assert Path("runs/logs/report.html").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_recipe_parses(path):
+    config = RunConfig.parse(read_toml(path), where=str(path))
+    method_named(config.method).config.parse(config.search)
+    assert config.model in MODELS
+
+
+def test_the_public_face_is_what_the_package_lists():
+    for name in embtrim.__all__:
+        assert getattr(embtrim, name) is not None
+    assert set(embtrim.__all__) == set(embtrim._HOMES)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        embtrim.nothing  # noqa: B018
+
+
+def test_importing_embtrim_stays_light():
+    code = "import sys, embtrim; print(sorted({'torch', 'polars', 'plotly'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
