@@ -123,17 +123,21 @@ def write_predictions(
     rows = 0
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder, progress_bar(progress) as bar:
         task = bar.add_task("predict", total=None)
-        parts = []
-        for chunk in log.chunks(list(dict.fromkeys([*bundle.encoder.columns, *keep]))):
-            part = chunk.frame.with_columns(pl.Series("score", bundle.predict_chunk(chunk))).select(*keep, "score")
-            parts.append(Path(folder) / f"{len(parts):06d}.parquet")
-            part.write_parquet(parts[-1])
-            rows += len(part)
-            bar.update(task, completed=rows, total=rows / max(chunk.done, 1e-9))
-        whole = pl.scan_parquet(parts) if parts else pl.LazyFrame(schema={"score": pl.Float32})
-        complete = Path(folder) / f"complete{out.suffix}"
-        (whole.sink_parquet if out.suffix == ".parquet" else whole.sink_csv)(complete)
-        os.replace(complete, out)
+        parts: list[Path] = []
+        try:
+            for chunk in log.chunks(list(dict.fromkeys([*bundle.encoder.columns, *keep]))):
+                scores = pl.Series("score", bundle.predict_chunk(chunk))
+                part = pl.DataFrame([*(chunk.frame[name] for name in keep), scores])
+                parts.append(Path(folder) / f"{len(parts):06d}.parquet")
+                part.write_parquet(parts[-1])
+                rows += len(part)
+                bar.update(task, completed=rows, total=rows / max(chunk.done, 1e-9))
+            whole = pl.scan_parquet(parts) if parts else pl.LazyFrame(schema=dict.fromkeys([*keep, "score"], pl.Float32))
+            complete = Path(folder) / f"complete{out.suffix}"
+            (whole.sink_parquet if out.suffix == ".parquet" else whole.sink_csv)(complete)
+            os.replace(complete, out)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise DataError(f"{out} could not be written: {error}; free space or choose another place") from None
     return rows
 
 

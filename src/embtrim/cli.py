@@ -72,6 +72,7 @@ FormatName = Annotated[str | None, typer.Option("--format", metavar="csv|parquet
 NoHeader = Annotated[bool | None, typer.Option("--no-header", help="The first line of the log holds data.")]
 Columns = Annotated[str | None, typer.Option("--columns", help="Names of the log's columns, separated by commas.")]
 Separator = Annotated[str | None, typer.Option("--separator", help="What separates the log's cells.")]
+Encoding = Annotated[str | None, typer.Option("--encoding", metavar="utf-8|latin-1", help="Of the log's text.")]
 
 
 class EncodeSettings(Config):
@@ -145,6 +146,7 @@ def encode(
     no_header: NoHeader = None,
     columns: Columns = None,
     separator: Separator = None,
+    encoding: Encoding = None,
     config: ConfigPath = None,
     overrides: Overrides = None,
     seed: Seed = None,
@@ -157,7 +159,7 @@ def encode(
     _start(quiet)
     flags = {
         "schema_file": schema, "label": label, "split": split, "valid": valid, "test": test, "dataset": dataset,
-        "min_count": min_count, "seed": seed, "read": _read_flags(format, no_header, columns, separator),
+        "min_count": min_count, "seed": seed, "read": _read_flags(format, no_header, columns, separator, encoding),
     }  # fmt: skip
     settings = _settle(EncodeSettings, config, overrides, flags)
     from embtrim.catalog import encode_known, known
@@ -381,6 +383,7 @@ def predict(
     no_header: NoHeader = None,
     columns: Columns = None,
     separator: Separator = None,
+    encoding: Encoding = None,
     config: ConfigPath = None,
     overrides: Overrides = None,
     overwrite: Overwrite = False,
@@ -392,7 +395,7 @@ def predict(
     _start(quiet)
     flags = {
         "keep": None if keep is None else _split_commas(keep),
-        "read": _read_flags(format, no_header, columns, separator),
+        "read": _read_flags(format, no_header, columns, separator, encoding),
     }
     settings = _settle(PredictSettings, config, overrides, flags)
     options = _read_options(settings.read)
@@ -591,12 +594,15 @@ def _check_known(settings: EncodeSettings, log: Sequence[str] | None) -> None:
         raise ConfigError(f"--dataset takes one folder (or file) as LOG, given {len(log)}: {', '.join(log)}")
 
 
-def _read_flags(format: str | None, no_header: bool | None, columns: str | None, separator: str | None) -> dict[str, Any]:
+def _read_flags(
+    format: str | None, no_header: bool | None, columns: str | None, separator: str | None, encoding: str | None
+) -> dict[str, Any]:
     flags = {
         "format": format,
         "header": False if no_header else None,
         "columns": None if columns is None else _split_commas(columns),
         "separator": None if separator is None else separator.replace("\\t", "\t"),
+        "encoding": encoding,
     }
     return {key: value for key, value in flags.items() if value is not None}
 

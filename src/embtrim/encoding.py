@@ -156,7 +156,7 @@ def encode(
         }
         (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
     if draft_path is not None:
-        _write_draft(draft, draft_path)
+        _write_draft(schema, draft_path)
     listed = ", ".join(f"{name} {n:,}" for name, n in num_rows.items())
     logger.info("encoded %s rows into %s in %.1f s", listed, target, time.perf_counter() - started)
     return EncodedDataset.load(target)

@@ -79,7 +79,7 @@ def read_records(folder: str | Path) -> list[RunRecord]:
 
 
 def variants(records: Sequence[RunRecord]) -> list[Variant]:
-    """Group records over seeds: full models first, then searches, then controls, each in order of appearance.
+    """Group records over seeds: full models first, then searches, then controls; large before small.
 
     Budgets (and then search settings) tell groups apart where one seed has several records of a method.
 
@@ -101,7 +101,13 @@ def variants(records: Sequence[RunRecord]) -> list[Variant]:
             label = _label(ordered[0], {r.budget for r in ordered}, several, len(parts))
             found.append(Variant(label, ordered, tuple(fulls.get(_origin(r)) for r in ordered)))
     controls = {name for name, method in METHODS.items() if method.needs == "nothing"}
-    return sorted(found, key=lambda v: 0 if v.is_full else 1 + (v.records[0].variant in controls))
+
+
+    def place(variant: Variant) -> tuple[int, str, float]:
+        name = variant.records[0].variant
+        return (0 if variant.is_full else 1 + (name in controls), name, -(variant.mean(lambda r: r.table_bytes) or 0))
+
+    return sorted(found, key=place)
 
 
 def _origin(record: RunRecord) -> tuple[str, str, int]:
@@ -312,7 +318,7 @@ def render_page(records: Sequence[RunRecord]) -> str:
             _settings_section(groups),
         ]
     )
-    data = [record.model_dump(mode="json") for record in records]
+    data = [record.model_dump(mode="json") for variant in groups for record in variant.records]
     return _PAGE.format(
         title=_text(title),
         style=_STYLE,

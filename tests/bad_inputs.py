@@ -1,0 +1,388 @@
+"""Bad inputs tried through the command line, each with the exit code and the words its message must have.
+
+    python tests/bad_inputs.py      prints them as a markdown table, with the messages they get
+
+`test_cli.py` runs the same list.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+TINY = [
+    *("--set", "hparams.hidden_units=[16]", "--set", "hparams.embedding_dim=8"),
+    *("--set", "train.epochs=2", "--set", "train.batch_size=256", "--set", "train.precision=fp32"),
+]
+# Run main() with a limit on the size of files: what a full disk is to a writer. Python ignores SIGXFSZ by itself.
+LIMITED = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({0}, {0})); from embtrim.cli import main; main()"
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+def call(*arguments: str | Path) -> Result:
+    """The command line in this process."""
+    from embtrim.cli import main
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def call_limited(limit: int, *arguments: str | Path) -> Result:
+    """The command line in a process of its own that can write no file beyond `limit` bytes."""
+    command = [sys.executable, "-c", LIMITED.format(limit), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment())
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
+
+def write_log(path: Path, num_rows: int = 3000, seed: int = 0) -> None:
+    """A click log with two categorical fields, a multi-valued one and a number; a planted signal in all but the last."""
+    rng = np.random.default_rng(0)
+    user_effect, item_effect, tag_effect = (1.5 * rng.normal(size=size) for size in (300, 60, 8))
+    rng = np.random.default_rng(seed)
+    user, item = rng.integers(0, 300, num_rows), rng.integers(0, 60, num_rows)
+    tags, num_tags = rng.integers(0, 8, (num_rows, 3)), rng.integers(1, 4, num_rows)
+    price = rng.lognormal(3, 1, num_rows)
+    score = user_effect[user] + item_effect[item] + tag_effect[tags[:, 0]]
+    click = rng.random(num_rows) < 1 / (1 + np.exp(-score))
+    with open(path, "w") as file:
+        file.write("click,user,item,tags,price\n")
+        for row in range(num_rows):
+            listed = "|".join(f"t{tag}" for tag in tags[row, : num_tags[row]])
+            file.write(f"{int(click[row])},u{user[row]},i{item[row]},{listed},{price[row]:.2f}\n")
+
+
+class Workshop:
+    """A folder with a good log, its encoding, a trained bundle, a plan, and a compact bundle, to be broken in copies."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.log, self.data, self.bundle = folder / "log.csv", folder / "data", folder / "full"
+        self.plan, self.small = folder / "plan.json", folder / "small"
+        write_log(self.log)
+        for arguments in (
+            ["encode", self.log, "--label", "click", "--out", self.data],
+            ["train", self.data, "--out", self.bundle, *TINY],
+            ["search", self.bundle, self.data, "--method", "sseds", "--budget", "20%", "--out", self.plan],
+            ["compact", self.bundle, self.plan, self.data, "--out", self.small, *TINY],
+        ):
+            done = call(*arguments)
+            if done.code:
+                raise RuntimeError(f"{arguments}: {done.err}")
+
+    def new(self, name: str) -> Path:
+        """A path in the workshop at which nothing is."""
+        path = self.folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        return path
+
+    def text(self, name: str, text: str | bytes) -> Path:
+        path = self.new(name)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    def lines(self, name: str, change: Callable[[list[str]], list[str]]) -> Path:
+        """A copy of the log with its lines changed."""
+        return self.text(name, "\n".join(change(self.log.read_text().splitlines())) + "\n")
+
+    def copy(self, source: Path, name: str) -> Path:
+        return Path(shutil.copytree(source, self.new(name)))
+
+    def snapshot(self) -> dict[str, str]:
+        """Digest of every file and name of every folder."""
+        return {
+            str(path.relative_to(self.folder)): hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+            for path in sorted(self.folder.rglob("*"))
+        }
+
+
+@dataclass(frozen=True)
+class BadInput:
+    """One bad input.
+
+    Attributes:
+        name: what is wrong, in words.
+        arguments: prepares it and gives the command line.
+        code: exit code.
+        words: what the message must contain.
+        limit: bytes that a file may have; None runs in this process without a limit.
+    """
+
+    name: str
+    arguments: Callable[[Workshop], list[str | Path]]
+    code: int
+    words: tuple[str, ...]
+    limit: int | None = None
+
+    def run(self, shop: Workshop) -> tuple[Result, dict[str, str], dict[str, str]]:
+        """The result, and what was on disk before and after."""
+        arguments = self.arguments(shop)
+        before = shop.snapshot()
+        result = call(*arguments) if self.limit is None else call_limited(self.limit, *arguments)
+        return result, before, shop.snapshot()
+
+
+def _encode(log: Callable[[Workshop], Path | str], *more: str) -> Callable[[Workshop], list[str | Path]]:
+    label = [] if "--label" in more else ["--label", "click"]
+    return lambda shop: ["encode", log(shop), *label, "--out", shop.new("out"), *more]
+
+
+def _run(*more: str, tiny: bool = True) -> Callable[[Workshop], list[str | Path]]:
+    return lambda shop: ["run", shop.data, "--out", shop.new("out"), *(TINY if tiny else ()), *more]
+
+
+def _predict(log: Callable[[Workshop], Path | str], *more: str) -> Callable[[Workshop], list[str | Path]]:
+    return lambda shop: ["predict", shop.small, log(shop), "--out", shop.new("scores.parquet"), *more]
+
+
+def _with_cell(row: int, column: int, value: str) -> Callable[[list[str]], list[str]]:
+    def change(lines: list[str]) -> list[str]:
+        cells = lines[row].split(",")
+        cells[column] = value
+        return [*lines[:row], ",".join(cells), *lines[row + 1 :]]
+
+    return change
+
+
+def _without_column(column: int) -> Callable[[list[str]], list[str]]:
+    return lambda lines: [",".join(c for i, c in enumerate(line.split(",")) if i != column) for line in lines]
+
+
+def _truncated_parquet(shop: Workshop) -> Path:
+    import polars as pl
+
+    whole = shop.new("whole.parquet")
+    pl.read_csv(shop.log).write_parquet(whole)
+    return shop.text("truncated.parquet", whole.read_bytes()[:20_000])
+
+
+def _other_data(shop: Workshop) -> Path:
+    """Another log's encoded folder."""
+    out = shop.folder / "other"
+    if not out.exists():
+        write_log(shop.folder / "other.csv", num_rows=1500, seed=1)
+        done = call("encode", shop.folder / "other.csv", "--label", "click", "--out", out)
+        assert done.code == 0, done.err
+    return out
+
+
+def _plan_of_other(shop: Workshop) -> list[str | Path]:
+    plan = json.loads(shop.plan.read_text())
+    broken = shop.text("other-plan.json", json.dumps({**plan, "fingerprint": "0123456789ab"}))
+    return ["compact", shop.bundle, broken, shop.data, "--out", shop.new("out")]
+
+
+def _newer_plan(shop: Workshop) -> list[str | Path]:
+    plan = json.loads(shop.plan.read_text())
+    return ["compact", shop.bundle, shop.text("new-plan.json", json.dumps({**plan, "plan_version": 99})), shop.data,
+            "--out", shop.new("out")]  # fmt: skip
+
+
+def _truncated_bundle(shop: Workshop) -> list[str | Path]:
+    bundle = shop.copy(shop.small, "broken")
+    weights = bundle / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    return ["predict", bundle, shop.log, "--out", shop.new("scores.csv")]
+
+
+def _incomplete_bundle(shop: Workshop) -> list[str | Path]:
+    bundle = shop.copy(shop.small, "broken")
+    (bundle / "encoder" / "vocab.parquet").unlink()
+    return ["predict", bundle, shop.log, "--out", shop.new("scores.csv")]
+
+
+def _tampered_bundle(shop: Workshop) -> list[str | Path]:
+    bundle = shop.copy(shop.small, "broken")
+    weights = bundle / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    return ["predict", bundle, shop.log, "--out", shop.new("scores.csv")]
+
+
+def _newer_bundle(shop: Workshop) -> list[str | Path]:
+    bundle = shop.copy(shop.small, "broken")
+    info = json.loads((bundle / "bundle.json").read_text())
+    (bundle / "bundle.json").write_text(json.dumps({**info, "bundle_version": 99}))
+    return ["predict", bundle, shop.log, "--out", shop.new("scores.csv")]
+
+
+def _without_valid(shop: Workshop) -> list[str | Path]:
+    data = shop.new("trainonly")
+    done = call("encode", shop.log, "--label", "click", "--split", "8:0:2", "--out", data)
+    assert done.code == 0, done.err
+    return ["run", data, "--out", shop.new("out"), *TINY]
+
+
+def _truncated_data(shop: Workshop) -> list[str | Path]:
+    data = shop.copy(shop.data, "halfdata")
+    ids = data / "train" / "ids.npy"
+    ids.write_bytes(ids.read_bytes()[:1000])
+    return ["run", data, "--out", shop.new("out"), *TINY]
+
+
+def _damaged_record(shop: Workshop) -> list[str | Path]:
+    records = shop.new("records")
+    records.mkdir()
+    (records / "full-seed0.json").write_text('{"variant": "full"')
+    return ["report", records]
+
+
+def _config(text: str) -> Callable[[Workshop], list[str | Path]]:
+    return lambda shop: ["run", shop.data, "--config", shop.text("settings.toml", text), "--out", shop.new("out")]
+
+
+BAD_INPUTS = (
+    # the log
+    BadInput("log that does not exist", _encode(lambda s: s.new("none.csv")), 1, ("none.csv does not exist",)),
+    BadInput("empty log", _encode(lambda s: s.text("empty.csv", "")), 1, ("empty.csv is empty",)),
+    BadInput("log with a header only", _encode(lambda s: s.text("head.csv", "click,user\n")), 1, ("head.csv", "holds no rows")),
+    BadInput("label column that is not there", _encode(lambda s: s.log, "--label", "clik"), 1,
+             ("'clik'", "did you mean 'click'?")),
+    BadInput("label 2", _encode(lambda s: s.lines("two.csv", _with_cell(7, 0, "2"))), 1, ("two.csv line 8", "'click' is '2'")),
+    BadInput("label NaN", _encode(lambda s: s.lines("nan.csv", _with_cell(7, 0, "nan"))), 1, ("nan.csv line 8", "label 'click'")),
+    BadInput("label missing", _encode(lambda s: s.lines("null.csv", _with_cell(7, 0, ""))), 1,
+             ("null.csv line 8", "is missing", "drop the row")),
+    BadInput("labels of one class", _encode(lambda s: s.lines("one.csv", lambda lines: [lines[0], *("1" + li[1:] for li in lines[1:])])),
+             1, ("all with label 'click' = 1", "both classes are needed")),
+    BadInput("line with a cell too many", _encode(lambda s: s.lines("wide.csv", lambda li: [*li[:9], li[9] + ",x", *li[10:]])), 1,
+             ("wide.csv line 10", "6 cells", "5 columns")),
+    BadInput("random bytes named .csv", _encode(lambda s: s.text("junk.csv", np.random.default_rng(0).bytes(5000))), 1,
+             ("junk.csv", "not UTF-8")),
+    BadInput("truncated parquet", _encode(_truncated_parquet), 1, ("truncated.parquet", "no readable parquet")),
+    BadInput("zip archive", _encode(lambda s: s.text("log.zip", b"PK\x03\x04" + bytes(100))), 1, ("log.zip is a zip archive",)),
+    BadInput("log without header", lambda s: ["encode", s.lines("bare.csv", lambda li: li[1:]), "--label", "click", "--out", s.new("out")],
+             1, ("bare.csv", "no column 'click'")),
+    BadInput("split that is no split", _encode(lambda s: s.log, "--split", "80/20"), 2, ("'80/20'", "8:1:1, time:8:1:1")),
+    BadInput("split by time without a time column", _encode(lambda s: s.log, "--split", "time:8:1:1"), 1,
+             ("needs the schema's time column",)),
+    BadInput("number field that holds text", lambda s: ["encode", s.lines("word.csv", _with_cell(30, 4, "cheap")), "--schema",
+             s.folder / "data.schema.toml", "--out", s.new("out")], 1, ("word.csv line 31", "'price'", "'cheap'")),
+    BadInput("schema with an unknown key", lambda s: ["encode", s.log, "--schema", s.text("schema.toml",
+             'label = "click"\n[[fields]]\nname = "user"\nmincount = 2\n'), "--out", s.new("out")], 2,
+             ("schema.toml", "'mincount' for FieldSpec", "did you mean 'min_count'?")),
+    BadInput("layout that is not known", lambda s: ["encode", s.log, "--dataset", "criteos", "--out", s.new("out")], 1,
+             ("no dataset 'criteos'", "did you mean 'criteo'?")),
+    BadInput("--label beside --dataset", _encode(lambda s: s.log, "--dataset", "criteo"), 2, ("'criteo' brings its own label",)),
+    BadInput("--out of encode exists", lambda s: ["encode", s.log, "--label", "click", "--out", s.data], 1, ("data exists", "--overwrite")),
+    BadInput("--overwrite of what is no dataset", lambda s: ["encode", s.log, "--label", "click", "--out", s.bundle, "--overwrite"], 1,
+             ("full exists and is no encoded dataset",)),
+    # data, flags and settings
+    BadInput("data that are not there", lambda s: ["run", "flihgts", "--out", s.new("out")], 1, ("'flihgts'", "did you mean 'flights'?")),
+    BadInput("raw log where encoded data belong", lambda s: ["run", s.log, "--out", s.new("out")], 1,
+             ("is a file, not an encoded folder", "embtrim encode")),
+    BadInput("known dataset that is not bundled", lambda s: ["run", "criteo", "--out", s.new("out")], 1,
+             ("criteo", "is not bundled", "licence", "embtrim encode FOLDER --dataset criteo")),
+    BadInput("truncated encoded data", _truncated_data, 1, ("ids.npy is damaged", "encode again")),
+    BadInput("data without a validation split", _without_valid, 1, ("no split 'valid'", "train, test")),
+    BadInput("unknown flag", _run("--buget", "10%"), 2, ("No such option: --buget", "--budget")),
+    BadInput("unknown command", lambda s: ["rnu"], 2, ("No such command 'rnu'",)),
+    BadInput("no --out", lambda s: ["run", s.data], 2, ("--out is needed",)),
+    BadInput("unknown method", _run("--method", "ssed"), 2, ("unknown method 'ssed'", "did you mean 'sseds'?")),
+    BadInput("unknown control", _run("--controls", "uniform,randm"), 2, ("unknown method 'randm'", "did you mean 'random'?")),
+    BadInput("unknown model", _run("--model", "deepfn"), 2, ("unknown model 'deepfn'", "did you mean 'deepfm'?")),
+    BadInput("model without embeddings", _run("--model", "lr", tiny=False), 2, ("'lr' has no embedding tables",)),
+    BadInput("unknown init", _run("--init", "warm"), 2, ("init", "'warm'", "'scratch', 'initial' or 'inherit'")),
+    BadInput("unknown setting", _run("--set", "trian.epochs=3"), 2, ("unknown key 'trian'", "did you mean 'train'?")),
+    BadInput("unknown setting of a model", _run("--set", "hparams.hidden=[16]"), 2, ("'hidden'", "did you mean 'hidden_units'?")),
+    BadInput("unknown setting of a method", _run("--set", "search.scores=signed"), 2, ("[search]", "'scores'", "did you mean 'score'?")),
+    BadInput("setting of the wrong type", _run("--set", "train.epochs=many"), 2, ("TrainConfig: epochs", "'many'", "valid integer")),
+    BadInput("width 0", _run("--set", "hparams.embedding_dim=0"), 2, ("embedding_dim", "given 0", "greater than or equal to 1")),
+    BadInput("--set without =", _run("--set", "train.epochs"), 2, ("section.key=value", "'train.epochs'")),
+    BadInput("device that is not there", _run("--set", "train.device=cuda:7"), 2, ("device 'cuda:7'", "use 'cpu'")),
+    BadInput("settings file that is not there", lambda s: ["run", s.data, "--config", s.new("no.toml"), "--out", s.new("out")], 2,
+             ("no.toml does not exist",)),
+    BadInput("settings file that is no TOML", _config("model = \n"), 2, ("settings.toml is not valid TOML", "line 1")),
+    BadInput("settings file with an unknown key", _config("[train]\nlearning_rat = 1\n"), 2,
+             ("settings.toml", "'learning_rat' for TrainConfig", "did you mean 'learning_rate'?")),
+    # budgets
+    BadInput("budget without a unit that is known", _run("--budget", "10 parsecs"), 2, ("'10 parsecs'", "'10%', '200MB'")),
+    BadInput("budget 0%", _run("--budget", "0%"), 2, ("must be a positive number",)),
+    BadInput("budget 150%", _run("--budget", "150%"), 2, ("150%", "at most 100%")),
+    BadInput("negative budget", _run("--budget=-5%"), 2, ("'-5%'", "not understood")),
+    BadInput("budget below the first-order weights", _run("--budget", "500 bytes"), 1, ("500 bytes", "first-order weights alone")),
+    BadInput("budget below the method's floor", _run("--budget", "1%", "--set", "search.min_dim=4"), 1,
+             ("32 embedding parameters", "4 column(s) in every table", "raise the budget")),
+    BadInput("--budget and --max-loss", _run("--budget", "10%", "--max-loss", "0.01"), 2, ("--budget and --max-loss exclude each other",)),
+    BadInput("--max-loss 2", _run("--max-loss", "2"), 2, ("max_loss", "given 2.0", "less than 0.5")),
+    BadInput("--out of run exists", lambda s: ["run", s.data, "--out", s.data, *TINY], 1, ("data exists and is not empty",)),
+    # plans and bundles
+    BadInput("plan of another schema", _plan_of_other, 1, ("plan was made for schema 0123456789ab", "search again")),
+    BadInput("plan of a newer version", _newer_plan, 1, ("plan version 99", "upgrade embtrim")),
+    BadInput("plan that is no plan", lambda s: ["compact", s.bundle, s.text("p.json", "[1, 2]"), s.data, "--out", s.new("out")], 1,
+             ("p.json", "no embtrim plan")),
+    BadInput("plan written to .npz", lambda s: ["search", s.bundle, s.data, "--budget", "10%", "--out", s.new("p.npz")], 2,
+             ("written as .json", "p.npz")),
+    BadInput("search in a compact model", lambda s: ["search", s.small, s.data, "--budget", "10%", "--out", s.new("p.json")], 1,
+             ("small holds a compact model", "full one")),
+    BadInput("bundle and data that do not match", lambda s: ["search", s.bundle, _other_data(s), "--budget", "10%", "--out", s.new("p.json")],
+             1, ("model was made for schema", "this dataset is")),
+    BadInput("truncated bundle", _truncated_bundle, 1, ("model.safetensors was changed or truncated",)),
+    BadInput("tampered bundle", _tampered_bundle, 1, ("model.safetensors was changed or truncated", "digest differs")),
+    BadInput("incomplete bundle", _incomplete_bundle, 1, ("vocab.parquet is missing",)),
+    BadInput("bundle of a newer version", _newer_bundle, 1, ("bundle version 99", "upgrade embtrim")),
+    BadInput("folder that is no bundle", lambda s: ["predict", s.data, s.log, "--out", s.new("scores.csv")], 1,
+             ("data is no bundle", "embtrim run")),
+    BadInput("--out of train exists", lambda s: ["train", s.data, "--out", s.bundle, *TINY], 1, ("full exists", "--overwrite")),
+    # predict and report
+    BadInput("predict: column missing", _predict(lambda s: s.lines("less.csv", _without_column(2))), 1, ("less.csv has no column 'item'",)),
+    BadInput("predict: text in a number field", _predict(lambda s: s.lines("word2.csv", _with_cell(30, 4, "cheap"))), 1,
+             ("word2.csv line 31", "'price'", "'cheap'")),
+    BadInput("predict: column to keep missing", _predict(lambda s: s.log, "--keep", "session"), 1, ("no column 'session'",)),
+    BadInput("predict: scores as .txt", lambda s: ["predict", s.small, s.log, "--out", s.new("scores.txt")], 2,
+             (".parquet or .csv", "scores.txt")),
+    BadInput("predict: --out exists", lambda s: ["predict", s.small, s.log, "--out", s.text("old.csv", "keep me")], 1,
+             ("old.csv exists", "--overwrite")),
+    BadInput("report of a folder without records", lambda s: ["report", s.bundle], 1, ("bundle.json is no run record", "no record_version")),
+    BadInput("report of a damaged record", _damaged_record, 1, ("full-seed0.json is no run record",)),
+    # full disk
+    BadInput("disk full: encode", lambda s: ["encode", s.log, "--label", "click", "--out", s.new("out")], 1, ("out", "File too large"),
+             limit=20_000),
+    BadInput("disk full: run", _run(), 1, ("full-seed0", "could not be written"), limit=10_000),
+    BadInput("disk full: predict", _predict(lambda s: s.log), 1, ("scores.parquet could not be written", "File too large"), limit=4_000),
+)  # fmt: skip
+
+
+def print_table() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        shop = Workshop(Path(folder))
+        print("| bad input | exit code | message |")
+        print("|---|---|---|")
+        for bad in BAD_INPUTS:
+            result, _, _ = bad.run(shop)
+            # The last line: a log line may come before it.
+            lines = result.err.strip().replace(f"{folder}/", "").splitlines()
+            message = lines[-1].removeprefix("embtrim: ") if lines else ""
+            print(f"| {bad.name} | {result.code} | {message.replace('|', chr(92) + '|')} |")
+
+
+if __name__ == "__main__":
+    print_table()
