@@ -119,7 +119,9 @@ class Workshop:
     def snapshot(self) -> dict[str, str]:
         """Digest of every file and name of every folder."""
         return {
-            str(path.relative_to(self.folder)): hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+            str(path.relative_to(self.folder)): hashlib.md5(path.read_bytes()).hexdigest()
+            if path.is_file()
+            else "folder"
             for path in sorted(self.folder.rglob("*"))
         }
 

@@ -40,7 +40,9 @@ def test_whole_way_as_a_process(tmp_path: Path) -> None:
     assert "tags" in done.stdout
 
     out = tmp_path / "run"
-    done = embtrim("run", tmp_path / "data", *TINY, "--method", "sseds", "--budget", "20%", "--seeds", "2", "--out", out)
+    done = embtrim(
+        "run", tmp_path / "data", *TINY, "--method", "sseds", "--budget", "20%", "--seeds", "2", "--out", out
+    )
     assert done.returncode == 0, done.stderr
     for word in ("full", "sseds 20%", "uniform 20%", "test AUC", "logloss", "table bytes", "bundle on disk", "peak memory",
                  "search time", "training time", "±"):  # fmt: skip
@@ -102,7 +104,18 @@ def test_steps_agree_with_the_functions(shop: Workshop) -> None:
     assert json.loads(done.out)["tables"][0]["name"] == "user"
 
     out = shop.new("small30")
-    done = call("compact", shop.bundle, shop.folder / "p30.json", shop.data, "--init", "inherit", "--no-train", "--out", out, "--json")
+    done = call(
+        "compact",
+        shop.bundle,
+        shop.folder / "p30.json",
+        shop.data,
+        "--init",
+        "inherit",
+        "--no-train",
+        "--out",
+        out,
+        "--json",
+    )
     facts = json.loads(done.out)
     assert facts["verification"]["passed"]
     assert facts["table_bytes_after"] == expected.num_bytes
@@ -196,11 +209,15 @@ def test_bad_input(bad: BadInput, shop: Workshop) -> None:
     for word in bad.words:
         assert word in result.err
     assert "Traceback" not in result.err
-    assert str(shop.folder) in result.err or bad.code == 2 or not re.search(r"\.(csv|parquet|json)\b", " ".join(bad.words))
+    assert (
+        str(shop.folder) in result.err or bad.code == 2 or not re.search(r"\.(csv|parquet|json)\b", " ".join(bad.words))
+    )
     # Nothing that was there has changed; a run may leave the records of what it finished, and its settings.
     new = {path for path in after if path not in before}
     assert {path: after.get(path) for path in before} == before
-    assert {path for path in new if not re.match(r"out(/(config.toml|(records|bundles|plans)(/full-seed0.*)?))?$", path)} == set()
+    assert {
+        path for path in new if not re.match(r"out(/(config.toml|(records|bundles|plans)(/full-seed0.*)?))?$", path)
+    } == set()
 
 
 def test_bad_inputs_are_many() -> None:
@@ -255,6 +272,15 @@ def test_full_device_and_closed_pipe_as_stdout() -> None:
     full = subprocess.run(f"{command} > /dev/full", shell=True, capture_output=True, text=True, env=environment())
     assert full.returncode == 1
     assert full.stderr.strip() == "embtrim: No space left on device; free space or choose another --out"
+    reader = subprocess.Popen(
+        command.split(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    assert reader.stdout is not None
+    assert reader.stderr is not None
+    reader.stdout.close()  # what `embtrim methods | head -1` may do
+    assert reader.stderr.read() == ""
+    assert reader.wait(60) == 1
+    reader.stderr.close()
 
 
 def test_help_is_quick_and_light() -> None:

@@ -132,7 +132,9 @@ def write_predictions(
                 part.write_parquet(parts[-1])
                 rows += len(part)
                 bar.update(task, completed=rows, total=rows / max(chunk.done, 1e-9))
-            whole = pl.scan_parquet(parts) if parts else pl.LazyFrame(schema=dict.fromkeys([*keep, "score"], pl.Float32))
+            whole = (
+                pl.scan_parquet(parts) if parts else pl.LazyFrame(schema=dict.fromkeys([*keep, "score"], pl.Float32))
+            )
             complete = Path(folder) / f"complete{out.suffix}"
             (whole.sink_parquet if out.suffix == ".parquet" else whole.sink_csv)(complete)
             os.replace(complete, out)

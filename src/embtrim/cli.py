@@ -132,13 +132,18 @@ def encode(
     label: Annotated[str | None, typer.Option("--label", help="Column with the binary label.")] = None,
     out: OutPath = None,
     schema: Annotated[
-        str | None, typer.Option("--schema", help="Schema as TOML; if not given, it is inferred and written beside --out.")
+        str | None,
+        typer.Option("--schema", help="Schema as TOML; if not given, it is inferred and written beside --out."),
     ] = None,
-    draft: Annotated[Path | None, typer.Option("--draft", help="Only infer the schema, and write it to this file.")] = None,
+    draft: Annotated[
+        Path | None, typer.Option("--draft", help="Only infer the schema, and write it to this file.")
+    ] = None,
     split: Annotated[str | None, typer.Option("--split", help="8:1:1 (default), time:8:1:1 or time:CUT,CUT.")] = None,
     valid: Annotated[str | None, typer.Option("--valid", help="Log of the validation split.")] = None,
     test: Annotated[str | None, typer.Option("--test", help="Log of the test split.")] = None,
-    dataset: Annotated[str | None, typer.Option("--dataset", help="Layout of a known dataset: see `embtrim datasets`.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option("--dataset", help="Layout of a known dataset: see `embtrim datasets`.")
+    ] = None,
     min_count: Annotated[
         int | None, typer.Option("--min-count", help="With --dataset: rarer values are out of vocabulary.")
     ] = None,
@@ -317,7 +322,9 @@ def compact(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="JSON file that `embtrim search` wrote.")],
     data: DataName,
     init: InitName = None,
-    no_train: Annotated[bool, typer.Option("--no-train", help="Do not retrain; only sensible with --init inherit.")] = False,
+    no_train: Annotated[
+        bool, typer.Option("--no-train", help="Do not retrain; only sensible with --init inherit.")
+    ] = False,
     out: OutPath = None,
     config: ConfigPath = None,
     overrides: Overrides = None,
@@ -353,7 +360,9 @@ def compact(
             f"compact and masked model differ by {checked.max_difference:.2e} (allowed {checked.tolerance:.0e}); "
             "please report this as a bug, with the plan"
         )
-    _log(f"verified on {checked.num_rows:,} rows: compact equals masked, largest difference {checked.max_difference:.1e}")
+    _log(
+        f"verified on {checked.num_rows:,} rows: compact equals masked, largest difference {checked.max_difference:.1e}"
+    )
     small = embtrim.compact(full, sizes, init=settings.init, seed=settings.seed)
     recoded = encoded.recode(sizes)
     if not no_train:
@@ -424,7 +433,9 @@ def run(
     budget: BudgetText = None,
     max_loss: Annotated[
         float | None,
-        typer.Option("--max-loss", help="Instead of a budget: the smallest plan that loses at most this validation AUC."),
+        typer.Option(
+            "--max-loss", help="Instead of a budget: the smallest plan that loses at most this validation AUC."
+        ),
     ] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", help="How many seeds, from --seed on.")] = None,
     init: InitName = None,
@@ -554,9 +565,7 @@ def _settle(
     return kind.parse(merge(values, {key: value for key, value in flags.items() if value is not None}))
 
 
-def _run_config(
-    data: str, config: Path | None, overrides: Sequence[str] | None, flags: Mapping[str, Any]
-) -> RunConfig:
+def _run_config(data: str, config: Path | None, overrides: Sequence[str] | None, flags: Mapping[str, Any]) -> RunConfig:
     """The settings of a run; wrong ones are found before any work is done."""
     if isinstance(flags.get("budget"), str):
         _check_budget(flags["budget"], "--budget")
@@ -589,7 +598,9 @@ def _check_known(settings: EncodeSettings, log: Sequence[str] | None) -> None:
     """Raise ConfigError for what a known dataset brings itself."""
     own = [key for key in ("schema_file", "label", "valid", "test", "read") if getattr(settings, key)]
     if own:
-        raise ConfigError(f"dataset {settings.dataset!r} brings its own {', '.join(own)}; leave that out, or leave out --dataset")
+        raise ConfigError(
+            f"dataset {settings.dataset!r} brings its own {', '.join(own)}; leave that out, or leave out --dataset"
+        )
     if log and len(log) > 1:
         raise ConfigError(f"--dataset takes one folder (or file) as LOG, given {len(log)}: {', '.join(log)}")
 
@@ -639,7 +650,9 @@ def _load_full(folder: Path, data: EncodedDataset) -> Bundle:
     bundle = load_bundle(folder)
     plan = bundle.model.tables.plan
     if plan.num_params < plan.num_full_params:
-        raise DataError(f"{folder} holds a compact model ({plan.method}); give the bundle of a full one, see `embtrim train`")
+        raise DataError(
+            f"{folder} holds a compact model ({plan.method}); give the bundle of a full one, see `embtrim train`"
+        )
     check_data(bundle.model, data)
     return bundle
 
@@ -748,7 +761,12 @@ def _show_schema(schema: Any, as_json: bool) -> None:
         return
     rows = []
     for field in schema.fields:
-        row = {"field": field.name, "type": field.type, "transform": field.transform or "", "min_count": field.min_count}
+        row = {
+            "field": field.name,
+            "type": field.type,
+            "transform": field.transform or "",
+            "min_count": field.min_count,
+        }
         if field.vocab_size is not None:
             row["rows"] = f"{field.vocab_size:,}"
         rows.append({**row, "table": field.table_name if field.table else ""})

@@ -140,12 +140,18 @@ class RunRecord(Config):
             raise DataError(f"{path} is no run record ({error})") from None
         version = values.get("record_version") if isinstance(values, dict) else None
         if version != RECORD_VERSION:
-            given = "it has no record_version" if version is None else f"version {version}, this release reads {RECORD_VERSION}"
+            given = (
+                "it has no record_version"
+                if version is None
+                else f"version {version}, this release reads {RECORD_VERSION}"
+            )
             raise DataError(f"{path} is no run record that can be read: {given}")
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise DataError(f"{path} is a damaged run record: {describe_errors(cls, error, '').splitlines()[0]}") from None
+            raise DataError(
+                f"{path} is a damaged run record: {describe_errors(cls, error, '').splitlines()[0]}"
+            ) from None
 
 
 @dataclass

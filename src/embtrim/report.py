@@ -28,7 +28,7 @@ from embtrim.experiment import RunRecord
 from embtrim.methods import METHODS
 from embtrim.plan import write_then_rename
 
-NONE = "–"
+NONE = "-"
 # Okabe and Ito's palette, which colour-blind readers can tell apart; grey is the full model's.
 FULL_COLOR = "#555555"
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -101,7 +101,6 @@ def variants(records: Sequence[RunRecord]) -> list[Variant]:
             label = _label(ordered[0], {r.budget for r in ordered}, several, len(parts))
             found.append(Variant(label, ordered, tuple(fulls.get(_origin(r)) for r in ordered)))
     controls = {name for name, method in METHODS.items() if method.needs == "nothing"}
-
 
     def place(variant: Variant) -> tuple[int, str, float]:
         name = variant.records[0].variant
@@ -390,7 +389,12 @@ def _auc_against_bytes(groups: Sequence[Variant]) -> dict[str, Any]:
     # A logarithmic axis in bytes: the sizes to compare lie factors apart.
     sizes = [r.table_bytes for v in groups for r in v.records]
     ticks = _byte_ticks(min(sizes), max(sizes))
-    axis = {"title": {"text": "table bytes"}, "type": "log", "tickvals": ticks, "ticktext": [format_bytes(t) for t in ticks]}
+    axis = {
+        "title": {"text": "table bytes"},
+        "type": "log",
+        "tickvals": ticks,
+        "ticktext": [format_bytes(t) for t in ticks],
+    }
     return _figure(traces, axis, {"title": {"text": "test AUC"}, "tickformat": ".4f"}, height=400)
 
 
@@ -442,7 +446,9 @@ def _widths_figure(groups: Sequence[Variant]) -> dict[str, Any]:
         "automargin": True,
         "zeroline": False,
     }
-    return _figure(traces, {"title": {"text": "columns"}, "rangemode": "tozero"}, vertical, height=150 + 24 * len(names))
+    return _figure(
+        traces, {"title": {"text": "columns"}, "rangemode": "tozero"}, vertical, height=150 + 24 * len(names)
+    )
 
 
 def _deciles_figure(groups: Sequence[Variant]) -> dict[str, Any]:
@@ -579,7 +585,9 @@ def _verification_section(groups: Sequence[Variant]) -> str:
         f"difference of a logit, |compact - masked| / (1 + |masked|): {worst:.1e}."
     )
     header = ["variant", "seed", "rows compared", "max difference", "allowed", "equal"]
-    return f"<section><h2>Compact equals masked</h2><p class=note>{_text(note)}</p>{_html_table(header, rows)}</section>"
+    return (
+        f"<section><h2>Compact equals masked</h2><p class=note>{_text(note)}</p>{_html_table(header, rows)}</section>"
+    )
 
 
 def _cost_section(groups: Sequence[Variant]) -> str:
@@ -630,7 +638,9 @@ def _settings_section(groups: Sequence[Variant]) -> str:
         "hardware": _distinct(", ".join(f"{k}: {v}" for k, v in r.hardware.items()) for r in records),
     }
     rows = [[name, text] for name, text in facts.items()]
-    return f"<section><h2>Settings and surroundings</h2>{''.join(parts)}{_html_table(['', ''], rows, 'facts')}</section>"
+    return (
+        f"<section><h2>Settings and surroundings</h2>{''.join(parts)}{_html_table(['', ''], rows, 'facts')}</section>"
+    )
 
 
 def _distinct(texts: Any) -> str:

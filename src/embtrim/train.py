@@ -278,7 +278,9 @@ def device_of(config: TrainConfig) -> torch.device:
         raise ConfigError(f"[train] unknown device {config.device!r}; allowed: 'cpu', 'cuda', 'cuda:1'")
     found = torch.cuda.device_count() if device.type == "cuda" else 1
     if (device.index or 0) >= found:
-        raise ConfigError(f"[train] device {config.device!r} is not there, torch {torch.__version__} sees {found}; use 'cpu'")
+        raise ConfigError(
+            f"[train] device {config.device!r} is not there, torch {torch.__version__} sees {found}; use 'cpu'"
+        )
     return device
 
 

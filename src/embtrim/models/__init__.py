@@ -24,7 +24,21 @@ MODELS: dict[str, type[CTRModel]] = {
     model.name: model for model in (LR, FM, FNN, IPNN, WideDeep, DeepFM, DCN, DCNv2, DLRM)
 }
 
-__all__ = ["DCN", "DLRM", "FM", "FNN", "IPNN", "LR", "MODELS", "CTRModel", "DCNv2", "DeepFM", "WideDeep", "arguments", "build"]
+__all__ = [
+    "DCN",
+    "DLRM",
+    "FM",
+    "FNN",
+    "IPNN",
+    "LR",
+    "MODELS",
+    "CTRModel",
+    "DCNv2",
+    "DeepFM",
+    "WideDeep",
+    "arguments",
+    "build",
+]
 
 
 def build(name: str, schema: Schema, **hparams: Any) -> CTRModel:
