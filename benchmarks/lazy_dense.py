@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("recipe", help="name of a file in recipes/, without .toml")
     parser.add_argument("--data", required=True)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, help="instead of the recipe's")
     args = parser.parse_args()
     config = RunConfig.parse(
         read_toml(Path(__file__).parents[1] / "recipes" / f"{args.recipe}.toml"), where=args.recipe
@@ -35,7 +36,8 @@ def main() -> None:
         results = []
         for seed in range(args.seeds):
             model = build(config.model, data.schema, **{**config.hparams, "seed": seed})
-            fitted = fit(model, data, config.train.replace(tables=tables, precision=precision, seed=seed))
+            train = config.train.replace(tables=tables, precision=precision, seed=seed)
+            fitted = fit(model, data, train.replace(epochs=args.epochs) if args.epochs else train)
             results.append((evaluate(model, data, "test"), fitted))
         auc = [metrics.auc for metrics, _ in results]
         cells = [

@@ -136,6 +136,7 @@ class BadInput:
         code: exit code.
         words: what the message must contain.
         limit: bytes that a file may have; None runs in this process without a limit.
+        leaves: whether it is found so late that what was finished before is on disk.
     """
 
     name: str
@@ -143,6 +144,7 @@ class BadInput:
     code: int
     words: tuple[str, ...]
     limit: int | None = None
+    leaves: bool = False
 
     def run(self, shop: Workshop) -> tuple[Result, dict[str, str], dict[str, str]]:
         """The result, and what was on disk before and after."""
@@ -315,6 +317,7 @@ BAD_INPUTS = (
     BadInput("unknown init", _run("--init", "warm"), 2, ("init", "'warm'", "'scratch', 'initial' or 'inherit'")),
     BadInput("unknown setting", _run("--set", "trian.epochs=3"), 2, ("unknown key 'trian'", "did you mean 'train'?")),
     BadInput("unknown setting of a model", _run("--set", "hparams.hidden=[16]"), 2, ("'hidden'", "did you mean 'hidden_units'?")),
+    BadInput("argument that is no setting", _run("--set", "hparams.plan=small"), 2, ("'plan'", "it is no setting")),
     BadInput("unknown setting of a method", _run("--set", "search.scores=signed"), 2, ("[search]", "'scores'", "did you mean 'score'?")),
     BadInput("setting of the wrong type", _run("--set", "train.epochs=many"), 2, ("TrainConfig: epochs", "'many'", "valid integer")),
     BadInput("width 0", _run("--set", "hparams.embedding_dim=0"), 2, ("embedding_dim", "given 0", "greater than or equal to 1")),
@@ -332,7 +335,7 @@ BAD_INPUTS = (
     BadInput("negative budget", _run("--budget=-5%"), 2, ("'-5%'", "not understood")),
     BadInput("budget below the first-order weights", _run("--budget", "500 bytes"), 1, ("500 bytes", "first-order weights alone")),
     BadInput("budget below the method's floor", _run("--budget", "1%", "--set", "search.min_dim=4"), 1,
-             ("32 embedding parameters", "4 column(s) in every table", "raise the budget")),
+             ("32 embedding parameters", "4 column(s) in every table", "raise the budget"), leaves=True),
     BadInput("--budget and --max-loss", _run("--budget", "10%", "--max-loss", "0.01"), 2, ("--budget and --max-loss exclude each other",)),
     BadInput("--max-loss 2", _run("--max-loss", "2"), 2, ("max_loss", "given 2.0", "less than 0.5")),
     BadInput("--out of run exists", lambda s: ["run", s.data, "--out", s.data, *TINY], 1, ("data exists and is not empty",)),
@@ -368,7 +371,7 @@ BAD_INPUTS = (
     # full disk
     BadInput("disk full: encode", lambda s: ["encode", s.log, "--label", "click", "--out", s.new("out")], 1, ("out", "File too large"),
              limit=20_000),
-    BadInput("disk full: run", _run(), 1, ("full-seed0", "could not be written"), limit=10_000),
+    BadInput("disk full: run", _run(), 1, ("full-seed0", "could not be written"), limit=10_000, leaves=True),
     BadInput("disk full: predict", _predict(lambda s: s.log), 1, ("scores.parquet could not be written", "File too large"), limit=4_000),
 )  # fmt: skip
 

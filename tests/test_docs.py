@@ -32,7 +32,9 @@ def logs(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     user, item = rng.integers(0, 40, 3000), rng.integers(0, 100, 3000)
     click = (rng.random(3000) < 1 / (1 + np.exp(-(user % 7 - 3.0)))).astype(int)
-    log = pl.DataFrame({"user": user, "item": item, "click": click}).with_columns(pl.format("u{}", "user").alias("user"))
+    log = pl.DataFrame({"user": user, "item": item, "click": click}).with_columns(
+        pl.format("u{}", "user").alias("user")
+    )
     monkeypatch.chdir(tmp_path)
     log.write_csv("logs.csv")
     log.write_parquet("logs.parquet")

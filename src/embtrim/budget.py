@@ -16,7 +16,17 @@ from embtrim.errors import BudgetError
 
 _FORMS = "allowed: '10%', '200MB', '64MiB', '1.5M params', '20000 params'"
 _PARAM_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
-_BYTE_UNITS = {"b": 1, "byte": 1, "bytes": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_BYTE_UNITS = {
+    "b": 1,
+    "byte": 1,
+    "bytes": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+}
 BYTES_PER_PARAM = 4
 
 
