@@ -6,7 +6,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_OUT ?= runs/demo
-# Torch's threads spin while they wait; with two test processes on two cores that slows both many times.
+# Torch's threads spin while they wait; on cores that others use too, that slows everybody many times.
 QUIET_THREADS := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
 
 .PHONY: demo test check clean
@@ -19,7 +19,7 @@ QUIET_THREADS := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
 
 demo: .venv/installed
 	rm -rf $(DEMO_OUT)
-	$(BIN)/embtrim run flights --config recipes/demo.toml --out $(DEMO_OUT)
+	OMP_WAIT_POLICY=passive $(BIN)/embtrim run flights --config recipes/demo.toml --out $(DEMO_OUT)
 
 test: .venv/installed
 	$(QUIET_THREADS) $(BIN)/python -m pytest -n 2

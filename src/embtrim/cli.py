@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -837,23 +836,11 @@ def _fail(message: str, code: int) -> int:
 
 
 def _fail_os(error: OSError) -> int:
-    # What is still buffered would be written, and fail again, when Python ends.
-    if not _can_flush():
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, BrokenPipeError):  # whoever read stdout has gone, which is no fault: `embtrim report X | head`
         return 1
     where = f"{error.filename}: " if error.filename else ""
     advice = "; free space or choose another --out" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
     return _fail(f"{where}{error.strerror or error}{advice}", 1)
-
-
-def _can_flush() -> bool:
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 if __name__ == "__main__":

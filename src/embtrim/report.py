@@ -33,7 +33,7 @@ NONE = "-"
 FULL_COLOR = "#555555"
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
-# Longer names are cut at the axis; hovering shows them whole.
+# Longer names are cut in the middle at the axis; hovering shows them whole.
 MAX_TICK_LETTERS = 26
 
 
@@ -438,7 +438,8 @@ def _widths_figure(groups: Sequence[Variant]) -> dict[str, Any]:
                 "cliponaxis": False,
             }
         )
-    ticks = [_text(name if len(name) <= MAX_TICK_LETTERS else name[: MAX_TICK_LETTERS - 1] + "…") for name in names]
+    half = MAX_TICK_LETTERS // 2
+    ticks = [_text(n if len(n) <= MAX_TICK_LETTERS else f"{n[: half - 1]}…{n[-half:]}") for n in names]
     vertical = {
         "tickvals": list(range(len(names))),
         "ticktext": ticks,
@@ -686,7 +687,8 @@ h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; border-bottom: 1px solid #ddd; 
 table { border-collapse: collapse; font-size: .9rem; margin: .6rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #eee; text-align: left; vertical-align: top; }
 thead th { border-bottom: 1px solid #999; }
-tbody th { font-weight: 500; position: sticky; left: 0; background: #fff; max-width: 14rem; overflow-wrap: anywhere; }
+tbody th { font-weight: 500; position: sticky; left: 0; background: #fff; max-width: 14rem;
+  overflow-wrap: break-word; }
 th.indent { padding-left: 1.4rem; color: #555; font-weight: 400; }
 .numbers td, .numbers thead th:not(:first-child) { text-align: right; white-space: nowrap; }
 details { margin: .5rem 0; }
