@@ -58,7 +58,7 @@ def build(name: str, schema: Schema, **hparams: Any) -> CTRModel:
     """
     if name not in MODELS:
         raise ConfigError(f"unknown model {name!r}; {_hint(str(name), list(MODELS))}")
-    allowed = [*arguments(name), "plan"]
+    allowed = list(inspect.signature(MODELS[name]).parameters)[1:]  # the first is schema
     if not isinstance(hparams.get("plan"), SizePlan | None):
         raise ConfigError(f"[model {name}] 'plan' takes a SizePlan, given {hparams['plan']!r}; it is no setting")
     for key in hparams:
@@ -74,8 +74,8 @@ def arguments(name: str) -> dict[str, Any]:
         >>> arguments("lr")["init_std"]
         0.0001
     """
-    parameters = inspect.signature(MODELS[name].__init__).parameters
-    return {key: p.default for key, p in parameters.items() if key not in ("self", "schema", "plan")}
+    parameters = inspect.signature(MODELS[name]).parameters
+    return {key: p.default for key, p in parameters.items() if key not in ("schema", "plan")}
 
 
 def _hint(given: str, allowed: list[str]) -> str:
