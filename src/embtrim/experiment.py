@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import logging
 import os
@@ -9,7 +11,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -442,6 +444,7 @@ class _Peak:
 @contextmanager
 def peak_memory(interval: float = 0.02) -> Iterator[_Peak]:
     """Peak anonymous memory of this process inside a `with` block, sampled; memory-mapped data do not count."""
+    release_free_memory()
     peak, done = _Peak(), threading.Event()
 
     def sample() -> None:
@@ -459,6 +462,13 @@ def peak_memory(interval: float = 0.02) -> Iterator[_Peak]:
     finally:
         done.set()
         thread.join()
+
+
+def release_free_memory() -> None:
+    """Give the system back what is free, where the C library can: else what a block measures holds earlier leavings."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def anonymous_memory() -> int | None:
