@@ -344,6 +344,8 @@ BAD_INPUTS = (
     BadInput("plan of a newer version", _newer_plan, 1, ("plan version 99", "upgrade embtrim")),
     BadInput("plan that is no plan", lambda s: ["compact", s.bundle, s.text("p.json", "[1, 2]"), s.data, "--out", s.new("out")], 1,
              ("p.json", "no embtrim plan")),
+    BadInput("untrained weights saved", lambda s: ["compact", s.bundle, "plan.json", s.data, "--no-train", "--out", s.new("out")], 2,
+             ("--no-train would save the untrained weights", "--init inherit")),
     BadInput("plan written to .npz", lambda s: ["search", s.bundle, s.data, "--budget", "10%", "--out", s.new("p.npz")], 2,
              ("written as .json", "p.npz")),
     BadInput("search in a compact model", lambda s: ["search", s.small, s.data, "--budget", "10%", "--out", s.new("p.json")], 1,

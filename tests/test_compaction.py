@@ -193,8 +193,10 @@ def test_foreign_module_compact_equals_masked(align):
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
 
-def test_foreign_rows_cannot_be_dropped_yet():
+def test_foreign_rows_cannot_be_dropped_yet(data):
     model = Foreign()
+    with pytest.raises(EmbtrimError, match="given Foreign"):
+        verify(model, site_plan(find_sites(model)), data)
     full = site_plan(find_sites(model))
     tables = (TablePlan("user", 40, 6, (Block(2, (0,), "scatter", np.array([0, 1], np.int32)),)), full.tables[1])
     with pytest.raises(PlanError, match="drops or re-sizes rows"):

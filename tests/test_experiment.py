@@ -73,6 +73,7 @@ def test_max_loss_finds_a_small_plan_within_the_tolerance(encoded, monkeypatch):
     found = smallest_within(full, encoded, config, 0, 0.02)
     assert found.record.valid["auc"] >= full.record.valid["auc"] - 0.02
     assert found.record.num_params < full.record.num_params / 2
+    assert found.record.search_seconds > found.record.train_seconds, "the trainings of the bisection count as search"
     monkeypatch.setattr("embtrim.experiment.SMALLEST_SHARE", 0.0001)
     monkeypatch.setattr("embtrim.experiment.BISECTIONS", 1)
     with pytest.raises(EmbtrimError, match="allow more loss"):

@@ -15,7 +15,7 @@ from embtrim.errors import BudgetError, ConfigError, EmbtrimError
 from embtrim.methods import METHODS, RandomConfig, SSEDSConfig, UniformConfig, method_named, search
 from embtrim.methods.selection import fill_budget
 from embtrim.methods.sseds import slot_gradients
-from embtrim.models import FNN, DeepFM
+from embtrim.models import FNN, LR, DeepFM
 from embtrim.plan import SizePlan
 from embtrim.sites import CTRTask, Task, find_sites
 from embtrim.train import TrainConfig, fit
@@ -210,5 +210,10 @@ def test_a_task_says_what_it_lacks():
     task = Task(Foreign(), lambda m, b: m(b[0]).mean(), train=list(foreign_batches()))
     with pytest.raises(EmbtrimError, match="valid="):
         search(task, SSEDSConfig(data="valid"), "50%")
+    with pytest.raises(EmbtrimError, match="no train batches"):
+        search(Task(Foreign(), lambda m, b: m(b[0]).mean(), train=[]), SSEDSConfig(), "50%")
+    data = planted_data(num_rows=500)
+    with pytest.raises(EmbtrimError, match="no embedding tables to shrink"):
+        search(CTRTask(LR(data.schema), data), SSEDSConfig(), "50%")
     with pytest.raises(EmbtrimError, match="fresh="):
         search(task, SSEDSConfig(pretrain="epochs:1"), "50%")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -305,3 +306,25 @@ def test_a_percentage_is_never_exceeded(full, share):
     limit = Budget("percent", share).max_params(full)
     assert limit <= share * full + 1e-6
     assert limit >= share * full - 1
+
+
+def test_a_plan_must_list_the_tables_of_the_model():
+    schema = Schema.from_sizes([10, 4])
+    full = SizePlan.full(schema, 8)
+    full.check_tables(SizePlan.full(schema, 8))
+    with pytest.raises(PlanError, match="table 'f0' of 10 x 8 where the model has table 'f0' of 10 x 4"):
+        full.check_tables(SizePlan.full(schema, 4))
+    shorter = dataclasses.replace(full, tables=full.tables[:1])
+    with pytest.raises(PlanError, match="plan has nothing where the model has table 'f1'"):
+        shorter.check_tables(full)
+    with pytest.raises(PlanError, match="plan has table 'f1' of 4 x 8 where the model has nothing"):
+        dataclasses.replace(full, tables=(*full.tables, full.tables[1])).check_tables(full)
+
+
+def test_an_unknown_key_in_a_plan_is_an_error(tmp_path):
+    SizePlan.full(Schema.from_sizes([10]), 4).save(tmp_path / "plan.json")
+    values = json.loads((tmp_path / "plan.json").read_text())
+    values["tables"][0]["columns"] = [0, 1]
+    (tmp_path / "plan.json").write_text(json.dumps(values))
+    with pytest.raises(PlanError, match="table 'f0' has unknown key 'columns'; allowed: name, num_rows, width, blocks"):
+        SizePlan.load(tmp_path / "plan.json")

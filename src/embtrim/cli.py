@@ -340,6 +340,8 @@ def compact(
     from embtrim.plan import SizePlan
     from embtrim.train import evaluate, fit
 
+    if no_train and settings.init == "scratch":
+        raise ConfigError("--no-train would save the untrained weights of --init scratch; add --init inherit")
     encoded = embtrim.load(data)
     full = _load_full(bundle, encoded).model
     sizes = SizePlan.load(plan)
@@ -561,6 +563,7 @@ def _settle(
         kind.parse(in_file, where=str(config))  # alone first, so that a message says where the fault is
         values = merge(values, in_file)
     values = apply_overrides(values, overrides or ())
+    kind.parse(values)  # before the flags, which would cover a fault
     return kind.parse(merge(values, {key: value for key, value in flags.items() if value is not None}))
 
 

@@ -85,6 +85,7 @@ def compact(model: nn.Module, plan: SizePlan, init: Init = "scratch", seed: int 
     if not isinstance(model, CTRModel):
         return _compact_module(model, plan, init, seed)
     plan.check_schema(model.schema)
+    plan.check_tables(SizePlan.full(model.schema, model.tables.width))
     if plan.first_order != model.has_first_order:
         plan = dataclasses.replace(plan, first_order=model.has_first_order)
     hparams = dict(model.hparams) if seed is None else {**model.hparams, "seed": seed}
@@ -183,8 +184,11 @@ def verify(
     Raises:
         PlanError: see `compact` with init="inherit".
     """
+    if not isinstance(model, CTRModel):
+        raise EmbtrimError(
+            f"verify compares models of embtrim.models, given {type(model).__name__}; mask it and compare outputs"
+        )
     check_data(model, data)
-    plan.check_schema(model.schema)
     full = copy.deepcopy(model).cpu().double().eval()
     small = compact(full, plan, init="inherit").eval()
     masked = mask_tables(full, plan)

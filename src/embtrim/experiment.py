@@ -299,6 +299,7 @@ def smallest_within(
     Raises:
         BudgetError: not even the largest budget tried is within the tolerance.
     """
+    started = time.perf_counter()
     wanted = full.record.valid["auc"] - max_loss
     low, high = SMALLEST_SHARE, 1.0
     best: Trained | None = None
@@ -315,6 +316,11 @@ def smallest_within(
             f"no plan of method {config.method!r} up to {low:.0%} of the tables is within {max_loss} of the full model's "
             f"validation AUC {full.record.valid['auc']:.4f}; allow more loss, or name a budget"
         )
+    # Finding the budget took all the trainings but the one that is kept.
+    record = best.record
+    seconds = time.perf_counter() - started - record.train_seconds
+    epochs = seconds * record.search_epochs / max(record.search_seconds, 1e-9)
+    best.record = record.replace(search_seconds=seconds, search_epochs=epochs)
     return best
 
 
@@ -410,6 +416,7 @@ def dry_run(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
     limit = plan.num_full_params if config.max_loss is not None else plan.max_params(Budget.parse(config.budget))
     step_seconds = seconds_per_step(model, data, config.train)
     models = 1 + len(dict.fromkeys((config.method, *config.controls)))
+    models += 0 if config.max_loss is None else BISECTIONS - 1
     steps = data.num_batches("train", config.train.batch_size) * config.train.epochs
     return {
         "config": config.model_dump(mode="json"),

@@ -312,6 +312,14 @@ class SizePlan:
                 f"{schema.fingerprint} ({len(schema.id_fields)} fields); search again or encode with the same schema"
             )
 
+    def check_tables(self, full: SizePlan) -> None:
+        """Raise PlanError unless the plan lists the tables of `full`, in order and of the same rows and widths."""
+        mine, theirs = ([(t.name, t.num_rows, t.width) for t in plan.tables] for plan in (self, full))
+        for given, needed in itertools.zip_longest(mine, theirs):
+            if given != needed:
+                names = ["nothing" if t is None else f"table {t[0]!r} of {t[1]:,} x {t[2]}" for t in (given, needed)]
+                raise PlanError(f"plan has {names[0]} where the model has {names[1]}; search again with this model")
+
     def save(self, path: str | Path) -> None:
         """Write `path` (JSON) and, where rows were chosen, the rows to the same name with `.npz`."""
         path = Path(path)
@@ -353,12 +361,7 @@ class SizePlan:
                 raise PlanError(f"plan version {version}, this release reads {PLAN_VERSION}; upgrade embtrim")
             named = any("rows" in b for t in values["tables"] for b in t["blocks"])
             arrays = dict(np.load(path.with_suffix(".npz"), allow_pickle=False)) if rows and named else {}
-            values["tables"] = tuple(
-                TablePlan(
-                    t["name"], t["num_rows"], t["width"], tuple(_read_block(b, arrays, rows) for b in t["blocks"])
-                )
-                for t in values["tables"]
-            )
+            values["tables"] = tuple(_read_table(t, arrays, rows) for t in values["tables"])
             return cls(**values)
         except FileNotFoundError as error:
             raise PlanError(
@@ -417,7 +420,21 @@ def describe_difference(left: TablePlan, right: TablePlan) -> str:
     return "" if same else f"{change}, other rows"
 
 
+def _read_table(entry: dict[str, Any], arrays: Mapping[str, np.ndarray], with_rows: bool) -> TablePlan:
+    _check_keys(entry, ("name", "num_rows", "width", "blocks"), f"table {entry.get('name')!r}")
+    blocks = tuple(_read_block(block, arrays, with_rows) for block in entry["blocks"])
+    return TablePlan(entry["name"], entry["num_rows"], entry["width"], blocks)
+
+
+def _check_keys(entry: dict[str, Any], allowed: Sequence[str], where: str) -> None:
+    """An unknown key would be an edit by hand that does nothing."""
+    unknown = [key for key in entry if key not in allowed]
+    if unknown:
+        raise PlanError(f"{where} has unknown key {unknown[0]!r}; allowed: {', '.join(allowed)}")
+
+
 def _read_block(entry: dict[str, Any], arrays: Mapping[str, np.ndarray], with_rows: bool) -> Block:
+    _check_keys(entry, ("num_rows", "columns", "alignment", "rows"), "a block")
     columns = entry["columns"] if isinstance(entry["columns"], int) else tuple(entry["columns"])
     if entry["alignment"] not in ("concat", "scatter", "project"):
         raise PlanError(f"alignment must be concat, scatter or project, given {entry['alignment']!r}")

@@ -10,6 +10,7 @@ Shapes: S slots of a site, B batch, O output columns of a site.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
@@ -24,6 +25,8 @@ from embtrim.models.ctr_model import CTRModel
 from embtrim.plan import Alignment, Block, SizePlan, TablePlan
 from embtrim.tables import EmbeddingTables
 from embtrim.train import FitResult, Hooks, TrainConfig, evaluate, fit, logloss_of_batch, train_loop
+
+log = logging.getLogger(__name__)
 
 
 class Site(Protocol):
@@ -143,6 +146,8 @@ def find_sites(model: nn.Module, keep: Callable[[str], bool] | None = None) -> l
                 sites.append(ModuleSite(name, module))
         elif isinstance(module, nn.EmbeddingBag):
             left.append(f"{name} is an nn.EmbeddingBag")
+    if sites and left:
+        log.info("left alone: %s", "; ".join(left))
     if not sites:
         raise EmbtrimError(
             f"no embedding to shrink was found in {type(model).__name__}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from embtrim.budget import Budget
 from embtrim.config import Config
+from embtrim.errors import EmbtrimError
 from embtrim.methods.random import RandomConfig
 from embtrim.methods.registry import METHODS, Method, method_named, method_of
 from embtrim.methods.sseds import SSEDSConfig
@@ -21,13 +22,16 @@ def search(task: Task, config: Config, budget: str | Budget, seed: int = 0) -> S
         task: a CTRTask, or a Task around any module.
         config: settings of the method to use, such as `SSEDSConfig()`.
         budget: such as "10%", "200MB" or "1.5M params".
-        seed: of everything random in the search; the same seed gives the same plan.
+        seed: of everything random in the search; the same seed and the same batches give the same plan (a loader that
+            shuffles on its own does not give the same batches).
 
     Raises:
         BudgetError: the budget cannot be parsed or is below the smallest plan of the method.
         ConfigError: `config` belongs to no method.
     """
     budget = Budget.parse(budget)
+    if not task.full_plan().num_full_params:
+        raise EmbtrimError(f"{type(task.model).__name__} has no embedding tables to shrink, only first-order weights")
     plan = method_of(config).search(task, config, budget, seed)
     assert plan.num_params <= plan.max_params(budget), "a search exceeded its budget"
     return plan

@@ -24,6 +24,7 @@ from pydantic import Field
 
 from embtrim.budget import Budget
 from embtrim.config import Config
+from embtrim.errors import EmbtrimError
 from embtrim.methods.registry import register
 from embtrim.methods.selection import columns_by_table, fill_budget, slot_costs, slot_tables
 from embtrim.plan import SizePlan
@@ -95,4 +96,6 @@ def slot_gradients(task: Task, model: torch.nn.Module, config: SSEDSConfig, seed
             scored += 1
     finally:
         model.train(was_training)
-    return total_S / max(1, scored)
+    if not scored:
+        raise EmbtrimError(f"there are no {config.data} batches to score slots on; give some that can be read again")
+    return total_S / scored
