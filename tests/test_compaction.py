@@ -83,8 +83,12 @@ def test_verify_sees_a_wrong_compact_model(wide_data, monkeypatch):
         with torch.no_grad():
             small.tables.weight[-1] += 1e-3
 
+    verify(model, plan, wide_data).require()
     monkeypatch.setattr("embtrim.compaction.inherit_weights", forget_one)
-    assert not verify(model, plan, wide_data).passed
+    wrong = verify(model, plan, wide_data)
+    assert not wrong.passed
+    with pytest.raises(EmbtrimError, match="report this as a bug"):
+        wrong.require()
 
 
 def test_projected_plan_verifies_by_selection(wide_data):

@@ -356,11 +356,7 @@ def compact(
         return
     target = _free(out, overwrite)
     checked = embtrim.verify(full, sizes, encoded, split="valid" if "valid" in encoded.splits else "train")
-    if not checked.passed:
-        raise EmbtrimError(
-            f"compact and masked model differ by {checked.max_difference:.2e} (allowed {checked.tolerance:.0e}); "
-            "please report this as a bug, with the plan"
-        )
+    checked.require()
     _log(
         f"verified on {checked.num_rows:,} rows: compact equals masked, largest difference {checked.max_difference:.1e}"
     )

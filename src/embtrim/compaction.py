@@ -165,6 +165,14 @@ class Verification:
     tolerance: float
     passed: bool
 
+    def require(self) -> None:
+        """Raise EmbtrimError unless the comparison holds."""
+        if not self.passed:
+            raise EmbtrimError(
+                f"compact and masked model differ by {self.max_difference:.2e} (allowed {self.tolerance:.0e}); "
+                "please report this as a bug, with the plan"
+            )
+
 
 def verify(
     model: CTRModel, plan: SizePlan, data: EncodedDataset, split: str = "valid", max_rows: int = 65_536

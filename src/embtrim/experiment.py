@@ -262,11 +262,7 @@ def shrink(
         plan = search(CTRTask(full.model, data, train), method.config.parse(settings, where="search"), budget, seed)
         search_seconds = time.perf_counter() - started
         verification = verify(full.model, plan, data)
-        if not verification.passed:
-            raise EmbtrimError(
-                f"compact and masked model differ by {verification.max_difference:.2e} (allowed {verification.tolerance:.0e}); "
-                "please report this as a bug, with the plan"
-            )
+        verification.require()
         small = compact(full.model, plan, init=config.init, seed=seed)
         recoded = data.recode(plan)
         result = fit(small, recoded, train, progress=progress)

@@ -49,10 +49,6 @@ class Site(Protocol):
         """
         ...
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(table name, rows (V, D)) of each table, detached."""
-        ...
-
 
 class TableSite:
     """The EmbeddingTables of a zoo model; fields that share a table share its slots."""
@@ -79,12 +75,6 @@ class TableSite:
             return self.tables.gated(slot_gate=lambda concat: concat * by_output)
         return self.tables.gated(slot_gate=gate)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See Site."""
-        self.tables.settle()
-        for name, rows in zip(self.names, self.num_rows, strict=True):
-            yield name, self.tables.get_rows(name, np.arange(rows))[0][1].detach()
-
 
 class ModuleSite:
     """One nn.Embedding of a foreign model, used any number of times in a forward pass."""
@@ -107,10 +97,6 @@ class ModuleSite:
             yield
         finally:
             handle.remove()
-
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See Site."""
-        yield self.names[0], self.module.weight.detach()
 
 
 def find_sites(model: nn.Module, keep: Callable[[str], bool] | None = None) -> list[Site]:

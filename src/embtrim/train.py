@@ -105,7 +105,6 @@ class FitResult:
         seconds: wall time of training, validation included.
         rows_per_second: training rows over the seconds of training alone.
         precision: what the forward pass ran in, in words.
-        optimizer_bytes: bytes of optimiser state of the tables.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -114,7 +113,6 @@ class FitResult:
     seconds: float = 0.0
     rows_per_second: float = 0.0
     precision: str = "fp32"
-    optimizer_bytes: int = 0
 
 
 def fit(
@@ -194,7 +192,7 @@ def train_loop(
         progress: show a progress bar.
     """
     optimizers = [*optimizers, *(hooks.param_groups(model) if hooks.param_groups else ())]
-    result = FitResult(optimizer_bytes=sum(getattr(o, "state_bytes", 0) for o in optimizers))
+    result = FitResult()
     best_state: dict[str, Tensor] | None = None
     bad_epochs, step, train_seconds, train_rows, factor = 0, 0, 0.0, 0, 1.0
     started = time.perf_counter()

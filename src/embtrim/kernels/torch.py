@@ -15,11 +15,6 @@ import torch
 from torch import Tensor
 
 
-def gather_rows(source_RW: Tensor, rows_U: Tensor) -> Tensor:
-    """(U, W) copies of rows."""
-    return source_RW.index_select(0, rows_U)
-
-
 def sum_rows(values_NW: Tensor, index_N: Tensor, num_rows: int) -> Tensor:
     """(num_rows, W): the sum of all values with one index."""
     return values_NW.new_zeros(num_rows, values_NW.shape[1]).index_add_(0, index_N, values_NW)
