@@ -17,7 +17,7 @@ from embtrim.methods.selection import fill_budget
 from embtrim.methods.sseds import slot_gradients
 from embtrim.models import FNN, LR, DeepFM
 from embtrim.plan import SizePlan
-from embtrim.sites import CTRTask, Task, find_sites
+from embtrim.sites import CTRTask, Task, find_sites, gate_sites, num_slots
 from embtrim.train import TrainConfig, fit
 from tests.conftest import planted_data
 from tests.test_compaction import Foreign, foreign_batches
@@ -217,3 +217,48 @@ def test_a_task_says_what_it_lacks():
         search(CTRTask(LR(data.schema), data), SSEDSConfig(), "50%")
     with pytest.raises(EmbtrimError, match="fresh="):
         search(task, SSEDSConfig(pretrain="epochs:1"), "50%")
+
+
+class TestGates:
+    """Gates of both kinds of site, and what they let a search read."""
+
+    def test_row_gate_sees_each_row_once_and_its_gradient(self, task: Task):
+        model, batch = task.model, next(iter(task.batches("train", 0)))
+        sites = task.sites(model)
+        leaves: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {n: [] for n in range(len(sites))}
+
+        def read(number: int):
+            def gate(rows_U: torch.Tensor, found_UD: torch.Tensor) -> torch.Tensor:
+                assert len(rows_U.unique()) == len(rows_U)
+                stored_VD = torch.cat(sites[number].weights())
+                assert torch.equal(found_UD.detach(), stored_VD[rows_U])
+                leaves[number].append((rows_U, found_UD.detach().requires_grad_()))
+                return leaves[number][-1][1]
+
+            return gate
+
+        model.eval()
+        plain = task.loss(model, batch)
+        with gate_sites(sites, rows=[read(n) for n in range(len(sites))]):
+            gated = task.loss(model, batch)
+        assert float(gated.detach()) == pytest.approx(float(plain.detach()), rel=1e-5)
+        gated.backward()
+        assert all(
+            leaf.grad is not None and leaf.grad.abs().sum() > 0 for found in leaves.values() for _, leaf in found
+        )
+        model.zero_grad()
+
+    def test_slot_and_row_gates_at_once(self, task: Task):
+        model, batch = task.model, next(iter(task.batches("train", 0)))
+        sites = task.sites(model)
+        model.eval()
+
+        def loss(**gates) -> float:
+            with torch.no_grad(), gate_sites(sites, **gates):
+                return float(task.loss(model, batch))
+
+        zeros = [torch.zeros(num_slots(site)) for site in sites]
+        without_slots = loss(slots=zeros)
+        assert loss(rows=[lambda rows, found: found * 0.0 for _ in sites]) == pytest.approx(without_slots)
+        assert loss(slots=zeros, rows=[lambda rows, found: found + 7.0 for _ in sites]) == pytest.approx(without_slots)
+        assert loss() != pytest.approx(without_slots)

@@ -4,7 +4,11 @@ A *site* is a place where embeddings enter a model: the EmbeddingTables of a zoo
 nn.Embedding of a foreign model. Its *slots* are (table, column) pairs; a slot gate multiplies what the site puts out.
 A search reads a Task and its sites and knows neither the model nor the kind of site.
 
-Shapes: S slots of a site, B batch, O output columns of a site.
+Two gates. A *slot gate* multiplies what a site puts out, after pooling, and may differ per sample. A *row gate* sees
+the distinct rows of a batch before they are expanded and pooled: single rows are masked, or their gradients read,
+through it. Rows of a site are numbered table by table.
+
+Shapes: S slots of a site, B batch, O output columns of a site, U distinct rows of a batch, V rows of a table.
 """
 
 from __future__ import annotations
@@ -28,6 +32,9 @@ from embtrim.train import FitResult, Hooks, TrainConfig, evaluate, fit, logloss_
 
 log = logging.getLogger(__name__)
 
+SlotGate = Tensor | Callable[[Tensor], Tensor]
+RowGate = Callable[[Tensor, Tensor], Tensor]
+
 
 class Site(Protocol):
     """A place where embeddings enter a model.
@@ -42,18 +49,27 @@ class Site(Protocol):
     num_rows: tuple[int, ...]
     widths: tuple[int, ...]
 
-    def gate_slots(self, gate: Tensor | Callable[[Tensor], Tensor]) -> Any:
-        """Context manager: multiply the site's slots by a tensor (S,) or (B, S), or apply a function to its output.
+    def gated(self, slots: SlotGate | None = None, rows: RowGate | None = None) -> AbstractContextManager[None]:
+        """Apply gates inside a `with` block; those of one site do not nest.
 
-        Slots run table by table, column by column. A function gets the pooled output (B, O), field by field.
+        Args:
+            slots: multiply the site's slots by a tensor (S,) or (B, S), or apply a function to its output. Slots run
+                table by table, column by column; a function gets the pooled output (B, O), field by field.
+            rows: function of (rows of the site (U,), their embeddings (U, D)), which returns embeddings.
         """
+        ...
+
+    def weights(self) -> list[Tensor]:
+        """The tables' embeddings (V, D), as views of the parameters without their gradient."""
         ...
 
 
 class TableSite:
-    """The EmbeddingTables of a zoo model; fields that share a table share its slots."""
+    """The full EmbeddingTables of a zoo model; fields that share a table share its slots."""
 
     def __init__(self, tables: EmbeddingTables) -> None:
+        if tables.plan.num_params < tables.plan.num_full_params:
+            raise EmbtrimError("these tables are compact already; search in the full model")
         self.tables = tables
         plans = tables.plan.tables
         self.names = tuple(t.name for t in plans)
@@ -68,12 +84,18 @@ class TableSite:
         # None where the slots are the output columns in order: no table is shared.
         self.slot_of_output = None if slots == list(range(len(slots))) else torch.tensor(slots)
 
-    def gate_slots(self, gate: Tensor | Callable[[Tensor], Tensor]) -> AbstractContextManager[None]:
+    def gated(self, slots: SlotGate | None = None, rows: RowGate | None = None) -> AbstractContextManager[None]:
         """See Site."""
-        if isinstance(gate, Tensor):
-            by_output = gate if self.slot_of_output is None else gate[..., self.slot_of_output.to(gate.device)]
-            return self.tables.gated(slot_gate=lambda concat: concat * by_output)
-        return self.tables.gated(slot_gate=gate)
+        if isinstance(slots, Tensor):
+            by_output = slots if self.slot_of_output is None else slots[..., self.slot_of_output.to(slots.device)]
+            return self.tables.gated(lambda concat: concat * by_output, rows)
+        return self.tables.gated(slots, rows)
+
+    def weights(self) -> list[Tensor]:
+        """See Site."""
+        self.tables.settle()
+        stored = self.tables.group_view(self.tables.groups[0]).detach()  # full tables: one width, in the schema's order
+        return list(stored.split(self.num_rows))
 
 
 class ModuleSite:
@@ -86,17 +108,28 @@ class ModuleSite:
         self.widths = (module.embedding_dim,)
 
     @contextmanager
-    def gate_slots(self, gate: Tensor | Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """See Site; a function gets the module's output (..., D)."""
+    def gated(self, slots: SlotGate | None = None, rows: RowGate | None = None) -> Iterator[None]:
+        """See Site; a slot function gets the module's output (..., D)."""
 
-        def apply(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            return output * gate if isinstance(gate, Tensor) else gate(output)
+        def apply(_module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            if rows is not None:
+                (ids,) = inputs
+                rows_U, inverse = torch.unique(ids, return_inverse=True)
+                found_UD = nn.functional.embedding(rows_U, self.module.weight, padding_idx=self.module.padding_idx)
+                output = rows(rows_U, found_UD)[inverse]
+            if slots is None:
+                return output
+            return output * slots if isinstance(slots, Tensor) else slots(output)
 
         handle = self.module.register_forward_hook(apply)
         try:
             yield
         finally:
             handle.remove()
+
+    def weights(self) -> list[Tensor]:
+        """See Site."""
+        return [self.module.weight.detach()]
 
 
 def find_sites(model: nn.Module, keep: Callable[[str], bool] | None = None) -> list[Site]:
@@ -272,11 +305,13 @@ class CTRTask(Task):
 
 
 @contextmanager
-def gate_sites(sites: Sequence[Site], gates: Sequence[Tensor]) -> Iterator[None]:
-    """Multiply the slots of every site by its gate (S,)."""
+def gate_sites(
+    sites: Sequence[Site], slots: Sequence[SlotGate] | None = None, rows: Sequence[RowGate] | None = None
+) -> Iterator[None]:
+    """Gate every site, by the slot gates and the row gates given: one each a site."""
     with ExitStack() as stack:
-        for site, gate in zip(sites, gates, strict=True):
-            stack.enter_context(site.gate_slots(gate))
+        for number, site in enumerate(sites):
+            stack.enter_context(site.gated(slots and slots[number], rows and rows[number]))
         yield
 
 
