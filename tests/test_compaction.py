@@ -17,6 +17,7 @@ from embtrim.methods import RandomConfig, UniformConfig, search
 from embtrim.models import FNN, MODELS, DeepFM, build
 from embtrim.plan import Block, SizePlan, TablePlan
 from embtrim.sites import CTRTask, Task, find_sites, site_plan
+from embtrim.tables import EmbeddingTables
 
 TABLE_MODELS = [name for name in MODELS if name != "lr"]
 
@@ -192,19 +193,82 @@ def test_foreign_module_compact_equals_masked(align):
         assert torch.allclose(small(ids), masked(ids), atol=1e-6)
     assert isinstance(small.user, CompactEmbedding)
     assert isinstance(small.bias, nn.Embedding)
-    assert small.user.weight.numel() + small.item.weight.numel() <= Budget.parse("60%").max_params(40 * 6 + 25 * 4)
+    stored = sum(p.numel() for site in (small.user, small.item) for p in site.parameters())
+    assert stored == plan.num_params <= Budget.parse("60%").max_params(40 * 6 + 25 * 4)
     small.load_state_dict(copy.deepcopy(small).state_dict())
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
 
-def test_foreign_rows_cannot_be_dropped_yet(data):
+def foreign_row_plan(model: nn.Module, mixed: bool) -> SizePlan:
+    """User: some rows dropped, or sizes 1, 2 and 6; item: nothing kept."""
+    full = site_plan(find_sites(model))
+    rows = np.arange(0, 40, 2, dtype=np.int32)
+    if mixed:
+        sizes = [(6, rows[:3]), (2, rows[3:9]), (1, rows[9:])]
+        blocks = tuple(Block(len(r), width, "project", r) for width, r in sizes)
+    else:
+        blocks = (Block(len(rows), (1, 4), "scatter", rows),)
+    tables = (TablePlan("user", 40, 6, blocks), TablePlan("item", 25, 4, ()))
+    return dataclasses.replace(full, tables=tables)
+
+
+def test_foreign_rows_go_and_pay_for_their_map():
+    model = noisy(Foreign())
+    plan = foreign_row_plan(model, mixed=False)
+    assert plan.num_params == 21 * 2 + 40  # 20 rows and DROPPED, and the map; the empty table needs none
+    small = compact(model, plan, "inherit")
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        for table in plan.tables:
+            masked.get_submodule(table.name).weight.mul_(torch.from_numpy(table.kept_mask()))
+    for ids, _ in foreign_batches():
+        assert torch.allclose(small(ids), masked(ids), atol=1e-6)
+    stored = sum(p.numel() for p in small.user.parameters()) + small.user.id_map.numel()
+    assert stored == plan.num_params
+    again = compact(model, plan)
+    again.load_state_dict(small.state_dict())
+    assert torch.equal(again(ids), small(ids))
+
+
+def test_foreign_rows_of_several_sizes_equal_a_naive_lookup():
+    model = noisy(Foreign())
+    plan = foreign_row_plan(model, mixed=True)
+    small = compact(model, plan, seed=1)
+    assert plan.num_params == 4 * 6 + 6 * 2 + 11 + (1 + 2) * 6 + 40
+    assert plan.num_params == sum(p.numel() for p in small.user.parameters()) + 40
+    big, two, one = small.user.weights
+    projection = small.user.projections
+    expected = {0: big[0], 4: big[2], 6: two[0] @ projection["2"], 38: one[10] @ projection["1"], 1: big[3], 39: big[3]}
+    found = small.user(torch.tensor(list(expected)))
+    assert torch.allclose(found, torch.stack(list(expected.values())), atol=1e-6)
+    assert not big[3].any() and big[:3].all()
+    with pytest.raises(PlanError, match="how many columns, not which"):
+        compact(model, plan, "inherit")
+
+
+def test_verify_compares_zoo_models_only(data):
     model = Foreign()
     with pytest.raises(EmbtrimError, match="given Foreign"):
         verify(model, site_plan(find_sites(model)), data)
-    full = site_plan(find_sites(model))
-    tables = (TablePlan("user", 40, 6, (Block(2, (0,), "scatter", np.array([0, 1], np.int32)),)), full.tables[1])
-    with pytest.raises(PlanError, match="drops or re-sizes rows"):
-        compact(model, dataclasses.replace(full, tables=tables))
+
+
+@pytest.mark.parametrize("name", ["deepfm", "fnn"])
+def test_sizes_per_value_are_verified_by_a_naive_lookup(name, wide_data, monkeypatch):
+    model = small_model(name, wide_data.schema)
+    full = model.tables.plan
+    rng = np.random.default_rng(0)
+    tables = []
+    for t in full.tables:
+        order = rng.permutation(t.num_rows)
+        pieces = zip((t.width, 2, 1), np.array_split(order[: t.num_rows * 3 // 4], 3), strict=True)
+        blocks = tuple(Block(len(r), width, "project", np.sort(r).astype(np.int32)) for width, r in pieces)
+        tables.append(TablePlan(t.name, t.num_rows, t.width, blocks))
+    plan = dataclasses.replace(full, tables=tuple(tables))
+    result = verify(model, plan, wide_data)
+    assert (result.passed, result.against, result.num_rows) == (True, "lookup", wide_data.num_rows("valid"))
+    right = EmbeddingTables.storage_ids
+    monkeypatch.setattr(EmbeddingTables, "storage_ids", lambda self, ids: (right(self, ids) - 1).clamp(min=0))
+    assert not verify(model, plan, wide_data).passed
 
 
 def test_uniform_and_compact_agree_on_bytes(data):

@@ -19,6 +19,7 @@ from embtrim.dataset import EncodedDataset
 from embtrim.errors import EmbtrimError, PlanError
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan import SizePlan, TablePlan, projects
+from embtrim.schema import PAD
 from embtrim.sites import ModuleSite, find_sites, site_plan
 from embtrim.tables import EmbeddingTables
 from embtrim.train import check_data
@@ -27,41 +28,76 @@ Init = Literal["scratch", "initial", "inherit"]
 
 # verify: |compact - masked| <= TOLERANCE * (1 + |masked|), in float64.
 TOLERANCE = 1e-9
+# Rows that are looked up value by value, where a plan only counts columns.
+LOOKUP_ROWS = 1024
 
 
 class CompactEmbedding(nn.Module):
-    """Drop-in for an nn.Embedding of which a plan keeps some columns: zeros, or a projection, fill the rest.
+    """Drop-in for an nn.Embedding of which a plan keeps some columns or rows: zeros, or projections, fill the rest.
+
+    Ids stay those of the full table: where rows were dropped or re-sized an int32 map takes them to compact ids.
 
     Args:
-        table: uniform table plan with all rows kept.
+        table: plan of the table, with its rows.
         padding_idx: as in nn.Embedding.
     """
 
     columns: Tensor
+    id_map: Tensor | None
 
     def __init__(self, table: TablePlan, padding_idx: int | None = None) -> None:
         super().__init__()
-        if table.mixed or table.has_dropped:
-            raise PlanError(
-                f"plan for {table.name!r} drops or re-sizes rows; only column plans can be applied to a foreign module so far"
-            )
         self.embedding_dim = table.width
         self.num_embeddings = table.num_rows
-        self.padding_idx = padding_idx
-        self.weight = nn.Parameter(torch.zeros(table.num_rows, table.output_width))
+        id_map = table.id_map() if table.output_width else None
+        self.padding_idx = padding_idx if padding_idx is None or id_map is None else int(id_map[padding_idx])
+        if padding_idx is not None and self.padding_idx == table.dropped_id:
+            self.padding_idx = None  # it shares a row that other values train
+        self.register_buffer("id_map", None if id_map is None else torch.from_numpy(id_map))
+        self.weights = nn.ParameterList([torch.zeros(rows, width) for rows, width in table.segments])
+        widths = [table.output_width] if projects(table) else table.mixed_widths
+        self.projections = nn.ParameterDict({str(s): torch.zeros(s, table.width) for s in widths})
         self.register_buffer("columns", torch.tensor(table.columns, dtype=torch.int64), persistent=False)
-        self.projection = nn.Parameter(torch.zeros(table.output_width, table.width)) if projects(table) else None
 
     def forward(self, ids: Tensor) -> Tensor:
         """(..., D) embeddings of ids (...)."""
-        narrow = nn.functional.embedding(ids, self.weight, padding_idx=self.padding_idx)
-        if self.projection is not None:
-            return narrow @ self.projection
-        return narrow.new_zeros((*ids.shape, self.embedding_dim)).index_copy(-1, self.columns, narrow)
+        if not any(weight.shape[1] for weight in self.weights):
+            return self.weights[0].new_zeros(*ids.shape, self.embedding_dim)
+        rows = ids if self.id_map is None else self.id_map[ids]
+        if len(self.weights) == 1:
+            return self._widen(nn.functional.embedding(rows, self.weights[0], padding_idx=self.padding_idx))
+        found = self.weights[0].new_zeros(*ids.shape, self.embedding_dim)
+        start = 0
+        for weight in self.weights:
+            local = rows - start
+            inside = (local >= 0) & (local < len(weight))
+            found = found + self._widen(nn.functional.embedding(local * inside, weight)) * inside[..., None]
+            start += len(weight)
+        return found
+
+    @torch.no_grad()
+    def set_rows(self, compact_ids: np.ndarray, values_ND: Tensor) -> None:
+        """Write rows; of each value as many leading columns are taken as the row stores."""
+        start = 0
+        for weight in self.weights:
+            inside = torch.from_numpy((compact_ids >= start) & (compact_ids < start + len(weight)))
+            local = torch.from_numpy(compact_ids).long()[inside] - start
+            weight[local] = values_ND[inside.to(values_ND.device)][:, : weight.shape[1]].to(weight)
+            start += len(weight)
+
+    def _widen(self, narrow: Tensor) -> Tensor:
+        """Embeddings of one width at width D."""
+        width = narrow.shape[-1]
+        if str(width) in self.projections:
+            return narrow @ self.projections[str(width)]
+        if width in (0, self.embedding_dim):
+            return narrow if width else narrow.new_zeros(*narrow.shape[:-1], self.embedding_dim)
+        return narrow.new_zeros((*narrow.shape[:-1], self.embedding_dim)).index_copy(-1, self.columns, narrow)
 
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
-        return f"{self.num_embeddings}, {self.weight.shape[1]} of {self.embedding_dim}"
+        stored = ", ".join(f"{len(w):,} x {w.shape[1]}" for w in self.weights)
+        return f"{stored} of {self.num_embeddings:,} x {self.embedding_dim}"
 
 
 def compact(model: nn.Module, plan: SizePlan, init: Init = "scratch", seed: int | None = None) -> Any:
@@ -132,15 +168,8 @@ def inherit_weights(full: CTRModel, small: CTRModel) -> None:
 
 def _inherit_table(full: EmbeddingTables, small: EmbeddingTables, table: TablePlan) -> None:
     """Copy the kept rows and columns, and the first-order weights of the kept rows, of one table."""
-    id_map = table.id_map()
-    kept_rows = np.arange(table.num_rows) if id_map is None else np.flatnonzero(id_map != table.dropped_id)
-    compact_ids = kept_rows if id_map is None else id_map[kept_rows]
-    if table.width and any(isinstance(b.columns, int) and 0 < b.width < table.width for b in table.blocks):
-        raise PlanError(f"plan for table {table.name!r} says how many columns, not which; use init='scratch'")
-    if table.mixed and any(0 < b.width < table.width for b in table.blocks):
-        raise PlanError(
-            f"table {table.name!r} has rows of several widths, whose projections are learned; use init='scratch'"
-        )
+    _check_inheritable(table)
+    kept_rows, compact_ids = _kept_rows(table)
     if table.output_width:
         values_ND = full.get_rows(table.name, kept_rows)[0][1]
         small.set_rows(table.name, compact_ids, values_ND[:, list(table.columns)])
@@ -149,12 +178,19 @@ def _inherit_table(full: EmbeddingTables, small: EmbeddingTables, table: TablePl
         small.first_order[torch.from_numpy(small.storage_rows(table.name, compact_ids))] = full.first_order[source]
 
 
+def _check_inheritable(table: TablePlan) -> None:
+    if table.only_counts:
+        raise PlanError(f"plan for table {table.name!r} says how many columns, not which; use init='scratch'")
+
+
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """Whether the compact model equals the masked full model on real rows.
+    """Whether the compact model equals what the plan stands for on real rows.
 
     Attributes:
-        max_difference: largest |compact - masked| / (1 + |masked|) over the rows, in float64.
+        against: "masked" - logits of the full model with the removed entries set to zero; or "lookup" - a naive lookup
+            of each value's embedding, for plans that only count columns.
+        max_difference: largest |compact - expected| / (1 + |expected|) over the rows, in float64.
         num_rows: rows compared.
         tolerance: what is allowed.
         passed: whether it holds.
@@ -164,12 +200,13 @@ class Verification:
     num_rows: int
     tolerance: float
     passed: bool
+    against: Literal["masked", "lookup"] = "masked"
 
     def require(self) -> None:
         """Raise EmbtrimError unless the comparison holds."""
         if not self.passed:
             raise EmbtrimError(
-                f"compact and masked model differ by {self.max_difference:.2e} (allowed {self.tolerance:.0e}); "
+                f"compact and {self.against} model differ by {self.max_difference:.2e} (allowed {self.tolerance:.0e}); "
                 "please report this as a bug, with the plan"
             )
 
@@ -180,23 +217,26 @@ def verify(
     """Compare a compact copy with inherited weights with the masked full model on real batches, in float64.
 
     The masked model is the full one with the removed entries set to zero. The compact copy is verify's own: narrow
-    tables are aligned by selection, whatever the plan says, before any re-initialisation.
+    tables are aligned by selection, whatever the plan says, before any re-initialisation. A plan that only counts
+    columns has no masked model: its compact tables, with random weights, are compared with a naive lookup instead.
 
     Args:
         model: the full model.
-        plan: made for its schema, with columns (a plan that only counts has nothing to be equal to).
+        plan: made for its schema.
         data: the full model's data.
         split: which rows.
         max_rows: how many at most.
 
     Raises:
-        PlanError: see `compact` with init="inherit".
+        PlanError: the plan was made for something else.
     """
     if not isinstance(model, CTRModel):
         raise EmbtrimError(
             f"verify compares models of embtrim.models, given {type(model).__name__}; mask it and compare outputs"
         )
     check_data(model, data)
+    if any(table.only_counts for table in plan.tables):
+        return _verify_lookup(model, plan, data, split, min(max_rows, LOOKUP_ROWS))
     full = copy.deepcopy(model).cpu().double().eval()
     small = compact(full, plan, init="inherit").eval()
     masked = mask_tables(full, plan)
@@ -213,6 +253,49 @@ def verify(
             if rows >= max_rows:
                 break
     return Verification(worst, rows, TOLERANCE, worst <= TOLERANCE)
+
+
+@torch.no_grad()
+def _verify_lookup(model: CTRModel, plan: SizePlan, data: EncodedDataset, split: str, max_rows: int) -> Verification:
+    """Compare the compact tables with embeddings looked up value by value, by nothing but the plan's definition."""
+    full_ids_BC = next(iter(data.batches(split, max_rows))).ids_BC.numpy()
+    ids_BC = next(iter(data.recode(plan).batches(split, max_rows))).ids_BC
+    tables = compact(copy.deepcopy(model).cpu().double(), plan, seed=0).eval().tables
+    generator = torch.Generator().manual_seed(0)
+    tables.weight.normal_(generator=generator)
+    values_VD = {t.name: torch.randn(t.num_rows + 1, t.width, generator=generator).double() for t in plan.tables}
+    block_of_row: dict[str, np.ndarray] = {}
+    for table in plan.tables:
+        block_of_row[table.name] = np.full(table.num_rows, -1)
+        for number, block in enumerate(table.blocks):
+            block_of_row[table.name][slice(None) if block.rows is None else block.rows] = number
+        kept_rows, compact_ids = _kept_rows(table)
+        tables.set_rows(table.name, compact_ids, values_VD[table.name][kept_rows])
+        if table.dropped_id is not None:
+            tables.set_rows(table.name, np.array([table.dropped_id]), values_VD[table.name][-1:])
+
+    def embedding(table: TablePlan, row: int) -> Tensor:
+        block = block_of_row[table.name][row]
+        width = table.blocks[block].width if block >= 0 else max((b.width for b in table.blocks), default=0)
+        vector = values_VD[table.name][row if block >= 0 else -1, :width]
+        if not table.mixed or width == table.width:
+            return vector
+        return vector @ tables.shared_projections[str(width)] if width else torch.zeros(table.width).double()
+
+    by_name = {table.name: table for table in plan.tables}
+    found_BS = tables(ids_BC).concat
+    worst = 0.0
+    for row, ids_C in enumerate(full_ids_BC):
+        parts = []
+        for field, columns in zip(data.schema.id_fields, data.schema.column_slices, strict=True):
+            table = by_name[field.table_name]
+            vectors = [embedding(table, int(i)) for i in ids_C[columns] if i != PAD]
+            pooled = torch.stack(vectors).sum(0) if vectors else torch.zeros(table.output_width).double()
+            parts.append(pooled / len(vectors) if field.pooling == "mean" and vectors else pooled)
+        expected_S = torch.cat(parts)
+        difference = (found_BS[row] - expected_S).abs() / (1 + expected_S.abs())
+        worst = max(worst, float(difference.max()) if len(difference) else 0.0)
+    return Verification(worst, len(full_ids_BC), TOLERANCE, worst <= TOLERANCE, "lookup")
 
 
 @torch.no_grad()
@@ -245,18 +328,40 @@ def _compact_module(model: nn.Module, plan: SizePlan, init: Init, seed: int | No
     for table, site in zip(plan.tables, sites, strict=True):
         module = site.module
         replacement = CompactEmbedding(table, module.padding_idx)
-        columns = list(table.columns)
         with torch.no_grad():
             if init == "inherit":
-                replacement.weight.copy_(module.weight[:, columns])
-                if replacement.projection is not None:
-                    replacement.projection.copy_(torch.eye(table.width)[columns])
+                _inherit_module(module, replacement, table)
             else:
-                # The spread of the model's own rows; a foreign module does not tell how it was initialised.
-                replacement.weight.normal_(0, float(module.weight.std()), generator=generator)
-                if replacement.projection is not None:
-                    replacement.projection.normal_(0, max(1, len(columns)) ** -0.5, generator=generator)
-                if module.padding_idx is not None:
-                    replacement.weight[module.padding_idx] = 0.0
+                _draw_module(module, replacement, table, generator)
         small.set_submodule(table.name, replacement.to(module.weight))
     return small
+
+
+def _inherit_module(module: nn.Embedding, replacement: CompactEmbedding, table: TablePlan) -> None:
+    """Copy the kept rows and columns of a foreign embedding; a projection starts as the selection of the columns."""
+    _check_inheritable(table)
+    kept_rows, compact_ids = _kept_rows(table)
+    replacement.set_rows(compact_ids, module.weight[torch.from_numpy(kept_rows)][:, list(table.columns)])
+    for projection in replacement.projections.values():
+        projection.copy_(torch.eye(table.width)[list(table.columns)])
+
+
+def _draw_module(
+    module: nn.Embedding, replacement: CompactEmbedding, table: TablePlan, generator: torch.Generator
+) -> None:
+    """New weights with the spread of the model's own rows; a foreign module does not tell how it was initialised."""
+    for weight in replacement.weights:
+        weight.normal_(0, float(module.weight.std()), generator=generator)
+    for projection in replacement.projections.values():
+        projection.normal_(0, len(projection) ** -0.5, generator=generator)
+    zeros = [i for i in (replacement.padding_idx, table.dropped_id) if i is not None]
+    replacement.set_rows(np.array(zeros, np.int64), torch.zeros(len(zeros), table.width))
+
+
+def _kept_rows(table: TablePlan) -> tuple[np.ndarray, np.ndarray]:
+    """Kept rows of a table, and their compact ids."""
+    id_map = table.id_map()
+    if id_map is None:
+        return np.arange(table.num_rows), np.arange(table.num_rows)
+    kept_rows = np.flatnonzero(id_map != table.dropped_id) if table.has_dropped else np.arange(table.num_rows)
+    return kept_rows, id_map[kept_rows]

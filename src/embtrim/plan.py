@@ -9,8 +9,8 @@ How a table is laid out follows from its blocks:
 - *uniform*: all blocks keep the same columns. The table is as wide as they are. A narrow one is brought to the full
   width, where a model needs equal widths, by "scatter" (kept columns return to their places) or "project" (a matrix
   M in R^{d x D} of its own, no bias).
-- *mixed*: blocks of several widths, all "project". The table gives D columns: a row of width s is multiplied by
-  W_s in R^{s x D}, which all mixed tables share; width D is taken as it is.
+- *mixed*: blocks of several widths, or of a width that is only a number, all "project". The table gives D columns: a
+  row of width s is multiplied by W_s in R^{s x D}, which all mixed tables share; width D is taken as it is.
 
 Compact ids of a table run through its blocks in order; the DROPPED row comes last in the last of the widest blocks.
 """
@@ -112,8 +112,29 @@ class TablePlan:
 
     @property
     def mixed(self) -> bool:
-        """Whether rows of several widths are projected to D (see the module docstring)."""
-        return len({block.columns for block in self.blocks}) > 1
+        """Whether rows are projected to D by matrices that tables share (see the module docstring)."""
+        counted = any(isinstance(b.columns, int) and b.alignment == "project" for b in self.blocks)
+        return len({block.columns for block in self.blocks}) > 1 or (counted and not self._keeps_whole_rows)
+
+    @property
+    def _keeps_whole_rows(self) -> bool:
+        return all(block.width in (0, self.width) for block in self.blocks)
+
+    @property
+    def mixed_widths(self) -> tuple[int, ...]:
+        """Widths below D of a mixed table's rows, which are projected."""
+        return tuple(sorted({w for _, w in self.segments if 0 < w < self.width})) if self.mixed else ()
+
+    @property
+    def renumbers(self) -> bool:
+        """Whether compact ids differ from full ones."""
+        return self.has_dropped or len(self.blocks) > 1
+
+    @property
+    def only_counts(self) -> bool:
+        """Whether the plan says how many columns of a row are kept, or projects rows of several widths: not which."""
+        counted = any(isinstance(b.columns, int) and 0 < b.width < self.width for b in self.blocks)
+        return counted or (self.mixed and any(0 < b.width < self.width for b in self.blocks))
 
     @property
     def columns(self) -> tuple[int, ...]:
@@ -176,7 +197,7 @@ class TablePlan:
         Raises:
             PlanError: the plan was read without its rows.
         """
-        if not self.has_dropped and len(self.blocks) == 1:
+        if not self.renumbers:
             return None
         id_map = np.full(self.num_rows, self.dropped_id if self.has_dropped else -1, np.int32)
         for block, start in zip(self.blocks, self._block_starts, strict=True):
@@ -209,6 +230,8 @@ class SizePlan:
         first_order: whether the model keeps one first-order weight a row.
         method: name of the search that made it.
         details: what the search wants remembered: settings, seed, budget, scores.
+        standalone: whether each table stands alone in a foreign model, whose ids cannot be re-numbered: it then has
+            projections of its own and, where rows are dropped or re-sized, an int32 map of its ids.
 
     Example:
         >>> plan = SizePlan.full(Schema.from_sizes([100, 10]), width=4)
@@ -222,6 +245,7 @@ class SizePlan:
     first_order: bool = False
     method: str = "manual"
     details: dict[str, Any] = field(default_factory=dict)
+    standalone: bool = False
 
     @classmethod
     def full(cls, schema: Schema, width: int, first_order: bool = False) -> SizePlan:
@@ -229,7 +253,7 @@ class SizePlan:
         tables = tuple(
             TablePlan(name, rows, width, (Block(rows, tuple(range(width))),)) for name, rows in schema.tables.items()
         )
-        return cls(schema.fingerprint, len(schema.id_fields), tables, first_order, "full")
+        return cls(schema.fingerprint, len(schema.id_fields), tables, first_order, method="full")
 
     def with_columns(
         self,
@@ -262,19 +286,26 @@ class SizePlan:
     @property
     def shared_projection_widths(self) -> tuple[int, ...]:
         """Widths s of the matrices W_s that mixed tables share, ascending."""
-        mixed = [table for table in self.tables if table.mixed]
-        return tuple(sorted({w for t in mixed for _, w in t.segments if 0 < w < t.width}))
+        return tuple(sorted({w for t in self.tables for w in t.mixed_widths}))
 
     @property
     def num_projection_params(self) -> int:
         """Parameters of all projections to the full width."""
         own = sum(t.output_width * t.width for t in self.tables if projects(t))
+        if self.standalone:
+            return own + sum(s * t.width for t in self.tables for s in t.mixed_widths)
         return own + sum(s * self.width for s in self.shared_projection_widths)
 
     @property
+    def num_map_entries(self) -> int:
+        """Entries of the int32 maps that the tables of a foreign model carry; each takes the bytes of a parameter."""
+        return sum(t.num_rows for t in self.tables if t.renumbers and t.output_width) if self.standalone else 0
+
+    @property
     def num_params(self) -> int:
-        """Embedding parameters: rows, shared DROPPED rows and projections; no first-order weights."""
-        return sum(rows * width for t in self.tables for rows, width in t.segments) + self.num_projection_params
+        """Embedding parameters: rows, shared DROPPED rows, projections and row maps; no first-order weights."""
+        stored = sum(rows * width for t in self.tables for rows, width in t.segments)
+        return stored + self.num_projection_params + self.num_map_entries
 
     @property
     def num_first_order_params(self) -> int:

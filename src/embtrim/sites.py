@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -23,12 +23,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embtrim.dataset import EncodedDataset
+from embtrim.dataset import EncodedDataset, SplitArrays
 from embtrim.errors import EmbtrimError
+from embtrim.metrics import compute_metrics
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan import Alignment, Block, SizePlan, TablePlan
+from embtrim.schema import OOV
 from embtrim.tables import EmbeddingTables
-from embtrim.train import FitResult, Hooks, TrainConfig, evaluate, fit, logloss_of_batch, train_loop
+from embtrim.train import (
+    EVAL_BATCH_SIZE,
+    FitResult,
+    Hooks,
+    TrainConfig,
+    device_of,
+    evaluate,
+    fast_matmul,
+    fit,
+    logloss_of_batch,
+    train_loop,
+)
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +56,13 @@ class Site(Protocol):
         names: names of its tables.
         num_rows: rows of each table.
         widths: columns of each table.
+        reserved_rows: for each table the row that outlives all others, if any: OOV, or a padding row.
     """
 
     names: tuple[str, ...]
     num_rows: tuple[int, ...]
     widths: tuple[int, ...]
+    reserved_rows: tuple[int | None, ...]
 
     def gated(self, slots: SlotGate | None = None, rows: RowGate | None = None) -> AbstractContextManager[None]:
         """Apply gates inside a `with` block; those of one site do not nest.
@@ -63,6 +78,14 @@ class Site(Protocol):
         """The tables' embeddings (V, D), as views of the parameters without their gradient."""
         ...
 
+    def drop_rows(self, kept: Sequence[Tensor]) -> None:
+        """Set rows to zero in place, and their first-order weights.
+
+        Args:
+            kept: for each table, bool (V,): the rows to leave alone.
+        """
+        ...
+
 
 class TableSite:
     """The full EmbeddingTables of a zoo model; fields that share a table share its slots."""
@@ -75,6 +98,7 @@ class TableSite:
         self.names = tuple(t.name for t in plans)
         self.num_rows = tuple(t.num_rows for t in plans)
         self.widths = tuple(t.output_width for t in plans)
+        self.reserved_rows: tuple[int | None, ...] = (OOV,) * len(plans)
         first = dict(zip(self.names, np.cumsum([0, *self.widths[:-1]]).tolist(), strict=True))
         slots = [
             first[f.table_name] + column
@@ -97,6 +121,15 @@ class TableSite:
         stored = self.tables.group_view(self.tables.groups[0]).detach()  # full tables: one width, in the schema's order
         return list(stored.split(self.num_rows))
 
+    @torch.no_grad()
+    def drop_rows(self, kept: Sequence[Tensor]) -> None:
+        """See Site."""
+        dropped_R = ~torch.cat(list(kept))
+        self.tables.settle()
+        self.tables.group_view(self.tables.groups[0])[dropped_R] = 0.0
+        if self.tables.first_order is not None:
+            self.tables.first_order[dropped_R] = 0.0
+
 
 class ModuleSite:
     """One nn.Embedding of a foreign model, used any number of times in a forward pass."""
@@ -106,6 +139,7 @@ class ModuleSite:
         self.names = (name,)
         self.num_rows = (module.num_embeddings,)
         self.widths = (module.embedding_dim,)
+        self.reserved_rows: tuple[int | None, ...] = (module.padding_idx,)
 
     @contextmanager
     def gated(self, slots: SlotGate | None = None, rows: RowGate | None = None) -> Iterator[None]:
@@ -130,6 +164,12 @@ class ModuleSite:
     def weights(self) -> list[Tensor]:
         """See Site."""
         return [self.module.weight.detach()]
+
+    @torch.no_grad()
+    def drop_rows(self, kept: Sequence[Tensor]) -> None:
+        """See Site."""
+        (kept_V,) = kept
+        self.module.weight[~kept_V] = 0.0
 
 
 def find_sites(model: nn.Module, keep: Callable[[str], bool] | None = None) -> list[Site]:
@@ -183,7 +223,7 @@ def site_plan(sites: Sequence[Site]) -> SizePlan:
         for name, rows, width in zip(site.names, site.num_rows, site.widths, strict=True)
     )
     text = repr([(t.name, t.num_rows, t.width) for t in tables])
-    return SizePlan(hashlib.sha256(text.encode()).hexdigest()[:12], len(tables), tables, method="full")
+    return SizePlan(hashlib.sha256(text.encode()).hexdigest()[:12], len(tables), tables, standalone=True, method="full")
 
 
 class Task:
@@ -234,14 +274,28 @@ class Task:
             raise EmbtrimError(f"this search reads {split} batches; give the Task `{split}=`")
         return batches
 
+    def num_batches(self, split: str) -> int:
+        """Batches a pass over "train" or "valid"; a loader without a length is read once."""
+        batches = self.batches(split)
+        return len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
+
     def fresh(self, seed: int) -> nn.Module:
         """A model with initial weights."""
         if self._fresh is None:
             raise EmbtrimError("this search starts from initial weights; give the Task `fresh=` (seed -> model)")
         return self._fresh(seed)
 
-    def fit(self, model: nn.Module, epochs: int, seed: int, hooks: Hooks | None = None) -> FitResult:
-        """Train a model of this task for a number of epochs, without early stopping."""
+    def fit(self, model: nn.Module, epochs: int, seed: int, hooks: Hooks | None = None, **settings: Any) -> FitResult:
+        """Train a model of this task for a number of epochs, without early stopping.
+
+        Args:
+            model: trained in place.
+            epochs: passes over the training batches.
+            seed: of shuffling and dropout.
+            hooks: additions of a search method.
+            settings: fields of TrainConfig that a method asks for, such as `tables="dense"`; they have no effect on a
+                task with an `optimizer=` of its own.
+        """
         if self._optimizer is None:
             raise EmbtrimError("this search trains; give the Task `optimizer=` (model -> optimiser)")
         return train_loop(
@@ -255,9 +309,53 @@ class Task:
             hooks=hooks or Hooks(),
         )
 
-    def row_counts(self) -> dict[str, np.ndarray] | None:
-        """Occurrences of each row in the training data by table, or None where the task cannot tell."""
-        return None
+    @torch.no_grad()
+    def gated_scores(self, model: nn.Module, gates: Sequence[Sequence[SlotGate]], max_rows: int = 0) -> list[float]:
+        """Validation score of a model under each of several slot gatings, higher is better.
+
+        Without a `score=` it is minus the mean validation loss.
+
+        Args:
+            model: put into evaluation mode.
+            gates: for each gating, the slot gate of each site.
+            max_rows: validation rows to score on, where the task can draw a sample; 0 means all.
+        """
+        sites = self.sites(model)
+        model.eval()
+        if self.score is not None:
+            scores = []
+            for gating in gates:
+                with gate_sites(sites, gating):
+                    scores.append(float(self.score(model)))
+            return scores
+        totals, num_batches = [0.0] * len(gates), 0
+        for batch in self.batches("valid"):
+            num_batches += 1
+            for number, gating in enumerate(gates):
+                with gate_sites(sites, gating):
+                    totals[number] -= float(self.loss(model, batch))
+        return [total / max(1, num_batches) for total in totals]
+
+    def row_counts(self) -> dict[str, np.ndarray]:
+        """Occurrences of each row in the training data, int64 (V,) by table; one forward pass over the batches."""
+        sites = [site for site in self.sites(self.model) if isinstance(site, ModuleSite)]
+        counts = {site.names[0]: np.zeros(site.num_rows[0], np.int64) for site in sites}
+
+        def count(site: ModuleSite, ids: Tensor) -> None:
+            counts[site.names[0]] += torch.bincount(ids.flatten(), minlength=site.num_rows[0]).cpu().numpy()
+
+        hooks = [s.module.register_forward_pre_hook(lambda _, inputs, s=s: count(s, inputs[0])) for s in sites]
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                for batch in self.batches("train"):
+                    self.loss(self.model, batch)
+        finally:
+            self.model.train(was_training)
+            for hook in hooks:
+                hook.remove()
+        return counts
 
 
 class CTRTask(Task):
@@ -288,18 +386,45 @@ class CTRTask(Task):
         """See Task."""
         return (b.to(self.config.device) for b in self.data.batches(split, self.config.batch_size, seed))
 
+    def num_batches(self, split: str) -> int:
+        """See Task."""
+        return -(-self.data.num_rows(split) // self.config.batch_size)
+
     def fresh(self, seed: int) -> nn.Module:
         """See Task."""
         model = type(self.model)(self.model.schema, **{**self.model.hparams, "seed": seed})
         return model.to(self.config.device)
 
-    def fit(self, model: nn.Module, epochs: int, seed: int, hooks: Hooks | None = None) -> FitResult:
+    def fit(self, model: nn.Module, epochs: int, seed: int, hooks: Hooks | None = None, **settings: Any) -> FitResult:
         """See Task."""
         assert isinstance(model, CTRModel)
         train_only = EncodedDataset(self.data.schema, {"train": self.data.split("train")}, id_maps=self.data.id_maps)
-        return fit(model, train_only, self.config.replace(epochs=epochs, seed=seed), hooks=hooks)
+        return fit(model, train_only, self.config.replace(epochs=epochs, seed=seed, **settings), hooks=hooks)
 
-    def row_counts(self) -> dict[str, np.ndarray] | None:
+    @torch.no_grad()
+    def gated_scores(self, model: nn.Module, gates: Sequence[Sequence[SlotGate]], max_rows: int = 0) -> list[float]:
+        """See Task; the score is the AUC, of the same sample of rows at every call."""
+        arrays = self.data.split("valid")
+        if 0 < max_rows < len(arrays):
+            rows = np.sort(np.random.default_rng(0).choice(len(arrays), max_rows, replace=False))
+            columns = (arrays.ids, arrays.labels, arrays.dense, arrays.weights)
+            arrays = SplitArrays(*(None if column is None else column[rows] for column in columns))  # type: ignore[arg-type]
+        sample = EncodedDataset(self.data.schema, {"valid": arrays}, id_maps=self.data.id_maps)
+        sites, device = self.sites(model), device_of(self.config)
+        model.to(device).eval()
+        logits = np.empty((len(gates), len(arrays)), np.float32)
+        start = 0
+        with fast_matmul("fp32", device):
+            for batch in sample.batches("valid", EVAL_BATCH_SIZE):
+                batch = batch.to(device)
+                for number, gating in enumerate(gates):
+                    with gate_sites(sites, gating):
+                        logits_B = model(batch.ids_BC, batch.dense_BE).float().cpu().numpy()
+                    logits[number, start : start + len(batch)] = logits_B
+                start += len(batch)
+        return [compute_metrics(arrays.labels, found, arrays.weights).auc for found in logits]
+
+    def row_counts(self) -> dict[str, np.ndarray]:
         """See Task."""
         return self.data.value_counts("train")
 

@@ -406,9 +406,11 @@ class EmbeddingTables(nn.Module):
         assert ids_BC.shape[1] == len(self.shift_C), f"ids have {ids_BC.shape[1]} columns, tables {len(self.shift_C)}"
         pool_BC = self._pool_weights(ids_BC) if self.is_pooled else None
         learns = self._optimizer is not None and self.training and torch.is_grad_enabled()
-        if self._optimizer is not None and not learns:
-            self.settle()
-        if learns or self.row_gate is not None:
+        # Rows of mixed tables are projected one by one, so distinct ones pay wherever shapes may vary.
+        distinct = learns or self.row_gate is not None or (bool(self._mixed_columns) and self.training)
+        if not distinct:
+            self.settle()  # otherwise the rows that are read are caught up, and no others
+        if distinct:
             concat, first_order = self._forward_distinct(ids_BC, pool_BC, learns)
         elif ids_BC.shape[0] <= ELEMENT_GATHER_ROWS and hasattr(self, "element_S"):
             index_BS = ids_BC[:, self.field_S] * self.width_S + self.element_S
@@ -443,8 +445,7 @@ class EmbeddingTables(nn.Module):
         rows_U, inverse = torch.unique(rows_BC, return_inverse=True)
         edges = torch.searchsorted(rows_U, self.group_starts).tolist()
         bounds = list(itertools.pairwise(edges))
-        if learns:
-            assert self._optimizer is not None
+        if self._optimizer is not None:
             self._optimizer.catch_up(rows_U)
         lookup = Lookup(rows_U, bounds, [])
         sources, indices, projected = [], [], []
