@@ -163,6 +163,10 @@ def _run(*more: str, tiny: bool = True) -> Callable[[Workshop], list[str | Path]
     return lambda shop: ["run", shop.data, "--out", shop.new("out"), *(TINY if tiny else ()), *more]
 
 
+def _compare(*more: str, models: str = "fm") -> Callable[[Workshop], list[str | Path]]:
+    return lambda shop: ["compare", shop.data, "--models", models, "--out", shop.new("out"), *more]
+
+
 def _predict(log: Callable[[Workshop], Path | str], *more: str) -> Callable[[Workshop], list[str | Path]]:
     return lambda shop: ["predict", shop.small, log(shop), "--out", shop.new("scores.parquet"), *more]
 
@@ -339,6 +343,20 @@ BAD_INPUTS = (
     BadInput("--budget and --max-loss", _run("--budget", "10%", "--max-loss", "0.01"), 2, ("--budget and --max-loss exclude each other",)),
     BadInput("--max-loss 2", _run("--max-loss", "2"), 2, ("max_loss", "given 2.0", "less than 0.5")),
     BadInput("--out of run exists", lambda s: ["run", s.data, "--out", s.data, *TINY], 1, ("data exists and is not empty",)),
+    # compare
+    BadInput("compare: unknown model", _compare(models="fm,deepfn"), 2, ("unknown model 'deepfn'", "did you mean 'deepfm'?")),
+    BadInput("compare: unknown method", _compare("--methods", "uniform,ssed"), 2, ("unknown method 'ssed'", "did you mean 'sseds'?")),
+    BadInput("compare: no methods", _compare("--methods", ""), 2, ("nothing to compare",)),
+    BadInput("compare: budget that is none", _compare("--budgets", "10%,lots"), 2, ("budgets", "'lots'", "'10%', '200MB'")),
+    BadInput("compare: 0 jobs", _compare("--jobs", "0"), 2, ("--jobs",)),
+    BadInput("compare: unknown setting of a variant", _compare("--set", "variants.x.method=sseds", "--set", "variants.x.scor=abs"), 2,
+             ("[variants.x]", "'scor' for SSEDSConfig", "did you mean 'score'?")),
+    BadInput("compare: variant without a method", _compare("--set", "variants.x.score=abs"), 2, ("[variants.x] needs method",)),
+    BadInput("compare: label that is taken", _compare("--set", "variants.random.method=sseds"), 2, ("[variants.random]", "taken")),
+    BadInput("compare: argument that no model knows", _compare("--set", "hparams.hidden_units=[16]"), 2,
+             ("[hparams] 'hidden_units'", "none of fm")),
+    BadInput("compare: --out of something else", lambda s: ["compare", s.data, "--models", "fm", "--out", s.bundle], 1,
+             ("full exists and is no folder of `embtrim compare`",)),
     # plans and bundles
     BadInput("plan of another schema", _plan_of_other, 1, ("plan was made for schema 0123456789ab", "search again")),
     BadInput("plan of a newer version", _newer_plan, 1, ("plan version 99", "upgrade embtrim")),

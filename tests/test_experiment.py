@@ -9,9 +9,11 @@ import polars as pl
 import pytest
 
 import embtrim
+from embtrim import experiment
 from embtrim.bundle import load_bundle
+from embtrim.compaction import verify
 from embtrim.errors import ConfigError, DataError, EmbtrimError
-from embtrim.experiment import RunConfig, RunRecord, dry_run, peak_memory, run, smallest_within, train_full
+from embtrim.experiment import RunConfig, RunRecord, dry_run, peak_memory, run, shrink, smallest_within, train_full
 from embtrim.plan import SizePlan
 from embtrim.train import TrainConfig
 
@@ -115,3 +117,27 @@ def test_peak_memory_sees_an_allocation():
         block = np.ones(400_000_000, np.uint8)
         block += 1
     assert peak.bytes - before.bytes > 250_000_000
+
+
+def test_search_memory_is_what_the_search_alone_needs(data, monkeypatch):
+    full = train_full(data, CONFIG.replace(train=CONFIG.train.replace(epochs=1)), 0)
+    resident = np.ones(300_000_000, np.uint8)
+    really = experiment.search
+
+    def hungry(*arguments):
+        block = np.ones(200_000_000, np.uint8)
+        block += 1
+        return really(*arguments)
+
+    def hungry_after(*arguments, **more):
+        block = np.ones(400_000_000, np.uint8)
+        block += 1
+        return verify(*arguments, **more)
+
+    monkeypatch.setattr(experiment, "search", hungry)
+    monkeypatch.setattr(experiment, "verify", hungry_after)
+    record = shrink(full, data, CONFIG, "random", {}, "30%", 0).record
+    assert 190e6 < record.search_peak_bytes < 290e6
+    assert record.peak_memory_bytes > resident.nbytes + 390e6
+    assert record.epoch_seconds == data.num_rows("train") / full.record.rows_per_second
+    assert record.search_epochs == pytest.approx(record.search_seconds / record.epoch_seconds)

@@ -1,4 +1,4 @@
-"""What every search promises, on a zoo model and on a foreign one; SSEDS by hand; planted signal."""
+"""What every search promises, on a zoo model and on a foreign one; methods by hand; planted signal."""
 
 from __future__ import annotations
 
@@ -9,48 +9,54 @@ import pytest
 import torch
 from torch import nn
 
+import embtrim.testing
 from embtrim.budget import Budget
+from embtrim.compaction import compact
 from embtrim.config import Config
 from embtrim.errors import BudgetError, ConfigError, EmbtrimError
-from embtrim.methods import METHODS, RandomConfig, SSEDSConfig, UniformConfig, method_named, search
-from embtrim.methods.selection import fill_budget
+from embtrim.methods import (
+    METHODS,
+    FrequencyConfig,
+    MagnitudeConfig,
+    MDEConfig,
+    PMEConfig,
+    RandomConfig,
+    SSEDSConfig,
+    UniformConfig,
+    method_named,
+    search,
+)
+from embtrim.methods.pme import entry_saliency, fill_sizes, reassign, sized_plan
+from embtrim.methods.registry import register
+from embtrim.methods.selection import field_plan, largest, row_plan
 from embtrim.methods.sseds import slot_gradients
 from embtrim.models import FNN, LR, DeepFM
 from embtrim.plan import SizePlan
+from embtrim.schema import Schema
 from embtrim.sites import CTRTask, Task, find_sites, gate_sites, num_slots
+from embtrim.testing import (
+    CHECKS,
+    ForeignModel,
+    conformance_matrix,
+    foreign_batches,
+    foreign_task,
+    planted_data,
+    zoo_task,
+)
 from embtrim.train import TrainConfig, fit
-from tests.conftest import planted_data
-from tests.test_compaction import Foreign, foreign_batches
 
-CONFIGS = [
-    pytest.param(SSEDSConfig(), id="sseds"),
-    pytest.param(SSEDSConfig(score="signed", data="valid", batches=0, cost_aware=True), id="sseds-signed"),
-    pytest.param(SSEDSConfig(pretrain="epochs:1", align="project", average="abs", batches=2), id="sseds-pretrain"),
-    pytest.param(UniformConfig(), id="uniform"),
-    pytest.param(RandomConfig(align="project"), id="random"),
-]
-
-
-def zoo_task() -> CTRTask:
-    data = planted_data(num_rows=2000, noise_vocab=200)
-    model = DeepFM(data.schema, embedding_dim=8, hidden_units=(8,))
-    config = TrainConfig(epochs=1, batch_size=256)
-    fit(model, data, config)
-    return CTRTask(model, data, config)
-
-
-def foreign_task() -> Task:
-    torch.manual_seed(0)
-    model = Foreign()
-    batches = list(foreign_batches())
-    return Task(
-        model,
-        lambda m, b: nn.functional.binary_cross_entropy_with_logits(m(b[0]), b[1]),
-        train=batches,
-        valid=batches,
-        optimizer=lambda m: torch.optim.Adam(m.parameters()),
-        fresh=lambda seed: torch.random.manual_seed(seed) and Foreign(),
-    )
+CONFIGS = {
+    **{name: method.config() for name, method in METHODS.items()},
+    "sseds-signed": SSEDSConfig(score="signed", data="valid", batches=0, cost_aware=True),
+    "sseds-pretrain": SSEDSConfig(pretrain="epochs:1", align="project", average="abs", batches=2),
+    "random-project": RandomConfig(align="project"),
+    "magnitude-rows": MagnitudeConfig(unit="rows"),
+    "magnitude-project": MagnitudeConfig(align="project", cost_aware=True),
+    "mde-occurrences": MDEConfig(popularity="occurrences", align="scatter"),
+    "pme-frequency": PMEConfig(score="frequency", search_fraction=0.3),
+    "pme-random": PMEConfig(score="random"),
+    "pme-warm": PMEConfig(score="magnitude", warmup_epochs=1),
+}
 
 
 @pytest.fixture(scope="module", params=["zoo", "foreign"])
@@ -58,48 +64,82 @@ def task(request) -> Task:
     return zoo_task() if request.param == "zoo" else foreign_task()
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-class TestEveryMethod:
-    """Conformance: one parametrised class, all methods."""
+@pytest.mark.parametrize("check", CHECKS, ids=lambda name: name.replace(" ", "-"))
+@pytest.mark.parametrize("name", CONFIGS)
+def test_conformance(name: str, check: str, task: Task):
+    """One class of promises, all methods, on a zoo model and on a foreign one."""
+    CHECKS[check](task, CONFIGS[name])
 
-    def test_same_seed_same_plan(self, config: Config, task: Task):
-        first, second = (search(task, config, "50%", seed=3) for _ in range(2))
-        assert first.diff(second) == ""
 
-    @pytest.mark.parametrize("budget", ["80%", "30%", "12%", "500 params"])
-    def test_budget_holds_and_is_full(self, config: Config, task: Task, budget: str):
-        if isinstance(config, UniformConfig) and budget == "12%" and not isinstance(task, CTRTask):
-            with pytest.raises(BudgetError, match="does not know which rows"):
-                search(task, config, budget)
-            return
-        plan = search(task, config, budget)
-        limit = plan.max_params(Budget.parse(budget))
-        assert plan.num_params <= limit
-        extra = plan.width if getattr(config, "align", "") == "project" else 0
-        for table in plan.tables:
-            if table.output_width < table.width and not isinstance(config, UniformConfig):
-                assert plan.num_params + table.num_rows + extra > limit, f"one more column of {table.name} fits"
+class TestTheChecksCanFail:
+    """A method that breaks a promise is found out."""
 
-    def test_model_is_unchanged(self, config: Config, task: Task):
+    @pytest.fixture
+    def broken(self):
+        class BrokenConfig(Config):
+            fault: str
+
+        @register("broken", BrokenConfig, needs="nothing")
+        def search_broken(task: Task, config: BrokenConfig, budget: Budget, seed: int) -> SizePlan:
+            full = task.full_plan()
+            first = full.tables[0].name
+            if config.fault == "global generator":
+                return full.with_columns({first: torch.randperm(4)[:2].tolist()}, "broken", {})
+            if config.fault == "moves":
+                next(task.model.parameters()).data.add_(1.0)
+            if config.fault == "reads":
+                weight = task.sites(task.model)[0].weights()[0]
+                return full.with_columns({first: weight.sum(0).argsort()[:2].tolist()}, "broken", {})
+            if config.fault == "not JSON":
+                return full.with_columns({first: [0]}, "broken", {"set": (1, 2)})
+            if config.fault == "over budget":
+                return full
+            return full.with_columns({first: [0]}, "broken", {})
+
+        yield BrokenConfig
+        del METHODS["broken"]
+
+    @pytest.mark.parametrize(
+        ("fault", "check"),
+        [
+            ("global generator", "same seed, same plan"),
+            ("over budget", "budget holds and is full"),
+            ("one column only", "budget holds and is full"),
+            ("not JSON", "plan round-trips"),
+            ("moves", "only declared parameters move"),
+            ("reads", "only declared parameters move"),
+        ],
+    )
+    def test_fault(self, fault: str, check: str, task: Task, broken):
         before = copy.deepcopy(task.model.state_dict())
-        training = task.model.training
-        search(task, config, "30%")
-        assert task.model.training == training
-        assert all(torch.equal(v, before[k]) for k, v in task.model.state_dict().items())
-        assert all(p.grad is None for p in task.model.parameters())
+        torch.manual_seed(5)
+        with pytest.raises(AssertionError):
+            CHECKS[check](task, broken(fault=fault))
+        task.model.load_state_dict(before)
 
-    def test_plan_round_trips(self, config: Config, task: Task, tmp_path):
-        plan = search(task, config, "30%")
-        plan.save(tmp_path / "plan.json")
-        again = SizePlan.load(tmp_path / "plan.json")
-        assert again.diff(plan) == ""
-        assert (again.num_params, again.method, again.details) == (plan.num_params, plan.method, plan.details)
+    def test_wrong_compaction(self, task: Task, monkeypatch):
+        right = embtrim.testing.compact
 
-    def test_whole_budget_keeps_everything(self, config: Config, task: Task):
-        if getattr(config, "align", "") == "project":
-            assert search(task, config, "100%").num_params <= task.full_plan().num_params
-        else:
-            assert search(task, config, "100%").num_params == task.full_plan().num_params
+        def off_by_one(model, plan, init="scratch", seed=None):
+            small = right(model, plan, init, seed)
+            with torch.no_grad():
+                for name, p in small.named_parameters():
+                    if "user" in name or "tables" in name:
+                        p.add_(0.1)
+            return small
+
+        monkeypatch.setattr("embtrim.testing.compact", off_by_one)
+        monkeypatch.setattr("embtrim.compaction.compact", off_by_one)
+        with pytest.raises((AssertionError, EmbtrimError)):
+            CHECKS["compact equals masked"](task, RandomConfig())
+        with pytest.raises(AssertionError):
+            CHECKS["keep-all is the identity"](task, RandomConfig())
+
+    def test_the_matrix_names_what_fails(self, broken, monkeypatch):
+        monkeypatch.setattr("embtrim.testing.CHECKS", {"budget": CHECKS["budget holds and is full"]})
+        lines = conformance_matrix({"random": RandomConfig(), "broken": broken(fault="over budget")}).splitlines()
+        assert lines[2] == "| random | zoo | holds |"
+        assert "FAILS" in lines[3]
 
 
 def test_sseds_gradient_equals_autograd_of_an_explicit_mask():
@@ -134,38 +174,194 @@ def test_shared_table_is_one_slot_for_both_fields():
     assert plan.num_params == 18
 
 
-def test_fill_budget_by_hand():
-    ranking, costs, tables = np.array([2, 0, 1, 3]), np.array([5, 4, 9, 1]), np.array([0, 0, 1, 1])
-    assert fill_budget(ranking, costs, 10, tables).tolist() == [False, False, True, True]
-    assert fill_budget(ranking, costs, 13, tables).tolist() == [False, True, True, False]
-    assert fill_budget(ranking, costs, 14, tables, min_dim=1).tolist() == [True, False, True, False]
-    with pytest.raises(BudgetError, match="14"):
-        fill_budget(ranking, costs, 13, tables, min_dim=1)
+def hand_plan(*sizes: int, width: int = 4) -> SizePlan:
+    return SizePlan.full(Schema.from_sizes(sizes), width)
+
+
+def test_field_plan_by_hand():
+    full = hand_plan(5, 3, width=2)  # slots: f0 columns at 5, f1 columns at 3
+    ranking = np.array([2, 0, 1, 3])
+
+    def columns(limit: int, alignment="scatter", min_dim: int = 0) -> list[tuple[int, ...]]:
+        return [t.columns for t in field_plan(full, ranking, limit, alignment, "hand", {}, min_dim).tables]
+
+    assert columns(10) == [(0,), (0,)]
+    assert columns(7) == [(), (0, 1)]  # 5 does not fit beside 3 and is skipped
+    assert columns(13) == [(0, 1), (0,)]
+    assert columns(8, min_dim=1) == [(0,), (0,)]
+    with pytest.raises(BudgetError, match="take 8"):
+        columns(7, min_dim=1)
+    # Projected: one column of f1 takes 3 + 2, both without projection 6; one of f0 takes 7, both 10.
+    assert columns(5, "project") == [(), (0,)]
+    assert columns(6, "project") == [(), (0, 1)]
+    assert columns(15, "project") == [(0, 1), (0,)]
+    assert columns(16, "project") == [(0, 1), (0, 1)]
+
+
+def test_row_plan_by_hand():
+    full = hand_plan(4, 3, width=2)
+    scores = {"f0": np.array([9, 1, 8, 7]), "f1": np.array([6, 5, 0])}
+    columns = {"f0": (0, 1), "f1": (1,)}
+
+    def kept(limit: int) -> list[list[int] | None]:
+        plan = row_plan(full, scores, columns, limit, "scatter", "hand", {})
+        assert plan.num_params <= limit
+        return [None if b.rows is None else b.rows.tolist() for t in plan.tables for b in t.blocks]
+
+    assert kept(1) == []
+    assert kept(3) == [None]  # only f1, of one column, fits
+    assert kept(4) == [[0]]  # the row and DROPPED
+    assert kept(6) == [[0, 2]]
+    assert kept(8) == [None]  # the last row takes the place of DROPPED
+    assert kept(10) == [None, [0]]
+    assert kept(11) == [None, None]
+
+
+def test_largest():
+    assert [largest(9, lambda n, most=most: n <= most) for most in (-1, 0, 4, 9, 20)] == [0, 0, 4, 9, 9]
 
 
 def test_uniform_by_hand(data):
     model = FNN(data.schema, embedding_dim=8, hidden_units=(4,))
     plan = search(CTRTask(model, data), UniformConfig(), "30%", seed=1)
     widths = [t.output_width for t in plan.tables]
-    # 30% of 2050 x 8 is 4920 = 2 x 2050 + 820: width 2 for all; the small tables may get a third column, noise not.
-    assert widths[2] == 2
-    assert widths[0] == widths[1] == 3
+    # 30% of 2050 x 8 is 4920 = 2 x 2050 + 820: width 2 for all; the small tables get a third column, noise does not.
+    assert widths == [3, 3, 2]
 
 
-def test_uniform_below_width_one_keeps_the_most_frequent_rows(data):
-    model = FNN(data.schema, embedding_dim=8, hidden_units=(4,))
-    plan = search(CTRTask(model, data), UniformConfig(), "3%")
-    assert plan.num_params == plan.max_params(Budget.parse("3%")) == 492
-    counts = data.value_counts("train")
-    noise = plan.tables[2]
-    kept = noise.blocks[0].rows
-    dropped = np.setdiff1d(np.arange(noise.num_rows), kept)
-    assert noise.has_dropped
-    assert counts["noise"][kept[1:]].min() >= counts["noise"][dropped].max() - 0
-    with pytest.raises(BudgetError, match="smallest uniform plan"):
-        search(CTRTask(model, data), UniformConfig(), "5 params")
-    with pytest.raises(BudgetError, match="does not know which rows"):
-        search(foreign_task(), UniformConfig(), "3%")
+@pytest.mark.parametrize("foreign", [False, True])
+def test_uniform_below_width_one_keeps_the_most_frequent_rows(data, foreign):
+    task = foreign_task() if foreign else CTRTask(FNN(data.schema, embedding_dim=8, hidden_units=(4,)), data)
+    plan = search(task, UniformConfig(), "33 params" if foreign else "3%")
+    assert plan.num_params <= plan.max_params(Budget.parse("33 params" if foreign else "3%"))
+    counts = task.row_counts()
+    cut = [t for t in plan.tables if t.has_dropped and t.blocks]
+    assert bool(cut) != foreign  # the map of a foreign table costs as much as a column
+    for table in cut:
+        kept = table.blocks[0].rows
+        dropped = np.setdiff1d(np.arange(table.num_rows), kept)
+        assert counts[table.name][kept].min() >= counts[table.name][dropped].max()
+        assert table.output_width == 1
+
+
+def test_frequency_keeps_the_most_frequent_values_of_all_fields(data):
+    task = CTRTask(FNN(data.schema, embedding_dim=8, hidden_units=(4,)), data)
+    plan = search(task, FrequencyConfig(), "5%")
+    counts = task.row_counts()
+    kept = {t.name: t.blocks[0].rows if t.has_dropped else np.arange(t.num_rows) for t in plan.tables if t.blocks}
+    lowest = min(counts[name][rows].min() for name, rows in kept.items())
+    for t in plan.tables:
+        dropped = np.setdiff1d(np.arange(t.num_rows), kept.get(t.name, []))
+        assert counts[t.name][dropped].max(initial=0) <= lowest
+    assert all(t.output_width in (0, 8) for t in plan.tables)
+
+
+def test_foreign_task_counts_its_rows():
+    counts = foreign_task().row_counts()
+    ids = torch.cat([ids for ids, _ in foreign_batches()])
+    assert counts["user"].tolist() == torch.bincount(ids[:, 0], minlength=40).tolist()
+    assert counts["item"].tolist() == torch.bincount(ids[:, 1:].flatten(), minlength=25).tolist()
+
+
+def test_magnitude_by_hand(data):
+    model = FNN(data.schema, embedding_dim=2, hidden_units=(4,))
+    task = CTRTask(model, data)
+    strong, weak, noise = task.sites(model)[0].weights()
+    for weight, scale in ((strong, (1.0, 3.0)), (weak, (2.0, 0.5)), (noise, (0.1, 0.2))):
+        weight.copy_(torch.tensor(scale).expand_as(weight))
+
+    def columns(**settings) -> list[tuple[int, ...]]:
+        return [t.columns for t in search(task, MagnitudeConfig(**settings), "50 params").tables]
+
+    # Norms: 1 and 3 times sqrt(30), 2 and 0.5 times sqrt(20), 0.1 and 0.2 times sqrt(2000): 5.5 16.4 8.9 2.2 4.5 8.9.
+    assert columns() == [(1,), (0,), ()]
+    assert [t.columns for t in search(task, MagnitudeConfig(), "2040 params").tables] == [(1,), (), (1,)]
+    # Per parameter: 0.18 0.55 0.45 0.11 0.002 0.004.
+    assert columns(cost_aware=True) == [(1,), (0,), ()]
+    strong[4] = 9.0
+    rows = search(task, MagnitudeConfig(unit="rows"), "4 params").tables[0].blocks[0].rows
+    assert rows.tolist() == [4]
+
+
+def test_mde_by_hand(data):
+    task = CTRTask(FNN(data.schema, embedding_dim=8, hidden_units=(4,)), data)
+    # n = 30, 20, 2000 and d proportional to n^-0.5: 0.183 : 0.224 : 0.022.
+    plan = search(task, MDEConfig(alpha=0.5), "2400 params")
+    assert [t.output_width for t in plan.tables] == [8, 8, 1]
+    even = search(task, MDEConfig(alpha=0.0), "4100 params")
+    assert [t.output_width for t in even.tables] == [2, 2, 2]
+    projected = search(CTRTask(DeepFM(data.schema, embedding_dim=8, hidden_units=(4,)), data), MDEConfig(), "50%")
+    assert {t.alignment for t in projected.tables} == {"project"}
+    assert projected.num_projection_params > 0
+
+
+class TestPME:
+    """Sizes per feature value."""
+
+    def test_saliency_equals_autograd_of_an_explicit_entry_mask(self):
+        data = planted_data(num_rows=400, noise_vocab=50)
+        model = DeepFM(data.schema, embedding_dim=3, hidden_units=(4,), init_std=0.5)
+        task = CTRTask(model, data, TrainConfig(batch_size=64))
+        sites = task.sites(model)
+        found = torch.cat(entry_saliency(task, model, sites, 1.0, seed=0))
+        mask = torch.ones_like(found, requires_grad=True)
+        start = torch.tensor([0, 30, 50])
+        for batch in task.batches("train", 0):
+            rows_BF = batch.ids_BC + start
+
+            def masked(concat: torch.Tensor, rows_BF: torch.Tensor = rows_BF) -> torch.Tensor:
+                return concat * mask[rows_BF].reshape(len(concat), -1)
+
+            with model.tables.gated(slot_gate=masked):
+                task.loss(model, batch).backward()
+        np.testing.assert_allclose(found.numpy(), mask.grad.abs().numpy(), rtol=1e-3, atol=1e-7)
+        assert found.max() > 0
+
+    def test_sizes_are_counts_of_the_largest_entries_bucketed_down(self):
+        full = hand_plan(8, width=4)
+        ranked = [np.array([[9.0, 8, 7, 1], [6, 5, 0.5, 0.5], [4, 0.1, 0.1, 0.1], *[[0.0] * 4] * 5])]
+        # Entries above 3.5 are 3, 2, 1, 0 .. of the values: sizes 2, 2, 1, 0 .., 2 for DROPPED and 4 + 8 of W.
+        sizes = fill_sizes(full, ranked, 19)
+        assert sizes[0].tolist() == [2, 2, 1, 0, 0, 0, 0, 0]
+        plan = sized_plan(full, sizes)
+        assert plan.num_params == 2 + 2 + 1 + 2 + 4 + 8
+        assert [(b.width, b.rows.tolist()) for b in plan.tables[0].blocks] == [(2, [0, 1]), (1, [2])]
+        # One less, and only W_2 is left: what it frees goes to the next values in order.
+        assert fill_sizes(full, ranked, 18)[0].tolist() == [2, 2, 2, 2, 0, 0, 0, 0]
+        assert fill_sizes(full, ranked, 32)[0].tolist() == [4] * 8
+
+    def test_controls_give_the_same_histogram_to_other_values(self):
+        rng = np.random.default_rng(0)
+        ranked = [np.sort(rng.random((n, 4)))[:, ::-1] for n in (5, 3)]
+        key = np.array([0, 1, 2, 3, 4, 7, 6, 5])
+        given = reassign(ranked, key)
+        assert sorted(map(tuple, np.concatenate(given))) == sorted(map(tuple, np.concatenate(ranked)))
+        sums = np.concatenate(given).sum(1)
+        assert np.argsort(sums).tolist() == np.argsort(key).tolist()
+
+    def test_frequency_sizes_grow_with_frequency(self, data):
+        task = CTRTask(FNN(data.schema, embedding_dim=8, hidden_units=(4,)), data)
+        plan = search(task, PMEConfig(score="frequency"), "20%")
+        counts = task.row_counts()
+        blocks = [(b.width, counts[t.name][b.rows]) for t in plan.tables for b in t.blocks if b.rows is not None]
+        means = {w: np.mean(np.concatenate([c for width, c in blocks if width == w])) for w, _ in blocks}
+        assert len(means) > 2
+        assert sorted(means, key=means.get) == sorted(means)
+
+    def test_ids_are_renumbered_by_size(self, data):
+        task = CTRTask(DeepFM(data.schema, embedding_dim=8, hidden_units=(4,)), data)
+        plan = search(task, PMEConfig(), "20%")
+        small = compact(task.model, plan)
+        fit(small, data.recode(plan), epochs=1)
+        assert small.tables.weight.numel() + sum(p.numel() for p in small.tables.shared_projections.values()) == (
+            plan.num_params
+        )
+
+    def test_no_batches(self):
+        task = foreign_task()
+        task._train = []
+        with pytest.raises(EmbtrimError, match="no training batches"):
+            search(task, PMEConfig(), "50%")
 
 
 def test_planted_noise_goes_first_with_the_signed_score():
@@ -190,8 +386,8 @@ def test_planted_noise_goes_first_with_the_signed_score():
 
 
 def test_find_sites_says_what_it_left():
-    assert [s.names for s in find_sites(Foreign())] == [("user",), ("item",)]
-    assert [s.names for s in find_sites(Foreign(), keep=lambda name: name == "item")] == [("item",)]
+    assert [s.names for s in find_sites(ForeignModel())] == [("user",), ("item",)]
+    assert [s.names for s in find_sites(ForeignModel(), keep=lambda name: name == "item")] == [("item",)]
     with pytest.raises(EmbtrimError, match="first-order"):
         find_sites(nn.Sequential(nn.Embedding(5, 1)))
     with pytest.raises(EmbtrimError, match=r"no nn\.Embedding"):
@@ -207,11 +403,11 @@ def test_unknown_method_names_the_nearest():
 
 
 def test_a_task_says_what_it_lacks():
-    task = Task(Foreign(), lambda m, b: m(b[0]).mean(), train=list(foreign_batches()))
+    task = Task(ForeignModel(), lambda m, b: m(b[0]).mean(), train=list(foreign_batches()))
     with pytest.raises(EmbtrimError, match="valid="):
         search(task, SSEDSConfig(data="valid"), "50%")
     with pytest.raises(EmbtrimError, match="no train batches"):
-        search(Task(Foreign(), lambda m, b: m(b[0]).mean(), train=[]), SSEDSConfig(), "50%")
+        search(Task(ForeignModel(), lambda m, b: m(b[0]).mean(), train=[]), SSEDSConfig(), "50%")
     data = planted_data(num_rows=500)
     with pytest.raises(EmbtrimError, match="no embedding tables to shrink"):
         search(CTRTask(LR(data.schema), data), SSEDSConfig(), "50%")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # rooms that import torch are imported by the commands that n
     from embtrim.bundle import Bundle
     from embtrim.dataset import EncodedDataset
     from embtrim.experiment import RunConfig, RunRecord
+    from embtrim.grid import CompareConfig, Skipped
     from embtrim.models import CTRModel
     from embtrim.reading import ReadOptions
     from embtrim.train import TrainConfig
@@ -287,7 +288,7 @@ def search(
     from embtrim.sites import CTRTask
 
     chosen = method_named(settings.method)
-    method_settings = chosen.config.parse(settings.search, where="search")
+    method_settings = chosen.parse(settings.search)
     encoded = embtrim.load(data)
     full = _load_full(bundle, encoded).model
     if dry_run:
@@ -473,18 +474,81 @@ def run(
 
 
 @app.command()
+def compare(
+    data: DataName,
+    models: Annotated[str | None, typer.Option("--models", help="Base models, separated by commas.")] = None,
+    methods: Annotated[
+        str | None, typer.Option("--methods", help="Search methods, separated by commas; 'all' for every one.")
+    ] = None,
+    budgets: Annotated[
+        str | None, typer.Option("--budgets", help="Separated by commas, such as 50%,20%,10%,5%.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", help="How many seeds, from --seed on.")] = None,
+    init: InitName = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Worker processes, which share the cores.")] = 1,
+    out: OutPath = None,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a grid of models, methods, budgets and seeds; started again with the same --out, it goes on or grows."""
+    _start(quiet)
+    lists = {"models": models, "methods": methods, "budgets": budgets}
+    flags = {name: None if text is None else _split_commas(text) for name, text in lists.items()}
+    settings = _compare_config(data, config, overrides, {**flags, "seeds": seeds, "init": init, "seed": seed})
+    from embtrim import comparison
+    from embtrim.comparison_page import write_comparison
+    from embtrim.grid import read_skipped
+    from embtrim.report import read_records
+
+    encoded = embtrim.load(data)
+    if dry_run:
+        _show_dry_run(settings, comparison.estimate(encoded, settings, out), as_json)
+        return
+    target = _needed(out)
+    progress = _progress(quiet)
+    made = comparison.compare(encoded, settings, target, jobs=jobs, progress=progress, on_record=_log_cell)
+    if made.records:
+        write_comparison(read_records(target), target, read_skipped(target))
+    if as_json:
+        parts = {"records": made.records, "skipped": made.skipped}
+        _print_json({name: [part.model_dump(mode="json") for part in found] for name, found in parts.items()})
+    elif made.records:
+        _show_comparison(made.records, made.skipped)
+    _log(f"tables: {target / 'README.md'}, page: {target / 'report.html'}")
+
+
+@app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `embtrim run` wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder that `embtrim run` or `embtrim compare` wrote.")
+    ],
     out: Annotated[Path | None, typer.Option("--out", help="Page to write; RUN/report.html if not given.")] = None,
     as_json: AsJson = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
-    """Print the table of a run's records, and write their page."""
+    """Print the tables of a run's or a comparison's records, and write their page."""
     _start(quiet)
+    from embtrim.comparison_page import write_comparison
+    from embtrim.comparison_report import is_comparison
+    from embtrim.grid import read_skipped
     from embtrim.report import read_records, write_report
 
     records = read_records(folder)
+    if is_comparison(records):
+        skipped = read_skipped(folder)
+        if as_json:
+            _show_records(records, as_json)
+        else:
+            _show_comparison(records, skipped)
+        if not dry_run:
+            write_comparison(records, folder, skipped, page=out)
+            _log(f"tables: {folder / 'README.md'}, page: {out or folder / 'report.html'}")
+        return
     _show_records(records, as_json)
     if not dry_run:
         target = out or folder / "report.html"
@@ -583,6 +647,24 @@ def _run_config(data: str, config: Path | None, overrides: Sequence[str] | None,
         hparams = {key: value for key, value in recipe.get("model", {}).items() if key in known}
         settings = _settle(RunConfig, config, overrides, flags, {"hparams": hparams, "train": recipe.get("train", {})})
     return settings
+
+
+def _compare_config(
+    data: str, config: Path | None, overrides: Sequence[str] | None, flags: Mapping[str, Any]
+) -> CompareConfig:
+    """The settings of a grid; wrong ones are found before any work is done."""
+    from embtrim.catalog import CATALOG
+    from embtrim.grid import CompareConfig, resolve
+    from embtrim.models import MODELS, arguments
+
+    settings = _settle(CompareConfig, config, overrides, flags)
+    if data in CATALOG and not Path(data).is_dir():
+        recipe = CATALOG[data].recipe
+        known = {key for name in settings.models if name in MODELS for key in arguments(name)}
+        hparams = {key: value for key, value in recipe.get("model", {}).items() if key in known}
+        below = {"hparams": hparams, "train": recipe.get("train", {})}
+        settings = _settle(CompareConfig, config, overrides, flags, below)
+    return resolve(settings)
 
 
 def _check_budget(text: str, where: str) -> None:
@@ -700,6 +782,17 @@ def _log_record(record: RunRecord) -> None:
     )
 
 
+def _log_cell(record: RunRecord, done: int, total: int) -> None:
+    from embtrim.report import format_bytes, format_seconds
+
+    words = [record.model, record.variant, *([] if record.budget is None else [record.budget])]
+    _log(
+        f"{done} of {total}: {' '.join(words)}, seed {record.seed}: test AUC {record.test['auc']:.4f}, "
+        f"tables {format_bytes(record.table_bytes)}, search {format_seconds(record.search_seconds)}, "
+        f"training {format_seconds(record.train_seconds)}"
+    )
+
+
 def _print(text: str) -> None:
     typer.echo(text.rstrip("\n"))
 
@@ -720,6 +813,13 @@ def _show_records(records: Sequence[RunRecord], as_json: bool, many: bool = True
     from embtrim.report import terminal_table
 
     _print_table(terminal_table(records))
+
+
+def _show_comparison(records: Sequence[RunRecord], skipped: Sequence[Skipped]) -> None:
+    from embtrim.comparison_report import comparison_terminal
+
+    for table in comparison_terminal(records, skipped):
+        _print_table(table)
 
 
 def _show_dry_run(settings: Config, facts: Mapping[str, Any], as_json: bool) -> None:

@@ -79,7 +79,8 @@ class RunRecord(Config):
     """One trained model: what it was, what it cost, how well it does. Written as JSON.
 
     Attributes:
-        variant: "full", or the name of the method that sized it.
+        variant: "full", or the label of what sized it: the name of the method, or of a variant in `compare`.
+        method: name of the method in the records of `compare`; None in those of `run`, whose variant is the method.
         budget: as asked for; None for the full model.
         data: fingerprint, folder and rows of the encoded data.
         valid, test: metrics of the splits, see Metrics; empty where the split is missing.
@@ -89,7 +90,9 @@ class RunRecord(Config):
         widths: output columns of each field.
         kept_rows: compact rows of each table.
         search_seconds: of the search alone, its own pretraining included; 0 for the full model.
-        search_epochs: search_seconds as a multiple of one training epoch of the full model.
+        search_peak_bytes: peak anonymous memory of the search alone, above what was resident at its start.
+        epoch_seconds: one training epoch of the full model, validation not included.
+        search_epochs: search_seconds / epoch_seconds.
         train_seconds: of training this model, validation included.
         peak_memory_bytes: peak anonymous memory of the process over search and training; None where the system does
             not tell.
@@ -98,6 +101,7 @@ class RunRecord(Config):
 
     record_version: int = RECORD_VERSION
     variant: str
+    method: str | None = None
     model: str
     hparams: dict[str, Any]
     train: dict[str, Any]
@@ -119,6 +123,8 @@ class RunRecord(Config):
     kept_rows: dict[str, int]
     num_rows: dict[str, int]
     search_seconds: float
+    search_peak_bytes: int | None = None
+    epoch_seconds: float | None = None
     search_epochs: float
     train_seconds: float
     epochs: int
@@ -219,7 +225,7 @@ def check_run(data: EncodedDataset, config: RunConfig) -> None:
         data.split(split)
     for name in (config.method, *config.controls):
         method_named(name)
-    method_named(config.method).config.parse(config.search, where="search")
+    method_named(config.method).parse(config.search)
     device_of(config.train)
     if "embedding_dim" in config.hparams:
         HyperParameters.parse({"embedding_dim": config.hparams["embedding_dim"]}, where="hparams")
@@ -240,7 +246,8 @@ def train_full(data: EncodedDataset, config: RunConfig, seed: int, progress: boo
     with peak_memory() as peak:
         model = build(config.model, data.schema, **{**config.hparams, "seed": seed})
         result = fit(model, data, config.train.replace(seed=seed), progress=progress)
-    record = make_record("full", model, data, config, result, seed, peak.bytes)
+    epoch_seconds = data.num_rows("train") / max(result.rows_per_second, 1e-9)
+    record = make_record("full", model, data, config, result, seed, peak.bytes, epoch_seconds=epoch_seconds)
     return Trained(model, record)
 
 
@@ -248,37 +255,54 @@ def shrink(
     full: Trained,
     data: EncodedDataset,
     config: RunConfig,
-    variant: str,
+    method: str,
     settings: dict[str, Any],
     budget: str,
     seed: int,
     progress: bool = False,
+    label: str | None = None,
 ) -> Trained:
-    """Search, verify, compact and retrain within one budget, and record it."""
+    """Search, verify, compact and retrain within one budget, and record it.
+
+    Args:
+        full: the trained full model.
+        data: its data.
+        config: init and the settings of training are read here.
+        method: name of the search method.
+        settings: its settings.
+        budget: such as "10%".
+        seed: of the search and of retraining.
+        progress: show progress bars on stderr.
+        label: the record's variant, if that is not the name of the method.
+    """
     train = config.train.replace(seed=seed)
-    method = method_named(variant)
+    found = method_named(method)
+    parsed = found.parse(settings)
     with peak_memory() as peak:
-        started = time.perf_counter()
-        plan = search(CTRTask(full.model, data, train), method.config.parse(settings, where="search"), budget, seed)
-        search_seconds = time.perf_counter() - started
+        task = CTRTask(full.model, data, train)
+        with peak_memory() as search_peak:
+            started = time.perf_counter()
+            plan = search(task, parsed, budget, seed)
+            search_seconds = time.perf_counter() - started
         verification = verify(full.model, plan, data)
         verification.require()
         small = compact(full.model, plan, init=config.init, seed=seed)
         recoded = data.recode(plan)
         result = fit(small, recoded, train, progress=progress)
-    epoch_seconds = full.record.train_seconds / max(1, full.record.epochs)
     record = make_record(
-        variant,
+        label or method,
         small,
         recoded,
         config,
         result,
         seed,
         peak.bytes,
-        search=settings,
+        method=method if label else None,
+        search=parsed.model_dump(mode="json"),
         budget=budget,
         search_seconds=search_seconds,
-        epoch_seconds=epoch_seconds,
+        search_peak_bytes=search_peak.above_start,
+        epoch_seconds=full.record.data["num_rows"]["train"] / max(full.record.rows_per_second, 1e-9),
         verification=verification,
     )
     return Trained(small, record, plan)
@@ -329,10 +353,12 @@ def make_record(
     seed: int,
     peak_bytes: int | None,
     *,
+    epoch_seconds: float,
+    method: str | None = None,
     search: dict[str, Any] | None = None,
     budget: str | None = None,
     search_seconds: float = 0.0,
-    epoch_seconds: float = 1.0,
+    search_peak_bytes: int | None = None,
     verification: Verification | None = None,
 ) -> RunRecord:
     """Evaluate a trained model and write down everything about it."""
@@ -340,6 +366,7 @@ def make_record(
     fields = [f.name for f in data.schema.id_fields]
     return RunRecord(
         variant=variant,
+        method=method,
         model=config.model,
         hparams=model.hparams,
         train=config.train.replace(seed=seed).model_dump(),
@@ -365,6 +392,8 @@ def make_record(
         kept_rows={t.name: t.num_compact_rows for t in plan.tables},
         num_rows={t.name: t.num_rows for t in plan.tables},
         search_seconds=search_seconds,
+        search_peak_bytes=search_peak_bytes,
+        epoch_seconds=epoch_seconds,
         search_epochs=search_seconds / max(epoch_seconds, 1e-9),
         train_seconds=result.seconds,
         epochs=len(result.history),
@@ -441,7 +470,19 @@ def seconds_per_step(model: CTRModel, data: EncodedDataset, train: TrainConfig) 
 
 
 class _Peak:
-    bytes: int | None = None
+    """Anonymous memory in bytes at the start and at its highest; None where the system does not tell."""
+
+    def __init__(self) -> None:
+        self.start = self.bytes = anonymous_memory()
+
+    @property
+    def above_start(self) -> int | None:
+        return None if self.bytes is None or self.start is None else self.bytes - self.start
+
+    def look(self) -> None:
+        now = anonymous_memory()
+        if now is not None:
+            self.bytes = max(self.bytes or 0, now)
 
 
 @contextmanager
@@ -451,12 +492,8 @@ def peak_memory(interval: float = 0.02) -> Iterator[_Peak]:
     peak, done = _Peak(), threading.Event()
 
     def sample() -> None:
-        while True:
-            now = anonymous_memory()
-            if now is not None:
-                peak.bytes = max(peak.bytes or 0, now)
-            if done.wait(interval):
-                return
+        while not done.wait(interval):
+            peak.look()
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
@@ -465,6 +502,7 @@ def peak_memory(interval: float = 0.02) -> Iterator[_Peak]:
     finally:
         done.set()
         thread.join()
+        peak.look()
 
 
 def release_free_memory() -> None:

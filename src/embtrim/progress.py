@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 
@@ -20,3 +31,35 @@ def progress_bar(show: bool) -> Progress:
     """A bar with rate, elapsed time and ETA that disappears when done; a hidden one if not `show`."""
     columns = (TextColumn("{task.description}"), BarColumn(), RateColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True, disable=not show)
+
+
+class GridTimeColumn(ProgressColumn):
+    """Time left of a grid of cells, which take minutes each: rich's own estimate forgets what is that long ago."""
+
+    def render(self, task: Task) -> Text:
+        """The estimate of one task, empty until a cell is finished; `before` counts the cells done at the start."""
+        finished = task.completed - task.fields["before"]
+        left = seconds_left(task.elapsed or 0.0, finished, (task.total or 0.0) - task.completed)
+        return Text("" if left is None else f"{timedelta(seconds=round(left))} left")
+
+
+def grid_bar(show: bool) -> Progress:
+    """A bar over a grid with cells done, elapsed time and ETA; its tasks need a field `before`."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        GridTimeColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not show)
+
+
+def seconds_left(elapsed: float, finished: float, remaining: float) -> float | None:
+    """Time for what remains at the rate of what was finished in `elapsed`; None until something is finished.
+
+    Example:
+        >>> seconds_left(60.0, finished=3, remaining=10)
+        200.0
+    """
+    return None if finished <= 0 else elapsed / finished * remaining

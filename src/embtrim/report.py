@@ -2,15 +2,11 @@
 
 Records of one variant over several seeds are shown as mean ± sample standard deviation; differences are taken seed by
 seed against the full model of the same data, model and seed. Every figure shown is computed from the records, which
-the page carries as JSON (`<script id="records">`).
-
-The page loads nothing from elsewhere. Names of fields and files come from the user's log, so they are untrusted: all
-text goes through `html.escape`, JSON inside scripts has its `<` escaped, and a content security policy forbids requests.
+the page carries as JSON (`<script id="records">`). Its look and its safety are page.py's.
 """
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import statistics
@@ -26,6 +22,7 @@ from rich.text import Text
 from embtrim.errors import DataError
 from embtrim.experiment import RunRecord
 from embtrim.methods import METHODS
+from embtrim.page import details, figure_section, html_table, make_figure, render, safe_text, short_text
 from embtrim.plan import write_then_rename
 
 NONE = "-"
@@ -33,8 +30,6 @@ NONE = "-"
 FULL_COLOR = "#555555"
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star")
-# Longer names are cut in the middle at the axis; hovering shows them whole.
-MAX_TICK_LETTERS = 26
 
 
 @dataclass(frozen=True)
@@ -275,8 +270,6 @@ def write_report(records: Sequence[RunRecord], path: str | Path) -> None:
 
 def render_page(records: Sequence[RunRecord]) -> str:
     """The page as text; see `write_report`."""
-    from plotly.offline import get_plotlyjs  # 5 MB of script: read only when a page is written
-
     groups = variants(records)
     figures = {
         "auc-bytes": _auc_against_bytes(groups),
@@ -285,48 +278,38 @@ def render_page(records: Sequence[RunRecord]) -> str:
         "calibration": _calibration_figure(groups),
     }
     title = f"embtrim: {_title(groups)}"
-    body = "\n".join(
-        [
-            f"<h1>{_text(_title(groups))}</h1>",
-            *(f"<p class=lead>{_text(line)}</p>" for line in _headlines(groups)),
-            _table_section(groups),
-            _figure_section(
-                "auc-bytes",
-                "AUC against bytes",
-                "Small points are seeds, large ones their mean. Bytes are those of the embedding tables with first-order "
-                "weights, as fp32.",
-            ),
-            _figure_section(
-                "widths",
-                "Width of each field",
-                "Columns of each field's embedding before and after, mean over seeds. A field at 0 keeps no embedding "
-                "(its first-order weights, if the model has them, stay).",
-            ),
-            _widths_table(groups),
-            _figure_section(
-                "deciles",
-                "AUC by frequency of the row's rarest value",
-                "Test rows in ten equal groups, from those with the rarest feature value (1) to those with only frequent "
-                "ones (10). What is lost for rare values hides in the overall AUC.",
-            ),
-            _figure_section(
-                "calibration", "Calibration", "Mean predicted probability over mean label on the test rows; 1 is right."
-            ),
-            _verification_section(groups),
-            _cost_section(groups),
-            _settings_section(groups),
-        ]
-    )
+    body = [
+        f"<h1>{safe_text(_title(groups))}</h1>",
+        *(f"<p class=lead>{safe_text(line)}</p>" for line in _headlines(groups)),
+        _table_section(groups),
+        figure_section(
+            "auc-bytes",
+            "AUC against bytes",
+            "Small points are seeds, large ones their mean. Bytes are those of the embedding tables with first-order "
+            "weights, as fp32.",
+        ),
+        figure_section(
+            "widths",
+            "Width of each field",
+            "Columns of each field's embedding before and after, mean over seeds. A field at 0 keeps no embedding "
+            "(its first-order weights, if the model has them, stay).",
+        ),
+        _widths_table(groups),
+        figure_section(
+            "deciles",
+            "AUC by frequency of the row's rarest value",
+            "Test rows in ten equal groups, from those with the rarest feature value (1) to those with only frequent "
+            "ones (10). What is lost for rare values hides in the overall AUC.",
+        ),
+        figure_section(
+            "calibration", "Calibration", "Mean predicted probability over mean label on the test rows; 1 is right."
+        ),
+        _verification_section(groups),
+        _cost_section(groups),
+        _settings_section(groups),
+    ]
     data = [record.model_dump(mode="json") for variant in groups for record in variant.records]
-    return _PAGE.format(
-        title=_text(title),
-        style=_STYLE,
-        plotly=get_plotlyjs(),
-        body=body,
-        records=_script_json(data),
-        figures=_script_json(figures),
-        script=_SCRIPT,
-    )
+    return render(title, body, data, figures)
 
 
 def _headlines(groups: Sequence[Variant]) -> list[str]:
@@ -369,17 +352,19 @@ def _auc_against_bytes(groups: Sequence[Variant]) -> dict[str, Any]:
         seeds = {
             "x": [r.table_bytes for r in scored],
             "y": [r.test["auc"] for r in scored],
-            "text": [_text(f"{variant.label}, seed {r.seed}: {format_bytes(r.table_bytes)}") for r in scored],
+            "text": [safe_text(f"{variant.label}, seed {r.seed}: {format_bytes(r.table_bytes)}") for r in scored],
         }
         mean = {
             "x": [statistics.fmean(seeds["x"])],
             "y": [statistics.fmean(seeds["y"])],
-            "text": [_text(f"{variant.label}, mean of {len(scored)}: {format_bytes(statistics.fmean(seeds['x']))}")],
+            "text": [
+                safe_text(f"{variant.label}, mean of {len(scored)}: {format_bytes(statistics.fmean(seeds['x']))}")
+            ],
         }
         shared = {
             "type": "scatter",
             "mode": "markers",
-            "name": _text(variant.label),
+            "name": safe_text(variant.label),
             "legendgroup": variant.label,
             "hovertemplate": "%{text}<br>AUC %{y:.4f}<extra></extra>",
         }
@@ -388,17 +373,17 @@ def _auc_against_bytes(groups: Sequence[Variant]) -> dict[str, Any]:
         traces.append({**shared, **mean, "marker": {**marker, "size": 14}})
     # A logarithmic axis in bytes: the sizes to compare lie factors apart.
     sizes = [r.table_bytes for v in groups for r in v.records]
-    ticks = _byte_ticks(min(sizes), max(sizes))
+    ticks = byte_ticks(min(sizes), max(sizes))
     axis = {
         "title": {"text": "table bytes"},
         "type": "log",
         "tickvals": ticks,
         "ticktext": [format_bytes(t) for t in ticks],
     }
-    return _figure(traces, axis, {"title": {"text": "test AUC"}, "tickformat": ".4f"}, height=400)
+    return make_figure(traces, axis, {"title": {"text": "test AUC"}, "tickformat": ".4f"}, height=400)
 
 
-def _byte_ticks(low: int, high: int) -> list[float]:
+def byte_ticks(low: int, high: int) -> list[float]:
     """Round numbers of bytes from below `low` to above `high`, few enough to read."""
     first, last = math.floor(math.log10(max(1, low))), math.ceil(math.log10(max(2, high)))
     steps = (1, 2, 5) if last - first <= 3 else (1,)
@@ -420,7 +405,7 @@ def _widths_figure(groups: Sequence[Variant]) -> dict[str, Any]:
             if width is not None:
                 places.append(place)
                 widths.append(width)
-                texts.append(_text(f"{name}: {width:g} ({variant.label})"))
+                texts.append(safe_text(f"{name}: {width:g} ({variant.label})"))
         color = _color(groups, variant)
         marker: dict[str, Any] = {"color": color, "symbol": _symbol(groups, variant), "size": 9, "opacity": 0.85}
         if variant.is_full:
@@ -429,7 +414,7 @@ def _widths_figure(groups: Sequence[Variant]) -> dict[str, Any]:
             {
                 "type": "scatter",
                 "mode": "markers",
-                "name": _text(variant.label),
+                "name": safe_text(variant.label),
                 "x": widths,
                 "y": places,
                 "text": texts,
@@ -438,16 +423,14 @@ def _widths_figure(groups: Sequence[Variant]) -> dict[str, Any]:
                 "cliponaxis": False,
             }
         )
-    half = MAX_TICK_LETTERS // 2
-    ticks = [_text(n if len(n) <= MAX_TICK_LETTERS else f"{n[: half - 1]}…{n[-half:]}") for n in names]
     vertical = {
         "tickvals": list(range(len(names))),
-        "ticktext": ticks,
+        "ticktext": [short_text(name) for name in names],
         "range": [len(names) - 0.4, -0.6],
         "automargin": True,
         "zeroline": False,
     }
-    return _figure(
+    return make_figure(
         traces, {"title": {"text": "columns"}, "rangemode": "tozero"}, vertical, height=150 + 24 * len(names)
     )
 
@@ -468,11 +451,13 @@ def _deciles_figure(groups: Sequence[Variant]) -> dict[str, Any]:
             {
                 "type": "scatter",
                 "mode": "lines+markers",
-                "name": _text(variant.label),
+                "name": safe_text(variant.label),
                 "x": deciles,
                 "y": [statistics.fmean(found) if found else None for found in aucs],
                 "text": [
-                    _text(f"{variant.label}: rarest value seen {f:,.0f} times, {format_count(by_decile[d][0][1])} rows")
+                    safe_text(
+                        f"{variant.label}: rarest value seen {f:,.0f} times, {format_count(by_decile[d][0][1])} rows"
+                    )
                     for d, f in zip(deciles, frequencies, strict=True)
                 ],
                 "hovertemplate": "%{text}<br>AUC %{y:.4f}<extra></extra>",
@@ -481,7 +466,7 @@ def _deciles_figure(groups: Sequence[Variant]) -> dict[str, Any]:
             }
         )
     axis = {"title": {"text": "decile (1: rarest)"}, "dtick": 1}
-    return _figure(traces, axis, {"title": {"text": "test AUC"}, "tickformat": ".3f"}, height=380)
+    return make_figure(traces, axis, {"title": {"text": "test AUC"}, "tickformat": ".3f"}, height=380)
 
 
 def _calibration_figure(groups: Sequence[Variant]) -> dict[str, Any]:
@@ -494,19 +479,19 @@ def _calibration_figure(groups: Sequence[Variant]) -> dict[str, Any]:
         shared = {
             "type": "scatter",
             "mode": "markers",
-            "name": _text(variant.label),
+            "name": safe_text(variant.label),
             "hovertemplate": "%{text}: %{x:.3f}<extra></extra>",
             "showlegend": False,
         }
-        seeds = [_text(f"{variant.label}, seed {r.seed}") for r in variant.records if r.test]
+        seeds = [safe_text(f"{variant.label}, seed {r.seed}") for r in variant.records if r.test]
         if len(values) > 1:
             dots = {"x": values, "y": [place] * len(values), "text": seeds}
             traces.append({**shared, **dots, "marker": {**marker, "size": 7, "opacity": 0.5}})
-        large = {"x": [statistics.fmean(values)], "y": [place], "text": [_text(f"{variant.label}, mean")]}
+        large = {"x": [statistics.fmean(values)], "y": [place], "text": [safe_text(f"{variant.label}, mean")]}
         traces.append({**shared, **large, "marker": {**marker, "size": 14}})
     vertical = {
         "tickvals": list(range(len(groups))),
-        "ticktext": [_text(v.label) for v in groups],
+        "ticktext": [safe_text(v.label) for v in groups],
         "range": [len(groups) - 0.4, -0.6],
         "automargin": True,
         "zeroline": False,
@@ -514,39 +499,16 @@ def _calibration_figure(groups: Sequence[Variant]) -> dict[str, Any]:
     found = [1.0, *(r.test["calibration"] for v in groups for r in v.records if r.test)]
     room = 0.08 * (max(found) - min(found)) or 0.01
     axis = {"title": {"text": "predicted / observed"}, "range": [min(found) - room, max(found) + room]}
-    figure = _figure(traces, axis, vertical, height=130 + 34 * len(groups))
+    figure = make_figure(traces, axis, vertical, height=130 + 34 * len(groups))
     line = {"color": "#999999", "dash": "dot", "width": 1}
     figure["layout"]["shapes"] = [{"type": "line", "x0": 1, "x1": 1, "y0": 0, "y1": 1, "yref": "paper", "line": line}]
     return figure
 
 
-def _figure(traces: list[dict[str, Any]], x: dict[str, Any], y: dict[str, Any], height: int) -> dict[str, Any]:
-    look = {"gridcolor": "#e6e6e6", "linecolor": "#bbbbbb", "zerolinecolor": "#cccccc"}
-    layout = {
-        "height": height,
-        "margin": {"l": 60, "r": 12, "t": 40, "b": 50},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#222222"},
-        "legend": {"orientation": "h", "y": 1, "yanchor": "bottom", "x": 0},
-        "hoverlabel": {"align": "left"},
-        "xaxis": {**look, "automargin": True, "fixedrange": True, **x},
-        "yaxis": {**look, "automargin": True, "fixedrange": True, **y},
-    }
-    return {"data": traces, "layout": layout}
-
-
-def _figure_section(name: str, title: str, note: str) -> str:
-    return (
-        f"<section><h2>{_text(title)}</h2><p class=note>{_text(note)}</p>"
-        f'<div class=figure data-figure="{_text(name)}"></div></section>'
-    )
-
-
 def _table_section(groups: Sequence[Variant]) -> str:
     note = "Means ± sample standard deviation over seeds; differences are taken seed by seed."
     rows = [[name, *cells] for name, cells in table_rows(groups)]
-    return f"<section><h2>Results</h2>{_html_table(['', *(v.label for v in groups)], rows)}<p class=note>{note}</p></section>"
+    return f"<section><h2>Results</h2>{html_table(['', *(v.label for v in groups)], rows)}<p class=note>{note}</p></section>"
 
 
 def _widths_table(groups: Sequence[Variant]) -> str:
@@ -554,11 +516,11 @@ def _widths_table(groups: Sequence[Variant]) -> str:
     for name in _field_names(groups):
         widths = [v.mean(lambda r, name=name: r.widths.get(name)) for v in groups]
         rows.append([name, *(NONE if w is None else f"{w:.3g}" for w in widths)])
-    parts = [_details("Widths as a table", _html_table(["field", *(v.label for v in groups)], rows))]
+    parts = [details("Widths as a table", html_table(["field", *(v.label for v in groups)], rows))]
     if any(r.kept_rows != r.num_rows for v in groups for r in v.records):
         tables = dict.fromkeys(name for v in groups for r in v.records for name in r.kept_rows)
         rows = [[n, *(format_count(v.mean(lambda r, n=n: r.kept_rows.get(n))) for v in groups)] for n in tables]
-        parts.append(_details("Rows of each table", _html_table(["table", *(v.label for v in groups)], rows)))
+        parts.append(details("Rows of each table", html_table(["table", *(v.label for v in groups)], rows)))
     return "\n".join(parts)
 
 
@@ -586,9 +548,7 @@ def _verification_section(groups: Sequence[Variant]) -> str:
         f"difference of a logit, |compact - masked| / (1 + |masked|): {worst:.1e}."
     )
     header = ["variant", "seed", "rows compared", "max difference", "allowed", "equal"]
-    return (
-        f"<section><h2>Compact equals masked</h2><p class=note>{_text(note)}</p>{_html_table(header, rows)}</section>"
-    )
+    return f"<section><h2>Compact equals masked</h2><p class=note>{safe_text(note)}</p>{html_table(header, rows)}</section>"
 
 
 def _cost_section(groups: Sequence[Variant]) -> str:
@@ -612,7 +572,7 @@ def _cost_section(groups: Sequence[Variant]) -> str:
         "Search time includes the search's own pretraining; “in epochs” counts it in training epochs of the full model. "
         "Peak memory is the anonymous memory of the process over search and training."
     )
-    return f"<section><h2>Cost</h2><p class=note>{_text(note)}</p>{_html_table(header, rows)}</section>"
+    return f"<section><h2>Cost</h2><p class=note>{safe_text(note)}</p>{html_table(header, rows)}</section>"
 
 
 def _settings_section(groups: Sequence[Variant]) -> str:
@@ -630,7 +590,7 @@ def _settings_section(groups: Sequence[Variant]) -> str:
             "seeds": [r.seed for r in variant.records],
         }
         text = json.dumps(settings, indent=2, ensure_ascii=False)
-        parts.append(_details(f"Settings: {variant.label}", f"<pre>{_text(text)}</pre>"))
+        parts.append(details(f"Settings: {variant.label}", f"<pre>{safe_text(text)}</pre>"))
     records = [r for v in groups for r in v.records]
     facts = {
         "data": _distinct(f"{r.data['folder'] or 'in memory'}, schema {r.data['fingerprint']}" for r in records),
@@ -639,91 +599,8 @@ def _settings_section(groups: Sequence[Variant]) -> str:
         "hardware": _distinct(", ".join(f"{k}: {v}" for k, v in r.hardware.items()) for r in records),
     }
     rows = [[name, text] for name, text in facts.items()]
-    return (
-        f"<section><h2>Settings and surroundings</h2>{''.join(parts)}{_html_table(['', ''], rows, 'facts')}</section>"
-    )
+    return f"<section><h2>Settings and surroundings</h2>{''.join(parts)}{html_table(['', ''], rows, 'facts')}</section>"
 
 
 def _distinct(texts: Any) -> str:
     return "; ".join(dict.fromkeys(texts))
-
-
-def _html_table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "numbers") -> str:
-    def cells(values: Sequence[str], tag: str) -> str:
-        # The first cell heads its row; leading spaces of a name indent it.
-        first, *rest = values
-        indent = " class=indent" if first.startswith(" ") else ""
-        return f"<th{indent}>{_text(first.strip())}</th>" + "".join(f"<{tag}>{_text(v)}</{tag}>" for v in rest)
-
-    head = f"<thead><tr>{cells(header, 'th')}</tr></thead>" if any(header) else ""
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return f"<div class=scroll><table class={kind}>{head}<tbody>{body}</tbody></table></div>"
-
-
-def _details(title: str, inside: str) -> str:
-    return f"<details><summary>{_text(title)}</summary>{inside}</details>"
-
-
-def _text(text: str) -> str:
-    """Text that is safe in HTML, in a quoted attribute, and in the labels of plotly, which reads some tags."""
-    return html.escape(text)
-
-
-def _script_json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-_STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 62rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0 1rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
-.lead { margin: .4rem 0; overflow-wrap: anywhere; }
-.note { color: #555; font-size: .9rem; margin: .4rem 0; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; margin: .6rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #eee; text-align: left; vertical-align: top; }
-thead th { border-bottom: 1px solid #999; }
-tbody th { font-weight: 500; position: sticky; left: 0; background: #fff; max-width: 14rem;
-  overflow-wrap: break-word; }
-th.indent { padding-left: 1.4rem; color: #555; font-weight: 400; }
-.numbers td, .numbers thead th:not(:first-child) { text-align: right; white-space: nowrap; }
-details { margin: .5rem 0; }
-summary { cursor: pointer; color: #0072b2; }
-pre { overflow-x: auto; background: #f6f6f6; padding: .7rem; font-size: .8rem; }
-@media (max-width: 40rem) { th, td { padding: .25rem .45rem; } table { font-size: .82rem; } }
-@media print { details > * { display: block; } }
-"""
-
-_SCRIPT = """
-const figures = JSON.parse(document.getElementById("figures").textContent);
-const options = { responsive: true, displaylogo: false, displayModeBar: false };
-for (const place of document.querySelectorAll("[data-figure]")) {
-  const figure = figures[place.dataset.figure];
-  if (figure.data.length) { Plotly.newPlot(place, figure.data, figure.layout, options); }
-  else { place.textContent = "no data in these records"; }
-}
-"""
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; \
-style-src 'unsafe-inline'; img-src data: blob:">
-<title>{title}</title>
-<style>{style}</style>
-<script>{plotly}</script>
-</head>
-<body>
-{body}
-<script type="application/json" id="records">{records}</script>
-<script type="application/json" id="figures">{figures}</script>
-<script>{script}</script>
-</body>
-</html>
-"""

@@ -31,7 +31,6 @@ from embtrim.plan import Alignment, Block, SizePlan, TablePlan
 from embtrim.schema import OOV
 from embtrim.tables import EmbeddingTables
 from embtrim.train import (
-    EVAL_BATCH_SIZE,
     FitResult,
     Hooks,
     TrainConfig,
@@ -44,6 +43,9 @@ from embtrim.train import (
 )
 
 log = logging.getLogger(__name__)
+
+# Rows a batch where many gatings are scored: activations of larger ones fall out of the cache.
+GATED_BATCH_SIZE = 2_048
 
 SlotGate = Tensor | Callable[[Tensor], Tensor]
 RowGate = Callable[[Tensor, Tensor], Tensor]
@@ -309,6 +311,19 @@ class Task:
             hooks=hooks or Hooks(),
         )
 
+    def recoded(self, plan: SizePlan) -> Task:
+        """This task for a compact model: its batches carry the ids of the plan, where the task can re-number them."""
+        return self
+
+    @torch.no_grad()
+    def valid_score(self, model: nn.Module) -> float:
+        """`score=` of a model, or without one minus its mean validation loss; higher is better."""
+        model.eval()
+        if self.score is not None:
+            return float(self.score(model))
+        losses = [float(self.loss(model, batch)) for batch in self.batches("valid")]
+        return -sum(losses) / max(1, len(losses))
+
     @torch.no_grad()
     def gated_scores(self, model: nn.Module, gates: Sequence[Sequence[SlotGate]], max_rows: int = 0) -> list[float]:
         """Validation score of a model under each of several slot gatings, higher is better.
@@ -386,6 +401,10 @@ class CTRTask(Task):
         """See Task."""
         return (b.to(self.config.device) for b in self.data.batches(split, self.config.batch_size, seed))
 
+    def recoded(self, plan: SizePlan) -> CTRTask:
+        """See Task."""
+        return CTRTask(self.model, self.data.recode(plan), self.config)
+
     def num_batches(self, split: str) -> int:
         """See Task."""
         return -(-self.data.num_rows(split) // self.config.batch_size)
@@ -415,7 +434,7 @@ class CTRTask(Task):
         logits = np.empty((len(gates), len(arrays)), np.float32)
         start = 0
         with fast_matmul("fp32", device):
-            for batch in sample.batches("valid", EVAL_BATCH_SIZE):
+            for batch in sample.batches("valid", GATED_BATCH_SIZE):
                 batch = batch.to(device)
                 for number, gating in enumerate(gates):
                     with gate_sites(sites, gating):

@@ -79,12 +79,12 @@ class Hooks:
     Attributes:
         param_groups: extra (optimiser, parameters) a method trains beside the model: called once with the model.
         extra_loss: added to the loss of each batch.
-        on_step: called after each optimiser step with the number of steps done.
+        on_step: called after each optimiser step with the number of steps done; True ends the training there.
     """
 
     param_groups: Callable[[nn.Module], Sequence[torch.optim.Optimizer]] | None = None
     extra_loss: Callable[[nn.Module, Any], Tensor] | None = None
-    on_step: Callable[[int], None] | None = None
+    on_step: Callable[[int], bool | None] | None = None
 
 
 class Optimizer(Protocol):
@@ -194,7 +194,7 @@ def train_loop(
     optimizers = [*optimizers, *(hooks.param_groups(model) if hooks.param_groups else ())]
     result = FitResult()
     best_state: dict[str, Tensor] | None = None
-    bad_epochs, step, train_seconds, train_rows, factor = 0, 0, 0.0, 0, 1.0
+    bad_epochs, step, train_seconds, train_rows, factor, stopped = 0, 0, 0.0, 0, 1.0, False
     started = time.perf_counter()
     device = next(iter(model.parameters())).device
     forked = [device] if device.type == "cuda" else []
@@ -203,6 +203,8 @@ def train_loop(
         with progress_bar(progress) as bar:
             task = bar.add_task("epoch 1", total=num_rows)
             for epoch in range(1, config.epochs + 1):
+                if stopped:
+                    break
                 model.train()
                 bar.reset(task, total=num_rows)
                 epoch_started = time.perf_counter()
@@ -218,12 +220,13 @@ def train_loop(
                     for optimizer in optimizers:
                         optimizer.step()
                     step += 1
-                    if hooks.on_step is not None:
-                        hooks.on_step(step)
                     total_loss += batch_loss.detach()
                     epoch_batches += 1
                     epoch_rows += len(batch) if isinstance(batch, Batch) else 0
                     bar.advance(task, len(batch) if hasattr(batch, "__len__") else 1)
+                    stopped = hooks.on_step is not None and bool(hooks.on_step(step))
+                    if stopped:
+                        break
                 if epoch_batches == 0:
                     raise DataError("there are no training rows")
                 seconds = time.perf_counter() - epoch_started
@@ -410,7 +413,7 @@ def check_data(model: CTRModel, data: EncodedDataset) -> None:
         )
     for table in model.tables.plan.tables:
         mapped = table.name in data.id_maps
-        if mapped != (table.has_dropped or len(table.blocks) > 1):
+        if mapped != table.renumbers:
             raise DataError(
                 f"ids of table {table.name!r} are {'re-coded, but the model reads the stored ones' if mapped else 'as stored, but the model is compact'};"
                 " give a compact model data.recode(plan), a full one the data as they are"

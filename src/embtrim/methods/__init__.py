@@ -5,6 +5,13 @@ from __future__ import annotations
 from embtrim.budget import Budget
 from embtrim.config import Config
 from embtrim.errors import EmbtrimError
+from embtrim.methods.frequency import FrequencyConfig
+from embtrim.methods.guided import GuidedConfig
+from embtrim.methods.hard_mask import HardMaskConfig
+from embtrim.methods.magnitude import MagnitudeConfig
+from embtrim.methods.mde import MDEConfig
+from embtrim.methods.optembed import OptEmbedConfig
+from embtrim.methods.pme import PMEConfig
 from embtrim.methods.random import RandomConfig
 from embtrim.methods.registry import METHODS, Method, method_named, method_of
 from embtrim.methods.sseds import SSEDSConfig
@@ -12,7 +19,23 @@ from embtrim.methods.uniform import UniformConfig
 from embtrim.plan import SizePlan
 from embtrim.sites import Task
 
-__all__ = ["METHODS", "Method", "RandomConfig", "SSEDSConfig", "UniformConfig", "method_named", "method_of", "search"]
+__all__ = [
+    "METHODS",
+    "FrequencyConfig",
+    "GuidedConfig",
+    "HardMaskConfig",
+    "MDEConfig",
+    "MagnitudeConfig",
+    "Method",
+    "OptEmbedConfig",
+    "PMEConfig",
+    "RandomConfig",
+    "SSEDSConfig",
+    "UniformConfig",
+    "method_named",
+    "method_of",
+    "search",
+]
 
 
 def search(task: Task, config: Config, budget: str | Budget, seed: int = 0) -> SizePlan:

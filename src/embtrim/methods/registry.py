@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -12,6 +12,7 @@ from embtrim.config import Config
 from embtrim.errors import ConfigError
 from embtrim.plan import SizePlan
 
+Unit = Literal["columns", "rows", "sizes"]
 SearchT = TypeVar("SearchT", bound=Callable[..., SizePlan])
 
 
@@ -24,24 +25,46 @@ class Method:
         config: its settings class.
         search: (task, config, budget, seed) -> plan.
         needs: whether it reads a "trained" model, an "initial" one, or "nothing".
+        adds: units that it fills a budget with to the last that fits: one more column of a table, one more row, or the
+            next size of a row; empty for a rule that may leave room.
     """
 
     name: str
     config: type[Config]
     search: Callable[[Any, Any, Budget, int], SizePlan]
     needs: Literal["trained", "initial", "nothing"]
+    adds: tuple[Unit, ...]
+
+    def parse(self, values: Mapping[str, Any], where: str = "search") -> Config:
+        """Settings of this method; `preset = "faithful"` among them starts from the paper's instead of our defaults.
+
+        Raises:
+            ConfigError: an unknown or wrong setting, or a preset that this method has not.
+        """
+        values = dict(values)
+        preset = values.pop("preset", None)
+        if preset is not None:
+            faithful = getattr(self.config, "faithful", None)
+            if preset != "faithful" or faithful is None:
+                allowed = "no preset" if faithful is None else "'faithful'"
+                raise ConfigError(f"[{where}] preset {preset!r} is not known; method {self.name!r} has {allowed}")
+            values = {**faithful, **values}
+        return self.config.parse(values, where=where)
 
 
 METHODS: dict[str, Method] = {}
 
 
 def register(
-    name: str, config: type[Config], needs: Literal["trained", "initial", "nothing"]
+    name: str,
+    config: type[Config],
+    needs: Literal["trained", "initial", "nothing"],
+    adds: tuple[Unit, ...] = ("columns",),
 ) -> Callable[[SearchT], SearchT]:
     """Decorator that lists a search function under a name and a config type."""
 
     def add(search: SearchT) -> SearchT:
-        METHODS[name] = Method(name, config, search, needs)
+        METHODS[name] = Method(name, config, search, needs, adds)
         return search
 
     return add

@@ -1,22 +1,29 @@
-"""Fill a budget with slots: a pure solver, apart from models and tables.
+"""Fill a budget with slots or rows: a pure solver, apart from models and tables.
 
-A slot is a (table, column) pair and costs the table's rows; projected tables pay D more a column.
+A slot is a (table, column) pair and costs the table's rows; projected tables pay D more a column. What a plan costs is
+what SizePlan counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from embtrim.errors import BudgetError
-from embtrim.plan import Alignment, SizePlan
+from embtrim.plan import Alignment, Block, SizePlan, TablePlan
 
 
-def slot_costs(plan: SizePlan, alignment: Alignment) -> np.ndarray:
-    """int64 (S,): parameters that each slot costs, table by table, column by column."""
-    extra = 1 if alignment == "project" else 0
-    return np.concatenate([np.full(t.width, t.num_rows + extra * plan.width, np.int64) for t in plan.tables])
+def slot_costs(plan: SizePlan, alignment: Alignment, kept: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
+    """int64 (S,): parameters that each slot costs, table by table, column by column; see `field_plan`."""
+    kept = kept or {}
+    costs = []
+    for t in plan.tables:
+        rows = len(kept[t.name]) + 1 if t.name in kept else t.num_rows
+        costs.append(np.full(t.width, rows + (t.width if alignment == "project" else 0), np.int64))
+    return np.concatenate(costs)
 
 
 def fill_budget(ranking: np.ndarray, costs: np.ndarray, limit: int, tables: np.ndarray, min_dim: int = 0) -> np.ndarray:
@@ -64,3 +71,145 @@ def columns_by_table(plan: SizePlan, accepted: np.ndarray) -> Mapping[str, Seque
 def slot_tables(plan: SizePlan) -> np.ndarray:
     """int64 (S,): number of each slot's table."""
     return np.repeat(np.arange(len(plan.tables)), [t.width for t in plan.tables])
+
+
+def field_plan(
+    full: SizePlan,
+    ranking: np.ndarray,
+    limit: int,
+    alignment: Alignment,
+    method: str,
+    details: dict[str, Any],
+    min_dim: int = 0,
+    kept: Mapping[str, np.ndarray] | None = None,
+) -> SizePlan:
+    """The plan that accepts slots in order of rank while they fit, skipping those that do not.
+
+    No table costs more than the whole one: where d columns of some rows, with their projection and map, would, the
+    table keeps all columns of all rows instead.
+
+    Args:
+        full: the plan that keeps everything; it says rows and widths.
+        ranking: slots (S,), best first; slots run table by table, column by column.
+        limit: parameters allowed; never exceeded.
+        alignment: how narrow tables reach the full width.
+        method: see SizePlan.
+        details: see SizePlan.
+        min_dim: columns that every table gets first, its best ones.
+        kept: ids of the rows that a table keeps, ascending, by name; others keep all.
+
+    Raises:
+        BudgetError: the minimum does not fit.
+    """
+    kept = kept or {}
+    accepted = np.zeros(sum(t.width for t in full.tables), bool)
+    of_slot = slot_tables(full)
+    widths = np.zeros(len(full.tables), np.int64)
+    floor = [slot for t in range(len(widths)) for slot in ranking[of_slot[ranking] == t][:min_dim]] if min_dim else []
+    left = limit
+
+    def cost(table: TablePlan, width: int) -> int:
+        rows = len(kept[table.name]) if table.name in kept else table.num_rows
+        return columns_cost(full, table, rows, width, alignment)
+
+    for slot in [*floor, *ranking]:
+        if accepted[slot]:
+            continue
+        table, width = full.tables[of_slot[slot]], int(widths[of_slot[slot]])
+        more = cost(table, width + 1) - cost(table, width)
+        if more <= left:
+            accepted[slot] = True
+            widths[of_slot[slot]] += 1
+            left -= more
+        elif widths[of_slot[slot]] < min_dim:
+            needed = sum(cost(t, min(min_dim, t.width)) for t in full.tables)
+            raise BudgetError(
+                f"budget allows {limit:,} embedding parameters, but {min_dim} column(s) in every table take {needed:,}; "
+                "raise the budget or set min_dim = 0"
+            )
+    plan = full.with_columns(columns_by_table(full, accepted), method, details, alignment)
+    tables = []
+    for t in plan.tables:
+        if t.name in kept and t.output_width and cost(t, t.output_width) < t.num_rows * t.width:
+            t = dataclasses.replace(t, blocks=(Block(len(kept[t.name]), t.columns, alignment, kept[t.name]),))
+        tables.append(t)
+    return dataclasses.replace(plan, tables=tuple(tables))
+
+
+def columns_cost(full: SizePlan, table: TablePlan, num_rows: int, width: int, alignment: Alignment) -> int:
+    """Parameters of `width` columns of some rows of a table: with their DROPPED row, projection and row map.
+
+    No more than the whole table; of a table that keeps nothing, none.
+    """
+    if not width:
+        return 0
+    some = num_rows < table.num_rows
+    projection = table.width if alignment == "project" else 0
+    row_map = table.num_rows if some and full.standalone else 0
+    return min(width * (num_rows + some + projection) + row_map, table.num_rows * table.width)
+
+
+def row_plan(
+    full: SizePlan,
+    scores: Mapping[str, np.ndarray],
+    columns: Mapping[str, Sequence[int]],
+    limit: int,
+    alignment: Alignment,
+    method: str,
+    details: dict[str, Any],
+) -> SizePlan:
+    """The plan that keeps the rows of the highest score of all tables while they fit; the others are dropped.
+
+    Args:
+        full: the plan that keeps everything.
+        scores: of each row, (V,) by table name.
+        columns: kept columns of the rows, by table name.
+        limit: parameters allowed; never exceeded.
+        alignment: how narrow tables reach the full width.
+        method: see SizePlan.
+        details: see SizePlan.
+    """
+    sizes = [t.num_rows for t in full.tables]
+    table_of = np.repeat(np.arange(len(sizes)), sizes)
+    row_of = np.concatenate([np.arange(n) for n in sizes])
+    order = np.argsort(-np.concatenate([scores[t.name] for t in full.tables]), kind="stable")
+    table_of, row_of = table_of[order], row_of[order]
+
+    def plan_of(kept: np.ndarray, rows: Sequence[np.ndarray] | None = None) -> SizePlan:
+        tables = []
+        for number, (t, count) in enumerate(zip(full.tables, kept.tolist(), strict=True)):
+            if count and rows_cost(full, t, count, len(columns[t.name])) >= t.num_rows * len(columns[t.name]):
+                count = t.num_rows
+            stored = None if rows is None or count == t.num_rows else np.sort(rows[number]).astype(np.int32)
+            block = Block(count, tuple(columns[t.name]), alignment, stored)
+            tables.append(TablePlan(t.name, t.num_rows, t.width, (block,) if count else ()))
+        return dataclasses.replace(full, tables=tuple(tables), method=method, details=details)
+
+    def count(prefix: int) -> np.ndarray:
+        return np.bincount(table_of[:prefix], minlength=len(sizes))
+
+    kept = count(largest(len(order), lambda prefix: plan_of(count(prefix)).num_params <= limit))
+    by_table = [row_of[table_of == number] for number in range(len(sizes))]
+    # Of what is left the next best row of a narrower table may still fit.
+    for number in range(len(sizes)):
+        while kept[number] < sizes[number]:
+            more = kept.copy()
+            more[number] += 1
+            if plan_of(more).num_params > limit:
+                break
+            kept = more
+    return plan_of(kept, [rows[:n] for rows, n in zip(by_table, kept, strict=True)])
+
+
+def rows_cost(full: SizePlan, table: TablePlan, count: int, width: int) -> int:
+    """Parameters of `count` rows at a width, their DROPPED row, and the map that a foreign table then needs."""
+    return (count + 1) * width + (table.num_rows if full.standalone else 0)
+
+
+def largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number in 0..most that fits, where a smaller one fits if a larger does; 0 is taken to fit."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

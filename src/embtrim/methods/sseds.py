@@ -8,15 +8,16 @@ Certain: field-level and model-agnostic; pretrain at uniform width, one scoring 
 by importance to a parameter budget, align the widths and retrain.
 Reconstructed: how many batches are scored, and that a slot that does not fit is skipped rather than ending the fill.
 
-Departures, all options, none the default of `faithful`: at a training optimum the gradient vanishes in expectation and
-its absolute value cannot tell a useful slot from a harmful one. `score = "signed"` ranks by -g, the first-order rise of
-the loss if the slot went away; `data = "valid"` reads it where the weights were not fitted; `pretrain = "epochs:1"`
-reads it before the model overfits; `cost_aware` ranks by importance per parameter.
+Departures: at a training optimum the gradient vanishes in expectation and its absolute value cannot tell a useful slot
+from a harmful one. `score = "signed"` ranks by -g, the first-order rise of the loss if the slot went away; `data =
+"valid"` reads it where the weights were not fitted. Both are our defaults, as the evidence has it (docs/results.md);
+`preset = "faithful"` is the paper's. Further options: `pretrain = "epochs:1"` reads the score before the model overfits,
+`cost_aware` ranks by importance per parameter.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -26,13 +27,13 @@ from embtrim.budget import Budget
 from embtrim.config import Config
 from embtrim.errors import EmbtrimError
 from embtrim.methods.registry import register
-from embtrim.methods.selection import columns_by_table, fill_budget, slot_costs, slot_tables
+from embtrim.methods.selection import field_plan, slot_costs
 from embtrim.plan import SizePlan
 from embtrim.sites import Task, alignment_of, gate_sites, num_slots
 
 
 class SSEDSConfig(Config):
-    """Settings of SSEDS; the defaults are the paper's.
+    """Settings of SSEDS; `faithful` are the paper's.
 
     Attributes:
         score: "abs" ranks by |g|, "signed" by -g (a slot whose removal would raise the loss is useful).
@@ -45,9 +46,11 @@ class SSEDSConfig(Config):
         align: how narrow fields reach the full width in models that need it: "scatter" or "project".
     """
 
-    score: Literal["abs", "signed"] = "abs"
-    data: Literal["train", "valid"] = "train"
-    batches: int = Field(default=1, ge=0)
+    faithful: ClassVar[dict[str, Any]] = {"score": "abs", "data": "train", "batches": 1}
+
+    score: Literal["abs", "signed"] = "signed"
+    data: Literal["train", "valid"] = "valid"
+    batches: int = Field(default=0, ge=0)
     average: Literal["sum", "abs"] = "sum"
     cost_aware: bool = False
     pretrain: str = Field(default="early_stop", pattern=r"^(early_stop|epochs:[1-9][0-9]*)$")
@@ -68,12 +71,10 @@ def search_sseds(task: Task, config: SSEDSConfig, budget: Budget, seed: int) -> 
 
     full = task.full_plan()
     alignment = alignment_of(task, config.align)
-    costs_S = slot_costs(full, alignment)
-    key_S = score_S / costs_S if config.cost_aware else score_S
+    key_S = score_S / slot_costs(full, alignment) if config.cost_aware else score_S
     ranking = np.argsort(-key_S, kind="stable")
-    accepted_S = fill_budget(ranking, costs_S, full.max_params(budget), slot_tables(full), config.min_dim)
     details = {"config": config.model_dump(), "budget": str(budget), "seed": seed, "scores": score_S.tolist()}
-    return full.with_columns(columns_by_table(full, accepted_S), "sseds", details, alignment)
+    return field_plan(full, ranking, full.max_params(budget), alignment, "sseds", details, config.min_dim)
 
 
 def slot_gradients(task: Task, model: torch.nn.Module, config: SSEDSConfig, seed: int) -> np.ndarray:

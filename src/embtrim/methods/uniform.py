@@ -6,18 +6,15 @@ frequent rows of all tables at width 1; the others share their table's DROPPED r
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Literal
 
 import numpy as np
 
 from embtrim.budget import Budget
 from embtrim.config import Config
-from embtrim.errors import BudgetError
 from embtrim.methods.registry import register
-from embtrim.methods.selection import slot_costs
-from embtrim.plan import Alignment, Block, SizePlan, TablePlan
-from embtrim.schema import OOV
+from embtrim.methods.selection import columns_cost, field_plan, largest, row_plan
+from embtrim.plan import SizePlan
 from embtrim.sites import Task, alignment_of
 
 
@@ -31,61 +28,24 @@ class UniformConfig(Config):
     align: Literal["scatter", "project"] = "scatter"
 
 
-@register("uniform", UniformConfig, needs="nothing")
+@register("uniform", UniformConfig, needs="nothing", adds=())
 def search_uniform(task: Task, config: UniformConfig, budget: Budget, seed: int) -> SizePlan:
     """Give every table the same width."""
     full = task.full_plan()
-    alignment = alignment_of(task, config.align)
-    limit = full.max_params(budget)
+    limit, alignment = full.max_params(budget), alignment_of(task, config.align)
     details = {"config": config.model_dump(), "budget": str(budget), "seed": seed}
-    costs = slot_costs(full, alignment)
-    starts = np.cumsum([0, *(t.width for t in full.tables)])[:-1]
-    column_costs = costs[starts]
-    widths = np.zeros(len(full.tables), np.int64)
-    most = np.array([t.width for t in full.tables])
-    while True:
-        grown = np.minimum(widths + 1, most)
-        if np.array_equal(grown, widths) or int(grown @ column_costs) > limit:
-            break
-        widths = grown
-    if not widths.any():
-        return most_frequent_rows(task, full, limit, details, alignment)
-    left = limit - int(widths @ column_costs)
-    for table in np.random.default_rng(seed).permutation(len(widths)):
-        if widths[table] < most[table] and column_costs[table] <= left:
-            widths[table] += 1
-            left -= int(column_costs[table])
-    columns = {t.name: range(w) for t, w in zip(full.tables, widths.tolist(), strict=True)}
-    return full.with_columns(columns, "uniform", details, alignment)
 
+    def cost(width: int) -> int:
+        return sum(columns_cost(full, t, t.num_rows, min(width, t.width), alignment) for t in full.tables)
 
-def most_frequent_rows(
-    task: Task, full: SizePlan, limit: int, details: dict[str, object], alignment: Alignment
-) -> SizePlan:
-    """Width 1 for as many of the most frequent rows as fit, OOV rows and one DROPPED row a table first."""
-    counts = task.row_counts()
-    if counts is None:
-        raise BudgetError(
-            f"budget allows {limit:,} embedding parameters, fewer than one column a table, and this task does not "
-            "know which rows are frequent; raise the budget"
-        )
-    fixed = sum(min(2, t.num_rows) for t in full.tables)
-    fixed += len(full.tables) * full.width if alignment == "project" else 0
-    if fixed > limit:
-        raise BudgetError(f"budget allows {limit:,} embedding parameters, the smallest uniform plan has {fixed:,}")
-    # A table of n rows keeps at most n - 2 rows beside OOV and DROPPED for one parameter each; its last row, which
-    # takes the place of DROPPED, is then free.
-    order = [(-int(c), i, row) for i, t in enumerate(full.tables) for row, c in enumerate(counts[t.name]) if row != OOV]
-    order.sort()
-    kept: list[list[int]] = [[OOV] for _ in full.tables]
-    left = limit - fixed
-    for _, table, row in order:
-        last = len(kept[table]) == full.tables[table].num_rows - 1
-        if left > 0 or last:
-            kept[table].append(row)
-            left -= not last
-    tables = []
-    for t, rows in zip(full.tables, kept, strict=True):
-        block = Block(len(rows), (0,), alignment, np.array(sorted(rows), np.int32) if len(rows) < t.num_rows else None)
-        tables.append(TablePlan(t.name, t.num_rows, t.width, (block,)))
-    return dataclasses.replace(full, tables=tuple(tables), method="uniform", details=details)
+    floor = largest(full.width, lambda width: cost(width) <= limit)
+    if not floor:
+        columns = {t.name: range(min(1, t.width)) for t in full.tables}
+        return row_plan(full, task.row_counts(), columns, limit, alignment, "uniform", details)
+    # Column 0 of all tables, then column 1, in random order of the tables; the last round, beyond the floor, is cut short.
+    order = np.random.default_rng(seed).permutation(len(full.tables))
+    place = {full.tables[table].name: rank for rank, table in enumerate(order)}
+    round_S = np.concatenate([np.arange(t.width) for t in full.tables])
+    rank_S = np.concatenate([np.arange(t.width) * len(order) + place[t.name] for t in full.tables])
+    ranking = np.argsort(rank_S)
+    return field_plan(full, ranking[round_S[ranking] <= floor], limit, alignment, "uniform", details)

@@ -1,0 +1,241 @@
+"""Rows by threshold, and one width a table by evolution, within a budget: a pure solver, apart from models.
+
+A candidate is a tuple of widths, one a table; a table without rows has width 0, any other at least 1. Costs are those
+of plans.
+
+Axes: T tables, D width of the full table, V rows of a table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+
+from embtrim.budget import Budget
+from embtrim.errors import BudgetError
+from embtrim.plan import Alignment, Block, SizePlan, TablePlan
+
+Widths = tuple[int, ...]
+Score = Callable[[Sequence[Widths]], list[float]]
+
+
+class EvolutionConfig(Protocol):
+    """The settings that `evolve` reads; see OptEmbedConfig."""
+
+    population: int
+    generations: int
+    mutations: int
+    mutation_rate: float
+    crossovers: int
+    num_elite: int
+
+
+class Space:
+    """The candidates that a set of kept rows leaves.
+
+    Args:
+        full: plan that keeps everything.
+        alignment: of the plans made.
+        kept: for each table bool (V,).
+        budget: candidates are repaired to it; None allows every width.
+
+    Attributes:
+        least_T: smallest widths: 1, or 0 where no row is kept.
+        most_T: largest widths.
+        limit: parameters allowed, or None.
+
+    Raises:
+        BudgetError: not even the smallest widths fit.
+    """
+
+    def __init__(
+        self, full: SizePlan, alignment: Alignment, kept: Sequence[np.ndarray], budget: Budget | None = None
+    ) -> None:
+        self.full, self.kept = full, kept
+        self.alignment: Alignment = alignment
+        num_kept = [int(rows_V.sum()) for rows_V in kept]
+        self.most_T = np.array([t.width if num else 0 for t, num in zip(full.tables, num_kept, strict=True)])
+        self.least_T = np.minimum(1, self.most_T)
+        self.limit: int | None = None
+        if budget is not None:
+            narrowest = self.plan(tuple(self.least_T))
+            self.limit = narrowest.max_params(budget)
+            if narrowest.num_params > self.limit:
+                raise BudgetError(
+                    f"budget allows {self.limit:,} embedding parameters, width 1 of all kept rows takes "
+                    f"{narrowest.num_params:,}; raise the budget"
+                )
+
+    @cached_property
+    def costs(self) -> list[np.ndarray]:
+        """For each table int64 (D + 1,): parameters by width."""
+        return [
+            np.array([table_cost(self.full, t, int(v.sum()), d, self.alignment) for d in range(t.width + 1)], np.int64)
+            for t, v in zip(self.full.tables, self.kept, strict=True)
+        ]
+
+    def plan(self, widths: Widths) -> SizePlan:
+        """The plan of a candidate."""
+        tables = [
+            table_plan(table, int(rows_V.sum()), int(width), self.alignment, rows_V)
+            for table, rows_V, width in zip(self.full.tables, self.kept, widths, strict=True)
+        ]
+        return dataclasses.replace(self.full, tables=tuple(tables))
+
+    def cost(self, widths: Sequence[int] | np.ndarray) -> int:
+        """Parameters of a candidate's plan."""
+        return sum(int(cost[width]) for cost, width in zip(self.costs, widths, strict=True))
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """Widths (T,), each uniform in 1..D."""
+        return rng.integers(self.least_T, self.most_T + 1)
+
+    def repair(self, widths_T: np.ndarray, rng: np.random.Generator) -> Widths:
+        """Lower widths until the budget holds.
+
+        A table is drawn by what it costs beyond width 1. If it can make up the excess alone it gets the largest width
+        that does, else a smaller one at random.
+        """
+        widths_T = widths_T.copy()
+        while self.limit is not None and (excess := self.cost(widths_T) - self.limit) > 0:
+            spare_T = np.array([c[w] - c[: w + 1][low:].min() for c, w, low in self._rows(widths_T)], np.float64)
+            table = int(rng.choice(len(widths_T), p=spare_T / spare_T.sum()))
+            cost, width, low = self.costs[table], int(widths_T[table]), int(self.least_T[table])
+            enough = [d for d in range(low, width) if cost[width] - cost[d] >= excess]
+            smaller = [d for d in range(low, width) if cost[d] < cost[width]]
+            widths_T[table] = max(enough) if enough else rng.choice(smaller)
+        return tuple(widths_T.tolist())
+
+    def widest(self, widths: Widths, table: int) -> int:
+        """The largest width of a table that still fits beside the other widths."""
+        assert self.limit is not None
+        cost = self.costs[table]
+        left = self.limit - self.cost(widths) + int(cost[widths[table]])
+        return max(d for d in range(widths[table], int(self.most_T[table]) + 1) if cost[d] <= left)
+
+    def _rows(self, widths_T: np.ndarray) -> list[tuple[np.ndarray, int, int]]:
+        return list(zip(self.costs, widths_T.tolist(), self.least_T.tolist(), strict=True))
+
+
+def evolve(space: Space, score: Score, config: EvolutionConfig, rng: np.random.Generator) -> list[Widths]:
+    """The best candidates found, best first."""
+    best = ranked([space.repair(space.draw(rng), rng) for _ in range(config.population)], score)[: config.num_elite]
+    for _ in range(config.generations):
+        parents = np.array(best)
+        children = [mutate(space, parents[rng.integers(len(best))], config, rng) for _ in range(config.mutations)]
+        for _ in range(config.crossovers):
+            left, right = rng.integers(len(best), size=2)
+            children.append(crossover(parents[left], parents[right], rng))
+        best = ranked([*best, *(space.repair(child, rng) for child in children)], score)[: config.num_elite]
+    return best
+
+
+def ranked(candidates: Sequence[Widths], score: Score) -> list[Widths]:
+    """Distinct candidates by falling score; equal scores in order of widths."""
+    distinct = list(dict.fromkeys(candidates))
+    scores = dict(zip(distinct, score(distinct), strict=True))
+    return sorted(distinct, key=lambda widths: (-scores[widths], widths))
+
+
+def mutate(space: Space, parent_T: np.ndarray, config: EvolutionConfig, rng: np.random.Generator) -> np.ndarray:
+    """A copy with each width drawn again at the mutation rate."""
+    return np.where(rng.random(len(parent_T)) < config.mutation_rate, space.draw(rng), parent_T)
+
+
+def crossover(left_T: np.ndarray, right_T: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The first tables of one parent and the others of the other."""
+    point = rng.integers(1, len(left_T)) if len(left_T) > 1 else 1
+    return np.concatenate([left_T[:point], right_T[point:]])
+
+
+def fill(space: Space, widths: Widths, score: Score) -> Widths:
+    """Widen tables as far as the budget goes: first the one whose own widening scores best."""
+
+    def widened(widths: Widths, table: int) -> Widths:
+        return (*widths[:table], space.widest(widths, table), *widths[table + 1 :])
+
+    candidates = [widened(widths, table) for table in range(len(widths))]
+    scores = score(candidates)
+    before: Widths = ()
+    while before != widths:  # a projection that full width makes needless leaves room for others
+        before = widths
+        for table in sorted(range(len(widths)), key=lambda t: -scores[t]):
+            widths = widened(widths, table)
+    return widths
+
+
+def kept_rows(
+    full: SizePlan,
+    alignment: Alignment,
+    margins: Sequence[np.ndarray],
+    reserved: Sequence[int | None],
+    widths: Sequence[int],
+    raised: float = 0.0,
+) -> list[np.ndarray]:
+    """For each table bool (V,): rows whose margin exceeds `raised`; all, if fewer do not make it smaller at `widths`."""
+    found = []
+    for table, margin_V, row, width in zip(full.tables, margins, reserved, widths, strict=True):
+        kept_V = margin_V > raised
+        if row is not None:
+            kept_V[row] = False
+            kept_V[row] = kept_V.any()
+        fewer = table_cost(full, table, int(kept_V.sum()), width, alignment)
+        saves = fewer < table_cost(full, table, table.num_rows, width, alignment)
+        found.append(kept_V if saves else np.ones_like(kept_V))
+    return found
+
+
+def fits(full: SizePlan, alignment: Alignment, kept: Sequence[np.ndarray], budget: Budget) -> bool:
+    """Whether width 1 of the kept rows is within the budget."""
+    try:
+        Space(full, alignment, kept, budget)
+    except BudgetError:
+        return False
+    return True
+
+
+def raise_thresholds(
+    full: SizePlan,
+    alignment: Alignment,
+    margins: Sequence[np.ndarray],
+    reserved: Sequence[int | None],
+    budget: Budget,
+) -> tuple[list[np.ndarray], float]:
+    """Raise all thresholds by one amount, no more than it takes for width 1 everywhere to fit the budget.
+
+    Returns:
+        Kept rows for each table, and the amount.
+    """
+    levels = np.unique(np.concatenate([[0.0], *(m[m > 0] for m in margins)]))
+    ones = [min(1, t.width) for t in full.tables]
+
+    def rows_at(level: int) -> list[np.ndarray]:
+        return kept_rows(full, alignment, margins, reserved, ones, float(levels[level]))
+
+    low, high = 0, len(levels) - 1  # at the last level no row is left
+    while low < high:
+        middle = (low + high) // 2
+        if fits(full, alignment, rows_at(middle), budget):
+            high = middle
+        else:
+            low = middle + 1
+    return rows_at(low), float(levels[low])
+
+
+def table_plan(
+    table: TablePlan, num_kept: int, width: int, alignment: Alignment, kept_V: np.ndarray | None = None
+) -> TablePlan:
+    """A table with some rows and its first columns; without `kept_V` good for counting only."""
+    if not num_kept:
+        return dataclasses.replace(table, blocks=())
+    rows = None if kept_V is None or num_kept == table.num_rows else np.flatnonzero(kept_V).astype(np.int32)
+    return dataclasses.replace(table, blocks=(Block(num_kept, tuple(range(width)), alignment, rows),))
+
+
+def table_cost(full: SizePlan, table: TablePlan, num_kept: int, width: int, alignment: Alignment) -> int:
+    """Parameters of one table of a plan that keeps some rows and its first columns."""
+    return dataclasses.replace(full, tables=(table_plan(table, num_kept, width, alignment),)).num_params

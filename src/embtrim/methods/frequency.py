@@ -1,0 +1,24 @@
+"""frequency: keep the most frequent values at full width and drop the rest; what a choice of rows must beat."""
+
+from __future__ import annotations
+
+from embtrim.budget import Budget
+from embtrim.config import Config
+from embtrim.methods.registry import register
+from embtrim.methods.selection import row_plan
+from embtrim.plan import SizePlan
+from embtrim.sites import Task, alignment_of
+
+
+class FrequencyConfig(Config):
+    """Settings of the frequency control: none."""
+
+
+@register("frequency", FrequencyConfig, needs="nothing", adds=("rows",))
+def search_frequency(task: Task, config: FrequencyConfig, budget: Budget, seed: int) -> SizePlan:
+    """Keep rows by how often they occur in the training data, over all fields."""
+    full = task.full_plan()
+    columns = {t.name: range(t.width) for t in full.tables}
+    details = {"config": config.model_dump(), "budget": str(budget), "seed": seed}
+    limit, alignment = full.max_params(budget), alignment_of(task, "scatter")
+    return row_plan(full, task.row_counts(), columns, limit, alignment, "frequency", details)

@@ -1,0 +1,300 @@
+"""hard_mask: HAM, hard auxiliary masks (Xiao et al., DL4SR at CIKM 2022, arXiv 2208.08004).
+
+    e~_{b,f,j} = m_{f,j} e_{b,f,j},  m_{f,j} = 1[a_{f,j} > 0],  a = 1/2 at the start, clamped to [-1, 1]      (mask)
+    dm/da := 1[|a| <= 1],  so dL/da_{f,j} = sum_b (dl_b/de~_{b,f,j}) e_{b,f,j} with the unmasked e              (ste)
+    C(a) = sum_f n_f sum_j m_{f,j} / (D sum_f n_f)                                                             (cost)
+    R = sum_f || Ehat_f^T Ehat_f - I ||_F^2 / K_f^2,  Ehat_f: columns of length one, K_f = min(D, n_f)         (orth)
+    loss = BCE + lambda_o R + lambda_c C                                                                       (loss)
+    lambda_c <- max(0, lambda_c + eta (C - C_target)) every T steps; stop at the first C <= C_target           (dual)
+
+Certain: field-level and structural; a pretrained supernet is pruned with a hard 0/1 auxiliary mask, searched by a simple
+gradient method directly in the discrete space; orthogonal embedding columns as a regulariser.
+Reconstructed: everything else. The mask is a parameter of its own beside the embeddings, so a masked column can come
+back. A weights step on a training batch alternates with a mask step on a validation batch, first order, by plain SGD
+(Adam would normalise the cost away). R is read on the distinct rows of the batch, over active columns, which keeps
+updates sparse. n_f counts what a slot really costs, its projection included. After the search the kept slots are
+trimmed, or the budget refilled, by a per cost.
+Reconstructed units: a mask step divides by U, the largest mean |dL/da| so far, and by the number of mask steps;
+lambda_c is in units of U over the largest dC/da, and eta is spread over its updates. The settings then mean the same on
+a set of 50 steps an epoch and on one of 10,000.
+
+`mode = "quantile"` has no cost term: m = 1[a >= tau], tau the lowest threshold whose slots fit the budget, which falls
+from everything to the target over the first part of the search (at the start all a are equal). There a is not clamped
+and dm/da := 1, since a moving threshold has no fixed window. It is never over the final budget; slots are lumpy, so
+what tau leaves unused is refilled.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from embtrim.budget import Budget
+from embtrim.config import Config
+from embtrim.errors import EmbtrimError
+from embtrim.methods.registry import register
+from embtrim.methods.selection import field_plan, slot_costs
+from embtrim.plan import SizePlan
+from embtrim.sites import RowGate, Task, alignment_of, gate_sites, num_slots
+from embtrim.train import Hooks
+
+
+class HardMaskConfig(Config):
+    """Settings of HAM; the paper's own numbers are not public, so the defaults are ours.
+
+    Attributes:
+        mode: "quantile" keeps the best slots within a budget that falls to the target; "penalty" prices them.
+        start: "trained" searches in a copy of the given, trained model; "initial" in a fresh one, without pretraining.
+        single_level: read the mask's gradient on training batches too, instead of validation batches.
+        epochs: passes over the training rows; may be a fraction.
+        min_steps: least number of mask steps, for sets with few batches.
+        mask_every: weights steps to one mask step.
+        mask_lr: how far a slot of average gradient moves over the whole search, if its gradient keeps its sign.
+        ramp: part of the search over which the budget falls to the target ("quantile").
+        eta: growth of lambda_c over the whole search at C - C_target = 1 ("penalty").
+        cost_updates: updates of lambda_c in the whole search ("penalty").
+        orthogonality: lambda_o.
+        orthogonality_every: weights steps to one with the regulariser.
+        refill: trim and refill by a "per_cost", or by a alone ("plain").
+        min_dim: columns that every table keeps.
+        align: how narrow fields reach the full width in models that need it: "scatter" or "project".
+    """
+
+    mode: Literal["quantile", "penalty"] = "quantile"
+    start: Literal["trained", "initial"] = "trained"
+    single_level: bool = False
+    epochs: float = Field(default=0.45, gt=0)
+    min_steps: int = Field(default=10, ge=1)
+    mask_every: int = Field(default=1, ge=1)
+    mask_lr: float = Field(default=2.0, gt=0)
+    ramp: float = Field(default=0.5, ge=0, le=1)
+    eta: float = Field(default=2.0, gt=0)
+    cost_updates: int = Field(default=20, ge=1)
+    orthogonality: float = Field(default=1e-3, ge=0)
+    orthogonality_every: int = Field(default=4, ge=1)
+    refill: Literal["per_cost", "plain"] = "per_cost"
+    min_dim: int = Field(default=0, ge=0)
+    align: Literal["scatter", "project"] = "scatter"
+
+
+@register("hard_mask", HardMaskConfig, needs="trained")
+def search_hard_mask(task: Task, config: HardMaskConfig, budget: Budget, seed: int) -> SizePlan:
+    """Train a copy of the model under masks, then fill the budget by what the masks learned."""
+    full = task.full_plan()
+    alignment = alignment_of(task, config.align)
+    costs_S = slot_costs(full, alignment)
+    limit = full.max_params(budget)
+    model = copy.deepcopy(task.model) if config.start == "trained" else task.fresh(seed)
+    supernet = MaskedSupernet(task, model, config, costs_S, limit, seed)
+    supernet.train()
+
+    margin_S = (supernet.a_S - supernet.threshold).double().cpu().numpy()
+    ranking = rank_slots(margin_S, costs_S, supernet.mask_S.cpu().numpy(), config.refill)
+    details = {
+        "config": config.model_dump(),
+        "budget": str(budget),
+        "seed": seed,
+        "scores": supernet.a_S.double().tolist(),
+        "threshold": supernet.threshold,
+        "cost_weight": supernet.cost_weight,
+        "cost": supernet.cost,
+        "cost_target": limit / int(costs_S.sum()),
+        "weight_steps": supernet.weight_steps,
+        "mask_steps": supernet.mask_steps,
+    }
+    return field_plan(full, ranking, limit, alignment, "hard_mask", details, config.min_dim)
+
+
+class MaskedSupernet:
+    """The state of one search: a model under masks, trained in place, the mask parameters a, and their price.
+
+    Attributes:
+        a_S: mask parameters, all sites in order.
+        mask_S: bool (S,), slots in use.
+        threshold: of a: 0, or tau_B.
+        cost: C(a), the part of the parameters in use.
+        cost_weight: lambda_c.
+        weight_steps, mask_steps: steps done.
+    """
+
+    def __init__(
+        self, task: Task, model: nn.Module, config: HardMaskConfig, costs_S: np.ndarray, limit: int, seed: int
+    ) -> None:
+        self.task, self.model, self.config, self.seed = task, model, config, seed
+        self.sites = task.sites(model)
+        self.device = next(iter(model.parameters())).device
+        self.slots = [num_slots(site) for site in self.sites]
+        self.share_S = torch.from_numpy(costs_S / costs_S.sum()).to(self.device)  # float64: C counts exactly
+        self.target = limit / int(costs_S.sum())
+        self.a_S = torch.full((len(costs_S),), 0.5, device=self.device)
+        self.mask_S = torch.ones_like(self.a_S, dtype=torch.bool)
+        self.threshold, self.cost, self.cost_weight, self.unit = 0.0, 1.0, 0.0, 0.0
+        epoch_steps = task.num_batches("train")
+        self.planned = max(config.min_steps, round(config.epochs * epoch_steps / config.mask_every))
+        self.epochs = math.ceil(self.planned * config.mask_every / max(1, epoch_steps))
+        self.weight_steps = self.mask_steps = 0
+        self._gates = ExitStack()
+        self._rows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.sites]
+        self._mask_batches = self._endless("train" if config.single_level else "valid")
+
+    def train(self) -> None:
+        """Alternate weights steps and mask steps as often as planned, or until the price has done its work."""
+        hooks = Hooks(extra_loss=self._extra_loss if self.config.orthogonality else None, on_step=self._on_step)
+        with self._gates:
+            self._open_gates()
+            self.task.fit(self.model, epochs=self.epochs, seed=self.seed, hooks=hooks)
+
+    def _endless(self, split: str) -> Iterator[Any]:
+        for epoch in itertools.count():
+            number = -1
+            for number, batch in enumerate(self.task.batches(split, self.seed * 100_003 + epoch)):  # noqa: B007
+                yield batch
+            if number < 0:
+                raise EmbtrimError(f"there are no {split} batches to learn masks on; give some that can be read again")
+
+    # ---- weights steps ----------------------------------------------------------------------------------------
+
+    def _open_gates(self) -> None:
+        """Mask the sites for the next weights step, and read its rows where the regulariser needs them."""
+        reads = self.config.orthogonality > 0 and self.weight_steps % self.config.orthogonality_every == 0
+        rows = [self._reader(number) for number in range(len(self.sites))] if reads else None
+        slots = self.mask_S.float().split(self.slots)
+        self._gates.enter_context(gate_sites(self.sites, slots, rows))
+
+    def _reader(self, number: int) -> RowGate:
+        def read(rows_U: Tensor, found_UD: Tensor) -> Tensor:
+            self._rows[number].append((rows_U, found_UD))
+            return found_UD
+
+        return read
+
+    def _extra_loss(self, _model: nn.Module, _batch: Any) -> Tensor:
+        """lambda_o R on the rows that this weights step read, zero where it read none."""
+        total = torch.zeros((), device=self.device)
+        for site, found, mask_s in zip(self.sites, self._rows, self.mask_S.split(self.slots), strict=True):
+            if not found:
+                continue
+            starts = np.cumsum([0, *site.num_rows]).tolist()
+            for number, active_D in enumerate(mask_s.split(site.widths)):
+                low, high = starts[number], starts[number + 1]
+                # A module used several times gives the distinct rows of each use.
+                parts = [
+                    emb[slice(*torch.searchsorted(rows, rows.new_tensor([low, high])).tolist())] for rows, emb in found
+                ]
+                total = total + column_correlation(torch.cat(parts), active_D, high - low)
+            found.clear()
+        return self.config.orthogonality * total
+
+    def _on_step(self, step: int) -> bool:
+        """After a weights step: step the mask where it is due. True ends the search."""
+        self.weight_steps = step
+        self._gates.close()
+        done = False
+        if step % self.config.mask_every == 0:
+            done = self._mask_step() or self.mask_steps == self.planned
+        self._open_gates()
+        return done
+
+    # ---- mask steps -------------------------------------------------------------------------------------------
+
+    def _mask_step(self) -> bool:
+        """One step of SGD on a; True at the first C <= C_target of the penalty mode."""
+        config = self.config
+        gradient_S = self._mask_gradient(next(self._mask_batches))
+        self.unit = max(self.unit, float(gradient_S.abs().mean()))
+        size = config.mask_lr / (self.planned * (self.unit or 1.0))
+        self.mask_steps += 1
+        if config.mode == "quantile":
+            self.a_S -= size * gradient_S
+            left = max(0.0, 1 - self.mask_steps / max(1.0, config.ramp * self.planned))
+            self.threshold = lowest_threshold(self.a_S, self.share_S, self.target + (1 - self.target) * left)
+            self.mask_S = self.a_S >= self.threshold
+            self.cost = float(self.share_S[self.mask_S].sum())
+            return False
+        self.a_S -= size * (gradient_S + self.cost_weight * self.share_S.float())  # d(lambda_c C)/da, by (ste)
+        self.a_S.clamp_(-1, 1)
+        self.mask_S = self.a_S > 0
+        self.cost = float(self.share_S[self.mask_S].sum())
+        every = max(1, self.planned // config.cost_updates)
+        if self.mask_steps % every == 0:
+            eta = config.eta * self.unit / float(self.share_S.max()) * every / self.planned
+            self.cost_weight = updated_cost_weight(self.cost_weight, eta, self.cost, self.target)
+        return self.cost <= self.target
+
+    def _mask_gradient(self, batch: Any) -> Tensor:
+        """dBCE/da (S,) on one batch; neither the weights nor their optimiser notice.
+
+        Row gates let the tables catch up on the rows of this batch alone, where the row optimiser owes decay.
+        """
+        window = 1.0 if self.config.mode == "penalty" else math.inf
+        a_S = self.a_S.clone().requires_grad_()
+        mask_S = straight_through(a_S, self.mask_S, window)
+        rows: list[RowGate] = [lambda _, found_UD: found_UD.detach()] * len(self.sites)
+        self.model.eval()
+        try:
+            with gate_sites(self.sites, mask_S.split(self.slots), rows):
+                loss = self.task.loss(self.model, batch)
+            return torch.autograd.grad(loss, a_S)[0]
+        finally:
+            self.model.train()
+
+
+def straight_through(a_S: Tensor, mask_S: Tensor, window: float = 1.0) -> Tensor:
+    """The 0/1 mask (S,), whose derivative by a is taken as 1[|a| <= window]."""
+    return mask_S.to(a_S.dtype) + (a_S.detach().abs() <= window) * (a_S - a_S.detach())
+
+
+def updated_cost_weight(cost_weight: float, eta: float, cost: float, target: float) -> float:
+    """Equation (dual): lambda_c after an update."""
+    return max(0.0, cost_weight + eta * (cost - target))
+
+
+def lowest_threshold(a_S: Tensor, share_S: Tensor, target: float) -> float:
+    """tau_B: the lowest value of a such that the slots with a >= tau take at most `target` of the parameters.
+
+    Just above them all if not even the best, perhaps tied, fit.
+    """
+    values, place_S = torch.unique(a_S, return_inverse=True)
+    share_of_value = torch.zeros(len(values), dtype=share_S.dtype, device=a_S.device).index_add(0, place_S, share_S)
+    kept = share_of_value.flip(0).cumsum(0)
+    num_fit = int((kept <= target + 1e-12).sum())
+    return float(values[-num_fit]) if num_fit else float(torch.nextafter(values[-1], values.new_tensor(math.inf)))
+
+
+def column_correlation(emb_UD: Tensor, active_D: Tensor, num_rows: int) -> Tensor:
+    """Equation (orth) for one table, on some of its rows: how far its active columns are from orthogonal; a scalar.
+
+    Args:
+        emb_UD: embeddings of distinct rows.
+        active_D: bool, columns in use.
+        num_rows: rows of the whole table, n_f.
+    """
+    columns = nn.functional.normalize(emb_UD[:, active_D], dim=0)
+    gram = columns.T @ columns
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return (gram - identity).square().sum() / min(emb_UD.shape[1], num_rows) ** 2
+
+
+def rank_slots(margin_S: np.ndarray, costs_S: np.ndarray, mask_S: np.ndarray, by: str) -> np.ndarray:
+    """Slots (S,), best first: those in use, then the others.
+
+    Args:
+        margin_S: a above its threshold.
+        costs_S: parameters that each slot costs.
+        mask_S: bool, slots in use.
+        by: "plain" ranks by a; "per_cost" divides the margin by the cost, or multiplies by it where the slot is not in
+            use: there a quotient would put the dearest first.
+    """
+    key_S = margin_S
+    if by == "per_cost":
+        key_S = np.where(mask_S, margin_S / costs_S, margin_S * costs_S)
+    return np.lexsort((-key_S, ~mask_S))

@@ -1,0 +1,53 @@
+"""magnitude: columns, or rows, by their norm in the trained tables; what a gradient must beat to be worth its pass.
+
+s_{f,j} = ||E_f[:, j]||_2        or        s_v = ||E_v||_2
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from embtrim.budget import Budget
+from embtrim.config import Config
+from embtrim.methods.registry import register
+from embtrim.methods.selection import field_plan, row_plan, slot_costs
+from embtrim.plan import SizePlan
+from embtrim.sites import Task, alignment_of
+
+
+class MagnitudeConfig(Config):
+    """Settings of the magnitude control.
+
+    Attributes:
+        unit: "columns" ranks slots by their norm over the table's rows, "rows" keeps rows at full width by theirs.
+        cost_aware: rank by norm per parameter.
+        align: how narrow fields reach the full width in models that need it: "scatter" or "project".
+    """
+
+    unit: Literal["columns", "rows"] = "columns"
+    cost_aware: bool = False
+    align: Literal["scatter", "project"] = "scatter"
+
+
+@register("magnitude", MagnitudeConfig, needs="trained", adds=("columns", "rows"))
+def search_magnitude(task: Task, config: MagnitudeConfig, budget: Budget, seed: int) -> SizePlan:
+    """Keep the slots, or the rows, of the largest norm."""
+    full = task.full_plan()
+    weights = {
+        name: weight_VD.double()
+        for site in task.sites(task.model)
+        for name, weight_VD in zip(site.names, site.weights(), strict=True)
+    }
+    limit, alignment = full.max_params(budget), alignment_of(task, config.align)
+    details = {"config": config.model_dump(), "budget": str(budget), "seed": seed}
+    if config.unit == "rows":
+        scores = {t.name: weights[t.name].norm(dim=1).cpu().numpy() for t in full.tables}
+        if config.cost_aware:
+            scores = {t.name: scores[t.name] / t.width for t in full.tables}
+        columns = {t.name: range(t.width) for t in full.tables}
+        return row_plan(full, scores, columns, limit, alignment, "magnitude", details)
+    score_S = np.concatenate([weights[t.name].norm(dim=0).cpu().numpy() for t in full.tables])
+    key_S = score_S / slot_costs(full, alignment) if config.cost_aware else score_S
+    return field_plan(full, np.argsort(-key_S, kind="stable"), limit, alignment, "magnitude", details)

@@ -1,0 +1,262 @@
+"""OptEmbed: rows by learned thresholds, widths by evolution (Lyu et al., CIKM 2022, arXiv 2208.04482).
+
+    r_v = 1[ ||E_v||_1 - t_f > 0 ],  t_f learned, one a table, from 0                                  (row mask)
+    dr/dx := 2 - 4|x| for |x| <= 0.4;  0.4 for 0.4 < |x| <= 1;  else 0                                 (surrogate)
+    e~_v = r_v * (first d_f coordinates of E_v),  d_f ~ Uniform{1..D} a sample and field               (supernet)
+    loss = BCE + lambda * sum_f exp(-t_f);  t by plain SGD                                             (loss)
+    fitness(d) = validation AUC of the supernet with masked rows and widths d                          (evolution)
+
+Certain, from the authors' public code: all of the above; dense Adam with L2 inside the gradient for everything but t;
+population 20, 30 generations of 10 mutations (p = 0.1 a field) and 10 crossovers; the plan is retrained from the
+supernet's initial weights, `compact(init="initial")`. What prunes rows is Adam with L2: it drives rows that are rarely
+seen to norm ~0, below a slightly positive threshold. Lazy rows with replayed decay are an option.
+Put right: parents are cloned, scores stay with their candidates, the crossover point ranges over fields, widths are
+drawn from 1..D and counted as drawn, no candidate is scored twice, the best 15 live on.
+
+Departures:
+- L2 is of the embeddings, by the task's settings; the paper's is of all parameters.
+- A table's reserved row (OOV, or a padding row) passes the row gate and stays while any other row does: zero at the
+  start, it could never leave a norm-based mask. Rows also stay where their table is no smaller without them, because
+  of the shared DROPPED row or a foreign model's row map.
+- Budget (the paper has none; `natural` keeps its behaviour): candidates over it are repaired by lowering widths. If
+  width 1 everywhere does not fit, all thresholds are raised by one amount until it does. In the end what is left of
+  the budget widens tables, those first that gain most.
+- A dropped row's first-order weight goes with it in the fitness too, as it does in the compact model.
+- Fitness is read on a sample of the validation rows and the finalists are scored on all.
+
+Axes: B batch, F fields or 1, D width, U distinct rows, V rows of a table, T tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from embtrim.budget import Budget
+from embtrim.config import Config
+from embtrim.errors import BudgetError
+from embtrim.methods.evolution import Space, Widths, evolve, fill, fits, kept_rows, raise_thresholds
+from embtrim.methods.registry import register
+from embtrim.plan import SizePlan
+from embtrim.sites import RowGate, Site, SlotGate, Task, alignment_of, gate_sites
+from embtrim.train import Hooks
+
+
+class OptEmbedConfig(Config):
+    """Settings of OptEmbed; population, generations and rates are the paper's, and all of `faithful`.
+
+    Attributes:
+        epochs: of training the supernet.
+        optimizer: "dense", or "lazy": only the rows of the batch move and decay is replayed (approximate).
+        l2: of the embeddings; None takes the task's.
+        threshold_lr: learning rate of the thresholds, lr_t. A step moves them by about lr_t * lambda: on small data, of
+            few steps an epoch, the paper's values leave them at zero and all rows stay.
+        threshold_weight: lambda of exp(-t).
+        population: candidates of the first generation.
+        generations: how many follow.
+        mutations: a generation.
+        mutation_rate: chance of each field to draw its width again.
+        crossovers: a generation.
+        num_elite: candidates that outlive a generation and are parents of the next.
+        fitness_rows: validation rows that fitness is read on; 0 means all.
+        finalists: best candidates that are scored on all validation rows.
+        natural: take the best candidate as it is: no repair, no filling; a budget it exceeds is an error.
+        align: how narrow fields reach the full width in models that need it: "scatter" or "project".
+    """
+
+    faithful: ClassVar[dict[str, Any]] = {"threshold_lr": 1e-4, "threshold_weight": 1e-4, "fitness_rows": 0}
+
+    epochs: int = Field(default=10, ge=1)
+    optimizer: Literal["dense", "lazy"] = "dense"
+    l2: float | None = Field(default=None, ge=0)
+    threshold_lr: float = Field(default=0.1, gt=0)
+    threshold_weight: float = Field(default=1e-2, ge=0)
+    population: int = Field(default=20, ge=1)
+    generations: int = Field(default=30, ge=0)
+    mutations: int = Field(default=10, ge=0)
+    mutation_rate: float = Field(default=0.1, gt=0, le=1)
+    crossovers: int = Field(default=10, ge=0)
+    num_elite: int = Field(default=15, ge=1)
+    fitness_rows: int = Field(default=8192, ge=0)
+    finalists: int = Field(default=5, ge=1)
+    natural: bool = False
+    align: Literal["scatter", "project"] = "scatter"
+
+
+@register("optembed", OptEmbedConfig, needs="initial")
+def search_optembed(task: Task, config: OptEmbedConfig, budget: Budget, seed: int) -> SizePlan:
+    """Train a supernet that drops rows, then evolve the widths of what it kept.
+
+    The plan's details: "thresholds" by table and what they were "raised" by; "full_width_params", the size of the kept
+    rows before widths; "num_evaluated" candidates; "fitness" on all validation rows; "natural_params" if natural.
+    """
+    model, thresholds = train_supernet(task, config, seed)
+    sites = task.sites(model)
+    full, alignment = task.full_plan(), alignment_of(task, config.align)
+    margins = row_margins(sites, thresholds)
+    reserved = [row for site in sites for row in site.reserved_rows]
+    widest = [t.width for t in full.tables]
+    kept = kept_rows(full, alignment, margins, reserved, widest)
+    raised = 0.0
+    if not config.natural and not fits(full, alignment, kept, budget):
+        kept, raised = raise_thresholds(full, alignment, margins, reserved, budget)
+    space = Space(full, alignment, kept, None if config.natural else budget)
+
+    parts = iter(torch.from_numpy(rows) for rows in kept)
+    for site in sites:
+        site.drop_rows([next(parts) for _ in site.names])
+    sampled = Fitness(task, model, config.fitness_rows)
+    exact = Fitness(task, model, 0) if config.fitness_rows else sampled
+    rng = np.random.default_rng(seed)
+    finalists = evolve(space, sampled, config, rng)[: config.finalists]
+    widths = finalists[int(np.argmax(exact(finalists)))]
+    if not config.natural:
+        widths = fill(space, widths, sampled)
+    details: dict[str, Any] = {
+        "config": config.model_dump(),
+        "budget": str(budget),
+        "seed": seed,
+        "thresholds": [float(t) for site_t in thresholds for t in site_t],
+        "raised": raised,
+        "full_width_params": space.plan(tuple(space.most_T)).num_params,
+        "num_evaluated": len(sampled.scores),
+        "fitness": exact([widths])[0],
+    }
+    if config.natural:
+        details["natural_params"] = space.cost(widths)
+    plan = dataclasses.replace(space.plan(widths), method="optembed", details=details)
+    assert plan.num_params == space.cost(widths), "a candidate's cost is not its plan's"
+    if plan.num_params > plan.max_params(budget):
+        raise BudgetError(
+            f"budget of {budget} allows {plan.max_params(budget):,} embedding parameters, the natural size of this plan "
+            f"is {plan.num_params:,}; give at least that, or natural = false"
+        )
+    return plan
+
+
+# ---- supernet -----------------------------------------------------------------------------------------------------
+
+
+class HardStep(torch.autograd.Function):
+    """1[x > 0], with the surrogate gradient of the module docstring."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """See the class."""
+        ctx.save_for_backward(x)
+        return (x > 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        """See the class."""
+        (size,) = (x.abs() for x in ctx.saved_tensors)
+        outside = torch.where(size <= 1, 0.4, 0.0)
+        return grad_outputs[0] * torch.where(size <= 0.4, 2 - 4 * size, outside)
+
+
+def train_supernet(task: Task, config: OptEmbedConfig, seed: int) -> tuple[nn.Module, list[np.ndarray]]:
+    """A trained supernet and its thresholds: for each site, one a table."""
+    model = task.fresh(seed)
+    sites = task.sites(model)
+    device = next(model.parameters()).device
+    thresholds = [nn.Parameter(torch.zeros(len(site.names), device=device)) for site in sites]
+    generator = torch.Generator().manual_seed(seed)
+    hooks = Hooks(
+        param_groups=lambda _: [torch.optim.SGD(thresholds, lr=config.threshold_lr)],
+        extra_loss=lambda _model, _batch: config.threshold_weight * torch.exp(-torch.cat(list(thresholds))).sum(),
+    )
+    rows = [row_gate(site, t) for site, t in zip(sites, thresholds, strict=True)]
+    slots = [width_gate(site, model, generator) for site in sites]
+    settings = {} if config.l2 is None else {"embedding_l2": config.l2}
+    with gate_sites(sites, slots, rows):
+        task.fit(
+            model, config.epochs, seed, hooks,
+            tables=config.optimizer, optimizer="adam", l2_form="coupled", l2_scope="table", **settings,
+        )  # fmt: skip
+    return model, [t.detach().cpu().numpy() for t in thresholds]
+
+
+def row_gate(site: Site, threshold_T: Tensor) -> RowGate:
+    """Multiply rows by r_v; the site's reserved rows pass."""
+    ends_T = np.cumsum(site.num_rows)
+    first_T = ends_T - site.num_rows
+    open_rows = [int(f) + r for f, r in zip(first_T, site.reserved_rows, strict=True) if r is not None]
+    ends = torch.tensor(ends_T, device=threshold_T.device)
+    reserved = torch.tensor(open_rows, dtype=torch.int64, device=threshold_T.device)
+
+    def gate(rows_U: Tensor, found_UD: Tensor) -> Tensor:
+        table_U = torch.searchsorted(ends, rows_U.to(torch.int64), right=True)
+        mask_U = HardStep.apply(found_UD.abs().sum(1) - threshold_T[table_U])
+        return found_UD * torch.where(torch.isin(rows_U, reserved), 1.0, mask_U)[:, None]  # type: ignore[arg-type]
+
+    return gate
+
+
+def width_gate(site: Site, model: nn.Module, generator: torch.Generator) -> SlotGate:
+    """While the model trains keep the first d coordinates, d drawn for each sample and field."""
+    width = site.widths[0]
+    prefixes_DD = torch.ones(width, width).tril()  # row d - 1 keeps the first d
+
+    def gate(output: Tensor) -> Tensor:
+        if not model.training:
+            return output
+        fields = output.shape[-1] // width  # a site's tables are equally wide
+        drawn = torch.randint(width, (len(output) * fields,), generator=generator)
+        mask = prefixes_DD[drawn].view(len(output), *[1] * (output.ndim - 2), -1)
+        return output * mask.to(output)
+
+    return gate
+
+
+class Fitness:
+    """Validation scores of a supernet under candidate widths, each computed once.
+
+    Args:
+        task: of the supernet.
+        model: the supernet, its dropped rows zero.
+        max_rows: see Task.gated_scores.
+
+    Attributes:
+        scores: by candidate.
+    """
+
+    def __init__(self, task: Task, model: nn.Module, max_rows: int) -> None:
+        self.task, self.model, self.max_rows = task, model, max_rows
+        self.scores: dict[Widths, float] = {}
+
+    def __call__(self, candidates: Sequence[Widths]) -> list[float]:
+        """Scores of candidates; those not seen before are scored together."""
+        new = [c for c in dict.fromkeys(candidates) if c not in self.scores]
+        if new:
+            gates = [width_masks(self.task.sites(self.model), c) for c in new]
+            self.scores.update(zip(new, self.task.gated_scores(self.model, gates, self.max_rows), strict=True))
+        return [self.scores[c] for c in candidates]
+
+
+def width_masks(sites: Sequence[Site], widths: Widths) -> list[Tensor]:
+    """For each site its slot gate (S,): ones for the first columns of each table."""
+    width_of_table = iter(widths)
+    return [
+        torch.cat([(torch.arange(width) < next(width_of_table)).float() for width in site.widths]).to(
+            site.weights()[0].device
+        )
+        for site in sites
+    ]
+
+
+# ---- rows ---------------------------------------------------------------------------------------------------------
+
+
+def row_margins(sites: Sequence[Site], thresholds: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """For each table ||E_v||_1 - t_f of its rows (V,); rows above zero are kept."""
+    return [
+        weight_VD.abs().sum(1).cpu().numpy() - threshold
+        for site, threshold_T in zip(sites, thresholds, strict=True)
+        for weight_VD, threshold in zip(site.weights(), threshold_T, strict=True)
+    ]

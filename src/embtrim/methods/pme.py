@@ -1,0 +1,225 @@
+"""PME: pruning-based multi-size embedding (Liu et al., Frontiers in Big Data 2023, doi 10.3389/fdata.2023.1195742).
+
+    s_{v,j} = | E_{v,j} * sum_b dL_b / dE_{v,j} |   at initialisation, no update                       (saliency, SNIP)
+    d_v     = number of v's entries among the top K of all entries                                     (capacity)
+    d_v     bucketed down to {0, 1, 2, 4, 8, .., D};  K as large as the budget allows
+    e_v     = T_s[row] W_s,  W_s in R^{s x D} shared by all rows of size s, identity at s = D          (lookup)
+
+Certain: a size per feature value; the entries with the least impact are pruned in a search before training; only the
+number of a value's entries is transferred, to a fresh dense vector; the table is read by groups of one size.
+Reconstructed: the SNIP form of the saliency, the buckets, W_s and its variance 1 / s, one initial spread for all
+fields (a spread per field would bias the comparison between fields); batch norm on the batch's statistics.
+Departure: the vector that a field's values of size 0 share is as wide as its widest values. Ids are re-numbered by size, so that no row carries an index.
+
+Accumulated saliency grows with how often a value occurs. The controls that show what it adds: `score = "frequency"`
+gives the i-th largest value's saliency to the i-th most frequent value, "random" to a random one - the same histogram of
+sizes - and "magnitude" ranks |E| at initialisation. `warmup_epochs` reads the saliency after short training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from embtrim.budget import Budget
+from embtrim.config import Config
+from embtrim.errors import EmbtrimError
+from embtrim.methods.registry import register
+from embtrim.methods.selection import largest
+from embtrim.plan import Block, SizePlan, TablePlan
+from embtrim.sites import Site, Task, gate_sites
+
+
+class PMEConfig(Config):
+    """Settings of PME; the defaults are our reading of the paper.
+
+    Attributes:
+        score: "saliency", or a control: "frequency", "random" (the same sizes, given to other values) or "magnitude".
+        search_fraction: share of the training batches that the gradient is summed over, evenly spread.
+        init_std: spread of the embeddings that the saliency is read at, of all fields.
+        warmup_epochs: epochs of training before the saliency is read; 0 is the paper's.
+    """
+
+    score: Literal["saliency", "frequency", "random", "magnitude"] = "saliency"
+    search_fraction: float = Field(default=1.0, gt=0, le=1)
+    init_std: float = Field(default=0.01, gt=0)
+    warmup_epochs: int = Field(default=0, ge=0)
+
+
+@register("pme", PMEConfig, needs="initial", adds=("sizes",))
+def search_pme(task: Task, config: PMEConfig, budget: Budget, seed: int) -> SizePlan:
+    """Give every feature value a size."""
+    full = task.full_plan()
+    model = task.fresh(seed)
+    sites = task.sites(model)
+    draw_weights(sites, config.init_std, seed)
+    if config.warmup_epochs:
+        task.fit(model, epochs=config.warmup_epochs, seed=seed)
+    if config.score == "magnitude":
+        scores = [weight_VD.abs() for site in sites for weight_VD in site.weights()]
+    else:
+        scores = entry_saliency(task, model, sites, config.search_fraction, seed)
+    # Only the order of a value's entries counts: column j of `ranked` is the (j + 1)-th largest score of each value.
+    ranked = [np.sort(score_VD.cpu().numpy(), axis=1)[:, ::-1] for score_VD in scores]
+    if config.score == "frequency":
+        counts = task.row_counts()
+        ranked = reassign(ranked, np.concatenate([counts[t.name] for t in full.tables]))
+    elif config.score == "random":
+        ranked = reassign(ranked, np.random.default_rng(seed).random(sum(map(len, ranked))))
+    details = {"config": config.model_dump(), "budget": str(budget), "seed": seed}
+    sizes = fill_sizes(full, ranked, full.max_params(budget))
+    found, rows = np.unique(np.concatenate(sizes), return_counts=True)
+    details["rows_by_size"] = dict(zip(map(str, found.tolist()), rows.tolist(), strict=True))
+    return dataclasses.replace(sized_plan(full, sizes), method="pme", details=details)
+
+
+# ---- saliency ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def draw_weights(sites: list[Site], std: float, seed: int) -> None:
+    """Draw all embeddings with one spread; rows that start at zero (OOV, padding) stay there."""
+    generator = torch.Generator().manual_seed(seed)
+    for site in sites:
+        for weight_VD in site.weights():
+            noise_VD = torch.empty(weight_VD.shape).normal_(0, std, generator=generator).to(weight_VD)
+            weight_VD.copy_(noise_VD * weight_VD.any(1, keepdim=True))
+
+
+def entry_saliency(task: Task, model: nn.Module, sites: list[Site], fraction: float, seed: int) -> list[Tensor]:
+    """|E * sum_b dL_b/dE| of each table (V, D): gradients of `fraction` of the training batches, with no update."""
+    grads = [torch.zeros_like(torch.cat(site.weights())) for site in sites]
+    model.eval()  # no dropout
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train()  # running statistics mean nothing yet
+    leaves: list[tuple[int, Tensor, Tensor]] = []
+
+    def reader(number: int) -> Callable[[Tensor, Tensor], Tensor]:
+        def read(rows_U: Tensor, found_UD: Tensor) -> Tensor:
+            leaves.append((number, rows_U, found_UD.detach().requires_grad_()))
+            return leaves[-1][2]
+
+        return read
+
+    read_batches = 0
+    for number, batch in enumerate(task.batches("train", seed)):
+        if math.ceil((number + 1) * fraction) == math.ceil(number * fraction):
+            continue
+        leaves.clear()
+        with gate_sites(sites, rows=[reader(n) for n in range(len(sites))]):
+            loss = task.loss(model, batch)
+        found = torch.autograd.grad(loss, [leaf for *_, leaf in leaves], allow_unused=True)
+        for (site, rows_U, _), grad_UD in zip(leaves, found, strict=True):
+            if grad_UD is not None:
+                grads[site].index_add_(0, rows_U.long(), grad_UD)
+        read_batches += 1
+    if not read_batches:
+        raise EmbtrimError("there are no training batches to read the saliency on; raise search_fraction or give more")
+    return [
+        (weight_VD * grad_VD).abs()
+        for site, grad in zip(sites, grads, strict=True)
+        for weight_VD, grad_VD in zip(site.weights(), grad.split(site.num_rows), strict=True)
+    ]
+
+
+def reassign(ranked: list[np.ndarray], key_R: np.ndarray) -> list[np.ndarray]:
+    """Give the scores of the value with the i-th largest saliency to the value with the i-th largest key."""
+    widest = max(scores.shape[1] for scores in ranked)
+    stacked_RD = np.concatenate([np.pad(scores, ((0, 0), (0, widest - scores.shape[1]))) for scores in ranked])
+    given_RD = np.empty_like(stacked_RD)
+    by_saliency = np.argsort(-stacked_RD.sum(1), kind="stable")
+    given_RD[np.argsort(-key_R, kind="stable")] = stacked_RD[by_saliency]
+    parts = np.split(given_RD, np.cumsum([len(scores) for scores in ranked])[:-1])
+    return [part[:, : scores.shape[1]] for part, scores in zip(parts, ranked, strict=True)]
+
+
+# ---- sizes -------------------------------------------------------------------------------------------------------------
+
+
+def buckets(width: int) -> list[int]:
+    """Sizes that a value may have, beside 0: powers of two, and D."""
+    return [*(2**k for k in range(width.bit_length()) if 2**k < width), width]
+
+
+def fill_sizes(full: SizePlan, ranked: list[np.ndarray], limit: int) -> list[np.ndarray]:
+    """The size of each value (V,), by table: the entries above the lowest threshold that fits, bucketed down.
+
+    A value reaches bucket s when its s-th largest entry passes the threshold; these steps are taken in order of their
+    thresholds. What the last steps leave over goes to the next ones that still fit.
+    """
+    levels_of = [np.array([0, *buckets(t.width)]) for t in full.tables]
+    threshold = np.concatenate([scores[:, b[1:] - 1].ravel() for scores, b in zip(ranked, levels_of, strict=True)])
+    steps = [len(b) - 1 for b in levels_of]
+    first_row = np.cumsum([0, *(t.num_rows for t in full.tables)])
+    row_of = np.concatenate(
+        [np.repeat(np.arange(lo, hi), n) for lo, hi, n in zip(first_row, first_row[1:], steps, strict=False)]
+    )
+    level_of = np.concatenate(
+        [np.tile(np.arange(1, n + 1), t.num_rows) for t, n in zip(full.tables, steps, strict=True)]
+    )
+    order = np.argsort(-threshold, kind="stable")
+
+    def sizes_of(level_R: np.ndarray) -> list[np.ndarray]:
+        return [b[part] for b, part in zip(levels_of, np.split(level_R, first_row[1:-1]), strict=True)]
+
+    def count(level_R: np.ndarray) -> int:
+        return sized_plan(full, sizes_of(level_R), with_rows=False).num_params
+
+    def keep_few(level_R: np.ndarray) -> np.ndarray:
+        """Values of size 0 get their table's smallest size where that takes less than the vector they would share."""
+        for number, sizes in enumerate(levels_of):
+            levels = level_R[first_row[number] : first_row[number + 1]]
+            used = np.unique(levels[levels > 0])
+            if len(used) and (levels == 0).sum() * sizes[used[0]] <= sizes[used[-1]]:
+                levels[levels == 0] = used[0]
+        return level_R
+
+    def reached(prefix: int) -> np.ndarray:
+        return keep_few(np.bincount(row_of[order[:prefix]], minlength=first_row[-1]))
+
+    # Keeping everything needs no projections, so it may fit where a little less does not.
+    everything = count(reached(len(order))) <= limit
+    taken = len(order) if everything else largest(len(order), lambda prefix: count(reached(prefix)) <= limit)
+    level_R = reached(taken)
+    later = order[taken:]
+    table_R = np.repeat(np.arange(len(ranked)), np.diff(first_row))
+    size_TL = np.array([np.pad(b, (0, max(steps) + 1 - len(b))) for b in levels_of])
+    while True:
+        # A step to the next size that its table has already changes nothing but its own row.
+        target_TL = np.full(size_TL.shape, -1)
+        for table in range(len(ranked)):
+            used = np.unique(level_R[first_row[table] : first_row[table + 1]])
+            for level in range(size_TL.shape[1]):
+                target_TL[table, level] = min(used[used > level], default=-1)
+        left = limit - count(level_R)
+        step = later[level_of[later] == target_TL[table_R, level_R][row_of[later]]]
+        row = row_of[step]
+        cost = size_TL[table_R[row], level_of[step]] - size_TL[table_R[row], level_R[row]]
+        step, row, cost = (part[cost <= left] for part in (step, row, cost))
+        fitting = np.cumsum(cost) <= left
+        if not fitting.any():
+            return sizes_of(level_R)
+        level_R[row[fitting]] = level_of[step[fitting]]
+        keep_few(level_R)
+
+
+def sized_plan(full: SizePlan, sizes: Sequence[np.ndarray], with_rows: bool = True) -> SizePlan:
+    """The plan that gives each value its size (V,), by table; without its rows it can only be counted."""
+    tables = []
+    for table, size_V in zip(full.tables, sizes, strict=True):
+        blocks = []
+        for size in np.unique(size_V[size_V > 0])[::-1].tolist():
+            rows = np.flatnonzero(size_V == size).astype(np.int32)
+            columns = tuple(range(size)) if size == table.width else size
+            listed = rows if with_rows and len(rows) < table.num_rows else None
+            blocks.append(Block(len(rows), columns, "project", listed))
+        tables.append(TablePlan(table.name, table.num_rows, table.width, tuple(blocks)))
+    return dataclasses.replace(full, tables=tuple(tables))

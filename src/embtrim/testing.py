@@ -1,0 +1,323 @@
+"""What every search method promises, as checks that anyone can run on a method of their own.
+
+    from embtrim import testing
+    for name, check in testing.CHECKS.items():
+        check(testing.zoo_task(), MyConfig())          # AssertionError says what does not hold
+
+`python -m embtrim.testing` runs all methods on a zoo model and on a foreign module and prints the matrix.
+Data are made here, with a planted signal of known shape.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embtrim.budget import Budget
+from embtrim.compaction import compact, verify
+from embtrim.config import Config
+from embtrim.dataset import EncodedDataset, SplitArrays
+from embtrim.errors import BudgetError
+from embtrim.methods import METHODS, method_of, search
+from embtrim.models import DeepFM
+from embtrim.models.ctr_model import CTRModel
+from embtrim.plan import Block, SizePlan, TablePlan
+from embtrim.schema import PAD, FieldSpec, Schema
+from embtrim.sites import CTRTask, Task
+from embtrim.train import TrainConfig, fit
+
+BUDGETS = ("80%", "30%", "12%", "500 params")
+# Compact against masked, of a foreign module, in float32: loss of a batch.
+FOREIGN_TOLERANCE = 1e-5
+
+
+# ---- toy tasks ---------------------------------------------------------------------------------------------------------
+
+
+def planted_data(
+    num_rows: int = 6000, noise_vocab: int = 2000, seed: int = 0, multi: bool = False, dense: bool = False
+) -> EncodedDataset:
+    """Data with a planted signal: fields strong (30 values), weak (20) and noise (many values, no signal).
+
+    Args:
+        num_rows: rows of all splits, 8:1:1.
+        noise_vocab: values of the noise field.
+        seed: of the data.
+        multi: add a multi-valued field with signal, "tags" (12 values).
+        dense: add a dense field with signal, "price".
+    """
+    rng = np.random.default_rng(seed)
+    fields = [
+        FieldSpec(name="strong", vocab_size=30),
+        FieldSpec(name="weak", vocab_size=20),
+        FieldSpec(name="noise", vocab_size=noise_vocab),
+    ]
+    columns = [rng.integers(0, f.vocab_size, num_rows) for f in fields]
+    score = 2.0 * rng.normal(size=30)[columns[0]] + 0.7 * rng.normal(size=20)[columns[1]]
+    if multi:
+        fields.append(FieldSpec(name="tags", vocab_size=12, type="multi", max_len=3))
+        tags = rng.integers(0, 12, (num_rows, 3))
+        tags[:, 1:][rng.random((num_rows, 2)) < 0.4] = PAD
+        columns += list(tags.T)
+        score = score + rng.normal(size=12)[tags[:, 0]]
+    dense_values = None
+    if dense:
+        fields.append(FieldSpec(name="price", type="dense", transform="none"))
+        dense_values = rng.normal(size=(num_rows, 1)).astype(np.float32)
+        score = score + 0.5 * dense_values[:, 0]
+    labels = (rng.random(num_rows) < 1 / (1 + np.exp(-score))).astype(np.float32)
+    ids = np.stack(columns, 1).astype(np.int32)
+    cuts = {
+        "train": slice(0, num_rows * 8 // 10),
+        "valid": slice(num_rows * 8 // 10, num_rows * 9 // 10),
+        "test": slice(num_rows * 9 // 10, None),
+    }
+    splits = {
+        name: SplitArrays(ids[rows], labels[rows], None if dense_values is None else dense_values[rows])
+        for name, rows in cuts.items()
+    }
+    return EncodedDataset(Schema(label="y", fields=tuple(fields)), splits)
+
+
+def zoo_task(epochs: int = 1) -> CTRTask:
+    """A trained DeepFM of width 8 on planted data."""
+    data = planted_data(num_rows=2000, noise_vocab=200)
+    model = DeepFM(data.schema, embedding_dim=8, hidden_units=(8,))
+    config = TrainConfig(epochs=epochs, batch_size=256)
+    fit(model, data, config)
+    return CTRTask(model, data, config)
+
+
+class ForeignModel(nn.Module):
+    """A stranger's model: an nn.Embedding per field, of unequal widths, one of them used twice, one of width 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(40, 6)
+        self.item = nn.Embedding(25, 4, padding_idx=0)
+        self.bias = nn.Embedding(40, 1)
+        self.head = nn.Sequential(nn.Linear(6 + 4 + 4, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def forward(self, ids_BC: Tensor) -> Tensor:
+        """(B,) logits of (user, item, item) ids."""
+        parts = [self.user(ids_BC[:, 0]), self.item(ids_BC[:, 1]), self.item(ids_BC[:, 2])]
+        return (self.head(torch.cat(parts, 1)) + self.bias(ids_BC[:, 0])).squeeze(1)
+
+
+def foreign_batches(num: int = 4) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (ids, labels) for ForeignModel; the label is told by the user."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(num):
+        ids = torch.stack([torch.randint(0, n, (64,), generator=generator) for n in (40, 25, 25)], 1)
+        yield ids, (ids[:, 0] % 2).float()
+
+
+def foreign_task() -> Task:
+    """A ForeignModel with everything a search may ask for."""
+
+    def fresh(seed: int) -> ForeignModel:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            return ForeignModel()
+
+    batches = list(foreign_batches())
+    return Task(
+        fresh(0),
+        lambda model, batch: nn.functional.binary_cross_entropy_with_logits(model(batch[0]), batch[1]),
+        train=batches,
+        valid=batches,
+        optimizer=lambda model: torch.optim.Adam(model.parameters(), lr=0.01),
+        fresh=fresh,
+    )
+
+
+# ---- checks ------------------------------------------------------------------------------------------------------------
+
+
+def check_same_seed_same_plan(task: Task, config: Config) -> None:
+    """Two searches with one seed find one plan, whatever the state of the global generators."""
+    first = search(task, config, "50%", seed=3)
+    torch.manual_seed(11)
+    np.random.seed(11)  # noqa: NPY002 (somebody else's code may draw from it)
+    second = search(task, config, "50%", seed=3)
+    assert first.diff(second) == "", f"same seed, other plan:\n{first.diff(second)}"
+
+
+def check_budget(task: Task, config: Config) -> None:
+    """No budget is exceeded, and no further unit that the method may add still fits."""
+    for budget in BUDGETS:
+        try:
+            plan = search(task, config, budget)
+        except BudgetError:
+            assert getattr(config, "min_dim", 0), f"{budget} was refused"
+            continue
+        limit = plan.max_params(Budget.parse(budget))
+        assert plan.num_params <= limit, f"{plan.num_params:,} parameters, {budget} allows {limit:,}"
+        natural = plan.details.get("natural_params")
+        if natural is not None and natural <= limit:
+            continue  # the method wants no more than this
+        for unit, larger in one_unit_larger(plan, method_of(config).adds):
+            assert larger.num_params > limit, f"{budget}: {unit} would still fit"
+
+
+def one_unit_larger(plan: SizePlan, adds: tuple[str, ...]) -> Iterator[tuple[str, SizePlan]]:
+    """Plans that keep one column, one row or one row's size more; rows are only counted."""
+    for number, t in enumerate(plan.tables):
+        counted = [dataclasses.replace(b, rows=None) for b in t.blocks]
+        grown: list[tuple[str, list[Block]]] = []
+        narrow = not t.mixed and t.output_width < t.width
+        if "columns" in adds and narrow and counted and not (t.has_dropped and "rows" in adds):
+            for width in (t.output_width + 1, t.width):
+                blocks = [dataclasses.replace(b, columns=tuple(range(width))) for b in counted]
+                grown.append((f"column {width} of {t.name}", blocks))
+        if "rows" in adds and t.has_dropped and t.blocks:
+            more = dataclasses.replace(counted[-1], num_rows=counted[-1].num_rows + 1)
+            grown.append((f"a row of {t.name}", [*counted[:-1], more]))
+        if "sizes" in adds and counted:
+            for place, block in enumerate(counted):
+                wider = dataclasses.replace(block, num_rows=block.num_rows + 1)
+                if place + 1 < len(counted):
+                    smaller = dataclasses.replace(counted[place + 1], num_rows=counted[place + 1].num_rows - 1)
+                    grown.append((f"a size of {t.name}", [*counted[:place], wider, smaller, *counted[place + 2 :]]))
+                elif t.has_dropped:
+                    grown.append((f"a row of {t.name}", [*counted[:place], wider]))
+        for unit, blocks in grown:
+            table = TablePlan(t.name, t.num_rows, t.width, tuple(blocks))
+            yield unit, dataclasses.replace(plan, tables=(*plan.tables[:number], table, *plan.tables[number + 1 :]))
+
+
+def check_keep_all_is_the_identity(task: Task, config: Config) -> None:
+    """A plan that keeps everything gives the model back, and the whole budget allows the method no less."""
+    plan = task.full_plan()
+    assert search(task, config, "100%").num_params <= plan.num_params
+    small = compact(task.model, plan, init="inherit")
+    batch = next(iter(task.batches("train")))
+    with torch.no_grad():
+        assert torch.equal(task.loss(small.eval(), batch), task.loss(task.model.eval(), batch))
+
+
+def check_plan_round_trips(task: Task, config: Config) -> None:
+    """A plan that was saved and read again is the same."""
+    plan = search(task, config, "30%")
+    with tempfile.TemporaryDirectory() as folder:
+        plan.save(Path(folder) / "plan.json")
+        again = SizePlan.load(Path(folder) / "plan.json")
+    assert again.diff(plan) == "", again.diff(plan)
+    assert (again.num_params, again.method, again.details) == (plan.num_params, plan.method, plan.details)
+
+
+def check_compact_equals_masked(task: Task, config: Config) -> None:
+    """The compact model equals the masked one; of a plan that only counts columns, a naive lookup of each value."""
+    plan = search(task, config, "40%", seed=1)
+    stored = [t for t in plan.tables if t.output_width]
+    assert stored, "nothing is kept"
+    if isinstance(task, CTRTask):
+        verify(task.model, plan, task.data).require()
+        return
+    if any(t.only_counts for t in plan.tables):
+        small = compact(task.model, plan, seed=1)
+        for t in stored:
+            _check_lookup(t, small.get_submodule(t.name))
+        return
+    small, masked = compact(task.model, plan, init="inherit").eval(), copy.deepcopy(task.model).eval()
+    with torch.no_grad():
+        for t in plan.tables:
+            masked.get_submodule(t.name).weight.mul_(torch.from_numpy(t.kept_mask()))  # type: ignore[union-attr]
+        for batch in task.batches("train"):
+            difference = abs(float(task.loss(small, batch) - task.loss(masked, batch)))
+            assert difference <= FOREIGN_TOLERANCE, f"losses differ by {difference:.1e}"
+
+
+def _check_lookup(table: TablePlan, module: nn.Module) -> None:
+    """Each id of a compact foreign embedding reads its block's row, projected by the matrix of its size."""
+    found_VD = module(torch.arange(table.num_rows))
+    for block, weight in zip(table.blocks, module.weights, strict=True):  # type: ignore[arg-type]
+        rows = np.arange(table.num_rows) if block.rows is None else block.rows
+        expected = weight[: len(rows)]
+        if block.width < table.width:
+            expected = expected @ module.projections[str(block.width)]  # type: ignore[index]
+        assert torch.allclose(found_VD[rows], expected, atol=1e-6), f"rows of size {block.width} of {table.name}"
+
+
+def check_only_declared_parameters_move(task: Task, config: Config) -> None:
+    """A search leaves the model as it was, and reads trained weights only if it says so."""
+    model = task.model
+    before, training = copy.deepcopy(model.state_dict()), model.training
+    plan = search(task, config, "30%")
+    assert model.training == training, "the model's mode changed"
+    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert not moved, f"the search moved {moved}"
+    assert all(p.grad is None and p.requires_grad for p in model.parameters()), "gradients or flags are left"
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), "hooks are left"
+    if isinstance(model, CTRModel):
+        assert (model.tables.slot_gate, model.tables.row_gate) == (None, None), "gates are left"
+    if method_of(config).needs != "trained":
+        other = copy.copy(task)
+        other.model = copy.deepcopy(model)
+        generator = torch.Generator().manual_seed(20_240_101)  # no seed that the model's own weights were drawn with
+        with torch.no_grad():
+            for p in other.model.parameters():
+                p.add_(torch.randn(p.shape, generator=generator))
+        assert search(other, config, "30%").diff(plan) == "", (
+            "the plan depends on trained weights, which are not declared"
+        )
+
+
+CHECKS: Mapping[str, Callable[[Task, Config], None]] = {
+    "same seed, same plan": check_same_seed_same_plan,
+    "budget holds and is full": check_budget,
+    "keep-all is the identity": check_keep_all_is_the_identity,
+    "plan round-trips": check_plan_round_trips,
+    "compact equals masked": check_compact_equals_masked,
+    "only declared parameters move": check_only_declared_parameters_move,
+}
+
+
+# ---- planted signal ----------------------------------------------------------------------------------------------------
+
+
+def planted_task(seed: int = 1) -> CTRTask:
+    """A DeepFM of width 8, trained until it has memorised a noise field of 3,000 values."""
+    data = planted_data(num_rows=8000, noise_vocab=3000, seed=seed)
+    config = TrainConfig(
+        epochs=4, batch_size=256, learning_rate=3e-3, patience=0, reduce_lr=1.0, precision="fp32", tables="dense"
+    )
+    model = DeepFM(data.schema, embedding_dim=8, hidden_units=(32,))
+    task = CTRTask(model, data, config)
+    task.fit(model, epochs=4, seed=0)
+    return task
+
+
+def kept_shares(plan: SizePlan) -> dict[str, float]:
+    """Kept share of each table's entries."""
+    return {t.name: sum(b.num_rows * b.width for b in t.blocks) / max(1, t.num_rows * t.width) for t in plan.tables}
+
+
+# ---- the matrix --------------------------------------------------------------------------------------------------------
+
+
+def conformance_matrix(configs: Mapping[str, Config]) -> str:
+    """Run all checks with these configs on both toy tasks: a markdown table, one line a config and task."""
+    lines = [f"| method | task | {' | '.join(CHECKS)} |", "|---|---|" + "---|" * len(CHECKS)]
+    for task_name, task in (("zoo", zoo_task()), ("foreign", foreign_task())):
+        for name, config in configs.items():
+            cells = []
+            for check in CHECKS.values():
+                try:
+                    check(task, config)
+                    cells.append("holds")
+                except AssertionError as error:
+                    cells.append(f"FAILS: {error}".replace("\n", " "))
+            lines.append(f"| {name} | {task_name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(conformance_matrix({name: method.config() for name, method in METHODS.items()}))
