@@ -84,17 +84,17 @@ class TestTheChecksCanFail:
             full = task.full_plan()
             first = full.tables[0].name
             if config.fault == "global generator":
-                return full.with_columns({first: torch.randperm(4)[:2].tolist()}, "broken", {})
+                return full.with_columns({first: torch.randperm(4)[:2].tolist()})
             if config.fault == "moves":
                 next(task.model.parameters()).data.add_(1.0)
             if config.fault == "reads":
                 weight = task.sites(task.model)[0].weights()[0]
-                return full.with_columns({first: weight.sum(0).argsort()[:2].tolist()}, "broken", {})
+                return full.with_columns({first: weight.sum(0).argsort()[:2].tolist()})
             if config.fault == "not JSON":
-                return full.with_columns({first: [0]}, "broken", {"set": (1, 2)})
+                return full.with_columns({first: [0]}).made_by("broken", {"set": (1, 2)})
             if config.fault == "over budget":
                 return full
-            return full.with_columns({first: [0]}, "broken", {})
+            return full.with_columns({first: [0]})
 
         yield BrokenConfig
         del METHODS["broken"]
@@ -183,7 +183,7 @@ def test_field_plan_by_hand():
     ranking = np.array([2, 0, 1, 3])
 
     def columns(limit: int, alignment="scatter", min_dim: int = 0) -> list[tuple[int, ...]]:
-        return [t.columns for t in field_plan(full, ranking, limit, alignment, "hand", {}, min_dim).tables]
+        return [t.columns for t in field_plan(full, ranking, limit, alignment, min_dim).tables]
 
     assert columns(10) == [(0,), (0,)]
     assert columns(7) == [(), (0, 1)]  # 5 does not fit beside 3 and is skipped
@@ -204,7 +204,7 @@ def test_row_plan_by_hand():
     columns = {"f0": (0, 1), "f1": (1,)}
 
     def kept(limit: int) -> list[list[int] | None]:
-        plan = row_plan(full, scores, columns, limit, "scatter", "hand", {})
+        plan = row_plan(full, scores, columns, limit, "scatter")
         assert plan.num_params <= limit
         return [None if b.rows is None else b.rows.tolist() for t in plan.tables for b in t.blocks]
 

@@ -70,7 +70,7 @@ def test_mixed_plan_counts():
 
 @pytest.mark.parametrize("alignment, own", [("concat", 0), ("scatter", 0), ("project", 2 * 4 + 1 * 4)])
 def test_own_projections_count_only_where_a_narrow_table_projects(alignment, own):
-    plan = SizePlan.full(SCHEMA, 4).with_columns({"f0": [2, 0], "f1": [1], "f2": range(4)}, "x", {}, alignment)
+    plan = SizePlan.full(SCHEMA, 4).with_columns({"f0": [2, 0], "f1": [1], "f2": range(4)}, alignment)
     assert plan.tables[0].blocks[0].columns == (0, 2)
     assert plan.num_params == 10 * 2 + 6 * 1 + 3 * 4 + own
     assert plan.slot_ratio == pytest.approx(7 / 12)

@@ -258,16 +258,12 @@ class SizePlan:
     def with_columns(
         self,
         columns: Mapping[str, Sequence[int]],
-        method: str,
-        details: dict[str, Any],
         alignment: Alignment = "scatter",
     ) -> SizePlan:
         """A field-level plan over the same tables: all rows, the given columns of each.
 
         Args:
             columns: kept columns by table name, in any order; a table that is not named keeps none.
-            method: name of the search.
-            details: see SizePlan.
             alignment: how narrow tables reach the full width.
         """
         tables = tuple(
@@ -276,7 +272,11 @@ class SizePlan:
             )
             for t in self.tables
         )
-        return dataclasses.replace(self, tables=tables, method=method, details=details)
+        return dataclasses.replace(self, tables=tables)
+
+    def made_by(self, method: str, details: dict[str, Any]) -> SizePlan:
+        """The same plan under the name of a search, with what it wants remembered."""
+        return dataclasses.replace(self, method=method, details=details)
 
     @property
     def width(self) -> int:

@@ -21,4 +21,4 @@ def search_frequency(task: Task, config: FrequencyConfig, budget: Budget, seed: 
     columns = {t.name: range(t.width) for t in full.tables}
     details = {"config": config.model_dump(), "budget": str(budget), "seed": seed}
     limit, alignment = full.max_params(budget), alignment_of(task, "scatter")
-    return row_plan(full, task.row_counts(), columns, limit, alignment, "frequency", details)
+    return row_plan(full, task.row_counts(), columns, limit, alignment).made_by("frequency", details)

@@ -1,27 +1,24 @@
-"""guided: our own search. Candidates from signed saliency, frequency and rules, told apart by short trainings.
+"""guided: our own search. Simple rules propose rows and columns; short trainings from scratch decide between them.
 
     g_{f,j} = dL/dalpha_{f,j} at alpha = 1, on all validation batches of the trained model          (as in SSEDS)
-    s_{f,j} = -g_{f,j} / cost_{f,j}^gamma,  gamma in {0, 1/2, 1}                                     (importance)
+    s_{f,j} = -g_{f,j} / cost_{f,j}^gamma                                                            (importance)
 
-A removed slot with s > 0 would raise the validation loss; the absolute value cannot tell such slots from harmful ones.
-The evidence (docs/results.md) says that no single rule wins: importance alone wins where high-cardinality fields only
-overfit, a common width where two id fields hold nearly all parameters and all of it is needed, and rows of rare values
-are worth dropping in some data and fatal in others. So the rules propose, and short trainings from scratch decide:
+The evidence (docs/results.md) says that no rule wins everywhere. Importance wins where high-cardinality ids only
+overfit; one width for all where two id fields hold nearly all parameters and need them; dropping the rows of rare
+values buys width that is worth more at small budgets, and is fatal where rare values matter. So the search
 
-    propose     uniform and mixed widths; the best slots by s for each gamma, with all rows or with the most frequent
-                part of the rows of large tables
-    halve       train the compact candidates for a few epochs, keep the better half by validation score, train those
-                on, until one is left (successive halving, Jamieson & Talwalkar 2016)
+    propose     for each share of the rows, the most frequent of all tables: equal widths, and the slots of most
+                importance, for each gamma; beside them mixed widths by cardinality
+    race        train the compact candidates from scratch for some steps, keep the best third by validation score, train
+                these on for as long again, until one is left (successive halving, Jamieson & Talwalkar 2016)
 
-The plan that a control would make is always among the candidates, so that a search can only lose to it by the noise of
-a short training. Nothing is read from the test split.
+The plan of the uniform control is among the candidates, so that the search loses to it only by what a short training
+cannot tell. The test split is never read.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -34,26 +31,30 @@ from embtrim.methods.mde import MDEConfig, search_mde
 from embtrim.methods.registry import register
 from embtrim.methods.selection import field_plan, slot_costs
 from embtrim.methods.sseds import SSEDSConfig, slot_gradients
-from embtrim.methods.uniform import UniformConfig, search_uniform
+from embtrim.methods.uniform import UniformConfig, equal_widths, search_uniform
 from embtrim.plan import SizePlan
 from embtrim.sites import Task, alignment_of
+from embtrim.train import Hooks
+
+# Of the candidates of a round this part goes on.
+KEPT_PART = 1 / 3
 
 
 class GuidedConfig(Config):
     """Settings of the guided search.
 
     Attributes:
+        row_shares: parts of all rows that candidates keep, the most frequent ones; 1 keeps all.
         cost_powers: gammas: 0 ranks slots by importance, 1 by importance per parameter.
-        row_shares: parts of a large table's rows, the most frequent, that candidates keep; 1 keeps all.
-        large: part of all parameters from which on a table is large.
-        trial_epochs: epochs of each trial before half of the candidates go.
+        trial_epochs: epochs of a candidate's training in each round; may be a fraction.
+        trial_steps: least number of steps, for sets with few batches.
         align: how narrow fields reach the full width in models that need it: "scatter" or "project".
     """
 
-    cost_powers: tuple[float, ...] = (0.0, 0.5, 1.0)
-    row_shares: tuple[float, ...] = (1.0, 0.5, 0.25, 0.1)
-    large: float = Field(default=0.05, gt=0, le=1)
-    trial_epochs: int = Field(default=2, ge=1)
+    row_shares: tuple[float, ...] = Field(default=(1.0, 0.5, 0.25, 0.1), min_length=1)
+    cost_powers: tuple[float, ...] = (0.0, 0.5)
+    trial_epochs: float = Field(default=0.5, gt=0)
+    trial_steps: int = Field(default=100, ge=1)
     align: Literal["scatter", "project"] = "scatter"
 
 
@@ -61,28 +62,32 @@ class GuidedConfig(Config):
 def search_guided(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> SizePlan:
     """Propose plans by several rules and keep the one that short trainings favour."""
     candidates = propose(task, config, budget, seed)
+    steps = max(config.trial_steps, math.ceil(config.trial_epochs * task.num_batches("train")))
     scores: dict[str, list[float]] = {name: [] for name in candidates}
     trials = {name: Trial(task, plan, seed) for name, plan in candidates.items()}
-    for rung in range(math.ceil(math.log2(len(trials)))):
+    number = 0
+    while len(trials) > 1:
         for name, trial in trials.items():
-            scores[name].append(trial.train(config.trial_epochs, seed + rung))
+            scores[name].append(trial.train(steps, seed * 1_009 + number))
         best = sorted(trials, key=lambda name: -scores[name][-1])
-        trials = {name: trials[name] for name in best[: math.ceil(len(best) / 2)]}
+        trials = {name: trials[name] for name in best[: max(1, int(len(best) * KEPT_PART))]}
+        number += 1
     (winner,) = trials
     details = {"config": config.model_dump(mode="json"), "budget": str(budget), "seed": seed, "chosen": winner}
-    return dataclasses.replace(candidates[winner], method="guided", details={**details, "scores": scores})
+    return candidates[winner].made_by("guided", {**details, "scores": scores})
 
 
 class Trial:
-    """A compact model in training."""
+    """A compact candidate in training."""
 
     def __init__(self, task: Task, plan: SizePlan, seed: int) -> None:
         self.task = task.recoded(plan)
         self.model = compact(task.fresh(seed), plan, init="scratch", seed=seed)
 
-    def train(self, epochs: int, seed: int) -> float:
-        """Train on, and return the validation score."""
-        self.task.fit(self.model, epochs=epochs, seed=seed)
+    def train(self, steps: int, seed: int) -> float:
+        """Train on for some steps, and return the validation score."""
+        epochs = math.ceil(steps / max(1, self.task.num_batches("train")))
+        self.task.fit(self.model, epochs, seed, Hooks(on_step=lambda step: step >= steps))
         return self.task.valid_score(self.model)
 
 
@@ -91,32 +96,41 @@ def propose(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> dict
     full, alignment = task.full_plan(), alignment_of(task, config.align)
     limit = full.max_params(budget)
     gradient_S = slot_gradients(task, task.model, SSEDSConfig(), seed)
-    found = {
-        "uniform": search_uniform(task, UniformConfig(align=config.align), budget, seed),
+    found: dict[str, SizePlan | None] = {
+        "equal widths": search_uniform(task, UniformConfig(align=config.align), budget, seed),
         "mixed widths": search_mde(task, MDEConfig(align=config.align), budget, seed),
     }
     for share in config.row_shares:
-        kept = most_frequent(task, full, share, config.large)
+        kept = most_frequent(task, full, share)
+        rows = f", {share:g} of the rows" if share < 1 else ""
+        if share < 1:
+            found[f"equal widths{rows}"] = equal_widths(full, limit, alignment, seed, kept)
         costs_S = slot_costs(full, alignment, kept)
         for power in config.cost_powers:
-            ranking = np.argsort(gradient_S / costs_S**power, kind="stable")  # -g descending
-            name = f"importance / cost^{power:g}" + (f", {share:g} of the rows" if share < 1 else "")
-            found[name] = field_plan(full, ranking, limit, alignment, "guided", {}, kept=kept)
+            ranking = np.argsort(gradient_S / costs_S**power, kind="stable")  # the largest -g first
+            found[f"importance / cost^{power:g}{rows}"] = field_plan(full, ranking, limit, alignment, kept=kept)
     distinct: dict[str, SizePlan] = {}
     for name, plan in found.items():
-        if all(plan.diff(other) for other in distinct.values()):
+        if plan is not None and all(plan.diff(other) for other in distinct.values()):
             distinct[name] = plan
     return distinct
 
 
-def most_frequent(task: Task, full: SizePlan, share: float, large: float) -> Mapping[str, np.ndarray]:
-    """The most frequent rows of each large table, ascending, by name; other tables keep all and are not listed."""
+def most_frequent(task: Task, full: SizePlan, share: float) -> dict[str, np.ndarray]:
+    """Ids of the rows among the most frequent of all tables, ascending, by table; tables that keep all are not listed.
+
+    Every table keeps one row at least.
+    """
     if share >= 1:
         return {}
     counts = task.row_counts()
+    sizes = [t.num_rows for t in full.tables]
+    order = np.argsort(-np.concatenate([counts[t.name] for t in full.tables]), kind="stable")
+    chosen = np.zeros(sum(sizes), bool)
+    chosen[order[: math.ceil(share * len(order))]] = True
     kept = {}
-    for table in full.tables:
-        if table.num_rows * table.width >= large * full.num_full_params:
-            most = max(1, round(share * table.num_rows))
-            kept[table.name] = np.sort(np.argsort(-counts[table.name], kind="stable")[:most]).astype(np.int32)
+    for table, chosen_V in zip(full.tables, np.split(chosen, np.cumsum(sizes)[:-1]), strict=True):
+        chosen_V[np.argmax(counts[table.name])] = True
+        if not chosen_V.all():
+            kept[table.name] = np.flatnonzero(chosen_V).astype(np.int32)
     return kept

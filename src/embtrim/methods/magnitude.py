@@ -47,7 +47,7 @@ def search_magnitude(task: Task, config: MagnitudeConfig, budget: Budget, seed: 
         if config.cost_aware:
             scores = {t.name: scores[t.name] / t.width for t in full.tables}
         columns = {t.name: range(t.width) for t in full.tables}
-        return row_plan(full, scores, columns, limit, alignment, "magnitude", details)
+        return row_plan(full, scores, columns, limit, alignment).made_by("magnitude", details)
     score_S = np.concatenate([weights[t.name].norm(dim=0).cpu().numpy() for t in full.tables])
     key_S = score_S / slot_costs(full, alignment) if config.cost_aware else score_S
-    return field_plan(full, np.argsort(-key_S, kind="stable"), limit, alignment, "magnitude", details)
+    return field_plan(full, np.argsort(-key_S, kind="stable"), limit, alignment).made_by("magnitude", details)

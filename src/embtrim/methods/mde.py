@@ -50,4 +50,4 @@ def search_mde(task: Task, config: MDEConfig, budget: Budget, seed: int) -> Size
     )
     details = {"config": config.model_dump(), "budget": str(budget), "seed": seed}
     ranking = np.argsort(scale_S, kind="stable")
-    return field_plan(full, ranking, full.max_params(budget), alignment_of(task, config.align), "mde", details)
+    return field_plan(full, ranking, full.max_params(budget), alignment_of(task, config.align)).made_by("mde", details)

@@ -29,7 +29,6 @@ Axes: B batch, F fields or 1, D width, U distinct rows, V rows of a table, T tab
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -130,7 +129,7 @@ def search_optembed(task: Task, config: OptEmbedConfig, budget: Budget, seed: in
     }
     if config.natural:
         details["natural_params"] = space.cost(widths)
-    plan = dataclasses.replace(space.plan(widths), method="optembed", details=details)
+    plan = space.plan(widths).made_by("optembed", details)
     assert plan.num_params == space.cost(widths), "a candidate's cost is not its plan's"
     if plan.num_params > plan.max_params(budget):
         raise BudgetError(

@@ -77,7 +77,7 @@ def search_pme(task: Task, config: PMEConfig, budget: Budget, seed: int) -> Size
     sizes = fill_sizes(full, ranked, full.max_params(budget))
     found, rows = np.unique(np.concatenate(sizes), return_counts=True)
     details["rows_by_size"] = dict(zip(map(str, found.tolist()), rows.tolist(), strict=True))
-    return dataclasses.replace(sized_plan(full, sizes), method="pme", details=details)
+    return sized_plan(full, sizes).made_by("pme", details)
 
 
 # ---- saliency ----------------------------------------------------------------------------------------------------------

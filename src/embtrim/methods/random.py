@@ -30,4 +30,6 @@ def search_random(task: Task, config: RandomConfig, budget: Budget, seed: int) -
     full = task.full_plan()
     ranking = np.random.default_rng(seed).permutation(sum(t.width for t in full.tables))
     details = {"config": config.model_dump(), "budget": str(budget), "seed": seed}
-    return field_plan(full, ranking, full.max_params(budget), alignment_of(task, config.align), "random", details)
+    return field_plan(full, ranking, full.max_params(budget), alignment_of(task, config.align)).made_by(
+        "random", details
+    )

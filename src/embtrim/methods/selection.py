@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -24,41 +23,6 @@ def slot_costs(plan: SizePlan, alignment: Alignment, kept: Mapping[str, np.ndarr
         rows = len(kept[t.name]) + 1 if t.name in kept else t.num_rows
         costs.append(np.full(t.width, rows + (t.width if alignment == "project" else 0), np.int64))
     return np.concatenate(costs)
-
-
-def fill_budget(ranking: np.ndarray, costs: np.ndarray, limit: int, tables: np.ndarray, min_dim: int = 0) -> np.ndarray:
-    """Accept slots in order of rank while they fit, skipping those that do not.
-
-    Args:
-        ranking: slots (S,), best first.
-        costs: parameters a slot costs (S,).
-        limit: parameters allowed; never exceeded.
-        tables: number of each slot's table (S,).
-        min_dim: columns that every table gets first, its best ones.
-
-    Returns:
-        bool (S,): the slots accepted.
-
-    Raises:
-        BudgetError: the minimum does not fit.
-    """
-    accepted = np.zeros(len(costs), bool)
-    if min_dim:
-        of_table = tables[ranking]
-        for table in np.unique(tables):
-            accepted[ranking[of_table == table][:min_dim]] = True
-        floor = int(costs[accepted].sum())
-        if floor > limit:
-            raise BudgetError(
-                f"budget allows {limit:,} embedding parameters, but {min_dim} column(s) in every table take {floor:,}; "
-                "raise the budget or set min_dim = 0"
-            )
-    left = limit - int(costs[accepted].sum())
-    for slot in ranking:
-        if not accepted[slot] and costs[slot] <= left:
-            accepted[slot] = True
-            left -= int(costs[slot])
-    return accepted
 
 
 def columns_by_table(plan: SizePlan, accepted: np.ndarray) -> Mapping[str, Sequence[int]]:
@@ -78,8 +42,6 @@ def field_plan(
     ranking: np.ndarray,
     limit: int,
     alignment: Alignment,
-    method: str,
-    details: dict[str, Any],
     min_dim: int = 0,
     kept: Mapping[str, np.ndarray] | None = None,
 ) -> SizePlan:
@@ -93,8 +55,6 @@ def field_plan(
         ranking: slots (S,), best first; slots run table by table, column by column.
         limit: parameters allowed; never exceeded.
         alignment: how narrow tables reach the full width.
-        method: see SizePlan.
-        details: see SizePlan.
         min_dim: columns that every table gets first, its best ones.
         kept: ids of the rows that a table keeps, ascending, by name; others keep all.
 
@@ -109,8 +69,7 @@ def field_plan(
     left = limit
 
     def cost(table: TablePlan, width: int) -> int:
-        rows = len(kept[table.name]) if table.name in kept else table.num_rows
-        return columns_cost(full, table, rows, width, alignment)
+        return columns_cost(full, table, width, alignment, kept)
 
     for slot in [*floor, *ranking]:
         if accepted[slot]:
@@ -127,7 +86,7 @@ def field_plan(
                 f"budget allows {limit:,} embedding parameters, but {min_dim} column(s) in every table take {needed:,}; "
                 "raise the budget or set min_dim = 0"
             )
-    plan = full.with_columns(columns_by_table(full, accepted), method, details, alignment)
+    plan = full.with_columns(columns_by_table(full, accepted), alignment)
     tables = []
     for t in plan.tables:
         if t.name in kept and t.output_width and cost(t, t.output_width) < t.num_rows * t.width:
@@ -136,17 +95,22 @@ def field_plan(
     return dataclasses.replace(plan, tables=tuple(tables))
 
 
-def columns_cost(full: SizePlan, table: TablePlan, num_rows: int, width: int, alignment: Alignment) -> int:
-    """Parameters of `width` columns of some rows of a table: with their DROPPED row, projection and row map.
+def columns_cost(
+    full: SizePlan, table: TablePlan, width: int, alignment: Alignment, kept: Mapping[str, np.ndarray] | None = None
+) -> int:
+    """Parameters of `width` columns of a table's kept rows: with their DROPPED row, projection and row map.
 
     No more than the whole table; of a table that keeps nothing, none.
     """
     if not width:
         return 0
-    some = num_rows < table.num_rows
     projection = table.width if alignment == "project" else 0
-    row_map = table.num_rows if some and full.standalone else 0
-    return min(width * (num_rows + some + projection) + row_map, table.num_rows * table.width)
+    row_map = 0
+    rows = table.num_rows
+    if kept and table.name in kept:
+        rows = len(kept[table.name]) + 1
+        row_map = table.num_rows if full.standalone else 0
+    return min(width * (rows + projection) + row_map, table.num_rows * table.width)
 
 
 def row_plan(
@@ -155,8 +119,6 @@ def row_plan(
     columns: Mapping[str, Sequence[int]],
     limit: int,
     alignment: Alignment,
-    method: str,
-    details: dict[str, Any],
 ) -> SizePlan:
     """The plan that keeps the rows of the highest score of all tables while they fit; the others are dropped.
 
@@ -166,8 +128,6 @@ def row_plan(
         columns: kept columns of the rows, by table name.
         limit: parameters allowed; never exceeded.
         alignment: how narrow tables reach the full width.
-        method: see SizePlan.
-        details: see SizePlan.
     """
     sizes = [t.num_rows for t in full.tables]
     table_of = np.repeat(np.arange(len(sizes)), sizes)
@@ -183,7 +143,7 @@ def row_plan(
             stored = None if rows is None or count == t.num_rows else np.sort(rows[number]).astype(np.int32)
             block = Block(count, tuple(columns[t.name]), alignment, stored)
             tables.append(TablePlan(t.name, t.num_rows, t.width, (block,) if count else ()))
-        return dataclasses.replace(full, tables=tuple(tables), method=method, details=details)
+        return dataclasses.replace(full, tables=tuple(tables))
 
     def count(prefix: int) -> np.ndarray:
         return np.bincount(table_of[:prefix], minlength=len(sizes))

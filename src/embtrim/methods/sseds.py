@@ -74,7 +74,7 @@ def search_sseds(task: Task, config: SSEDSConfig, budget: Budget, seed: int) -> 
     key_S = score_S / slot_costs(full, alignment) if config.cost_aware else score_S
     ranking = np.argsort(-key_S, kind="stable")
     details = {"config": config.model_dump(), "budget": str(budget), "seed": seed, "scores": score_S.tolist()}
-    return field_plan(full, ranking, full.max_params(budget), alignment, "sseds", details, config.min_dim)
+    return field_plan(full, ranking, full.max_params(budget), alignment, config.min_dim).made_by("sseds", details)
 
 
 def slot_gradients(task: Task, model: torch.nn.Module, config: SSEDSConfig, seed: int) -> np.ndarray:

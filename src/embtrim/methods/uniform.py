@@ -6,6 +6,7 @@ frequent rows of all tables at width 1; the others share their table's DROPPED r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from embtrim.budget import Budget
 from embtrim.config import Config
 from embtrim.methods.registry import register
 from embtrim.methods.selection import columns_cost, field_plan, largest, row_plan
-from embtrim.plan import SizePlan
+from embtrim.plan import Alignment, SizePlan
 from embtrim.sites import Task, alignment_of
 
 
@@ -34,18 +35,31 @@ def search_uniform(task: Task, config: UniformConfig, budget: Budget, seed: int)
     full = task.full_plan()
     limit, alignment = full.max_params(budget), alignment_of(task, config.align)
     details = {"config": config.model_dump(), "budget": str(budget), "seed": seed}
+    plan = equal_widths(full, limit, alignment, seed)
+    if plan is None:
+        columns = {t.name: range(min(1, t.width)) for t in full.tables}
+        plan = row_plan(full, task.row_counts(), columns, limit, alignment)
+    return plan.made_by("uniform", details)
+
+
+def equal_widths(
+    full: SizePlan, limit: int, alignment: Alignment, seed: int, kept: Mapping[str, np.ndarray] | None = None
+) -> SizePlan | None:
+    """The largest width that fits for all tables, and one more column for those tables, drawn at random, where it fits.
+
+    None where not even width 1 fits. See `field_plan` for `kept`.
+    """
 
     def cost(width: int) -> int:
-        return sum(columns_cost(full, t, t.num_rows, min(width, t.width), alignment) for t in full.tables)
+        return sum(columns_cost(full, t, min(width, t.width), alignment, kept) for t in full.tables)
 
     floor = largest(full.width, lambda width: cost(width) <= limit)
     if not floor:
-        columns = {t.name: range(min(1, t.width)) for t in full.tables}
-        return row_plan(full, task.row_counts(), columns, limit, alignment, "uniform", details)
+        return None
     # Column 0 of all tables, then column 1, in random order of the tables; the last round, beyond the floor, is cut short.
     order = np.random.default_rng(seed).permutation(len(full.tables))
     place = {full.tables[table].name: rank for rank, table in enumerate(order)}
     round_S = np.concatenate([np.arange(t.width) for t in full.tables])
     rank_S = np.concatenate([np.arange(t.width) * len(order) + place[t.name] for t in full.tables])
     ranking = np.argsort(rank_S)
-    return field_plan(full, ranking[round_S[ranking] <= floor], limit, alignment, "uniform", details)
+    return field_plan(full, ranking[round_S[ranking] <= floor], limit, alignment, kept=kept)
