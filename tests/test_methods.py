@@ -17,6 +17,7 @@ from embtrim.errors import BudgetError, ConfigError, EmbtrimError
 from embtrim.methods import (
     METHODS,
     FrequencyConfig,
+    GuidedConfig,
     MagnitudeConfig,
     MDEConfig,
     PMEConfig,
@@ -26,6 +27,7 @@ from embtrim.methods import (
     method_named,
     search,
 )
+from embtrim.methods.guided import most_frequent, propose
 from embtrim.methods.pme import entry_saliency, fill_sizes, reassign, sized_plan
 from embtrim.methods.registry import register
 from embtrim.methods.selection import field_plan, largest, row_plan
@@ -40,7 +42,9 @@ from embtrim.testing import (
     conformance_matrix,
     foreign_batches,
     foreign_task,
+    kept_shares,
     planted_data,
+    planted_task,
     zoo_task,
 )
 from embtrim.train import TrainConfig, fit
@@ -364,25 +368,132 @@ class TestPME:
             search(task, PMEConfig(), "50%")
 
 
-def test_planted_noise_goes_first_with_the_signed_score():
-    """A pure-noise field of many values: the signed score on validation after one epoch ranks it last.
+@pytest.fixture(scope="module")
+def planted() -> CTRTask:
+    return planted_task()
 
-    The faithful absolute score on the training data does not: it gives the memorised noise field a large score.
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("sseds", {}),
+        ("sseds", {"preset": "faithful"}),
+        ("hard_mask", {}),
+        ("hard_mask", {"mode": "penalty"}),
+        ("optembed", {}),
+        ("magnitude", {}),
+        ("magnitude", {"unit": "rows"}),
+        ("guided", {}),
+    ],
+)
+def test_methods_that_read_the_data_leave_planted_noise_behind(name: str, settings: dict, planted: CTRTask):
+    """Strong, weak and noise cost the same, the model is at its best epoch: noise keeps the least."""
+    kept = kept_shares(search(planted, method_named(name).parse(settings), "30%"))
+    assert kept["noise"] < 0.2
+    assert kept["noise"] < kept["strong"] / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("uniform", {}),
+        ("frequency", {}),
+        ("mde", {}),
+        ("mde", {"popularity": "occurrences"}),
+        ("pme", {}),
+        ("pme", {"score": "frequency"}),
+    ],
+)
+def test_rules_that_do_not_look_cannot_tell_noise_from_signal(name: str, settings: dict, planted: CTRTask):
+    """PME is among them: at initialisation its saliency tells how often a value occurs, and little more."""
+    kept = kept_shares(search(planted, method_named(name).parse(settings), "30%"))
+    assert kept["noise"] > kept["strong"] / 2
+
+
+def test_warming_up_mends_pme_a_little(planted: CTRTask):
+    """Read after an epoch of training the saliency puts the strong field further ahead of the noise."""
+
+    def lead(config: PMEConfig) -> float:
+        kept = kept_shares(search(planted, config, "30%"))
+        return kept["strong"] / kept["noise"]
+
+    assert lead(PMEConfig(warmup_epochs=1)) > 1.2 * lead(PMEConfig())
+
+
+@pytest.mark.parametrize("more_epochs", [2, 6])
+def test_faithful_sseds_overrates_memorised_noise(more_epochs: int):
+    """Past its best epoch a model has learned the noise by heart, and |g| on training data calls it important.
+
+    The signed score on validation data of a fresh model, trained for one epoch, ranks the fields as they were planted.
     """
     data = planted_data(num_rows=8000, noise_vocab=3000, seed=1)
-    config = TrainConfig(epochs=4, batch_size=256, learning_rate=3e-3, patience=0, reduce_lr=1.0, precision="fp32")
+    config = TrainConfig(
+        epochs=2, batch_size=256, learning_rate=3e-3, patience=0, reduce_lr=1.0, precision="fp32", tables="dense"
+    )
     model = DeepFM(data.schema, embedding_dim=8, hidden_units=(32,))
     task = CTRTask(model, data, config)
-    task.fit(model, epochs=4, seed=0)
+    task.fit(model, epochs=2 + more_epochs, seed=0)
 
-    def shares(settings: SSEDSConfig) -> np.ndarray:
-        scores = np.array(search(task, settings, "20%").details["scores"]).reshape(3, 8)
-        return scores.sum(1)
+    def by_field(settings: SSEDSConfig) -> np.ndarray:
+        return np.array(search(task, settings, "20%").details["scores"]).reshape(3, 8).sum(1)
 
-    signed = shares(SSEDSConfig(score="signed", data="valid", batches=0, pretrain="epochs:1"))
-    assert signed[0] > signed[1] > signed[2]
-    faithful = shares(SSEDSConfig())
-    assert faithful[2] > faithful[1], "the faithful score is expected to overrate memorised noise"
+    mended = by_field(SSEDSConfig(pretrain="epochs:1"))
+    assert mended[0] > mended[1] > mended[2]
+    faithful = by_field(SSEDSConfig(**SSEDSConfig.faithful))
+    assert faithful[2] > faithful[1]
+
+
+def test_presets(planted: CTRTask):
+    assert method_named("sseds").parse({"preset": "faithful", "batches": 3}) == SSEDSConfig(
+        score="abs", data="train", batches=3
+    )
+    assert method_named("sseds").parse({}) == SSEDSConfig()
+    with pytest.raises(ConfigError, match=r"preset 'papers' is not known; method 'sseds' has 'faithful'"):
+        method_named("sseds").parse({"preset": "papers"})
+    with pytest.raises(ConfigError, match="has no preset"):
+        method_named("uniform").parse({"preset": "faithful"})
+
+
+class TestGuided:
+    """Rules propose, short trainings decide."""
+
+    def test_candidates_keep_to_the_budget_and_differ(self, planted: CTRTask):
+        config = GuidedConfig()
+        found = propose(planted, config, Budget.parse("10%"), seed=0)
+        limit = planted.full_plan().max_params(Budget.parse("10%"))
+        assert all(plan.num_params <= limit for plan in found.values())
+        assert "equal widths" in found
+        plans = list(found.values())
+        assert all(a.diff(b) for n, a in enumerate(plans) for b in plans[:n])
+        assert any(t.has_dropped for t in found["equal widths, 0.25 of the rows"].tables)
+
+    def test_most_frequent_rows_of_all_tables(self, planted: CTRTask):
+        full, counts = planted.full_plan(), planted.row_counts()
+        kept = most_frequent(planted, full, 0.25)
+        assert sum(map(len, kept.values())) == pytest.approx(300, abs=3)
+        lowest = min(counts[name][rows].min() for name, rows in kept.items())
+        assert all(np.delete(counts[name], rows).max() <= lowest for name, rows in kept.items())
+        assert most_frequent(planted, full, 1.0) == {}
+
+    def test_the_best_candidate_of_the_last_round_wins(self, planted: CTRTask, monkeypatch):
+        trained: list[int] = []
+
+        class FakeTrial:
+            def __init__(self, task, plan, seed):
+                self.size = plan.num_params
+
+            def train(self, steps, seed):
+                trained.append(steps)
+                return float(self.size + (0 if len(trained) % 2 else 0.5))
+
+        monkeypatch.setattr("embtrim.methods.guided.Trial", FakeTrial)
+        plan = search(planted, GuidedConfig(trial_steps=7, trial_epochs=0.01), "10%")
+        scores = plan.details["scores"]
+        rounds = max(map(len, scores.values()))
+        last = {name: s[-1] for name, s in scores.items() if len(s) == rounds}
+        assert plan.details["chosen"] == max(last, key=last.get)
+        assert len(last) < len(scores) / 2
+        assert set(trained) == {7}
 
 
 def test_find_sites_says_what_it_left():

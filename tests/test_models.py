@@ -202,7 +202,7 @@ def test_cross_only_models_have_no_deep_part():
 
 
 def column_plan(model, columns: dict[str, tuple[int, ...]], alignment="scatter") -> SizePlan:
-    return model.tables.plan.with_columns(columns, "test", {}, alignment)
+    return model.tables.plan.with_columns(columns, alignment)
 
 
 def random_columns(schema: Schema, seed: int) -> dict[str, tuple[int, ...]]:

@@ -273,7 +273,7 @@ def test_initial_weights_have_the_std_asked_for_and_follow_the_generator():
 
 def test_rows_of_one_width_lie_together():
     schema = Schema.from_sizes([3, 4, 5])
-    plan = SizePlan.full(schema, 4).with_columns({"f0": [1, 2], "f1": [0], "f2": [0, 3]}, "x", {})
+    plan = SizePlan.full(schema, 4).with_columns({"f0": [1, 2], "f1": [0], "f2": [0, 3]})
     tables = EmbeddingTables(schema, plan)
     assert [(g.width, g.start, g.num_rows, g.offset) for g in tables.groups] == [(2, 0, 8, 0), (1, 8, 4, 16)]
     assert tables.widths == (2, 1, 2)

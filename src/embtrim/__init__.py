@@ -18,7 +18,19 @@ if TYPE_CHECKING:
     from embtrim.compaction import compact, verify
     from embtrim.encoding import encode
     from embtrim.errors import EmbtrimError
-    from embtrim.methods import RandomConfig, SSEDSConfig, UniformConfig, search
+    from embtrim.methods import (
+        FrequencyConfig,
+        GuidedConfig,
+        HardMaskConfig,
+        MagnitudeConfig,
+        MDEConfig,
+        OptEmbedConfig,
+        PMEConfig,
+        RandomConfig,
+        SSEDSConfig,
+        UniformConfig,
+        search,
+    )
     from embtrim.plan import SizePlan
     from embtrim.schema import FieldSpec, Schema
     from embtrim.sites import CTRTask, Task
@@ -29,6 +41,13 @@ _HOMES = {
     "CTRTask": "sites",
     "EmbtrimError": "errors",
     "FieldSpec": "schema",
+    "FrequencyConfig": "methods",
+    "GuidedConfig": "methods",
+    "HardMaskConfig": "methods",
+    "MDEConfig": "methods",
+    "MagnitudeConfig": "methods",
+    "OptEmbedConfig": "methods",
+    "PMEConfig": "methods",
     "RandomConfig": "methods",
     "SSEDSConfig": "methods",
     "Schema": "schema",
@@ -51,7 +70,8 @@ _HOMES = {
 __all__ = [  # noqa: RUF022 (in the order of the way through the house)
     "encode", "load", "models", "fit", "evaluate", "search", "verify", "compact", "save", "load_bundle",
     "Task", "CTRTask", "Budget", "SizePlan", "Schema", "FieldSpec", "TrainConfig",
-    "SSEDSConfig", "UniformConfig", "RandomConfig", "EmbtrimError",
+    "GuidedConfig", "SSEDSConfig", "HardMaskConfig", "OptEmbedConfig", "PMEConfig",
+    "UniformConfig", "RandomConfig", "MagnitudeConfig", "MDEConfig", "FrequencyConfig", "EmbtrimError",
 ]  # fmt: skip
 
 

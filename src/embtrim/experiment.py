@@ -65,7 +65,7 @@ class RunConfig(Config):
     model: str = "deepfm"
     hparams: dict[str, Any] = Field(default_factory=dict)
     train: TrainConfig = TrainConfig()
-    method: str = "sseds"
+    method: str = "guided"
     search: dict[str, Any] = Field(default_factory=dict)
     budget: str = "10%"
     max_loss: float | None = Field(default=None, gt=0, lt=0.5)

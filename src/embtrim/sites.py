@@ -17,6 +17,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -356,10 +357,10 @@ class Task:
         sites = [site for site in self.sites(self.model) if isinstance(site, ModuleSite)]
         counts = {site.names[0]: np.zeros(site.num_rows[0], np.int64) for site in sites}
 
-        def count(site: ModuleSite, ids: Tensor) -> None:
-            counts[site.names[0]] += torch.bincount(ids.flatten(), minlength=site.num_rows[0]).cpu().numpy()
+        def count(site: ModuleSite, _module: nn.Module, inputs: tuple[Tensor]) -> None:
+            counts[site.names[0]] += torch.bincount(inputs[0].flatten(), minlength=site.num_rows[0]).cpu().numpy()
 
-        hooks = [s.module.register_forward_pre_hook(lambda _, inputs, s=s: count(s, inputs[0])) for s in sites]
+        hooks = [s.module.register_forward_pre_hook(partial(count, s)) for s in sites]
         was_training = self.model.training
         self.model.eval()
         try:
@@ -455,7 +456,7 @@ def gate_sites(
     """Gate every site, by the slot gates and the row gates given: one each a site."""
     with ExitStack() as stack:
         for number, site in enumerate(sites):
-            stack.enter_context(site.gated(slots and slots[number], rows and rows[number]))
+            stack.enter_context(site.gated(slots[number] if slots else None, rows[number] if rows else None))
         yield
 
 

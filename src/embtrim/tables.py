@@ -103,20 +103,22 @@ class EmbeddingViews:
     def fm(self) -> Tensor:
         """(B,) FM term: sum over pairs of fields of the inner products of aligned embeddings (Rendle 2010).
 
-        Narrow tables never build (B, F, D): with P the stacked projections, the square of the sum is (E P)^2, and
-        the sum of squares is rowsum((E G) * E) with G = blockdiag(P_f P_f^T); for 0/1 projections G is the identity.
+        Narrow tables never build (B, F, D): with P the stacked projections, the square of the sum is (E P)^2. The sum
+        of squares is that of the outputs themselves, and for the projected ones among them rowsum((E G) * E) with
+        G = blockdiag(P_f P_f^T).
         """
         tables, concat = self.tables, self.concat
         if tables.is_equal_width:
             sum_BD = concat.view(concat.shape[0], tables.num_fields, tables.width).sum(1)
         else:
-            projection_SD = tables.projection_SD()
-            sum_BD = concat @ projection_SD
-        if tables.has_projections:
-            gram_SS = (projection_SD @ projection_SD.T) * tables.same_field_SS
-            squares_B = ((concat @ gram_SS) * concat).sum(1)
-        else:
-            squares_B = (concat * concat).sum(1)
+            sum_BD = concat @ tables.projection_SD()
+        if not tables.has_projections:
+            return 0.5 * ((sum_BD * sum_BD).sum(1) - (concat * concat).sum(1))
+        own_PD = tables.own_projection_PD()
+        gram_PP = (own_PD @ own_PD.T) * tables.same_field_PP
+        projected_BP = concat.index_select(1, tables.projected_outputs)
+        plain_BS = concat.index_select(1, tables.plain_outputs)
+        squares_B = (plain_BS * plain_BS).sum(1) + ((projected_BP @ gram_PP) * projected_BP).sum(1)
         return 0.5 * ((sum_BD * sum_BD).sum(1) - squares_B)
 
 
@@ -148,7 +150,8 @@ class EmbeddingTables(nn.Module):
     field_S: Tensor
     width_S: Tensor
     fixed_projection_SD: Tensor
-    same_field_SS: Tensor
+    same_field_PP: Tensor
+    plain_outputs: Tensor
     projected_S: Tensor
     projected_outputs: Tensor
     projection_rows: Tensor
@@ -256,8 +259,10 @@ class EmbeddingTables(nn.Module):
         if not self.is_equal_width:
             fixed[own_rows] = 0.0
             self._buffer("fixed_projection_SD", fixed)
-            field_of_output = torch.tensor(field_S)
-            self._buffer("same_field_SS", (field_of_output[:, None] == field_of_output[None, :]).to(torch.float32))
+            field_P = torch.tensor([field_S[s] for s in own_rows])
+            self._buffer("same_field_PP", (field_P[:, None] == field_P[None, :]).to(torch.float32))
+            plain = sorted(set(range(len(field_S))) - set(own_rows))
+            self._buffer("plain_outputs", torch.tensor(plain, dtype=torch.int64))
             # Of each row of `projection` the first output it projects; and all outputs projected, with their rows.
             self._buffer("projected_S", torch.tensor(self.projected_columns, dtype=torch.int64))
             self._buffer("projected_outputs", torch.tensor(own_rows, dtype=torch.int64))
@@ -555,14 +560,16 @@ class EmbeddingTables(nn.Module):
 
     # ---- alignment --------------------------------------------------------------------------------------------
 
+    def own_projection_PD(self) -> Tensor:
+        """(P, D) learned projections of the projected outputs; fields that share a table share theirs."""
+        return self.projection.index_select(0, self.projection_rows)
+
     def projection_SD(self) -> Tensor:
         """(S, D) stacked projections P_f: 0/1 where a field is scattered or full, learned where it is projected."""
-        if self.has_projections:
-            own_projection = self.projection.index_select(0, self.projection_rows)
-            return self.fixed_projection_SD.index_copy(
-                0, self.projected_outputs, own_projection.to(self.fixed_projection_SD.dtype)
-            )
-        return self.fixed_projection_SD
+        if not self.has_projections:
+            return self.fixed_projection_SD
+        own_PD = self.own_projection_PD().to(self.fixed_projection_SD.dtype)
+        return self.fixed_projection_SD.index_copy(0, self.projected_outputs, own_PD)
 
     def align(self, concat_BS: Tensor) -> Tensor:
         """(B, F, D): each field's output at the full width."""

@@ -13,8 +13,8 @@ Reconstructed: everything else. The mask is a parameter of its own beside the em
 back. A weights step on a training batch alternates with a mask step on a validation batch, first order, by plain SGD
 (Adam would normalise the cost away). R is read on the distinct rows of the batch, over active columns, which keeps
 updates sparse. n_f counts what a slot really costs, its projection included. After the search the kept slots are
-trimmed, or the budget refilled, by a: where the price has not done its work, a per cost leaves next to nothing of the
-fields with most rows, however useful (`refill = "per_cost"`; on Frappe it costs 0.03 AUC).
+trimmed, or the budget refilled, by a. `refill = "per_cost"` starves the fields with most rows where the price did not
+reach its target (Frappe at 10%, one seed: validation AUC 0.945, by a alone 0.983).
 Reconstructed units: a mask step divides by U, the largest mean |dL/da| so far, and by the number of mask steps;
 lambda_c is in units of U over the largest dC/da, and eta is spread over its updates. The settings then mean the same on
 a set of 50 steps an epoch and on one of 10,000.
@@ -295,7 +295,5 @@ def rank_slots(margin_S: np.ndarray, costs_S: np.ndarray, mask_S: np.ndarray, by
         by: "plain" ranks by a; "per_cost" divides the margin by the cost, or multiplies by it where the slot is not in
             use: there a quotient would put the dearest first.
     """
-    key_S = margin_S
-    if by == "per_cost":
-        key_S = np.where(mask_S, margin_S / costs_S, margin_S * costs_S)
+    key_S = np.where(mask_S, margin_S / costs_S, margin_S * costs_S) if by == "per_cost" else margin_S
     return np.lexsort((-key_S, ~mask_S))
