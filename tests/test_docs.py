@@ -15,6 +15,7 @@ import pytest
 import embtrim
 from embtrim.config import read_toml
 from embtrim.experiment import RunConfig
+from embtrim.grid import CompareConfig, resolve
 from embtrim.methods import method_named
 from embtrim.models import MODELS
 
@@ -44,11 +45,29 @@ def logs(tmp_path, monkeypatch):
 
 
 def test_the_python_example_runs(logs):
-    (code,) = blocks("python")
+    (code, _) = blocks("python")
     names: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), names)
     assert len(names["scores"]) == 50
     assert names["plan"].num_params <= 0.1 * names["plan"].num_full_params
+
+
+def test_the_example_of_a_model_of_ones_own_runs():
+    (_, code) = blocks("python")
+    names: dict[str, object] = {"embtrim": embtrim}
+    exec(compile(code, "README.md", "exec"), names)
+    stored = sum(p.numel() for site in (names["small"].user, names["small"].item) for p in site.parameters())
+    assert stored == names["plan"].num_params <= 0.5 * names["plan"].num_full_params
+
+
+def test_the_compare_example_parses(tmp_path):
+    (script,) = [block for block in blocks("sh") if "embtrim compare" in block]
+    line = next(line for line in script.splitlines() if line.startswith("embtrim compare"))
+    words = [*shlex.split(line)[1:], "--dry-run", "--json", "--set", "hparams.embedding_dim=4"]
+    command = [sys.executable, "-m", "embtrim.cli", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert '"deepfm"' in done.stdout
 
 
 def test_the_csv_example_runs(logs):
@@ -69,8 +88,12 @@ def test_the_csv_example_runs(logs):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.stem)
 def test_every_recipe_parses(path):
+    if path.stem.startswith("compare-"):
+        config = resolve(CompareConfig.parse(read_toml(path), where=str(path)))
+        assert set(config.models) <= set(MODELS)
+        return
     config = RunConfig.parse(read_toml(path), where=str(path))
-    method_named(config.method).config.parse(config.search)
+    method_named(config.method).parse(config.search)
     assert config.model in MODELS
 
 

@@ -569,3 +569,13 @@ class TestGates:
         assert loss(rows=[lambda rows, found: found * 0.0 for _ in sites]) == pytest.approx(without_slots)
         assert loss(slots=zeros, rows=[lambda rows, found: found + 7.0 for _ in sites]) == pytest.approx(without_slots)
         assert loss() != pytest.approx(without_slots)
+
+
+@pytest.mark.parametrize("config", [SSEDSConfig(), PMEConfig(), GuidedConfig(), METHODS["optembed"].config(epochs=1)])
+def test_searches_show_progress_where_the_task_asks(config: Config, capsys):
+    task = zoo_task()
+    search(task, config, "30%")
+    assert capsys.readouterr().err == ""
+    task.progress = True
+    search(task, config, "30%")
+    assert capsys.readouterr().err

@@ -163,7 +163,7 @@ class TestEvolution:
         seen: list[float] = []
         for generations in (0, 2, 5, 30):
             config = OptEmbedConfig(generations=generations)
-            best = evolve(self.space(), score, config, np.random.default_rng(0))
+            best = evolve(self.space(), score, config, np.random.default_rng(0), range(config.generations))
             scores = score(best)
             assert scores == sorted(scores, reverse=True)
             assert len(best) == len(set(best)) <= config.num_elite

@@ -307,6 +307,7 @@ def search(
         raise ConfigError(f"a plan is written as .json, --out is {target}")
     _free(target, overwrite)
     task = CTRTask(full, encoded, settings.train.replace(seed=settings.seed))
+    task.progress = _progress(quiet)
     plan = embtrim.search(task, method_settings, settings.budget, settings.seed)
     plan.save(target)
     if as_json:

@@ -280,6 +280,7 @@ def shrink(
     parsed = found.parse(settings)
     with peak_memory() as peak:
         task = CTRTask(full.model, data, train)
+        task.progress = progress
         with peak_memory() as search_peak:
             started = time.perf_counter()
             plan = search(task, parsed, budget, seed)

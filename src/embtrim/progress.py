@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -16,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+ItemT = TypeVar("ItemT")
 
 
 class RateColumn(ProgressColumn):
@@ -31,6 +35,22 @@ def progress_bar(show: bool) -> Progress:
     """A bar with rate, elapsed time and ETA that disappears when done; a hidden one if not `show`."""
     columns = (TextColumn("{task.description}"), BarColumn(), RateColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True, disable=not show)
+
+
+def tracked(items: Iterable[ItemT], what: str, total: int | None, show: bool) -> Iterator[ItemT]:
+    """The items, with a bar that counts those done; hidden if not `show`."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as bar:
+        task = bar.add_task(what, total=total)
+        for item in items:
+            yield item
+            bar.advance(task)
 
 
 class GridTimeColumn(ProgressColumn):

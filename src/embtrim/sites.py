@@ -13,6 +13,7 @@ Shapes: S slots of a site, B batch, O output columns of a site, U distinct rows 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -29,6 +30,7 @@ from embtrim.errors import EmbtrimError
 from embtrim.metrics import compute_metrics
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan import Alignment, Block, SizePlan, TablePlan
+from embtrim.progress import tracked
 from embtrim.schema import OOV
 from embtrim.tables import EmbeddingTables
 from embtrim.train import (
@@ -241,9 +243,13 @@ class Task:
         optimizer: model -> optimiser; needed by searches that train.
         fresh: seed -> a model with initial weights; needed by searches that start from them.
         keep: filter on module paths, see `find_sites`.
+
+    Attributes:
+        progress: whether searches show progress bars on stderr.
     """
 
     needs_aligned = True  # a foreign module's forward expects the full width
+    progress = False
 
     def __init__(
         self,
@@ -276,6 +282,11 @@ class Task:
         if batches is None:
             raise EmbtrimError(f"this search reads {split} batches; give the Task `{split}=`")
         return batches
+
+    def tracked_batches(self, split: str, what: str, seed: int | None = None) -> Iterable[Any]:
+        """`batches`, with a progress bar where the task shows them."""
+        total = self.num_batches(split) if self.progress else None
+        return tracked(self.batches(split, seed), what, total, self.progress)
 
     def num_batches(self, split: str) -> int:
         """Batches a pass over "train" or "valid"; a loader without a length is read once."""
@@ -310,11 +321,17 @@ class Task:
             score=None,
             config=TrainConfig(epochs=epochs, seed=seed, precision="fp32"),
             hooks=hooks or Hooks(),
+            progress=self.progress,
         )
 
     def recoded(self, plan: SizePlan) -> Task:
-        """This task for a compact model: its batches carry the ids of the plan, where the task can re-number them."""
-        return self
+        """This task for a compact model: its batches carry the ids of the plan, where the task can re-number them.
+
+        It shows no progress: whoever trains many candidates counts them.
+        """
+        task = copy.copy(self)
+        task.progress = False
+        return task
 
     @torch.no_grad()
     def valid_score(self, model: nn.Module) -> float:
@@ -419,7 +436,8 @@ class CTRTask(Task):
         """See Task."""
         assert isinstance(model, CTRModel)
         train_only = EncodedDataset(self.data.schema, {"train": self.data.split("train")}, id_maps=self.data.id_maps)
-        return fit(model, train_only, self.config.replace(epochs=epochs, seed=seed, **settings), hooks=hooks)
+        config = self.config.replace(epochs=epochs, seed=seed, **settings)
+        return fit(model, train_only, config, hooks=hooks, progress=self.progress)
 
     @torch.no_grad()
     def gated_scores(self, model: nn.Module, gates: Sequence[Sequence[SlotGate]], max_rows: int = 0) -> list[float]:

@@ -9,7 +9,7 @@ Axes: T tables, D width of the full table, V rows of a table.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Protocol
 
@@ -27,7 +27,6 @@ class EvolutionConfig(Protocol):
     """The settings that `evolve` reads; see OptEmbedConfig."""
 
     population: int
-    generations: int
     mutations: int
     mutation_rate: float
     crossovers: int
@@ -121,10 +120,12 @@ class Space:
         return list(zip(self.costs, widths_T.tolist(), self.least_T.tolist(), strict=True))
 
 
-def evolve(space: Space, score: Score, config: EvolutionConfig, rng: np.random.Generator) -> list[Widths]:
-    """The best candidates found, best first."""
+def evolve(
+    space: Space, score: Score, config: EvolutionConfig, rng: np.random.Generator, generations: Iterable[int]
+) -> list[Widths]:
+    """The best candidates found, best first, after a first population and as many generations as are counted."""
     best = ranked([space.repair(space.draw(rng), rng) for _ in range(config.population)], score)[: config.num_elite]
-    for _ in range(config.generations):
+    for _ in generations:
         parents = np.array(best)
         children = [mutate(space, parents[rng.integers(len(best))], config, rng) for _ in range(config.mutations)]
         for _ in range(config.crossovers):

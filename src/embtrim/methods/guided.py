@@ -33,6 +33,7 @@ from embtrim.methods.selection import field_plan, slot_costs
 from embtrim.methods.sseds import SSEDSConfig, slot_gradients
 from embtrim.methods.uniform import UniformConfig, equal_widths, search_uniform
 from embtrim.plan import SizePlan
+from embtrim.progress import tracked
 from embtrim.sites import Task, alignment_of
 from embtrim.train import Hooks
 
@@ -67,7 +68,8 @@ def search_guided(task: Task, config: GuidedConfig, budget: Budget, seed: int) -
     trials = {name: Trial(task, plan, seed) for name, plan in candidates.items()}
     number = 0
     while len(trials) > 1:
-        for name, trial in trials.items():
+        round_of = tracked(trials.items(), f"round {number + 1} of candidates", len(trials), task.progress)
+        for name, trial in round_of:
             scores[name].append(trial.train(steps, seed * 1_009 + number))
         best = sorted(trials, key=lambda name: -scores[name][-1])
         trials = {name: trials[name] for name in best[: max(1, int(len(best) * KEPT_PART))]}

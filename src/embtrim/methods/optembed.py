@@ -43,6 +43,7 @@ from embtrim.errors import BudgetError
 from embtrim.methods.evolution import Space, Widths, evolve, fill, fits, kept_rows, raise_thresholds
 from embtrim.methods.registry import register
 from embtrim.plan import SizePlan
+from embtrim.progress import tracked
 from embtrim.sites import RowGate, Site, SlotGate, Task, alignment_of, gate_sites
 from embtrim.train import Hooks
 
@@ -113,7 +114,8 @@ def search_optembed(task: Task, config: OptEmbedConfig, budget: Budget, seed: in
     sampled = Fitness(task, model, config.fitness_rows)
     exact = Fitness(task, model, 0) if config.fitness_rows else sampled
     rng = np.random.default_rng(seed)
-    finalists = evolve(space, sampled, config, rng)[: config.finalists]
+    generations = tracked(range(config.generations), "evolution", config.generations, task.progress)
+    finalists = evolve(space, sampled, config, rng, generations)[: config.finalists]
     widths = finalists[int(np.argmax(exact(finalists)))]
     if not config.natural:
         widths = fill(space, widths, sampled)

@@ -110,7 +110,7 @@ def entry_saliency(task: Task, model: nn.Module, sites: list[Site], fraction: fl
         return read
 
     read_batches = 0
-    for number, batch in enumerate(task.batches("train", seed)):
+    for number, batch in enumerate(task.tracked_batches("train", "scoring entries", seed)):
         if math.ceil((number + 1) * fraction) == math.ceil(number * fraction):
             continue
         leaves.clear()

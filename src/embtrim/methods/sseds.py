@@ -85,7 +85,7 @@ def slot_gradients(task: Task, model: torch.nn.Module, config: SSEDSConfig, seed
     total_S = np.zeros(sum(num_slots(site) for site in sites))
     scored = 0
     try:
-        for number, batch in enumerate(task.batches(config.data, seed)):
+        for number, batch in enumerate(task.tracked_batches(config.data, "scoring slots", seed)):
             if config.batches and number == config.batches:
                 break
             device = next(iter(model.parameters())).device
