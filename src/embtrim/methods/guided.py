@@ -4,16 +4,18 @@
     s_{f,j} = -g_{f,j} / cost_{f,j}^gamma                                                            (importance)
 
 The evidence (docs/results.md) says that no rule wins everywhere. Importance wins where high-cardinality ids only
-overfit; one width for all where two id fields hold nearly all parameters and need them; dropping the rows of rare
-values buys width that is worth more at small budgets, and is fatal where rare values matter. So the search
+overfit, and there less can be better than all that the budget allows; one width for all wins where two id fields hold
+nearly all parameters and need them; dropping the rows of rare values buys width that is worth more at small budgets,
+and is fatal where rare values matter. So the search
 
     propose     for each share of the rows, the most frequent of all tables: equal widths, and the slots of most
-                importance, for each gamma; beside them mixed widths by cardinality
+                importance; with all rows also importance per parameter, importance within a part of the budget, and
+                mixed widths by cardinality
     race        train the compact candidates from scratch for some steps, keep the best third by validation score, train
                 these on for as long again, until one is left (successive halving, Jamieson & Talwalkar 2016)
 
 The plan of the uniform control is among the candidates, so that the search loses to it only by what a short training
-cannot tell. The test split is never read.
+cannot tell. The test split is never read. The plan may be smaller than the budget.
 """
 
 from __future__ import annotations
@@ -45,15 +47,17 @@ class GuidedConfig(Config):
     """Settings of the guided search.
 
     Attributes:
-        row_shares: parts of all rows that candidates keep, the most frequent ones; 1 keeps all.
+        row_shares: parts of all rows that candidates keep, the most frequent ones.
         cost_powers: gammas: 0 ranks slots by importance, 1 by importance per parameter.
+        budget_parts: parts of the budget that are filled by importance.
         trial_epochs: epochs of a candidate's training in each round; may be a fraction.
         trial_steps: least number of steps, for sets with few batches.
         align: how narrow fields reach the full width in models that need it: "scatter" or "project".
     """
 
-    row_shares: tuple[float, ...] = Field(default=(1.0, 0.5, 0.25, 0.1), min_length=1)
+    row_shares: tuple[float, ...] = (0.5, 0.25, 0.1)
     cost_powers: tuple[float, ...] = (0.0, 0.5)
+    budget_parts: tuple[float, ...] = (1.0, 0.5, 0.25)
     trial_epochs: float = Field(default=0.5, gt=0)
     trial_steps: int = Field(default=100, ge=1)
     align: Literal["scatter", "project"] = "scatter"
@@ -102,18 +106,22 @@ def propose(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> dict
         "equal widths": search_uniform(task, UniformConfig(align=config.align), budget, seed),
         "mixed widths": search_mde(task, MDEConfig(align=config.align), budget, seed),
     }
+
+    def by_importance(power: float, part: float = 1.0, kept: dict[str, np.ndarray] | None = None) -> SizePlan:
+        key_S = gradient_S / slot_costs(full, alignment, kept) ** power  # the smallest first: the largest -g
+        return field_plan(full, np.argsort(key_S, kind="stable"), int(part * limit), alignment, kept=kept)
+
+    for power in config.cost_powers:
+        found[f"importance / cost^{power:g}"] = by_importance(power)
+    for part in config.budget_parts:
+        found[f"importance, {part:g} of the budget"] = by_importance(0.0, part)
     for share in config.row_shares:
         kept = most_frequent(task, full, share)
-        rows = f", {share:g} of the rows" if share < 1 else ""
-        if share < 1:
-            found[f"equal widths{rows}"] = equal_widths(full, limit, alignment, seed, kept)
-        costs_S = slot_costs(full, alignment, kept)
-        for power in config.cost_powers:
-            ranking = np.argsort(gradient_S / costs_S**power, kind="stable")  # the largest -g first
-            found[f"importance / cost^{power:g}{rows}"] = field_plan(full, ranking, limit, alignment, kept=kept)
+        found[f"equal widths, {share:g} of the rows"] = equal_widths(full, limit, alignment, seed, kept)
+        found[f"importance, {share:g} of the rows"] = by_importance(0.0, kept=kept)
     distinct: dict[str, SizePlan] = {}
     for name, plan in found.items():
-        if plan is not None and all(plan.diff(other) for other in distinct.values()):
+        if plan is not None and plan.num_params and all(plan.diff(other) for other in distinct.values()):
             distinct[name] = plan
     return distinct
 
@@ -123,8 +131,6 @@ def most_frequent(task: Task, full: SizePlan, share: float) -> dict[str, np.ndar
 
     Every table keeps one row at least.
     """
-    if share >= 1:
-        return {}
     counts = task.row_counts()
     sizes = [t.num_rows for t in full.tables]
     order = np.argsort(-np.concatenate([counts[t.name] for t in full.tables]), kind="stable")
