@@ -74,9 +74,9 @@ def test_json_is_all_of_stdout(shop: Workshop) -> None:
     done = call("run", shop.data, *TINY, "--budget", "20%", "--controls", "", "--out", out, "--json")
     assert done.code == 0, done.err
     records = json.loads(done.out)
-    assert [r["variant"] for r in records] == ["full", "sseds"]
+    assert [r["variant"] for r in records] == ["full", "guided"]
     assert records[1]["num_params"] <= 0.2 * records[0]["num_params"]
-    assert records == [json.loads((out / "records" / f"{v}-seed0.json").read_text()) for v in ("full", "sseds")]
+    assert records == [json.loads((out / "records" / f"{v}-seed0.json").read_text()) for v in ("full", "guided")]
     assert "test AUC" in done.err
     shown = call("report", out, "--json")
     assert json.loads(shown.out) == records
@@ -95,7 +95,18 @@ def test_lists(command: str) -> None:
 def test_steps_agree_with_the_functions(shop: Workshop) -> None:
     import embtrim
 
-    done = call("search", shop.bundle, shop.data, "--budget", "30%", "--out", shop.new("p30.json"), "--json")
+    done = call(
+        "search",
+        shop.bundle,
+        shop.data,
+        "--method",
+        "sseds",
+        "--budget",
+        "30%",
+        "--out",
+        shop.new("p30.json"),
+        "--json",
+    )
     assert done.code == 0, done.err
     data = embtrim.load(str(shop.data))
     task = embtrim.CTRTask(embtrim.load_bundle(shop.bundle).model, data)

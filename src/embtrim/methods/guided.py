@@ -8,9 +8,9 @@ overfit, and there less can be better than all that the budget allows; one width
 nearly all parameters and need them; dropping the rows of rare values buys width that is worth more at small budgets,
 and is fatal where rare values matter. So the search
 
-    propose     for each share of the rows, the most frequent of all tables: equal widths, and the slots of most
-                importance; with all rows also importance per parameter, importance within a part of the budget, and
-                mixed widths by cardinality
+    propose     equal widths of all rows, or larger ones of the most frequent rows of all tables; the slots of most
+                importance for the same rows; with all rows also importance per parameter, importance within a part of
+                the budget, and mixed widths by cardinality
     race        train the compact candidates from scratch for some steps, keep the best third by validation score, train
                 these on for as long again, until one is left (successive halving, Jamieson & Talwalkar 2016)
 
@@ -31,9 +31,9 @@ from embtrim.compaction import compact
 from embtrim.config import Config
 from embtrim.methods.mde import MDEConfig, search_mde
 from embtrim.methods.registry import register
-from embtrim.methods.selection import field_plan, slot_costs
+from embtrim.methods.selection import field_plan, row_plan, slot_costs
 from embtrim.methods.sseds import SSEDSConfig, slot_gradients
-from embtrim.methods.uniform import UniformConfig, equal_widths, search_uniform
+from embtrim.methods.uniform import UniformConfig, search_uniform
 from embtrim.plan import SizePlan
 from embtrim.progress import tracked
 from embtrim.sites import Task, alignment_of
@@ -47,7 +47,7 @@ class GuidedConfig(Config):
     """Settings of the guided search.
 
     Attributes:
-        row_shares: parts of all rows that candidates keep, the most frequent ones.
+        width_factors: by how much larger than equal widths of all rows those of the most frequent rows are.
         cost_powers: gammas: 0 ranks slots by importance, 1 by importance per parameter.
         budget_parts: parts of the budget that are filled by importance.
         trial_epochs: epochs of a candidate's training in each round; may be a fraction.
@@ -55,7 +55,7 @@ class GuidedConfig(Config):
         align: how narrow fields reach the full width in models that need it: "scatter" or "project".
     """
 
-    row_shares: tuple[float, ...] = (0.5, 0.25, 0.1)
+    width_factors: tuple[float, ...] = (4 / 3, 2.0, 4.0)
     cost_powers: tuple[float, ...] = (0.0, 0.5)
     budget_parts: tuple[float, ...] = (1.0, 0.5, 0.25)
     trial_epochs: float = Field(default=0.5, gt=0)
@@ -102,7 +102,7 @@ def propose(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> dict
     full, alignment = task.full_plan(), alignment_of(task, config.align)
     limit = full.max_params(budget)
     gradient_S = slot_gradients(task, task.model, SSEDSConfig(), seed)
-    found: dict[str, SizePlan | None] = {
+    found = {
         "equal widths": search_uniform(task, UniformConfig(align=config.align), budget, seed),
         "mixed widths": search_mde(task, MDEConfig(align=config.align), budget, seed),
     }
@@ -115,30 +115,16 @@ def propose(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> dict
         found[f"importance / cost^{power:g}"] = by_importance(power)
     for part in config.budget_parts:
         found[f"importance, {part:g} of the budget"] = by_importance(0.0, part)
-    for share in config.row_shares:
-        kept = most_frequent(task, full, share)
-        found[f"equal widths, {share:g} of the rows"] = equal_widths(full, limit, alignment, seed, kept)
-        found[f"importance, {share:g} of the rows"] = by_importance(0.0, kept=kept)
+    floor = min(t.output_width for t in found["equal widths"].tables)
+    for factor in config.width_factors:
+        width = max(floor + 1, round(factor * floor))
+        columns = {t.name: range(min(width, t.width)) for t in full.tables}
+        frequent = row_plan(full, task.row_counts(), columns, limit, alignment)
+        kept = {t.name: t.blocks[0].rows for t in frequent.tables if t.blocks and t.blocks[0].rows is not None}
+        found[f"width {width} of the most frequent rows"] = frequent
+        found[f"importance, rows as of width {width}"] = by_importance(0.0, kept=kept)
     distinct: dict[str, SizePlan] = {}
     for name, plan in found.items():
-        if plan is not None and plan.num_params and all(plan.diff(other) for other in distinct.values()):
+        if plan.num_params and all(plan.diff(other) for other in distinct.values()):
             distinct[name] = plan
     return distinct
-
-
-def most_frequent(task: Task, full: SizePlan, share: float) -> dict[str, np.ndarray]:
-    """Ids of the rows among the most frequent of all tables, ascending, by table; tables that keep all are not listed.
-
-    Every table keeps one row at least.
-    """
-    counts = task.row_counts()
-    sizes = [t.num_rows for t in full.tables]
-    order = np.argsort(-np.concatenate([counts[t.name] for t in full.tables]), kind="stable")
-    chosen = np.zeros(sum(sizes), bool)
-    chosen[order[: math.ceil(share * len(order))]] = True
-    kept = {}
-    for table, chosen_V in zip(full.tables, np.split(chosen, np.cumsum(sizes)[:-1]), strict=True):
-        chosen_V[np.argmax(counts[table.name])] = True
-        if not chosen_V.all():
-            kept[table.name] = np.flatnonzero(chosen_V).astype(np.int32)
-    return kept

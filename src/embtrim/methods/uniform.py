@@ -6,7 +6,6 @@ frequent rows of all tables at width 1; the others share their table's DROPPED r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -42,16 +41,14 @@ def search_uniform(task: Task, config: UniformConfig, budget: Budget, seed: int)
     return plan.made_by("uniform", details)
 
 
-def equal_widths(
-    full: SizePlan, limit: int, alignment: Alignment, seed: int, kept: Mapping[str, np.ndarray] | None = None
-) -> SizePlan | None:
+def equal_widths(full: SizePlan, limit: int, alignment: Alignment, seed: int) -> SizePlan | None:
     """The largest width that fits for all tables, and one more column for those tables, drawn at random, where it fits.
 
-    None where not even width 1 fits. See `field_plan` for `kept`.
+    None where not even width 1 fits.
     """
 
     def cost(width: int) -> int:
-        return sum(columns_cost(full, t, min(width, t.width), alignment, kept) for t in full.tables)
+        return sum(columns_cost(full, t, min(width, t.width), alignment) for t in full.tables)
 
     floor = largest(full.width, lambda width: cost(width) <= limit)
     if not floor:
@@ -62,4 +59,4 @@ def equal_widths(
     round_S = np.concatenate([np.arange(t.width) for t in full.tables])
     rank_S = np.concatenate([np.arange(t.width) * len(order) + place[t.name] for t in full.tables])
     ranking = np.argsort(rank_S)
-    return field_plan(full, ranking[round_S[ranking] <= floor], limit, alignment, kept=kept)
+    return field_plan(full, ranking[round_S[ranking] <= floor], limit, alignment)
