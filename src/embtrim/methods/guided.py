@@ -115,7 +115,7 @@ def propose(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> dict
         found[f"importance / cost^{power:g}"] = by_importance(power)
     for part in config.budget_parts:
         found[f"importance, {part:g} of the budget"] = by_importance(0.0, part)
-    floor = min(t.output_width for t in found["equal widths"].tables)
+    floor = max(1, min(t.output_width for t in found["equal widths"].tables))
     for factor in config.width_factors:
         width = max(floor + 1, round(factor * floor))
         columns = {t.name: range(min(width, t.width)) for t in full.tables}
