@@ -20,6 +20,7 @@ from embtrim.methods import (
     GuidedConfig,
     MagnitudeConfig,
     MDEConfig,
+    OptEmbedConfig,
     PMEConfig,
     RandomConfig,
     SSEDSConfig,
@@ -51,6 +52,9 @@ from embtrim.train import TrainConfig, fit
 
 CONFIGS = {
     **{name: method.config() for name, method in METHODS.items()},
+    # Shorter than by default; `python -m embtrim.testing` runs the defaults.
+    "guided": GuidedConfig(trial_steps=4),
+    "optembed": OptEmbedConfig(epochs=2, generations=3),
     "sseds-signed": SSEDSConfig(score="signed", data="valid", batches=0, cost_aware=True),
     "sseds-pretrain": SSEDSConfig(pretrain="epochs:1", align="project", average="abs", batches=2),
     "random-project": RandomConfig(align="project"),
@@ -570,7 +574,9 @@ class TestGates:
         assert loss() != pytest.approx(without_slots)
 
 
-@pytest.mark.parametrize("config", [SSEDSConfig(), PMEConfig(), GuidedConfig(), METHODS["optembed"].config(epochs=1)])
+@pytest.mark.parametrize(
+    "config", [SSEDSConfig(), PMEConfig(), GuidedConfig(trial_steps=4), OptEmbedConfig(epochs=1, generations=2)]
+)
 def test_searches_show_progress_where_the_task_asks(config: Config, capsys):
     task = zoo_task()
     search(task, config, "30%")
