@@ -12,7 +12,7 @@ and is fatal where rare values matter. So the search
                 importance for the same rows; with all rows also importance per parameter, importance within a part of
                 the budget, and mixed widths by cardinality
     race        train the compact candidates from scratch for some steps, keep the best third by validation score, train
-                these on for as long again, until one is left (successive halving, Jamieson & Talwalkar 2016)
+                these on for twice as long, until one is left (successive halving, Jamieson & Talwalkar 2016)
 
 The plan of the uniform control is among the candidates, so that the search loses to it only by what a short training
 cannot tell. The test split is never read. The plan may be smaller than the budget.
@@ -50,8 +50,8 @@ class GuidedConfig(Config):
         width_factors: by how much larger than equal widths of all rows those of the most frequent rows are.
         cost_powers: gammas: 0 ranks slots by importance, 1 by importance per parameter.
         budget_parts: parts of the budget that are filled by importance.
-        trial_epochs: epochs of a candidate's training in each round; may be a fraction.
-        trial_steps: least number of steps, for sets with few batches.
+        trial_epochs: epochs of a candidate's training in the first round, twice that in the next; may be a fraction.
+        trial_steps: least number of steps in the first round, for sets with few batches.
         align: how narrow fields reach the full width in models that need it: "scatter" or "project".
     """
 
@@ -74,9 +74,9 @@ def search_guided(task: Task, config: GuidedConfig, budget: Budget, seed: int) -
     while len(trials) > 1:
         round_of = tracked(trials.items(), f"round {number + 1} of candidates", len(trials), task.progress)
         for name, trial in round_of:
-            scores[name].append(trial.train(steps, seed * 1_009 + number))
+            scores[name].append(trial.train(steps * 2**number, seed * 1_009 + number))
         best = sorted(trials, key=lambda name: -scores[name][-1])
-        trials = {name: trials[name] for name in best[: max(1, int(len(best) * KEPT_PART))]}
+        trials = {name: trials[name] for name in best[: math.ceil(len(best) * KEPT_PART)]}
         number += 1
     (winner,) = trials
     details = {"config": config.model_dump(mode="json"), "budget": str(budget), "seed": seed, "chosen": winner}
