@@ -495,6 +495,7 @@ class TestGuided:
         rounds = max(map(len, scores.values()))
         last = {name: s[-1] for name, s in scores.items() if len(s) == rounds}
         assert plan.details["chosen"] == max(last, key=last.get)
+        assert "equal widths" in last
         assert len(last) < len(scores) / 2
         assert sorted(set(trained)) == [7 * 2**number for number in range(rounds)]
 

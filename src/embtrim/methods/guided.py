@@ -12,14 +12,16 @@ and is fatal where rare values matter. So the search
                 importance for the same rows; with all rows also importance per parameter, importance within a part of
                 the budget, and mixed widths by cardinality
     race        train the compact candidates from scratch for some steps, keep the best third by validation score, train
-                these on for twice as long, until one is left (successive halving, Jamieson & Talwalkar 2016)
+                these on for twice as long, and so on (successive halving, Jamieson & Talwalkar 2016)
 
-The plan of the uniform control is among the candidates, so that the search loses to it only by what a short training
-cannot tell. The test split is never read. The plan may be smaller than the budget.
+Early scores favour few, wide rows. The plan of the uniform control therefore stays in the race to the end, so that the
+search loses to it only by what the longest trial cannot tell. The test split is never read. The plan may be smaller
+than the budget.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Literal
 
@@ -39,8 +41,10 @@ from embtrim.progress import tracked
 from embtrim.sites import Task, alignment_of
 from embtrim.train import Hooks
 
-# Of the candidates of a round this part goes on.
+# Of the candidates of a round this part goes on, beside the plan of the uniform control, until this many are left.
 KEPT_PART = 1 / 3
+FINALISTS = 3
+EQUAL = "equal widths"
 
 
 class GuidedConfig(Config):
@@ -70,15 +74,15 @@ def search_guided(task: Task, config: GuidedConfig, budget: Budget, seed: int) -
     steps = max(config.trial_steps, math.ceil(config.trial_epochs * task.num_batches("train")))
     scores: dict[str, list[float]] = {name: [] for name in candidates}
     trials = {name: Trial(task, plan, seed) for name, plan in candidates.items()}
-    number = 0
-    while len(trials) > 1:
-        round_of = tracked(trials.items(), f"round {number + 1} of candidates", len(trials), task.progress)
-        for name, trial in round_of:
+    for number in itertools.count():
+        for name, trial in tracked(trials.items(), f"round {number + 1}", len(trials), task.progress):
             scores[name].append(trial.train(steps * 2**number, seed * 1_009 + number))
         best = sorted(trials, key=lambda name: -scores[name][-1])
-        trials = {name: trials[name] for name in best[: math.ceil(len(best) * KEPT_PART)]}
-        number += 1
-    (winner,) = trials
+        if len(best) <= FINALISTS:
+            break
+        others = [name for name in best if name != EQUAL]
+        trials = {name: trials[name] for name in (EQUAL, *others[: math.ceil(len(others) * KEPT_PART)])}
+    winner = best[0]
     details = {"config": config.model_dump(mode="json"), "budget": str(budget), "seed": seed, "chosen": winner}
     return candidates[winner].made_by("guided", {**details, "scores": scores})
 
@@ -103,7 +107,7 @@ def propose(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> dict
     limit = full.max_params(budget)
     gradient_S = slot_gradients(task, task.model, SSEDSConfig(), seed)
     found = {
-        "equal widths": search_uniform(task, UniformConfig(align=config.align), budget, seed),
+        EQUAL: search_uniform(task, UniformConfig(align=config.align), budget, seed),
         "mixed widths": search_mde(task, MDEConfig(align=config.align), budget, seed),
     }
 
@@ -115,7 +119,7 @@ def propose(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> dict
         found[f"importance / cost^{power:g}"] = by_importance(power)
     for part in config.budget_parts:
         found[f"importance, {part:g} of the budget"] = by_importance(0.0, part)
-    floor = max(1, min(t.output_width for t in found["equal widths"].tables))
+    floor = max(1, min(t.output_width for t in found[EQUAL].tables))
     for factor in config.width_factors:
         width = max(floor + 1, round(factor * floor))
         columns = {t.name: range(min(width, t.width)) for t in full.tables}
