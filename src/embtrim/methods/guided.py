@@ -129,6 +129,6 @@ def propose(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> dict
         found[f"importance, rows as of width {width}"] = by_importance(0.0, kept=kept)
     distinct: dict[str, SizePlan] = {}
     for name, plan in found.items():
-        if plan.num_params and all(plan.diff(other) for other in distinct.values()):
+        if (plan.num_params or name == EQUAL) and all(plan.diff(other) for other in distinct.values()):
             distinct[name] = plan
     return distinct
