@@ -39,7 +39,7 @@ def test_run_writes_records_plans_bundles_and_its_settings(encoded, tmp_path):
     seen = []
     records = run(encoded, CONFIG, tmp_path / "x", on_record=seen.append)
     assert seen == records
-    assert [r.variant for r in records] == ["full", "sseds", "uniform", "random"] * 2
+    assert [r.variant for r in records] == ["full", "guided", "uniform", "random"] * 2
     assert {r.seed for r in records} == {0, 1}
     for record in records:
         path = tmp_path / "x" / "records" / f"{record.variant}-seed{record.seed}.json"

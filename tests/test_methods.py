@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from rich.progress import Progress
 from torch import nn
 
 import embtrim.testing
@@ -155,7 +156,7 @@ def test_sseds_gradient_equals_autograd_of_an_explicit_mask():
     data = planted_data(num_rows=400, noise_vocab=50)
     model = FNN(data.schema, embedding_dim=3, hidden_units=(4,), init_std=0.5)
     task = CTRTask(model, data, TrainConfig(batch_size=64))
-    found = slot_gradients(task, model, SSEDSConfig(batches=1), seed=0)
+    found = slot_gradients(task, model, SSEDSConfig(data="train", batches=1), seed=0)
     batch = next(iter(task.batches("train", 0)))
     model.eval()
     emb = model.tables(batch.ids_BC).concat.detach().requires_grad_()
@@ -522,12 +523,12 @@ def test_a_task_says_what_it_lacks():
     with pytest.raises(EmbtrimError, match="valid="):
         search(task, SSEDSConfig(data="valid"), "50%")
     with pytest.raises(EmbtrimError, match="no train batches"):
-        search(Task(ForeignModel(), lambda m, b: m(b[0]).mean(), train=[]), SSEDSConfig(), "50%")
+        search(Task(ForeignModel(), lambda m, b: m(b[0]).mean(), train=[]), SSEDSConfig(data="train"), "50%")
     data = planted_data(num_rows=500)
     with pytest.raises(EmbtrimError, match="no embedding tables to shrink"):
         search(CTRTask(LR(data.schema), data), SSEDSConfig(), "50%")
     with pytest.raises(EmbtrimError, match="fresh="):
-        search(task, SSEDSConfig(pretrain="epochs:1"), "50%")
+        search(task, SSEDSConfig(pretrain="epochs:1", data="train"), "50%")
 
 
 class TestGates:
@@ -578,10 +579,18 @@ class TestGates:
 @pytest.mark.parametrize(
     "config", [SSEDSConfig(), PMEConfig(), GuidedConfig(trial_steps=4), OptEmbedConfig(epochs=1, generations=2)]
 )
-def test_searches_show_progress_where_the_task_asks(config: Config, capsys):
+def test_searches_show_progress_where_the_task_asks(config: Config, monkeypatch):
+    shown: list[bool] = []
+
+    class Recorder(Progress):
+        def __init__(self, *columns, disable: bool = False, **settings) -> None:
+            shown.append(not disable)
+            super().__init__(*columns, disable=True, **settings)
+
+    monkeypatch.setattr("embtrim.progress.Progress", Recorder)
     task = zoo_task()
     search(task, config, "30%")
-    assert capsys.readouterr().err == ""
+    assert not any(shown)
     task.progress = True
     search(task, config, "30%")
-    assert capsys.readouterr().err
+    assert any(shown)

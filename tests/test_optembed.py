@@ -337,7 +337,8 @@ class TestSearch:
     @pytest.mark.parametrize("budget", ["90%", "40%", "20%", "10%", "3%"])
     def test_budget_is_respected_and_full(self, kind: str, align: str, budget: str):
         task = zoo_task() if kind == "zoo" else foreign_task()
-        plan = search(task, QUICK.replace(align=align), budget, seed=1)
+        # The paper's threshold settings drop no row here, so that only the budget can.
+        plan = search(task, QUICK.replace(**OptEmbedConfig.faithful, align=align), budget, seed=1)
         limit = plan.max_params(Budget.parse(budget))
         assert plan.num_params <= limit
         extra = plan.width if align == "project" else 0
@@ -453,7 +454,7 @@ class TestPlantedSignal:
 
     def test_the_paper_s_threshold_settings_drop_nothing_here_but_widths_tell(self):
         """The evolution gives memorised noise the smallest width."""
-        plan = self.plan(OptEmbedConfig(epochs=8, natural=True, fitness_rows=0), l2=0.01)
+        plan = self.plan(OptEmbedConfig(**OptEmbedConfig.faithful, epochs=8, natural=True), l2=0.01)
         assert not plan.tables[2].has_dropped
         strong, _weak, noise = (table.output_width for table in plan.tables)
         assert noise <= 2

@@ -45,6 +45,8 @@ from embtrim.train import Hooks
 KEPT_PART = 1 / 3
 FINALISTS = 3
 EQUAL = "equal widths"
+# The first round is no longer than this many epochs, however few steps they have.
+MOST_EPOCHS = 4
 
 
 class GuidedConfig(Config):
@@ -71,7 +73,9 @@ class GuidedConfig(Config):
 def search_guided(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> SizePlan:
     """Propose plans by several rules and keep the one that short trainings favour."""
     candidates = propose(task, config, budget, seed)
-    steps = max(config.trial_steps, math.ceil(config.trial_epochs * task.num_batches("train")))
+    epoch_steps = max(1, task.num_batches("train"))
+    steps = max(config.trial_steps, math.ceil(config.trial_epochs * epoch_steps))
+    steps = min(steps, MOST_EPOCHS * epoch_steps)
     scores: dict[str, list[float]] = {name: [] for name in candidates}
     trials = {name: Trial(task, plan, seed) for name, plan in candidates.items()}
     for number in itertools.count():
