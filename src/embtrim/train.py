@@ -261,7 +261,9 @@ def train_loop(
         parameter.grad = None
     result.seconds = time.perf_counter() - started
     result.rows_per_second = train_rows / max(train_seconds, 1e-9)
-    log.info("trained %d epochs in %.1f s (%s)", len(result.history), result.seconds, result.precision)
+    # Trainings inside a search, which stop at no score, are many.
+    level = logging.DEBUG if score is None else logging.INFO
+    log.log(level, "trained %d epochs in %.1f s (%s)", len(result.history), result.seconds, result.precision)
     return result
 
 
