@@ -632,40 +632,39 @@ def _run_config(data: str, config: Path | None, overrides: Sequence[str] | None,
     """The settings of a run; wrong ones are found before any work is done."""
     if isinstance(flags.get("budget"), str):
         _check_budget(flags["budget"], "--budget")
-    from embtrim.catalog import CATALOG
     from embtrim.experiment import RunConfig
     from embtrim.methods import method_named
-    from embtrim.models import MODELS, arguments
 
     settings = _settle(RunConfig, config, overrides, flags)
     _check_budget(settings.budget, "budget")
     for name in (settings.method, *settings.controls):
         method_named(name)
-    if data in CATALOG and not Path(data).is_dir():
-        recipe = CATALOG[data].recipe
-        # The recipe was written for one model; another takes what it knows of it.
-        known = arguments(settings.model) if settings.model in MODELS else {}
-        hparams = {key: value for key, value in recipe.get("model", {}).items() if key in known}
-        settings = _settle(RunConfig, config, overrides, flags, {"hparams": hparams, "train": recipe.get("train", {})})
-    return settings
+    recipe = _known_recipe(data, [settings.model])
+    return settings if recipe is None else _settle(RunConfig, config, overrides, flags, recipe)
 
 
 def _compare_config(
     data: str, config: Path | None, overrides: Sequence[str] | None, flags: Mapping[str, Any]
 ) -> CompareConfig:
     """The settings of a grid; wrong ones are found before any work is done."""
-    from embtrim.catalog import CATALOG
     from embtrim.grid import CompareConfig, resolve
-    from embtrim.models import MODELS, arguments
 
     settings = _settle(CompareConfig, config, overrides, flags)
-    if data in CATALOG and not Path(data).is_dir():
-        recipe = CATALOG[data].recipe
-        known = {key for name in settings.models if name in MODELS for key in arguments(name)}
-        hparams = {key: value for key, value in recipe.get("model", {}).items() if key in known}
-        below = {"hparams": hparams, "train": recipe.get("train", {})}
-        settings = _settle(CompareConfig, config, overrides, flags, below)
-    return resolve(settings)
+    recipe = _known_recipe(data, settings.models)
+    return resolve(settings if recipe is None else _settle(CompareConfig, config, overrides, flags, recipe))
+
+
+def _known_recipe(data: str, models: Sequence[str]) -> dict[str, Any] | None:
+    """Settings that a dataset known by name brings, or None; it was written for one model, others take what they know."""
+    from embtrim.catalog import CATALOG
+    from embtrim.models import MODELS, arguments
+
+    if data not in CATALOG or Path(data).is_dir():
+        return None
+    recipe = CATALOG[data].recipe
+    known = {key for name in models if name in MODELS for key in arguments(name)}
+    hparams = {key: value for key, value in recipe.get("model", {}).items() if key in known}
+    return {"hparams": hparams, "train": recipe.get("train", {})}
 
 
 def _check_budget(text: str, where: str) -> None:
@@ -775,22 +774,20 @@ def _log(text: str) -> None:
 
 
 def _log_record(record: RunRecord) -> None:
-    from embtrim.report import format_bytes, format_seconds
-
-    _log(
-        f"{record.variant}, seed {record.seed}: test AUC {record.test['auc']:.4f}, tables {format_bytes(record.table_bytes)}, "
-        f"search {format_seconds(record.search_seconds)}, training {format_seconds(record.train_seconds)}"
-    )
+    _log_trained(record.variant, record)
 
 
 def _log_cell(record: RunRecord, done: int, total: int) -> None:
+    words = [record.model, record.variant, *([] if record.budget is None else [record.budget])]
+    _log_trained(f"{done} of {total}: {' '.join(words)}", record)
+
+
+def _log_trained(what: str, record: RunRecord) -> None:
     from embtrim.report import format_bytes, format_seconds
 
-    words = [record.model, record.variant, *([] if record.budget is None else [record.budget])]
     _log(
-        f"{done} of {total}: {' '.join(words)}, seed {record.seed}: test AUC {record.test['auc']:.4f}, "
-        f"tables {format_bytes(record.table_bytes)}, search {format_seconds(record.search_seconds)}, "
-        f"training {format_seconds(record.train_seconds)}"
+        f"{what}, seed {record.seed}: test AUC {record.test['auc']:.4f}, tables {format_bytes(record.table_bytes)}, "
+        f"search {format_seconds(record.search_seconds)}, training {format_seconds(record.train_seconds)}"
     )
 
 

@@ -123,11 +123,12 @@ def propose(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> dict
         found[f"importance / cost^{power:g}"] = by_importance(power)
     for part in config.budget_parts:
         found[f"importance, {part:g} of the budget"] = by_importance(0.0, part)
+    counts = task.row_counts()
     floor = max(1, min(t.output_width for t in found[EQUAL].tables))
     for factor in config.width_factors:
         width = max(floor + 1, round(factor * floor))
         columns = {t.name: range(min(width, t.width)) for t in full.tables}
-        frequent = row_plan(full, task.row_counts(), columns, limit, alignment)
+        frequent = row_plan(full, counts, columns, limit, alignment)
         kept = {t.name: t.blocks[0].rows for t in frequent.tables if t.blocks and t.blocks[0].rows is not None}
         found[f"width {width} of the most frequent rows"] = frequent
         found[f"importance, rows as of width {width}"] = by_importance(0.0, kept=kept)

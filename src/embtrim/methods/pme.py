@@ -9,7 +9,8 @@ Certain: a size per feature value; the entries with the least impact are pruned 
 number of a value's entries is transferred, to a fresh dense vector; the table is read by groups of one size.
 Reconstructed: the SNIP form of the saliency, the buckets, W_s and its variance 1 / s, one initial spread for all
 fields (a spread per field would bias the comparison between fields); batch norm on the batch's statistics.
-Departure: the vector that a field's values of size 0 share is as wide as its widest values. Ids are re-numbered by size, so that no row carries an index.
+Departure: the vector that a field's values of size 0 share is as wide as its widest values. Ids are re-numbered by size,
+so that no row carries an index.
 
 Accumulated saliency grows with how often a value occurs. The controls that show what it adds: `score = "frequency"`
 gives the i-th largest value's saliency to the i-th most frequent value, "random" to a random one - the same histogram of

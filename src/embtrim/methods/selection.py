@@ -104,13 +104,10 @@ def columns_cost(
     """
     if not width:
         return 0
+    rows = (kept or {}).get(table.name)
+    stored = table.num_rows * width if rows is None else rows_cost(full, table, len(rows), width)
     projection = table.width if alignment == "project" else 0
-    row_map = 0
-    rows = table.num_rows
-    if kept and table.name in kept:
-        rows = len(kept[table.name]) + 1
-        row_map = table.num_rows if full.standalone else 0
-    return min(width * (rows + projection) + row_map, table.num_rows * table.width)
+    return min(stored + width * projection, table.num_rows * table.width)
 
 
 def row_plan(
