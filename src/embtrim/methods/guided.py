@@ -2,15 +2,20 @@
 
     g_{f,j} = dL/dalpha_{f,j} at alpha = 1, on all validation batches of the trained model          (as in SSEDS)
     s_{f,j} = -g_{f,j} / cost_{f,j}^gamma                                                            (importance)
+    q_r     = n_r ||e_r||^2, with n_r how often the row occurs in the training data                      (energy)
+
+The energy is what the embedded training data lose, in squared length, when a row becomes zero: of all choices of as
+many rows the one by energy leaves the least error. It ranks rows of all tables together. A rare value that training
+moved far counts, and so does a frequent one that it hardly moved.
 
 The evidence (docs/results.md) says that no rule wins everywhere. Importance wins where high-cardinality ids only
-overfit, and there less can be better than all that the budget allows; one width for all wins where two id fields hold
-nearly all parameters and need them; dropping the rows of rare values buys width that is worth more at small budgets,
-and is fatal where rare values matter. So the search
+overfit, and there less can be better than all that the budget allows; dropping rows of little energy buys width that
+is worth more where two id fields hold nearly all parameters; one width for all rows is hard to beat elsewhere. So the
+search
 
-    propose     equal widths of all rows, or larger ones of the most frequent rows of all tables; the slots of most
-                importance for the same rows; with all rows also importance per parameter, importance within a part of
-                the budget, and mixed widths by cardinality
+    propose     equal widths of all rows, or larger ones of the rows of most energy; the slots of most importance for
+                the same rows; with all rows also importance per parameter, importance within a part of the budget, and
+                mixed widths by cardinality
     race        train the compact candidates from scratch for some steps, keep the best third by validation score, train
                 these on for twice as long, and so on (successive halving, Jamieson & Talwalkar 2016)
 
@@ -53,7 +58,7 @@ class GuidedConfig(Config):
     """Settings of the guided search.
 
     Attributes:
-        width_factors: by how much larger than equal widths of all rows those of the most frequent rows are.
+        width_factors: by how much larger than equal widths of all rows those of the rows of most energy are.
         cost_powers: gammas: 0 ranks slots by importance, 1 by importance per parameter.
         budget_parts: parts of the budget that are filled by importance.
         trial_epochs: epochs of a candidate's training in the first round, twice that in the next; may be a fraction.
@@ -61,7 +66,7 @@ class GuidedConfig(Config):
         align: how narrow fields reach the full width in models that need it: "scatter" or "project".
     """
 
-    width_factors: tuple[float, ...] = (4 / 3, 2.0, 4.0)
+    width_factors: tuple[float, ...] = (4 / 3, 5 / 3, 5 / 2)
     cost_powers: tuple[float, ...] = (0.0, 0.5)
     budget_parts: tuple[float, ...] = (1.0, 0.5, 0.25)
     trial_epochs: float = Field(default=0.5, gt=0)
@@ -123,17 +128,27 @@ def propose(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> dict
         found[f"importance / cost^{power:g}"] = by_importance(power)
     for part in config.budget_parts:
         found[f"importance, {part:g} of the budget"] = by_importance(0.0, part)
-    counts = task.row_counts()
+    energies = row_energies(task)
     floor = max(1, min(t.output_width for t in found[EQUAL].tables))
     for factor in config.width_factors:
         width = max(floor + 1, round(factor * floor))
         columns = {t.name: range(min(width, t.width)) for t in full.tables}
-        frequent = row_plan(full, counts, columns, limit, alignment)
-        kept = {t.name: t.blocks[0].rows for t in frequent.tables if t.blocks and t.blocks[0].rows is not None}
-        found[f"width {width} of the most frequent rows"] = frequent
+        fewer = row_plan(full, energies, columns, limit, alignment)
+        kept = {t.name: t.blocks[0].rows for t in fewer.tables if t.blocks and t.blocks[0].rows is not None}
+        found[f"width {width}, rows of most energy"] = fewer
         found[f"importance, rows as of width {width}"] = by_importance(0.0, kept=kept)
     distinct: dict[str, SizePlan] = {}
     for name, plan in found.items():
         if (plan.num_params or name == EQUAL) and all(plan.diff(other) for other in distinct.values()):
             distinct[name] = plan
     return distinct
+
+
+def row_energies(task: Task) -> dict[str, np.ndarray]:
+    """n_r ||e_r||^2 of each row of the trained model, (V,) by table."""
+    counts = task.row_counts()
+    return {
+        name: counts[name] * weight.double().square().sum(1).cpu().numpy()
+        for site in task.sites(task.model)
+        for name, weight in zip(site.names, site.weights(), strict=True)
+    }
