@@ -29,7 +29,7 @@ from embtrim.methods import (
     method_named,
     search,
 )
-from embtrim.methods.guided import propose
+from embtrim.methods.guided import propose, row_energies
 from embtrim.methods.pme import entry_saliency, fill_sizes, reassign, sized_plan
 from embtrim.methods.registry import register
 from embtrim.methods.selection import field_plan, largest, row_plan
@@ -470,14 +470,24 @@ class TestGuided:
         assert "equal widths" in found
         plans = list(found.values())
         assert all(a.diff(b) for n, a in enumerate(plans) for b in plans[:n])
-        # 10% of width 8 is less than one column of all rows: "equal widths" has width 1, others have 2 (twice) and 4.
-        frequent = {name: plan for name, plan in found.items() if name.startswith("width")}
-        assert set(frequent) == {"width 2 of the most frequent rows", "width 4 of the most frequent rows"}
-        assert all(any(t.has_dropped for t in plan.tables) for plan in frequent.values())
+        # 10% of width 8 is less than one column of all rows: "equal widths" has width 1, others have 2 (twice) and 3.
+        fewer = {name: plan for name, plan in found.items() if name.startswith("width")}
+        assert set(fewer) == {"width 2, rows of most energy", "width 3, rows of most energy"}
+        assert all(any(t.has_dropped for t in plan.tables) for plan in fewer.values())
         by_importance = [plan for name, plan in found.items() if "rows as of width" in name]
         kept = [{t.name: t.num_kept for t in plan.tables if t.output_width} for plan in by_importance]
         assert len(kept) >= 2
         assert kept[0] != kept[1]
+
+    def test_energy_is_what_dropping_a_row_costs_the_embedded_data(self, planted: CTRTask):
+        energies = row_energies(planted)
+        arrays, weights = planted.data.split("train"), planted.sites(planted.model)[0].weights()
+        for number, (table, weight) in enumerate(zip(planted.full_plan().tables, weights, strict=True)):
+            embedded = weight[torch.from_numpy(np.array(arrays.ids[:, number], np.int64))]
+            row = int(energies[table.name].argmax())
+            without = torch.where(torch.from_numpy(arrays.ids[:, number] == row)[:, None], 0.0, embedded)
+            assert energies[table.name][row] == pytest.approx(float((embedded - without).square().sum()), rel=1e-4)
+            assert energies[table.name].shape == (table.num_rows,)
 
     def test_the_best_candidate_of_the_last_round_wins(self, planted: CTRTask, monkeypatch):
         trained: list[int] = []

@@ -131,7 +131,7 @@ def propose(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> dict
     energies = row_energies(task)
     floor = max(1, min(t.output_width for t in found[EQUAL].tables))
     for factor in config.width_factors:
-        width = max(floor + 1, round(factor * floor))
+        width = max(floor + 1, math.ceil(factor * floor - 1e-9))
         columns = {t.name: range(min(width, t.width)) for t in full.tables}
         fewer = row_plan(full, energies, columns, limit, alignment)
         kept = {t.name: t.blocks[0].rows for t in fewer.tables if t.blocks and t.blocks[0].rows is not None}
