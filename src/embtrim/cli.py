@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -259,9 +260,11 @@ def train(
         _show_dry_run(settings, facts, as_json)
         return
     target = _free(out, overwrite)
-    trained = train_full(encoded, settings, settings.seed, progress=_progress(quiet))
+    unfinished = _unfinished(target)
+    trained = train_full(encoded, settings, settings.seed, _progress(quiet), unfinished / "full.pt")
     record = trained.record
     save(trained.model, target, encoded, metrics={"valid": record.valid, "test": record.test}, overwrite=overwrite)
+    shutil.rmtree(unfinished)
     _show_records([record.replace(bundle_bytes=folder_bytes(target))], as_json, many=False)
     _log(f"bundle: {target}")
 
@@ -284,6 +287,7 @@ def search(
     """Find what to keep of a trained model's tables within a budget: a plan, as JSON."""
     _start(quiet)
     settings = _run_config(data, config, overrides, {"method": method, "budget": budget, "seed": seed})
+    from embtrim.checkpoint import CheckpointFolder
     from embtrim.methods import method_named
     from embtrim.sites import CTRTask
 
@@ -308,8 +312,11 @@ def search(
     _free(target, overwrite)
     task = CTRTask(full, encoded, settings.train.replace(seed=settings.seed))
     task.progress = _progress(quiet)
+    unfinished = _unfinished(target)
+    task.checkpoints = CheckpointFolder(unfinished, settings.train.checkpoint_seconds)
     plan = embtrim.search(task, method_settings, settings.budget, settings.seed)
     plan.save(target)
+    shutil.rmtree(unfinished, ignore_errors=True)
     if as_json:
         _print_json(json.loads(target.read_text("utf-8")))
     else:
@@ -364,10 +371,13 @@ def compact(
     )
     small = embtrim.compact(full, sizes, init=settings.init, seed=settings.seed)
     recoded = encoded.recode(sizes)
+    unfinished = _unfinished(target)
     if not no_train:
-        fit(small, recoded, settings.train.replace(seed=settings.seed), progress=_progress(quiet))
+        train = settings.train.replace(seed=settings.seed)
+        fit(small, recoded, train, progress=_progress(quiet), checkpoint=unfinished / "retraining.pt")
     metrics = {s: evaluate(small, recoded, s).to_dict() for s in ("valid", "test") if s in encoded.splits}
     save(small, target, recoded, metrics=metrics, overwrite=overwrite)
+    shutil.rmtree(unfinished, ignore_errors=True)
     result = {
         "bundle": str(target),
         "table_bytes_before": full.tables.plan.num_bytes,
@@ -449,7 +459,7 @@ def run(
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
-    """Do it all: train, search, compact, verify, retrain, save, report."""
+    """Do it all: train, search, compact, verify, retrain, save, report; started again with the same --out, it goes on."""
     _start(quiet)
     if budget is not None and max_loss is not None:
         raise ConfigError("--budget and --max-loss exclude each other; give one of them")
@@ -722,6 +732,11 @@ def _free(out: Path | None, overwrite: bool) -> Path:
     return target
 
 
+def _unfinished(target: Path) -> Path:
+    """Where a command keeps its state until `target` is written; when started again it goes on from there."""
+    return target.with_name(f".{target.name}.unfinished")
+
+
 def _load_full(folder: Path, data: EncodedDataset) -> Bundle:
     """A bundle of a full model on the data given."""
     from embtrim.bundle import load_bundle
@@ -919,7 +934,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         show(file=sys.stderr)
         code = 2
     if code == _INTERRUPTED:
-        _fail("interrupted; what was finished before is on disk, nothing is half-written", _INTERRUPTED)
+        _fail(
+            "interrupted; nothing is half-written, and the same command goes on from its last checkpoint", _INTERRUPTED
+        )
     sys.exit(code or 0)
 
 

@@ -1,6 +1,7 @@
 """compare: a grid of base models, methods, budgets and seeds on one data set; one record a cell, resumable.
 
-A record that exists is not made again, so a grid that was killed goes on where it was, and may grow. The full model of a
+A record that exists is not made again, so a grid that was killed goes on where it was - within a training too, from its
+last checkpoint - and may grow. The full model of a
 (model, seed) is trained once, kept on disk, and shared by all methods. With several worker processes the same cells are
 made with the same seeds; records differ in nothing but times and memory, provided that each process has as many threads
 (matrix products of other thread counts round differently).
@@ -9,6 +10,7 @@ made with the same seeds; records differ in nothing but times and memory, provid
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,10 +65,10 @@ class Worker:
 
     def make(self, cell: Cell) -> tuple[Cell, RunRecord | Skipped]:
         """Train the model of a cell and write its record; what a user can mend is a reason to skip it."""
-        config = run_config(self.config, cell.model)
+        config, unfinished = run_config(self.config, cell.model), self.out / "unfinished" / cell.name
         try:
             if cell.budget is None:
-                trained = train_full(self.data, config, cell.seed)
+                trained = train_full(self.data, config, cell.seed, checkpoint=unfinished / "full.pt")
                 state = {name: value.detach().cpu().contiguous() for name, value in trained.model.state_dict().items()}
                 weights = safetensors.torch.save(state)
                 # Weights before the record: whoever finds the record may rely on them.
@@ -75,10 +77,14 @@ class Worker:
             else:
                 method, settings = self.labels[cell.label]
                 full = self.full(cell.full)
-                trained = shrink(full, self.data, config, method, settings, cell.budget, cell.seed, label=cell.label)
+                trained = shrink(
+                    full, self.data, config, method, settings, cell.budget, cell.seed,
+                    label=cell.label, unfinished=unfinished,
+                )  # fmt: skip
         except EmbtrimError as error:
             return cell, _skip(cell, str(error))
         trained.record.save(record_path(self.out, cell))
+        shutil.rmtree(unfinished, ignore_errors=True)
         return cell, trained.record
 
     def full(self, cell: Cell) -> Trained:

@@ -149,26 +149,39 @@ class EncodedDataset:
         """Batches that `batches` yields for a split."""
         return -(-self.num_rows(split) // batch_size)
 
-    def batches(self, split: str, batch_size: int, shuffle_seed: int | None = None) -> Iterator[Batch]:
+    def batches(self, split: str, batch_size: int, shuffle_seed: int | None = None, skip: int = 0) -> Iterator[Batch]:
         """Yield a split in batches; the last may be smaller.
 
         Args:
             split: "train", "valid" or "test".
             batch_size: rows a batch.
             shuffle_seed: None keeps the stored order; an int gives that seed's order (see CHUNK_ROWS).
+            skip: leave out this many batches at the start, without reading them.
         """
         arrays = self.split(split)
-        carried: SplitArrays | None = None
-        for rows in _windows(len(arrays), shuffle_seed):
-            window = _take(arrays, rows)
-            if carried is not None:
-                window = _join(carried, window)
-            full = len(window) - len(window) % batch_size
-            for start in range(0, full, batch_size):
-                yield self._batch(_take(window, slice(start, start + batch_size)))
-            carried = _take(window, slice(full, None)) if full < len(window) else None
-        if carried is not None:
-            yield self._batch(carried)
+        carried: np.ndarray | None = None
+        for rows in _windows(len(arrays), batch_size, shuffle_seed):
+            if isinstance(rows, np.ndarray):
+                if carried is not None:
+                    rows = np.concatenate([carried, rows])
+                full = len(rows) - len(rows) % batch_size
+                carried = rows[full:] if full < len(rows) else None
+                rows = rows[:full]
+                num_rows = full
+            else:
+                num_rows = rows.stop - rows.start
+            num_batches = -(-num_rows // batch_size)
+            if skip >= num_batches:
+                skip -= num_batches
+                continue
+            yield from self._slices(_take(arrays, rows), batch_size, skip)
+            skip = 0
+        if carried is not None and not skip:
+            yield self._batch(_take(arrays, carried))
+
+    def _slices(self, window: SplitArrays, batch_size: int, skip: int) -> Iterator[Batch]:
+        for start in range(skip * batch_size, len(window), batch_size):
+            yield self._batch(_take(window, slice(start, start + batch_size)))
 
     def value_counts(self, split: str = "train") -> dict[str, np.ndarray]:
         """How often each row of each table occurs in a split: int64 (rows,) by table name. PAD is not counted."""
@@ -250,10 +263,12 @@ def _check_split(schema: Schema, name: str, arrays: SplitArrays) -> None:
                         f"{'missing' if arrays.dense is None else 'given'}")  # fmt: skip
 
 
-def _windows(num_rows: int, shuffle_seed: int | None) -> Iterator[np.ndarray | slice]:
+def _windows(num_rows: int, batch_size: int, shuffle_seed: int | None) -> Iterator[np.ndarray | slice]:
+    """Rows in the order in which they are read: slices of whole batches, or shuffled windows."""
     if shuffle_seed is None:
-        for start in range(0, num_rows, WINDOW_ROWS):
-            yield slice(start, min(start + WINDOW_ROWS, num_rows))
+        length = max(1, WINDOW_ROWS // batch_size) * batch_size
+        for start in range(0, num_rows, length):
+            yield slice(start, min(start + length, num_rows))
         return
     rng = np.random.default_rng(shuffle_seed)
     if num_rows <= WINDOW_ROWS:
@@ -268,11 +283,6 @@ def _windows(num_rows: int, shuffle_seed: int | None) -> Iterator[np.ndarray | s
 
 def _take(arrays: SplitArrays, rows: np.ndarray | slice) -> SplitArrays:
     return SplitArrays(*(None if a is None else a[rows] for a in _fields(arrays)))  # type: ignore[arg-type]
-
-
-def _join(first: SplitArrays, second: SplitArrays) -> SplitArrays:
-    pairs = zip(_fields(first), _fields(second), strict=True)
-    return SplitArrays(*(None if a is None or b is None else np.concatenate([a, b]) for a, b in pairs))  # type: ignore[arg-type]
 
 
 def _fields(arrays: SplitArrays) -> tuple[np.ndarray | None, ...]:

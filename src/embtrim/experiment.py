@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,8 +24,9 @@ from pydantic import Field, ValidationError
 import embtrim
 from embtrim.budget import BYTES_PER_PARAM, Budget
 from embtrim.bundle import folder_bytes, save
+from embtrim.checkpoint import CheckpointFolder
 from embtrim.compaction import Verification, compact, verify
-from embtrim.config import Config, describe_errors, to_toml
+from embtrim.config import Config, describe_errors, read_toml, to_toml
 from embtrim.dataset import EncodedDataset
 from embtrim.errors import ConfigError, DataError, EmbtrimError
 from embtrim.methods import method_named, search
@@ -182,11 +184,13 @@ def run(
     """Train the full model, search, compact, verify, retrain, and save, for the method and the controls.
 
     Writes into `out`: config.toml (resolved), records/*.json, plans/*.json, bundles/*. The report is report.py's.
+    What is not finished keeps its state in `out`/unfinished, every `train.checkpoint_seconds`: a run that was interrupted
+    and is started again goes on from there, and ends as if nothing had happened.
 
     Args:
         data: encoded data with splits train, valid and test.
         config: see RunConfig.
-        out: a new folder.
+        out: a new folder, or one of an earlier start with the same config.
         progress: show progress bars on stderr.
         on_record: called with each record as it is written.
 
@@ -194,29 +198,79 @@ def run(
         The records: for each seed the full model, the method, the controls.
 
     Raises:
-        DataError: a split is missing, or `out` exists.
+        DataError: a split is missing, or `out` holds something else.
         BudgetError: the budget is below the smallest plan.
     """
     out = Path(out)
     check_run(data, config)
-    if out.exists() and any(out.iterdir()):
-        raise DataError(f"output folder {out} exists and is not empty; choose another or remove it")
+    _check_folder(out, config)
     out.mkdir(parents=True, exist_ok=True)
     write_then_rename(out / "config.toml", lambda file: file.write(to_toml(config).encode()))
     records = []
     for seed in range(config.seed, config.seed + config.seeds):
-        full = train_full(data, config, seed, progress)
-        records.append(_keep(full, data, out, on_record))
+        variants = ("full", *dict.fromkeys((config.method, *config.controls)))
+        found = {name: _finished(out, name, seed, data) for name in variants}
+        if all(found.values()):
+            records += found.values()
+            continue
+        unfinished = out / "unfinished" / f"seed{seed}"
+        # The full model of a run that goes on comes out of its last checkpoint.
+        full = train_full(data, config, seed, progress, unfinished / "full.pt")
+        full.record = found["full"] or _keep(full, data, out, on_record)
+        records.append(full.record)
         budget = config.budget
-        for variant in dict.fromkeys((config.method, *config.controls)):
-            if variant == config.method and config.max_loss is not None:
-                trained = smallest_within(full, data, config, seed, config.max_loss, progress)
-                budget = trained.record.budget or budget  # the controls get what the method needed
-            else:
-                settings = config.search if variant == config.method else {}
-                trained = shrink(full, data, config, variant, settings, budget, seed, progress)
-            records.append(_keep(trained, data, out, on_record))
+        for variant in variants[1:]:
+            record = found[variant]
+            if record is None:
+                work = unfinished / variant
+                if variant == config.method and config.max_loss is not None:
+                    trained = smallest_within(full, data, config, seed, config.max_loss, progress, work)
+                else:
+                    settings = config.search if variant == config.method else {}
+                    trained = shrink(full, data, config, variant, settings, budget, seed, progress, unfinished=work)
+                record = _keep(trained, data, out, on_record)
+                shutil.rmtree(work, ignore_errors=True)
+            if variant == config.method:
+                budget = record.budget or budget  # with max_loss the controls get what the method needed
+            records.append(record)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    with suppress(OSError):
+        (out / "unfinished").rmdir()
     return records
+
+
+def _check_folder(out: Path, config: RunConfig) -> None:
+    """Raise DataError unless `out` is free, or was begun by a run of this config."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    settings = out / "config.toml"
+    values = read_toml(settings) if settings.is_file() else {}
+    if "method" not in values:
+        raise DataError(f"output folder {out} exists and is not empty; choose another or remove it")
+
+    def told(config: RunConfig) -> dict[str, Any]:
+        return config.model_dump(mode="json", exclude={"train": {"checkpoint_seconds"}})
+
+    then, now = told(RunConfig.parse(values, where=str(settings))), told(config)
+    for name in now:
+        if then[name] != now[name]:
+            raise DataError(
+                f"{out} is of a run with {name} = {json.dumps(then[name])}, now it is {json.dumps(now[name])}; "
+                "choose another --out, or give the settings of before to go on with it"
+            )
+
+
+def _finished(out: Path, variant: str, seed: int, data: EncodedDataset) -> RunRecord | None:
+    """The record of a model that an earlier start has finished; DataError if it is of other data."""
+    path = out / "records" / f"{variant}-seed{seed}.json"
+    if not path.exists():
+        return None
+    record = RunRecord.load(path)
+    if record.data["fingerprint"] != data.schema.fingerprint:
+        raise DataError(
+            f"{path} was made on data {record.data['fingerprint']}, these are {data.schema.fingerprint}; choose another --out"
+        )
+    return record
 
 
 def check_run(data: EncodedDataset, config: RunConfig) -> None:
@@ -241,11 +295,13 @@ def check_run(data: EncodedDataset, config: RunConfig) -> None:
     model.tables.plan.max_params(Budget.parse(config.budget))
 
 
-def train_full(data: EncodedDataset, config: RunConfig, seed: int, progress: bool = False) -> Trained:
-    """Train the full model of a run and record it."""
+def train_full(
+    data: EncodedDataset, config: RunConfig, seed: int, progress: bool = False, checkpoint: Path | None = None
+) -> Trained:
+    """Train the full model of a run and record it; see `fit` for the checkpoint."""
     with peak_memory() as peak:
         model = build(config.model, data.schema, **{**config.hparams, "seed": seed})
-        result = fit(model, data, config.train.replace(seed=seed), progress=progress)
+        result = fit(model, data, config.train.replace(seed=seed), progress=progress, checkpoint=checkpoint)
     epoch_seconds = data.num_rows("train") / max(result.rows_per_second, 1e-9)
     record = make_record("full", model, data, config, result, seed, peak.bytes, epoch_seconds=epoch_seconds)
     return Trained(model, record)
@@ -261,6 +317,7 @@ def shrink(
     seed: int,
     progress: bool = False,
     label: str | None = None,
+    unfinished: Path | None = None,
 ) -> Trained:
     """Search, verify, compact and retrain within one budget, and record it.
 
@@ -274,6 +331,7 @@ def shrink(
         seed: of the search and of retraining.
         progress: show progress bars on stderr.
         label: the record's variant, if that is not the name of the method.
+        unfinished: folder for the state of search and training, from which an interrupted one goes on.
     """
     train = config.train.replace(seed=seed)
     found = method_named(method)
@@ -281,15 +339,13 @@ def shrink(
     with peak_memory() as peak:
         task = CTRTask(full.model, data, train)
         task.progress = progress
-        with peak_memory() as search_peak:
-            started = time.perf_counter()
-            plan = search(task, parsed, budget, seed)
-            search_seconds = time.perf_counter() - started
+        plan, search_seconds, search_peak = _searched(task, parsed, budget, seed, unfinished)
         verification = verify(full.model, plan, data)
         verification.require()
         small = compact(full.model, plan, init=config.init, seed=seed)
         recoded = data.recode(plan)
-        result = fit(small, recoded, train, progress=progress)
+        checkpoint = None if unfinished is None else unfinished / "retraining.pt"
+        result = fit(small, recoded, train, progress=progress, checkpoint=checkpoint)
     record = make_record(
         label or method,
         small,
@@ -302,31 +358,71 @@ def shrink(
         search=parsed.model_dump(mode="json"),
         budget=budget,
         search_seconds=search_seconds,
-        search_peak_bytes=search_peak.above_start,
+        search_peak_bytes=search_peak,
         epoch_seconds=full.record.data["num_rows"]["train"] / max(full.record.rows_per_second, 1e-9),
         verification=verification,
     )
     return Trained(small, record, plan)
 
 
+def _searched(
+    task: CTRTask, config: Config, budget: str, seed: int, unfinished: Path | None
+) -> tuple[SizePlan, float, int | None]:
+    """A plan, the seconds of its search, and the peak memory above the start's; out of `unfinished` if it is there."""
+    if unfinished is not None:
+        plan_path, cost_path = unfinished / "plan.json", unfinished / "search.json"
+        if cost_path.exists():  # written last
+            cost = json.loads(cost_path.read_text("utf-8"))
+            return SizePlan.load(plan_path), cost["seconds"], cost["peak_bytes"]
+        task.checkpoints = CheckpointFolder(unfinished, task.config.checkpoint_seconds)
+    with peak_memory() as peak:
+        started = time.perf_counter()
+        plan = search(task, config, budget, seed)
+        seconds = time.perf_counter() - started
+    if unfinished is not None:
+        assert task.checkpoints is not None
+        seconds += task.checkpoints.spent_seconds
+        plan.save(plan_path)
+        text = json.dumps({"seconds": seconds, "peak_bytes": peak.above_start})
+        write_then_rename(cost_path, lambda file: file.write(text.encode()))
+        for path in unfinished.glob("training-*.pt"):
+            path.unlink()
+    return plan, seconds, peak.above_start
+
+
 def smallest_within(
-    full: Trained, data: EncodedDataset, config: RunConfig, seed: int, max_loss: float, progress: bool = False
+    full: Trained,
+    data: EncodedDataset,
+    config: RunConfig,
+    seed: int,
+    max_loss: float,
+    progress: bool = False,
+    unfinished: Path | None = None,
 ) -> Trained:
     """The smallest plan whose validation AUC is at most `max_loss` below the full model's.
 
     Bisects the share of the full tables on a log scale, on the assumption that more budget does no harm; what comes
     back was measured, whether or not that holds.
 
+    Args:
+        full, data, config, seed, progress, unfinished: see `shrink`.
+        max_loss: of validation AUC.
+
     Raises:
         BudgetError: not even the largest budget tried is within the tolerance.
     """
-    started = time.perf_counter()
+    seconds = 0.0
     wanted = full.record.valid["auc"] - max_loss
     low, high = SMALLEST_SHARE, 1.0
     best: Trained | None = None
     for _ in range(BISECTIONS):
         share = (low * high) ** 0.5
-        trained = shrink(full, data, config, config.method, config.search, f"{share:.4%}", seed, progress)
+        budget = f"{share:.4%}"
+        trained = shrink(
+            full, data, config, config.method, config.search, budget, seed, progress,
+            unfinished=None if unfinished is None else unfinished / budget,
+        )  # fmt: skip
+        seconds += trained.record.search_seconds + trained.record.train_seconds
         log.info("budget %.2f%%: validation AUC %.4f, wanted %.4f", share * 100, trained.record.valid["auc"], wanted)
         if trained.record.valid["auc"] >= wanted:
             best, high = trained, share
@@ -339,7 +435,7 @@ def smallest_within(
         )
     # Finding the budget took all the trainings but the one that is kept.
     record = best.record
-    seconds = time.perf_counter() - started - record.train_seconds
+    seconds -= record.train_seconds
     epochs = seconds * record.search_epochs / max(record.search_seconds, 1e-9)
     best.record = record.replace(search_seconds=seconds, search_epochs=epochs)
     return best
@@ -420,6 +516,7 @@ def _keep(
             data,
             plan=trained.plan,
             metrics={"valid": record.valid, "test": record.test},
+            overwrite=True,  # of a run that was killed before it wrote the record
         )
         record = record.replace(bundle_bytes=folder_bytes(out / "bundles" / name))
     if trained.plan is not None:

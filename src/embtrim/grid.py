@@ -240,7 +240,7 @@ def check_settings(
     }
     for name in dict.fromkeys([*expected, *made]):
         now, then = expected.get(name), made.get(name)
-        if now != then and name not in ("train.seed", "hparams.seed"):
+        if now != then and name not in ("train.seed", "hparams.seed", "train.checkpoint_seconds"):
             raise DataError(
                 f"{path} was made with {name} = {json.dumps(then)}, now it is {json.dumps(now)}; "
                 "choose another --out, or give the settings of before"

@@ -296,6 +296,31 @@ class RowOptimizer:
         self.lr, self.steps = values["lr"], values["steps"]
         self._settled_at = self.steps
 
+    def owing_state(self) -> dict[str, Any]:
+        """All state, decay that is owed still owed (not a copy): for a checkpoint that changes nothing.
+
+        It belongs to the weights as they are in memory; `model.state_dict()` would settle them.
+        """
+        self._check_attached()
+        owed = {"settled_at": self._settled_at}
+        if self._owes:
+            sums_T = self._sums_T[: self.steps - self._settled_at + 1]
+            owed |= {"sums": sums_T, "last_sum": self._last_sum}
+        return {"lr": self.lr, "steps": self.steps, "state": dict(self.state), **owed}
+
+    @torch.no_grad()
+    def load_owing_state(self, values: Mapping[str, Any]) -> None:
+        """Take over what `owing_state` returned; the weights are put back by whoever put them away."""
+        self._check_attached()
+        for key, value in self.state.items():
+            value.copy_(values["state"][key])
+        self.lr, self.steps, self._settled_at = values["lr"], values["steps"], values["settled_at"]
+        if self._owes:
+            sums_T = values["sums"].to(self._sums_T)
+            room = torch.zeros(max(len(self._sums_T), 2 * len(sums_T)), dtype=sums_T.dtype, device=sums_T.device)
+            room[: len(sums_T)] = sums_T
+            self._sums_T, self._last_sum = room, values["last_sum"]
+
 
 class RowAdam(RowOptimizer):
     """Lazy Adam: the moments and weights of the batch's rows move; bias corrections count all steps.

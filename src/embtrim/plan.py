@@ -18,6 +18,7 @@ Compact ids of a table run through its blocks in order; the DROPPED row comes la
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -330,6 +331,17 @@ class SizePlan:
             for t in self.tables
         )
         return kept / max(1, sum(t.width for t in self.tables))
+
+    @property
+    def digest(self) -> str:
+        """Twelve hex digits over what is kept: equal for plans that lay out the same tables."""
+        state = hashlib.sha256(f"{self.fingerprint} {self.first_order} {self.standalone}".encode())
+        for table in self.tables:
+            state.update(f"\0{table.name} {table.num_rows} {table.width}".encode())
+            for block in table.blocks:
+                state.update(f"\0{block.num_rows} {block.columns} {block.alignment}".encode())
+                state.update(b"" if block.rows is None else np.ascontiguousarray(block.rows, np.int32).tobytes())
+        return state.hexdigest()[:12]
 
     def max_params(self, budget: Budget) -> int:
         """Embedding parameters that `budget` allows a plan with this one's first-order weights."""

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from embtrim.checkpoint import Checkpoint, CheckpointFolder
 from embtrim.dataset import EncodedDataset, SplitArrays
 from embtrim.errors import EmbtrimError
 from embtrim.metrics import compute_metrics
@@ -246,10 +247,13 @@ class Task:
 
     Attributes:
         progress: whether searches show progress bars on stderr.
+        checkpoints: where the trainings of a search keep their state, if anywhere: an interrupted search that is started
+            again with the same folder goes on in the training that was interrupted.
     """
 
     needs_aligned = True  # a foreign module's forward expects the full width
     progress = False
+    checkpoints: CheckpointFolder | None = None
 
     def __init__(
         self,
@@ -312,17 +316,36 @@ class Task:
         """
         if self._optimizer is None:
             raise EmbtrimError("this search trains; give the Task `optimizer=` (model -> optimiser)")
-        return train_loop(
+        settings = {"epochs": epochs, "seed": seed, "sizes": [tuple(p.shape) for p in model.parameters()]}
+
+        def batches(epoch: int, skip: int) -> Iterator[Any]:
+            found = iter(self.batches("train", seed * 100_003 + epoch))
+            for _ in range(skip):  # now: a loader draws its order when the first batch is asked for
+                next(found)
+            return found
+
+        checkpoint = None
+        if self.checkpoints is not None:
+            checkpoint = Checkpoint(self.checkpoints.next_path(), self.checkpoints.interval, settings, model)
+        result = train_loop(
             model,
             loss=self.loss,
-            batches=lambda epoch: self.batches("train", seed * 100_003 + epoch),
+            batches=batches,
             num_rows=None,
             optimizers=[self._optimizer(model)],
             score=None,
             config=TrainConfig(epochs=epochs, seed=seed, precision="fp32"),
             hooks=hooks or Hooks(),
             progress=self.progress,
+            checkpoint=checkpoint,
         )
+        return self._noted(result)
+
+    def _noted(self, result: FitResult) -> FitResult:
+        """The result of a training; what it took before it was interrupted is added up."""
+        if self.checkpoints is not None:
+            self.checkpoints.spent_seconds += result.restored_seconds
+        return result
 
     def recoded(self, plan: SizePlan) -> Task:
         """This task for a compact model: its batches carry the ids of the plan, where the task can re-number them.
@@ -421,7 +444,9 @@ class CTRTask(Task):
 
     def recoded(self, plan: SizePlan) -> CTRTask:
         """See Task."""
-        return CTRTask(self.model, self.data.recode(plan), self.config)
+        task = CTRTask(self.model, self.data.recode(plan), self.config)
+        task.checkpoints = self.checkpoints
+        return task
 
     def num_batches(self, split: str) -> int:
         """See Task."""
@@ -437,7 +462,11 @@ class CTRTask(Task):
         assert isinstance(model, CTRModel)
         train_only = EncodedDataset(self.data.schema, {"train": self.data.split("train")}, id_maps=self.data.id_maps)
         config = self.config.replace(epochs=epochs, seed=seed, **settings)
-        return fit(model, train_only, config, hooks=hooks, progress=self.progress)
+        checkpoint = None
+        if self.checkpoints is not None:
+            config = config.replace(checkpoint_seconds=self.checkpoints.interval)
+            checkpoint = self.checkpoints.next_path()
+        return self._noted(fit(model, train_only, config, hooks=hooks, progress=self.progress, checkpoint=checkpoint))
 
     @torch.no_grad()
     def gated_scores(self, model: nn.Module, gates: Sequence[Sequence[SlotGate]], max_rows: int = 0) -> list[float]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -20,6 +21,17 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from embtrim.checkpoint import (
+    Checkpoint,
+    optimizer_states,
+    own_values,
+    random_states,
+    set_optimizer_states,
+    set_own_values,
+    set_random_states,
+    set_weights,
+    weights_of,
+)
 from embtrim.config import Config
 from embtrim.dataset import Batch, EncodedDataset
 from embtrim.errors import ConfigError, DataError, EmbtrimError
@@ -54,6 +66,7 @@ class TrainConfig(Config):
         precision: "fp32", "bf16" (autocast), or "auto": oneDNN matmuls, and bf16 where the processor has it.
         device: "cpu", "cuda" or "cuda:1".
         seed: of shuffling and dropout.
+        checkpoint_seconds: time between two checkpoints, where checkpoints are written; 0 means after every step.
     """
 
     epochs: int = Field(default=50, ge=1)
@@ -70,6 +83,7 @@ class TrainConfig(Config):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "cpu"
     seed: int = 0
+    checkpoint_seconds: float = Field(default=300.0, ge=0)
 
 
 @dataclass
@@ -80,11 +94,16 @@ class Hooks:
         param_groups: extra (optimiser, parameters) a method trains beside the model: called once with the model.
         extra_loss: added to the loss of each batch.
         on_step: called after each optimiser step with the number of steps done; True ends the training there.
+        generators: random sources of the method's own; checkpoints hold their states.
+        resumable: whether all that the hooks change is in what they train and in `generators`. Other trainings get no
+            checkpoint, and start anew.
     """
 
     param_groups: Callable[[nn.Module], Sequence[torch.optim.Optimizer]] | None = None
     extra_loss: Callable[[nn.Module, Any], Tensor] | None = None
     on_step: Callable[[int], bool | None] | None = None
+    generators: Sequence[torch.Generator] = ()
+    resumable: bool = True
 
 
 class Optimizer(Protocol):
@@ -105,6 +124,7 @@ class FitResult:
         seconds: wall time of training, validation included.
         rows_per_second: training rows over the seconds of training alone.
         precision: what the forward pass ran in, in words.
+        restored_seconds: the part of `seconds` that had passed when the training was interrupted last.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -113,6 +133,7 @@ class FitResult:
     seconds: float = 0.0
     rows_per_second: float = 0.0
     precision: str = "fp32"
+    restored_seconds: float = 0.0
 
 
 def fit(
@@ -122,6 +143,7 @@ def fit(
     *,
     hooks: Hooks | None = None,
     progress: bool = False,
+    checkpoint: str | Path | None = None,
     **settings: Any,
 ) -> FitResult:
     """Train a model in place on the "train" split; with a "valid" split stop early and restore the best weights.
@@ -132,9 +154,12 @@ def fit(
         config: see TrainConfig; `settings` are its fields by name, for short calls.
         hooks: additions of a search method.
         progress: show a progress bar with rows/s and ETA on stderr.
+        checkpoint: file for the state of the training, written every `checkpoint_seconds` and at the end. A training
+            that finds it goes on from there, to the weights of an uninterrupted one. Remove it when the result is kept.
 
     Raises:
-        DataError: the data are of another schema, or a split is empty or has one class only.
+        DataError: the data are of another schema, or a split is empty or has one class only; or the checkpoint is of
+            another training.
         EmbtrimError: the loss became infinite or NaN.
 
     Example:
@@ -153,63 +178,137 @@ def fit(
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         return logloss_of_batch(model, batch.to(device))
 
+    state = None
+    if checkpoint is not None:
+        state = Checkpoint(checkpoint, config.checkpoint_seconds, training_settings(model, data, config), model)
     return train_loop(
         model,
         loss=loss,
-        batches=lambda epoch: data.batches("train", config.batch_size, shuffle_seed=config.seed * 100_003 + epoch),
+        batches=lambda epoch, skip: data.batches("train", config.batch_size, config.seed * 100_003 + epoch, skip),
         num_rows=data.num_rows("train"),
         optimizers=make_optimizers(model, config),
         score=score if valid else None,
         config=config,
         hooks=hooks or Hooks(),
         progress=progress,
+        checkpoint=state,
     )
+
+
+def training_settings(model: CTRModel, data: EncodedDataset, config: TrainConfig) -> dict[str, Any]:
+    """What a training of a zoo model depends on, beside its initial weights: of a checkpoint, to tell it by."""
+    return {
+        **config.model_dump(mode="json", exclude={"checkpoint_seconds"}),
+        "model": model.name,
+        "hparams": model.hparams,
+        "plan": model.tables.plan.digest,
+        "schema": data.schema.fingerprint,
+        "num_rows": {name: data.num_rows(name) for name in data.splits},
+    }
+
+
+@dataclass
+class _Position:
+    """Where a training is, between two steps."""
+
+    epoch: int = 1
+    batches: int = 0
+    rows: int = 0
+    total_loss: float = 0.0
+    epoch_seconds: float = 0.0
+    step: int = 0
+    stopped: bool = False
+    bad_epochs: int = 0
+    factor: float = 1.0
+    train_seconds: float = 0.0
+    train_rows: int = 0
+
+    def next_epoch(self) -> None:
+        self.epoch, self.batches, self.rows, self.total_loss, self.epoch_seconds = self.epoch + 1, 0, 0, 0.0, 0.0
 
 
 def train_loop(
     model: nn.Module,
     *,
     loss: Callable[[nn.Module, Any], Tensor],
-    batches: Callable[[int], Iterable[Any]],
+    batches: Callable[[int, int], Iterable[Any]],
     num_rows: int | None,
     optimizers: Sequence[Optimizer],
     score: Callable[[], float] | None,
     config: TrainConfig,
     hooks: Hooks,
     progress: bool = False,
+    checkpoint: Checkpoint | None = None,
 ) -> FitResult:
     """The one training loop: of zoo models (`fit`) and of any Task.
 
     Args:
         model: trained in place.
         loss: mean loss of a batch, a scalar tensor.
-        batches: the batches of an epoch (from 1).
+        batches: (epoch from 1, number of batches to skip) -> the batches of an epoch.
         num_rows: rows an epoch, if known; for the progress bar.
         optimizers: stepped together; those over tables are detached at the end.
         score: validation score, higher is better; None trains all epochs.
         config: epochs, patience, reduce_lr, precision and seed are read here.
         hooks: see Hooks.
         progress: show a progress bar.
+        checkpoint: where the state is kept, if anywhere.
     """
     optimizers = [*optimizers, *(hooks.param_groups(model) if hooks.param_groups else ())]
-    result = FitResult()
+    result, at = FitResult(), _Position()
     best_state: dict[str, Tensor] | None = None
-    bad_epochs, step, train_seconds, train_rows, factor, stopped = 0, 0, 0.0, 0, 1.0, False
+    if not hooks.resumable:
+        checkpoint = None
     started = time.perf_counter()
     device = next(iter(model.parameters())).device
     forked = [device] if device.type == "cuda" else []
+    saved = None if checkpoint is None else checkpoint.load()
     with fast_matmul(config.precision, device) as (autocast, result.precision), torch.random.fork_rng(forked):
         torch.manual_seed(config.seed)
+        epoch_random = random_states(device)  # a loader may draw the order of its batches from these
+        if saved is not None:
+            result, at, best_state = FitResult(**saved["result"]), _Position(**saved["position"]), saved["best_state"]
+            result.restored_seconds = result.seconds
+            started -= result.seconds
+            set_weights(model, saved["weights"])
+            set_own_values(optimizers, model, saved["own_values"])
+            if not saved["ended"]:
+                set_optimizer_states(optimizers, saved["optimizers"])
+                epoch_random = saved["epoch_random"]
+
+        def write(ended: bool = False) -> None:
+            assert checkpoint is not None
+            result.seconds = time.perf_counter() - started
+            state = {
+                "ended": ended,
+                "weights": weights_of(model),
+                "own_values": own_values(optimizers, model),
+                "result": vars(result),
+                "position": {**vars(at), "total_loss": float(at.total_loss)},
+                "best_state": None if ended else best_state,
+            }
+            if not ended:
+                state["optimizers"] = optimizer_states(optimizers)
+                state["epoch_random"] = epoch_random
+                state["random"] = random_states(device, hooks.generators)
+            checkpoint.save(state)
+
         with progress_bar(progress) as bar:
-            task = bar.add_task("epoch 1", total=num_rows)
-            for epoch in range(1, config.epochs + 1):
-                if stopped:
+            task = bar.add_task(f"epoch {at.epoch}", total=num_rows)
+            while saved is None or not saved["ended"]:
+                if at.stopped or at.epoch > config.epochs:
                     break
                 model.train()
-                bar.reset(task, total=num_rows)
-                epoch_started = time.perf_counter()
-                total_loss, epoch_rows, epoch_batches = torch.zeros((), device=device), 0, 0
-                for batch in batches(epoch):
+                bar.reset(task, total=num_rows, completed=at.rows)
+                epoch_started = time.perf_counter() - at.epoch_seconds
+                total_loss = torch.full((), at.total_loss, device=device)
+                if saved is not None:
+                    set_random_states(epoch_random, device)
+                found = iter(batches(at.epoch, at.batches))
+                if saved is not None:
+                    set_random_states(saved["random"], device, hooks.generators)
+                    saved = None
+                for batch in found:
                     for optimizer in optimizers:
                         optimizer.zero_grad()
                     with autocast():
@@ -219,36 +318,42 @@ def train_loop(
                     batch_loss.backward()
                     for optimizer in optimizers:
                         optimizer.step()
-                    step += 1
+                    at.step += 1
                     total_loss += batch_loss.detach()
-                    epoch_batches += 1
-                    epoch_rows += len(batch) if isinstance(batch, Batch) else 0
+                    at.batches += 1
+                    at.rows += len(batch) if isinstance(batch, Batch) else 0
                     bar.advance(task, len(batch) if hasattr(batch, "__len__") else 1)
-                    stopped = hooks.on_step is not None and bool(hooks.on_step(step))
-                    if stopped:
+                    at.stopped = hooks.on_step is not None and bool(hooks.on_step(at.step))
+                    if at.stopped:
                         break
-                if epoch_batches == 0:
+                    if checkpoint is not None and checkpoint.is_due:
+                        at.total_loss, at.epoch_seconds = float(total_loss), time.perf_counter() - epoch_started
+                        write()
+                if at.batches == 0:
                     raise DataError("there are no training rows")
                 seconds = time.perf_counter() - epoch_started
-                train_seconds, train_rows = train_seconds + seconds, train_rows + epoch_rows
-                mean_loss = float(total_loss) / epoch_batches
+                at.train_seconds, at.train_rows = at.train_seconds + seconds, at.train_rows + at.rows
+                mean_loss = float(total_loss) / at.batches
                 if not np.isfinite(mean_loss):
-                    raise EmbtrimError(f"training loss is {mean_loss} in epoch {epoch}; lower learning_rate")
-                record = {"epoch": epoch, "loss": mean_loss, "lr_factor": factor, "seconds": seconds}
+                    raise EmbtrimError(f"training loss is {mean_loss} in epoch {at.epoch}; lower learning_rate")
+                record = {"epoch": at.epoch, "loss": mean_loss, "lr_factor": at.factor, "seconds": seconds}
                 result.history.append(record)
+                epoch = at.epoch
+                at.next_epoch()
+                epoch_random = random_states(device)
                 if score is None:
                     result.best_epoch = epoch
                     continue
                 record["score"] = score()
                 bar.update(task, description=f"epoch {epoch + 1} (valid {config.monitor} {abs(record['score']):.4f})")
                 if result.best_score is None or record["score"] > result.best_score:
-                    result.best_score, result.best_epoch, bad_epochs = record["score"], epoch, 0
+                    result.best_score, result.best_epoch, at.bad_epochs = record["score"], epoch, 0
                     best_state = {name: value.detach().clone() for name, value in model.state_dict().items()}
                     continue
-                bad_epochs += 1
-                if config.patience and bad_epochs >= config.patience:
+                at.bad_epochs += 1
+                if config.patience and at.bad_epochs >= config.patience:
                     break
-                factor *= config.reduce_lr
+                at.factor *= config.reduce_lr
                 scale_learning_rates(optimizers, config.reduce_lr)
     for optimizer in optimizers:
         detach = getattr(optimizer, "detach", None)
@@ -259,8 +364,13 @@ def train_loop(
     model.eval()
     for parameter in model.parameters():
         parameter.grad = None
+    if saved is not None:  # it had ended before
+        log.debug("%s: this training had ended", checkpoint.path if checkpoint else "")
+        return result
     result.seconds = time.perf_counter() - started
-    result.rows_per_second = train_rows / max(train_seconds, 1e-9)
+    result.rows_per_second = at.train_rows / max(at.train_seconds, 1e-9)
+    if checkpoint is not None:
+        write(ended=True)
     # Trainings inside a search, which stop at no score, are many.
     level = logging.DEBUG if score is None else logging.INFO
     log.log(level, "trained %d epochs in %.1f s (%s)", len(result.history), result.seconds, result.precision)

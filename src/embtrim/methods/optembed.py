@@ -171,6 +171,7 @@ def train_supernet(task: Task, config: OptEmbedConfig, seed: int) -> tuple[nn.Mo
     hooks = Hooks(
         param_groups=lambda _: [torch.optim.SGD(thresholds, lr=config.threshold_lr)],
         extra_loss=lambda _model, _batch: config.threshold_weight * torch.exp(-torch.cat(list(thresholds))).sum(),
+        generators=(generator,),
     )
     rows = [row_gate(site, t) for site, t in zip(sites, thresholds, strict=True)]
     slots = [width_gate(site, model, generator) for site in sites]

@@ -1,0 +1,180 @@
+"""Checkpoints: the state of a training on disk, from which an interrupted one goes on, to the same end.
+
+A checkpoint is taken between two steps and holds all that the rest depends on: weights, the optimisers' state, random
+states, the position in the data, the best weights so far. It changes nothing: decay that untouched rows are owed stays
+owed, so that a training gives the same weights, bit by bit, however often it was written down or interrupted. The last
+one, of a training that has ended, holds the result alone; who started the training removes it when the result is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from embtrim.errors import DataError
+from embtrim.optim import RowOptimizer
+from embtrim.plan import write_then_rename
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+
+
+class Checkpoint:
+    """The file of one training.
+
+    Args:
+        path: where; it need not exist.
+        interval: seconds between two writings; 0 writes after every step.
+        settings: what the training depends on, as JSON-able values; a file of other settings is refused.
+        model: as it is before training: its weights are among what the training depends on.
+    """
+
+    def __init__(self, path: str | Path, interval: float, settings: Mapping[str, Any], model: nn.Module) -> None:
+        self.path, self.interval = Path(path), interval
+        self.settings = json.loads(json.dumps({**settings, "initial_weights": checksum(model)}))
+        self._written = time.monotonic()
+
+    def load(self) -> dict[str, Any] | None:
+        """What was saved last; None if nothing was, or if the file is damaged (then a warning says so).
+
+        Raises:
+            DataError: the file is of another training.
+        """
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            version, settings = state["version"], state["settings"]
+        except FileNotFoundError:
+            return None
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+            log.warning("%s is damaged (%s); this training starts anew", self.path, str(error).partition("\n")[0])
+            return None
+        if version != VERSION:
+            log.warning(
+                "%s has version %s, this release reads %s; the training starts anew", self.path, version, VERSION
+            )
+            return None
+        for name in dict.fromkeys([*settings, *self.settings]):
+            then, now = settings.get(name), self.settings.get(name)
+            if then != now:
+                raise DataError(
+                    f"{self.path} is of a training with {name} = {json.dumps(then)}, this one has {json.dumps(now)}; "
+                    "remove it, or give the settings of before"
+                )
+        return state
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the interval has passed since the last writing."""
+        return time.monotonic() - self._written >= self.interval
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write the state, or leave the former one where it is."""
+        whole = {"version": VERSION, "settings": self.settings, **state}
+        write_then_rename(self.path, lambda file: torch.save(whole, file))
+        self._written = time.monotonic()
+
+
+class CheckpointFolder:
+    """Checkpoints of the trainings of one search, numbered in the order in which it starts them.
+
+    A search that is started again makes the same trainings in the same order; those that had ended give their result at
+    once.
+
+    Args:
+        folder: where; made when it is needed.
+        interval: see Checkpoint.
+
+    Attributes:
+        spent_seconds: what the trainings that were found here had taken before.
+    """
+
+    def __init__(self, folder: str | Path, interval: float = 300.0) -> None:
+        self.folder, self.interval = Path(folder), interval
+        self.spent_seconds = 0.0
+        self._count = 0
+
+    def next_path(self) -> Path:
+        """The file of the next training."""
+        self._count += 1
+        return self.folder / f"training-{self._count}.pt"
+
+
+# --- the state of what is trained -----------------------------------------------------------------------------------
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers as they are, decay that is owed not settled; no copies."""
+    return {name: value.detach() for name, value in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def checksum(model: nn.Module) -> int:
+    """CRC-32 of the weights: the same on every machine and for any number of threads."""
+    found = 0
+    for value in weights_of(model).values():
+        found = zlib.crc32(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data, found)
+    return found
+
+
+@torch.no_grad()
+def set_weights(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Put back what `weights_of` gave."""
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        value.copy_(values[name])
+
+
+def own_values(optimizers: Sequence[Any], model: nn.Module) -> list[torch.Tensor]:
+    """What optimisers train beside the model: parameters of a search."""
+    inside = {id(p) for p in model.parameters()}
+    groups = [group for o in optimizers if isinstance(o, torch.optim.Optimizer) for group in o.param_groups]
+    return [p.detach() for group in groups for p in group["params"] if id(p) not in inside]
+
+
+@torch.no_grad()
+def set_own_values(optimizers: Sequence[Any], model: nn.Module, values: Sequence[torch.Tensor]) -> None:
+    """Put back what `own_values` gave."""
+    for target, value in zip(own_values(optimizers, model), values, strict=True):
+        target.copy_(value)
+
+
+def optimizer_states(optimizers: Sequence[Any]) -> list[dict[str, Any]]:
+    """The state of each optimiser."""
+    return [o.owing_state() if isinstance(o, RowOptimizer) else o.state_dict() for o in optimizers]
+
+
+def set_optimizer_states(optimizers: Sequence[Any], states: Sequence[dict[str, Any]]) -> None:
+    """Put back what `optimizer_states` gave."""
+    for optimizer, state in zip(optimizers, states, strict=True):
+        if isinstance(optimizer, RowOptimizer):
+            optimizer.load_owing_state(state)
+        else:
+            optimizer.load_state_dict(state)
+
+
+def random_states(device: torch.device, generators: Sequence[torch.Generator] = ()) -> list[torch.Tensor]:
+    """States of torch's random sources (CPU, and the device's own), then of the generators given."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states + [generator.get_state() for generator in generators]
+
+
+def set_random_states(
+    states: Sequence[torch.Tensor], device: torch.device, generators: Sequence[torch.Generator] = ()
+) -> None:
+    """Put back what `random_states` gave."""
+    first, *more = states
+    torch.set_rng_state(first)
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(more.pop(0), device)
+    for generator, state in zip(generators, more, strict=True):
+        generator.set_state(state)

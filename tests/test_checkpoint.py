@@ -1,0 +1,317 @@
+"""Interrupted trainings, searches and runs go on, to the same end bit by bit."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import embtrim
+from embtrim import train
+from embtrim.checkpoint import Checkpoint, CheckpointFolder
+from embtrim.comparison import compare
+from embtrim.dataset import EncodedDataset
+from embtrim.errors import DataError
+from embtrim.experiment import RunConfig, RunRecord, run
+from embtrim.grid import CompareConfig
+from embtrim.methods import HardMaskConfig, OptEmbedConfig, PMEConfig, SSEDSConfig
+from embtrim.methods.guided import GuidedConfig
+from embtrim.models import build
+from embtrim.models.ctr_model import CTRModel
+from embtrim.plan import SizePlan
+from embtrim.sites import Task
+from embtrim.testing import foreign_task, planted_data, planted_task
+from embtrim.train import FitResult, Hooks, TrainConfig, fit
+
+TRAIN = TrainConfig(epochs=4, batch_size=256, learning_rate=0.02, patience=2, checkpoint_seconds=0)
+STEPS = 4 * 19  # 4,800 training rows
+
+
+def model_of(data: EncodedDataset) -> CTRModel:
+    return build("deepfm", data.schema, embedding_dim=4, hidden_units=[8], dropout=0.2)
+
+
+def stop_at(step: int) -> Hooks:
+    """Ctrl-C in the given step: the last checkpoint is of the step before."""
+
+    def interrupt(done: int) -> None:
+        if done == step:
+            raise KeyboardInterrupt
+
+    return Hooks(on_step=interrupt)
+
+
+def told(result: FitResult) -> list[dict[str, float]]:
+    return [{name: value for name, value in epoch.items() if name != "seconds"} for epoch in result.history]
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"embedding_l2": 0.01},
+        {"embedding_l2": 0.01, "tables": "dense"},
+        {"embedding_l2": 0.01, "optimizer": "adagrad"},
+        {"embedding_l2": 0.01, "l2_form": "decoupled"},
+        {"embedding_l2": 0.01, "optimizer": "sgd"},
+        {"precision": "bf16"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_training_ends_as_if_it_had_not_been_interrupted(data, tmp_path: Path, settings: dict[str, Any]) -> None:
+    whole = model_of(data)
+    expected = fit(whole, data, TRAIN.replace(**settings))
+    path = tmp_path / "state.pt"
+    for step in sorted(random.Random(7).sample(range(2, STEPS), 4)):
+        with pytest.raises(KeyboardInterrupt):
+            fit(model_of(data), data, TRAIN.replace(**settings), hooks=stop_at(step), checkpoint=path)
+    model = model_of(data)
+    result = fit(model, data, TRAIN.replace(**settings), checkpoint=path)
+    assert told(result) == told(expected)
+    assert (result.best_epoch, result.best_score) == (expected.best_epoch, expected.best_score)
+    assert result.seconds > result.restored_seconds > 0
+    assert same_weights(model, whole)
+
+
+def test_checkpoints_change_nothing(data, tmp_path: Path) -> None:
+    """Writing one settles no decay that is owed: a replay in other strides would end elsewhere."""
+    plain, watched = model_of(data), model_of(data)
+    config = TRAIN.replace(embedding_l2=0.05)
+    fit(plain, data, config)
+    fit(watched, data, config, checkpoint=tmp_path / "state.pt")
+    assert same_weights(plain, watched)
+
+
+def test_training_that_had_ended_gives_its_result(data, tmp_path: Path, monkeypatch) -> None:
+    first, second = model_of(data), model_of(data)
+    expected = fit(first, data, TRAIN, checkpoint=tmp_path / "state.pt")
+    monkeypatch.setattr(train, "logloss_of_batch", None)  # would raise in the first step
+    result = fit(second, data, TRAIN, checkpoint=tmp_path / "state.pt")
+    assert result.history == expected.history
+    assert result.rows_per_second == expected.rows_per_second
+    assert same_weights(first, second)
+
+
+def test_interrupted_in_validation(data, tmp_path: Path, monkeypatch) -> None:
+    whole = model_of(data)
+    expected = fit(whole, data, TRAIN)
+    calls = []
+
+    def interrupt(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model_of(data), data, TRAIN, checkpoint=tmp_path / "state.pt")
+    model = model_of(data)
+    assert told(fit(model, data, TRAIN, checkpoint=tmp_path / "state.pt")) == told(expected)
+    assert len(calls) == 1 + len(expected.history), "the first epoch is not evaluated again"
+    assert same_weights(model, whole)
+
+
+def test_damaged_checkpoint_means_a_new_start(data, tmp_path: Path, caplog) -> None:
+    path, whole = tmp_path / "state.pt", model_of(data)
+    fit(whole, data, TRAIN, checkpoint=path)
+    path.write_bytes(path.read_bytes()[:-500])
+    model = model_of(data)
+    fit(model, data, TRAIN, checkpoint=path)
+    assert "state.pt is damaged" in caplog.text
+    assert same_weights(model, whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: fit(model_of(data), data, TRAIN.replace(learning_rate=0.01)), "learning_rate = 0.02"),
+        (lambda data: fit(build("fm", data.schema, embedding_dim=4), data, TRAIN), 'model = "deepfm"'),
+        (lambda data: fit(build("deepfm", data.schema, seed=3), data, TRAIN), "hparams"),
+    ],
+)
+def test_checkpoint_of_another_training_is_refused(data, tmp_path: Path, change, message, monkeypatch) -> None:
+    path = tmp_path / "state.pt"
+    fit(model_of(data), data, TRAIN, checkpoint=path)
+    before = path.read_bytes()
+    monkeypatch.setitem(globals(), "fit", lambda *args: train.fit(*args, checkpoint=path))
+    with pytest.raises(DataError, match=message):
+        change(data)
+    assert path.read_bytes() == before
+    other = model_of(data)
+    nn.init.ones_(next(other.mlp.parameters()))
+    with pytest.raises(DataError, match="initial_weights"):
+        train.fit(other, data, TRAIN, checkpoint=path)
+
+
+def test_checkpoint_waits_for_its_interval(data, tmp_path: Path, monkeypatch) -> None:
+    written: list[bool] = []
+    monkeypatch.setattr(Checkpoint, "save", lambda self, state: written.append(state["ended"]))
+    fit(model_of(data), data, TRAIN.replace(checkpoint_seconds=3600), checkpoint=tmp_path / "a.pt")
+    assert written == [True]
+    fit(model_of(data), data, TRAIN.replace(epochs=1), checkpoint=tmp_path / "b.pt")
+    assert written == [True] + [False] * 19 + [True]
+
+
+# --- searches -------------------------------------------------------------------------------------------------------
+
+
+SEARCHES = [
+    SSEDSConfig(pretrain="epochs:2"),
+    HardMaskConfig(),
+    OptEmbedConfig(epochs=2, generations=1, population=4, mutations=2, crossovers=2, finalists=2),
+    PMEConfig(warmup_epochs=1),
+    GuidedConfig(trial_steps=4, trial_epochs=0.01),
+]
+
+
+def plan_text(plan: SizePlan, path: Path) -> tuple[str, Any]:
+    plan.save(path)
+    return path.read_text(), [b.rows.tolist() for t in plan.tables for b in t.blocks if b.rows is not None]
+
+
+@pytest.mark.parametrize("config", SEARCHES, ids=lambda config: type(config).__name__)
+@pytest.mark.parametrize("make", [planted_task, foreign_task])
+def test_search_ends_as_if_it_had_not_been_interrupted(
+    config: Any, make: Callable[[], Task], tmp_path: Path, monkeypatch
+) -> None:
+    expected = embtrim.search(make(), config, "40%", seed=3)
+    save, saved = Checkpoint.save, []
+
+    def interrupt(self: Checkpoint, state: Any) -> None:
+        saved.append(self.path)
+        if len(saved) in (3, 7, 30):
+            raise KeyboardInterrupt
+        save(self, state)
+
+    monkeypatch.setattr(Checkpoint, "save", interrupt)
+    for _ in range(4):
+        task = make()
+        task.checkpoints = CheckpointFolder(tmp_path / "state", interval=0)
+        try:
+            plan = embtrim.search(task, config, "40%", seed=3)
+            break
+        except KeyboardInterrupt:
+            continue
+    assert plan_text(plan, tmp_path / "a.json") == plan_text(expected, tmp_path / "b.json")
+    if isinstance(config, HardMaskConfig):
+        assert not saved, "its masks are in no checkpoint: it starts anew"
+    else:
+        assert task.checkpoints.spent_seconds > 0
+
+
+def test_foreign_loader_that_shuffles_goes_on_in_its_order(tmp_path: Path) -> None:
+    """A DataLoader draws its order from torch's random state at the start of each epoch."""
+    table = torch.utils.data.TensorDataset(torch.arange(60) % 10, (torch.arange(60) % 10 > 4).float())
+
+    def task() -> Task:
+        loader = torch.utils.data.DataLoader(table, batch_size=8, shuffle=True)
+        return Task(
+            nn.Embedding(10, 2), loss, train=loader, optimizer=lambda m: torch.optim.Adam(m.parameters(), lr=0.1)
+        )
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x = nn.functional.dropout(model(batch[0]), 0.3, model.training)
+        return nn.functional.binary_cross_entropy_with_logits(x.sum(1), batch[1])
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Embedding(10, 2)
+
+    whole = model()
+    task().fit(whole, epochs=3, seed=5)
+    for step in (3, 11, 12, 19):
+        interrupted = task()
+        interrupted.checkpoints = CheckpointFolder(tmp_path, interval=0)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.fit(model(), epochs=3, seed=5, hooks=stop_at(step))
+    resumed, again = model(), task()
+    again.checkpoints = CheckpointFolder(tmp_path, interval=0)
+    again.fit(resumed, epochs=3, seed=5)
+    assert same_weights(resumed, whole)
+
+
+# --- kill -9 --------------------------------------------------------------------------------------------------------
+
+
+RUN = RunConfig(
+    hparams={"embedding_dim": 4, "hidden_units": [8]},
+    train=TRAIN.replace(epochs=3),
+    method="optembed",
+    search=SEARCHES[2].model_dump(mode="json", exclude_none=True),
+    controls=("sseds",),
+    budget="40%",
+)
+COMPARE = CompareConfig(
+    models=("fm",), hparams={"embedding_dim": 4}, train=TRAIN.replace(epochs=3), methods=("uniform",),
+    variants={"short": {"method": "guided", "trial_steps": 2, "trial_epochs": 0.01}}, budgets=("40%", "20%"), seeds=1,
+)  # fmt: skip
+
+
+def start(what: str, out: Path) -> None:
+    """In a process of its own: `run` or `compare`."""
+    torch.set_num_threads(1)
+    data = planted_data(num_rows=2000, noise_vocab=300)
+    if what == "run":
+        run(data, RUN, out)
+    else:
+        compare(data, COMPARE, out)
+
+
+def outcome(out: Path) -> dict[str, Any]:
+    """What the records say, but for times and memory."""
+    records = [RunRecord.load(path) for path in sorted(out.glob("records/*.json"))]
+    volatile = ("seconds", "epochs", "memory", "peak", "rows_per_second")
+    return {
+        f"{r.variant} {r.budget} {r.seed}": {
+            name: value
+            for name, value in r.model_dump().items()
+            if name == "epochs" or not any(part in name for part in volatile)
+        }
+        for r in records
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["run", "compare"])
+def test_killed_at_ten_random_moments(what: str, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["embtrim.experiment", "embtrim.comparison", "embtrim.testing"])
+    out, chance, kills = tmp_path / "killed", random.Random(11), 0
+    while kills < 10:
+        process = context.Process(target=start, args=(what, out))
+        process.start()
+        until(lambda process=process: out.exists() or not process.is_alive())
+        time.sleep(chance.uniform(0.02, 0.25))
+        if not process.is_alive():
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+    assert kills >= 5, "it ended too early to be killed"
+    start(what, out)
+    start(what, tmp_path / "whole")
+    assert outcome(out) == outcome(tmp_path / "whole")
+    assert len(outcome(out)) == (3 if what == "run" else 5)
+    assert not list(out.glob("unfinished/*")), "what is finished leaves no state behind"
+
+
+def until(condition: Callable[..., bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.005)
