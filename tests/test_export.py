@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -228,11 +229,12 @@ def bundle_folder(raw, tmp_path_factory) -> Path:
     return folder / "bundle"
 
 
-def test_a_bundle_is_exported_with_all_a_server_needs(bundle_folder, raw, tmp_path):
+def test_a_bundle_is_exported_with_all_a_server_needs(bundle_folder, raw, tmp_path, caplog):
     out = tmp_path / "out"
     done = call("export", bundle_folder, "--format", "onnx", "--out", out, "--json")
     assert done.code == 0, done.err
     assert done.err == ""
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     manifest = json.loads((out / "manifest.json").read_text())
     assert json.loads(done.out) == manifest
     assert str(Path(embtrim.__file__).parent).encode() not in (out / "model.onnx").read_bytes()

@@ -202,9 +202,9 @@ IDS_OF_ENCODER = """`encoder/` turns raw values into ids; embtrim has the code f
 Without embtrim: `schema.json` lists the fields in the order of the columns. `vocab.parquet` (table, value, id, count)
 holds the id of each value of a table as text, null for a missing one; a value that is not there reads the table's
 `unseen_ids` entry in `transforms.json`, 0 if there is none. A hashed table has no vocabulary: its id is
-1 + blake2b-64(UTF-8 text, key "embtrim", little-endian) mod hash_size, through `hash_maps.npz` where there is one. Numbers
-become buckets or dense values as `transforms.json` and the transforms of `schema.json` say. Unused columns of a field
-with several values hold $pad."""
+1 + blake2b-64(UTF-8 text, key "embtrim", little-endian) mod hash_size, through `hash_maps.npz` where there is one; a
+missing value is the text "\\0missing". Numbers become buckets or dense values as `transforms.json` and the transforms of
+`schema.json` say. Unused columns of a field with several values hold $pad."""
 
 IDS_OF_MODEL = """This was made from a model, not from a bundle, so no encoder is beside it. Ids are those of the data the model was
 trained on: of `data.recode(plan)` if the plan drops or re-sizes rows. Unused columns of a field with several values hold
