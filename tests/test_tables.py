@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from unittest import mock
 
 import numpy as np
@@ -157,6 +158,9 @@ def all_paths(tables: EmbeddingTables, ids: Tensor):
     tables.train()
     yield "attached", tables(ids)
     tables.attach(None)
+    exported = copy.deepcopy(tables).eval()
+    exported.split_by_width()
+    yield "split by width", exported(ids)
 
 
 @settings(max_examples=150, deadline=None)

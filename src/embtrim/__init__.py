@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from embtrim.compaction import compact, verify
     from embtrim.encoding import encode
     from embtrim.errors import EmbtrimError
+    from embtrim.exporting import export
     from embtrim.methods import (
         FrequencyConfig,
         GuidedConfig,
@@ -58,6 +59,7 @@ _HOMES = {
     "compact": "compaction",
     "encode": "encoding",
     "evaluate": "train",
+    "export": "exporting",
     "fit": "train",
     "load": "catalog",
     "load_bundle": "bundle",
@@ -68,7 +70,7 @@ _HOMES = {
 }
 
 __all__ = [  # noqa: RUF022 (in the order of the way through the house)
-    "encode", "load", "models", "fit", "evaluate", "search", "verify", "compact", "save", "load_bundle",
+    "encode", "load", "models", "fit", "evaluate", "search", "verify", "compact", "save", "load_bundle", "export",
     "Task", "CTRTask", "Budget", "SizePlan", "Schema", "FieldSpec", "TrainConfig",
     "GuidedConfig", "SSEDSConfig", "HardMaskConfig", "OptEmbedConfig", "PMEConfig",
     "UniformConfig", "RandomConfig", "MagnitudeConfig", "MDEConfig", "FrequencyConfig", "EmbtrimError",

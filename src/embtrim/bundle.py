@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -175,10 +176,7 @@ def save(
     check_data(model, data.with_id_maps(id_maps))
     encoder = Encoder.load(data.folder)
     encoder = encoder.with_id_maps(id_maps) if id_maps else encoder
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with write_folder(folder, what="bundle") as temporary:
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         save_file(state, temporary / "model.safetensors")
         layout_only(model.tables.plan).save(temporary / "plan.json")
@@ -198,13 +196,27 @@ def save(
             if path.is_file()
         }
         (temporary / "bundle.json").write_text(json.dumps(info, indent=1), "utf-8")
+
+
+@contextmanager
+def write_folder(folder: Path, what: str) -> Iterator[Path]:
+    """A folder under a temporary name, to be filled inside a `with` block; it then takes the place of `folder`.
+
+    Raises:
+        BundleError: it could not be written; `folder` is as it was.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)
     except (OSError, SafetensorError, pl.exceptions.PolarsError) as error:
         # safetensors and polars write from Rust, and wrap a full disk in errors of their own.
         raise BundleError(
-            f"bundle {folder} could not be written: {getattr(error, 'strerror', None) or error}; "
+            f"{what} {folder} could not be written: {getattr(error, 'strerror', None) or error}; "
             "free space or choose another place"
         ) from None
     finally:

@@ -435,6 +435,36 @@ def predict(
 
 
 @app.command()
+def export(
+    bundle: BundlePath,
+    format: Annotated[str, typer.Option("--format", metavar="pt2|onnx|torchrec", help="What the server reads.")],
+    out: OutPath = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a saved model for serving without embtrim: torch.export, ONNX, or TorchRec's configs and tables."""
+    _start(quiet)
+    from embtrim import exporting
+    from embtrim.bundle import load_bundle
+
+    exporting.check_format(format)
+    loaded = load_bundle(bundle)
+    if dry_run:
+        facts = {**exporting.table_sizes(loaded.model), "inputs": list(exporting.describe_inputs(loaded.model.schema))}
+        _show_facts({"model": loaded.info["model"], "format": format, **facts}, as_json)
+        return
+    target = _needed(out)
+    manifest = exporting.export(loaded, format, target, overwrite=overwrite)
+    if as_json:
+        _print_json(manifest)
+        return
+    facts = {name: manifest[name] for name in ("model", "format", "table_bytes", "full_table_bytes")}
+    _show_facts({"out": str(target), **facts, "files": list(manifest["files"])}, as_json=False)
+
+
+@app.command()
 def run(
     data: DataName,
     model: ModelName = None,

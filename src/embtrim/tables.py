@@ -6,7 +6,8 @@ number over all groups; first-order weights, one a row, have the same numbering 
 
 Paths. Training looks up the distinct rows of a batch once, in buffers of their own, and expands them; with a row
 optimiser attached only these buffers get gradients, and only these rows move. Without one the tables are an ordinary
-module with dense gradients, and any optimiser works. Inference and export gather directly, with fixed shapes.
+module with dense gradients, and any optimiser works. Inference gathers directly, with fixed shapes; so does export, from
+one parameter a group (see `split_by_width`).
 
 Axes: B batch, C id columns, F fields, D full width, S output columns of all fields (sum of their widths), U distinct
 rows of a batch, R storage rows.
@@ -135,6 +136,7 @@ class EmbeddingTables(nn.Module):
         widths: columns of each field in `concat`.
         slot_gate: if set, applied to `concat` (B, S); may differ per sample. See `gated`.
         row_gate: if set, applied to (storage rows (U,), their embeddings (U, D)) of each group, before pooling.
+        weight_by_width: None, or the rows of each group by their width, as text; see `split_by_width`.
 
     Raises:
         PlanError: the plan was made for another schema.
@@ -159,6 +161,8 @@ class EmbeddingTables(nn.Module):
     mixed_first_id: Tensor
     mixed_bounds: Tensor
     mixed_shifts: Tensor
+    segment_ids_CK: Tensor
+    segment_steps_CK: Tensor
 
     def __init__(
         self, schema: Schema, plan: SizePlan, init_std: float = 1e-4, generator: torch.Generator | None = None
@@ -172,6 +176,7 @@ class EmbeddingTables(nn.Module):
         self.slot_gate: SlotGate | None = None
         self.row_gate: RowGate | None = None
         self.lookups: list[Lookup] = []
+        self.weight_by_width: nn.ParameterDict | None = None
         self._optimizer: RowOptimizer | None = None
         self._lay_out()
         self.weight = nn.Parameter(torch.empty(self._num_elements).normal_(0, init_std, generator=generator))
@@ -328,7 +333,13 @@ class EmbeddingTables(nn.Module):
 
     def group_view(self, group: Group) -> Tensor:
         """The (num_rows, width) view of a group's rows."""
+        if self.weight_by_width is not None:
+            return self.weight_by_width[str(group.width)]
         return self.weight[group.offset : group.offset + group.num_rows * group.width].view(group.num_rows, group.width)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.group_view(self.groups[0]).dtype
 
     def storage_rows(self, name: str, ids: np.ndarray) -> np.ndarray:
         """Storage rows of compact ids of a table."""
@@ -400,6 +411,48 @@ class EmbeddingTables(nn.Module):
         finally:
             self.slot_gate = self.row_gate = None
 
+    def check_free(self) -> None:
+        """Raise EmbtrimError if the tables are gated, or a row optimiser owns them."""
+        if self.slot_gate is not None or self.row_gate is not None:
+            raise EmbtrimError("these tables are masked by a gate, which no file can hold; leave the `gated` block")
+        if self._optimizer is not None:
+            raise EmbtrimError("a row optimiser owns these tables; release them with model.tables.attach(None)")
+
+    # ---- export -----------------------------------------------------------------------------------------------
+
+    def split_by_width(self) -> None:
+        """Take the form that is exported, for good: inference only, on one path for any batch size.
+
+        `weight` gives way to one parameter a group, so that a graph gathers from a table instead of slicing it out of
+        the buffer first; a copy, because torch.export.save mistakes views of one storage for each other. Ids of mixed tables find their segment by comparison, because
+        ONNX has no binary search.
+        """
+        # Why rows and not elements at every batch size: in onnxruntime a gather of elements takes 30 us against 60 at
+        # batch 1 where a plan left several widths, but 30 against 23 of full tables and 40 ms against 7 at batch 4096.
+        self.weight_by_width = nn.ParameterDict(
+            {str(g.width): nn.Parameter(self.group_view(g).detach().clone(), requires_grad=False) for g in self.groups}
+        )
+        del self.weight
+        if self._mixed_columns:
+            self._lay_out_segments()
+
+    def _lay_out_segments(self) -> None:
+        """For each id column of a mixed table, the first id of each segment and how far storage rows jump there."""
+        tables = {table.name: table for table in self.plan.tables}
+        names = [f.table_name for f in self.schema.id_fields for _ in range(f.length)]
+        mixed = [names[c] for c in self._mixed_columns]
+        num_segments = max(len(tables[name].segments) for name in mixed)
+        # Segments that a table does not have start at its first id and jump by nothing.
+        segment_ids_CK = torch.zeros(len(mixed), num_segments, dtype=torch.int32)
+        segment_steps_CK = torch.zeros_like(segment_ids_CK)
+        for c, name in enumerate(mixed):
+            first_ids = [0, *itertools.accumulate(rows for rows, _ in tables[name].segments)][:-1]
+            shifts = [start - first for start, first in zip(self.segment_starts[name], first_ids, strict=True)]
+            segment_ids_CK[c, : len(first_ids)] = torch.tensor(first_ids)
+            segment_steps_CK[c, : len(shifts)] = torch.tensor([b - a for a, b in itertools.pairwise([0, *shifts])])
+        self._buffer("segment_ids_CK", segment_ids_CK.to(self.mixed_C.device))
+        self._buffer("segment_steps_CK", segment_steps_CK.to(self.mixed_C.device))
+
     # ---- forward ----------------------------------------------------------------------------------------------
 
     def forward(self, ids_BC: Tensor) -> EmbeddingViews:
@@ -417,7 +470,7 @@ class EmbeddingTables(nn.Module):
             self.settle()  # otherwise the rows that are read are caught up, and no others
         if distinct:
             concat, first_order = self._forward_distinct(ids_BC, pool_BC, learns)
-        elif ids_BC.shape[0] <= ELEMENT_GATHER_ROWS and hasattr(self, "element_S"):
+        elif self.weight_by_width is None and ids_BC.shape[0] <= ELEMENT_GATHER_ROWS and hasattr(self, "element_S"):
             index_BS = ids_BC[:, self.field_S] * self.width_S + self.element_S
             concat = self.weight[index_BS]
             first_order = None if self.first_order is None else self.first_order[ids_BC + self.shift_C].sum(1)
@@ -429,16 +482,20 @@ class EmbeddingTables(nn.Module):
 
     def _pool_weights(self, ids_BC: Tensor) -> Tensor:
         """(B, C) factor of each id column: 0 for PAD, and 1 / count where a field takes the mean."""
-        used_BC = (ids_BC != PAD).to(self.weight.dtype)
+        used_BC = (ids_BC != PAD).to(self._dtype)
         count_BF = used_BC.new_zeros(ids_BC.shape[0], self.num_fields).index_add(1, self.field_of_column_C, used_BC)
         scale_BF = torch.where(self.mean_F, 1 / count_BF.clamp(min=1), 1.0)
-        return used_BC * scale_BF[:, self.field_of_column_C]
+        return used_BC * scale_BF.index_select(1, self.field_of_column_C)
 
     def storage_ids(self, ids_BC: Tensor) -> Tensor:
         """(B, C) storage rows of a batch of ids; PAD reads row 0 of its table, with weight zero."""
         ids_BC = ids_BC.clamp(min=0) if self.is_pooled else ids_BC
         rows_BC = (ids_BC + self.shift_C).to(torch.int32)
-        if self._mixed_columns:
+        if self._mixed_columns and self.weight_by_width is not None:
+            ids = ids_BC.index_select(1, self.mixed_C)
+            steps = torch.where(ids[..., None] >= self.segment_ids_CK, self.segment_steps_CK, 0).sum(-1)
+            rows_BC = rows_BC.index_copy(1, self.mixed_C, (ids + steps).to(torch.int32))
+        elif self._mixed_columns:
             key = (ids_BC[:, self.mixed_C] + self.mixed_first_id).to(torch.int32)
             segment = torch.searchsorted(self.mixed_bounds, key, right=True) - 1
             rows_BC = rows_BC.index_copy(1, self.mixed_C, key + self.mixed_shifts[segment])
@@ -502,11 +559,14 @@ class EmbeddingTables(nn.Module):
         """Gather every id from its group's view."""
         rows_BC = self.storage_ids(ids_BC)
         sources = [self.group_view(group) for group in self.groups]
-        indices = [rows_BC[:, self.get_buffer(f"columns_{n}")] - g.start for n, g in enumerate(self.groups)]
+        indices = [
+            rows_BC.index_select(1, self.get_buffer(f"columns_{number}")) - group.start
+            for number, group in enumerate(self.groups)
+        ]
         mixed = None
         if self._mixed_columns:
-            rows = rows_BC[:, self.mixed_C]
-            mixed = rows.new_zeros((*rows.shape, self.width), dtype=self.weight.dtype)
+            rows = rows_BC.index_select(1, self.mixed_C)
+            mixed = rows.new_zeros((*rows.shape, self.width), dtype=self._dtype)
             for group, source in zip(self.groups, sources, strict=True):
                 if group.width == 0 or not group.has_mixed:
                     continue
@@ -539,13 +599,13 @@ class EmbeddingTables(nn.Module):
             found = source.index_select(0, index.reshape(-1)).view(*index.shape, group.width)
             if pool_BC is None and len(group.fields) == self.num_fields:
                 return found.view(found.shape[0], -1)
-            weights = None if pool_BC is None else pool_BC[:, self.get_buffer(f"columns_{number}")]
+            weights = None if pool_BC is None else pool_BC.index_select(1, self.get_buffer(f"columns_{number}"))
             self._split_fields(outputs, found, group.fields, weights)
         if mixed is not None:
-            weights = None if pool_BC is None else pool_BC[:, self.mixed_C]
+            weights = None if pool_BC is None else pool_BC.index_select(1, self.mixed_C)
             self._split_fields(outputs, mixed, self.mixed_fields, weights)
         if not outputs:
-            return self.weight.new_zeros(indices[0].shape[0], 0)
+            return sources[0].new_zeros(indices[0].shape[0], 0)
         return torch.cat([outputs[i] for i in sorted(outputs)], 1)
 
     def _split_fields(

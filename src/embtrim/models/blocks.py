@@ -129,7 +129,9 @@ class FirstOrder(nn.Module):
     def forward(self, views: EmbeddingViews, dense_BE: Tensor) -> Tensor:
         """(B,) linear term of a batch."""
         assert views.first_order is not None, "these tables carry no first-order weights"
-        return self.bias + views.first_order + dense_BE @ self.dense_E
+        first_B = self.bias + views.first_order
+        # No product over no fields: onnxruntime leaves the result of an empty one unset.
+        return first_B + dense_BE @ self.dense_E if len(self.dense_E) else first_B
 
 
 class CrossVectors(nn.Module):

@@ -1,0 +1,427 @@
+"""export: a trained model leaves embtrim, in a folder that a server reads without it.
+
+model.pt2 | model.onnx (and model.onnx.data) | tables.json and weights (torchrec, see write_torchrec)
+encoder/         schema.json, vocab.parquet, transforms.json: from raw values to ids, if a bundle was exported
+README.md        how to call it, made for this model
+manifest.json    inputs and outputs, size and SHA-256 of every file, bytes of the tables beside those of the full model
+
+pt2 and onnx hold the whole model. torchrec holds the tables as TorchRec describes tables, and the network's weights by
+name: the network itself is code, which the reader brings.
+
+Axes: B batch, C id columns, E dense fields.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import embtrim
+from embtrim.bundle import Bundle, file_digest, write_folder
+from embtrim.encoder import Encoder
+from embtrim.errors import ConfigError, DataError, EmbtrimError, PlanError
+from embtrim.models.ctr_model import CTRModel
+from embtrim.plan import SizePlan
+from embtrim.schema import PAD, Schema
+
+EXPORT_VERSION = 1
+DATA_TYPES = {torch.float32: "FP32", torch.float16: "FP16", torch.bfloat16: "BF16"}
+
+
+def export(
+    model: CTRModel | Bundle,
+    format: str,
+    out: str | Path,
+    *,
+    external_data: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a model as a folder for serving; under a temporary name, then renamed. The model is not changed.
+
+    Args:
+        model: a bundle, whose encoder goes along; or a full or compact zoo model alone.
+        format: "pt2" (torch.export), "onnx", or "torchrec" (tables and weights, no network).
+        out: folder to write.
+        external_data: onnx: weights in a file of their own, as is always done above 2 GB, which one file cannot hold.
+        overwrite: replace an earlier export.
+
+    Returns:
+        What manifest.json holds.
+
+    Raises:
+        ConfigError: the format is unknown, or knows no external data.
+        DataError: `out` exists.
+        EmbtrimError: the model is no zoo model, is masked by a gate, or has a row optimiser attached; or the packages
+            of the format are not installed.
+        PlanError: torchrec: what the plan lays out cannot be said in TorchRec's configs.
+
+    Example:
+        >>> schema = Schema.from_sizes([100, 10])
+        >>> manifest = export(embtrim.models.FM(schema, embedding_dim=4), "pt2", "served")  # doctest: +SKIP
+        >>> torch.export.load("served/model.pt2").module()(ids=torch.zeros(7, 2, dtype=torch.int32))  # doctest: +SKIP
+    """
+    out = Path(out)
+    check_format(format)
+    if external_data and format != "onnx":
+        raise ConfigError(f"external_data is for format 'onnx', given {format!r}; leave it out")
+    check_out(out, overwrite)
+    encoder, metrics = None, {}
+    if isinstance(model, Bundle):
+        model, encoder, metrics = model.model, model.encoder, model.info["metrics"]
+    served = for_export(model)
+    manifest: dict[str, Any] = {
+        "export_version": EXPORT_VERSION,
+        "embtrim": embtrim.__version__,
+        "format": format,
+        "model": model.name,
+        "method": model.tables.plan.method,
+        "schema": model.schema.fingerprint,
+        **table_sizes(model),
+        "inputs": describe_inputs(model.schema),
+        "metrics": metrics,
+    }
+    write = partial(write_onnx, external_data=True) if external_data else FORMATS[format]
+    with write_folder(out, what="export") as folder:
+        write(served, folder)
+        if encoder is not None:
+            encoder.save(folder / "encoder")
+        (folder / "README.md").write_text(readme(manifest, encoder), "utf-8")
+        manifest["files"] = {
+            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
+    return manifest
+
+
+def check_format(format: str) -> None:
+    """Raise ConfigError for a format that there is not."""
+    if format not in FORMATS:
+        raise ConfigError(f"unknown format {format!r}; allowed: {', '.join(FORMATS)}")
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Raise DataError if `out` exists and may not be replaced: only an earlier export may, and only if asked."""
+    if not out.exists():
+        return
+    if not overwrite:
+        raise DataError(f"{out} exists; choose another name or pass overwrite=True (--overwrite)")
+    try:
+        json.loads((out / "manifest.json").read_text("utf-8"))["export_version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{out} is no earlier export, so it is not overwritten; choose another name") from None
+
+
+def table_sizes(model: CTRModel) -> dict[str, int]:
+    """Bytes of the model's tables as fp32, and of the full model's."""
+    plan = model.tables.plan
+    full = SizePlan.full(model.schema, plan.width, plan.first_order)
+    return {"table_bytes": plan.num_bytes, "full_table_bytes": full.num_bytes}
+
+
+def describe_inputs(schema: Schema) -> dict[str, Any]:
+    """Name, type, shape and columns of each input; a field of several values fills as many columns of ids."""
+    ids = [field.name for field in schema.id_fields for _ in range(field.length)]
+    dense = [field.name for field in schema.dense_fields]
+    inputs = {"ids": {"dtype": "int32", "shape": ["batch", len(ids)], "columns": ids}}
+    if dense:
+        inputs["dense"] = {"dtype": "float32", "shape": ["batch", len(dense)], "columns": dense}
+    return inputs
+
+
+class ServedModel(nn.Module):
+    """A model whose inputs have the names they are served under."""
+
+    def __init__(self, model: CTRModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, dense: Tensor | None = None) -> Tensor:
+        """(B,) logits of int32 ids (B, C) and float32 dense values (B, E)."""
+        return self.model(ids, dense)
+
+
+def for_export(model: CTRModel) -> ServedModel:
+    """A copy in eval mode on the CPU, its tables split by width; weights on the CPU are shared, not copied.
+
+    Raises:
+        EmbtrimError: see `export`.
+    """
+    if not isinstance(model, CTRModel):
+        raise EmbtrimError(
+            f"export takes a bundle or a model of embtrim.models, given {type(model).__name__}; "
+            "give a module of your own to torch.export.export itself"
+        )
+    model.tables.check_free()
+    shared = {id(p): nn.Parameter(p.detach().cpu(), requires_grad=False) for p in model.parameters()}
+    served = copy.deepcopy(model, shared).eval().cpu()
+    served.tables.split_by_width()
+    return ServedModel(served)
+
+
+# --- README.md ------------------------------------------------------------------------------------------------------
+
+README = """# $model ($method) as $format
+
+Written by embtrim $version. Tables: $table_bytes bytes of $full_table_bytes in the full model. `manifest.json` lists the
+inputs with their columns, and size and SHA-256 of every file.
+
+## Ids
+
+$ids
+
+A probability is 1 / (1 + exp(-logit)).
+
+## Calling it
+
+```python
+$code
+```
+"""
+
+IDS_OF_ENCODER = """`encoder/` turns raw values into ids; embtrim has the code for it:
+
+    from embtrim.encoder import Encoder
+    encoded = Encoder.load("encoder").encode_chunk(frame)  # a polars frame of raw rows -> encoded.ids, encoded.dense
+
+Without embtrim: `schema.json` lists the fields in the order of the columns. `vocab.parquet` (table, value, id, count)
+holds the id of each value of a table as text, null for a missing one; a value that is not there reads the table's
+`unseen_ids` entry in `transforms.json`, 0 if there is none. A hashed table has no vocabulary: its id is
+1 + blake2b-64(UTF-8 text, key "embtrim", little-endian) mod hash_size, through `hash_maps.npz` where there is one; a
+missing value is the text "\\0missing". Numbers become buckets or dense values as `transforms.json` and the transforms of
+`schema.json` say. Unused columns of a field with several values hold $pad."""
+
+IDS_OF_MODEL = """This was made from a model, not from a bundle, so no encoder is beside it. Ids are those of the data the model was
+trained on: of `data.recode(plan)` if the plan drops or re-sizes rows. Unused columns of a field with several values hold
+$pad."""
+
+PT2_CODE = """import torch
+
+model = torch.export.load("model.pt2").module()
+logits = model($arguments)  # $shapes; any batch of at least one row"""
+
+ONNX_CODE = """import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+(logits,) = session.run(["logits"], {$feeds})  # $shapes; any batch of at least one row"""
+
+# Read by a person and by the test, which runs it.
+TORCHREC_CODE = """import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, PoolingType
+from torchrec.modules.embedding_configs import DataType
+
+
+def load_collection(folder, kind="tables"):
+    \"\"\"EmbeddingBagCollection with the trained weights; kind="first_order" for the weights of width 1.\"\"\"
+    configs = [
+        EmbeddingBagConfig(**{**c, "pooling": PoolingType(c["pooling"]), "data_type": DataType(c["data_type"])})
+        for c in json.loads((Path(folder) / "tables.json").read_text())[kind]
+    ]
+    weights = load_file(Path(folder) / f"{kind}.safetensors")
+    collection = EmbeddingBagCollection(tables=configs)
+    collection.load_state_dict({f"embedding_bags.{name}.weight": weight for name, weight in weights.items()})
+    return collection
+
+
+def to_features(ids, columns):
+    \"\"\"ids (B, C) and their columns as in manifest.json -> KeyedJaggedTensor; $pad fills unused columns.\"\"\"
+    names = list(dict.fromkeys(columns))
+    parts = [ids[:, [i for i, name in enumerate(columns) if name == field]] for field in names]
+    values = torch.cat([part[part >= 0] for part in parts])
+    lengths = torch.cat([(part >= 0).sum(1) for part in parts])
+    return KeyedJaggedTensor(keys=names, values=values.long(), lengths=lengths)"""
+
+TORCHREC_NOTE = """
+`tables.json` holds the arguments of each EmbeddingBagConfig, whose weights are in `tables.safetensors` and, for the
+first-order weights, in `first_order.safetensors`. A field of one value is a bag of one, so its pooling changes
+nothing; it can be read with EmbeddingConfig and EmbeddingCollection as well. `kept_columns` are the columns of the
+full width that a table's own stand for, `removed_tables` those that the plan left without any. The network is not code here:
+`network.safetensors` holds its weights under embtrim's names, and among them `tables.projection`, the rows that bring
+projected tables to the full width, in the order of the tables.
+"""
+
+
+def readme(manifest: dict[str, Any], encoder: Encoder | None) -> str:
+    """README.md of an export."""
+    inputs = manifest["inputs"]
+    values = {
+        "model": manifest["model"],
+        "method": manifest["method"],
+        "format": manifest["format"],
+        "version": manifest["embtrim"],
+        "table_bytes": f"{manifest['table_bytes']:,}",
+        "full_table_bytes": f"{manifest['full_table_bytes']:,}",
+        "pad": PAD,
+        "arguments": ", ".join(f"{name}={name}" for name in inputs),
+        "feeds": ", ".join(f'"{name}": {name}' for name in inputs),
+        "shapes": ", ".join(f"{name}: {i['dtype']} (batch, {i['shape'][1]})" for name, i in inputs.items()),
+    }
+    code = {"pt2": PT2_CODE, "onnx": ONNX_CODE, "torchrec": TORCHREC_CODE}[manifest["format"]]
+    ids = IDS_OF_MODEL if encoder is None else IDS_OF_ENCODER
+    parts = {name: Template(text).substitute(values) for name, text in (("code", code), ("ids", ids))}
+    return Template(README).substitute(values, **parts) + (TORCHREC_NOTE if manifest["format"] == "torchrec" else "")
+
+
+# --- formats --------------------------------------------------------------------------------------------------------
+
+
+def traced(served: ServedModel) -> torch.export.ExportedProgram:
+    """One graph for any batch of at least one row."""
+    schema = served.model.schema
+    # Two rows stand for any number: sizes 0 and 1 would be taken for constants.
+    inputs = {"ids": torch.zeros(2, schema.num_id_columns, dtype=torch.int32)}
+    if schema.dense_fields:
+        inputs["dense"] = torch.zeros(2, len(schema.dense_fields))
+    batch = torch.export.Dim("batch", min=1)
+    shapes = {name: {0: batch} for name in inputs}
+    program = torch.export.export(served, (), inputs, dynamic_shapes=shapes)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine, in a file that leaves it
+    return program
+
+
+def write_pt2(served: ServedModel, folder: Path) -> None:
+    """model.pt2: torch.export.load(..).module()(ids=ids, dense=dense) -> logits, without embtrim."""
+    written = io.BytesIO()  # torch's own writer takes the whole process down where the disk is full
+    with quiet_exporter():
+        torch.export.save(traced(served), written)
+    (folder / "model.pt2").write_bytes(written.getbuffer())
+
+
+def write_onnx(served: ServedModel, folder: Path, external_data: bool = False) -> None:
+    """model.onnx: inputs ids and dense, output logits.
+
+    Raises:
+        EmbtrimError: onnx or onnxscript is not installed.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise EmbtrimError(f"format 'onnx' needs {' and '.join(missing)}; pip install embtrim[export]")
+    with quiet_exporter():
+        program = torch.onnx.export(traced(served), dynamo=True, verbose=False, output_names=["logits"])
+    assert program is not None
+    program.save(folder / "model.onnx", external_data=external_data)
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Without what torch's exporter says about its own insides and about a torchvision it does not need."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def write_torchrec(served: ServedModel, folder: Path) -> None:
+    """tables.json; tables.safetensors and first_order.safetensors by the names in it; network.safetensors, the rest.
+
+    Raises:
+        PlanError: see `torchrec_configs`.
+    """
+    model = served.model
+    configs = torchrec_configs(model)
+    plans = model.tables.plan.tables
+    kept = {torchrec_name(table.name): list(table.columns) for table in plans if table.output_width}
+    removed = [table.name for table in plans if not table.output_width]
+    layout = {"full_width": model.tables.width, "kept_columns": kept, "removed_tables": removed}
+    (folder / "tables.json").write_text(json.dumps({**configs, **layout}, indent=1), "utf-8")
+    for name, weights in torchrec_weights(model).items():
+        save_file(weights, folder / f"{name}.safetensors")
+    network = {
+        name: value.contiguous()
+        for name, value in model.state_dict().items()
+        if not name.startswith("tables.weight_by_width.") and name != "tables.first_order"
+    }
+    save_file(network, folder / "network.safetensors")
+
+
+def torchrec_configs(model: CTRModel) -> dict[str, list[dict[str, Any]]]:
+    """Arguments of the EmbeddingBagConfig of every table, and of every table's first-order weights as width 1.
+
+    Raises:
+        PlanError: a table stores rows of several widths, or fields pool it differently.
+        EmbtrimError: TorchRec has no such data type.
+    """
+    tables, schema = model.tables, model.schema
+    weight = tables.group_view(tables.groups[0])
+    if weight.dtype not in DATA_TYPES:
+        raise EmbtrimError(f"TorchRec has no tables of {weight.dtype}; call model.float() before export")
+    configs: dict[str, list[dict[str, Any]]] = {"tables": [], "first_order": []}
+    for table in tables.plan.tables:
+        if table.mixed:
+            raise PlanError(
+                f"table {table.name!r} stores rows of several widths, a TorchRec table has one embedding_dim; "
+                "export as pt2 or onnx"
+            )
+        fields = [field for field in schema.id_fields if field.table_name == table.name]
+        pooled = {field.pooling: field.name for field in fields if field.length > 1}
+        if len(pooled) > 1:
+            raise PlanError(
+                f"fields {pooled['sum']!r} and {pooled['mean']!r} share table {table.name!r} and pool it by sum and by "
+                "mean, a TorchRec table has one pooling; export as pt2 or onnx"
+            )
+        config = {
+            "name": torchrec_name(table.name),
+            "embedding_dim": table.output_width,
+            "num_embeddings": table.num_compact_rows,
+            "feature_names": [field.name for field in fields],
+            "pooling": next(iter(pooled), "sum").upper(),
+            "data_type": DATA_TYPES[weight.dtype],
+        }
+        if table.output_width:
+            configs["tables"].append(config)
+        if tables.first_order is not None:
+            configs["first_order"].append({**config, "embedding_dim": 1})
+    return configs
+
+
+def torchrec_name(table: str) -> str:
+    """Name of a table in its config: TorchRec makes it an attribute, which has no dot and is not `type` or `items`."""
+    return "table_" + table.replace("%", "%25").replace(".", "%2E")
+
+
+def torchrec_weights(model: CTRModel) -> dict[str, dict[str, Tensor]]:
+    """By file, (rows, width) weights by the names in the configs."""
+    tables = model.tables
+    weights: dict[str, dict[str, Tensor]] = {"tables": {}, "first_order": {}}
+    for table in tables.plan.tables:
+        name, start = torchrec_name(table.name), tables.segment_starts[table.name][0]
+        stop = start + table.num_compact_rows
+        group = next(g for g in tables.groups if g.width == table.output_width)
+        if group.width:
+            own = tables.group_view(group)[start - group.start : stop - group.start]
+            weights["tables"][name] = own.detach().clone()
+        if tables.first_order is not None:
+            weights["first_order"][name] = tables.first_order[start:stop, None].detach().clone()
+    return weights
+
+
+FORMATS: dict[str, Callable[[ServedModel, Path], None]] = {
+    "pt2": write_pt2,
+    "onnx": write_onnx,
+    "torchrec": write_torchrec,
+}

@@ -1,0 +1,419 @@
+"""Export: what leaves embtrim agrees with the eager model, at any batch size and without embtrim."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import embtrim
+from embtrim import exporting
+from embtrim.bundle import load_bundle, save
+from embtrim.compaction import compact
+from embtrim.encoder import Encoder
+from embtrim.errors import ConfigError, DataError, EmbtrimError, PlanError
+from embtrim.exporting import export
+from embtrim.models import MODELS, DeepFM, build
+from embtrim.models.ctr_model import CTRModel
+from embtrim.optim import RowAdam
+from embtrim.plan import Block, SizePlan, TablePlan
+from embtrim.schema import PAD, FieldSpec, Schema
+from tests.bad_inputs import call
+
+onnxruntime = pytest.importorskip("onnxruntime")
+
+BATCHES = (1, 7, 64)
+TOLERANCE = 1e-5
+
+
+# ---- models and batches ------------------------------------------------------------------------------------------------
+
+
+def schema_of(multi: bool = True, dense: bool = True) -> Schema:
+    """Three plain fields; two that share a table, one of them with several values; a dense one."""
+    fields = [FieldSpec(name=f"f{i}", vocab_size=20 + i) for i in range(3)]
+    if multi:
+        fields.append(FieldSpec(name="tags", type="multi", max_len=3, vocab_size=12))
+        fields.append(FieldSpec(name="last", type="multi", max_len=1, vocab_size=12, table="tags"))
+    if dense:
+        fields.append(FieldSpec(name="price", type="dense", transform="none"))
+    return Schema(label="y", fields=tuple(fields))
+
+
+def uniform_blocks(number: int, rows: int) -> tuple[Block, ...]:
+    """Of f0 all columns, of f1 two that are projected and some rows, of f2 nothing, of the tags a scattered column."""
+    some = np.arange(1, 10, dtype=np.int32)
+    return (
+        (Block(rows, (0, 1, 2, 3)),),
+        (Block(9, (0, 2), "project", some),),
+        (),
+        (Block(rows, (1,), "scatter"),),
+    )[number]
+
+
+def mixed_blocks(number: int, rows: int) -> tuple[Block, ...]:
+    """The same, but of f0 and of the tags rows of several widths, the rest dropped."""
+    ids = np.arange(rows, dtype=np.int32)
+    if number in (1, 2):
+        return uniform_blocks(number, rows)
+    return (Block(3, 4, "project", ids[:3]), Block(4, 2, "project", ids[3:7]), Block(3, 0, "project", ids[8:11]))
+
+
+def model_of(
+    name: str, schema: Schema, blocks: Callable[[int, int], tuple[Block, ...]] | None = None, seed: int = 0
+) -> CTRModel:
+    """A model in eval mode whose weights and running statistics are all random; without `blocks` a full one."""
+    plan = None
+    if blocks is not None:
+        width = 0 if name == "lr" else 4
+        tables = [
+            TablePlan(t, rows, width, blocks(number, rows) if width else (Block(rows, ()),))
+            for number, (t, rows) in enumerate(schema.tables.items())
+        ]
+        plan = SizePlan(schema.fingerprint, len(schema.id_fields), tuple(tables))
+    hparams = {} if name == "lr" else {"embedding_dim": 4}
+    if name not in ("lr", "fm"):
+        hparams["hidden_units"] = (8,)
+    model = build(name, schema, plan=plan, **hparams).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            if "running_var" in name:
+                value.uniform_(0.5, 1.5, generator=generator)
+            elif isinstance(value, nn.Parameter) or "running_mean" in name:
+                value.uniform_(-0.5, 0.5, generator=generator)
+    return model
+
+
+def batch_of(model: CTRModel, num_rows: int, seed: int = 0) -> dict[str, Tensor]:
+    """ids, with PAD where a field has several values, and dense values if the schema has any."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = {table.name: table.num_compact_rows for table in model.tables.plan.tables}
+    columns = [
+        torch.randint(PAD if f.type == "multi" else 0, rows[f.table_name], (num_rows,), generator=generator)
+        for f in model.schema.id_fields
+        for _ in range(f.length)
+    ]
+    batch = {"ids": torch.stack(columns, 1).int()}
+    if model.num_dense:
+        batch["dense"] = torch.randn(num_rows, model.num_dense, generator=generator)
+    return batch
+
+
+def onnx_model(folder: Path) -> Callable[..., Tensor]:
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+    assert [output.name for output in session.get_outputs()] == ["logits"]
+    return lambda **batch: torch.from_numpy(session.run(["logits"], {n: x.numpy() for n, x in batch.items()})[0])
+
+
+def pt2_model(folder: Path) -> Callable[..., Tensor]:
+    return torch.export.load(str(folder / "model.pt2")).module()
+
+
+READERS = {"onnx": onnx_model, "pt2": pt2_model}
+
+
+@torch.no_grad()
+def check_agreement(model: CTRModel, folder: Path, format: str) -> None:
+    served = READERS[format](folder)
+    for num_rows in BATCHES:
+        batch = batch_of(model, num_rows, seed=num_rows)
+        expected = model(*batch.values())
+        difference = (served(**batch) - expected).abs() / (1 + expected.abs())
+        assert difference.max() < TOLERANCE, f"batch of {num_rows}"
+    assert expected.std() > 1e-3
+
+
+# ---- agreement -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_compact_model_agrees_as_onnx(name, tmp_path):
+    model = model_of(name, schema_of(multi=False), uniform_blocks)
+    export(model, "onnx", tmp_path / "out")
+    check_agreement(model, tmp_path / "out", "onnx")
+    assert not (tmp_path / "out" / "model.onnx.data").exists()
+
+
+def test_rows_of_several_widths_agree_as_onnx(tmp_path):
+    # Without dense fields, of which the first-order term must stay free: a product over none is left unset.
+    model = model_of("deepfm", schema_of(dense=False), mixed_blocks)
+    export(model, "onnx", tmp_path / "out")
+    check_agreement(model, tmp_path / "out", "onnx")
+
+
+def test_several_values_agree_as_onnx_with_weights_in_a_file_of_their_own(tmp_path):
+    model = model_of("lr", schema_of())
+    manifest = export(model, "onnx", tmp_path / "out", external_data=True)
+    check_agreement(model, tmp_path / "out", "onnx")
+    assert manifest["files"]["model.onnx.data"]["bytes"] >= 4 * model.tables.num_rows
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_full_model_agrees_as_pt2(name, tmp_path):
+    model = model_of(name, schema_of(multi=False))
+    export(model, "pt2", tmp_path / "out")
+    check_agreement(model, tmp_path / "out", "pt2")
+
+
+def test_the_exported_model_needs_no_embtrim_and_holds_no_path(tmp_path):
+    model = model_of("deepfm", schema_of(), mixed_blocks)
+    export(model, "pt2", tmp_path / "out")
+    batch = batch_of(model, 5)
+    torch.save(batch, tmp_path / "batch.pt")
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), flags=re.DOTALL)
+    script = (
+        "import sys\nsys.modules['embtrim'] = None\nimport torch\n"
+        f"globals().update(torch.load({str(tmp_path / 'batch.pt')!r}))\n{code}\n"
+        "assert not any(name.startswith('embtrim.') for name in sys.modules)\nprint(logits.tolist())"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / "out", env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    expected = model(*batch.values()).tolist()
+    np.testing.assert_allclose(json.loads(done.stdout), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    source = str(Path(embtrim.__file__).parent).encode()
+    assert source not in (tmp_path / "out" / "model.pt2").read_bytes()
+
+
+def test_exporting_leaves_the_model_as_it_was(tmp_path):
+    model = model_of("deepfm", schema_of(), mixed_blocks).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    export(model, "pt2", tmp_path / "out")
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+# ---- bundles -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def raw() -> pl.DataFrame:
+    rng = np.random.default_rng(0)
+    columns = {name: [f"{name}{i}" for i in rng.integers(0, 30, 400)] for name in ("user", "item")}
+    return pl.DataFrame({**columns, "price": rng.normal(size=400), "click": rng.integers(0, 2, 400)})
+
+
+@pytest.fixture(scope="module")
+def bundle_folder(raw, tmp_path_factory) -> Path:
+    """The bundle of a compact model with dropped rows; untrained, but with weights that matter."""
+    folder = tmp_path_factory.mktemp("exported")
+    fields = (
+        FieldSpec(name="user"),
+        FieldSpec(name="item"),
+        FieldSpec(name="price", type="dense", transform="standard"),
+    )
+    data = embtrim.encode(raw, Schema(label="click", fields=fields), out=folder / "data")
+    full = DeepFM(data.schema, embedding_dim=4, hidden_units=(8,), init_std=0.5)
+    rows = np.arange(1, 11, dtype=np.int32)
+    tables = [TablePlan(t, n, 4, (Block(10, (0, 2), "scatter", rows),)) for t, n in data.schema.tables.items()]
+    plan = SizePlan(data.schema.fingerprint, 2, tuple(tables), first_order=True)
+    save(compact(full, plan), folder / "bundle", data.recode(plan), metrics={"test": {"auc": 0.5}})
+    return folder / "bundle"
+
+
+def test_a_bundle_is_exported_with_all_a_server_needs(bundle_folder, raw, tmp_path, caplog):
+    out = tmp_path / "out"
+    done = call("export", bundle_folder, "--format", "onnx", "--out", out, "--json")
+    assert done.code == 0, done.err
+    assert done.err == ""
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert json.loads(done.out) == manifest
+    assert str(Path(embtrim.__file__).parent).encode() not in (out / "model.onnx").read_bytes()
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} - {"manifest.json"}
+    encoder_files = {f"encoder/{name}" for name in ("schema.json", "vocab.parquet", "transforms.json")}
+    assert found == set(manifest["files"]) == {"model.onnx", "README.md", *encoder_files}
+    for name, entry in manifest["files"].items():
+        content = (out / name).read_bytes()
+        assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    # 11 rows of 2 columns and a first-order weight for each table; of the full one 31 rows (OOV first) of 4 columns.
+    assert manifest["table_bytes"] == 2 * 4 * 11 * 3
+    assert manifest["full_table_bytes"] == 2 * 4 * 31 * 5
+    assert manifest["metrics"] == {"test": {"auc": 0.5}}
+    assert manifest["inputs"]["ids"] == {"dtype": "int32", "shape": ["batch", 2], "columns": ["user", "item"]}
+
+    encoded = Encoder.load(out / "encoder").encode_chunk(raw)
+    (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), flags=re.DOTALL)
+    names = {"ids": encoded.ids, "dense": encoded.dense}
+    with contextlib.chdir(out):
+        exec(code, names)
+    expected = load_bundle(bundle_folder).predict(raw)
+    np.testing.assert_allclose(1 / (1 + np.exp(-names["logits"])), expected, atol=1e-6)
+    assert expected.std() > 0.01
+
+
+def test_the_command_shows_what_it_does(bundle_folder, tmp_path):
+    dry = call("export", bundle_folder, "--format", "pt2", "--dry-run")
+    assert dry.code == 0, dry.err
+    assert "full table bytes" in dry.out
+    assert not list(tmp_path.iterdir())
+    done = call("export", bundle_folder, "--format", "pt2", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "encoder/vocab.parquet" in done.out
+    again = call("export", bundle_folder, "--format", "pt2", "--out", tmp_path / "out")
+    assert (again.code, "out exists" in again.err, "--overwrite" in again.err) == (1, True, True)
+    assert call("export", bundle_folder, "--format", "torchrec", "--out", tmp_path / "out", "--overwrite").code == 0
+    assert not (tmp_path / "out" / "model.pt2").exists()
+
+
+def test_bad_commands(bundle_folder, tmp_path):
+    done = call("export", bundle_folder, "--format", "tflite", "--out", tmp_path / "out")
+    assert (done.code, "unknown format 'tflite'; allowed: pt2, onnx, torchrec" in done.err) == (2, True)
+    done = call("export", bundle_folder, "--format", "pt2")
+    assert (done.code, "--out is needed" in done.err) == (2, True)
+    done = call("export", tmp_path, "--format", "pt2", "--out", tmp_path / "out")
+    assert (done.code, "is no bundle" in done.err) == (1, True)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- torchrec ------------------------------------------------------------------------------------------------------------
+
+
+def test_torchrec_tables_pool_to_what_the_model_reads(tmp_path):
+    """The configs and weights, looked up with nn.EmbeddingBag alone, give every field's columns of `concat`."""
+    model = model_of("deepfm", schema_of(), uniform_blocks)
+    export(model, "torchrec", tmp_path / "out")
+    ids = batch_of(model, 9)["ids"]
+    tables = json.loads((tmp_path / "out" / "tables.json").read_text())
+    assert tables["removed_tables"] == ["f2"]
+    assert exporting.torchrec_name("item.type") == "table_item%2Etype"
+    assert tables["kept_columns"] == {"table_f0": [0, 1, 2, 3], "table_f1": [0, 2], "table_tags": [1]}
+    assert tables["tables"][1:] == [
+        {"name": "table_f1", "embedding_dim": 2, "num_embeddings": 10, "feature_names": ["f1"], "pooling": "SUM", "data_type": "FP32"},
+        {"name": "table_tags", "embedding_dim": 1, "num_embeddings": 12, "feature_names": ["tags", "last"], "pooling": "MEAN", "data_type": "FP32"},
+    ]  # fmt: skip
+
+    slices = dict(zip([f.name for f in model.schema.id_fields], model.schema.column_slices, strict=True))
+
+    def pooled(kind: str) -> dict[str, Tensor]:
+        found, weights = {}, load_file(tmp_path / "out" / f"{kind}.safetensors")
+        for config in tables[kind]:
+            weight = weights[config["name"]]
+            assert weight.shape == (config["num_embeddings"], config["embedding_dim"])
+            for feature in config["feature_names"]:
+                part = ids[:, slices[feature]]
+                values, lengths = part[part >= 0], (part >= 0).sum(1)
+                offsets = lengths.cumsum(0) - lengths
+                found[feature] = nn.functional.embedding_bag(
+                    values.long(), weight, offsets, mode=config["pooling"].lower()
+                )
+        return found
+
+    views = model.tables(ids)
+    by_field = pooled("tables")
+    concat = torch.cat([by_field[name] for name in slices if name in by_field], 1)
+    assert torch.allclose(concat, views.concat, atol=1e-6)
+    assert torch.allclose(sum(pooled("first_order").values()).squeeze(1), views.first_order, atol=1e-6)  # type: ignore[union-attr]
+    # Everything else the model knows is beside it.
+    network = load_file(tmp_path / "out" / "network.safetensors")
+    state = {n: v for n, v in model.state_dict().items() if n not in ("tables.weight", "tables.first_order")}
+    assert set(network) == set(state)
+    assert all(torch.equal(network[name], state[name]) for name in state)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchrec") is None, reason="torchrec is not installed")
+def test_torchrec_reads_what_the_readme_says(tmp_path):
+    model = model_of("deepfm", schema_of(), uniform_blocks)
+    manifest = export(model, "torchrec", tmp_path / "out")
+    batch = batch_of(model, 9)
+    torch.save(batch["ids"], tmp_path / "ids.pt")
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), flags=re.DOTALL)
+    script = f"""{code}
+ids = torch.load({str(tmp_path / "ids.pt")!r})
+features = to_features(ids, {manifest["inputs"]["ids"]["columns"]!r})
+for kind in ("tables", "first_order"):
+    pooled = load_collection(".", kind)(features).to_dict()
+    print(json.dumps({{name: values.tolist() for name, values in pooled.items()}}))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    by_field, first_order = (json.loads(line) for line in done.stdout.splitlines()[-2:])
+    views = model.tables(batch["ids"])
+    concat = torch.cat([torch.tensor(by_field[f.name]) for f in model.schema.id_fields if f.name in by_field], 1)
+    assert torch.allclose(concat, views.concat, atol=1e-6)
+    assert torch.allclose(sum(torch.tensor(v) for v in first_order.values()).squeeze(1), views.first_order, atol=1e-6)
+
+
+def test_torchrec_refuses_what_its_configs_cannot_say(tmp_path):
+    with pytest.raises(PlanError, match=r"table 'f0' stores rows of several widths.*export as pt2 or onnx"):
+        export(model_of("fnn", schema_of(), mixed_blocks), "torchrec", tmp_path / "out")
+    fields = [FieldSpec(name=p, type="multi", max_len=2, pooling=p, table="t", vocab_size=9) for p in ("sum", "mean")]
+    with pytest.raises(PlanError, match="fields 'sum' and 'mean' share table 't'"):
+        export(model_of("fnn", Schema(label="y", fields=tuple(fields))), "torchrec", tmp_path / "out")
+    with pytest.raises(EmbtrimError, match=r"no tables of torch.float64.*float\(\)"):
+        export(model_of("fnn", schema_of()).double(), "torchrec", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- errors --------------------------------------------------------------------------------------------------------------
+
+
+def test_it_refuses_models_that_are_not_ready(tmp_path):
+    model = model_of("fnn", schema_of())
+    with (
+        model.tables.gated(slot_gate=lambda concat: concat),
+        pytest.raises(EmbtrimError, match="masked by a gate"),
+    ):
+        export(model, "pt2", tmp_path / "out")
+    RowAdam(model.tables)
+    with pytest.raises(EmbtrimError, match=r"row optimiser .*attach\(None\)"):
+        export(model, "pt2", tmp_path / "out")
+    with pytest.raises(EmbtrimError, match=r"given Linear; give a module of your own to torch\.export"):
+        export(nn.Linear(1, 1), "pt2", tmp_path / "out")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_replaces_nothing_but_an_earlier_export(tmp_path):
+    model = model_of("lr", schema_of())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(DataError, match="mine exists"):
+        export(model, "pt2", tmp_path / "mine")
+    with pytest.raises(DataError, match="mine is no earlier export"):
+        export(model, "pt2", tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+    with pytest.raises(ConfigError, match="external_data is for format 'onnx'"):
+        export(model, "pt2", tmp_path / "out", external_data=True)
+
+
+def test_onnx_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EmbtrimError, match=r"needs onnx and onnxscript; pip install embtrim\[export\]"):
+        export(model_of("lr", schema_of()), "onnx", tmp_path / "out")
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    """In a process of its own, which torch's writer would take down."""
+    script = f"""
+import resource
+from embtrim import EmbtrimError, Schema, export, models
+model = models.LR(Schema.from_sizes([200]))
+resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+for format in ("pt2", "torchrec"):
+    try:
+        export(model, format, {str(tmp_path / "out")!r})
+    except EmbtrimError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("out could not be written") == done.stdout.count("File too large") == 2
+    assert not list(tmp_path.iterdir())
