@@ -24,6 +24,7 @@ from embtrim.methods import (
     SSEDSConfig,
     search,
 )
+from embtrim.methods.pme import fill_sizes, sized_plan
 from embtrim.plan import Block, SizePlan, TablePlan, smallest_dtype
 from embtrim.replacements import CompactEmbedding, CompactEmbeddingBag, CompactFlatEmbedding
 from embtrim.sites import ModuleSite, Task, find_sites, gate_sites, site_plan, survey
@@ -142,7 +143,7 @@ class TestReplacements:
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_max_norm_is_kept(self, kind: str):
-        model = nn.Sequential(nn.Embedding(ROWS, WIDTH, max_norm=0.7, norm_type=1.0))
+        model = nn.Sequential(nn.Embedding(ROWS, WIDTH, max_norm=3.0, norm_type=1.0))
         plan = plan_for(model, kind)
         same(compact(model, plan, "inherit"), masked_copy(model, plan), {"pairs": ((PAIRS,), {})})
         small = compact(bag(mode="sum", max_norm=0.5), plan_for(bag(max_norm=0.5), "project"), seed=1)
@@ -158,7 +159,7 @@ class TestReplacements:
             for _ in range(2):
                 out = small(PAIRS)
                 if out.requires_grad:
-                    out.square().sum().backward()
+                    (out - 1).square().sum().backward()
                     optimizer.step()
             assert not small(torch.tensor([0])).any(), kind
 
@@ -413,13 +414,18 @@ class TestMaps:
         assert torch.equal(found[1:], torch.full((2, 2), 7.0))
 
     @pytest.mark.parametrize(
-        ("parts", "has_map"), [(((4, 0, 3), (2, 3, 6)), False), (((4, 3, 6), (2, 0, 3)), True), (((4, 0, 3),), False)]
+        ("num_rows", "parts", "has_map"),
+        [
+            (6, ((4, 0, 3), (2, 3, 6)), False),
+            (6, ((4, 3, 6), (2, 0, 3)), True),
+            (9, ((4, 0, 3),), False),
+            (9, ((4, 0, 3), (2, 3, 6)), True),  # DROPPED comes between them, with the widest
+        ],
     )
-    def test_sizes_need_none_where_they_follow_the_order(self, parts, has_map: bool):
+    def test_sizes_need_none_where_they_follow_the_order(self, num_rows: int, parts, has_map: bool):
         blocks = tuple(
             Block(stop - start, size, "project", np.arange(start, stop, dtype=np.int32)) for size, start, stop in parts
         )
-        num_rows = 6 if len(parts) == 2 else 9
         table = TablePlan("0", num_rows, 4, blocks)
         assert (table.map_dtype is not None) == has_map
         module = CompactEmbedding(table)
@@ -481,6 +487,20 @@ def test_budgets_hold_where_maps_change_their_width(config, monkeypatch):
     task = foreign_task(WideModel)
     monkeypatch.setattr("embtrim.testing.BUDGETS", ("70%", "48%", "47%", "46%", "45%", "44%", "43%", "20%"))
     check_budget(task, config)
+
+
+def test_sizes_stop_where_the_map_would_need_two_bytes():
+    """With 255 rows and DROPPED the map takes a byte a row; one row more would cost 175 parameters for it."""
+    first, second = nn.Embedding(700, 4), nn.Embedding(5000, 4)
+    full = site_plan([ModuleSite("first", first), ModuleSite("second", second)])
+    ranked = [np.zeros((700, 4)), np.zeros((5000, 4))]
+    ranked[0][:, 0], ranked[0][-254:, 0] = 1.0, 3.0
+    ranked[1][7, 0] = 2.0  # never fits, for its map
+    least = 255 + 4 + 175
+    sizes = fill_sizes(full, ranked, least + 100)
+    assert [int((s > 0).sum()) for s in sizes] == [255, 0]
+    assert sized_plan(full, sizes).num_params == least + 1
+    assert int((fill_sizes(full, ranked, least + 300)[0] > 0).sum()) == 254 + 300 - 175
 
 
 class TestVerify:

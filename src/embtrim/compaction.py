@@ -341,8 +341,7 @@ def _outputs(task: Task, model: nn.Module, batch: Any) -> list[Tensor]:
         lambda _module, _args, output: found.extend(x for x in tree_leaves(output) if isinstance(x, Tensor))
     )
     try:
-        with torch.random.fork_rng([]):
-            torch.manual_seed(0)  # a loss may draw negatives
+        with torch.random.fork_rng([]):  # a loss may draw negatives: the next model gets the same
             loss = task.loss(model, batch)
     finally:
         hook.remove()

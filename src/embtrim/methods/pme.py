@@ -228,9 +228,10 @@ def fill_sizes(full: SizePlan, ranked: list[np.ndarray], limit: int) -> list[np.
         step, row, cost = (part[cost <= left] for part in (step, row, cost))
 
         fitting = np.cumsum(cost) <= left
-        if not fitting.any():
+        changed_R = stepped(level_R, row[fitting], level_of[step[fitting]])
+        if (changed_R == level_R).all():
             return sizes_of(level_R)
-        level_R = stepped(level_R, row[fitting], level_of[step[fitting]])
+        level_R = changed_R
 
 
 def sized_plan(full: SizePlan, sizes: Sequence[np.ndarray], with_rows: bool = True) -> SizePlan:
