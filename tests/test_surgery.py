@@ -281,6 +281,7 @@ class TestSurvey:
         with caplog.at_level(logging.INFO, logger="embtrim"):
             search(pooled_task(), RandomConfig(), "50%")
         (message,) = [r.getMessage() for r in caplog.records if "embeddings of" in r.getMessage()]
+        assert "flat: Embedding 52 x 6, found (fields user, city)" in message
         assert "history: EmbeddingBag 25 x 4, found (one table with recent)" in message
 
     def test_fields_must_add_up_and_exist(self):
@@ -289,6 +290,8 @@ class TestSurvey:
             find_sites(model, fields={"flat": {"user": 40, "city": 10}})
         with pytest.raises(EmbtrimError, match=r"at least one each"):
             find_sites(model, fields={"flat": {"user": 52, "city": 0}})
+        with pytest.raises(EmbtrimError, match=r"have none = 0 rows, the table has 52"):
+            find_sites(model, fields={"flat": {}})
         with pytest.raises(EmbtrimError, match=r"'flatt', which is no embedding that was found: flat: Embedding"):
             find_sites(model, fields={"flatt": {"user": 52}})
 

@@ -137,7 +137,7 @@ class CompactFlatEmbedding(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """(..., D) embeddings of ids (...)."""
         ids = input.flatten()
-        field_N = torch.bucketize(ids, self.ends[:-1], right=True)  # type: ignore[index]
+        field_N = torch.bucketize(ids.long(), self.ends[:-1], right=True)  # type: ignore[index]
         order = torch.argsort(field_N, stable=True)  # one lookup a field, of all its ids
         counts = torch.bincount(field_N, minlength=len(self.tables)).tolist()
         parts, start = [], 0

@@ -194,13 +194,13 @@ class ModuleSite:
         """What multiplies each entry (..., D) of a flat table, by the field that its id is of, and its sample."""
         width = self.widths[0]
         ends = torch.tensor(np.cumsum(self.num_rows), device=ids.device)
-        field = torch.bucketize(ids, ends, right=True)
+        field = torch.bucketize(ids.long(), ends, right=True)
         if isinstance(slots, Tensor) and slots.ndim == 1:
             return nn.functional.embedding(field, slots.view(-1, width))
         if offsets is None:
             sample, size = torch.arange(len(ids), device=ids.device).view(-1, *[1] * (ids.ndim - 1)), len(ids)
         else:
-            sample = torch.bucketize(torch.arange(len(ids), device=ids.device), offsets, right=True) - 1
+            sample = torch.bucketize(torch.arange(len(ids), device=ids.device), offsets.long(), right=True) - 1
             size = len(offsets) - bool(self.module.include_last_offset)
         if not isinstance(slots, Tensor):
             slots = slots(self.module.weight.new_ones(size, len(self.names) * width))
@@ -262,7 +262,7 @@ class Finding:
         num_rows: rows of its tables.
         width: their columns.
         found: whether it is a site, or part of one.
-        note: why it was left alone, or what it shares.
+        note: why it was left alone, or its fields, or what it shares.
     """
 
     name: str
@@ -315,6 +315,7 @@ def find_sites(model: nn.Module, keep: Callable[[str], bool] | None = None, fiel
 def _look(
     model: nn.Module, keep: Callable[[str], bool] | None, fields: Fields | None
 ) -> tuple[list[Finding], list[Site]]:
+    """One pass for `survey` and `find_sites`, so that what is said is what is done."""
     findings: list[Finding] = []
     sites: list[Site] = []
     holders: dict[int, list[tuple[str, nn.Module]]] = {}
@@ -334,17 +335,21 @@ def _look(
             others = [other for other, their in sharing if their is not module]
             if not note and any(_settings(their) != _settings(module) for _, their in sharing):
                 note = f"shares its weight with {others[0]}, whose settings differ"
-            finding = Finding(
-                name, type(module).__name__, module.num_embeddings, module.embedding_dim, not note,
-                note or (f"one table with {', '.join(others)}" if others else ""),
-            )  # fmt: skip
-            findings.append(finding)
-            if note:
+            found = not note
+            named = (fields or {}).get(name)
+            if found and named is not None:
+                _check_fields(name, module.num_embeddings, named)
+                note = f"fields {', '.join(named)}"
+            elif found and others:
+                note = f"one table with {', '.join(others)}"
+            findings.append(
+                Finding(name, type(module).__name__, module.num_embeddings, module.embedding_dim, found, note)
+            )
+            if not found:
                 continue
             if id(module.weight) in by_weight:
                 by_weight[id(module.weight)].modules.append(module)
             else:
-                named = None if fields is None or name not in fields else _checked_fields(finding, fields[name])
                 by_weight[id(module.weight)] = ModuleSite(name, module, named)
                 sites.append(by_weight[id(module.weight)])
     unknown = set(fields or ()) - {table.split("[")[0] for site in sites for table in site.names}
@@ -377,15 +382,14 @@ def _settings(module: nn.Module) -> tuple[Any, ...]:
     return tuple(getattr(module, name, None) for name in names)
 
 
-def _checked_fields(finding: Finding, fields: Mapping[str, int]) -> Mapping[str, int]:
+def _check_fields(name: str, num_rows: int, fields: Mapping[str, int]) -> None:
     total = sum(fields.values())
-    if total != finding.num_rows or min(fields.values()) < 1:
-        listed = " + ".join(f"{rows:,} ({name})" for name, rows in fields.items())
+    if total != num_rows or min(fields.values()) < 1:
+        listed = " + ".join(f"{rows:,} ({field})" for field, rows in fields.items())
         raise EmbtrimError(
-            f"the fields of {finding.name!r} have {listed} = {total:,} rows, the table has {finding.num_rows:,}; name "
+            f"the fields of {name!r} have {listed or 'none'} = {total:,} rows, the table has {num_rows:,}; name "
             "every field of the table with its rows, at least one each, in the order of their offsets"
         )
-    return fields
 
 
 def fields_of(plan: SizePlan) -> dict[str, dict[str, int]]:
