@@ -18,7 +18,7 @@ from embtrim.models import FNN, MODELS, DeepFM, build
 from embtrim.plan import Block, SizePlan, TablePlan
 from embtrim.sites import CTRTask, Task, find_sites, site_plan
 from embtrim.tables import EmbeddingTables
-from embtrim.testing import ForeignModel, foreign_batches
+from embtrim.testing import ForeignModel, foreign_batches, foreign_task
 
 TABLE_MODELS = [name for name in MODELS if name != "lr"]
 
@@ -194,7 +194,7 @@ def foreign_row_plan(model: nn.Module, mixed: bool) -> SizePlan:
 def test_foreign_rows_go_and_pay_for_their_map():
     model = noisy(ForeignModel())
     plan = foreign_row_plan(model, mixed=False)
-    assert plan.num_params == 21 * 2 + 40  # 20 rows and DROPPED, and the map; the empty table needs none
+    assert plan.num_params == 21 * 2 + 40 // 4  # 20 rows and DROPPED, and a byte a row; the empty table needs no map
     small = compact(model, plan, "inherit")
     masked = copy.deepcopy(model)
     with torch.no_grad():
@@ -202,8 +202,8 @@ def test_foreign_rows_go_and_pay_for_their_map():
             masked.get_submodule(table.name).weight.mul_(torch.from_numpy(table.kept_mask()))
     for ids, _ in foreign_batches():
         assert torch.allclose(small(ids), masked(ids), atol=1e-6)
-    stored = sum(p.numel() for p in small.user.parameters()) + small.user.id_map.numel()
-    assert stored == plan.num_params
+    assert small.user.id_map.dtype == torch.uint8
+    assert 4 * sum(p.numel() for p in small.user.parameters()) + small.user.id_map.nbytes == plan.num_bytes
     again = compact(model, plan)
     again.load_state_dict(small.state_dict())
     assert torch.equal(again(ids), small(ids))
@@ -213,8 +213,8 @@ def test_foreign_rows_of_several_sizes_equal_a_naive_lookup():
     model = noisy(ForeignModel())
     plan = foreign_row_plan(model, mixed=True)
     small = compact(model, plan, seed=1)
-    assert plan.num_params == 4 * 6 + 6 * 2 + 11 + (1 + 2) * 6 + 40
-    assert plan.num_params == sum(p.numel() for p in small.user.parameters()) + 40
+    assert plan.num_params == 4 * 6 + 6 * 2 + 11 + (1 + 2) * 6 + 40 // 4
+    assert plan.num_params == sum(p.numel() for p in small.user.parameters()) + 40 // 4
     big, two, one = small.user.weights
     projection = small.user.projections
     expected = {0: big[0], 4: big[2], 6: two[0] @ projection["2"], 38: one[10] @ projection["1"], 1: big[3], 39: big[3]}
@@ -226,10 +226,13 @@ def test_foreign_rows_of_several_sizes_equal_a_naive_lookup():
         compact(model, plan, "inherit")
 
 
-def test_verify_compares_zoo_models_only(data):
+def test_verify_asks_for_data_or_a_task_as_the_model_needs(data):
     model = ForeignModel()
-    with pytest.raises(EmbtrimError, match="given ForeignModel"):
+    with pytest.raises(EmbtrimError, match="got a ForeignModel and a EncodedDataset"):
         verify(model, site_plan(find_sites(model)), data)
+    zoo = FNN(data.schema, embedding_dim=4, hidden_units=(8,))
+    with pytest.raises(EmbtrimError, match="given a Task; give its data"):
+        verify(zoo, zoo.tables.plan, foreign_task())
 
 
 @pytest.mark.parametrize("name", ["deepfm", "fnn"])

@@ -1,4 +1,4 @@
-"""What every search promises, on a zoo model and on a foreign one; methods by hand; planted signal."""
+"""What every search promises, on a zoo model and on foreign ones; methods by hand; planted signal."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ from embtrim.schema import Schema
 from embtrim.sites import CTRTask, Task, find_sites, gate_sites, num_slots
 from embtrim.testing import (
     CHECKS,
+    TASKS,
     ForeignModel,
     conformance_matrix,
     foreign_batches,
@@ -68,15 +69,15 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(scope="module", params=["zoo", "foreign"])
+@pytest.fixture(scope="module", params=TASKS)
 def task(request) -> Task:
-    return zoo_task() if request.param == "zoo" else foreign_task()
+    return TASKS[request.param]()
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda name: name.replace(" ", "-"))
 @pytest.mark.parametrize("name", CONFIGS)
 def test_conformance(name: str, check: str, task: Task):
-    """One class of promises, all methods, on a zoo model and on a foreign one."""
+    """One class of promises, all methods, on a zoo model and on foreign ones."""
     CHECKS[check](task, CONFIGS[name])
 
 

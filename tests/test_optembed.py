@@ -412,7 +412,7 @@ class TestSearch:
         config = QUICK.replace(threshold_lr=100.0, threshold_weight=1.0, natural=True)
         plan = search(task, config, "100%")
         assert plan.tables[0].blocks[0].rows.tolist() == [0, 10, 20, 30]
-        assert plan.num_params == 5 * plan.tables[0].output_width + 40
+        assert plan.num_params == 5 * plan.tables[0].output_width + 40 // 4
         assert plan.tables[1].blocks == ()
 
     def test_reported_fitness_is_that_of_the_compact_supernet(self):

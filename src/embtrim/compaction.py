@@ -1,8 +1,8 @@
 """compact: build the smaller model that a plan describes. verify: prove that it equals the masked full model.
 
 A zoo model is built anew from its hyper-parameters with the plan's tables; whatever reads the removed coordinates
-(first deep layers, cross layers, pair inputs) shrinks with them. A foreign module is copied with its nn.Embeddings
-replaced by smaller ones of the same output width.
+(first deep layers, cross layers, pair inputs) shrinks with them. A foreign module is copied with its nn.Embeddings and
+nn.EmbeddingBags replaced by smaller ones of the same output width.
 """
 
 from __future__ import annotations
@@ -14,90 +14,25 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from embtrim.dataset import EncodedDataset
 from embtrim.errors import EmbtrimError, PlanError
 from embtrim.models.ctr_model import CTRModel
-from embtrim.plan import SizePlan, TablePlan, projects
+from embtrim.plan import SizePlan, TablePlan
+from embtrim.replacements import CompactEmbedding, CompactEmbeddingBag, CompactFlatEmbedding
 from embtrim.schema import PAD
-from embtrim.sites import ModuleSite, find_sites, site_plan
+from embtrim.sites import ModuleSite, Task, fields_of, find_sites, site_plan
 from embtrim.tables import EmbeddingTables
 from embtrim.train import check_data
 
 Init = Literal["scratch", "initial", "inherit"]
 
-# verify: |compact - masked| <= TOLERANCE * (1 + |masked|), in float64.
+# verify: |compact - masked| <= TOLERANCE * (1 + |masked|), in float64; of a foreign module in its own precision.
 TOLERANCE = 1e-9
+MODULE_TOLERANCE = 1e-5
 # Rows that are looked up value by value, where a plan only counts columns.
 LOOKUP_ROWS = 1024
-
-
-class CompactEmbedding(nn.Module):
-    """Drop-in for an nn.Embedding of which a plan keeps some columns or rows: zeros, or projections, fill the rest.
-
-    Ids stay those of the full table: where rows were dropped or re-sized an int32 map takes them to compact ids.
-
-    Args:
-        table: plan of the table, with its rows.
-        padding_idx: as in nn.Embedding.
-    """
-
-    columns: Tensor
-    id_map: Tensor | None
-
-    def __init__(self, table: TablePlan, padding_idx: int | None = None) -> None:
-        super().__init__()
-        self.embedding_dim = table.width
-        self.num_embeddings = table.num_rows
-        id_map = table.id_map() if table.output_width else None
-        self.padding_idx = padding_idx if padding_idx is None or id_map is None else int(id_map[padding_idx])
-        if padding_idx is not None and self.padding_idx == table.dropped_id:
-            self.padding_idx = None  # it shares a row that other values train
-        self.register_buffer("id_map", None if id_map is None else torch.from_numpy(id_map))
-        self.weights = nn.ParameterList([torch.zeros(rows, width) for rows, width in table.segments])
-        widths = [table.output_width] if projects(table) else table.mixed_widths
-        self.projections = nn.ParameterDict({str(s): torch.zeros(s, table.width) for s in widths})
-        self.register_buffer("columns", torch.tensor(table.columns, dtype=torch.int64), persistent=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """(..., D) embeddings of ids (...)."""
-        if not any(weight.shape[1] for weight in self.weights):
-            return self.weights[0].new_zeros(*ids.shape, self.embedding_dim)
-        rows = ids if self.id_map is None else self.id_map[ids]
-        if len(self.weights) == 1:
-            return self._widen(nn.functional.embedding(rows, self.weights[0], padding_idx=self.padding_idx))
-        found = self.weights[0].new_zeros(*ids.shape, self.embedding_dim)
-        start = 0
-        for weight in self.weights:
-            local = rows - start
-            inside = (local >= 0) & (local < len(weight))
-            found = found + self._widen(nn.functional.embedding(local * inside, weight)) * inside[..., None]
-            start += len(weight)
-        return found
-
-    @torch.no_grad()
-    def set_rows(self, compact_ids: np.ndarray, values_ND: Tensor) -> None:
-        """Write rows; of each value as many leading columns are taken as the row stores."""
-        start = 0
-        for weight in self.weights:
-            inside = torch.from_numpy((compact_ids >= start) & (compact_ids < start + len(weight)))
-            local = torch.from_numpy(compact_ids).long()[inside] - start
-            weight[local] = values_ND[inside.to(values_ND.device)][:, : weight.shape[1]].to(weight)
-            start += len(weight)
-
-    def _widen(self, narrow: Tensor) -> Tensor:
-        """Embeddings of one width at width D."""
-        width = narrow.shape[-1]
-        if str(width) in self.projections:
-            return narrow @ self.projections[str(width)]
-        if width in (0, self.embedding_dim):
-            return narrow if width else narrow.new_zeros(*narrow.shape[:-1], self.embedding_dim)
-        return narrow.new_zeros((*narrow.shape[:-1], self.embedding_dim)).index_copy(-1, self.columns, narrow)
-
-    def extra_repr(self) -> str:
-        """Sizes, for print(model)."""
-        stored = ", ".join(f"{len(w):,} x {w.shape[1]}" for w in self.weights)
-        return f"{stored} of {self.num_embeddings:,} x {self.embedding_dim}"
 
 
 def compact(model: nn.Module, plan: SizePlan, init: Init = "scratch", seed: int | None = None) -> Any:
@@ -188,10 +123,10 @@ class Verification:
     """Whether the compact model equals what the plan stands for on real rows.
 
     Attributes:
-        against: "masked" - logits of the full model with the removed entries set to zero; or "lookup" - a naive lookup
+        against: "masked" - outputs of the full model with the removed entries set to zero; or "lookup" - a naive lookup
             of each value's embedding, for plans that only count columns.
-        max_difference: largest |compact - expected| / (1 + |expected|) over the rows, in float64.
-        num_rows: rows compared.
+        max_difference: largest |compact - expected| / (1 + |expected|) over the rows, in float64 for a zoo model.
+        num_rows: rows compared; of a foreign module, as its output counts them.
         tolerance: what is allowed.
         passed: whether it holds.
     """
@@ -212,9 +147,11 @@ class Verification:
 
 
 def verify(
-    model: CTRModel, plan: SizePlan, data: EncodedDataset, split: str = "valid", max_rows: int = 65_536
+    model: nn.Module, plan: SizePlan, data: EncodedDataset | Task, split: str = "valid", max_rows: int = 65_536
 ) -> Verification:
     """Compare a compact copy with inherited weights with the masked full model on real batches, in float64.
+
+    Of a foreign module all outputs that the task's loss asks for are compared, and the loss, in its own precision.
 
     The masked model is the full one with the removed entries set to zero. The compact copy is verify's own: narrow
     tables are aligned by selection, whatever the plan says, before any re-initialisation. A plan that only counts
@@ -222,18 +159,23 @@ def verify(
 
     Args:
         model: the full model.
-        plan: made for its schema.
-        data: the full model's data.
-        split: which rows.
+        plan: made for its schema, or for its sites.
+        data: the full model's data; for a foreign module, its Task.
+        split: which rows, or batches.
         max_rows: how many at most.
 
     Raises:
         PlanError: the plan was made for something else.
     """
     if not isinstance(model, CTRModel):
-        raise EmbtrimError(
-            f"verify compares models of embtrim.models, given {type(model).__name__}; mask it and compare outputs"
-        )
+        if not isinstance(data, Task):
+            raise EmbtrimError(
+                f"verify got a {type(model).__name__} and a {type(data).__name__}; a module that is none of "
+                "embtrim.models is compared on the batches of its Task"
+            )
+        return _verify_module(model, plan, data, split, max_rows)
+    if not isinstance(data, EncodedDataset):
+        raise EmbtrimError(f"verify compares a zoo model on encoded data, given a {type(data).__name__}; give its data")
     check_data(model, data)
     if any(table.only_counts for table in plan.tables):
         return _verify_lookup(model, plan, data, split, min(max_rows, LOOKUP_ROWS))
@@ -314,48 +256,141 @@ def mask_tables(model: CTRModel, plan: SizePlan) -> CTRModel:
     return model
 
 
+def module_sites(model: nn.Module, plan: SizePlan) -> list[ModuleSite]:
+    """The sites of a foreign module that a plan is for; PlanError if it was made for others."""
+    names = {table.name for table in plan.tables}
+    flat = {path: fields for path, fields in fields_of(plan).items() if fields}
+    sites = [s for s in find_sites(model, fields=flat) if isinstance(s, ModuleSite) and s.names[0] in names]
+    fingerprint = site_plan(sites).fingerprint
+    if fingerprint != plan.fingerprint:
+        raise PlanError(f"plan was made for embeddings {plan.fingerprint}, this model has {fingerprint}; search again")
+    return sites
+
+
 def _compact_module(model: nn.Module, plan: SizePlan, init: Init, seed: int | None) -> nn.Module:
     """A copy of a foreign module with smaller embeddings of the same output width."""
     if init == "initial":
         raise EmbtrimError("init = 'initial' needs a zoo model; build a foreign one anew and use 'inherit'")
-    names = {t.name for t in plan.tables}
-    sites = [s for s in find_sites(model, keep=lambda name: name in names) if isinstance(s, ModuleSite)]
-    fingerprint = site_plan(sites).fingerprint
-    if fingerprint != plan.fingerprint:
-        raise PlanError(f"plan was made for embeddings {plan.fingerprint}, this model has {fingerprint}; search again")
-    small = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0 if seed is None else seed)
-    for table, site in zip(plan.tables, sites, strict=True):
-        module = site.module
-        replacement = CompactEmbedding(table, module.padding_idx)
-        with torch.no_grad():
-            if init == "inherit":
-                _inherit_module(module, replacement, table)
-            else:
-                _draw_module(module, replacement, table, generator)
-        small.set_submodule(table.name, replacement.to(module.weight))
-    return small
+    tables = iter(plan.tables)
+    memo: dict[int, Any] = {}
+    for site in module_sites(model, plan):
+        found = [_compact_table(site, next(tables), weight, init, generator) for weight in site.weights()]
+        replacement: nn.Module = found[0] if len(found) == 1 else CompactFlatEmbedding(found, site.module.padding_idx)
+        if isinstance(site.module, nn.EmbeddingBag):
+            replacement = CompactEmbeddingBag(replacement, site.module)  # type: ignore[arg-type]
+        replacement.to(site.module.weight.device).train(site.module.training)
+        # Wherever the model keeps the module, or its weight in a list of its own (as for a penalty), it gets ours.
+        memo.update((id(module), replacement) for module in site.modules)
+        if len(found) == len(found[0].weights) == 1:
+            memo[id(site.module.weight)] = found[0].weights[0]
+    return copy.deepcopy(model, memo)
 
 
-def _inherit_module(module: nn.Embedding, replacement: CompactEmbedding, table: TablePlan) -> None:
-    """Copy the kept rows and columns of a foreign embedding; a projection starts as the selection of the columns."""
-    _check_inheritable(table)
-    kept_rows, compact_ids = _kept_rows(table)
-    replacement.set_rows(compact_ids, module.weight[torch.from_numpy(kept_rows)][:, list(table.columns)])
-    for projection in replacement.projections.values():
-        projection.copy_(torch.eye(table.width)[list(table.columns)])
+@torch.no_grad()
+def _compact_table(
+    site: ModuleSite, table: TablePlan, weight_VD: Tensor, init: Init, generator: torch.Generator
+) -> CompactEmbedding:
+    """One table of a foreign module, with weights."""
+    module = site.module
+    padding = site.reserved_rows[site.names.index(table.name)]
+    compacted = CompactEmbedding(table, padding, module.max_norm, module.norm_type, module.sparse).to(weight_VD.dtype)
+    if init == "inherit":
+        _check_inheritable(table)
+        kept_rows, compact_ids = _kept_rows(table)
+        compacted.set_rows(compact_ids, weight_VD[torch.from_numpy(kept_rows)][:, list(table.columns)])
+        for projection in compacted.projections.values():
+            projection.copy_(torch.eye(table.width)[list(table.columns)])  # the selection of the columns
+    else:
+        # With the spread of the model's own rows: a foreign module does not tell how it was initialised.
+        for weight in compacted.weights:
+            weight.normal_(0, float(weight_VD.std()), generator=generator)
+        for projection in compacted.projections.values():
+            projection.normal_(0, len(projection) ** -0.5, generator=generator)
+        zeros = [i for i in (compacted.padding_row, table.dropped_id) if i is not None]
+        compacted.set_rows(np.array(zeros, np.int64), torch.zeros(len(zeros), table.width))
+    for weight in compacted.weights:
+        weight.requires_grad_(module.weight.requires_grad)
+    return compacted
 
 
-def _draw_module(
-    module: nn.Embedding, replacement: CompactEmbedding, table: TablePlan, generator: torch.Generator
-) -> None:
-    """New weights with the spread of the model's own rows; a foreign module does not tell how it was initialised."""
-    for weight in replacement.weights:
-        weight.normal_(0, float(module.weight.std()), generator=generator)
-    for projection in replacement.projections.values():
-        projection.normal_(0, len(projection) ** -0.5, generator=generator)
-    zeros = [i for i in (replacement.padding_idx, table.dropped_id) if i is not None]
-    replacement.set_rows(np.array(zeros, np.int64), torch.zeros(len(zeros), table.width))
+@torch.no_grad()
+def _verify_module(model: nn.Module, plan: SizePlan, task: Task, split: str, max_rows: int) -> Verification:
+    """See `verify`."""
+    if any(table.only_counts for table in plan.tables):
+        return _verify_module_lookup(model, plan)
+    small, masked = compact(model, plan, init="inherit").eval(), copy.deepcopy(model).eval()
+    tables = iter(plan.tables)
+    for site in module_sites(masked, plan):
+        for weight_VD in site.weights():
+            weight_VD.mul_(torch.from_numpy(next(tables).kept_mask()).to(weight_VD.device))
+    worst, rows = 0.0, 0
+    for batch in task.batches(split):
+        expected, found = (_outputs(task, m, batch) for m in (masked, small))
+        worst = max(worst, *(_difference(a, b) for a, b in zip(found, expected, strict=True)))
+        rows += len(expected[0]) if expected[0].ndim else 1
+        if rows >= max_rows:
+            break
+    return Verification(worst, rows, MODULE_TOLERANCE, worst <= MODULE_TOLERANCE)
+
+
+def _outputs(task: Task, model: nn.Module, batch: Any) -> list[Tensor]:
+    """Every tensor that a model puts out while the task's loss is computed, and the loss."""
+    found: list[Tensor] = []
+    hook = model.register_forward_hook(
+        lambda _module, _args, output: found.extend(x for x in tree_leaves(output) if isinstance(x, Tensor))
+    )
+    try:
+        with torch.random.fork_rng([]):  # a loss may draw negatives: the next model gets the same
+            loss = task.loss(model, batch)
+    finally:
+        hook.remove()
+    return [*found, loss]
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Largest |found - expected| / (1 + |expected|); infinite where only one of them is a number."""
+    difference = torch.where(found == expected, 0.0, (found - expected).abs() / (1 + expected.abs()))
+    return float(difference.nan_to_num(nan=float("inf")).max()) if difference.numel() else 0.0
+
+
+@torch.no_grad()
+def _verify_module_lookup(model: nn.Module, plan: SizePlan) -> Verification:
+    """Compare compact tables of random weights with the embedding of every id by nothing but the plan's definition."""
+    small = compact(model, plan, seed=0).eval()
+    generator = torch.Generator().manual_seed(0)
+    worst, rows = 0.0, 0
+    for table, compacted in zip(plan.tables, compact_tables(small, plan), strict=True):
+        stored = []
+        for weight in compacted.parameters():
+            weight.normal_(generator=generator)
+        for weight in compacted.weights:
+            wide = weight.new_zeros(len(weight), table.width)
+            if str(weight.shape[1]) in compacted.projections:
+                wide = weight @ compacted.projections[str(weight.shape[1])]
+            elif weight.shape[1]:
+                wide[:, list(table.columns)] = weight
+            stored.append(wide)
+        id_map = table.id_map()
+        rows_V = np.arange(table.num_rows) if id_map is None else id_map
+        expected_VD = torch.cat(stored)[torch.from_numpy(rows_V).long()]
+        if compacted.max_norm is not None:
+            expected_VD = torch.renorm(expected_VD, compacted.norm_type, 0, compacted.max_norm)
+        if compacted.drops_padding:
+            expected_VD[compacted.padding_idx] = 0.0
+        found_VD = compacted(torch.arange(table.num_rows, device=expected_VD.device))
+        worst, rows = max(worst, _difference(found_VD, expected_VD)), rows + table.num_rows
+    return Verification(worst, rows, MODULE_TOLERANCE, worst <= MODULE_TOLERANCE, "lookup")
+
+
+def compact_tables(small: nn.Module, plan: SizePlan) -> list[CompactEmbedding]:
+    """The tables of a compact foreign module, in the plan's order."""
+    found: list[CompactEmbedding] = []
+    for path in fields_of(plan):
+        module: Any = small.get_submodule(path)
+        entries = module.entries if isinstance(module, CompactEmbeddingBag) else module
+        found.extend(list(entries.tables) if isinstance(entries, CompactFlatEmbedding) else [entries])  # type: ignore[arg-type]
+    return found
 
 
 def _kept_rows(table: TablePlan) -> tuple[np.ndarray, np.ndarray]:

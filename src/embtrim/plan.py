@@ -132,6 +132,34 @@ class TablePlan:
         return self.has_dropped or len(self.blocks) > 1
 
     @property
+    def keeps_first_rows(self) -> bool:
+        """Whether the kept rows are the first ones in their order, and compact ids so far the full ones.
+
+        An id beyond them then reads the DROPPED row by comparison, with no map. Rows that are not at hand count as others.
+        """
+        start = 0
+        for block in self.blocks:
+            last = start + block.num_rows - 1
+            if block.rows is None and block.num_rows < self.num_rows:
+                return False
+            if block.rows is not None and block.num_rows and (block.rows[0], block.rows[-1]) != (start, last):
+                return False
+            start = last + 1
+        return self.dropped_id in (None, start)
+
+    @property
+    def map_dtype(self) -> np.dtype | None:
+        """Of the map from full to compact ids that the table needs where ids cannot be re-numbered; None: no map."""
+        if not self.renumbers or not self.output_width or self.keeps_first_rows:
+            return None
+        return smallest_dtype(self.num_compact_rows)
+
+    @property
+    def num_map_bytes(self) -> int:
+        """Bytes of that map."""
+        return 0 if self.map_dtype is None else self.num_rows * self.map_dtype.itemsize
+
+    @property
     def only_counts(self) -> bool:
         """Whether the plan says how many columns of a row are kept, or projects rows of several widths: not which."""
         counted = any(isinstance(b.columns, int) and 0 < b.width < self.width for b in self.blocks)
@@ -232,7 +260,7 @@ class SizePlan:
         method: name of the search that made it.
         details: what the search wants remembered: settings, seed, budget, scores.
         standalone: whether each table stands alone in a foreign model, whose ids cannot be re-numbered: it then has
-            projections of its own and, where rows are dropped or re-sized, an int32 map of its ids.
+            projections of its own and, where rows other than the first are kept or re-sized, a map of its ids.
 
     Example:
         >>> plan = SizePlan.full(Schema.from_sizes([100, 10]), width=4)
@@ -298,15 +326,16 @@ class SizePlan:
         return own + sum(s * self.width for s in self.shared_projection_widths)
 
     @property
-    def num_map_entries(self) -> int:
-        """Entries of the int32 maps that the tables of a foreign model carry; each takes the bytes of a parameter."""
-        return sum(t.num_rows for t in self.tables if t.renumbers and t.output_width) if self.standalone else 0
+    def num_map_params(self) -> int:
+        """Parameters that take the bytes of the id maps that tables of a foreign model carry, rounded up by table."""
+        mapped = [t for t in self.tables if t.map_dtype is not None] if self.standalone else []
+        return sum(map_params(t.num_rows, t.num_compact_rows) for t in mapped)
 
     @property
     def num_params(self) -> int:
         """Embedding parameters: rows, shared DROPPED rows, projections and row maps; no first-order weights."""
         stored = sum(rows * width for t in self.tables for rows, width in t.segments)
-        return stored + self.num_projection_params + self.num_map_entries
+        return stored + self.num_projection_params + self.num_map_params
 
     @property
     def num_first_order_params(self) -> int:
@@ -320,8 +349,9 @@ class SizePlan:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the embedding tables, projections and first-order weights, stored as fp32."""
-        return BYTES_PER_PARAM * (self.num_params + self.num_first_order_params)
+        """Bytes of the embedding tables, projections and first-order weights, stored as fp32, and of id maps."""
+        num_weights = self.num_params - self.num_map_params + self.num_first_order_params
+        return BYTES_PER_PARAM * num_weights + (sum(t.num_map_bytes for t in self.tables) if self.standalone else 0)
 
     @property
     def slot_ratio(self) -> float:
@@ -436,6 +466,16 @@ class SizePlan:
             f"{self.num_bytes:,} bytes with {self.num_first_order_params:,} first-order weights"
         )
         return "\n".join([head, *(f"  {t.name}: {describe_table(t)}" for t in self.tables)])
+
+
+def smallest_dtype(num_compact_rows: int) -> np.dtype:
+    """The smallest of uint8, int16 and int32 that holds the compact ids of so many rows (torch indexes by no uint16)."""
+    return np.dtype(next((d for d in (np.uint8, np.int16) if num_compact_rows - 1 <= np.iinfo(d).max), np.int32))
+
+
+def map_params(num_rows: int, num_compact_rows: int) -> int:
+    """Parameters that take the bytes of a map from `num_rows` ids to compact ones, rounded up."""
+    return -(-num_rows * smallest_dtype(num_compact_rows).itemsize // BYTES_PER_PARAM)
 
 
 def projects(table: TablePlan) -> bool:

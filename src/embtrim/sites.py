@@ -1,7 +1,7 @@
 """Where embeddings live in a model, and the Task that a search sees.
 
 A *site* is a place where embeddings enter a model: the EmbeddingTables of a zoo model (one site, all fields), or each
-nn.Embedding of a foreign model. Its *slots* are (table, column) pairs; a slot gate multiplies what the site puts out.
+nn.Embedding and nn.EmbeddingBag of a foreign model. Its *slots* are (table, column) pairs; a slot gate multiplies what the site puts out.
 A search reads a Task and its sites and knows neither the model nor the kind of site.
 
 Two gates. A *slot gate* multiplies what a site puts out, after pooling, and may differ per sample. A *row gate* sees
@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -45,8 +46,6 @@ from embtrim.train import (
     logloss_of_batch,
     train_loop,
 )
-
-log = logging.getLogger(__name__)
 
 # Rows a batch where many gatings are scored: activations of larger ones fall out of the cache.
 GATED_BATCH_SIZE = 2_048
@@ -138,87 +137,271 @@ class TableSite:
 
 
 class ModuleSite:
-    """One nn.Embedding of a foreign model, used any number of times in a forward pass."""
+    """The nn.Embedding or nn.EmbeddingBag of a foreign model that holds a weight, used any number of times in a pass.
 
-    def __init__(self, name: str, module: nn.Embedding) -> None:
+    A *flat table*, whose ids run through several fields, has a table a field; slots then gate single entries, before
+    they are pooled.
+
+    Args:
+        name: path of the module; tables of a flat one are called "path[field]".
+        module: what holds the weight.
+        fields: rows of each field, in order, where the table is flat.
+
+    Attributes:
+        modules: `module`, and others with the same weight and the same settings.
+    """
+
+    def __init__(
+        self, name: str, module: nn.Embedding | nn.EmbeddingBag, fields: Mapping[str, int] | None = None
+    ) -> None:
         self.module = module
-        self.names = (name,)
-        self.num_rows = (module.num_embeddings,)
-        self.widths = (module.embedding_dim,)
-        self.reserved_rows: tuple[int | None, ...] = (module.padding_idx,)
+        self.modules = [module]
+        self.names = tuple(f"{name}[{field}]" for field in fields) if fields else (name,)
+        self.num_rows = tuple(fields.values()) if fields else (module.num_embeddings,)
+        self.widths = (module.embedding_dim,) * len(self.names)
+        first = np.cumsum([0, *self.num_rows]).tolist()
+        row = module.padding_idx
+        self.reserved_rows: tuple[int | None, ...] = tuple(
+            row - low if row is not None and low <= row < high else None for low, high in itertools.pairwise(first)
+        )
 
     @contextmanager
     def gated(self, slots: SlotGate | None = None, rows: RowGate | None = None) -> Iterator[None]:
-        """See Site; a slot function gets the module's output (..., D)."""
+        """See Site; a slot function gets the module's output (..., D), of a flat table ones (B, S)."""
+        by_entry = slots if len(self.names) > 1 else None
 
-        def apply(_module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            if rows is not None:
-                (ids,) = inputs
+        def apply(module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            if rows is not None or by_entry is not None:
+                ids, offsets, weights = read_call(args, kwargs)
                 rows_U, inverse = torch.unique(ids, return_inverse=True)
-                found_UD = nn.functional.embedding(rows_U, self.module.weight, padding_idx=self.module.padding_idx)
-                output = rows(rows_U, found_UD)[inverse]
-            if slots is None:
+                found_UD = nn.functional.embedding(rows_U, module.weight, padding_idx=module.padding_idx)
+                entries = (found_UD if rows is None else rows(rows_U, found_UD))[inverse]
+                if by_entry is not None:
+                    entries = entries * self._entry_gates(by_entry, ids, offsets)
+                output = pool_entries(module, entries, ids, offsets, weights)
+            if slots is None or by_entry is not None:
                 return output
-            return output * slots if isinstance(slots, Tensor) else slots(output)
+            if not isinstance(slots, Tensor):
+                return slots(output)
+            return output * (slots if slots.ndim == 1 else slots.view(len(slots), *[1] * (output.ndim - 2), -1))
 
-        handle = self.module.register_forward_hook(apply)
-        try:
+        with ExitStack() as stack:
+            for module in self.modules:
+                handle = module.register_forward_hook(apply, with_kwargs=True)
+                stack.callback(handle.remove)
             yield
-        finally:
-            handle.remove()
+
+    def _entry_gates(self, slots: SlotGate, ids: Tensor, offsets: Tensor | None) -> Tensor:
+        """What multiplies each entry (..., D) of a flat table, by the field that its id is of, and its sample."""
+        width = self.widths[0]
+        ends = torch.tensor(np.cumsum(self.num_rows), device=ids.device)
+        field = torch.bucketize(ids.long(), ends, right=True)
+        if isinstance(slots, Tensor) and slots.ndim == 1:
+            return nn.functional.embedding(field, slots.view(-1, width))
+        if offsets is None:
+            sample, size = torch.arange(len(ids), device=ids.device).view(-1, *[1] * (ids.ndim - 1)), len(ids)
+        else:
+            sample = torch.bucketize(torch.arange(len(ids), device=ids.device), offsets.long(), right=True) - 1
+            size = len(offsets) - bool(self.module.include_last_offset)
+        if not isinstance(slots, Tensor):
+            slots = slots(self.module.weight.new_ones(size, len(self.names) * width))
+        return slots.view(size, -1, width)[sample, field]
 
     def weights(self) -> list[Tensor]:
         """See Site."""
-        return [self.module.weight.detach()]
+        return list(self.module.weight.detach().split(self.num_rows))
 
     @torch.no_grad()
     def drop_rows(self, kept: Sequence[Tensor]) -> None:
         """See Site."""
-        (kept_V,) = kept
-        self.module.weight[~kept_V] = 0.0
+        self.module.weight[~torch.cat(list(kept))] = 0.0
 
 
-def find_sites(model: nn.Module, keep: Callable[[str], bool] | None = None) -> list[Site]:
+def read_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Ids, offsets and per-sample weights of a call of an nn.Embedding or nn.EmbeddingBag."""
+    given = {**dict(zip(("input", "offsets", "per_sample_weights"), args, strict=False)), **kwargs}
+    return given["input"], given.get("offsets"), given.get("per_sample_weights")
+
+
+def pool_entries(
+    module: Any, entries: Tensor, ids: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
+) -> Tensor:
+    """Pool the embeddings of single ids as an nn.EmbeddingBag does; those of an nn.Embedding stay as they are.
+
+    Args:
+        module: says how, by `mode`, `include_last_offset` and `padding_idx`.
+        entries: embeddings (..., D) of ids (...).
+        ids: of one dimension, with `offsets`, or of two.
+        offsets: as in nn.EmbeddingBag.
+        per_sample_weights: as in nn.EmbeddingBag.
+    """
+    if not hasattr(module, "mode"):
+        return entries
+    flat_ND = entries.reshape(-1, entries.shape[-1])
+    index = torch.arange(len(flat_ND), device=ids.device, dtype=ids.dtype).view(ids.shape)
+    padding = len(flat_ND)  # a row of zeros that counts for nothing
+    if module.padding_idx is not None:
+        index = index.masked_fill(ids == module.padding_idx, padding)
+    return nn.functional.embedding_bag(
+        index,
+        torch.cat([flat_ND, flat_ND.new_zeros(1, flat_ND.shape[1])]),
+        offsets,
+        mode=module.mode,
+        per_sample_weights=per_sample_weights,
+        include_last_offset=module.include_last_offset,
+        padding_idx=padding,
+    )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What `survey` says of one module with embeddings.
+
+    Attributes:
+        name: path of the module.
+        kind: its type.
+        num_rows: rows of its tables.
+        width: their columns.
+        found: whether it is a site, or part of one.
+        note: why it was left alone, or its fields, or what it shares.
+    """
+
+    name: str
+    kind: str
+    num_rows: int
+    width: int
+    found: bool
+    note: str
+
+    def __str__(self) -> str:
+        note = f" ({self.note})" if self.note else ""
+        return f"{self.name}: {self.kind} {self.num_rows:,} x {self.width}, {'found' if self.found else 'left'}{note}"
+
+
+Fields = Mapping[str, Mapping[str, int]]
+
+
+def survey(model: nn.Module, keep: Callable[[str], bool] | None = None, fields: Fields | None = None) -> list[Finding]:
+    """Say of each module with embeddings whether it is found or left alone, and why; for arguments see `find_sites`.
+
+    Example:
+        >>> print(*survey(nn.Sequential(nn.Embedding(9, 4), nn.Embedding(9, 1))), sep="; ")
+        0: Embedding 9 x 4, found; 1: Embedding 9 x 1, left (width 1, a first-order term)
+    """
+    return _look(model, keep, fields)[0]
+
+
+def find_sites(model: nn.Module, keep: Callable[[str], bool] | None = None, fields: Fields | None = None) -> list[Site]:
     """Find where embeddings enter a model.
 
-    Width-1 embeddings are first-order terms and are left alone, and so are subclasses of nn.Embedding, whose forward
-    may do anything.
+    Modules that hold one weight are one site. Left alone are first-order terms (width 1), pooling by max, gradients
+    scaled by frequency, subclasses with a forward of their own, and weights that other kinds of modules read too.
 
     Args:
         model: zoo model or foreign module.
         keep: filter on module paths; False leaves a module alone.
+        fields: of each flat table, by module path: the fields that its ids run through, in order, and their rows.
 
     Raises:
-        EmbtrimError: nothing was found, with what was seen and why it was left.
+        EmbtrimError: nothing was found, with what was seen and why it was left; or `fields` names no module that was
+            found, or rows that do not add up to its table.
     """
+    findings, sites = _look(model, keep, fields)
+    if not sites:
+        seen = "; ".join(map(str, findings)) or "it has no nn.Embedding or nn.EmbeddingBag"
+        raise EmbtrimError(f"no embedding to shrink was found in {type(model).__name__}: {seen}")
+    return sites
+
+
+def _look(
+    model: nn.Module, keep: Callable[[str], bool] | None, fields: Fields | None
+) -> tuple[list[Finding], list[Site]]:
+    """One pass for `survey` and `find_sites`, so that what is said is what is done."""
+    findings: list[Finding] = []
     sites: list[Site] = []
-    left: list[str] = []
-    seen: set[int] = set()
+    holders: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            holders.setdefault(id(parameter), []).append((name, module))
+    by_weight: dict[int, ModuleSite] = {}
     for name, module in model.named_modules():
         if isinstance(module, EmbeddingTables):
             sites.append(TableSite(module))
-        elif isinstance(module, nn.Embedding):
-            if type(module) is not nn.Embedding:
-                left.append(f"{name} is a {type(module).__name__}")
-            elif module.embedding_dim == 1:
-                left.append(f"{name} has width 1 (a first-order term)")
-            elif keep is not None and not keep(name):
-                left.append(f"{name} was filtered out")
-            elif id(module.weight) in seen:
-                left.append(f"{name} shares the weight of another module")
+            rows = sum(sites[-1].num_rows)
+            findings.append(Finding(name, type(module).__name__, rows, module.width, True, ""))
+        elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            sharing = holders.get(id(module._parameters.get("weight")), [])
+            reasons = [_why_left(name, module, keep), *(_why_left(*other, keep) for other in sharing)]
+            note = next(filter(None, reasons), "")
+            others = [other for other, their in sharing if their is not module]
+            if not note and any(_settings(their) != _settings(module) for _, their in sharing):
+                note = f"shares its weight with {others[0]}, whose settings differ"
+            found = not note
+            named = (fields or {}).get(name)
+            if found and named is not None:
+                _check_fields(name, module.num_embeddings, named)
+                note = f"fields {', '.join(named)}"
+            elif found and others:
+                note = f"one table with {', '.join(others)}"
+            findings.append(
+                Finding(name, type(module).__name__, module.num_embeddings, module.embedding_dim, found, note)
+            )
+            if not found:
+                continue
+            if id(module.weight) in by_weight:
+                by_weight[id(module.weight)].modules.append(module)
             else:
-                seen.add(id(module.weight))
-                sites.append(ModuleSite(name, module))
-        elif isinstance(module, nn.EmbeddingBag):
-            left.append(f"{name} is an nn.EmbeddingBag")
-    if sites and left:
-        log.info("left alone: %s", "; ".join(left))
-    if not sites:
+                by_weight[id(module.weight)] = ModuleSite(name, module, named)
+                sites.append(by_weight[id(module.weight)])
+    unknown = set(fields or ()) - {table.split("[")[0] for site in sites for table in site.names}
+    if unknown:
+        seen = "; ".join(map(str, findings)) or "it has none"
+        raise EmbtrimError(f"fields= names {sorted(unknown)[0]!r}, which is no embedding that was found: {seen}")
+    return findings, sites
+
+
+def _why_left(name: str, module: nn.Module, keep: Callable[[str], bool] | None) -> str:
+    """Why a module that holds an embedding weight is no site; empty if it is one."""
+    if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return f"{name or type(module).__name__}, a {type(module).__name__}, reads its weight too"
+    if type(module).forward not in (nn.Embedding.forward, nn.EmbeddingBag.forward):
+        return f"{type(module).__name__} has a forward of its own"
+    if "weight" not in module._parameters:
+        return "its weight is computed from others"
+    if module.embedding_dim == 1:
+        return "width 1, a first-order term"
+    if isinstance(module, nn.EmbeddingBag) and module.mode == "max":
+        return "mode 'max': a removed entry is not the same as a zero"
+    if module.scale_grad_by_freq:
+        return "scale_grad_by_freq"
+    return "filtered out" if keep is not None and not keep(name) else ""
+
+
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """What two modules with one weight must have in common to be replaced by one."""
+    names = ("padding_idx", "max_norm", "norm_type", "sparse", "mode", "include_last_offset")
+    return tuple(getattr(module, name, None) for name in names)
+
+
+def _check_fields(name: str, num_rows: int, fields: Mapping[str, int]) -> None:
+    total = sum(fields.values())
+    if total != num_rows or min(fields.values()) < 1:
+        listed = " + ".join(f"{rows:,} ({field})" for field, rows in fields.items())
         raise EmbtrimError(
-            f"no embedding to shrink was found in {type(model).__name__}"
-            + (f"; left alone: {'; '.join(left)}" if left else "; it has no nn.Embedding")
+            f"the fields of {name!r} have {listed or 'none'} = {total:,} rows, the table has {num_rows:,}; name "
+            "every field of the table with its rows, at least one each, in the order of their offsets"
         )
-    return sites
+
+
+def fields_of(plan: SizePlan) -> dict[str, dict[str, int]]:
+    """Fields of each module that a foreign model's plan is for, with their rows; none of a table that is not flat."""
+    found: dict[str, dict[str, int]] = {}
+    for table in plan.tables:
+        path, _, field = table.name.removesuffix("]").partition("[")
+        fields = found.setdefault(path, {})
+        if field:
+            fields[field] = table.num_rows
+    return found
 
 
 def site_plan(sites: Sequence[Site]) -> SizePlan:
@@ -244,6 +427,8 @@ class Task:
         optimizer: model -> optimiser; needed by searches that train.
         fresh: seed -> a model with initial weights; needed by searches that start from them.
         keep: filter on module paths, see `find_sites`.
+        fields: of each flat table, by module path: the fields that its ids run through, and their rows; such as
+            `{"embedding": {"user": 1000, "item": 500}}`.
 
     Attributes:
         progress: whether searches show progress bars on stderr.
@@ -265,16 +450,21 @@ class Task:
         optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
         fresh: Callable[[int], nn.Module] | None = None,
         keep: Callable[[str], bool] | None = None,
+        fields: Fields | None = None,
     ) -> None:
         self.model = model
         self.loss = loss
         self._train, self._valid = train, valid
         self.score = score
-        self._optimizer, self._fresh, self._keep = optimizer, fresh, keep
+        self._optimizer, self._fresh, self._keep, self._fields = optimizer, fresh, keep, fields
 
     def sites(self, model: nn.Module) -> list[Site]:
         """The sites of a model of this task."""
-        return find_sites(model, self._keep)
+        return find_sites(model, self._keep, self._fields)
+
+    def survey(self) -> list[Finding]:
+        """What was found of the model's embeddings, what was left alone, and why."""
+        return survey(self.model, self._keep, self._fields)
 
     def full_plan(self) -> SizePlan:
         """The plan that keeps everything."""
@@ -395,12 +585,17 @@ class Task:
     def row_counts(self) -> dict[str, np.ndarray]:
         """Occurrences of each row in the training data, int64 (V,) by table; one forward pass over the batches."""
         sites = [site for site in self.sites(self.model) if isinstance(site, ModuleSite)]
-        counts = {site.names[0]: np.zeros(site.num_rows[0], np.int64) for site in sites}
+        totals = [np.zeros(sum(site.num_rows), np.int64) for site in sites]
 
-        def count(site: ModuleSite, _module: nn.Module, inputs: tuple[Tensor]) -> None:
-            counts[site.names[0]] += torch.bincount(inputs[0].flatten(), minlength=site.num_rows[0]).cpu().numpy()
+        def count(total_V: np.ndarray, _module: nn.Module, args: Any, kwargs: Any, _output: Tensor) -> None:
+            ids, *_ = read_call(args, kwargs)
+            total_V += torch.bincount(ids.flatten(), minlength=len(total_V)).cpu().numpy()
 
-        hooks = [s.module.register_forward_pre_hook(partial(count, s)) for s in sites]
+        hooks = [
+            module.register_forward_hook(partial(count, total_V), with_kwargs=True)
+            for site, total_V in zip(sites, totals, strict=True)
+            for module in site.modules
+        ]
         was_training = self.model.training
         self.model.eval()
         try:
@@ -411,7 +606,11 @@ class Task:
             self.model.train(was_training)
             for hook in hooks:
                 hook.remove()
-        return counts
+        return {
+            name: part
+            for site, total_V in zip(sites, totals, strict=True)
+            for name, part in zip(site.names, np.split(total_V, np.cumsum(site.num_rows)[:-1]), strict=True)
+        }
 
 
 class CTRTask(Task):

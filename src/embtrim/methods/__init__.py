@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from embtrim.budget import Budget
 from embtrim.config import Config
 from embtrim.errors import EmbtrimError
@@ -38,6 +40,9 @@ __all__ = [
 ]
 
 
+log = logging.getLogger(__name__)
+
+
 def search(task: Task, config: Config, budget: str | Budget, seed: int = 0) -> SizePlan:
     """Find what to keep of a task's embedding tables within a budget; the model is not changed.
 
@@ -53,7 +58,10 @@ def search(task: Task, config: Config, budget: str | Budget, seed: int = 0) -> S
         ConfigError: `config` belongs to no method.
     """
     budget = Budget.parse(budget)
-    if not task.full_plan().num_full_params:
+    full = task.full_plan()
+    if full.standalone:
+        log.info("embeddings of %s:\n  %s", type(task.model).__name__, "\n  ".join(map(str, task.survey())))
+    if not full.num_full_params:
         raise EmbtrimError(f"{type(task.model).__name__} has no embedding tables to shrink, only first-order weights")
     plan = method_of(config).search(task, config, budget, seed)
     assert plan.num_params <= plan.max_params(budget), "a search exceeded its budget"

@@ -73,14 +73,14 @@ class Space:
     def costs(self) -> list[np.ndarray]:
         """For each table int64 (D + 1,): parameters by width."""
         return [
-            np.array([table_cost(self.full, t, int(v.sum()), d, self.alignment) for d in range(t.width + 1)], np.int64)
+            np.array([table_cost(self.full, t, v, d, self.alignment) for d in range(t.width + 1)], np.int64)
             for t, v in zip(self.full.tables, self.kept, strict=True)
         ]
 
     def plan(self, widths: Widths) -> SizePlan:
         """The plan of a candidate."""
         tables = [
-            table_plan(table, int(rows_V.sum()), int(width), self.alignment, rows_V)
+            table_plan(table, rows_V, int(width), self.alignment)
             for table, rows_V, width in zip(self.full.tables, self.kept, widths, strict=True)
         ]
         return dataclasses.replace(self.full, tables=tuple(tables))
@@ -184,9 +184,9 @@ def kept_rows(
         if row is not None:
             kept_V[row] = False
             kept_V[row] = kept_V.any()
-        fewer = table_cost(full, table, int(kept_V.sum()), width, alignment)
-        saves = fewer < table_cost(full, table, table.num_rows, width, alignment)
-        found.append(kept_V if saves else np.ones_like(kept_V))
+        all_V = np.ones_like(kept_V)
+        saves = table_cost(full, table, kept_V, width, alignment) < table_cost(full, table, all_V, width, alignment)
+        found.append(kept_V if saves else all_V)
     return found
 
 
@@ -227,16 +227,15 @@ def raise_thresholds(
     return rows_at(low), float(levels[low])
 
 
-def table_plan(
-    table: TablePlan, num_kept: int, width: int, alignment: Alignment, kept_V: np.ndarray | None = None
-) -> TablePlan:
-    """A table with some rows and its first columns; without `kept_V` good for counting only."""
-    if not num_kept:
+def table_plan(table: TablePlan, kept_V: np.ndarray, width: int, alignment: Alignment) -> TablePlan:
+    """A table with some rows and its first columns."""
+    rows = np.flatnonzero(kept_V).astype(np.int32)
+    if not len(rows):
         return dataclasses.replace(table, blocks=())
-    rows = None if kept_V is None or num_kept == table.num_rows else np.flatnonzero(kept_V).astype(np.int32)
-    return dataclasses.replace(table, blocks=(Block(num_kept, tuple(range(width)), alignment, rows),))
+    stored = None if len(rows) == table.num_rows else rows
+    return dataclasses.replace(table, blocks=(Block(len(rows), tuple(range(width)), alignment, stored),))
 
 
-def table_cost(full: SizePlan, table: TablePlan, num_kept: int, width: int, alignment: Alignment) -> int:
+def table_cost(full: SizePlan, table: TablePlan, kept_V: np.ndarray, width: int, alignment: Alignment) -> int:
     """Parameters of one table of a plan that keeps some rows and its first columns."""
-    return dataclasses.replace(full, tables=(table_plan(table, num_kept, width, alignment),)).num_params
+    return dataclasses.replace(full, tables=(table_plan(table, kept_V, width, alignment),)).num_params

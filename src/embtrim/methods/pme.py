@@ -34,7 +34,7 @@ from embtrim.config import Config
 from embtrim.errors import EmbtrimError
 from embtrim.methods.registry import register
 from embtrim.methods.selection import largest
-from embtrim.plan import Block, SizePlan, TablePlan
+from embtrim.plan import Block, SizePlan, TablePlan, map_params
 from embtrim.sites import Site, Task, gate_sites
 
 
@@ -186,6 +186,26 @@ def fill_sizes(full: SizePlan, ranked: list[np.ndarray], limit: int) -> list[np.
     def reached(prefix: int) -> np.ndarray:
         return keep_few(np.bincount(row_of[order[:prefix]], minlength=first_row[-1]))
 
+    def wider_map(level_R: np.ndarray) -> np.ndarray:
+        """What one more row costs each table because its id map then needs more bytes an entry."""
+        kept = [int((part > 0).sum()) for part in np.split(level_R, first_row[1:-1])]
+        return np.array(
+            [
+                map_params(t.num_rows, n + 2) - map_params(t.num_rows, n + 1) if full.standalone else 0
+                for t, n in zip(full.tables, kept, strict=True)
+            ]
+        )
+
+    def stepped(level_R: np.ndarray, row: np.ndarray, level: np.ndarray) -> np.ndarray:
+        """Levels after as many of these steps as fit: together they may need a wider map, which no single one does."""
+
+        def after(num: int) -> np.ndarray:
+            changed_R = level_R.copy()
+            changed_R[row[:num]] = level[:num]
+            return keep_few(changed_R)
+
+        return after(largest(len(row), lambda num: count(after(num)) <= limit) if full.standalone else len(row))
+
     # Keeping everything needs no projections, so it may fit where a little less does not.
     everything = count(reached(len(order))) <= limit
     taken = len(order) if everything else largest(len(order), lambda prefix: count(reached(prefix)) <= limit)
@@ -204,12 +224,14 @@ def fill_sizes(full: SizePlan, ranked: list[np.ndarray], limit: int) -> list[np.
         step = later[level_of[later] == target_TL[table_R, level_R][row_of[later]]]
         row = row_of[step]
         cost = size_TL[table_R[row], level_of[step]] - size_TL[table_R[row], level_R[row]]
+        cost += np.where(level_R[row] == 0, wider_map(level_R)[table_R[row]], 0)
         step, row, cost = (part[cost <= left] for part in (step, row, cost))
+
         fitting = np.cumsum(cost) <= left
-        if not fitting.any():
+        changed_R = stepped(level_R, row[fitting], level_of[step[fitting]])
+        if (changed_R == level_R).all():
             return sizes_of(level_R)
-        level_R[row[fitting]] = level_of[step[fitting]]
-        keep_few(level_R)
+        level_R = changed_R
 
 
 def sized_plan(full: SizePlan, sizes: Sequence[np.ndarray], with_rows: bool = True) -> SizePlan:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from embtrim.errors import BudgetError
-from embtrim.plan import Alignment, Block, SizePlan, TablePlan
+from embtrim.plan import Alignment, Block, SizePlan, TablePlan, map_params
 
 
 def slot_costs(plan: SizePlan, alignment: Alignment, kept: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
@@ -105,7 +105,10 @@ def columns_cost(
     if not width:
         return 0
     rows = (kept or {}).get(table.name)
-    stored = table.num_rows * width if rows is None else rows_cost(full, table, len(rows), width)
+    if rows is None:
+        stored = table.num_rows * width
+    else:
+        stored = rows_cost(full, table, len(rows), width, first=bool(rows[-1] == len(rows) - 1))
     projection = table.width if alignment == "project" else 0
     return min(stored + width * projection, table.num_rows * table.width)
 
@@ -118,6 +121,9 @@ def row_plan(
     alignment: Alignment,
 ) -> SizePlan:
     """The plan that keeps the rows of the highest score of all tables while they fit; the others are dropped.
+
+    A table keeps more than these where that takes no more: all rows up to the last of them where a foreign model would
+    else need a map of its ids, or the whole table.
 
     Args:
         full: the plan that keeps everything.
@@ -132,35 +138,57 @@ def row_plan(
     order = np.argsort(-np.concatenate([scores[t.name] for t in full.tables]), kind="stable")
     table_of, row_of = table_of[order], row_of[order]
 
-    def plan_of(kept: np.ndarray, rows: Sequence[np.ndarray] | None = None) -> SizePlan:
-        tables = []
-        for number, (t, count) in enumerate(zip(full.tables, kept.tolist(), strict=True)):
-            if count and rows_cost(full, t, count, len(columns[t.name])) >= t.num_rows * len(columns[t.name]):
-                count = t.num_rows
-            stored = None if rows is None or count == t.num_rows else np.sort(rows[number]).astype(np.int32)
-            block = Block(count, tuple(columns[t.name]), alignment, stored)
-            tables.append(TablePlan(t.name, t.num_rows, t.width, (block,) if count else ()))
-        return dataclasses.replace(full, tables=tuple(tables))
-
-    def count(prefix: int) -> np.ndarray:
-        return np.bincount(table_of[:prefix], minlength=len(sizes))
-
-    kept = count(largest(len(order), lambda prefix: plan_of(count(prefix)).num_params <= limit))
     by_table = [row_of[table_of == number] for number in range(len(sizes))]
+    last = [np.maximum.accumulate(rows) for rows in by_table]
+
+    def cheapest(number: int, count: int) -> tuple[int, int, bool]:
+        """Parameters of a table that keeps its `count` best rows, how many it then keeps, whether these are the first."""
+        t, width = full.tables[number], len(columns[full.tables[number].name])
+        if not count:
+            return 0, 0, True
+        first = int(last[number][count - 1]) + 1
+        choices = [
+            (rows_cost(full, t, count, width), count, False),
+            (rows_cost(full, t, first, width, first=True), first, True),
+            (t.num_rows * width, t.num_rows, True),
+        ]
+        cost, kept, are_first = min(choices, key=lambda choice: (choice[0], -choice[1]))
+        projection = width * t.width if alignment == "project" and width < t.width else 0
+        return cost + projection, kept, are_first
+
+    def count(prefix: int) -> list[int]:
+        return np.bincount(table_of[:prefix], minlength=len(sizes)).tolist()
+
+    def cost(counts: Sequence[int]) -> int:
+        return sum(cheapest(number, n)[0] for number, n in enumerate(counts))
+
+    counts = count(largest(len(order), lambda prefix: cost(count(prefix)) <= limit))
+    left = limit - cost(counts)
     # Of what is left the next best row of a narrower table may still fit.
-    for number in range(len(sizes)):
-        while kept[number] < sizes[number]:
-            more = kept.copy()
-            more[number] += 1
-            if plan_of(more).num_params > limit:
+    for number, size in enumerate(sizes):
+        while counts[number] < size:
+            more = cheapest(number, counts[number] + 1)[0] - cheapest(number, counts[number])[0]
+            if more > left:
                 break
-            kept = more
-    return plan_of(kept, [rows[:n] for rows, n in zip(by_table, kept, strict=True)])
+            counts[number] += 1
+            left -= more
+    tables = []
+    for number, (t, n) in enumerate(zip(full.tables, counts, strict=True)):
+        _, kept, are_first = cheapest(number, n)
+        rows = np.arange(kept) if are_first else np.sort(by_table[number][:n])
+        stored = None if kept == t.num_rows else rows.astype(np.int32)
+        blocks = (Block(kept, tuple(columns[t.name]), alignment, stored),) if kept else ()
+        tables.append(dataclasses.replace(t, blocks=blocks))
+    return dataclasses.replace(full, tables=tuple(tables))
 
 
-def rows_cost(full: SizePlan, table: TablePlan, count: int, width: int) -> int:
-    """Parameters of `count` rows at a width, their DROPPED row, and the map that a foreign table then needs."""
-    return (count + 1) * width + (table.num_rows if full.standalone else 0)
+def rows_cost(full: SizePlan, table: TablePlan, count: int, width: int, first: bool = False) -> int:
+    """Parameters of `count` rows at a width, their DROPPED row, and the map that a foreign table needs.
+
+    It needs none where the rows are the `first` ones.
+    """
+    mapped = full.standalone and not first
+    return (count + 1) * width + (map_params(table.num_rows, count + 1) if mapped else 0)
 
 
 def largest(most: int, fits: Callable[[int], bool]) -> int:

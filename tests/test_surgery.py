@@ -1,0 +1,577 @@
+"""Surgery on modules of other people: what is found, gates, and replacements against the masked module."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from embtrim.compaction import MODULE_TOLERANCE, compact, compact_tables, verify
+from embtrim.errors import EmbtrimError, PlanError
+from embtrim.methods import (
+    FrequencyConfig,
+    GuidedConfig,
+    MagnitudeConfig,
+    OptEmbedConfig,
+    PMEConfig,
+    RandomConfig,
+    SSEDSConfig,
+    search,
+)
+from embtrim.methods.pme import fill_sizes, sized_plan
+from embtrim.plan import Block, SizePlan, TablePlan, smallest_dtype
+from embtrim.replacements import CompactEmbedding, CompactEmbeddingBag, CompactFlatEmbedding
+from embtrim.sites import ModuleSite, Task, find_sites, gate_sites, site_plan, survey
+from embtrim.testing import PooledModel, check_budget, foreign_task, pooled_task
+
+ROWS, WIDTH = 12, 4
+FIELDS = {"user": 7, "city": 5}
+
+
+def blocks_of(kind: str, num_rows: int) -> tuple[Block, ...]:
+    """Some columns; some rows, or the first ones, or those but a padding row 0; several sizes a row; or nothing."""
+    columns = (1, 2)
+    if kind == "columns":
+        return (Block(num_rows, columns),)
+    if kind == "project":
+        return (Block(num_rows, columns, "project"),)
+    if kind == "nothing":
+        return ()
+    rows = np.arange(num_rows, dtype=np.int32)
+    if kind == "sizes":
+        parts = [(4, rows[1:3]), (2, rows[3:5])]
+        return tuple(Block(len(part), size, "project", part) for size, part in parts)
+    part = {"rows": rows[::2], "first": rows[:3], "without padding": rows[1::2]}[kind]
+    return (Block(len(part), columns, "scatter", part),)
+
+
+def plan_for(model: nn.Module, kind: str, fields: dict[str, dict[str, int]] | None = None) -> SizePlan:
+    full = site_plan(find_sites(model, fields=fields))
+    tables = tuple(dataclasses.replace(t, blocks=blocks_of(kind, t.num_rows)) for t in full.tables)
+    return dataclasses.replace(full, tables=tables)
+
+
+def masked_copy(model: nn.Module, plan: SizePlan) -> nn.Module:
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        mask = np.concatenate([t.kept_mask() for t in plan.tables])
+        masked[0].weight.mul_(torch.from_numpy(mask))
+    return masked
+
+
+KINDS = ("columns", "project", "rows", "first", "without padding", "nothing")
+PAIRS = torch.tensor([[0, 3, 5], [11, 0, 0], [1, 1, 9], [0, 0, 0]])
+FLAT_IDS, OFFSETS = PAIRS.flatten(), torch.tensor([0, 2, 2, 7])
+BAG_CALLS = {
+    "pairs": ((PAIRS,), {}),
+    "offsets": ((FLAT_IDS, OFFSETS), {}),
+    "keywords": ((), {"input": FLAT_IDS, "offsets": OFFSETS}),
+    "int32": ((FLAT_IDS.int(), OFFSETS.int()), {}),
+    "empty": ((FLAT_IDS[:0], OFFSETS[:1]), {}),
+}
+
+
+def bag(**settings) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.EmbeddingBag(ROWS, WIDTH, **settings))
+
+
+def same(small: nn.Module, masked: nn.Module, calls=BAG_CALLS) -> None:
+    for args, kwargs in calls.values():
+        found, expected = small[0](*args, **kwargs), masked[0](*args, **kwargs)
+        assert found.shape == expected.shape
+        assert torch.allclose(found, expected, atol=1e-6)
+
+
+class TestReplacements:
+    """With inherited weights they equal the masked module, however it is called."""
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("padding_idx", [None, 0, 3])
+    @pytest.mark.parametrize("mode", ["sum", "mean"])
+    @pytest.mark.parametrize("flat", [False, True])
+    def test_bags(self, kind: str, padding_idx: int | None, mode: str, flat: bool):
+        model = bag(mode=mode, padding_idx=padding_idx)
+        with torch.no_grad():
+            model[0].weight.normal_()  # padding rows too: a bag does not count them, whatever they hold
+        plan = plan_for(model, kind, {"0": FIELDS} if flat else None)
+        small = compact(model, plan, "inherit")
+        assert isinstance(small[0], CompactEmbeddingBag)
+        assert isinstance(small[0].entries, CompactFlatEmbedding if flat else CompactEmbedding)
+        same(small, masked_copy(model, plan))
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("padding_idx", [None, 0])
+    def test_weighted_bags_and_their_gradients(self, kind: str, padding_idx: int | None):
+        model = bag(mode="sum", include_last_offset=True, padding_idx=padding_idx)
+        plan = plan_for(model, kind)
+        small, masked = compact(model, plan, "inherit"), masked_copy(model, plan)
+        grads = []
+        for module in (small[0], masked[0]):
+            weights = torch.linspace(-1, 1, len(FLAT_IDS)).requires_grad_()
+            out = module(FLAT_IDS, torch.cat([OFFSETS, OFFSETS.new_tensor([12])]), weights)
+            out.square().sum().backward() if out.requires_grad else None
+            grads.append((out.detach(), weights.grad))
+        assert torch.allclose(grads[0][0], grads[1][0], atol=1e-6)
+        if kind != "nothing":
+            assert torch.allclose(grads[0][1], grads[1][1], atol=1e-5)
+
+    def test_weights_of_a_mean_are_refused_as_before(self):
+        model = bag(mode="mean")
+        for kind in ("columns", "nothing"):
+            small = compact(model, plan_for(model, kind), "inherit")
+            with pytest.raises(NotImplementedError, match="per_sample_weights"):
+                small[0](PAIRS, None, torch.ones(4, 3))
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("flat", [False, True])
+    @pytest.mark.parametrize("padding_idx", [None, 0, 8])
+    def test_embeddings_of_any_shape(self, kind: str, flat: bool, padding_idx: int | None):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(ROWS, WIDTH, padding_idx=padding_idx))
+        plan = plan_for(model, kind, {"0": FIELDS} if flat else None)
+        calls = {
+            n: ((ids,), {}) for n, ids in enumerate([PAIRS, FLAT_IDS.int(), PAIRS[None], torch.tensor(4), PAIRS[:0]])
+        }
+        same(compact(model, plan, "inherit"), masked_copy(model, plan), calls)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_max_norm_is_kept(self, kind: str):
+        model = nn.Sequential(nn.Embedding(ROWS, WIDTH, max_norm=3.0, norm_type=1.0))
+        plan = plan_for(model, kind)
+        same(compact(model, plan, "inherit"), masked_copy(model, plan), {"pairs": ((PAIRS,), {})})
+        small = compact(bag(mode="sum", max_norm=0.5), plan_for(bag(max_norm=0.5), "project"), seed=1)
+        single = small[0](torch.arange(ROWS)[:, None])
+        assert 0.4 < float(single.detach().norm(dim=1).max()) <= 0.5 + 1e-6
+
+    @pytest.mark.parametrize("flat", [False, True])
+    def test_padding_stays_zero_in_training(self, flat: bool):
+        for kind in (*KINDS, "sizes"):
+            model = nn.Sequential(nn.Embedding(ROWS, WIDTH, padding_idx=0))
+            small = compact(model, plan_for(model, kind, {"0": FIELDS} if flat else None), seed=1)
+            optimizer = torch.optim.SGD(small.parameters(), lr=1.0)
+            for _ in range(2):
+                out = small(PAIRS)
+                if out.requires_grad:
+                    (out - 1).square().sum().backward()
+                    optimizer.step()
+            assert not small(torch.tensor([0])).any(), kind
+
+    def test_only_the_kept_rows_and_columns_are_stored(self):
+        model = bag(mode="sum")
+        small = compact(model, plan_for(model, "rows"), "inherit")
+        assert [tuple(w.shape) for w in small.parameters()] == [(7, 2)]
+        other = compact(model, plan_for(model, "rows"), seed=3)
+        other.load_state_dict(small.state_dict())
+        assert torch.equal(other[0](PAIRS), small[0](PAIRS))
+
+    def test_sparse_gradients_stay_sparse(self):
+        for model in (nn.Sequential(nn.Embedding(ROWS, WIDTH, sparse=True)), bag(mode="sum", sparse=True)):
+            small = compact(model, plan_for(model, "rows"), "inherit")
+            small[0](PAIRS).sum().backward()
+            assert all(p.grad.is_sparse for p in small.parameters())
+
+    def test_a_frozen_table_stays_frozen_and_a_dtype_is_kept(self):
+        model = bag(mode="sum").double()
+        model[0].weight.requires_grad_(False)
+        small = compact(model, plan_for(model, "rows"), "inherit").eval()
+        assert all(p.dtype == torch.float64 and not p.requires_grad for p in small.parameters())
+
+    def test_an_id_of_no_row_is_refused(self):
+        model = nn.Sequential(nn.Embedding(ROWS, WIDTH))
+        for kind in ("columns", "rows"):
+            small = compact(model, plan_for(model, kind), "inherit")
+            for wrong in (-1, ROWS):
+                with pytest.raises(IndexError):
+                    small(torch.tensor([wrong]))
+
+
+class TestWhereElseTheModelKeepsThem:
+    """A module, or its weight, may sit in several places of a model."""
+
+    class Owner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(ROWS, WIDTH)
+            self.again = self.table
+            self.unregistered = [self.table]
+            self.penalized = [self.table.weight]
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.table(ids) + self.again(ids) + self.unregistered[0](ids)
+
+    def test_every_place_gets_the_replacement(self):
+        model = self.Owner()
+        plan = plan_for(model, "columns")
+        small = compact(model, plan, "inherit")
+        assert small.table is small.again is small.unregistered[0]
+        assert small.penalized[0] is small.table.weights[0]
+        assert isinstance(model.table, nn.Embedding)
+        assert sum(p.numel() for p in small.parameters()) == plan.num_params
+
+    def test_modules_that_share_a_weight_share_a_replacement(self):
+        task = pooled_task()
+        plan = search(task, RandomConfig(), "40%")
+        assert [t.name for t in plan.tables] == ["flat[user]", "flat[city]", "history"]
+        small = compact(task.model, plan, "inherit")
+        assert small.history is small.recent
+        assert verify(task.model, plan, task).passed
+
+
+class TestSurvey:
+    """Every module with embeddings is named, with the reason where it was left alone."""
+
+    class Own(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * 2
+
+    class Plain(nn.Embedding):
+        pass
+
+    def test_found_and_left(self):
+        tied = nn.Linear(4, 9, bias=False)
+        table = nn.Embedding(9, 4)
+        tied.weight = table.weight
+        one, other = nn.EmbeddingBag(6, 4, mode="sum"), nn.EmbeddingBag(6, 4, mode="mean")
+        other.weight = one.weight
+        computed = nn.utils.parametrizations.weight_norm(nn.Embedding(9, 4))
+        model = nn.ModuleDict(
+            {
+                "plain": self.Plain(9, 4),
+                "bag": nn.EmbeddingBag(9, 4),
+                "own": self.Own(9, 4),
+                "narrow": nn.EmbeddingBag(9, 1),
+                "max": nn.EmbeddingBag(9, 4, mode="max"),
+                "by_freq": nn.Embedding(9, 4, scale_grad_by_freq=True),
+                "table": table,
+                "tied": tied,
+                "one": one,
+                "other": other,
+                "computed": computed,
+                "unwanted": nn.Embedding(9, 4),
+            }
+        )
+        found = {f.name: f for f in survey(model, keep=lambda name: name != "unwanted")}
+        assert [name for name, f in found.items() if f.found] == ["plain", "bag"]
+        assert str(found["bag"]) == "bag: EmbeddingBag 9 x 4, found"
+        reasons = {
+            "own": "Own has a forward of its own",
+            "narrow": "width 1, a first-order term",
+            "max": "mode 'max'",
+            "by_freq": "scale_grad_by_freq",
+            "table": "tied, a Linear, reads its weight too",
+            "one": "shares its weight with other, whose settings differ",
+            "other": "shares its weight with one, whose settings differ",
+            "computed": "its weight is computed",
+            "unwanted": "filtered out",
+        }
+        assert set(reasons) == {name for name, f in found.items() if not f.found}
+        for name, reason in reasons.items():
+            assert reason in str(found[name])
+        with pytest.raises(EmbtrimError, match=r"no embedding to shrink .* max: EmbeddingBag 9 x 4, left \(mode 'max'"):
+            find_sites(nn.ModuleDict({"max": model["max"]}))
+
+    def test_a_search_logs_it_once(self, caplog):
+        with caplog.at_level(logging.INFO, logger="embtrim"):
+            search(pooled_task(), RandomConfig(), "50%")
+        (message,) = [r.getMessage() for r in caplog.records if "embeddings of" in r.getMessage()]
+        assert "flat: Embedding 52 x 6, found (fields user, city)" in message
+        assert "history: EmbeddingBag 25 x 4, found (one table with recent)" in message
+
+    def test_fields_must_add_up_and_exist(self):
+        model = PooledModel()
+        with pytest.raises(EmbtrimError, match=r"'flat' have 40 \(user\) \+ 10 \(city\) = 50 rows, the table has 52"):
+            find_sites(model, fields={"flat": {"user": 40, "city": 10}})
+        with pytest.raises(EmbtrimError, match=r"at least one each"):
+            find_sites(model, fields={"flat": {"user": 52, "city": 0}})
+        with pytest.raises(EmbtrimError, match=r"have none = 0 rows, the table has 52"):
+            find_sites(model, fields={"flat": {}})
+        with pytest.raises(EmbtrimError, match=r"'flatt', which is no embedding that was found: flat: Embedding"):
+            find_sites(model, fields={"flatt": {"user": 52}})
+
+    def test_a_plan_for_other_fields_is_refused(self):
+        model = nn.Sequential(nn.Embedding(ROWS, WIDTH))
+        plan = plan_for(model, "columns", {"0": FIELDS})
+        with pytest.raises(PlanError, match="search again"):
+            compact(nn.Sequential(nn.Embedding(ROWS, WIDTH + 1)), plan)
+        with pytest.raises(EmbtrimError, match="the table has 13"):
+            compact(nn.Sequential(nn.Embedding(ROWS + 1, WIDTH)), plan)
+
+
+class TestGates:
+    """Gates equal explicit masks of the weights."""
+
+    @pytest.mark.parametrize("call", BAG_CALLS)
+    @pytest.mark.parametrize("mode", ["sum", "mean"])
+    @pytest.mark.parametrize("padding_idx", [None, 3])
+    def test_row_gates_read_the_gradient_of_the_rows(self, call: str, mode: str, padding_idx: int | None):
+        args, kwargs = BAG_CALLS[call]
+        model = bag(mode=mode, padding_idx=padding_idx)
+        (site,) = find_sites(model)
+        leaves = []
+
+        def read(rows_U: Tensor, found_UD: Tensor) -> Tensor:
+            leaves.append((rows_U, found_UD.detach().requires_grad_()))
+            return leaves[-1][1]
+
+        plain = model[0](*args, **kwargs)
+        with site.gated(rows=read):
+            gated = model[0](*args, **kwargs)
+        assert torch.allclose(gated, plain, atol=1e-6)
+        (rows_U, leaf), upstream = leaves[0], torch.randn(plain.shape)
+        (plain * upstream).sum().backward()
+        (grad_UD,) = torch.autograd.grad((gated * upstream).sum(), leaf)
+        assert torch.allclose(grad_UD, model[0].weight.grad[rows_U.long()], atol=1e-5)
+
+    @pytest.mark.parametrize("call", BAG_CALLS)
+    def test_slot_gates_of_a_flat_table_act_on_each_field(self, call: str):
+        args, kwargs = BAG_CALLS[call]
+        model = bag(mode="mean")
+        (site,) = find_sites(model, fields={"0": FIELDS})
+        gate = torch.rand(2, WIDTH)
+        masked = copy.deepcopy(model)
+        with torch.no_grad():
+            masked[0].weight[:7] *= gate[0]
+            masked[0].weight[7:] *= gate[1]
+        expected = masked[0](*args, **kwargs)
+        for slots in (gate.flatten(), gate.flatten().expand(len(expected), -1), lambda ones: ones * gate.flatten()):
+            with site.gated(slots):
+                assert torch.allclose(model[0](*args, **kwargs), expected, atol=1e-6)
+
+    def test_slot_gates_may_differ_by_sample(self):
+        torch.manual_seed(0)
+        gate_BS = torch.rand(3, 2 * WIDTH)
+        ids, offsets = torch.tensor([0, 8, 3, 9]), torch.tensor([0, 1, 3])
+        sample, field = torch.tensor([0, 1, 1, 2]), (ids >= 7).long()
+        pooled, single = bag(mode="sum"), nn.Sequential(nn.Embedding(ROWS, WIDTH))
+        expected = pooled[0].weight[ids] * gate_BS.view(3, 2, WIDTH)[sample, field]
+        with find_sites(pooled, fields={"0": FIELDS})[0].gated(gate_BS):
+            found = pooled[0](ids, offsets)
+        assert torch.allclose(found, torch.stack([expected[0], expected[1] + expected[2], expected[3]]))
+        sequences = PAIRS[:3]
+        (site,) = find_sites(single)
+        with site.gated(gate_BS[:, :WIDTH]):
+            assert torch.allclose(single(sequences), single[0].weight[sequences] * gate_BS[:, None, :WIDTH])
+
+    def test_flat_rows_are_counted_by_field(self):
+        task = pooled_task()
+        counts = task.row_counts()
+        assert {name: len(v) for name, v in counts.items()} == {"flat[user]": 40, "flat[city]": 12, "history": 25}
+        ids = torch.cat([ids for ids, _ in task.batches("train")])
+        assert counts["flat[user]"].tolist() == torch.bincount(ids[:, 0], minlength=40).tolist()
+        assert counts["flat[city]"].tolist() == torch.bincount(ids[:, 0] % 12, minlength=12).tolist()
+        both = torch.cat([ids[:, 1:].flatten(), ids[:, 2]])
+        assert counts["history"].tolist() == torch.bincount(both, minlength=25).tolist()
+
+    def test_reserved_rows_belong_to_their_field(self):
+        site = ModuleSite("0", nn.Embedding(ROWS, WIDTH, padding_idx=8), FIELDS)
+        assert site.reserved_rows == (None, 1)
+        site.drop_rows([torch.ones(7, dtype=torch.bool), torch.tensor([True, True, False, True, True])])
+        assert [bool(row.any()) for row in site.weights()[1]] == [True, False, False, True, True]
+
+    def test_nothing_is_left_after_gating(self):
+        model = PooledModel()
+        sites = find_sites(model)
+        with gate_sites(sites, rows=[lambda _, found: found] * len(sites)):
+            assert len(model.recent._forward_hooks) == 1
+        assert not any(m._forward_hooks for m in model.modules())
+
+
+def planned_table(num_rows: int, rows: np.ndarray, width: int = 2) -> SizePlan:
+    full = site_plan([ModuleSite("0", nn.Embedding(num_rows, width))])
+    block = Block(len(rows), tuple(range(width)), "scatter", rows.astype(np.int32))
+    return dataclasses.replace(full, tables=(dataclasses.replace(full.tables[0], blocks=(block,)),))
+
+
+class TestMaps:
+    """A map is as narrow as the compact ids allow, is counted, and is none where the kept rows come first."""
+
+    @pytest.mark.parametrize(
+        ("kept", "dtype"),
+        [(255, torch.uint8), (256, torch.int16), (32_767, torch.int16), (32_768, torch.int32)],
+    )
+    def test_bytes(self, kept: int, dtype: torch.dtype):
+        plan = planned_table(40_001, np.arange(1, kept + 1))  # and DROPPED
+        small = compact(nn.Sequential(nn.Embedding(40_001, 2)), plan, "inherit")
+        assert small[0].id_map.dtype == dtype
+        stored = small[0].weights[0].nbytes + small[0].id_map.nbytes
+        assert stored == plan.num_bytes
+        assert 4 * plan.num_params - 3 <= stored <= 4 * plan.num_params
+
+    def test_first_rows_need_none(self):
+        plan = planned_table(1000, np.arange(100))
+        model = nn.Sequential(nn.Embedding(1000, 2))
+        small = compact(model, plan, "inherit")
+        assert small[0].id_map is None
+        assert plan.num_params == 101 * 2 == sum(p.numel() for p in small.parameters())
+        with torch.no_grad():
+            small[0].weights[0][100] = 7.0  # DROPPED, once trained
+        found = small(torch.tensor([99, 100, 999]))
+        assert torch.equal(found[0], model[0].weight[99])
+        assert torch.equal(found[1:], torch.full((2, 2), 7.0))
+
+    @pytest.mark.parametrize(
+        ("num_rows", "parts", "has_map"),
+        [
+            (6, ((4, 0, 3), (2, 3, 6)), False),
+            (6, ((4, 3, 6), (2, 0, 3)), True),
+            (9, ((4, 0, 3),), False),
+            (9, ((4, 0, 3), (2, 3, 6)), True),  # DROPPED comes between them, with the widest
+        ],
+    )
+    def test_sizes_need_none_where_they_follow_the_order(self, num_rows: int, parts, has_map: bool):
+        blocks = tuple(
+            Block(stop - start, size, "project", np.arange(start, stop, dtype=np.int32)) for size, start, stop in parts
+        )
+        table = TablePlan("0", num_rows, 4, blocks)
+        assert (table.map_dtype is not None) == has_map
+        module = CompactEmbedding(table)
+        rows = module.rows_of(torch.arange(num_rows))
+        expected = table.id_map()
+        assert rows.tolist() == (list(range(num_rows)) if expected is None else expected.tolist())
+
+    def test_rows_that_are_not_at_hand_count_as_mapped(self):
+        table = planned_table(1000, np.arange(100)).tables[0]
+        unknown = dataclasses.replace(table, blocks=(dataclasses.replace(table.blocks[0], rows=None),))
+        assert (table.map_dtype, unknown.map_dtype) == (None, smallest_dtype(101))
+
+    @pytest.mark.parametrize("first_is_rare", [False, True])
+    def test_frequency_on_ordered_ids_makes_none(self, first_is_rare: bool):
+        """Even if row 0 is kept for the unknown and hardly occurs: it costs less than a map."""
+        ids = torch.from_numpy(np.random.default_rng(0).zipf(1.3, 4000).clip(max=300) - 1) + int(first_is_rare)
+        order = torch.argsort(torch.bincount(ids, minlength=301), descending=True, stable=True)
+        order = torch.cat([order[order == 0], order[order > 0]]) if first_is_rare else order
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order))
+        batches = [(place[ids], (ids % 2).float())]
+        model = nn.Sequential(nn.Embedding(301, 8), nn.Linear(8, 1))
+        task = Task(model, lambda m, b: binary_cross_entropy_with_logits(m(b[0])[:, 0], b[1]), batches, batches)
+        plan = search(task, FrequencyConfig(), "20%")
+        (table,) = plan.tables
+        assert table.keeps_first_rows
+        assert table.num_kept == 301 * 8 // 5 // 8 - 1
+        assert compact(model, plan)[0].id_map is None
+        assert verify(model, plan, task).passed
+
+
+class WideModel(nn.Module):
+    """A table whose map may need one byte or two, and a small one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = nn.Embedding(700, 4)
+        self.item = nn.Embedding(25, 2)
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, ids_BC: Tensor) -> Tensor:
+        users = ids_BC[:, 0] + 40 * (ids_BC[:, 1] % 17)
+        return self.head(torch.cat([self.user(users), self.item(ids_BC[:, 1:]).flatten(1)], 1)).squeeze(1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FrequencyConfig(),
+        MagnitudeConfig(unit="rows"),
+        PMEConfig(),
+        PMEConfig(score="random"),
+        OptEmbedConfig(epochs=1, generations=2),
+        GuidedConfig(trial_steps=2),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_budgets_hold_where_maps_change_their_width(config, monkeypatch):
+    task = foreign_task(WideModel)
+    monkeypatch.setattr("embtrim.testing.BUDGETS", ("70%", "48%", "47%", "46%", "45%", "44%", "43%", "20%"))
+    check_budget(task, config)
+
+
+def test_sizes_stop_where_the_map_would_need_two_bytes():
+    """With 255 rows and DROPPED the map takes a byte a row; one row more would cost 175 parameters for it."""
+    first, second = nn.Embedding(700, 4), nn.Embedding(5000, 4)
+    full = site_plan([ModuleSite("first", first), ModuleSite("second", second)])
+    ranked = [np.zeros((700, 4)), np.zeros((5000, 4))]
+    ranked[0][:, 0], ranked[0][-254:, 0] = 1.0, 3.0
+    ranked[1][7, 0] = 2.0  # never fits, for its map
+    least = 255 + 4 + 175
+    sizes = fill_sizes(full, ranked, least + 100)
+    assert [int((s > 0).sum()) for s in sizes] == [255, 0]
+    assert sized_plan(full, sizes).num_params == least + 1
+    assert int((fill_sizes(full, ranked, least + 300)[0] > 0).sum()) == 254 + 300 - 175
+
+
+class TestVerify:
+    """The masked module against the compact one, on batches, of any outputs."""
+
+    class Outputs(nn.Module):
+        """Gives a dictionary of a list, and a mask that is minus infinity in places."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.items = nn.EmbeddingBag(ROWS, WIDTH, mode="sum")
+
+        def forward(self, ids: Tensor) -> dict[str, list[Tensor]]:
+            pooled = self.items(ids)
+            return {"out": [pooled, torch.full_like(pooled, -torch.inf)]}
+
+    def task(self) -> Task:
+        model = self.Outputs()
+        return Task(model, lambda m, ids: m(ids)["out"][0].square().mean() + torch.rand(()), [PAIRS], [PAIRS, PAIRS])
+
+    def test_holds(self):
+        task = self.task()
+        state = torch.get_rng_state()
+        result = verify(task.model, plan_for(task.model, "rows"), task)
+        assert (result.passed, result.num_rows, result.against) == (True, 8, "masked")
+        assert result.max_difference <= MODULE_TOLERANCE
+        assert verify(task.model, plan_for(task.model, "rows"), task, split="train").num_rows == 4
+        assert verify(task.model, plan_for(task.model, "rows"), task, max_rows=3).num_rows == 4
+        assert torch.equal(torch.get_rng_state(), state)
+
+    @pytest.mark.parametrize("wrong", [1e-3, float("nan")])
+    def test_sees_a_wrong_compact_model(self, wrong: float, monkeypatch):
+        task = self.task()
+        right = CompactEmbeddingBag.forward
+        monkeypatch.setattr(CompactEmbeddingBag, "forward", lambda self, *args: right(self, *args) + wrong)
+        result = verify(task.model, plan_for(task.model, "columns"), task)
+        assert not result.passed
+        with pytest.raises(EmbtrimError, match="report this as a bug"):
+            result.require()
+
+    def test_sizes_are_looked_up_one_by_one(self, monkeypatch):
+        task = pooled_task()
+        plan = plan_for(task.model, "sizes", {"flat": {"user": 40, "city": 12}})
+        small = compact(task.model, plan)
+        assert [t.num_embeddings for t in compact_tables(small, plan)] == [40, 12, 25]
+        result = verify(task.model, plan, task)
+        assert (result.passed, result.against, result.num_rows) == (True, "lookup", 77)
+        right = CompactEmbedding.rows_of
+        monkeypatch.setattr(CompactEmbedding, "rows_of", lambda self, ids: (right(self, ids) - 1).clamp(min=0))
+        assert not verify(task.model, plan, task).passed
+
+
+@pytest.mark.parametrize("align", ["scatter", "project"])
+def test_searched_compacted_retrained_and_saved(align: str, tmp_path):
+    task = pooled_task()
+    task.fit(task.model, epochs=3, seed=0)
+    plan = search(task, SSEDSConfig(align=align), "50%")
+    assert verify(task.model, plan, task).passed
+    small = compact(task.model, plan, seed=1)
+    before = task.valid_score(small)
+    task.fit(small, epochs=30, seed=0)
+    assert task.valid_score(small) > before
+    torch.save(small.state_dict(), tmp_path / "small.pt")
+    again = compact(task.model, plan, seed=2)
+    again.load_state_dict(torch.load(tmp_path / "small.pt"))
+    ids, _ = next(iter(task.batches("valid")))
+    assert torch.equal(again.eval()(ids), small.eval()(ids))
+    assert (
+        sum(t.nbytes for t in [*small.flat.state_dict().values(), *small.history.state_dict().values()])
+        == plan.num_bytes
+    )
