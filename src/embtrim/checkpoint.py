@@ -7,7 +7,7 @@
     .<target>.replaced                       the dataset being replaced, between two renames
 
 Order makes it safe. Data reaches the disk (fsync) before the checkpoint that counts on it, and the checkpoint is renamed
-into place. Arrays only grow: what a checkpoint does not count is cut off. Any other file belongs to one checkpoint, which
+into place. Arrays only grow: rows that a checkpoint does not count are cut off. Any other file belongs to one checkpoint, which
 holds its CRC-32. Whatever is not as a checkpoint says makes the run start anew.
 
 A checkpoint is of use only to a run with the same inputs: all that the result depends on, the size and the time of the
@@ -197,15 +197,11 @@ class Work:
         for name, crc in checkpoint.crcs.items():
             if not (self.root / name).is_file() or _crc(self.root / name) != crc:
                 raise DataError(f"{name} is damaged")
-        num_bytes = checkpoint.written.num_bytes
-        for name, length in num_bytes.items():
+        for name, length in checkpoint.written.num_bytes.items():
             path = self.folder / name
             if not path.is_file() or path.stat().st_size < length:
                 raise DataError(f"data/{name} is damaged")
             os.truncate(path, length)
-        for path in self.folder.glob("*/*.npy"):
-            if path.relative_to(self.folder).as_posix() not in num_bytes:
-                path.unlink()
         return checkpoint
 
 
