@@ -176,7 +176,7 @@ class Work:
                 logger.info("going on from where an interrupted run left %s", self.root)
                 return checkpoint
             except EmbtrimError as error:
-                logger.warning("%s cannot be gone on with, starting anew: %s", self.root, error)
+                logger.warning("starting anew, %s is of no use: %s", self.root, error)
         if self.root.exists():
             shutil.rmtree(self.root)
         self.folder.mkdir(parents=True)
