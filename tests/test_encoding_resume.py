@@ -16,8 +16,8 @@ import polars as pl
 import pytest
 
 from embtrim import checkpoint, encoding
-from embtrim.checkpoint import CHEAP_SECONDS, Work, working_folder
 from embtrim.encoding import encode
+from embtrim.encoding_state import CHEAP_SECONDS, Work, working_folder
 from embtrim.errors import DataError
 from embtrim.reading import RawLog, ReadOptions, open_log
 from embtrim.schema import FieldSpec, Schema

@@ -35,10 +35,10 @@ import numpy as np
 import polars as pl
 
 import embtrim
-from embtrim.checkpoint import CHECKPOINT_VERSION, Counted, Work, Written, check_target, working_folder
 from embtrim.dataset import FORMAT_VERSION, SPLITS, EncodedDataset
 from embtrim.drafting import draft_schema, infer_schema
 from embtrim.encoder import Encoder, ValueCounter, digest, id_values, needed_columns, to_numbers
+from embtrim.encoding_state import CHECKPOINT_VERSION, Counted, Work, Written, check_target, working_folder
 from embtrim.errors import DataError
 from embtrim.reading import (
     CHUNK_BYTES,
