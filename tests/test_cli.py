@@ -225,7 +225,11 @@ def test_bad_input(bad: BadInput, shop: Workshop) -> None:
     )
     # Nothing that was there has changed, and nothing is half-written.
     assert {path: after.get(path) for path in before} == before
-    finished = re.compile(r"out(/(config.toml|(records|bundles|plans)(/full-seed0.*)?))?" if bad.leaves else "nothing")
+    finished = re.compile(
+        r"out(/(config.toml|(records|bundles|plans)(/full-seed0.*)?))?|\.out\.encoding(/.*)?"
+        if bad.leaves
+        else "nothing"
+    )
     assert [path for path in after if path not in before and not finished.fullmatch(path)] == []
 
 
@@ -266,6 +270,22 @@ def test_interrupt_leaves_nothing_half_written(shop: Workshop) -> None:
     assert "Traceback" not in message
     new = {path for path in shop.snapshot() if path not in before}
     assert new == {"interrupted", "interrupted/config.toml"}
+
+
+def test_interrupted_encode_goes_on(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["encode", shop.log, "--label", "click", "--out", shop.new("data-interrupted")]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("embtrim.encoding._ArrayFile.append", interrupt)
+        done = call(*command)
+    assert done.code == 130
+    assert done.err.strip().splitlines()[-1] == "embtrim: interrupted; the same command goes on from where it was"
+    done = call(*command)
+    assert done.code == 0
+    assert "going on from where an interrupted run left" in done.err
 
 
 def _until(seconds: float) -> Iterator[None]:

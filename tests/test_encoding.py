@@ -1,6 +1,5 @@
 import gzip
 import json
-import logging
 import math
 import os
 import subprocess
@@ -691,26 +690,9 @@ class TestFolder:
             run(self.FRAME, ONE, out=tmp_path / "home", overwrite=True)
         assert (tmp_path / "home" / "thesis.txt").exists()
 
-    def test_leftovers_of_killed_runs_go(self, run, tmp_path, caplog):
-        dead = subprocess.Popen([sys.executable, "-c", ""])
-        dead.wait()
-        stale = tmp_path / f".data.encoding-{dead.pid}"
-        alive = tmp_path / f".data.encoding-{os.getppid()}"
-        other = tmp_path / f".data2.encoding-{dead.pid}"
-        for folder in (stale, alive, other):
-            folder.mkdir()
-        with caplog.at_level(logging.WARNING):
-            run(self.FRAME, ONE, out=tmp_path / "data")
-        assert not stale.exists()
-        assert alive.exists()
-        assert other.exists()
-        assert "left by a run that did not end" in caplog.text
-
     def test_killed_between_the_renames(self, run, tmp_path):
         run(self.FRAME.head(60), ONE, out=tmp_path / "data")
-        dead = subprocess.Popen([sys.executable, "-c", ""])
-        dead.wait()
-        (tmp_path / "data").rename(tmp_path / f".data.replaced-{dead.pid}")
+        (tmp_path / "data").rename(tmp_path / ".data.replaced")
         with pytest.raises(DataError, match="all with label"):
             run(self.FRAME.with_columns(y=0), ONE, out=tmp_path / "data", overwrite=True)
         assert EncodedDataset.load(tmp_path / "data").num_rows("train") == 60
@@ -895,7 +877,7 @@ def test_memory_is_bounded_whatever_the_number_of_rows(tmp_path, kind):
         assert peak(1 << 30) > 150
 
 
-def test_interrupt_by_signal_leaves_nothing(tmp_path):
+def test_interrupt_by_signal_leaves_what_is_done(tmp_path):
     code = (
         "import sys, polars as pl\nfrom embtrim.encoding import encode\nfrom embtrim.schema import *\n"
         "print('ready', flush=True)\n"
@@ -911,13 +893,13 @@ def test_interrupt_by_signal_leaves_nothing(tmp_path):
     process.stdout.readline()
     timer = threading.Timer(30, process.kill)
     timer.start()
-    while not list(tmp_path.glob(".data.encoding-*/train/ids.npy")) and process.poll() is None:
+    while not list(tmp_path.glob(".data.encoding/data/train/ids.npy")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(2)
     _, errors = process.communicate()
     timer.cancel()
-    assert b"KeyboardInterrupt" in errors
-    assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
+    assert b"KeyboardInterrupt: interrupted; the same call goes on with" in errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".data.encoding", "log.csv"]
 
 
 class TestRealData:

@@ -137,7 +137,8 @@ def encode_known(
         Path(out).expanduser().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".embtrim-prepare-", dir=Path(out).expanduser().parent) as work:
             source = entry.prepare(paths[entry.files[0]].parent, Path(work))
-            return encode(source, schema, split=chosen, **options)
+            # What is prepared goes with this run, so that no other could go on.
+            return encode(source, schema, split=chosen, checkpoint_seconds=None, **options)
     if entry.split is None:
         train, valid, test = (paths[file] for file in entry.files)
         return encode(train, schema, valid=valid, test=test, **options, **entry.read)

@@ -206,16 +206,21 @@ def encode(
         return
     out = _needed(out)
     progress = _progress(quiet)
-    if settings.dataset is not None:
-        data = encode_known(
-            settings.dataset, source, out, split=settings.split, seed=settings.seed, min_count=settings.min_count,
-            overwrite=overwrite, progress=progress,
-        )  # fmt: skip
-    else:
-        data = embtrim.encode(
-            source, settings.schema_file, label=settings.label, out=out, split=settings.split, valid=settings.valid,
-            test=settings.test, seed=settings.seed, **options.model_dump(), overwrite=overwrite, progress=progress,
-        )  # fmt: skip
+    try:
+        if settings.dataset is not None:
+            data = encode_known(
+                settings.dataset, source, out, split=settings.split, seed=settings.seed, min_count=settings.min_count,
+                overwrite=overwrite, progress=progress,
+            )  # fmt: skip
+        else:
+            data = embtrim.encode(
+                source, settings.schema_file, label=settings.label, out=out, split=settings.split, valid=settings.valid,
+                test=settings.test, seed=settings.seed, **options.model_dump(), overwrite=overwrite, progress=progress,
+            )  # fmt: skip
+    except KeyboardInterrupt as interrupt:
+        if not interrupt.args:
+            raise
+        raise _Resumable from None
     if as_json:
         _print_json(
             {
@@ -946,11 +951,14 @@ def _first_line(doc: str | None) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Console entry point: a user's errors become one clear line and an exit code, ours keep their traceback."""
     code: Any
+    advice = "nothing is half-written; train, search, compact, run and compare go on when started again"
     try:
         code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
+    except _Resumable:
+        code, advice = _INTERRUPTED, "the same command goes on from where it was"
     except ConfigError as error:
         code = _fail(str(error), 2)
     except EmbtrimError as error:
@@ -964,13 +972,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         show(file=sys.stderr)
         code = 2
     if code == _INTERRUPTED:
-        _fail(
-            "interrupted; nothing is half-written, and the same command goes on from its last checkpoint", _INTERRUPTED
-        )
+        _fail(f"interrupted; {advice}", _INTERRUPTED)
     sys.exit(code or 0)
 
 
 _INTERRUPTED: Literal[130] = 130
+
+
+class _Resumable(Exception):
+    """An interrupt of a command that can go on; typer would swallow the interrupt itself, and what it says."""
 
 
 def _fail(message: str, code: int) -> int:

@@ -474,6 +474,20 @@ class ValueCounter:
         self._parts[table] = []
         return self._merged[table]
 
+    def counts(self) -> pl.DataFrame:
+        """What was counted so far: columns table, value, count."""
+        tables = pl.Enum(list(self._parts))
+        empty = pl.DataFrame(schema={"table": tables, "value": pl.String, "count": pl.Int64})
+        merged = [
+            self._merge(name).select(pl.lit(name, tables).alias("table"), "value", "count") for name in self._parts
+        ]
+        return pl.concat([empty, *merged])
+
+    def restore(self, counts: pl.DataFrame) -> None:
+        """Go on from `counts`."""
+        for key, part in counts.partition_by("table", as_dict=True, include_key=False).items():
+            self._merged[str(key[0])] = part
+
     def vocabularies(self) -> dict[str, pl.DataFrame]:
         """By table, the values kept with their ids and counts, in the order of ids."""
         result = {}

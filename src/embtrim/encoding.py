@@ -12,35 +12,46 @@ seeded sample of that many rows.
 
 Splits do not depend on the size of chunks: a row's part is a hash (splitmix64) of the seed and of its index in the log.
 
-The output is written to a temporary folder beside the target and renamed: a run that fails, or is interrupted, leaves the
-target as it was, and the next run removes what a killed one has left.
+The output is written to a working folder beside the target and renamed: a run that fails, or is interrupted, leaves the
+target as it was. The working folder of an interrupted or killed run holds a checkpoint, from which the same call goes on
+(see checkpoint.py); passes that are finished are not made again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import glob
 import json
 import logging
 import os
-import re
-import shutil
 import struct
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
 import polars as pl
 
+import embtrim
 from embtrim.dataset import FORMAT_VERSION, SPLITS, EncodedDataset
 from embtrim.drafting import draft_schema, infer_schema
 from embtrim.encoder import Encoder, ValueCounter, digest, id_values, needed_columns, to_numbers
+from embtrim.encoding_state import CHECKPOINT_VERSION, Counted, Work, Written, check_target, working_folder
 from embtrim.errors import DataError
-from embtrim.reading import CHUNK_BYTES, Chunk, Format, RawLog, ReadOptions, Source, iter_chunks, open_log
+from embtrim.reading import (
+    CHUNK_BYTES,
+    START,
+    Chunk,
+    Format,
+    Position,
+    RawLog,
+    ReadOptions,
+    Source,
+    iter_chunks,
+    open_log,
+)
 from embtrim.schema import Schema
 from embtrim.splitting import Sample, Split, Splitter, choose_split
 
@@ -68,8 +79,15 @@ def encode(
     overwrite: bool = False,
     progress: bool = True,
     chunk_bytes: int = CHUNK_BYTES,
+    checkpoint_seconds: float | None = 60.0,
 ) -> EncodedDataset:
     """Encode a raw log into a folder and open it.
+
+    Interrupted, killed, or out of disk space, it leaves its work in `.<name of out>.encoding` beside `out`, and the same call
+    goes on from the last checkpoint there, to the same result. It starts anew, with a warning, if anything that the result
+    depends on has changed since: a source (by size and time of change), the schema, the split, the seed, how the log is
+    read, or the version of embtrim, polars or numpy. A fault in the data removes the work. For a frame there are no
+    checkpoints.
 
     Args:
         source: path, paths, glob, folder or polars DataFrame; the training rows if `valid` or `test` is given.
@@ -90,10 +108,13 @@ def encode(
         overwrite: replace an encoded dataset at `out`; anything else there is never touched.
         progress: show a bar on stderr for what takes longer than two seconds.
         chunk_bytes: bytes of text read at a time.
+        checkpoint_seconds: least time between two checkpoints while values are counted and ids written; None makes no
+            checkpoint at all.
 
     Raises:
         DataError: a column is missing; a label, number or weight cannot be used (with file and line); a split is empty or
-            has one class only; `out` exists; the disk is full.
+            has one class only; `out` exists, or another run is making it; the disk is full.
+        KeyboardInterrupt: at Ctrl-C, with a message if the same call can go on.
 
     Example:
         >>> import polars as pl, tempfile
@@ -112,7 +133,7 @@ def encode(
         quoted=quoted,
     )
     target = Path(out).expanduser()
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     logs = {"train": open_log(source, options)}
     for name, given in (("valid", valid), ("test", test)):
         if given is not None:
@@ -134,16 +155,31 @@ def encode(
         by_time = name == "train" and chosen is not None and chosen.by == "time"
         log.require(_raw_columns(schema, with_time=by_time))
 
+    sources = {name: log.identity() for name, log in logs.items()}
+    if None in sources.values():
+        checkpoint_seconds = None
+    inputs = {
+        "versions": [CHECKPOINT_VERSION, embtrim.__version__, pl.__version__, np.__version__],
+        "schema": schema.model_dump(mode="json"),
+        "split": None if chosen is None else chosen.model_dump(mode="json"),
+        "seed": seed,
+        "read options": options.model_dump(mode="json"),
+        "chunk_bytes": chunk_bytes,
+        "source files": sources,
+    }
     bar = _Bar(progress)
-    with _atomic_folder(target, overwrite) as folder, bar:
+    with working_folder(target, overwrite, inputs, checkpoint_seconds) as work, bar:
+        seconds_before = work.checkpoint.seconds
         splitter = Splitter(chosen, schema, seed)
-        splitter.learn_cuts(logs["train"], chunk_bytes, bar.update)
-        training = _TrainingRows(logs["train"], splitter, chunk_bytes, bar)
-        encoder = _fit_encoder(schema, training, seed)
+        _learn_cuts(splitter, logs["train"], chunk_bytes, bar, work)
+        if work.checkpoint.is_fitted:
+            encoder = Encoder.load(work.folder)
+        else:
+            encoder = _fit_encoder(schema, _TrainingRows(logs["train"], splitter, chunk_bytes, bar), seed, work)
         parts = {name: (log, splitter if name == "train" else SPLITS.index(name)) for name, log in logs.items()}
-        num_rows, positives = _write_splits(folder, encoder, parts, chunk_bytes, bar)
+        num_rows, positives = _write_splits(encoder, parts, chunk_bytes, bar, work)
         _check_splits(num_rows, positives, schema.label, chosen, list(logs))
-        encoder.save(folder)
+        seconds = seconds_before + time.perf_counter() - started
         meta = {
             "format_version": FORMAT_VERSION,
             "num_rows": num_rows,
@@ -152,13 +188,13 @@ def encode(
             "read_options": options.model_dump(mode="json", exclude_none=True),
             "split": None if chosen is None else {**chosen.model_dump(mode="json"), "cuts": splitter.cuts},
             "seed": seed,
-            "seconds": round(time.perf_counter() - started, 3),
+            "seconds": round(seconds, 3),
         }
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
+        (work.folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
     if draft_path is not None:
         _write_draft(schema, draft_path)
     listed = ", ".join(f"{name} {n:,}" for name, n in num_rows.items())
-    logger.info("encoded %s rows into %s in %.1f s", listed, target, time.perf_counter() - started)
+    logger.info("encoded %s rows into %s in %.1f s", listed, target, seconds)
     return EncodedDataset.load(target)
 
 
@@ -174,26 +210,47 @@ class _TrainingRows:
     chunk_bytes: int
     bar: _Bar
 
-    def chunks(self, columns: Sequence[str], stage: str) -> Iterator[tuple[Chunk, np.ndarray]]:
+    def chunks(self, columns: Sequence[str], stage: str, start: Position = START) -> Iterator[tuple[Chunk, np.ndarray]]:
         """Yield (chunk, bool (N,) is a training row)."""
         if self.splitter.column is not None:
             columns = [*columns, self.splitter.column]
-        for chunk in self.log.chunks(columns, self.chunk_bytes):
+        for chunk in self.log.chunks(columns, self.chunk_bytes, start):
             yield chunk, self.splitter.assign(chunk) == 0
             self.bar.update(stage, chunk.done)
 
 
-def _fit_encoder(schema: Schema, training: _TrainingRows, seed: int) -> Encoder:
-    """Learn transforms and vocabularies from the training rows."""
-    transforms = _fit_transforms(schema, training, seed)
+def _learn_cuts(splitter: Splitter, log: RawLog, chunk_bytes: int, bar: _Bar, work: Work) -> None:
+    """Find the moments at which to cut, if the split is by time."""
+    if splitter.column is None:
+        return
+    if work.checkpoint.cuts is not None:
+        splitter.cuts, splitter.is_text = list(work.checkpoint.cuts), work.checkpoint.times_are_text
+        return
+    splitter.learn_cuts(log, chunk_bytes, bar.update)
+    work.save(cuts=splitter.cuts, times_are_text=splitter.is_text)
+
+
+def _fit_encoder(schema: Schema, training: _TrainingRows, seed: int, work: Work) -> Encoder:
+    """Learn transforms and vocabularies from the training rows, and save the encoder."""
+    transforms = work.checkpoint.transforms
+    if transforms is None:
+        transforms = _fit_transforms(schema, training, seed)
+        if transforms:
+            work.save(transforms=transforms)
     counter = ValueCounter(schema)
-    num_rows, positives = 0, 0
-    for chunk, is_train_N in training.chunks([schema.label, *needed_columns(schema)], "counting values"):
+    start, num_rows, positives = START, 0, 0
+    if work.checkpoint.counted is not None:
+        counted = work.checkpoint.counted
+        start, num_rows, positives = counted.position, counted.num_rows, counted.positives
+        counter.restore(work.counts())
+    for chunk, is_train_N in training.chunks([schema.label, *needed_columns(schema)], "counting values", start):
         labels_N = read_labels(chunk, schema.label)[is_train_N]
         values = id_values(chunk.frame, schema, transforms, chunk.locate)
         counter.add(values.filter(pl.Series(is_train_N)))
         num_rows += len(labels_N)
         positives += int(labels_N.sum())
+        counted = Counted(position=chunk.end, num_rows=num_rows, positives=positives)
+        work.save_if_due(partial(_counts_so_far, counter, counted, work))
     _check_split("train", num_rows, positives, schema.label, training.splitter.split)
     vocabularies = counter.vocabularies()
     fields = []
@@ -203,7 +260,17 @@ def _fit_encoder(schema: Schema, training: _TrainingRows, seed: int) -> Encoder:
             field_spec = field_spec.replace(vocab_size=1 + kept)
         fields.append(field_spec)
     encoded = schema.replace(fields=tuple(fields), vocabulary_digest=digest(vocabularies, transforms))
-    return Encoder(encoded, vocabularies, transforms)
+    encoder = Encoder(encoded, vocabularies, transforms)
+    encoder.save(work.folder)
+    work.save(files=[path for path in work.folder.iterdir() if path.is_file()], counted=None, is_fitted=True)
+    return encoder
+
+
+def _counts_so_far(counter: ValueCounter, counted: Counted, work: Work) -> dict[str, Any]:
+    """What a checkpoint of the counting holds."""
+    path = work.new_counts()
+    counter.counts().write_parquet(path, compression="lz4")
+    return {"counted": counted, "files": [path]}
 
 
 def _fit_transforms(schema: Schema, training: _TrainingRows, seed: int) -> dict[str, dict[str, Any]]:
@@ -322,16 +389,26 @@ class _ArrayFile:
 
     HEADER_BYTES = 128
 
-    def __init__(self, path: Path, dtype: str, num_columns: int | None) -> None:
+    def __init__(self, path: Path, dtype: str, num_columns: int | None, num_rows: int) -> None:
+        self.path = path
         self.dtype = np.dtype(dtype)
         self.num_columns = num_columns
-        self.num_rows = 0
-        self.file: IO[bytes] = open(path, "wb", buffering=1 << 20)  # noqa: SIM115 - closed by close()
-        self.file.write(bytes(self.HEADER_BYTES))
+        self.num_rows = num_rows
+        self.file: IO[bytes] = open(path, "r+b" if num_rows else "wb", buffering=1 << 20)  # noqa: SIM115 - closed by close()
+        if num_rows:
+            self.file.seek(0, os.SEEK_END)
+        else:
+            self.file.write(bytes(self.HEADER_BYTES))
 
     def append(self, rows: np.ndarray) -> None:
         self.file.write(np.ascontiguousarray(rows, self.dtype).data if rows.size else b"")
         self.num_rows += len(rows)
+
+    def flush(self) -> int:
+        """Wait until all rows are on the disk; the length of the file in bytes."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return self.file.tell()
 
     def close(self) -> None:
         shape = (self.num_rows,) if self.num_columns is None else (self.num_rows, self.num_columns)
@@ -343,32 +420,38 @@ class _ArrayFile:
 
 
 class _SplitWriter:
-    def __init__(self, folder: Path, schema: Schema) -> None:
-        folder.mkdir()
-        self.positives = 0
-        self.ids = _ArrayFile(folder / "ids.npy", "<i4", schema.num_id_columns)
-        self.labels = _ArrayFile(folder / "labels.npy", "<f4", None)
-        self.dense = _ArrayFile(folder / "dense.npy", "<f4", len(schema.dense_fields)) if schema.dense_fields else None
-        self.weights = _ArrayFile(folder / "weights.npy", "<f4", None) if schema.weight else None
+    def __init__(self, folder: Path, schema: Schema, num_rows: int = 0, positives: int = 0) -> None:
+        folder.mkdir(exist_ok=True)
+        self.positives = positives
+        array_file = partial(_ArrayFile, num_rows=num_rows)
+        self.ids = array_file(folder / "ids.npy", "<i4", schema.num_id_columns)
+        self.labels = array_file(folder / "labels.npy", "<f4", None)
+        self.dense = array_file(folder / "dense.npy", "<f4", len(schema.dense_fields)) if schema.dense_fields else None
+        self.weights = array_file(folder / "weights.npy", "<f4", None) if schema.weight else None
 
     def files(self) -> list[_ArrayFile]:
         return [file for file in (self.ids, self.labels, self.dense, self.weights) if file is not None]
 
 
 def _write_splits(
-    folder: Path,
     encoder: Encoder,
     parts: Mapping[str, tuple[RawLog, Splitter | int]],
     chunk_bytes: int,
     bar: _Bar,
+    work: Work,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Encode every log once more and append its rows to their splits; rows and positives by split."""
-    schema = encoder.schema
+    schema, done = encoder.schema, work.checkpoint.written
     writers: dict[str, _SplitWriter] = {}
     try:
-        for log, splitter in parts.values():
+        for name, (num_rows, positives) in done.splits.items():
+            writers[name] = _SplitWriter(work.folder / name, schema, num_rows, positives)
+        for index, (log, splitter) in enumerate(parts.values()):
+            if index < done.log:
+                continue
+            start = done.position if index == done.log else START
             by_time = isinstance(splitter, Splitter) and splitter.column is not None
-            for chunk in log.chunks(_raw_columns(schema, with_time=by_time), chunk_bytes):
+            for chunk in log.chunks(_raw_columns(schema, with_time=by_time), chunk_bytes, start):
                 labels_N = read_labels(chunk, schema.label)
                 weights_N = None if schema.weight is None else read_weights(chunk, schema.weight)
                 encoded = encoder.encode_chunk(chunk)
@@ -377,7 +460,7 @@ def _write_splits(
                 for part in present:
                     name = SPLITS[part]  # type: ignore[call-overload]
                     if name not in writers:
-                        writers[name] = _SplitWriter(folder / name, schema)
+                        writers[name] = _SplitWriter(work.folder / name, schema)
                     writer, rows = writers[name], slice(None) if part_N is None else part_N == part
                     writer.ids.append(encoded.ids[rows])
                     writer.labels.append(labels_N[rows])
@@ -386,6 +469,7 @@ def _write_splits(
                         writer.dense.append(encoded.dense[rows])
                     if writer.weights is not None and weights_N is not None:
                         writer.weights.append(weights_N[rows])
+                work.save_if_due(partial(_written_so_far, writers, index, chunk.end))
                 bar.update("writing ids", chunk.done)
         for writer in writers.values():
             for file in writer.files():
@@ -398,6 +482,15 @@ def _write_splits(
         raise
     found = [name for name in SPLITS if name in writers]
     return {name: writers[name].labels.num_rows for name in found}, {name: writers[name].positives for name in found}
+
+
+def _written_so_far(writers: Mapping[str, _SplitWriter], log: int, position: Position) -> dict[str, Any]:
+    """What a checkpoint of the writing holds, once all of it is on the disk."""
+    splits = {name: (writer.labels.num_rows, writer.positives) for name, writer in writers.items()}
+    num_bytes = {
+        f"{name}/{file.path.name}": file.flush() for name, writer in writers.items() for file in writer.files()
+    }
+    return {"written": Written(log=log, position=position, splits=splits, num_bytes=num_bytes)}
 
 
 def _check_splits(
@@ -422,66 +515,6 @@ def _check_split(name: str, num_rows: int, positives: int, label: str, split: Sp
             f"split {name!r} has {num_rows:,} rows, all with label {label!r} = {int(positives > 0)}{how}; both classes are "
             "needed: give more rows, another split or another label"
         )
-
-
-@contextlib.contextmanager
-def _atomic_folder(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A new folder beside `target` that takes its place at the end, and vanishes if anything goes wrong."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
-        folder = target.with_name(f".{target.name}.encoding-{os.getpid()}")
-        folder.mkdir()
-    except OSError as error:
-        raise DataError(f"cannot write beside {target}: {error.strerror or error}; choose another --out") from None
-    try:
-        yield folder
-        _check_target(target, overwrite)
-        old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
-        if target.exists():
-            target.rename(old)
-        folder.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(f"the disk is full while writing {target}; free space or choose another --out") from None
-        raise DataError(f"cannot write {target}: {error}") from error
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.exists() and not target.is_symlink():
-        return
-    if not overwrite:
-        raise DataError(f"{target} exists; choose another folder, or pass overwrite=True (--overwrite)")
-    if not (target / "meta.json").exists():
-        raise DataError(f"{target} exists and is no encoded dataset; it is not overwritten")
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Remove what killed runs have left beside `target`; put back a dataset that one had moved out of the way."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.*-*"):
-        found = re.fullmatch(r"(encoding|replaced)-(\d+)", path.name.removeprefix(f".{target.name}."))
-        if found is None or (int(found[2]) != os.getpid() and _is_running(int(found[2]))):
-            continue
-        if found[1] == "replaced" and not target.exists():
-            path.rename(target)
-            continue
-        logger.warning("removing %s, left by a run that did not end", path)
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 class _Bar:

@@ -22,12 +22,13 @@ from __future__ import annotations
 import csv
 import glob
 import gzip
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeAlias, cast
+from typing import Any, BinaryIO, Literal, TypeAlias, cast
 
 import numpy as np
 import polars as pl
@@ -81,6 +82,25 @@ class ReadOptions(Config):
     quoted: bool | None = None
 
 
+class Position(Config):
+    """A place between two rows of a log, from which reading can go on without a look at what lies before.
+
+    Attributes:
+        file: index of the file.
+        offset: within the file: bytes of text, unzipped; rows of parquet and frames.
+        line: number of the line that starts at `offset`, for messages.
+        row: index in the whole log of the row that comes next.
+    """
+
+    file: int = 0
+    offset: int = 0
+    line: int = 1
+    row: int = 0
+
+
+START = Position()
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Consecutive rows of a raw log.
@@ -90,12 +110,14 @@ class Chunk:
         first_row: index of the first row in the whole log, over all files.
         locate: says where a row of this chunk lies, such as `logs.csv line 18,204`.
         done: part of the log that has been read after this chunk, in 0..1.
+        end: where the log goes on after this chunk.
     """
 
     frame: pl.DataFrame
     first_row: int
     locate: Callable[[int], str]
-    done: float = 1.0
+    done: float
+    end: Position
 
 
 class RawLog:
@@ -123,12 +145,15 @@ class RawLog:
                     f"{file.name} has no column {quoted}; it has {_some(file.columns)}; needed: {_some(columns)}{file.hint(missing)}"
                 )
 
-    def chunks(self, columns: Sequence[str] | None = None, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
+    def chunks(
+        self, columns: Sequence[str] | None = None, chunk_bytes: int = CHUNK_BYTES, start: Position = START
+    ) -> Iterator[Chunk]:
         """Yield the rows in order, `columns` only (None: all).
 
         Args:
             columns: names; asked twice is given once.
             chunk_bytes: bytes of text a chunk; parquet and frames are cut by rows, fewer than usual for small values.
+            start: the `end` of a chunk of the same size; what lies before is not parsed again (a gz is unzipped again).
 
         Raises:
             DataError: a file lacks a column, has lines of another length, or cannot be read.
@@ -136,16 +161,26 @@ class RawLog:
         wanted = list(dict.fromkeys(self.columns if columns is None else columns))
         self.require(wanted)
         total = max(1, sum(file.size for file in self.files))
-        first_row, size_before = 0, 0
-        for file in self.files:
-            for chunk in file.chunks(wanted, chunk_bytes):
-                yield Chunk(chunk.frame, first_row, chunk.locate, (size_before + chunk.done * file.size) / total)
-                first_row += chunk.frame.height
+        first_row = start.row
+        size_before = sum(file.size for file in self.files[: start.file])
+        for index, file in enumerate(self.files[start.file :], start.file):
+            for chunk in file.chunks(wanted, chunk_bytes, start if index == start.file else START):
+                done = (size_before + chunk.done * file.size) / total
+                end = chunk.end.replace(file=index, row=first_row + chunk.frame.height)
+                yield Chunk(chunk.frame, first_row, chunk.locate, done, end)
+                first_row = end.row
             size_before += file.size
 
     def describe(self) -> list[dict[str, object]]:
         """Path and bytes of each file, for records."""
         return [{"path": file.name, "bytes": file.size} for file in self.files]
+
+    def identity(self) -> list[list[Any]] | None:
+        """Absolute path, bytes and time of the last change (ns) of each file; None for a frame, which has no such marks."""
+        if isinstance(self.files[0], _Frame):
+            return None
+        stats = [(Path(file.name).absolute(), os.stat(file.name)) for file in self.files]
+        return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
 
 def open_log(source: Source, options: ReadOptions | None = None) -> RawLog:
@@ -203,13 +238,13 @@ def iter_chunks(
 
 
 class _File:
-    """One file of a log. `done` of its chunks counts within the file, `first_row` is not set."""
+    """One file of a log. Its chunks count within the file: `done`, offset and line of `end`; their row numbers are not set."""
 
     name: str
     size: int
     columns: tuple[str, ...]
 
-    def chunks(self, columns: list[str], chunk_bytes: int) -> Iterator[Chunk]:
+    def chunks(self, columns: list[str], chunk_bytes: int, start: Position) -> Iterator[Chunk]:
         raise NotImplementedError
 
     def missing(self, columns: Sequence[str]) -> list[str]:
@@ -229,11 +264,12 @@ class _Frame(_File):
         self.size = frame.height
         self.columns = tuple(frame.columns)
 
-    def chunks(self, columns: list[str], chunk_bytes: int) -> Iterator[Chunk]:
+    def chunks(self, columns: list[str], chunk_bytes: int, start: Position) -> Iterator[Chunk]:
         step = _slice_rows(len(columns), chunk_bytes)
-        for start in range(0, self.frame.height, step):
-            part = self.frame.select(columns).slice(start, step)
-            yield Chunk(part, 0, _row_locator(self.name, start), (start + part.height) / self.frame.height)
+        for first in range(start.offset, self.frame.height, step):
+            part = self.frame.select(columns).slice(first, step)
+            end = first + part.height
+            yield Chunk(part, 0, _row_locator(self.name, first), end / self.frame.height, Position(offset=end))
 
 
 class _Parquet(_File):
@@ -247,16 +283,17 @@ class _Parquet(_File):
         except (pl.exceptions.PolarsError, OSError) as error:
             raise DataError(f"{path} is no readable parquet file ({_first_line(error)})") from None
 
-    def chunks(self, columns: list[str], chunk_bytes: int) -> Iterator[Chunk]:
+    def chunks(self, columns: list[str], chunk_bytes: int, start: Position) -> Iterator[Chunk]:
         # Slices of a scan, not the streaming engine's batches: those read ahead by several hundred megabytes.
         step = _slice_rows(len(columns), chunk_bytes)
         scan = pl.scan_parquet(self.path).select(columns)
-        for start in range(0, self.num_rows, step):
+        for first in range(start.offset, self.num_rows, step):
             try:
-                part = scan.slice(start, step).collect()
+                part = scan.slice(first, step).collect()
             except (pl.exceptions.PolarsError, OSError) as error:
-                raise DataError(f"{self.path} is damaged near row {start + 1:,} ({_first_line(error)})") from None
-            yield Chunk(part, 0, _row_locator(self.name, start), (start + part.height) / self.num_rows)
+                raise DataError(f"{self.path} is damaged near row {first + 1:,} ({_first_line(error)})") from None
+            end = first + part.height
+            yield Chunk(part, 0, _row_locator(self.name, first), end / self.num_rows, Position(offset=end))
 
 
 class _Text(_File):
@@ -297,10 +334,11 @@ class _Text(_File):
             return f"; is {self.separator.decode()!r} the separator?"
         return ""
 
-    def chunks(self, columns: list[str], chunk_bytes: int) -> Iterator[Chunk]:
+    def chunks(self, columns: list[str], chunk_bytes: int, start: Position) -> Iterator[Chunk]:
         schema = dict.fromkeys(self.columns, pl.String)
         separator = self.separator if len(self.separator) == 1 else _CELL_SEPARATOR
-        for block, first_line, done in _blocks(self.path, chunk_bytes, self.quoted, skip_lines=int(self.header)):
+        blocks = _blocks(self.path, chunk_bytes, self.quoted, skip_lines=int(self.header), start=start)
+        for block, first_line, done, end in blocks:
             rows = block
             if not self._is_even(rows):
                 rows = _without_blank_lines(rows)
@@ -323,7 +361,7 @@ class _Text(_File):
                 )
             except pl.exceptions.PolarsError as error:
                 raise self._fault(block, first_line, _first_line(error)) from None
-            yield Chunk(frame.select(columns), 0, self._locator(block, first_line), done)
+            yield Chunk(frame.select(columns), 0, self._locator(block, first_line), done, end)
 
     def _is_even(self, rows: bytes) -> bool:
         """Whether every line has as many cells as there are columns, as a count of separators over the block tells."""
@@ -387,7 +425,7 @@ class SparseText(_File):
         if self.num_parts == 2:
             self.columns = ("label", "features")
         else:
-            block, _, _ = next(_blocks(path, 1 << 20, quoted=False))
+            block, *_ = next(_blocks(path, 1 << 20, quoted=False))
             fields = {
                 token.split(b":")[0].decode("utf-8", "replace") for token in block.split() if token.count(b":") == 2
             }
@@ -400,7 +438,7 @@ class SparseText(_File):
 
     def valued_indices(self, column: str) -> list[str]:
         """Names of the columns of all indices within list column `column`, if any of them has a value but 0 or 1."""
-        block, _, _ = next(_blocks(self.path, 1 << 20, quoted=False))
+        block, *_ = next(_blocks(self.path, 1 << 20, quoted=False))
         names: dict[str, None] = {}
         plain = True
         for token in block.decode("utf-8", "replace").split():
@@ -410,9 +448,9 @@ class SparseText(_File):
                 plain = plain and value in ("0", "1", "1.0", "0.0")
         return [] if plain else sorted(names, key=lambda text: (len(text), text))
 
-    def chunks(self, columns: list[str], chunk_bytes: int) -> Iterator[Chunk]:
+    def chunks(self, columns: list[str], chunk_bytes: int, start: Position) -> Iterator[Chunk]:
         """Yield the columns; blocks are smaller than of other text, since exploded pairs take several times more."""
-        for block, first_line, done in _blocks(self.path, max(1, chunk_bytes // 4), quoted=False):
+        for block, first_line, done, end in _blocks(self.path, max(1, chunk_bytes // 4), quoted=False, start=start):
             lines = [
                 (number, line)
                 for number, line in enumerate(block.decode("utf-8", "replace").split("\n"))
@@ -425,7 +463,8 @@ class SparseText(_File):
             def locate(row: int, numbers: list[int] = numbers) -> str:
                 return f"{self.path} line {numbers[row]:,}"
 
-            yield Chunk(self._parse([line.partition("#")[0] for _, line in lines], columns, locate), 0, locate, done)
+            frame = self._parse([line.partition("#")[0] for _, line in lines], columns, locate)
+            yield Chunk(frame, 0, locate, done, end)
 
     def _parse(self, lines: list[str], columns: list[str], locate: Callable[[int], str]) -> pl.DataFrame:
         tokens = pl.Series("tokens", lines).str.strip_chars().str.replace_all(r"\s+", " ").str.split(" ")
@@ -554,25 +593,31 @@ def _open_binary(path: Path) -> tuple[BinaryIO, BinaryIO]:
 
 
 def _first_nonblank_line(path: Path) -> bytes:
-    for block, _, _ in _blocks(path, 1 << 16, quoted=False):
+    for block, *_ in _blocks(path, 1 << 16, quoted=False):
         for line in block.split(b"\n"):
             if line.strip():
                 return line.rstrip(b"\r")
     raise DataError(f"{path} is empty")
 
 
-def _blocks(path: Path, size: int, quoted: bool, skip_lines: int = 0) -> Iterator[tuple[bytes, int, float]]:
-    """Yield (block of whole rows, its first line number, part of the file read).
+def _blocks(
+    path: Path, size: int, quoted: bool, skip_lines: int = 0, start: Position = START
+) -> Iterator[tuple[bytes, int, float, Position]]:
+    """Yield (block of whole rows, its first line number, part of the file read, offset and line after the block).
 
-    `skip_lines` lines are left out at the start, blank ones not counted. A quoted cell may span lines: a row ends at a
-    newline with an even number of quotes before it.
+    `skip_lines` lines are left out at the start of the file, blank ones not counted. A quoted cell may span lines: a row
+    ends at a newline with an even number of quotes before it.
     """
     file_size = max(1, path.stat().st_size)
-    line_number = 1
+    line_number = start.line
+    if start.offset:
+        skip_lines = 0  # a position lies behind a block, and so behind these lines
     file, raw = _open_binary(path)
     try:
         while True:
             try:
+                if file.tell() < start.offset:
+                    file.seek(start.offset)
                 block = file.read(size)
                 if not block.endswith(b"\n"):
                     block += file.readline(MAX_LINE_BYTES)
@@ -590,14 +635,14 @@ def _blocks(path: Path, size: int, quoted: bool, skip_lines: int = 0) -> Iterato
                 )
             if line_number == 1 and block.startswith(b"\xef\xbb\xbf"):
                 block = block[3:]
-            start = line_number
+            first_line = line_number
             line_number += block.count(b"\n")
             while skip_lines and block:
                 line, _, block = block.partition(b"\n")
-                start += 1
+                first_line += 1
                 skip_lines -= bool(line.strip())
             if block:
-                yield block, start, raw.tell() / file_size
+                yield block, first_line, raw.tell() / file_size, Position(offset=file.tell(), line=line_number)
     finally:
         file.close()
         raw.close()

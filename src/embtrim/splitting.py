@@ -79,14 +79,19 @@ def choose_split(split: Split | str | None, given: Sequence[str]) -> Split | Non
 
 
 class Splitter:
-    """Says which split each row of the main log belongs to: int8 (N,), an index into SPLITS."""
+    """Says which split each row of the main log belongs to: int8 (N,), an index into SPLITS.
+
+    Attributes:
+        cuts: by time, the moments at which the next part starts; None until learned.
+        is_text: whether times are compared as text; None until learned.
+    """
 
     def __init__(self, split: Split | None, schema: Schema, seed: int) -> None:
         self.split = split
         self.seed = seed
         self.column = schema.time if split is not None and split.by == "time" else None
         self.cuts: list[str | float] | None = None
-        self._is_text: bool | None = None
+        self.is_text: bool | None = None
 
     def learn_cuts(self, log: RawLog, chunk_bytes: int, report: Callable[[str, float], None]) -> None:
         """Find the moments at which to cut, from the split's settings or from the log's quantiles of time."""
@@ -99,7 +104,7 @@ class Splitter:
                 raise DataError(f"{log.name} holds no rows")
             times = self._times(chunk)
             try:
-                cuts = [cut if self._is_text else float(cut) for cut in self.split.cuts]
+                cuts = [cut if self.is_text else float(cut) for cut in self.split.cuts]
             except ValueError:
                 raise DataError(
                     f"time column {self.column!r} holds numbers such as {times[0]!r}, the cuts are {', '.join(self.split.cuts)}"
@@ -141,14 +146,14 @@ class Splitter:
         raw = chunk.frame[self.column]
         times = raw
         if raw.dtype.is_temporal():
-            self._is_text, times = True, raw.cast(pl.String)
+            self.is_text, times = True, raw.cast(pl.String)
         elif raw.dtype.is_numeric():
-            self._is_text, times = False, raw.cast(pl.Float64).fill_nan(None)
+            self.is_text, times = False, raw.cast(pl.Float64).fill_nan(None)
         elif raw.dtype == pl.String:
             numbers = raw.cast(pl.Float64, strict=False).fill_nan(None)
-            if self._is_text is None:
-                self._is_text = numbers.null_count() > raw.null_count()
-            times = raw if self._is_text else numbers
+            if self.is_text is None:
+                self.is_text = numbers.null_count() > raw.null_count()
+            times = raw if self.is_text else numbers
         else:
             raise DataError(f"time column {self.column!r} holds {raw.dtype}; it must hold numbers, dates or ISO text")
         bad = times.is_null().arg_true()
@@ -157,7 +162,7 @@ class Splitter:
                 f"{chunk.locate(bad[0])}: time column {self.column!r} holds {raw[bad[0]]!r}, which cannot be ordered; "
                 "drop the row or split by ratio"
             )
-        if raw.dtype == pl.String and self._is_text:
+        if raw.dtype == pl.String and self.is_text:
             bad = raw.str.contains(r"^\d{1,2}[/.\-]").arg_true()
             if len(bad):
                 raise DataError(
