@@ -64,10 +64,9 @@ def main() -> None:
     results = started_results(path, machine, settings)
     for text in report.warnings(results):
         say(f"warning: {text}")
-    matmul, bf16 = auto_precision()
     with tempfile.TemporaryDirectory(prefix="embtrim-bench-") as folder:
         for name in args.only:
-            listed = workloads.jobs(name, scale, Path(folder), matmul, bf16)
+            listed = workloads.jobs(name, scale, Path(folder), machine["precisions"])
             for repeat in range(args.repeats):
                 for job in listed:
                     run_once(job, repeat, results, peers_python, why_not, args.threads)
@@ -114,8 +113,8 @@ def run_once(
     if python is None:
         result: dict[str, Any] = {"error": why_not}
     else:
-        if job.needs is not None:
-            job.needs()
+        if job.prepare is not None:
+            job.prepare()
         order = json.dumps([job.kind, threads, job.settings])
         env = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
         result = measure.run_alone([str(python), str(HERE / job.script), order], env)
@@ -147,12 +146,10 @@ def started_results(path: Path, machine: dict[str, Any], settings: dict[str, Any
 # ---- the machine and the peers' environment --------------------------------------------------------------------------------
 
 
-def auto_precision() -> tuple[str, bool]:
-    """What embtrim chooses here: torch's float32 matmul precision for "fp32", and whether "auto" is bf16."""
-    with fast_matmul("fp32", torch.device("cpu")):
-        matmul = torch.get_float32_matmul_precision()
-    with fast_matmul("auto", torch.device("cpu")) as (_, words):
-        return matmul, "bf16" in words
+def precision_here(name: str) -> dict[str, Any]:
+    """What embtrim's "fp32" or "auto" is on this machine, in torch's terms: see workloads.jobs."""
+    with fast_matmul(name, torch.device("cpu")) as (_, words):
+        return {"matmul": torch.get_float32_matmul_precision(), "bf16": "bf16" in words}
 
 
 def describe_machine(load: float, peers_python: Path | None) -> dict[str, Any]:
@@ -166,7 +163,6 @@ def describe_machine(load: float, peers_python: Path | None) -> dict[str, Any]:
         "MALLOC_ARENA_MAX",
     )
     versions = {"embtrim": embtrim.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    matmul, bf16 = auto_precision()
     return {
         "processor": f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}",
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -174,7 +170,7 @@ def describe_machine(load: float, peers_python: Path | None) -> dict[str, Any]:
         "env": {name: os.environ[name] for name in variables if name in os.environ},
         "versions": versions | {f"peers' {k}": v for k, v in peer_versions(peers_python).items()},
         "commit": commit(),
-        "auto_precision": f"{'bf16' if bf16 else 'fp32'}; float32 matmuls {matmul}",
+        "precisions": {name: precision_here(name) for name in ("fp32", "auto")},
         "load": load,
         "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
@@ -222,4 +218,7 @@ def peers_environment(folder: Path) -> tuple[Path | None, str]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")

@@ -147,7 +147,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     sections = [
         "# Benchmarks\n\nWritten by `make bench`; docs/benchmarks.md says what is measured and how.",
         _machine(results),
-        "## Goals\n\n" + _goals(summary),
+        _goals(summary, scale),
         _steps(summary, scale),
         _embedding(summary),
         _floors(summary),
@@ -198,7 +198,10 @@ def _machine(results: Mapping[str, Any]) -> str:
         ("versions", ", ".join(f"{k} {v}" for k, v in machine["versions"].items())),
         ("embtrim commit", machine["commit"]),
         ("thread settings", env),
-        ("auto precision here", machine["auto_precision"]),
+        *(
+            (f"embtrim's {name}", f"{'bf16 autocast' if here['bf16'] else 'fp32'}, float32 matmuls {here['matmul']!r}")
+            for name, here in machine["precisions"].items()
+        ),
         ("started", machine["started"]),
         ("repeats", str(settings["repeats"])),
     ]
@@ -206,7 +209,9 @@ def _machine(results: Mapping[str, Any]) -> str:
     return table(("machine", ""), rows) + (f"\n{notes}" if notes else "")
 
 
-def _goals(summary: Mapping[str, Any]) -> str:
+def _goals(summary: Mapping[str, Any], scale: Mapping[str, Any]) -> str:
+    small, middle, large = scale["table_rows"]
+    sizes = f"Tables are small ({small:,} rows in all), middle ({middle:,}) or large ({large:,})."
     rows = []
     for goal in GOALS:
         found = judge(goal, summary)
@@ -215,7 +220,7 @@ def _goals(summary: Mapping[str, Any]) -> str:
         if found["value"] is not None:
             verdict += f" by {abs(found['margin'] - 1):.0%}"
         rows.append((goal.text, bound, _figure(found["value"]) or found["why"], verdict))
-    return table(("goal", "asked", "measured", "verdict"), rows)
+    return f"## Goals\n\n{sizes}\n\n{table(('goal', 'asked', 'measured', 'verdict'), rows)}"
 
 
 def _figure(value: float | None) -> str:

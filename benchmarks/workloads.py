@@ -6,7 +6,7 @@ heats up does so for all contenders.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -55,7 +55,7 @@ class Job:
         settings: its arguments.
         python: "own", the one with embtrim; or the "peers'" environment.
         max_repeats: runs at most, for jobs that take minutes or repeat inside.
-        needs: makes files that the job reads, if they are not there.
+        prepare: makes files that the job reads, if they are not there.
     """
 
     key: str
@@ -64,26 +64,26 @@ class Job:
     settings: dict[str, Any] = field(default_factory=dict)
     python: Literal["own", "peers"] = "own"
     max_repeats: int = 1000
-    needs: Callable[[], None] | None = None
+    prepare: Callable[[], None] | None = None
 
 
-def jobs(workload: str, scale: Scale, folder: Path, matmul: str, bf16: bool) -> list[Job]:
+def jobs(workload: str, scale: Scale, folder: Path, precisions: Mapping[str, Mapping[str, Any]]) -> list[Job]:
     """The jobs of a workload.
 
     Args:
         workload: one of NAMES.
         scale: sizes.
         folder: for logs and datasets.
-        matmul: torch's float32 matmul precision that embtrim chooses here; peers with "the same dense part" use it too.
-        bf16: whether embtrim's "auto" precision is bf16 autocast here; likewise.
+        precisions: what embtrim's "fp32" and "auto" are here, for peers with the same dense part: `matmul`, torch's
+            float32 matmul precision, and `bf16`, whether autocast is on.
     """
     makers = {
         "floors": _floors,
-        "train": lambda scale, _: _train(scale, matmul, bf16),
+        "train": lambda scale, _: _train(scale, precisions),
         "embedding": _embedding,
         "encode": _encode,
         "read": _read,
-        "predict": lambda scale, _: _predict(scale, matmul),
+        "predict": lambda scale, _: _predict(scale, precisions["fp32"]["matmul"]),
         "profile": _profile,
     }
     return makers[workload](scale, folder)
@@ -103,7 +103,7 @@ def _floors(scale: Scale, folder: Path) -> list[Job]:
     return [Job("floors", "floors.py", "floors", settings)]
 
 
-def _train(scale: Scale, matmul: str, bf16: bool) -> list[Job]:
+def _train(scale: Scale, precisions: Mapping[str, Mapping[str, Any]]) -> list[Job]:
     found = []
     for name, table_rows in zip(("small", "middle", "large"), scale.table_rows, strict=True):
         stepping = _stepping(scale, table_rows)
@@ -120,14 +120,13 @@ def _train(scale: Scale, matmul: str, bf16: bool) -> list[Job]:
             settings = {"contender": contender, **stepping, **more}
             return Job(f"train/{name}/{label}", "peers.py", "train", settings, "own" if own else "peers")
 
-        same_fp32, same_auto = {"matmul": matmul}, {"matmul": matmul, "bf16": bf16}
         found += [
             ours("embtrim width 16 fp32", "full", "fp32"),
             ours("embtrim width 16 auto", "full", "auto"),
             ours("embtrim mixed widths auto", "mixed", "auto"),
-            peer("FBGEMM width 16 fp32", "fbgemm", layout="full", **same_fp32),
-            peer("FBGEMM width 16 auto", "fbgemm", layout="full", **same_auto),
-            peer("FBGEMM mixed widths auto", "fbgemm", layout="mixed", **same_auto),
+            peer("FBGEMM width 16 fp32", "fbgemm", layout="full", **precisions["fp32"]),
+            peer("FBGEMM width 16 auto", "fbgemm", layout="full", **precisions["auto"]),
+            peer("FBGEMM mixed widths auto", "fbgemm", layout="mixed", **precisions["auto"]),
             peer("nn.Embedding sparse, SparseAdam", "one_table", optimizer="sparse", own=True),
         ]
         if name == "large":  # dense optimisers would need 13 GB and more, and seconds a step
@@ -139,7 +138,7 @@ def _train(scale: Scale, matmul: str, bf16: bool) -> list[Job]:
             peer("FuxiCTR DeepFM as shipped", "fuxictr"),
             peer("nn.Embedding, dense Adam", "one_table", optimizer="dense", own=True),
             peer("nn.Embedding, fused Adam", "one_table", optimizer="fused", own=True),
-            peer("torchrec width 16 auto", "torchrec", **same_auto),
+            peer("torchrec width 16 auto", "torchrec", **precisions["auto"]),
         ]
     return found
 
@@ -161,14 +160,14 @@ def _encode(scale: Scale, folder: Path) -> list[Job]:
     def settings(name: str) -> dict[str, str]:
         return {"log": str(log), "out": str(folder / name)}
 
-    def needs() -> None:
+    def prepare() -> None:
         if not log.exists():
             ours.synthetic.write_log(log, scale.log_rows)
 
     return [
-        Job("encode/embtrim", "ours.py", "encode", settings("encoded"), "own", 3, needs),
-        Job("encode/FuxiCTR preprocessing", "peers.py", "encode_fuxictr", settings("fuxictr"), "peers", 3, needs),
-        Job("encode/pandas script", "peers.py", "encode_pandas", settings("pandas"), "peers", 3, needs),
+        Job("encode/embtrim", "ours.py", "encode", settings("encoded"), "own", 3, prepare),
+        Job("encode/FuxiCTR preprocessing", "peers.py", "encode_fuxictr", settings("fuxictr"), "peers", 3, prepare),
+        Job("encode/pandas script", "peers.py", "encode_pandas", settings("pandas"), "peers", 3, prepare),
     ]
 
 
@@ -176,12 +175,12 @@ def _read(scale: Scale, folder: Path) -> list[Job]:
     def job(key: str, kind: str, rows: int, max_repeats: int) -> Job:
         data = folder / f"data-{rows}"
 
-        def needs() -> None:
+        def prepare() -> None:
             if not data.exists():
                 ours.write_dataset(data, rows, scale.table_rows[0])
 
         settings = {"folder": str(data), "batch_size": scale.batch_size}
-        return Job(key, "ours.py", kind, settings, "own", max_repeats, needs)
+        return Job(key, "ours.py", kind, settings, "own", max_repeats, prepare)
 
     epochs = [job(f"read/fit/{rows:,} rows", "train_epoch", rows, 1) for rows in scale.fit_rows]
     return [job("read/shuffled batches", "read", scale.read_rows, 1000), *epochs]

@@ -20,6 +20,7 @@ import workloads
 from embtrim.dataset import EncodedDataset, SplitArrays
 
 ROWS = 2000
+PRECISIONS = {"fp32": {"matmul": "medium", "bf16": False}, "auto": {"matmul": "medium", "bf16": True}}
 SMALL = {"hidden_units": (8, 8)}
 
 
@@ -35,7 +36,7 @@ def results():
     return {
         "machine": {
             "processor": "a processor, 2 cores", "memory_bytes": 16e9, "system": "Linux 6", "env": {"OMP_WAIT_POLICY": "passive"},
-            "versions": {"torch": "2.13.0"}, "commit": "0123 modified", "auto_precision": "bf16", "load": 2.0, "started": "today",
+            "versions": {"torch": "2.13.0"}, "commit": "0123 modified", "precisions": PRECISIONS, "load": 2.0, "started": "today",
         },
         "settings": {"quick": False, "repeats": 3, "threads": 2,
                      "scale": {"table_rows": [1_000_000, 5_000_000, 50_000_000], "batch_size": 4096}},
@@ -97,9 +98,7 @@ def test_the_page_has_the_figures_and_what_makes_them_doubtful(results):
 
 
 def test_goals_name_jobs_that_there_are(tmp_path):
-    keys = {
-        job.key for name in workloads.NAMES for job in workloads.jobs(name, workloads.QUICK, tmp_path, "medium", True)
-    }
+    keys = {job.key for name in workloads.NAMES for job in workloads.jobs(name, workloads.QUICK, tmp_path, PRECISIONS)}
     for goal in report.GOALS:
         for place in (goal.of, goal.over):
             assert not isinstance(place, tuple) or place[0] in keys, goal.text
