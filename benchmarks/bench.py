@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -218,6 +219,7 @@ def peers_environment(folder: Path) -> tuple[Path | None, str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the job under way must not outlive the suite
     try:
         main()
     except KeyboardInterrupt:
