@@ -1,6 +1,7 @@
 # make demo   the main job on the bundled data set
 # make test   the whole suite
 # make check  lint, types, spelling
+# make bench  the benchmark suite, on a quiet machine; one to two hours (docs/benchmarks.md)
 # Each does its own set-up: a virtual environment in .venv with the versions of requirements.lock.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ DEMO_OUT ?= runs/demo
 # Torch's threads spin while they wait; on cores that others use too, that slows everybody many times.
 QUIET_THREADS := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench clean
 
 .venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
@@ -30,5 +31,8 @@ check: .venv/installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/codespell
 
+bench: .venv/installed
+	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/bench.py
+
 clean:
-	rm -rf .venv runs build dist
+	rm -rf .venv benchmarks/.peers-venv runs build dist

@@ -1,0 +1,226 @@
+"""The benchmark suite: embtrim beside its peers, floors of the machine, goals met and missed. See docs/benchmarks.md.
+
+    make bench
+    python benchmarks/bench.py --quick --only train encode
+
+Every job runs in a process of its own, alone; repeats are interleaved. Results are written after each job, and the same
+command goes on from where an interrupted one was. Peers live in a virtual environment of their own, made on first use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import embtrim
+import measure
+import report
+import workloads
+from embtrim.experiment import processor_name
+from embtrim.plan import write_then_rename
+from embtrim.processes import available_cores
+from embtrim.train import fast_matmul
+
+HERE = Path(__file__).parent
+REQUIREMENTS = HERE / "peers-requirements.txt"
+PEERS = ("fuxictr", "torchrec", "fbgemm-gpu-cpu", "torch", "polars", "pandas")
+# Thread counts of the libraries that contenders use.
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "POLARS_MAX_THREADS",
+    "NUMBA_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
+
+
+def main() -> None:
+    args = parse_arguments()
+    scale = workloads.QUICK if args.quick else workloads.Scale()
+    given = {"log_rows": args.log_rows, "fit_rows": args.fit_rows and tuple(args.fit_rows)}
+    scale = dataclasses.replace(scale, **{name: value for name, value in given.items() if value})
+    settings = {
+        "quick": args.quick,
+        "repeats": args.repeats,
+        "threads": args.threads,
+        "scale": json.loads(json.dumps(dataclasses.asdict(scale))),
+    }
+    load = os.getloadavg()[0]
+    peers_python, why_not = peers_environment(args.peers_venv)
+    machine = describe_machine(load, peers_python)
+    path = args.out / "bench.json"
+    results = started_results(path, machine, settings)
+    for text in report.warnings(results):
+        say(f"warning: {text}")
+    with tempfile.TemporaryDirectory(prefix="embtrim-bench-") as folder:
+        for name in args.only:
+            listed = workloads.jobs(name, scale, Path(folder), machine["precisions"])
+            for repeat in range(args.repeats):
+                for job in listed:
+                    run_once(job, repeat, results, peers_python, why_not, args.threads)
+                    save(path, results)
+    say(f"wrote {path} and {path.with_suffix('.md')}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
+    parser.add_argument("--only", nargs="+", choices=workloads.NAMES, default=workloads.NAMES, metavar="WORKLOAD",
+                        help=f"some of: {', '.join(workloads.NAMES)}")  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each job, whose medians count (5)")
+    parser.add_argument("--threads", type=int, default=available_cores(), help="of every contender (all cores)")
+    parser.add_argument("--out", type=Path, help="folder for bench.json and bench.md")
+    parser.add_argument("--peers-venv", type=Path, default=HERE / ".peers-venv", help="the peers' environment")
+    parser.add_argument("--log-rows", type=int, help="rows of the log to encode (5,000,000)")
+    parser.add_argument(
+        "--fit-rows", type=int, nargs="+", help="rows of the datasets to train on (1,000,000 20,000,000)"
+    )
+    args = parser.parse_args()
+    if args.repeats < 1 or args.threads < 1:
+        parser.error(f"--repeats and --threads must be 1 or more, given {args.repeats} and {args.threads}")
+    if args.out is None:
+        args.out = HERE.parent / "runs" / "bench-quick" if args.quick else HERE / "results" / "bench"
+    return args
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---- one job -------------------------------------------------------------------------------------------------------------
+
+
+def run_once(
+    job: workloads.Job, repeat: int, results: dict[str, Any], peers_python: Path | None, why_not: str, threads: int
+) -> None:
+    """Run a job and append what came of it, unless it ran before or cannot run."""
+    earlier = [run for run in results["runs"] if run["key"] == job.key]
+    if repeat >= job.max_repeats or any(run["repeat"] == repeat or "error" in run for run in earlier):
+        return
+    python = Path(sys.executable) if job.python == "own" else peers_python
+    if python is None:
+        result: dict[str, Any] = {"error": why_not}
+    else:
+        if job.prepare is not None:
+            job.prepare()
+        order = json.dumps([job.kind, threads, job.settings])
+        env = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
+        result = measure.run_alone([str(python), str(HERE / job.script), order], env)
+    results["runs"].append({"key": job.key, "repeat": repeat, **result})
+    figures = [f"{k} {v:,.4g}" for k, v in result.items() if k in ("step_ms", "rows_per_s", "peak_bytes")]
+    say(f"{job.key}, run {repeat + 1}: {result.get('error') or ', '.join(figures) or 'done'}")
+
+
+def save(path: Path, results: dict[str, Any]) -> None:
+    write_then_rename(path, lambda file: file.write(json.dumps(results, indent=1).encode()))
+    write_then_rename(path.with_suffix(".md"), lambda file: file.write(report.markdown(results).encode()))
+
+
+def started_results(path: Path, machine: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Results to go on with: those on disk without their errors, or new ones."""
+    fresh = {"machine": machine, "settings": settings, "runs": []}
+    if not path.exists():
+        return fresh
+    found = json.loads(path.read_text("utf-8"))
+    passing = ("started", "load")
+    same_machine = all(found["machine"].get(k) == v for k, v in machine.items() if k not in passing)
+    if not same_machine or found["settings"] != settings:
+        sys.exit(f"{path} holds results of another machine, commit or settings; move it away or choose another --out")
+    found["runs"] = [run for run in found["runs"] if "error" not in run]
+    say(f"going on with {len(found['runs'])} runs of {path}")
+    return found
+
+
+# ---- the machine and the peers' environment --------------------------------------------------------------------------------
+
+
+def precision_here(name: str) -> dict[str, Any]:
+    """What embtrim's "fp32" or "auto" is on this machine, in torch's terms: see workloads.jobs."""
+    with fast_matmul(name, torch.device("cpu")) as (_, words):
+        return {"matmul": torch.get_float32_matmul_precision(), "bf16": "bf16" in words}
+
+
+def describe_machine(load: float, peers_python: Path | None) -> dict[str, Any]:
+    """What the figures depend on."""
+    variables = (
+        "OMP_WAIT_POLICY",
+        "OMP_PROC_BIND",
+        "KMP_BLOCKTIME",
+        "GOMP_SPINCOUNT",
+        "LD_PRELOAD",
+        "MALLOC_ARENA_MAX",
+    )
+    versions = {"embtrim": embtrim.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "processor": f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}",
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.release()}",
+        "env": {name: os.environ[name] for name in variables if name in os.environ},
+        "versions": versions | {f"peers' {k}": v for k, v in peer_versions(peers_python).items()},
+        "commit": commit(),
+        "precisions": {name: precision_here(name) for name in ("fp32", "auto")},
+        "load": load,
+        "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+    }
+
+
+def commit() -> str:
+    """The commit of the working tree, "modified" if it differs; results of this suite aside."""
+    git = ["git", "-C", str(HERE.parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    differs = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results"]).returncode
+    return head.stdout.strip() + (" modified" if differs else "")
+
+
+def peer_versions(python: Path | None) -> dict[str, str]:
+    if python is None:
+        return {}
+    code = f"import json, importlib.metadata as m; print(json.dumps({{p: m.version(p) for p in {PEERS!r}}}))"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    return json.loads(done.stdout) if done.returncode == 0 else {}
+
+
+def peers_environment(folder: Path) -> tuple[Path | None, str]:
+    """Python of the peers' environment, made if it is missing or of other versions; or None, and why it cannot be made."""
+    python, marker = folder.absolute() / "bin" / "python", folder / "installed"
+    digest = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
+    if marker.exists() and marker.read_text() == digest:
+        return python, ""
+    say(f"making the peers' environment in {folder}; this takes minutes")
+    commands = (
+        [sys.executable, "-m", "venv", "--clear", str(folder)],
+        [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "-r", str(REQUIREMENTS)],
+    )
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines()
+            why = f"the peers' environment could not be made: {errors[0] if errors else command}"
+            say(why)
+            return None, why
+    marker.write_text(digest)
+    return python, ""
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the job under way must not outlive the suite
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")

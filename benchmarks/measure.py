@@ -1,0 +1,150 @@
+"""How things are timed, and how a process is run alone and its memory watched."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+RESULT = "RESULT "
+SAMPLE_SECONDS = 0.1
+JOB_SECONDS = 3600
+
+Times = tuple[float, ...]
+
+
+# ---- in the process that is measured -----------------------------------------------------------------------------------
+
+
+def train_step(
+    loss: Callable[[Any], Any], optimizers: Sequence[Any], batch: Any, autocast: Callable[[], Any] = nullcontext
+) -> tuple[Any, Times]:
+    """One step as `embtrim.fit` takes it. Returns the loss, and the times before and after forward, backward, update."""
+    times = [time.perf_counter()]
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    with autocast():
+        value = loss(batch)
+    times.append(time.perf_counter())
+    value.backward()
+    times.append(time.perf_counter())
+    for optimizer in optimizers:
+        optimizer.step()
+    times.append(time.perf_counter())
+    return value, tuple(times)
+
+
+def time_steps(step: Callable[[Any], tuple[Any, Times]], batches: Iterable[Any], warmup: int) -> dict[str, Any]:
+    """Median milliseconds of steps over batches, the first `warmup` left out; of the parts where `step` tells them.
+
+    `step` returns the loss, or None where there is none, and the times before and after each part.
+    """
+    losses, rows = [], []
+    for batch in batches:
+        value, times = step(batch)
+        rows.append(times)
+        if value is not None:
+            losses.append(float(value.detach()))
+    rows = rows[warmup:]
+    result: dict[str, Any] = {"step_ms": _median_ms(rows, 0, -1)}
+    if losses:
+        result |= {"first_loss": losses[0], "last_loss": losses[-1]}
+    if len(rows[0]) == 4:
+        for part, name in enumerate(("forward_ms", "backward_ms", "update_ms")):
+            result[name] = _median_ms(rows, part, part + 1)
+    return result
+
+
+def _median_ms(rows: Sequence[Times], start: int, stop: int) -> float:
+    return 1000 * statistics.median(times[stop] - times[start] for times in rows)
+
+
+def time_calls(call: Callable[[], Any], seconds: float) -> float:
+    """Median milliseconds of a call, repeated for about `seconds` after a fifth of that as warm-up."""
+    for budget in (seconds / 5, seconds):
+        found, until = [], time.perf_counter() + budget
+        while not found or time.perf_counter() < until:
+            started = time.perf_counter()
+            call()
+            found.append(time.perf_counter() - started)
+    return 1000 * statistics.median(found)
+
+
+def worker(kinds: dict[str, Callable[..., dict[str, Any]]]) -> None:
+    """Run the job of the command line, (kind, threads, settings), and print its result, or why there is none."""
+    import torch
+
+    kind, threads, settings = json.loads(sys.argv[1])
+    torch.set_num_threads(threads)
+    try:
+        result = kinds[kind](**settings)
+        result |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    except Exception as error:
+        traceback.print_exc()
+        result = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"}
+    print(RESULT + json.dumps(result), flush=True)
+
+
+# ---- in the process that watches ---------------------------------------------------------------------------------------
+
+
+def run_alone(command: Sequence[str], env: dict[str, str]) -> dict[str, Any]:
+    """Run a worker; its result with `peak_bytes`, the peak anonymous memory of it and its descendants, sampled.
+
+    Memory maps of files do not count, nor does shared memory. A process that dies or takes over JOB_SECONDS gives an
+    "error".
+    """
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, env=env, stdout=output, stderr=errors, start_new_session=True)
+        peak, until = 0, time.monotonic() + JOB_SECONDS
+        try:
+            while process.poll() is None and time.monotonic() < until:
+                peak = max(peak, sum(map(anonymous_bytes, family(process.pid))))
+                time.sleep(SAMPLE_SECONDS)
+        finally:
+            late = process.poll() is None
+            for pid in family(process.pid) if late else ():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        errors.seek(0)
+        lines = [line for line in output.read().splitlines() if line.startswith(RESULT)]
+        if lines and not late:
+            return {**json.loads(lines[-1][len(RESULT) :]), "peak_bytes": peak}
+        why = f"took over {JOB_SECONDS} s" if late else f"ended with {process.returncode}, without a result"
+        last = [line for line in errors.read().splitlines() if line.strip()][-1:]
+        return {"error": "; ".join([why, *last])}
+
+
+def family(pid: int) -> list[int]:
+    """A process and its descendants."""
+    found = [pid]
+    for parent in found:
+        try:
+            for task in Path(f"/proc/{parent}/task").iterdir():
+                found += map(int, (task / "children").read_text().split())
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Anonymous resident memory of a process; 0 once it has ended."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0

@@ -1,0 +1,366 @@
+"""The peers' side of the benchmarks: plain PyTorch, FuxiCTR, FBGEMM, torchrec, pandas; none of it imports embtrim.
+
+One job a process: `python peers.py '[kind, threads, settings]'` prints its result. Every contender gets its batches in
+the form it likes best, made beforehand; ids are most frequent first for all.
+
+Axes: B batch, F fields, D full width, S output columns of all fields.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import measure
+import synthetic
+
+HIDDEN = (400, 400, 400)
+LEARNING_RATE = 1e-3
+INIT_STD = 1e-4
+
+
+class Head(nn.Module):
+    """The dense part of a DeepFM in plain torch: FM and MLP over [e_1, .., e_F], and the bias.
+
+    Args:
+        columns: for each field the columns of the full width that its embedding has.
+        projected: bring narrow embeddings to the full width by learned matrices, instead of putting columns in place.
+    """
+
+    def __init__(self, columns: Sequence[Sequence[int]], projected: bool = False) -> None:
+        super().__init__()
+        place_S = torch.tensor([column for own in columns for column in own])
+        field_S = torch.tensor([field for field, own in enumerate(columns) for _ in own])
+        self.num_fields = len(columns)
+        self.equal = all(len(own) == synthetic.FULL_WIDTH for own in columns)
+        self.projected = projected
+        if not self.equal:
+            width_S = torch.tensor([float(len(own)) for own in columns for _ in own])
+            learned_SD = torch.randn(len(place_S), synthetic.FULL_WIDTH) * width_S[:, None] ** -0.5
+            fixed_SD = functional.one_hot(place_S, synthetic.FULL_WIDTH).float()
+            self.projection_SD = nn.Parameter(learned_SD if projected else fixed_SD, requires_grad=projected)
+            self.register_buffer("same_field_SS", (field_S[:, None] == field_S[None, :]).float())
+        widths = (len(place_S), *HIDDEN)
+        layers = [layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.ReLU())]
+        self.mlp = nn.Sequential(*layers, nn.Linear(HIDDEN[-1], 1))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, concat_BS: Tensor, first_order_B: Tensor) -> Tensor:
+        """(B,) logits. Narrow embeddings never become (B, F, D): their squares go through the Gram matrix P P^T."""
+        if self.equal:
+            sum_BD = concat_BS.view(len(concat_BS), self.num_fields, -1).sum(1)
+        else:
+            sum_BD = concat_BS @ self.projection_SD
+        if self.projected:
+            gram_SS = (self.projection_SD @ self.projection_SD.T) * self.same_field_SS
+            squares_B = ((concat_BS @ gram_SS) * concat_BS).sum(1)
+        else:
+            squares_B = (concat_BS * concat_BS).sum(1)
+        fm_B = 0.5 * ((sum_BD * sum_BD).sum(1) - squares_B)
+        return self.bias + first_order_B + fm_B + self.mlp(concat_BS).squeeze(1)
+
+
+def full_columns() -> list[range]:
+    return [range(synthetic.FULL_WIDTH)] * synthetic.NUM_FIELDS
+
+
+def logloss(logits_B: Tensor, labels_B: Tensor) -> Tensor:
+    return functional.binary_cross_entropy_with_logits(logits_B.float(), labels_B)
+
+
+# ---- contenders: sizes, settings -> (step, what turns (ids, labels) into a batch) ----------------------------------------
+
+Prepare = Callable[[np.ndarray, np.ndarray], Any]
+
+
+def one_table(sizes: list[int], optimizer: str) -> tuple[Callable[[Any], Any], Prepare]:
+    """All fields in one nn.Embedding, first-order weights in another; as careful users write it."""
+    sparse = optimizer == "sparse"
+    tables = [nn.Embedding(sum(sizes), width, sparse=sparse) for width in (synthetic.FULL_WIDTH, 1)]
+    for table in tables:
+        nn.init.normal_(table.weight, 0, INIT_STD)
+    head, starts_F = Head(full_columns()), torch.from_numpy(np.cumsum([0, *sizes[:-1]]))
+    weights = [table.weight for table in tables]
+    if sparse:
+        optimizers = [
+            torch.optim.SparseAdam(weights, LEARNING_RATE),
+            torch.optim.Adam(head.parameters(), LEARNING_RATE),
+        ]
+    else:
+        fused = optimizer == "fused"
+        optimizers = [torch.optim.Adam([*weights, *head.parameters()], LEARNING_RATE, fused=fused or None)]
+
+    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        rows_BF, labels_B = batch
+        concat_BS = tables[0](rows_BF).flatten(1)
+        return logloss(head(concat_BS, tables[1](rows_BF).flatten(1).sum(1)), labels_B)
+
+    return (
+        partial(measure.train_step, loss, optimizers),
+        lambda ids, labels: (torch.from_numpy(ids) + starts_F, torch.from_numpy(labels)),
+    )
+
+
+def fuxictr(sizes: list[int]) -> tuple[Callable[[Any], Any], Prepare]:
+    """DeepFM of FuxiCTR's layers, trained by its own `train_step` (dense Adam, gradients clipped)."""
+    from fuxictr.features import FeatureMap
+    from fuxictr.pytorch.layers import FactorizationMachine, FeatureEmbedding, MLP_Block
+    from fuxictr.pytorch.models import BaseModel
+
+    names = [f"f{i}" for i in range(len(sizes))]
+    feature_map = FeatureMap("synthetic", tempfile.gettempdir())
+    feature_map.labels = [synthetic.LABEL]
+    feature_map.num_fields = len(sizes)
+    for name, size in zip(names, sizes, strict=True):
+        feature_map.features[name] = {"source": "", "type": "categorical", "vocab_size": size, "padding_idx": 0}
+
+    class DeepFM(BaseModel):
+        def __init__(self) -> None:
+            super().__init__(feature_map, verbose=0, model_root=tempfile.gettempdir(), metrics=["AUC"])
+            self.embedding = FeatureEmbedding(feature_map, synthetic.FULL_WIDTH)
+            self.fm = FactorizationMachine(feature_map)
+            num_inputs = len(sizes) * synthetic.FULL_WIDTH
+            self.mlp = MLP_Block(num_inputs, list(HIDDEN), output_dim=1)
+            self.compile("adam", "binary_crossentropy", LEARNING_RATE)
+            self.reset_parameters()
+            self._max_gradient_norm = 10.0  # the default of its fit
+
+        def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            ids = self.get_inputs(inputs)
+            embeddings_BFD = self.embedding(ids)
+            logits_B1 = self.fm(ids, embeddings_BFD) + self.mlp(embeddings_BFD.flatten(1))
+            return {"y_pred": self.output_activation(logits_B1)}
+
+    model = DeepFM()
+    model.train()
+
+    def step(batch: dict[str, Tensor]) -> tuple[Tensor, measure.Times]:
+        started = time.perf_counter()
+        loss = model.train_step(batch)
+        return loss, (started, time.perf_counter())
+
+    def prepare(ids: np.ndarray, labels: np.ndarray) -> dict[str, Tensor]:
+        columns = {name: torch.from_numpy(ids[:, i].astype(np.int64)) for i, name in enumerate(names)}
+        return {**columns, synthetic.LABEL: torch.from_numpy(labels)}
+
+    return step, prepare
+
+
+def rounded_widths(layout: str) -> list[int]:
+    """FBGEMM's widths are multiples of four."""
+    widths = synthetic.MIXED_WIDTHS if layout == "mixed" else [synthetic.FULL_WIDTH] * synthetic.NUM_FIELDS
+    return [-(-width // 4) * 4 for width in widths]
+
+
+def batched_tables(sizes: list[int], widths: list[int]) -> Any:
+    """FBGEMM's table-batched embeddings, row-wise Adagrad fused into backward: the only such optimiser it has on CPU."""
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+        ComputeDevice,
+        EmbeddingLocation,
+        SplitTableBatchedEmbeddingBagsCodegen,
+    )
+
+    tables = SplitTableBatchedEmbeddingBagsCodegen(
+        [(n, w, EmbeddingLocation.HOST, ComputeDevice.CPU) for n, w in zip(sizes, widths, strict=True)],
+        optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        learning_rate=LEARNING_RATE,
+    )
+    tables.init_embedding_weights_uniform(-INIT_STD, INIT_STD)
+    return tables
+
+
+def bags_of(ids: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Ids table by table, and offsets of bags of one id each."""
+    return torch.from_numpy(ids.T.astype(np.int64).ravel()), torch.arange(ids.size + 1)
+
+
+def fbgemm(sizes: list[int], layout: str, autocast: Callable[[], Any]) -> tuple[Callable[[Any], Any], Prepare]:
+    """FBGEMM's tables and the plain head; a first-order weight is a row of width 4, its sum."""
+    widths = rounded_widths(layout)
+    tables, first_order = batched_tables(sizes, widths), batched_tables(sizes, [4] * len(sizes))
+    head = Head([range(width) for width in widths], projected=layout == "mixed")
+    optimizers = [torch.optim.Adam(head.parameters(), LEARNING_RATE, fused=True)]
+
+    def loss(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        ids, offsets, labels_B = batch
+        return logloss(head(tables(ids, offsets), first_order(ids, offsets).sum(1)), labels_B)
+
+    return (
+        lambda batch: measure.train_step(loss, optimizers, batch, autocast),
+        lambda ids, labels: (*bags_of(ids), torch.from_numpy(labels)),
+    )
+
+
+def torchrec(sizes: list[int], autocast: Callable[[], Any]) -> tuple[Callable[[Any], Any], Prepare]:
+    """torchrec's fused EmbeddingBagCollection at full width and the plain head."""
+    from torchrec.modules.embedding_configs import EmbeddingBagConfig
+    from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
+    from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+    names = [f"f{i}" for i in range(len(sizes))]
+
+    def collection(width: int) -> Any:
+        configs = [
+            EmbeddingBagConfig(
+                name=f"t_{name}",
+                embedding_dim=width,
+                num_embeddings=size,
+                feature_names=[name],
+                weight_init_min=-INIT_STD,
+                weight_init_max=INIT_STD,
+            )
+            for name, size in zip(names, sizes, strict=True)
+        ]
+        return FusedEmbeddingBagCollection(configs, RowWiseAdagrad, {"lr": LEARNING_RATE}, device=torch.device("cpu"))
+
+    tables, first_order, head = collection(synthetic.FULL_WIDTH), collection(4), Head(full_columns())
+    optimizers = [torch.optim.Adam(head.parameters(), LEARNING_RATE, fused=True)]
+
+    def loss(batch: tuple[Any, Tensor]) -> Tensor:
+        ids, labels_B = batch
+        return logloss(head(tables(ids).values(), first_order(ids).values().sum(1)), labels_B)
+
+    def prepare(ids: np.ndarray, labels: np.ndarray) -> tuple[Any, Tensor]:
+        values, offsets = bags_of(ids)
+        return KeyedJaggedTensor(keys=names, values=values, offsets=offsets), torch.from_numpy(labels)
+
+    return lambda batch: measure.train_step(loss, optimizers, batch, autocast), prepare
+
+
+def prepared(sizes: list[int], batch_size: int, num_batches: int, prepare: Prepare) -> list[Any]:
+    return [prepare(ids, labels) for ids, labels in synthetic.batches(sizes, batch_size, num_batches)]
+
+
+# ---- jobs ----------------------------------------------------------------------------------------------------------------
+
+
+def train(
+    contender: str,
+    table_rows: int,
+    batch_size: int,
+    warmup: int,
+    steps: int,
+    matmul: str = "highest",
+    bf16: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Whole training steps; `matmul` is torch's float32 matmul precision, "highest" being its default."""
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision(matmul)
+    if contender in ("fbgemm", "torchrec"):
+        settings["autocast"] = partial(torch.autocast, "cpu", torch.bfloat16) if bf16 else nullcontext
+    sizes = synthetic.table_sizes(table_rows)
+    makers = {"one_table": one_table, "fuxictr": fuxictr, "fbgemm": fbgemm, "torchrec": torchrec}
+    step, prepare = makers[contender](sizes, **settings)
+    batches = prepared(sizes, batch_size, warmup + steps, prepare)
+    words = ("bf16 autocast" if bf16 else "fp32") + (", oneDNN matmul" if matmul == "medium" else "")
+    return {**measure.time_steps(step, batches, warmup), "precision": words}
+
+
+def embedding(table_rows: int, layout: str, batch_size: int, warmup: int, steps: int) -> dict[str, Any]:
+    """FBGEMM's embeddings alone: lookup, then backward with a given gradient, which updates."""
+    sizes, widths = synthetic.table_sizes(table_rows), rounded_widths(layout)
+    tables = batched_tables(sizes, widths)
+    grad_BS = torch.randn(batch_size, sum(widths), generator=torch.Generator().manual_seed(0))
+
+    def step(batch: tuple[Tensor, Tensor]) -> tuple[None, measure.Times]:
+        started = time.perf_counter()
+        tables(*batch).backward(grad_BS)
+        return None, (started, time.perf_counter())
+
+    batches = prepared(sizes, batch_size, warmup + steps, lambda ids, _: bags_of(ids))
+    return measure.time_steps(step, batches, warmup)
+
+
+def predict(
+    table_rows: int, columns: list[list[int]], matmul: str, batch_sizes: list[int], seconds: float
+) -> dict[str, Any]:
+    """Latency of a forward pass: one nn.Embedding a field, the plain head."""
+    torch.set_float32_matmul_precision(matmul)
+    sizes = synthetic.table_sizes(table_rows)
+    tables = nn.ModuleList(nn.Embedding(size, len(own)) for size, own in zip(sizes, columns, strict=True))
+    first_order = nn.ModuleList(nn.Embedding(size, 1) for size in sizes)
+    head = Head(columns).eval()
+
+    def score(ids_BF: Tensor) -> Tensor:
+        concat_BS = torch.cat([table(ids_BF[:, i]) for i, table in enumerate(tables)], 1)
+        return head(concat_BS, torch.cat([table(ids_BF[:, i]) for i, table in enumerate(first_order)], 1).sum(1))
+
+    latency = {}
+    with torch.no_grad():
+        for size in batch_sizes:
+            turns = itertools.cycle(prepared(sizes, size, 20, lambda ids, _: torch.from_numpy(ids)))
+            latency[str(size)] = measure.time_calls(lambda turns=turns: score(next(turns)), seconds)
+    return {"latency_ms": latency}
+
+
+def encode_fuxictr(log: str, out: str) -> dict[str, Any]:
+    """FuxiCTR's own preprocessing with its Criteo processor; all rows are for training."""
+    from fuxictr.datasets.criteo import CustomizedFeatureProcessor
+    from fuxictr.preprocess import build_dataset
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    shutil.rmtree(out, ignore_errors=True)  # it does nothing where it finds what an earlier run made
+    # Its reader takes files named .csv only.
+    source = Path(out).with_suffix(".csv")
+    source.unlink(missing_ok=True)
+    source.symlink_to(Path(log).resolve())
+    numeric = {"name": synthetic.NUMERIC, "active": True, "dtype": "float", "type": "categorical", "fill_na": 0,
+               "preprocess": "convert_to_bucket"}  # fmt: skip
+    words = {"name": synthetic.CATEGORICAL, "active": True, "dtype": "str", "type": "categorical", "fill_na": ""}
+    label = {"name": synthetic.LABEL, "dtype": "float"}
+    started = time.perf_counter()
+    processor = CustomizedFeatureProcessor([numeric, words], label, dataset_id="log", data_root=out)
+    build_dataset(processor, train_data=str(source), min_categr_count=10, data_format="csv", sep="\t")
+    seconds = time.perf_counter() - started
+    import polars as pl
+
+    rows = pl.scan_parquet(Path(out) / "log" / "train.parquet").select(pl.len()).collect().item()
+    return {"rows": rows, "rows_per_s": rows / seconds, "vocabulary": processor.feature_map.total_features}
+
+
+def encode_pandas(log: str, out: str) -> dict[str, Any]:
+    """The script one writes with pandas: read it all, count, map, save."""
+    import pandas as pd
+
+    started = time.perf_counter()
+    words = dict.fromkeys(synthetic.CATEGORICAL, str)
+    frame = pd.read_csv(
+        log, sep="\t", dtype=words, keep_default_na=False, na_values=dict.fromkeys(synthetic.NUMERIC, "")
+    )
+    ids, vocabulary = np.zeros((len(frame), synthetic.NUM_FIELDS), np.int32), 0
+    for i, name in enumerate([*synthetic.NUMERIC, *synthetic.CATEGORICAL]):
+        values = frame[name]
+        if name in synthetic.NUMERIC:
+            values = values.where(~(values > 2), np.floor(np.log(values.clip(lower=1)) ** 2)).fillna(-1).astype(int)
+        counts = values.value_counts()
+        kept = counts[counts >= 10].index
+        ids[:, i] = values.map(pd.Series(np.arange(1, len(kept) + 1), kept)).fillna(0)
+        vocabulary += len(kept) + 1
+    Path(out).mkdir(exist_ok=True)
+    np.save(Path(out) / "ids.npy", ids)
+    np.save(Path(out) / "labels.npy", frame[synthetic.LABEL].to_numpy(np.float32))
+    return {"rows": len(frame), "rows_per_s": len(frame) / (time.perf_counter() - started), "vocabulary": vocabulary}
+
+
+KINDS: dict[str, Callable[..., dict[str, Any]]] = {
+    f.__name__: f for f in (train, embedding, predict, encode_fuxictr, encode_pandas)
+}
+
+if __name__ == "__main__":
+    measure.worker(KINDS)

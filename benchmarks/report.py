@@ -1,0 +1,355 @@
+"""From the JSON of the suite to tables and goals: `python benchmarks/report.py RESULTS.json` prints the markdown."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+GB = 1e9
+
+
+# ---- summary -----------------------------------------------------------------------------------------------------------
+
+
+def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """By key, the medians over the repeats of every number; with `step_ms_range`, and `error` only if no run went well."""
+    by_key: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        by_key.setdefault(run["key"], []).append(run)
+    summary = {}
+    for key, found in by_key.items():
+        good = [run for run in found if "error" not in run]
+        summary[key] = median_of(good or found[:1])
+        steps = [run["step_ms"] for run in good if "step_ms" in run]
+        if steps:
+            summary[key]["step_ms_range"] = [min(steps), max(steps)]
+    return summary
+
+
+def median_of(values: Sequence[Any]) -> Any:
+    """Medians of numbers, entry by entry in dicts; of anything else the first."""
+    first = values[0]
+    if isinstance(first, Mapping):
+        return {key: median_of([value[key] for value in values if key in value]) for key in first}
+    if isinstance(first, int | float) and not isinstance(first, bool):
+        return statistics.median(values)
+    return first
+
+
+# ---- goals -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A number that the suite must show.
+
+    Attributes:
+        text: what is compared.
+        of: where the number stands in the summary: a key, then names inside its entry.
+        over: divide by the number that stands here, or by a plain number; None takes `of` itself.
+        at_least: the goal, or None.
+        at_most: the goal, or None.
+    """
+
+    text: str
+    of: tuple[str, ...]
+    over: tuple[str, ...] | float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+
+
+def _step(size: str, contender: str) -> tuple[str, str]:
+    return f"train/{size}/{contender}", "step_ms"
+
+
+def _latency(contender: str, batch_size: int) -> tuple[str, str, str]:
+    return f"predict/{contender}", "latency_ms", str(batch_size)
+
+
+_FUXICTR = "FuxiCTR DeepFM as shipped"
+_MIXED = "embtrim mixed widths auto"
+_ENCODE, _ENCODE_PEER = "encode/embtrim", "encode/FuxiCTR preprocessing"
+
+GOALS = (
+    *(
+        Goal(f"step at {size} tables: FuxiCTR as shipped over {ours}", _step(size, _FUXICTR), _step(size, ours), at_least=n)
+        for size, ours, n in (
+            ("middle", "embtrim width 16 fp32", 10),
+            ("middle", "embtrim width 16 auto", 17),
+            ("middle", _MIXED, 25),
+            ("middle", f"{_MIXED} [fast]", 30),
+            ("small", "embtrim width 16 fp32", 3),
+            ("small", "embtrim width 16 auto", 4.5),
+        )
+    ),
+    *(
+        Goal(f"step at {size} tables, {same}: FBGEMM over embtrim",
+             _step(size, f"FBGEMM {same}"), _step(size, f"embtrim {same}"), at_least=1)
+        for size in ("small", "middle")
+        for same in ("width 16 fp32", "width 16 auto", "mixed widths auto")
+    ),
+    *(
+        Goal(f"embeddings alone, {layout}: embtrim (Adam) over FBGEMM (row-wise Adagrad)",
+             (f"embedding/{layout}/embtrim adam", "step_ms"), (f"embedding/{layout}/FBGEMM adagrad", "step_ms"), at_most=1.5)
+        for layout in ("width 16", "mixed widths")
+    ),
+    *(
+        Goal(f"step, {same}: large over small tables", _step("large", f"embtrim {same}"), _step("small", f"embtrim {same}"),
+             at_most=1.2)
+        for same in ("width 16 auto", "mixed widths auto")
+    ),
+    Goal("bf16 floor over the step at middle tables, mixed widths", ("floors", "floor_ms", "mixed bf16"),
+         _step("middle", _MIXED), at_least=0.5),
+    Goal("step at middle tables: full over compact at 10%", _step("middle", "embtrim width 16 auto"),
+         _step("middle", "embtrim compact 10% auto"), at_least=1.3),
+    Goal("encoding, rows/s: embtrim over FuxiCTR", (_ENCODE, "rows_per_s"), (_ENCODE_PEER, "rows_per_s"), at_least=8),
+    Goal("encoding: peak anonymous memory, GB", (_ENCODE, "peak_bytes"), GB, at_most=2),
+    Goal("reading shuffled batches: million rows/s", ("read/shuffled batches", "rows_per_s"), 1e6, at_least=5),
+    Goal("inference at batch 4096: full over compact", _latency("embtrim full", 4096),
+         _latency("embtrim compact 10%", 4096), at_least=1.5),
+    Goal("inference at batch 1: full over compact", _latency("embtrim full", 1), _latency("embtrim compact 10%", 1),
+         at_least=1),
+)  # fmt: skip
+
+
+def judge(goal: Goal, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """`value` and `verdict` ("met", "missed", "not measured") of a goal; `margin`, value over goal or goal over value."""
+    value = _number(goal.of, summary)
+    over = _number(goal.over, summary) if isinstance(goal.over, tuple) else goal.over or 1.0
+    if value is None or not over:
+        keys = [place[0] for place in (goal.of, goal.over) if isinstance(place, tuple)]
+        reasons = [f"{key}: {summary.get(key, {}).get('error', 'not run')}" for key in keys]
+        missing = [r for key, r in zip(keys, reasons, strict=True) if "error" in summary.get(key, {"error": ""})]
+        return {"value": None, "verdict": "not measured", "margin": None, "why": "; ".join(missing)}
+    value /= over
+    margin = value / goal.at_least if goal.at_least is not None else (goal.at_most or 0) / value
+    return {"value": value, "verdict": "met" if margin >= 1 else "missed", "margin": margin, "why": ""}
+
+
+def _number(place: tuple[str, ...], summary: Mapping[str, Any]) -> float | None:
+    entry: Any = summary
+    for name in place:
+        entry = entry.get(name) if isinstance(entry, Mapping) else None
+    return entry
+
+
+# ---- markdown ----------------------------------------------------------------------------------------------------------
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The whole page."""
+    summary, scale = summarise(results["runs"]), results["settings"]["scale"]
+    sections = [
+        "# Benchmarks\n\nWritten by `make bench`; docs/benchmarks.md says what is measured and how.",
+        _machine(results),
+        _goals(summary, scale),
+        _steps(summary, scale),
+        _embedding(summary),
+        _floors(summary),
+        _encoding(summary),
+        _reading(summary),
+        _inference(summary),
+        _profiles(summary),
+        _missing(summary),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def warnings(results: Mapping[str, Any]) -> list[str]:
+    """What makes these figures less than they should be."""
+    machine, settings, found = results["machine"], results["settings"], []
+    if settings["quick"]:
+        found.append("Tiny sizes (`--quick`): these figures show that the suite runs, and nothing else.")
+    if machine["load"] > 0.5:
+        found.append(f"The load was {machine['load']:.1f} before the start: the machine was not quiet.")
+    if machine["env"].get("OMP_WAIT_POLICY"):
+        found.append(
+            f"OMP_WAIT_POLICY was {machine['env']['OMP_WAIT_POLICY']}, which slows contenders unequally; unset it."
+        )
+    if machine["commit"].endswith("modified"):
+        found.append("The working tree was modified.")
+    repeats = settings["repeats"]
+    if repeats < 5:
+        found.append(f"{repeats} repeats; five or more make a median worth quoting.")
+    versions = {run["torch"] for run in results["runs"] if "torch" in run}
+    if len(versions) > 1:
+        found.append(f"Contenders ran with different torch versions: {', '.join(sorted(versions))}.")
+    return found
+
+
+def _machine(results: Mapping[str, Any]) -> str:
+    machine, settings = results["machine"], results["settings"]
+    env = ", ".join(f"{k}={v}" for k, v in machine["env"].items()) or "none set"
+    rows = [
+        ("processor", machine["processor"]),
+        ("threads", str(settings["threads"])),
+        ("memory", f"{machine['memory_bytes'] / GB:.0f} GB"),
+        ("system", machine["system"]),
+        ("versions", ", ".join(f"{k} {v}" for k, v in machine["versions"].items())),
+        ("embtrim commit", machine["commit"]),
+        ("thread settings", env),
+        *(
+            (f"embtrim's {name}", f"{'bf16 autocast' if here['bf16'] else 'fp32'}, float32 matmuls {here['matmul']!r}")
+            for name, here in machine["precisions"].items()
+        ),
+        ("started", machine["started"]),
+        ("repeats", str(settings["repeats"])),
+    ]
+    notes = "".join(f"\n- **{text}**" for text in warnings(results))
+    return table(("machine", ""), rows) + (f"\n{notes}" if notes else "")
+
+
+def _goals(summary: Mapping[str, Any], scale: Mapping[str, Any]) -> str:
+    small, middle, large = scale["table_rows"]
+    sizes = f"Tables are small ({small:,} rows in all), middle ({middle:,}) or large ({large:,})."
+    rows = []
+    for goal in GOALS:
+        found = judge(goal, summary)
+        bound = f"≥ {goal.at_least:g}" if goal.at_least is not None else f"≤ {goal.at_most:g}"
+        verdict = found["verdict"]
+        if found["value"] is not None:
+            verdict += f" by {abs(found['margin'] - 1):.0%}"
+        rows.append((goal.text, bound, _figure(found["value"]) or found["why"], verdict))
+    return f"## Goals\n\n{sizes}\n\n{table(('goal', 'asked', 'measured', 'verdict'), rows)}"
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+def _ms(entry: Mapping[str, Any], name: str) -> str:
+    return f"{entry[name]:.2f}" if name in entry else ""
+
+
+def _range(entry: Mapping[str, Any]) -> str:
+    low, high = entry["step_ms_range"]
+    return f"{low:.2f} to {high:.2f}"
+
+
+def _memory(entry: Mapping[str, Any]) -> str:
+    return f"{entry['peak_bytes'] / GB:.2f}"
+
+
+def _good(summary: Mapping[str, Any], prefix: str) -> dict[str, Mapping[str, Any]]:
+    """Entries below a prefix that were measured, by the rest of their key."""
+    return {
+        key.removeprefix(prefix): entry
+        for key, entry in summary.items()
+        if key.startswith(prefix) and "error" not in entry
+    }
+
+
+def _steps(summary: Mapping[str, Any], scale: Mapping[str, Any]) -> str:
+    sections = []
+    for size, table_rows in zip(("small", "middle", "large"), scale["table_rows"], strict=True):
+        found = _good(summary, f"train/{size}/")
+        reference = found.get(_FUXICTR, {}).get("step_ms")
+        rows = [
+            (
+                name,
+                entry["precision"],
+                _ms(entry, "step_ms"),
+                _range(entry),
+                f"{1000 * scale['batch_size'] / entry['step_ms']:,.0f}",
+                *(_ms(entry, part) for part in ("forward_ms", "backward_ms", "update_ms")),
+                _memory(entry),
+                f"{reference / entry['step_ms']:.1f}" if reference else "",
+            )
+            for name, entry in sorted(found.items(), key=lambda item: item[1]["step_ms"])
+        ]
+        head = ("contender", "precision", "ms a step", "range", "rows/s", "forward", "backward", "update", "peak GB",
+                "times FuxiCTR's speed")  # fmt: skip
+        if rows:
+            title = f"## Training step, {size} tables: {table_rows:,} rows, batch {scale['batch_size']:,}"
+            sections.append(f"{title}\n\n{table(head, rows)}")
+    return "\n\n".join(sections)
+
+
+def _embedding(summary: Mapping[str, Any]) -> str:
+    found = _good(summary, "embedding/")
+    parts = ("forward_ms", "backward_ms", "update_ms")
+    rows = [(n.replace("/", ": "), _ms(e, "step_ms"), _range(e), *(_ms(e, p) for p in parts)) for n, e in found.items()]
+    head = ("contender", "ms a step", "range", "forward", "backward", "update")
+    return f"## Embeddings alone, middle tables: lookup, backward, update\n\n{table(head, rows)}" if rows else ""
+
+
+def _floors(summary: Mapping[str, Any]) -> str:
+    if "floor_ms" not in summary.get("floors", {}):
+        return ""
+    found = summary["floors"]
+    rates = [
+        (f"{name} rows", f"{rate['reads'] / 1e6:.0f}", f"{rate['updates'] / 1e6:.0f}")
+        for name, rate in found["rows"].items()
+    ]
+    rows = [
+        (name, f"{entry['gflops']:.0f}", f"{entry['ms']:.2f}", f"{found['floor_ms'][name]:.2f}")
+        for name, entry in found["matmul"].items()
+    ]
+    return "\n\n".join(
+        [
+            "## Floors of a step",
+            table(("MLP's matmuls", "GFLOP/s", "ms", "floor of the step, ms"), rows),
+            table(("random access", "million reads/s", "million updates (weight, two moments)/s"), rates),
+        ]
+    )
+
+
+def _encoding(summary: Mapping[str, Any]) -> str:
+    rows = [
+        (name, f"{e['rows']:,.0f}", f"{e['rows_per_s']:,.0f}", _memory(e), f"{e['vocabulary']:,.0f}")
+        for name, e in _good(summary, "encode/").items()
+    ]
+    head = ("contender", "rows", "rows/s", "peak anonymous GB", "vocabulary")
+    return f"## Encoding a log\n\n{table(head, rows)}" if rows else ""
+
+
+def _reading(summary: Mapping[str, Any]) -> str:
+    rows = [
+        (name.replace("fit/", "an epoch of fit, "), f"{e['rows_per_s']:,.0f}", _memory(e))
+        for name, e in _good(summary, "read/").items()
+    ]
+    return f"## Reading and training from disk\n\n{table(('job', 'rows/s', 'peak anonymous GB'), rows)}" if rows else ""
+
+
+def _inference(summary: Mapping[str, Any]) -> str:
+    rows = []
+    for name, entry in _good(summary, "predict/").items():
+        latency = entry["latency_ms"]
+        largest = max(latency, key=int)
+        rows.append((name, *(f"{ms:.3f}" for ms in latency.values()), f"{1000 * int(largest) / latency[largest]:,.0f}"))
+    if not rows:
+        return ""
+    sizes = next(iter(_good(summary, "predict/").values()))["latency_ms"]
+    head = ("model", *(f"ms at batch {size}" for size in sizes), f"rows/s at {max(sizes, key=int)}")
+    return f"## Inference, middle tables\n\n{table(head, rows)}"
+
+
+def _profiles(summary: Mapping[str, Any]) -> str:
+    sections = []
+    for name, entry in _good(summary, "profile/").items():
+        rows = [
+            (f"`{e['operator']}`", f"{e['self_ms']:.2f}", f"{e['share']:.0%}", f"{e['calls']:.0f}")
+            for e in entry["top"]
+        ]
+        head = ("operator", "own ms a step", "share", "calls a step")
+        sections.append(f"## Profile of a step: {name}, {entry['precision']}\n\n{table(head, rows)}")
+    return "\n\n".join(sections)
+
+
+def _missing(summary: Mapping[str, Any]) -> str:
+    rows = [(key, entry["error"].replace("|", "/")) for key, entry in summary.items() if "error" in entry]
+    return f"## Not measured\n\n{table(('job', 'why'), rows)}" if rows else ""
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown(json.loads(Path(sys.argv[1]).read_text("utf-8"))))

@@ -1,0 +1,190 @@
+"""The benchmark suite computes what it says and times what `fit` does; no test here asserts a time."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+
+import embtrim
+import measure
+import ours
+import peers
+import report
+import synthetic
+import workloads
+from embtrim.dataset import EncodedDataset, SplitArrays
+
+ROWS = 2000
+PRECISIONS = {"fp32": {"matmul": "medium", "bf16": False}, "auto": {"matmul": "medium", "bf16": True}}
+SMALL = {"hidden_units": (8, 8)}
+
+
+def runs(key, **series):
+    names, columns = list(series), zip(*series.values(), strict=True)
+    return [{"key": key, "repeat": i, **dict(zip(names, values, strict=True))} for i, values in enumerate(columns)]
+
+
+@pytest.fixture
+def results():
+    """Medians: FuxiCTR 200 ms, ours 10 ms in fp32 and 40 in auto, at middle tables; auto 10 and 11.5 at small and large."""
+    ours_auto = {"precision": ["bf16"], "peak_bytes": [3e9]}
+    return {
+        "machine": {
+            "processor": "a processor, 2 cores", "memory_bytes": 16e9, "system": "Linux 6", "env": {"OMP_WAIT_POLICY": "passive"},
+            "versions": {"torch": "2.13.0"}, "commit": "0123 modified", "precisions": PRECISIONS, "load": 2.0, "started": "today",
+        },
+        "settings": {"quick": False, "repeats": 3, "threads": 2,
+                     "scale": {"table_rows": [1_000_000, 5_000_000, 50_000_000], "batch_size": 4096}},
+        "runs": [
+            *runs("train/middle/FuxiCTR DeepFM as shipped", step_ms=[100, 300, 200], precision=["fp32"] * 3, peak_bytes=[1e9] * 3),
+            *runs("train/middle/embtrim width 16 fp32", step_ms=[10, 9, 50], precision=["fp32"] * 3, peak_bytes=[1e9] * 3),
+            *runs("train/middle/embtrim width 16 auto", step_ms=[40], **ours_auto),
+            *runs("train/small/embtrim width 16 auto", step_ms=[10], **ours_auto),
+            *runs("train/large/embtrim width 16 auto", step_ms=[11.5], **ours_auto),
+            *runs("train/middle/FBGEMM width 16 auto", error=["ImportError: no fbgemm"]),
+            *runs("encode/embtrim", rows=[100], rows_per_s=[1000], peak_bytes=[2.5e9], vocabulary=[7]),
+            *runs("encode/FuxiCTR preprocessing", rows=[100], rows_per_s=[100], peak_bytes=[6e9], vocabulary=[7]),
+            *runs("predict/embtrim full", latency_ms=[{"1": 1.0, "4096": 30.0}]),
+            *runs("predict/embtrim compact 10%", latency_ms=[{"1": 1.0, "4096": 24.0}]),
+        ],
+    }  # fmt: skip
+
+
+def verdicts(results):
+    summary = report.summarise(results["runs"])
+    return {goal.text: report.judge(goal, summary) for goal in report.GOALS}
+
+
+def test_goals_are_judged_by_medians(results):
+    found = verdicts(results)
+    step = "step at middle tables: FuxiCTR as shipped over embtrim width 16"
+    assert found[f"{step} fp32"] == {"value": 20.0, "verdict": "met", "margin": 2.0, "why": ""}
+    assert found[f"{step} auto"]["verdict"] == "missed"
+    assert found[f"{step} auto"]["margin"] == pytest.approx(5 / 17)
+    grows = found["step, width 16 auto: large over small tables"]
+    assert (grows["value"], grows["verdict"]) == (pytest.approx(1.15), "met")
+    assert grows["margin"] == pytest.approx(1.2 / 1.15)
+    assert found["encoding, rows/s: embtrim over FuxiCTR"]["margin"] == pytest.approx(10 / 8)
+    memory = found["encoding: peak anonymous memory, GB"]
+    assert (memory["value"], memory["verdict"]) == (2.5, "missed")
+    assert found["inference at batch 1: full over compact"]["verdict"] == "met"
+    assert found["inference at batch 4096: full over compact"]["value"] == pytest.approx(1.25)
+
+
+def test_what_was_not_measured_is_said_with_the_reason(results):
+    found = verdicts(results)["step at middle tables, width 16 auto: FBGEMM over embtrim"]
+    assert (found["verdict"], found["value"]) == ("not measured", None)
+    assert "ImportError: no fbgemm" in found["why"]
+    never_run = verdicts(results)["reading shuffled batches: million rows/s"]
+    assert never_run["why"] == "read/shuffled batches: not run"
+
+
+def test_the_page_has_the_figures_and_what_makes_them_doubtful(results):
+    page = report.markdown(results)
+    assert "| ≥ 10 | 20 | met by 100% |" in page
+    assert "| ≥ 17 | 5 | missed by 71% |" in page
+    assert "| embtrim width 16 fp32 | fp32 | 10.00 | 9.00 to 50.00 | 409,600 |" in page
+    assert "| train/middle/FBGEMM width 16 auto | ImportError: no fbgemm |" in page
+    for doubt in ("OMP_WAIT_POLICY was passive", "The load was 2.0", "tree was modified", "3 repeats"):
+        assert doubt in page
+    results["machine"] |= {"env": {}, "load": 0.1, "commit": "0123"}
+    results["settings"]["repeats"] = 5
+    assert report.warnings(results) == []
+
+
+def test_goals_name_jobs_that_there_are(tmp_path):
+    keys = {job.key for name in workloads.NAMES for job in workloads.jobs(name, workloads.QUICK, tmp_path, PRECISIONS)}
+    for goal in report.GOALS:
+        for place in (goal.of, goal.over):
+            assert not isinstance(place, tuple) or place[0] in keys, goal.text
+
+
+@pytest.mark.parametrize("layout", ["full", "mixed", "compact"])
+def test_our_step_learns(layout):
+    (batch,) = ours.make_batches(ROWS, 256, 1)
+    step = ours.make_step(ours.deepfm(ROWS, layout, **SMALL), nullcontext, embtrim.TrainConfig(learning_rate=0.01))
+    found = measure.time_steps(step, [batch] * 20, warmup=2)
+    assert found["last_loss"] < 0.9 * found["first_loss"]
+    parts = ("forward_ms", "backward_ms", "update_ms")
+    assert all(found[part] > 0 for part in parts)
+
+
+@pytest.mark.parametrize("optimizer", ["dense", "fused", "sparse"])
+def test_the_step_of_plain_torch_learns(optimizer, monkeypatch):
+    monkeypatch.setattr(peers, "HIDDEN", (8, 8))
+    monkeypatch.setattr(peers, "LEARNING_RATE", 0.01)
+    sizes = synthetic.table_sizes(ROWS)
+    step, prepare = peers.one_table(sizes, optimizer)
+    (batch,) = peers.prepared(sizes, 256, 1, prepare)
+    found = measure.time_steps(step, [batch] * 20, warmup=2)
+    assert found["last_loss"] < 0.9 * found["first_loss"]
+
+
+def test_our_step_is_that_of_fit():
+    ids, labels = next(synthetic.batches(synthetic.table_sizes(ROWS), 600, 1))
+    model, again = (ours.deepfm(ROWS, "mixed", **SMALL) for _ in range(2))
+    data = EncodedDataset(model.schema, {"train": SplitArrays(ids, labels)})
+    config = embtrim.TrainConfig(epochs=1, batch_size=200, precision="fp32")
+    embtrim.fit(model, data, config)
+    before = torch.get_float32_matmul_precision()
+    with ours.fast_matmul("fp32", ours.CPU) as (autocast, _):
+        step = ours.make_step(again, autocast, config)
+        for batch in data.batches("train", 200, shuffle_seed=1):  # the order of fit's first epoch, seed 0
+            step(batch)
+    assert torch.get_float32_matmul_precision() == before
+    for (name, value), other in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+
+
+@pytest.mark.parametrize("layout", ["full", "mixed", "compact"])
+def test_the_plain_head_is_the_same_model(layout):
+    model = ours.deepfm(ROWS, layout).eval()
+    torch.nn.init.normal_(model.tables.weight)
+    head = peers.Head(ours.kept_columns(ROWS, layout), projected=layout == "mixed")
+    (batch,) = ours.make_batches(ROWS, 50, 1)
+    with torch.no_grad():
+        for own, of_model in zip(head.mlp.parameters(), model.mlp.parameters(), strict=True):
+            own.copy_(of_model)
+        if layout == "mixed":
+            head.projection_SD.copy_(model.tables.projection_SD())
+        views = model.tables(batch.ids_BC)
+        assert torch.allclose(head(views.concat, views.first_order), model(batch.ids_BC), rtol=1e-4, atol=1e-3)
+
+
+def test_logs_have_the_shape_they_should(tmp_path):
+    assert sum(synthetic.MIXED_WIDTHS) == 137
+    sizes = synthetic.table_sizes(1_000_000)
+    assert len(sizes) == 39
+    assert sum(sizes) == pytest.approx(1_000_000, rel=1e-3)
+    ids = synthetic.zipf_ids(sizes, 4096, np.random.default_rng(0))
+    assert (ids >= 0).all()
+    assert (ids < sizes).all()
+    assert 18_000 < sum(len(np.unique(column)) for column in ids.T) < 24_000
+    synthetic.write_log(tmp_path / "log.tsv", 2000)
+    found = ours.encode(str(tmp_path / "log.tsv"), str(tmp_path / "data"))
+    assert found["rows"] == 2000
+    ours.write_dataset(tmp_path / "made", 500, ROWS)
+    assert EncodedDataset.load(tmp_path / "made").num_rows("train") == 500
+
+
+def test_memory_of_children_counts_and_a_death_is_an_error():
+    child = "import time; kept = bytearray(200_000_000); time.sleep(1)"
+    parent = (
+        f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}]); print({measure.RESULT!r} + '{{}}')"
+    )
+    assert 200e6 < measure.run_alone([sys.executable, "-c", parent], {})["peak_bytes"] < 300e6
+    dead = measure.run_alone([sys.executable, "-c", "import sys; sys.exit('out of luck')"], {})
+    assert dead == {"error": "ended with 1, without a result; out of luck"}
+
+
+def test_a_contender_that_is_not_there_is_an_error(monkeypatch, capsys):
+    order = ["train", 1, {"table_rows": 1, "layout": "full", "precision": "fp32", "batch_size": 1, "warmup": 0, "steps": 1,
+                          "needs": "embtrim.nothing"}]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["ours.py", json.dumps(order)])
+    measure.worker(ours.KINDS)
+    assert "ModuleNotFoundError: this release has no embtrim.nothing" in capsys.readouterr().out
