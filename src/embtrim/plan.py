@@ -12,6 +12,11 @@ How a table is laid out follows from its blocks:
 - *mixed*: blocks of several widths, or of a width that is only a number, all "project". The table gives D columns: a
   row of width s is multiplied by W_s in R^{s x D}, which all mixed tables share; width D is taken as it is.
 
+Precision is a third lever, beside rows and columns: a table of fewer than 32 bits is trained in fp32 and quantised
+afterwards. At 16 bits its values are fp16. At 8 and 4 bits they are codes, with an fp32 scale and offset for each column
+of its rows of one width; a row of 4-bit codes fills whole bytes. First-order weights of such a table have 16 bits where
+the table has 16, else 8 with one scale and offset. Projections stay fp32.
+
 Compact ids of a table run through its blocks in order; the DROPPED row comes last in the last of the widest blocks.
 """
 
@@ -35,6 +40,9 @@ from embtrim.schema import OOV, Schema
 
 Alignment = Literal["concat", "scatter", "project"]
 PLAN_VERSION = 1
+BITS = (32, 16, 8, 4)
+# Of a scale and its offset, fp32 both.
+BYTES_PER_SCALE = 2 * BYTES_PER_PARAM
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,15 +77,21 @@ class TablePlan:
         num_rows: rows of the full table, OOV included.
         width: columns of the full table, D.
         blocks: see Block; a row is in at most one.
+        bits: of a stored value, one of BITS; see the module docstring.
     """
 
     name: str
     num_rows: int
     width: int
     blocks: tuple[Block, ...]
+    bits: int = 32
 
     def __post_init__(self) -> None:
         where = f"plan for table {self.name!r}"
+        if isinstance(self.bits, bool) or self.bits not in BITS:
+            raise PlanError(
+                f"{where}: bits must be {', '.join(map(str, BITS[:-1]))} or {BITS[-1]}, given {self.bits!r}"
+            )
         if self.num_kept > self.num_rows:
             raise PlanError(f"{where}: its blocks hold {self.num_kept:,} rows, the table {self.num_rows:,}")
         for block in self.blocks:
@@ -206,6 +220,24 @@ class TablePlan:
         )
 
     @property
+    def num_value_bytes(self) -> int:
+        """Bytes of the stored values, with the scales and offsets of 8- and 4-bit codes: one each a column."""
+        rows = sum(rows * -(-width * self.bits // 8) for rows, width in self.segments)
+        columns = sum({width for _, width in self.segments})
+        return rows + (BYTES_PER_SCALE * columns if self.bits <= 8 else 0)
+
+    @property
+    def first_order_bits(self) -> int:
+        """Bits of a first-order weight of this table."""
+        return max(self.bits, 8)
+
+    @property
+    def num_first_order_bytes(self) -> int:
+        """Bytes of the table's first-order weights, if the model has them."""
+        scale = BYTES_PER_SCALE if self.first_order_bits == 8 else 0
+        return self.num_compact_rows * self.first_order_bits // 8 + scale
+
+    @property
     def dropped_id(self) -> int | None:
         """Compact id of the DROPPED row, or None if no row was dropped."""
         if not self.has_dropped:
@@ -296,11 +328,31 @@ class SizePlan:
             alignment: how narrow tables reach the full width.
         """
         tables = tuple(
-            TablePlan(
-                t.name, t.num_rows, t.width, (Block(t.num_rows, tuple(sorted(columns.get(t.name, ()))), alignment),)
-            )
+            dataclasses.replace(t, blocks=(Block(t.num_rows, tuple(sorted(columns.get(t.name, ()))), alignment),))
             for t in self.tables
         )
+        return dataclasses.replace(self, tables=tables)
+
+    def with_bits(self, bits: int | Mapping[str, int]) -> SizePlan:
+        """The same rows and columns at another precision.
+
+        Args:
+            bits: 32, 16, 8 or 4, of all tables; or by table name, and a table that is not named keeps its own.
+
+        Raises:
+            PlanError: another number, or a name that is no table's.
+
+        Example:
+            >>> plan = SizePlan.full(Schema.from_sizes([100, 10]), width=4).with_bits(8)
+            >>> plan.num_params, plan.num_bytes  # a byte a parameter, and a scale and an offset for each of 8 columns
+            (440, 504)
+        """
+        by_name = bits if isinstance(bits, Mapping) else {t.name: bits for t in self.tables}
+        names = [t.name for t in self.tables]
+        unknown = [name for name in by_name if name not in names]
+        if unknown:
+            raise PlanError(f"with_bits names table {unknown[0]!r}, the plan has {', '.join(names)}")
+        tables = tuple(dataclasses.replace(t, bits=by_name.get(t.name, t.bits)) for t in self.tables)
         return dataclasses.replace(self, tables=tables)
 
     def made_by(self, method: str, details: dict[str, Any]) -> SizePlan:
@@ -343,15 +395,32 @@ class SizePlan:
         return sum(t.num_compact_rows for t in self.tables) if self.first_order else 0
 
     @property
+    def num_first_order_bytes(self) -> int:
+        """Bytes of the first-order weights, if the model has them."""
+        return sum(t.num_first_order_bytes for t in self.tables) if self.first_order else 0
+
+    @property
     def num_full_params(self) -> int:
         """Embedding parameters of the full tables, which a percentage refers to."""
         return sum(t.num_rows * t.width for t in self.tables)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the embedding tables, projections and first-order weights, stored as fp32, and of id maps."""
-        num_weights = self.num_params - self.num_map_params + self.num_first_order_params
-        return BYTES_PER_PARAM * num_weights + (sum(t.num_map_bytes for t in self.tables) if self.standalone else 0)
+        """Bytes of the embedding tables, at their bits and with their scales; of projections and first-order weights, and
+        of id maps.
+        """
+        return self._num_weight_bytes + (sum(t.num_map_bytes for t in self.tables) if self.standalone else 0)
+
+    @property
+    def _num_weight_bytes(self) -> int:
+        """Bytes of all but the id maps."""
+        values = sum(t.num_value_bytes for t in self.tables)
+        return values + BYTES_PER_PARAM * self.num_projection_params + self.num_first_order_bytes
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether a table has fewer than 32 bits."""
+        return any(t.bits < 32 for t in self.tables)
 
     @property
     def slot_ratio(self) -> float:
@@ -367,15 +436,24 @@ class SizePlan:
         """Twelve hex digits over what is kept: equal for plans that lay out the same tables."""
         state = hashlib.sha256(f"{self.fingerprint} {self.first_order} {self.standalone}".encode())
         for table in self.tables:
-            state.update(f"\0{table.name} {table.num_rows} {table.width}".encode())
+            bits = "" if table.bits == 32 else f" {table.bits} bits"
+            state.update(f"\0{table.name} {table.num_rows} {table.width}{bits}".encode())
             for block in table.blocks:
                 state.update(f"\0{block.num_rows} {block.columns} {block.alignment}".encode())
                 state.update(b"" if block.rows is None else np.ascontiguousarray(block.rows, np.int32).tobytes())
         return state.hexdigest()[:12]
 
     def max_params(self, budget: Budget) -> int:
-        """Embedding parameters that `budget` allows a plan with this one's first-order weights."""
-        return budget.max_params(self.num_full_params, self.num_first_order_params)
+        """Embedding parameters that `budget` allows a plan with this one's bits and first-order weights.
+
+        A percent budget allows 32 / bits times as many, what they take beside their codes not counted. A byte budget
+        counts all that this plan stores beside them: first-order weights, scales, what fills up rows of 4-bit codes, and
+        what fp32 projections take more; so a plan is within it exactly if `num_params` is within this number. Of tables
+        of different bits, those of the most bits count for all.
+        """
+        bits = max((t.bits for t in self.tables), default=32)
+        other_bytes = self._num_weight_bytes - (self.num_params - self.num_map_params) * bits / 8
+        return budget.max_params(self.num_full_params, other_bytes, bits)
 
     def check_schema(self, schema: Schema) -> None:
         """Raise PlanError if the plan was made for another schema."""
@@ -411,6 +489,8 @@ class SizePlan:
                     arrays[entry["rows"]] = block.rows.astype(np.int32)
                 blocks.append(entry)
             tables.append({"name": table.name, "num_rows": table.num_rows, "width": table.width, "blocks": blocks})
+            if table.bits != 32:
+                tables[-1]["bits"] = table.bits
         head = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "tables"}
         text = json.dumps({"plan_version": PLAN_VERSION, **head, "tables": tables}, indent=1)
         if arrays:
@@ -487,7 +567,8 @@ def describe_table(table: TablePlan) -> str:
     """One table of a plan in a few words."""
     widths = ", ".join(f"{rows:,} rows x {width}" for rows, width in table.segments)
     columns = f" (columns {list(table.columns)})" if not table.mixed and 0 < table.output_width < table.width else ""
-    return f"{widths} of {table.num_rows:,} x {table.width}{columns}"
+    bits = f", {table.bits} bits" if table.bits < 32 else ""
+    return f"{widths} of {table.num_rows:,} x {table.width}{columns}{bits}"
 
 
 def describe_difference(left: TablePlan, right: TablePlan) -> str:
@@ -504,9 +585,9 @@ def describe_difference(left: TablePlan, right: TablePlan) -> str:
 
 
 def _read_table(entry: dict[str, Any], arrays: Mapping[str, np.ndarray], with_rows: bool) -> TablePlan:
-    _check_keys(entry, ("name", "num_rows", "width", "blocks"), f"table {entry.get('name')!r}")
+    _check_keys(entry, ("name", "num_rows", "width", "blocks", "bits"), f"table {entry.get('name')!r}")
     blocks = tuple(_read_block(block, arrays, with_rows) for block in entry["blocks"])
-    return TablePlan(entry["name"], entry["num_rows"], entry["width"], blocks)
+    return TablePlan(entry["name"], entry["num_rows"], entry["width"], blocks, entry.get("bits", 32))
 
 
 def _check_keys(entry: dict[str, Any], allowed: Sequence[str], where: str) -> None:
