@@ -156,7 +156,7 @@ def save(
     """Save a model as a bundle; written under a temporary name, then renamed.
 
     Args:
-        model: full or compact zoo model.
+        model: full or compact zoo model; quantised, if its plan says fewer than 32 bits.
         folder: where to.
         data: the encoded data it was trained on (either the stored or the re-coded ids): their folder holds the
             vocabulary, without which raw logs cannot be scored.
@@ -166,12 +166,14 @@ def save(
 
     Raises:
         BundleError: the folder exists, or the data were made in memory and have no vocabulary.
+        EmbtrimError: the plan says fewer than 32 bits and the tables are fp32.
     """
     folder = Path(folder)
     if folder.exists() and not overwrite:
         raise BundleError(f"{folder} exists; choose another name or pass overwrite=True")
     if data.folder is None:
         raise BundleError("these data were made in memory and have no vocabulary on disk; encode a log first")
+    model.tables.check_quantized()
     id_maps = data.id_maps or (data.recode(plan).id_maps if plan is not None else {})
     check_data(model, data.with_id_maps(id_maps))
     encoder = Encoder.load(data.folder)

@@ -69,6 +69,9 @@ BudgetText = Annotated[str | None, typer.Option("--budget", help="Such as 10%, 2
 InitName = Annotated[
     str | None, typer.Option("--init", metavar="scratch|initial|inherit", help="How a compact model starts.")
 ]
+BitsNumber = Annotated[
+    int | None, typer.Option("--bits", metavar="32|16|8|4", help="Of a stored value of the compact tables.")
+]
 FormatName = Annotated[str | None, typer.Option("--format", metavar="csv|parquet|libsvm|libfm", help="Of the log.")]
 NoHeader = Annotated[bool | None, typer.Option("--no-header", help="The first line of the log holds data.")]
 Columns = Annotated[str | None, typer.Option("--columns", help="Names of the log's columns, separated by commas.")]
@@ -280,6 +283,7 @@ def search(
     data: DataName,
     method: MethodName = None,
     budget: BudgetText = None,
+    bits: BitsNumber = None,
     out: OutPath = None,
     config: ConfigPath = None,
     overrides: Overrides = None,
@@ -291,7 +295,8 @@ def search(
 ) -> None:
     """Find what to keep of a trained model's tables within a budget: a plan, as JSON."""
     _start(quiet)
-    settings = _run_config(data, config, overrides, {"method": method, "budget": budget, "seed": seed})
+    flags = {"method": method, "budget": budget, "bits": bits, "seed": seed}
+    settings = _run_config(data, config, overrides, flags)
     from embtrim.checkpoint import CheckpointFolder
     from embtrim.methods import method_named
     from embtrim.sites import CTRTask
@@ -302,7 +307,8 @@ def search(
     full = _load_full(bundle, encoded).model
     if dry_run:
         plan = full.tables.plan
-        allowed = min(plan.num_full_params, plan.max_params(Budget.parse(settings.budget)))
+        limit = plan.with_bits(settings.bits).max_params(Budget.parse(settings.budget))
+        allowed = min(plan.num_full_params, limit)
         facts = {
             "table_bytes_before": plan.num_bytes,
             "embedding_params_before": plan.num_full_params,
@@ -316,7 +322,7 @@ def search(
         raise ConfigError(f"a plan is written as .json, --out is {target}")
     _free(target, overwrite)
     task = CTRTask(full, encoded, settings.train.replace(seed=settings.seed))
-    task.progress = _progress(quiet)
+    task.progress, task.bits = _progress(quiet), settings.bits
     unfinished = _unfinished(target)
     task.checkpoints = CheckpointFolder(unfinished, settings.train.checkpoint_seconds)
     plan = embtrim.search(task, method_settings, settings.budget, settings.seed)
@@ -347,7 +353,7 @@ def compact(
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
-    """Apply a plan: verify that compact equals masked, build the smaller model, retrain and save it."""
+    """Apply a plan: verify that compact equals masked, build the smaller model, retrain, quantise and save it."""
     _start(quiet)
     settings = _run_config(data, config, overrides, {"init": init, "seed": seed})
     from embtrim.bundle import folder_bytes, save
@@ -380,6 +386,8 @@ def compact(
     if not no_train:
         train = settings.train.replace(seed=settings.seed)
         fit(small, recoded, train, progress=_progress(quiet), checkpoint=unfinished / "retraining.pt")
+    if sizes.is_quantized:
+        small.tables.quantize()
     metrics = {s: evaluate(small, recoded, s).to_dict() for s in ("valid", "test") if s in encoded.splits}
     save(small, target, recoded, metrics=metrics, overwrite=overwrite)
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -481,6 +489,7 @@ def run(
             "--max-loss", help="Instead of a budget: the smallest plan that loses at most this validation AUC."
         ),
     ] = None,
+    bits: BitsNumber = None,
     seeds: Annotated[int | None, typer.Option("--seeds", help="How many seeds, from --seed on.")] = None,
     init: InitName = None,
     controls: Annotated[
@@ -499,8 +508,8 @@ def run(
     if budget is not None and max_loss is not None:
         raise ConfigError("--budget and --max-loss exclude each other; give one of them")
     flags = {
-        "model": model, "method": method, "budget": budget, "max_loss": max_loss, "seeds": seeds, "init": init, "seed": seed,
-        "controls": None if controls is None else _split_commas(controls),
+        "model": model, "method": method, "budget": budget, "max_loss": max_loss, "bits": bits, "seeds": seeds,
+        "init": init, "seed": seed, "controls": None if controls is None else _split_commas(controls),
     }  # fmt: skip
     settings = _run_config(data, config, overrides, flags)
     from embtrim import experiment

@@ -47,14 +47,18 @@ def compact(model: nn.Module, plan: SizePlan, init: Init = "scratch", seed: int 
         seed: of new weights; None takes the model's own.
 
     Returns:
-        The compact model, on the device of the full one. A plan that drops or re-sizes rows re-numbers ids: give the
+        The compact model, on the device of the full one, in fp32: where the plan says fewer bits, call its
+        `tables.quantize()` once it is trained. A plan that drops or re-sizes rows re-numbers ids: give the
         compact model `data.recode(plan)`.
 
     Raises:
-        PlanError: the plan was made for something else, or lists counts where `init` needs columns.
+        PlanError: the plan was made for something else, lists counts where `init` needs columns, or says fewer than 32
+            bits of a foreign module.
+        EmbtrimError: the model's tables are quantised.
     """
     if not isinstance(model, CTRModel):
         return _compact_module(model, plan, init, seed)
+    model.tables.check_fp32()
     plan.check_schema(model.schema)
     plan.check_tables(SizePlan.full(model.schema, model.tables.width))
     if plan.first_order != model.has_first_order:
@@ -271,6 +275,11 @@ def _compact_module(model: nn.Module, plan: SizePlan, init: Init, seed: int | No
     """A copy of a foreign module with smaller embeddings of the same output width."""
     if init == "initial":
         raise EmbtrimError("init = 'initial' needs a zoo model; build a foreign one anew and use 'inherit'")
+    if plan.is_quantized:
+        raise PlanError(
+            f"plan says fewer than 32 bits, but the embeddings of a {type(model).__name__} are stored in 32; give "
+            "plan.with_bits(32)"
+        )
     generator = torch.Generator().manual_seed(0 if seed is None else seed)
     tables = iter(plan.tables)
     memo: dict[int, Any] = {}

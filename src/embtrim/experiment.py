@@ -22,7 +22,7 @@ import torch
 from pydantic import Field, ValidationError
 
 import embtrim
-from embtrim.budget import BYTES_PER_PARAM, Budget
+from embtrim.budget import Budget
 from embtrim.bundle import folder_bytes, save
 from embtrim.checkpoint import CheckpointFolder
 from embtrim.compaction import Verification, compact, verify
@@ -59,6 +59,8 @@ class RunConfig(Config):
         max_loss: if set, the budget is ignored and the smallest plan is sought whose validation AUC is at most this
             much below the full model's, by bisection over budgets.
         init: how the compact model starts: "scratch", "initial" or "inherit".
+        bits: precision that compact tables are stored in, see plan.py. They are trained in fp32 and quantised after that;
+            a percent budget then allows 32 / bits times as many parameters.
         controls: methods run at the same budget for comparison, with their default settings.
         seed: first seed.
         seeds: how many seeds.
@@ -72,6 +74,7 @@ class RunConfig(Config):
     budget: str = "10%"
     max_loss: float | None = Field(default=None, gt=0, lt=0.5)
     init: Literal["scratch", "initial", "inherit"] = "scratch"
+    bits: Literal[32, 16, 8, 4] = 32
     controls: tuple[str, ...] = ("uniform",)
     seed: int = Field(default=0, ge=0)
     seeds: int = Field(default=1, ge=1)
@@ -87,6 +90,7 @@ class RunRecord(Config):
         data: fingerprint, folder and rows of the encoded data.
         valid, test: metrics of the splits, see Metrics; empty where the split is missing.
         num_params: embedding parameters, projections included, without first-order weights.
+        bits: of the stored values; metrics and bytes are those of the quantised model, if there are fewer than 32.
         table_bytes: bytes of embedding tables and first-order weights.
         bundle_bytes: bytes of the saved bundle on disk, vocabulary included.
         widths: output columns of each field.
@@ -117,6 +121,7 @@ class RunRecord(Config):
     num_params: int
     num_full_params: int
     num_first_order_params: int
+    bits: int = 32
     table_bytes: int
     model_params: int
     bundle_bytes: int
@@ -292,7 +297,7 @@ def check_run(data: EncodedDataset, config: RunConfig) -> None:
         raise ConfigError(
             f"model {config.model!r} has no embedding tables to shrink, only first-order weights; choose another"
         )
-    model.tables.plan.max_params(Budget.parse(config.budget))
+    model.tables.plan.with_bits(config.bits).max_params(Budget.parse(config.budget))
 
 
 def train_full(
@@ -319,12 +324,12 @@ def shrink(
     label: str | None = None,
     unfinished: Path | None = None,
 ) -> Trained:
-    """Search, verify, compact and retrain within one budget, and record it.
+    """Search, verify, compact, retrain and quantise within one budget, and record it.
 
     Args:
         full: the trained full model.
         data: its data.
-        config: init and the settings of training are read here.
+        config: init, bits and the settings of training are read here.
         method: name of the search method.
         settings: its settings.
         budget: such as "10%".
@@ -338,7 +343,7 @@ def shrink(
     parsed = found.parse(settings)
     with peak_memory() as peak:
         task = CTRTask(full.model, data, train)
-        task.progress = progress
+        task.progress, task.bits = progress, config.bits
         plan, search_seconds, search_peak = _searched(task, parsed, budget, seed, unfinished)
         verification = verify(full.model, plan, data)
         verification.require()
@@ -346,6 +351,8 @@ def shrink(
         recoded = data.recode(plan)
         checkpoint = None if unfinished is None else unfinished / "retraining.pt"
         result = fit(small, recoded, train, progress=progress, checkpoint=checkpoint)
+        if plan.is_quantized:
+            small.tables.quantize()
     record = make_record(
         label or method,
         small,
@@ -481,8 +488,11 @@ def make_record(
         num_params=plan.num_params,
         num_full_params=plan.num_full_params,
         num_first_order_params=plan.num_first_order_params,
+        bits=max(t.bits for t in plan.tables),
         table_bytes=plan.num_bytes,
-        model_params=sum(p.numel() for p in model.parameters()),
+        model_params=plan.num_params
+        + plan.num_first_order_params
+        + sum(p.numel() for name, p in model.named_parameters() if not name.startswith("tables.")),
         bundle_bytes=0,
         widths=dict(zip(fields, model.tables.widths, strict=True)),
         full_width=plan.width,
@@ -536,7 +546,8 @@ def dry_run(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
     check_run(data, config)
     model = build(config.model, data.schema, **config.hparams)
     plan = model.tables.plan
-    limit = plan.num_full_params if config.max_loss is not None else plan.max_params(Budget.parse(config.budget))
+    stored = plan.with_bits(config.bits)
+    limit = plan.num_full_params if config.max_loss is not None else stored.max_params(Budget.parse(config.budget))
     step_seconds = seconds_per_step(model, data, config.train)
     models = 1 + len(dict.fromkeys((config.method, *config.controls)))
     models += 0 if config.max_loss is None else BISECTIONS - 1
@@ -544,7 +555,7 @@ def dry_run(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
     return {
         "config": config.model_dump(mode="json"),
         "table_bytes_before": plan.num_bytes,
-        "table_bytes_allowed": BYTES_PER_PARAM * (min(limit, plan.num_full_params) + plan.num_first_order_params),
+        "table_bytes_allowed": min(limit, plan.num_full_params) * config.bits // 8 + stored.num_first_order_bytes,
         "seconds_per_step": step_seconds,
         "seconds_at_most": step_seconds * steps * models * config.seeds,
     }

@@ -65,8 +65,8 @@ def export(
     Raises:
         ConfigError: the format is unknown, or knows no external data.
         DataError: `out` exists.
-        EmbtrimError: the model is no zoo model, is masked by a gate, or has a row optimiser attached; or the packages
-            of the format are not installed.
+        EmbtrimError: the model is no zoo model, is masked by a gate, or has a row optimiser attached; its plan says fewer
+            than 32 bits and its tables are fp32; or the packages of the format are not installed.
         PlanError: torchrec: what the plan lays out cannot be said in TorchRec's configs.
 
     Example:
@@ -128,7 +128,7 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 
 def table_sizes(model: CTRModel) -> dict[str, int]:
-    """Bytes of the model's tables as fp32, and of the full model's."""
+    """Bytes of the model's tables, and of the full model's as fp32."""
     plan = model.tables.plan
     full = SizePlan.full(model.schema, plan.width, plan.first_order)
     return {"table_bytes": plan.num_bytes, "full_table_bytes": full.num_bytes}
@@ -168,6 +168,7 @@ def for_export(model: CTRModel) -> ServedModel:
             "give a module of your own to torch.export.export itself"
         )
     model.tables.check_free()
+    model.tables.check_quantized()
     shared = {id(p): nn.Parameter(p.detach().cpu(), requires_grad=False) for p in model.parameters()}
     served = copy.deepcopy(model, shared).eval().cpu()
     served.tables.split_by_width()
@@ -363,10 +364,15 @@ def torchrec_configs(model: CTRModel) -> dict[str, list[dict[str, Any]]]:
     """Arguments of the EmbeddingBagConfig of every table, and of every table's first-order weights as width 1.
 
     Raises:
-        PlanError: a table stores rows of several widths, or fields pool it differently.
+        PlanError: a table stores rows of several widths or is quantised, or fields pool it differently.
         EmbtrimError: TorchRec has no such data type.
     """
     tables, schema = model.tables, model.schema
+    if tables.packed is not None:
+        raise PlanError(
+            "these tables are quantised by column, which TorchRec's configs cannot say; export as pt2 or onnx, or retrain "
+            "with plan.with_bits(32)"
+        )
     weight = tables.group_view(tables.groups[0])
     if weight.dtype not in DATA_TYPES:
         raise EmbtrimError(f"TorchRec has no tables of {weight.dtype}; call model.float() before export")

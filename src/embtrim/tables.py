@@ -7,7 +7,8 @@ number over all groups; first-order weights, one a row, have the same numbering 
 Paths. Training looks up the distinct rows of a batch once, in buffers of their own, and expands them; with a row
 optimiser attached only these buffers get gradients, and only these rows move. Without one the tables are an ordinary
 module with dense gradients, and any optimiser works. Inference gathers directly, with fixed shapes; so does export, from
-one parameter a group (see `split_by_width`).
+one parameter a group (see `split_by_width`). A trained model whose plan says fewer bits is quantised, for inference only
+(see `quantize`): a group then is of one precision too, and rows are converted as they are gathered.
 
 Axes: B batch, C id columns, F fields, D full width, S output columns of all fields (sum of their widths), U distinct
 rows of a batch, R storage rows.
@@ -16,7 +17,7 @@ rows of a batch, R storage rows.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from embtrim.errors import EmbtrimError, PlanError
+from embtrim.packing import PackedRows
 from embtrim.plan import SizePlan, projects
 from embtrim.schema import PAD, Schema
 
@@ -39,9 +41,10 @@ RowGate = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Group:
-    """The rows of one width: storage rows `start .. start + num_rows`, elements from `offset` on."""
+    """The rows of one width and precision: storage rows `start .. start + num_rows`, elements from `offset` on."""
 
     width: int
+    bits: int
     start: int
     num_rows: int
     offset: int
@@ -50,6 +53,13 @@ class Group:
     # Id columns of the uniform tables in this group, and their fields.
     columns: tuple[int, ...]
     fields: tuple[int, ...]
+    # Tables that have rows here, in order.
+    tables: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The width as text, with the bits where there are fewer than 32."""
+        return str(self.width) if self.bits == 32 else f"{self.width}_{self.bits}bit"
 
     @property
     def has_mixed(self) -> bool:
@@ -136,7 +146,9 @@ class EmbeddingTables(nn.Module):
         widths: columns of each field in `concat`.
         slot_gate: if set, applied to `concat` (B, S); may differ per sample. See `gated`.
         row_gate: if set, applied to (storage rows (U,), their embeddings (U, D)) of each group, before pooling.
-        weight_by_width: None, or the rows of each group by their width, as text; see `split_by_width`.
+        weight_by_width: None, or the rows of each group by its name; see `split_by_width`.
+        packed: None, or the rows of each group; and
+        packed_first_order: the first-order weights of each precision, by its bits as text; see `quantize`.
 
     Raises:
         PlanError: the plan was made for another schema.
@@ -177,6 +189,8 @@ class EmbeddingTables(nn.Module):
         self.row_gate: RowGate | None = None
         self.lookups: list[Lookup] = []
         self.weight_by_width: nn.ParameterDict | None = None
+        self.packed: nn.ModuleList | None = None
+        self.packed_first_order: nn.ModuleDict | None = None
         self._optimizer: RowOptimizer | None = None
         self._lay_out()
         self.weight = nn.Parameter(torch.empty(self._num_elements).normal_(0, init_std, generator=generator))
@@ -195,30 +209,37 @@ class EmbeddingTables(nn.Module):
         tables = {table.name: table for table in self.plan.tables}
         fields = self.schema.id_fields
         names = [f.table_name for f in fields]
-        segments = [  # (width, mixed, table, segment, rows)
-            (width, table.mixed, table.name, number, rows)
+        segments = [  # ((bits, width), mixed, table, segment, rows)
+            ((table.bits, width), table.mixed, table.name, number, rows)
             for table in self.plan.tables
             for number, (rows, width) in enumerate(table.segments)
         ]
-        segments.sort(key=lambda s: (-s[0], s[1]))  # stable: the schema's order within a width
+        segments.sort(key=lambda s: s[1])  # stable: the schema's order within a group
         self.segment_starts: dict[str, list[int]] = {t.name: [0] * len(t.segments) for t in self.plan.tables}
         groups: list[Group] = []
         row = element = 0
-        for width in sorted({s[0] for s in segments}, reverse=True):
+        for kind in sorted({s[0] for s in segments}, reverse=True):
+            bits, width = kind
             start, offset, mixed_start = row, element, None
-            for _, mixed, name, number, rows in (s for s in segments if s[0] == width):
+            members: list[str] = []
+            for _, mixed, name, number, rows in (s for s in segments if s[0] == kind):
                 if mixed and mixed_start is None:
                     mixed_start = row
                 self.segment_starts[name][number] = row
+                members.append(name)
                 row += rows
                 element += rows * width
-            own = tuple(i for i, n in enumerate(names) if not tables[n].mixed and tables[n].output_width == width)
+            own = tuple(
+                i
+                for i, n in enumerate(names)
+                if not tables[n].mixed and (tables[n].bits, tables[n].output_width) == kind
+            )
             columns = tuple(
                 c for i in own for c in range(*self.schema.column_slices[i].indices(self.schema.num_id_columns))
             )
-            groups.append(
-                Group(width, start, row - start, offset, row if mixed_start is None else mixed_start, columns, own)
-            )
+            mixed_start = row if mixed_start is None else mixed_start
+            members = list(dict.fromkeys(members))
+            groups.append(Group(width, bits, start, row - start, offset, mixed_start, columns, own, tuple(members)))
         self.groups = tuple(groups)
         self.num_rows = row
         self._num_elements = element
@@ -332,14 +353,15 @@ class EmbeddingTables(nn.Module):
     # ---- reading and writing rows by table --------------------------------------------------------------------
 
     def group_view(self, group: Group) -> Tensor:
-        """The (num_rows, width) view of a group's rows."""
+        """The (num_rows, width) view of a group's rows; EmbtrimError if the tables are quantised."""
+        self.check_fp32()
         if self.weight_by_width is not None:
-            return self.weight_by_width[str(group.width)]
+            return self.weight_by_width[group.name]
         return self.weight[group.offset : group.offset + group.num_rows * group.width].view(group.num_rows, group.width)
 
     @property
     def _dtype(self) -> torch.dtype:
-        return self.group_view(self.groups[0]).dtype
+        return torch.float32 if self.packed is not None else self.group_view(self.groups[0]).dtype
 
     def storage_rows(self, name: str, ids: np.ndarray) -> np.ndarray:
         """Storage rows of compact ids of a table."""
@@ -378,6 +400,7 @@ class EmbeddingTables(nn.Module):
 
     def attach(self, optimizer: RowOptimizer | None) -> None:
         """Let a row-sparse optimiser own the updates (None: release the tables, all decay owed being settled)."""
+        self.check_fp32()
         self.settle()
         self.lookups.clear()
         self._optimizer = optimizer
@@ -398,11 +421,14 @@ class EmbeddingTables(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         self.settle()  # decay owed is owed on the weights that are about to go
+        if self.packed is None and any(key.startswith(f"{prefix}packed.") for key in state_dict):
+            self._take_packed(*self._empty_packed())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @contextmanager
     def gated(self, slot_gate: SlotGate | None = None, row_gate: RowGate | None = None) -> Iterator[None]:
         """Apply gates inside a `with` block; see the class attributes. Gates do not nest."""
+        self.check_fp32()
         if self.slot_gate is not None or self.row_gate is not None:
             raise EmbtrimError("these tables are gated already; gates do not nest")
         self.slot_gate, self.row_gate = slot_gate, row_gate
@@ -418,6 +444,97 @@ class EmbeddingTables(nn.Module):
         if self._optimizer is not None:
             raise EmbtrimError("a row optimiser owns these tables; release them with model.tables.attach(None)")
 
+    def check_fp32(self) -> None:
+        """Raise EmbtrimError if the tables are quantised: they can only be read."""
+        if self.packed is not None:
+            raise EmbtrimError(
+                "these tables are quantised, for inference only; train, search and change the model before "
+                "model.tables.quantize(), or take its fp32 original"
+            )
+
+    def check_quantized(self) -> None:
+        """Raise EmbtrimError if the tables are fp32 and their plan says fewer bits."""
+        if self.plan.is_quantized and self.packed is None:
+            raise EmbtrimError(
+                "the plan of this model says fewer than 32 bits, its tables are fp32 still; call model.tables.quantize() "
+                "once it is trained, or compact with plan.with_bits(32)"
+            )
+
+    # ---- quantised ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def quantize(self) -> None:
+        """Store the tables in the bits of their plan, for good and in place: inference only. Projections stay fp32.
+
+        Raises:
+            EmbtrimError: the tables are quantised already, are split by width, are gated, or a row optimiser owns them.
+
+        Example:
+            >>> plan = SizePlan.full(Schema.from_sizes([100, 10]), width=4).with_bits(8)
+            >>> tables = EmbeddingTables(Schema.from_sizes([100, 10]), plan)
+            >>> tables.quantize()
+            >>> sum(b.nbytes for b in tables.state_dict().values()) == plan.num_bytes
+            True
+        """
+        self.check_fp32()
+        self.check_free()
+        if self.weight_by_width is not None:
+            raise EmbtrimError("these tables are split by width, for export; quantise the model before that")
+        packed, packed_first_order = self._empty_packed()
+        for table in self.plan.tables:
+            rows = torch.from_numpy(self.storage_rows(table.name, np.arange(table.num_compact_rows)))
+            rows = rows.to(self.weight.device)
+            for group, store in zip(self.groups, packed, strict=True):
+                local = rows[(rows >= group.start) & (rows < group.start + group.num_rows)] - group.start
+                if table.name in group.tables:
+                    store.store(group.tables.index(table.name), local, self.group_view(group)[local])
+            if self.first_order is not None:
+                bits = table.first_order_bits
+                stretch = self._names_of_first_order(bits).index(table.name)
+                local = rows - self._first_order_start(bits)
+                packed_first_order[str(bits)].store(stretch, local, self.first_order[rows, None])
+        self._take_packed(packed, packed_first_order)
+
+    def _empty_packed(self) -> tuple[nn.ModuleList, nn.ModuleDict]:
+        """Room for the rows of each group, and for the first-order weights of each precision."""
+        packed = nn.ModuleList([PackedRows(g.num_rows, g.width, g.bits, len(g.tables)) for g in self.groups])
+        first_order = {}
+        for bits in sorted({t.first_order_bits for t in self.plan.tables}) if self.plan.first_order else ():
+            tables = [t for t in self.plan.tables if t.first_order_bits == bits]
+            first_order[str(bits)] = PackedRows(sum(t.num_compact_rows for t in tables), 1, bits, len(tables))
+        return packed.to(self.weight.device), nn.ModuleDict(first_order).to(self.weight.device)
+
+    def _take_packed(self, packed: nn.ModuleList, packed_first_order: nn.ModuleDict) -> None:
+        """Read from packed rows from now on, with the index buffers that this takes."""
+        names = [f.table_name for f in self.schema.id_fields for _ in range(f.length)]
+        device = self.weight.device
+        self.packed, self.packed_first_order = packed, packed_first_order
+        del self.weight
+        self.first_order = None
+        for number, group in enumerate(self.groups):
+            stretches = [group.tables.index(names[c]) for c in group.columns]
+            self._buffer(f"stretches_{number}", torch.tensor(stretches, dtype=torch.int64, device=device))
+            # A mixed table without rows here reads those of another, times zero.
+            mixed = [names[c] for c in self._mixed_columns]
+            stretches = [group.tables.index(name) if name in group.tables else 0 for name in mixed]
+            self._buffer(f"mixed_stretches_{number}", torch.tensor(stretches, dtype=torch.int64, device=device))
+        for bits in map(int, packed_first_order):
+            tables = self._names_of_first_order(bits)
+            columns = [c for c, name in enumerate(names) if name in tables]
+            stretches = [tables.index(names[c]) for c in columns]
+            self._buffer(f"first_order_columns_{bits}", torch.tensor(columns, dtype=torch.int64, device=device))
+            self._buffer(f"first_order_stretches_{bits}", torch.tensor(stretches, dtype=torch.int64, device=device))
+        if self._mixed_columns:
+            self._lay_out_segments()
+
+    def _names_of_first_order(self, bits: int) -> list[str]:
+        """Tables whose first-order weights have so many bits."""
+        return [t.name for t in self.plan.tables if t.first_order_bits == bits]
+
+    def _first_order_start(self, bits: int) -> int:
+        """The first storage row whose first-order weight has so many bits: groups are in order of their bits."""
+        return sum(t.num_compact_rows for t in self.plan.tables if t.first_order_bits > bits)
+
     # ---- export -----------------------------------------------------------------------------------------------
 
     def split_by_width(self) -> None:
@@ -429,8 +546,10 @@ class EmbeddingTables(nn.Module):
         """
         # Why rows and not elements at every batch size: in onnxruntime a gather of elements takes 30 us against 60 at
         # batch 1 where a plan left several widths, but 30 against 23 of full tables and 40 ms against 7 at batch 4096.
+        if self.packed is not None:
+            return  # it has this form
         self.weight_by_width = nn.ParameterDict(
-            {str(g.width): nn.Parameter(self.group_view(g).detach().clone(), requires_grad=False) for g in self.groups}
+            {g.name: nn.Parameter(self.group_view(g).detach().clone(), requires_grad=False) for g in self.groups}
         )
         del self.weight
         if self._mixed_columns:
@@ -463,14 +582,17 @@ class EmbeddingTables(nn.Module):
         """
         assert ids_BC.shape[1] == len(self.shift_C), f"ids have {ids_BC.shape[1]} columns, tables {len(self.shift_C)}"
         pool_BC = self._pool_weights(ids_BC) if self.is_pooled else None
+        if self.packed is not None and self.training and torch.is_grad_enabled():
+            self.check_fp32()
         learns = self._optimizer is not None and self.training and torch.is_grad_enabled()
         # Rows of mixed tables are projected one by one, so distinct ones pay wherever shapes may vary.
         distinct = learns or self.row_gate is not None or (bool(self._mixed_columns) and self.training)
+        distinct = distinct and self.packed is None
         if not distinct:
             self.settle()  # otherwise the rows that are read are caught up, and no others
         if distinct:
             concat, first_order = self._forward_distinct(ids_BC, pool_BC, learns)
-        elif self.weight_by_width is None and ids_BC.shape[0] <= ELEMENT_GATHER_ROWS and hasattr(self, "element_S"):
+        elif not self.is_fixed and ids_BC.shape[0] <= ELEMENT_GATHER_ROWS and hasattr(self, "element_S"):
             index_BS = ids_BC[:, self.field_S] * self.width_S + self.element_S
             concat = self.weight[index_BS]
             first_order = None if self.first_order is None else self.first_order[ids_BC + self.shift_C].sum(1)
@@ -479,6 +601,11 @@ class EmbeddingTables(nn.Module):
         if self.slot_gate is not None:
             concat = self.slot_gate(concat)
         return EmbeddingViews(self, concat, first_order)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the tables have a form for inference only: split by width, or quantised."""
+        return self.weight_by_width is not None or self.packed is not None
 
     def _pool_weights(self, ids_BC: Tensor) -> Tensor:
         """(B, C) factor of each id column: 0 for PAD, and 1 / count where a field takes the mean."""
@@ -491,7 +618,7 @@ class EmbeddingTables(nn.Module):
         """(B, C) storage rows of a batch of ids; PAD reads row 0 of its table, with weight zero."""
         ids_BC = ids_BC.clamp(min=0) if self.is_pooled else ids_BC
         rows_BC = (ids_BC + self.shift_C).to(torch.int32)
-        if self._mixed_columns and self.weight_by_width is not None:
+        if self._mixed_columns and self.is_fixed:
             ids = ids_BC.index_select(1, self.mixed_C)
             steps = torch.where(ids[..., None] >= self.segment_ids_CK, self.segment_steps_CK, 0).sum(-1)
             rows_BC = rows_BC.index_copy(1, self.mixed_C, (ids + steps).to(torch.int32))
@@ -556,9 +683,10 @@ class EmbeddingTables(nn.Module):
             self.lookups.append(lookup)
 
     def _forward_direct(self, ids_BC: Tensor, pool_BC: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Gather every id from its group's view."""
+        """Gather every id from its group's view, or from its packed rows."""
         rows_BC = self.storage_ids(ids_BC)
-        sources = [self.group_view(group) for group in self.groups]
+        packed = self.packed
+        sources = [self.group_view(g) for g in self.groups] if packed is None else list(packed)
         indices = [
             rows_BC.index_select(1, self.get_buffer(f"columns_{number}")) - group.start
             for number, group in enumerate(self.groups)
@@ -567,18 +695,38 @@ class EmbeddingTables(nn.Module):
         if self._mixed_columns:
             rows = rows_BC.index_select(1, self.mixed_C)
             mixed = rows.new_zeros((*rows.shape, self.width), dtype=self._dtype)
-            for group, source in zip(self.groups, sources, strict=True):
+            for number, (group, source) in enumerate(zip(self.groups, sources, strict=True)):
                 if group.width == 0 or not group.has_mixed:
                     continue
                 local = rows - group.start
                 inside = (local >= 0) & (local < group.num_rows)
-                found = source.index_select(0, (local * inside).reshape(-1))
+                found = self._gather(source, local * inside, f"mixed_stretches_{number}").view(-1, group.width)
                 mixed = mixed + self._project(group, found).view(mixed.shape) * inside[..., None]
+        if self.packed_first_order is not None:
+            return self._assemble(sources, indices, mixed, pool_BC), self._packed_first_order_sum(rows_BC, pool_BC)
         first_order = None
         if self.first_order is not None:
             first_BC = self.first_order.index_select(0, rows_BC.reshape(-1)).view(rows_BC.shape)
             first_order = (first_BC if pool_BC is None else first_BC * pool_BC).sum(1)
         return self._assemble(sources, indices, mixed, pool_BC), first_order
+
+    def _gather(self, source: Tensor | PackedRows, index: Tensor, stretches: str) -> Tensor:
+        """Rows (*index.shape, width) of a group; packed ones of the stretches in a buffer of that name."""
+        if isinstance(source, PackedRows):
+            return source(index, self.get_buffer(stretches))
+        return source.index_select(0, index.reshape(-1)).view(*index.shape, source.shape[1])
+
+    def _packed_first_order_sum(self, rows_BC: Tensor, pool_BC: Tensor | None) -> Tensor | None:
+        """(B,) sum of the first-order weights, or None if the tables have none."""
+        total = None
+        assert self.packed_first_order is not None
+        for bits, store in self.packed_first_order.items():
+            columns = self.get_buffer(f"first_order_columns_{bits}")
+            index = rows_BC.index_select(1, columns) - self._first_order_start(int(bits))
+            first = store(index, self.get_buffer(f"first_order_stretches_{bits}")).squeeze(-1)
+            first = (first if pool_BC is None else first * pool_BC.index_select(1, columns)).sum(1)
+            total = first if total is None else total + first
+        return total
 
     def _project(self, group: Group, values: Tensor) -> Tensor:
         """Rows of mixed tables at width D: x W_s (PME), width D as it is, width 0 as zero."""
@@ -589,14 +737,18 @@ class EmbeddingTables(nn.Module):
         return values @ self.shared_projections[str(group.width)]
 
     def _assemble(
-        self, sources: list[Tensor], indices: list[Tensor], mixed: Tensor | None, pool_BC: Tensor | None
+        self,
+        sources: Sequence[Tensor | PackedRows],
+        indices: list[Tensor],
+        mixed: Tensor | None,
+        pool_BC: Tensor | None,
     ) -> Tensor:
         """(B, S): expand each group's rows by its index (B, columns), pool multi-valued fields, order the fields."""
         outputs: dict[int, Tensor] = {}
         for number, (group, source, index) in enumerate(zip(self.groups, sources, indices, strict=True)):
             if not group.fields or group.width == 0:
                 continue
-            found = source.index_select(0, index.reshape(-1)).view(*index.shape, group.width)
+            found = self._gather(source, index, f"stretches_{number}")
             if pool_BC is None and len(group.fields) == self.num_fields:
                 return found.view(found.shape[0], -1)
             weights = None if pool_BC is None else pool_BC.index_select(1, self.get_buffer(f"columns_{number}"))
@@ -605,7 +757,7 @@ class EmbeddingTables(nn.Module):
             weights = None if pool_BC is None else pool_BC.index_select(1, self.mixed_C)
             self._split_fields(outputs, mixed, self.mixed_fields, weights)
         if not outputs:
-            return sources[0].new_zeros(indices[0].shape[0], 0)
+            return self.mean_F.new_zeros((indices[0].shape[0], 0), dtype=self._dtype)
         return torch.cat([outputs[i] for i in sorted(outputs)], 1)
 
     def _split_fields(
@@ -648,7 +800,7 @@ class EmbeddingTables(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
         widths = ", ".join(f"{g.num_rows:,} x {g.width}" for g in self.groups)
-        return f"fields={self.num_fields}, rows by width: {widths}, first_order={self.first_order is not None}"
+        return f"fields={self.num_fields}, rows by width: {widths}, first_order={self.plan.first_order}"
 
 
 def full_tables(

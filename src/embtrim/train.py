@@ -400,6 +400,7 @@ def device_of(config: TrainConfig) -> torch.device:
 def make_optimizers(model: CTRModel, config: TrainConfig) -> list[Optimizer]:
     """The optimisers of a zoo model: one over the rows of its tables, one over everything else."""
     tables = model.tables
+    tables.check_fp32()
     in_tables = {id(p) for p in (tables.weight, tables.first_order) if p is not None}
     dense = [p for p in model.parameters() if id(p) not in in_tables and p.requires_grad]
     lr, l2, coupled = config.learning_rate, config.embedding_l2, config.l2_form == "coupled"

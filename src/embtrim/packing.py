@@ -1,0 +1,106 @@
+"""PackedRows: rows of an embedding table in 32, 16, 8 or 4 bits a value, read-only.
+
+At 8 and 4 bits a value is a code of b bits, by uniform quantisation of each column of a *stretch*, the rows that one table
+stores at one width:
+
+    out = code * scale + offset,   code = round((value - offset) / scale) in 0 .. 2^b - 1
+
+The range that the codes span is the column's own, drawn in towards its mean by the factor among CLIPS that leaves the
+smallest squared error; values outside of it get its ends. A byte holds two codes of 4 bits: column j of the first half in
+the low bits, column j of the second half in the high ones.
+
+Axes: N rows, W columns, T stretches.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# The share of the way from the mean to the largest and to the smallest value that the codes span: 1 clips nothing.
+CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+# Rows whose error is summed at a time.
+CHUNK_ROWS = 65_536
+
+
+class PackedRows(nn.Module):
+    """Rows of one width and precision, of one table or several; zero until they are stored.
+
+    Args:
+        num_rows: N.
+        width: W.
+        bits: 32, 16, 8 or 4.
+        num_stretches: T; each has a scale and an offset of its own for every column, at 8 and 4 bits.
+    """
+
+    values: Tensor
+    scale: Tensor
+    offset: Tensor
+
+    def __init__(self, num_rows: int, width: int, bits: int, num_stretches: int) -> None:
+        super().__init__()
+        self.width, self.bits = width, bits
+        dtype = {32: torch.float32, 16: torch.float16}.get(bits, torch.uint8)
+        columns = (width + 1) // 2 if bits == 4 else width
+        self.register_buffer("values", torch.zeros(num_rows, columns, dtype=dtype))
+        if bits <= 8:
+            self.register_buffer("scale", torch.zeros(num_stretches, width))
+            self.register_buffer("offset", torch.zeros(num_stretches, width))
+
+    @torch.no_grad()
+    def store(self, stretch: int, rows_N: Tensor, values_NW: Tensor) -> None:
+        """Pack all rows of a stretch.
+
+        Args:
+            stretch: its number.
+            rows_N: int64 places to write to.
+            values_NW: what to write there.
+        """
+        if self.bits > 8:
+            self.values[rows_N] = values_NW.to(self.values.dtype)
+            return
+        values_NW = values_NW.float()
+        scale_W, offset_W = fit_codes(values_NW, self.bits)
+        self.scale[stretch], self.offset[stretch] = scale_W, offset_W
+        codes_NW = codes_of(values_NW, scale_W, offset_W, self.bits).to(torch.uint8)
+        if self.bits == 4:
+            low, high = codes_NW.split([self.values.shape[1], self.width // 2], 1)
+            codes_NW = low
+            codes_NW[:, : high.shape[1]] += high << 4
+        self.values[rows_N] = codes_NW
+
+    def forward(self, index: Tensor, stretch_C: Tensor) -> Tensor:
+        """fp32 rows (.., C, W) of places `index` (.., C), whose columns are of the stretches `stretch_C`."""
+        found = self.values.index_select(0, index.reshape(-1)).view(*index.shape, self.values.shape[1])
+        if self.bits > 8:
+            return found.float()
+        if self.bits == 4:
+            found = torch.cat([found & 15, found >> 4], -1)[..., : self.width]
+        return found.float() * self.scale.index_select(0, stretch_C) + self.offset.index_select(0, stretch_C)
+
+
+def fit_codes(values_NW: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and offset (W,) of each column, whose codes leave the smallest squared error; a constant has scale 0."""
+    if not len(values_NW):
+        return values_NW.new_zeros(values_NW.shape[1]), values_NW.new_zeros(values_NW.shape[1])
+    low_W, high_W = torch.aminmax(values_NW, dim=0)
+    mean_W = values_NW.mean(0).clamp(low_W, high_W)
+    best_scale_W, best_offset_W, least_W = torch.zeros_like(low_W), low_W, torch.full_like(low_W, torch.inf)
+    for clip in CLIPS:
+        # lerp is exact at weight 1, so that a range that is not clipped has the smallest value itself as its offset.
+        offset_W = torch.lerp(mean_W, low_W, clip)
+        scale_W = (torch.lerp(mean_W, high_W, clip) - offset_W) / (2**bits - 1)
+        error_W = torch.zeros_like(low_W)
+        for part in values_NW.split(CHUNK_ROWS):
+            error_W += (codes_of(part, scale_W, offset_W, bits) * scale_W + offset_W - part).square().sum(0)
+        better_W = error_W < least_W
+        best_scale_W = torch.where(better_W, scale_W, best_scale_W)
+        best_offset_W = torch.where(better_W, offset_W, best_offset_W)
+        least_W = torch.where(better_W, error_W, least_W)
+    return best_scale_W, best_offset_W
+
+
+def codes_of(values_NW: Tensor, scale_W: Tensor, offset_W: Tensor, bits: int) -> Tensor:
+    """Codes (N, W), as floats: whole numbers from 0 to 2^bits - 1."""
+    steps_NW = (values_NW - offset_W) / torch.where(scale_W > 0, scale_W, 1.0)
+    return steps_NW.round().clamp(0, 2**bits - 1)
