@@ -374,6 +374,7 @@ class EmbeddingTables(nn.Module):
     @torch.no_grad()
     def get_rows(self, name: str, ids: np.ndarray) -> list[tuple[np.ndarray, Tensor]]:
         """Stored rows of a table, by width: (positions in `ids`, values (n, width)) for each width among them."""
+        self.check_fp32()
         self.settle()
         rows = self.storage_rows(name, ids)
         found = []
@@ -387,6 +388,7 @@ class EmbeddingTables(nn.Module):
     @torch.no_grad()
     def set_rows(self, name: str, ids: np.ndarray, values_ND: Tensor) -> None:
         """Write rows of a table; of each value as many leading columns are taken as the row stores."""
+        self.check_fp32()
         self.settle()  # decay owed is owed on the weights that are about to go
         rows = self.storage_rows(name, ids)
         for group in self.groups:

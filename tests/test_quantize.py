@@ -1,0 +1,328 @@
+"""Tables in fewer bits: codes against their definition, lookups against decoding by hand, bytes against buffers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import embtrim
+from embtrim.budget import Budget
+from embtrim.bundle import load_bundle, save
+from embtrim.compaction import compact
+from embtrim.errors import BudgetError, EmbtrimError, PlanError
+from embtrim.experiment import RunConfig, shrink, train_full
+from embtrim.exporting import export
+from embtrim.methods import FrequencyConfig, MDEConfig, PMEConfig, UniformConfig, search
+from embtrim.models import DeepFM
+from embtrim.optim import RowSGD
+from embtrim.packing import CLIPS, PackedRows
+from embtrim.plan import BITS, Block, SizePlan, TablePlan
+from embtrim.schema import Schema
+from embtrim.sites import CTRTask
+from embtrim.tables import EmbeddingTables
+from embtrim.testing import foreign_task, planted_data
+from embtrim.train import TrainConfig, evaluate, fit
+from tests.test_tables import cases, naive, naive_fm
+
+SCHEMA = Schema.from_sizes([10, 6, 3])
+
+
+# ---- codes -------------------------------------------------------------------------------------------------------
+
+
+def packed(values_NW: Tensor, bits: int) -> PackedRows:
+    store = PackedRows(len(values_NW), values_NW.shape[1], bits, num_stretches=1)
+    store.store(0, torch.arange(len(values_NW)), values_NW)
+    return store
+
+
+def read_all(store: PackedRows) -> Tensor:
+    return store(torch.arange(len(store.values))[:, None], torch.tensor([0]))[:, 0]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(0, 999), st.sampled_from([1e-6, 1.0, 1e4]))
+def test_codes_round_to_nearest_inside_their_range_and_clip_outside(bits, num_rows, width, seed, spread):
+    generator = torch.Generator().manual_seed(seed)
+    values = spread * torch.randn(num_rows, width, generator=generator) ** 3
+    store = packed(values, bits)
+    low, step = store.offset[0].double(), store.scale[0].double()
+    high = low + step * (2**bits - 1)
+    error = (read_all(store).double() - values.double()).abs()
+    slack = 1e-5 * values.abs().amax(0)
+    nearest = torch.clamp(values.double(), low, high)
+    assert (error <= (values.double() - nearest).abs() + step / 2 + slack).all()
+    # No worse than codes from the smallest to the largest value.
+    span = (values.amax(0) - values.amin(0)).double()
+    assert (error.square().mean(0).sqrt() <= span / (2**bits - 1) / 2 + slack).all()
+    if num_rows == 1:
+        assert torch.equal(read_all(store), values)
+
+
+def test_an_outlier_is_clipped_where_that_loses_less():
+    values = torch.linspace(-1, 1, 1001)[:, None].repeat(1, 2)
+    values[0, 1] = -4.0
+    plain, outlier = packed(values, 4).scale[0] * 15
+    assert 1.79 < plain <= 2.0
+    assert outlier < 0.95 * 5.0
+    assert CLIPS[0] == 1.0, "a range that needs no clipping is tried"
+
+
+def test_two_codes_a_byte_by_hand():
+    # Columns 0..2 span 0..15, so that codes are the values; the third stands in the low bits of the second byte.
+    store = packed(torch.tensor([[0.0, 15.0, 3.0], [15.0, 0.0, 0.0], [1.0, 2.0, 15.0]]), 4)
+    assert store.values.tolist() == [[0 + 3 * 16, 15], [15, 0], [1 + 15 * 16, 2]]
+
+
+def test_half_precision_is_rounded_once():
+    values = torch.randn(7, 3)
+    assert torch.equal(read_all(packed(values, 16)), values.half().float())
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------
+
+
+def decoded(tables: EmbeddingTables, table: TablePlan, compact_id: int) -> np.ndarray:
+    """One stored row, out of the buffers that a file holds."""
+    state = tables.state_dict()
+    row = int(tables.storage_rows(table.name, np.array([compact_id]))[0])
+    ((number, group),) = [(n, g) for n, g in enumerate(tables.groups) if g.start <= row < g.start + g.num_rows]
+    stored = state[f"packed.{number}.values"][row - group.start].numpy()
+    if table.bits > 8:
+        return stored.astype(np.float64)
+    if table.bits == 4:
+        stored = np.concatenate([stored % 16, stored // 16])[: group.width]
+    stretch = list(dict.fromkeys(group.tables)).index(table.name)
+    scale, offset = (state[f"packed.{number}.{name}"][stretch].double().numpy() for name in ("scale", "offset"))
+    return stored * scale + offset
+
+
+def decoded_first_order(tables: EmbeddingTables, table: TablePlan, compact_id: int) -> float:
+    state, bits = tables.state_dict(), {32: 32, 16: 16, 8: 8, 4: 8}
+    alike = [t for t in tables.plan.tables if bits[t.bits] == bits[table.bits]]
+    first = min(
+        int(tables.storage_rows(t.name, np.arange(t.num_compact_rows)).min()) for t in alike if t.num_compact_rows
+    )
+    row = int(tables.storage_rows(table.name, np.array([compact_id]))[0]) - first
+    key = f"packed_first_order.{bits[table.bits]}"
+    value = float(state[f"{key}.values"][row])
+    if table.bits > 8:
+        return value
+    stretch = alike.index(table)
+    return value * float(state[f"{key}.scale"][stretch]) + float(state[f"{key}.offset"][stretch])
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.data())
+def test_every_layout_reads_what_decoding_by_hand_gives(case, draw):
+    reference, ids = case
+    plan = reference.plan
+    bits = {t.name: draw.draw(st.sampled_from(BITS)) for t in plan.tables}
+    tables = EmbeddingTables(reference.schema, plan.with_bits(bits), 1.0).eval()
+    with torch.no_grad():
+        for name, parameter in tables.named_parameters():
+            parameter.normal_()
+            if "projection" in name:
+                reference.get_parameter(name).copy_(parameter)
+    original = {t.name: tables.get_rows(t.name, np.arange(t.num_compact_rows)) for t in plan.tables}
+    tables.quantize()
+    assert sum(value.nbytes for value in tables.state_dict().values()) == tables.plan.num_bytes
+
+    for table in tables.plan.tables:
+        for rows, values in original[table.name]:
+            if not values.shape[1]:
+                continue
+            found = np.stack([decoded(tables, table, i) for i in rows])
+            span = np.ptp(values.numpy(), axis=0) / (2**table.bits - 1) if table.bits <= 8 else 0.0
+            error = np.sqrt(((found - values.numpy()) ** 2).mean(0))
+            assert (error <= span / 2 + 1e-3 * abs(values.numpy()).max() + 1e-3).all()
+            wide = torch.zeros(len(rows), reference.width, dtype=torch.float64)
+            wide[:, : found.shape[1]] = torch.from_numpy(found)
+            reference.set_rows(table.name, rows, wide)
+        if reference.first_order is not None:
+            for i in range(table.num_compact_rows):
+                row = reference.storage_rows(table.name, np.array([i]))
+                reference.first_order.data[row] = decoded_first_order(tables, table, i)
+
+    concat, aligned, first_order = naive(reference, ids)
+    views = tables(ids)
+    np.testing.assert_allclose(views.concat.numpy(), concat, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(views.aligned.detach().numpy(), aligned, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(views.fm().detach().numpy(), naive_fm(aligned), rtol=1e-3, atol=1e-3)
+    if tables.plan.first_order:
+        np.testing.assert_allclose(views.first_order.numpy(), first_order, rtol=1e-4, atol=1e-4)
+    else:
+        assert views.first_order is None
+
+    again = EmbeddingTables(reference.schema, tables.plan, 1.0).eval()
+    again.load_state_dict(tables.state_dict())
+    assert torch.equal(again(ids).concat, views.concat)
+
+
+def test_what_quantised_tables_refuse():
+    plan = SizePlan.full(SCHEMA, 4, first_order=True).with_bits(8)
+    tables, ids = EmbeddingTables(SCHEMA, plan), torch.zeros(2, 3, dtype=torch.int32)
+    with tables.gated(lambda concat: concat), pytest.raises(EmbtrimError, match="masked by a gate"):
+        tables.quantize()
+    tables.quantize()
+    for refused in (
+        tables.quantize,
+        lambda: tables.gated(lambda concat: concat).__enter__(),
+        lambda: RowSGD(tables),
+        lambda: tables.get_rows("f0", np.array([0])),
+        lambda: tables.set_rows("f0", np.array([0]), torch.zeros(1, 4)),
+        lambda: tables.train()(ids),
+    ):
+        with pytest.raises(EmbtrimError, match="these tables are quantised, for inference only"):
+            refused()
+    split = EmbeddingTables(SCHEMA, plan)
+    split.split_by_width()
+    with pytest.raises(EmbtrimError, match="split by width"):
+        split.quantize()
+
+
+# ---- plans and budgets -------------------------------------------------------------------------------------------
+
+
+def test_bytes_by_hand():
+    rows = np.array([0, 2, 5], np.int32)
+    plan = SizePlan(SCHEMA.fingerprint, 3, (
+        TablePlan("f0", 10, 4, (Block(10, (0, 1, 2)),), bits=4),
+        TablePlan("f1", 6, 4, (Block(3, (0, 1), "concat", rows),), bits=8),
+        TablePlan("f2", 3, 4, (Block(3, (0, 1, 2, 3)),), bits=16),
+    ), first_order=True)  # fmt: skip
+    values = 10 * 2 + 3 * 8 + (3 + 1) * 2 + 2 * 8 + 3 * 4 * 2
+    assert plan.num_bytes == values + (10 + 8) + (4 + 8) + 3 * 2
+    assert plan.num_params == 30 + 8 + 12
+    assert plan.with_bits(32).num_bytes == 4 * (50 + 17)
+    assert plan.tables[0] in plan.with_bits({"f2": 8}).tables
+    assert "10 rows x 3 of 10 x 4 (columns [0, 1, 2]), 4 bits" in plan.summary()
+    assert plan.digest != plan.with_bits(32).digest
+    assert "bits" in plan.diff(plan.with_bits(32))
+
+
+def test_a_saved_plan_keeps_its_bits(tmp_path: Path):
+    plan = SizePlan.full(SCHEMA, 4)
+    plan.save(tmp_path / "old.json")
+    assert "bits" not in (tmp_path / "old.json").read_text()
+    plan.with_bits({"f1": 4}).save(tmp_path / "new.json")
+    assert [t.bits for t in SizePlan.load(tmp_path / "new.json").tables] == [32, 4, 32]
+    values = json.loads((tmp_path / "new.json").read_text())
+    values["tables"][1]["bits"] = 3
+    (tmp_path / "new.json").write_text(json.dumps(values))
+    with pytest.raises(PlanError, match="'f1': bits must be 32, 16, 8 or 4, given 3"):
+        SizePlan.load(tmp_path / "new.json")
+    with pytest.raises(PlanError, match="names table 'f9', the plan has f0, f1, f2"):
+        plan.with_bits({"f9": 8})
+
+
+def test_limits_of_fewer_bits_by_hand():
+    plan = SizePlan.full(SCHEMA, 4, first_order=True)  # 76 parameters, 19 first-order weights
+    assert [plan.with_bits(bits).max_params(Budget.parse("50%")) for bits in BITS] == [38, 76, 152, 304]
+    # 200 bytes: less 19 codes, and scales and offsets of 3 x 4 columns and 3 first-order weights.
+    assert plan.with_bits(8).max_params(Budget.parse("200b")) == 200 - 19 - 8 * 15
+    assert plan.with_bits(4).max_params(Budget.parse("200b")) == 2 * (200 - 19 - 8 * 15)
+    assert plan.with_bits(16).max_params(Budget.parse("200b")) == (200 - 38) // 2
+    with pytest.raises(BudgetError, match=r"below the first-order weights and scales alone \(139 bytes\)"):
+        plan.with_bits(8).max_params(Budget.parse("138b"))
+
+
+@pytest.fixture(scope="module")
+def task() -> CTRTask:
+    data = planted_data(num_rows=1000, noise_vocab=200)
+    return CTRTask(DeepFM(data.schema, embedding_dim=8, hidden_units=(8,)), data, TrainConfig(batch_size=256))
+
+
+@pytest.mark.parametrize("config", [UniformConfig(), UniformConfig(align="project"), FrequencyConfig(), MDEConfig(), PMEConfig()])  # fmt: skip
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_search_fills_the_budget_at_the_precision_of_its_task(task, config, bits):
+    task.bits = bits
+    for budget in ("1500 b", "10%", "100%"):
+        plan = search(task, config, budget)
+        assert {t.bits for t in plan.tables} == {bits}
+        assert plan.num_params <= plan.max_params(Budget.parse(budget))
+        assert plan.details["budget"] == str(Budget.parse(budget))
+        if budget == "1500 b":
+            assert plan.num_bytes <= 1500
+    assert task.recoded(plan).full_plan().tables[0].bits == bits
+
+
+def test_a_module_of_ones_own_stays_at_32_bits():
+    foreign = foreign_task()
+    plan = search(foreign, UniformConfig(), "50%")
+    with pytest.raises(PlanError, match=r"stored in 32; give plan\.with_bits\(32\)"):
+        compact(foreign.model, plan.with_bits(8))
+    foreign.bits = 8
+    with pytest.raises(EmbtrimError, match="this Task has bits = 8, but the embeddings of a ForeignModel"):
+        search(foreign, UniformConfig(), "50%")
+
+
+# ---- models ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def raw() -> pl.DataFrame:
+    rng = np.random.default_rng(0)
+    user, item = rng.integers(0, 50, 2000), rng.integers(0, 400, 2000)
+    label = (rng.random(2000) < 1 / (1 + np.exp(-(user % 5 - 2.0)))).astype(int)
+    return pl.DataFrame({"user": [f"u{i}" for i in user], "item": [f"i{i}" for i in item], "click": label})
+
+
+def test_a_run_trains_in_fp32_and_keeps_the_quantised_model(raw, tmp_path):
+    data = embtrim.encode(raw, label="click", out=tmp_path / "data")
+    config = RunConfig(hparams={"embedding_dim": 8, "hidden_units": [8]}, bits=4,
+                       train=TrainConfig(epochs=1, batch_size=256, learning_rate=1e-2, precision="fp32"))  # fmt: skip
+    full = train_full(data, config, seed=0)
+    done = shrink(full, data, config, "pme", {}, "3%", seed=0)
+    assert done.plan is not None
+    assert any(t.mixed for t in done.plan.tables)
+    assert done.record.verification["passed"]
+    assert (full.record.bits, done.record.bits) == (32, 4)
+    assert full.record.model_params == sum(p.numel() for p in full.model.parameters())
+    recoded = data.recode(done.plan)
+    assert done.record.test["auc"] == evaluate(done.model, recoded, "test").auc
+    tables = [v for name, v in done.model.state_dict().items() if name.startswith("tables.")]
+    assert done.record.table_bytes == sum(v.nbytes for v in tables)
+
+    save(done.model, tmp_path / "bundle", recoded)
+    bundle = load_bundle(tmp_path / "bundle")
+    ids = torch.from_numpy(np.array(recoded.split("test").ids))
+    assert torch.equal(bundle.model(ids), done.model(ids))
+    assert np.isfinite(bundle.predict(raw.head(20))).all()
+    for refused in (
+        lambda: fit(done.model, recoded, config.train),
+        lambda: fit(done.model, recoded, config.train.replace(tables="dense")),
+        lambda: compact(done.model, done.plan, init="inherit"),
+    ):
+        with pytest.raises(EmbtrimError, match="these tables are quantised"):
+            refused()
+    fp32 = compact(full.model, done.plan)
+    for refused in (lambda: save(fp32, tmp_path / "b", recoded), lambda: export(fp32, "pt2", tmp_path / "e")):
+        with pytest.raises(EmbtrimError, match=r"its tables are fp32 still; call model\.tables\.quantize\(\)"):
+            refused()
+    with pytest.raises(PlanError, match="quantised by column, which TorchRec's configs cannot say"):
+        export(done.model, "torchrec", tmp_path / "torchrec")
+
+
+@pytest.mark.parametrize("format", ["pt2", "onnx"])
+def test_an_exported_model_stays_quantised(format, tmp_path):
+    from tests import test_export
+
+    like = test_export.model_of("deepfm", test_export.schema_of(), test_export.mixed_blocks)
+    names = [t.name for t in like.tables.plan.tables]
+    plan = like.tables.plan.with_bits(dict(zip(names, (4, 8, 16, 8), strict=True)))
+    model = compact(DeepFM(like.schema, embedding_dim=4, hidden_units=(8,), init_std=0.5), plan).eval()
+    model.tables.quantize()
+    manifest = export(model, format, tmp_path / "out")
+    test_export.check_agreement(model, tmp_path / "out", format)
+    assert manifest["table_bytes"] == dataclasses.replace(plan, first_order=True).num_bytes
