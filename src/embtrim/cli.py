@@ -266,7 +266,7 @@ def train(
         return
     target = _free(out, overwrite)
     unfinished = _unfinished(target)
-    trained = train_full(encoded, settings, settings.seed, _progress(quiet), unfinished / "full.pt")
+    trained = train_full(encoded, settings, settings.seed, _progress(quiet), unfinished / "full.safetensors")
     record = trained.record
     save(trained.model, target, encoded, metrics={"valid": record.valid, "test": record.test}, overwrite=overwrite)
     shutil.rmtree(unfinished)
@@ -379,7 +379,7 @@ def compact(
     unfinished = _unfinished(target)
     if not no_train:
         train = settings.train.replace(seed=settings.seed)
-        fit(small, recoded, train, progress=_progress(quiet), checkpoint=unfinished / "retraining.pt")
+        fit(small, recoded, train, progress=_progress(quiet), checkpoint=unfinished / "retraining.safetensors")
     metrics = {s: evaluate(small, recoded, s).to_dict() for s in ("valid", "test") if s in encoded.splits}
     save(small, target, recoded, metrics=metrics, overwrite=overwrite)
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -215,7 +215,7 @@ def run(
             continue
         unfinished = out / "unfinished" / f"seed{seed}"
         # The full model of a run that goes on comes out of its last checkpoint.
-        full = train_full(data, config, seed, progress, unfinished / "full.pt")
+        full = train_full(data, config, seed, progress, unfinished / "full.safetensors")
         full.record = found["full"] or _keep(full, data, out, on_record)
         records.append(full.record)
         budget = config.budget
@@ -344,7 +344,7 @@ def shrink(
         verification.require()
         small = compact(full.model, plan, init=config.init, seed=seed)
         recoded = data.recode(plan)
-        checkpoint = None if unfinished is None else unfinished / "retraining.pt"
+        checkpoint = None if unfinished is None else unfinished / "retraining.safetensors"
         result = fit(small, recoded, train, progress=progress, checkpoint=checkpoint)
     record = make_record(
         label or method,
@@ -385,7 +385,7 @@ def _searched(
         plan.save(plan_path)
         text = json.dumps({"seconds": seconds, "peak_bytes": peak.above_start})
         write_then_rename(cost_path, lambda file: file.write(text.encode()))
-        for path in unfinished.glob("training-*.pt"):
+        for path in unfinished.glob("training-*.safetensors"):
             path.unlink()
     return plan, seconds, peak.above_start
 
