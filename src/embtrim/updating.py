@@ -291,7 +291,8 @@ def added_ids(table: TablePlan, grown: TablePlan) -> np.ndarray:
 def parent_ids(parent: Bundle, plan: SizePlan) -> dict[str, np.ndarray]:
     """By table, an int32 map from the new model's ids to those that the same values have in the parent."""
     maps = {}
-    for change, table, grown in _pairs(parent.model.tables.plan, plan):
+    sizes = parent.model.tables.plan
+    for change, table, grown in zip(table_changes(sizes, plan), sizes.tables, plan.tables, strict=True):
         ids_V = np.arange(grown.num_rows, dtype=np.int32)
         added = added_ids(table, grown)
         ids_V[added[change.returned :]] = parent.encoder.unseen_ids.get(table.name, OOV)
@@ -305,23 +306,14 @@ def parent_ids(parent: Bundle, plan: SizePlan) -> dict[str, np.ndarray]:
 
 def table_changes(before: SizePlan, after: SizePlan) -> tuple[TableChange, ...]:
     """What an update did to each table, by the plans before and after."""
-    return tuple(change for change, _, _ in _pairs(before, after))
-
-
-def _pairs(before: SizePlan, after: SizePlan) -> list[tuple[TableChange, TablePlan, TablePlan]]:
     found = []
     for table, grown in zip(before.tables, after.tables, strict=True):
         new = grown.num_rows - table.num_rows
-        change = TableChange(
-            table=table.name,
-            rows_before=table.num_compact_rows,
-            new=new,
-            returned=grown.num_kept - table.num_kept - new,
-            rows_after=grown.num_compact_rows,
-            dropped=grown.num_rows - grown.num_kept,
-        )
-        found.append((change, table, grown))
-    return found
+        returned = grown.num_kept - table.num_kept - new
+        dropped = grown.num_rows - grown.num_kept
+        rows_before, rows_after = table.num_compact_rows, grown.num_compact_rows
+        found.append(TableChange(table.name, rows_before, new, returned, rows_after, dropped))
+    return tuple(found)
 
 
 @torch.no_grad()
