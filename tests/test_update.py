@@ -150,6 +150,10 @@ def test_values_that_stay_keep_ids_weights_and_scores(bundles, kind, tmp_path):
     known = (
         NEW if kind != "mixed" else NEW.filter(pl.col("user").is_in(["u01", "u14", "y"]) & (pl.col("friend") < "u12"))
     )
+    added = NEW.head(4).with_columns(pl.Series("user", ["x0", "x1", "u12", "u13"]))
+    ids_of_added = set(child.encoder.encode_chunk(added).ids[:, 0].tolist())
+    assert len(ids_of_added) == 4
+    assert ids_of_added.isdisjoint(child.encoder.encode_chunk(pl.concat([STAY, unknown])).ids[:, 0].tolist())
     for frame in (STAY, unknown, known):
         np.testing.assert_allclose(child.predict(frame), parent.predict(frame), atol=1e-6)
 
