@@ -209,7 +209,7 @@ def test_interrupted_it_leaves_nothing_half_written_and_goes_on(bundles, tmp_pat
         with pytest.raises(KeyboardInterrupt):
             update(bundles["full"], NEW, out=tmp_path / "new", train=TRAIN)
     assert {path.name for path in tmp_path.iterdir()} == {"whole", ".new.unfinished"}
-    saved = (tmp_path / ".new.unfinished" / "training.pt").read_bytes()
+    saved = (tmp_path / ".new.unfinished" / "training.safetensors").read_bytes()
     assert saved
     update(bundles["full"], NEW, out=tmp_path / "new", train=TRAIN)
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "new"}

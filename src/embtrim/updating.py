@@ -192,7 +192,7 @@ def update(
     data = data.with_id_maps({t.name: np.arange(t.num_rows, dtype=np.int32) for t in plan.tables if t.renumbers})
     epochs = 0
     if retrain:
-        fitted = fit(model, data, train, progress=progress, checkpoint=unfinished / "training.pt")
+        fitted = fit(model, data, train, progress=progress, checkpoint=unfinished / "training.safetensors")
         epochs = len(fitted.history)
     after = {name: evaluate(model, data, name, train).to_dict() for name in splits}
     changes = table_changes(parent.model.tables.plan, plan)
@@ -258,7 +258,7 @@ def extend(parent: Bundle, frequent: Mapping[str, pl.DataFrame], folder: Path) -
         added = pl.concat([returned, new])
         added = added.with_columns(pl.Series("id", added_ids(table, grown), pl.Int32))
         stays = known.join(returned, on="value", how="anti", nulls_equal=True, maintain_order="left")
-        if table.has_dropped and grown.has_dropped:
+        if table.dropped_id is not None and grown.dropped_id is not None:
             is_dropped = pl.col("id") == table.dropped_id
             stays = stays.with_columns(
                 pl.when(is_dropped).then(grown.dropped_id).otherwise("id").cast(pl.Int32).alias("id")
@@ -296,9 +296,9 @@ def parent_ids(parent: Bundle, plan: SizePlan) -> dict[str, np.ndarray]:
         ids_V = np.arange(grown.num_rows, dtype=np.int32)
         added = added_ids(table, grown)
         ids_V[added[change.returned :]] = parent.encoder.unseen_ids.get(table.name, OOV)
-        if table.has_dropped:
+        if table.dropped_id is not None:
             ids_V[added[: change.returned]] = table.dropped_id
-            if grown.has_dropped:
+            if grown.dropped_id is not None:
                 ids_V[grown.dropped_id] = table.dropped_id
         maps[table.name] = ids_V
     return maps
