@@ -74,7 +74,7 @@ def same_weights(a: nn.Module, b: nn.Module) -> bool:
 def test_training_ends_as_if_it_had_not_been_interrupted(data, tmp_path: Path, settings: dict[str, Any]) -> None:
     whole = model_of(data)
     expected = fit(whole, data, TRAIN.replace(**settings))
-    path = tmp_path / "state.pt"
+    path = tmp_path / "state.safetensors"
     for step in sorted(random.Random(7).sample(range(2, STEPS), 4)):
         with pytest.raises(KeyboardInterrupt):
             fit(model_of(data), data, TRAIN.replace(**settings), hooks=stop_at(step), checkpoint=path)
@@ -91,15 +91,15 @@ def test_checkpoints_change_nothing(data, tmp_path: Path) -> None:
     plain, watched = model_of(data), model_of(data)
     config = TRAIN.replace(embedding_l2=0.05)
     fit(plain, data, config)
-    fit(watched, data, config, checkpoint=tmp_path / "state.pt")
+    fit(watched, data, config, checkpoint=tmp_path / "state.safetensors")
     assert same_weights(plain, watched)
 
 
 def test_training_that_had_ended_gives_its_result(data, tmp_path: Path, monkeypatch) -> None:
     first, second = model_of(data), model_of(data)
-    expected = fit(first, data, TRAIN, checkpoint=tmp_path / "state.pt")
+    expected = fit(first, data, TRAIN, checkpoint=tmp_path / "state.safetensors")
     monkeypatch.setattr(train, "logloss_of_batch", None)  # would raise in the first step
-    result = fit(second, data, TRAIN, checkpoint=tmp_path / "state.pt")
+    result = fit(second, data, TRAIN, checkpoint=tmp_path / "state.safetensors")
     assert result.history == expected.history
     assert result.rows_per_second == expected.rows_per_second
     assert same_weights(first, second)
@@ -119,20 +119,20 @@ def test_interrupted_in_validation(data, tmp_path: Path, monkeypatch) -> None:
     evaluate = train.evaluate
     monkeypatch.setattr(train, "evaluate", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        fit(model_of(data), data, TRAIN, checkpoint=tmp_path / "state.pt")
+        fit(model_of(data), data, TRAIN, checkpoint=tmp_path / "state.safetensors")
     model = model_of(data)
-    assert told(fit(model, data, TRAIN, checkpoint=tmp_path / "state.pt")) == told(expected)
+    assert told(fit(model, data, TRAIN, checkpoint=tmp_path / "state.safetensors")) == told(expected)
     assert len(calls) == 1 + len(expected.history), "the first epoch is not evaluated again"
     assert same_weights(model, whole)
 
 
 def test_damaged_checkpoint_means_a_new_start(data, tmp_path: Path, caplog) -> None:
-    path, whole = tmp_path / "state.pt", model_of(data)
+    path, whole = tmp_path / "state.safetensors", model_of(data)
     fit(whole, data, TRAIN, checkpoint=path)
     path.write_bytes(path.read_bytes()[:-500])
     model = model_of(data)
     fit(model, data, TRAIN, checkpoint=path)
-    assert "state.pt is damaged" in caplog.text
+    assert "state.safetensors is damaged" in caplog.text
     assert same_weights(model, whole)
 
 
@@ -145,7 +145,7 @@ def test_damaged_checkpoint_means_a_new_start(data, tmp_path: Path, caplog) -> N
     ],
 )
 def test_checkpoint_of_another_training_is_refused(data, tmp_path: Path, change, message, monkeypatch) -> None:
-    path = tmp_path / "state.pt"
+    path = tmp_path / "state.safetensors"
     fit(model_of(data), data, TRAIN, checkpoint=path)
     before = path.read_bytes()
     monkeypatch.setitem(globals(), "fit", lambda *args: train.fit(*args, checkpoint=path))
@@ -158,12 +158,19 @@ def test_checkpoint_of_another_training_is_refused(data, tmp_path: Path, change,
         train.fit(other, data, TRAIN, checkpoint=path)
 
 
+def test_checkpoint_that_cannot_be_written_does_not_end_the_training(data, tmp_path: Path, caplog) -> None:
+    (tmp_path / "file").write_text("in the way")
+    result = fit(model_of(data), data, TRAIN.replace(epochs=1), checkpoint=tmp_path / "file" / "state.safetensors")
+    assert len(result.history) == 1
+    assert "could not be written" in caplog.text
+
+
 def test_checkpoint_waits_for_its_interval(data, tmp_path: Path, monkeypatch) -> None:
     written: list[bool] = []
     monkeypatch.setattr(Checkpoint, "save", lambda self, state: written.append(state["ended"]))
-    fit(model_of(data), data, TRAIN.replace(checkpoint_seconds=3600), checkpoint=tmp_path / "a.pt")
+    fit(model_of(data), data, TRAIN.replace(checkpoint_seconds=3600), checkpoint=tmp_path / "a.safetensors")
     assert written == [True]
-    fit(model_of(data), data, TRAIN.replace(epochs=1), checkpoint=tmp_path / "b.pt")
+    fit(model_of(data), data, TRAIN.replace(epochs=1), checkpoint=tmp_path / "b.safetensors")
     assert written == [True] + [False] * 19 + [True]
 
 

@@ -226,7 +226,7 @@ def test_bad_input(bad: BadInput, shop: Workshop) -> None:
     # Nothing that was there has changed, and nothing is half-written.
     assert {path: after.get(path) for path in before} == before
     finished = re.compile(
-        r"out(/(config.toml|(records|bundles|plans)(/full-seed0.*)?))?|\.out\.encoding(/.*)?"
+        r"out(/(config.toml|(records|bundles|plans)(/full-seed0.*)?)|/unfinished(/.*)?)?|\.out\.encoding(/.*)?"
         if bad.leaves
         else "nothing"
     )

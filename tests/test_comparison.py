@@ -337,10 +337,10 @@ def test_other_cells_survive_a_full_model_that_fails(
 ) -> None:
     train_full = comparison.train_full
 
-    def fails_for_fm(data: Any, config: Any, seed: int) -> Any:
+    def fails_for_fm(data: Any, config: Any, seed: int, **rest: Any) -> Any:
         if config.model == "fm":
             raise EmbtrimError("training loss is nan")
-        return train_full(data, config, seed)
+        return train_full(data, config, seed, **rest)
 
     monkeypatch.setattr(comparison, "train_full", fails_for_fm)
     made = compare(small, CONFIG.replace(budgets=("50%",), variants={}), tmp_path / "x")

@@ -1,5 +1,6 @@
 import gzip
 import json
+import logging
 import math
 import os
 import subprocess
@@ -346,8 +347,8 @@ class TestReading:
             ("log.csv", "\n" + ROWS.replace("\n", "\n\n"), {}),
             ("log.csv", "\ufeff" + ROWS, {}),
             ("log.csv", 'y,a\n0,"u"\n1,"v"\n1,u\n', {}),
-            ("log.csv.gz", gzip.compress(ROWS.encode()), {}),
-            ("misnamed.csv", gzip.compress(ROWS.encode()), {}),
+            ("log.csv.gz", gzip.compress(ROWS.encode(), mtime=0), {}),
+            ("misnamed.csv", gzip.compress(ROWS.encode(), mtime=0), {}),
             ("log.tsv", ROWS.replace(",", "\t"), {}),
             ("log.txt", ROWS.replace(",", ";"), {}),
             ("log.dat", ROWS.replace(",", "::"), {}),
@@ -462,7 +463,7 @@ class TestReading:
             ("log.csv", "y,a\n".encode("utf-16"), "UTF-16"),
             ("log.foo", "y,a\n0,u\n", "unknown suffix '.foo'"),
             ("log.parquet", "y,a\n0,u\n", "no readable parquet file"),
-            ("log.csv", gzip.compress(b"y,a\n0,u\n" * 99)[:-9], "damaged gz file"),
+            ("log.csv", gzip.compress(b"y,a\n0,u\n" * 99, mtime=0)[:-9], "damaged gz file"),
             ("log.svm", "1 1:1 x\n", "line 1 holds 'x', which is not index:value"),
             ("log.svm", "1 1:1 2:x\n", "line 1 holds '2:x', whose value is no number"),
         ],
@@ -786,6 +787,16 @@ class TestInference:
             infer_schema(frame.drop("click"))
         with pytest.raises(DataError, match="no column that could be a field"):
             infer_schema(frame.select("click", "void"))
+
+    def test_a_few_dirty_cells_in_a_column_of_numbers_are_said(self, caplog):
+        price = [f"{n / 7:.2f}" for n in range(500)]
+        price[3], price[77], price[78] = "$12.30", "1,200", "$12.30"
+        frame = pl.DataFrame({"click": [0, 1] * 250, "price": price, "word": ["a", "7"] * 250})
+        with caplog.at_level(logging.INFO):
+            assert [field.type for field in infer_schema(frame, "click").fields] == ["categorical"] * 2
+        (said,) = [r.getMessage() for r in caplog.records if "categorical" in r.getMessage()]
+        assert "'price'" in said
+        assert "0.6% of its values are no numbers, such as '$12.30', '1,200';" in said
 
     def test_header_hint(self, write):
         with pytest.raises(DataError, match="the first line looks like data: pass header=False"):

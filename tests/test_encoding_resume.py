@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from embtrim import checkpoint, encoding
+from embtrim import encoding, encoding_state
 from embtrim.encoding import encode
 from embtrim.encoding_state import CHEAP_SECONDS, Work, working_folder
 from embtrim.errors import DataError
@@ -149,7 +149,7 @@ def interrupts(monkeypatch) -> Interrupts:
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(encoding_state.os, "fsync", lambda descriptor: None)
 
 
 class TestSameBytes:
@@ -355,7 +355,7 @@ class TestStartsAnew:
         (tmp_path / ".data.encoding/data/train/dense.npy").write_text("half")
         (tmp_path / ".data.encoding.lock").touch()
         assert job.run() == job.whole()
-        assert not caplog.records
+        assert [r.message for r in caplog.records if r.levelno >= logging.WARNING] == []
 
 
 class TestWorkingFolder:
@@ -399,7 +399,7 @@ class TestWorkingFolder:
         job = Job(tmp_path)
         interrupts.into("written", job)
         before = (tmp_path / ".data.encoding/checkpoint.json").read_bytes()
-        with checkpoint._locked(job.out) as can_lock:
+        with encoding_state._locked(job.out) as can_lock:
             assert can_lock
             with pytest.raises(DataError, match="another run is encoding into"):
                 interrupts.run(job)
@@ -407,7 +407,7 @@ class TestWorkingFolder:
         assert interrupts.run(job) is not None
 
     def test_a_lock_on_a_file_that_a_finished_run_removes(self, tmp_path, monkeypatch):
-        path, locks, flock = tmp_path / ".data.encoding.lock", [], checkpoint.fcntl.flock
+        path, locks, flock = tmp_path / ".data.encoding.lock", [], encoding_state.fcntl.flock
 
         def remove_first(file, how):
             flock(file, how)
@@ -416,8 +416,8 @@ class TestWorkingFolder:
                 path.unlink()
                 path.with_name("keeps the number in use").touch()
 
-        monkeypatch.setattr(checkpoint.fcntl, "flock", remove_first)
-        with checkpoint._locked(tmp_path / "data"):
+        monkeypatch.setattr(encoding_state.fcntl, "flock", remove_first)
+        with encoding_state._locked(tmp_path / "data"):
             assert len(locks) == 2
             assert path.stat().st_ino == locks[1]
         assert not path.exists()
@@ -427,13 +427,13 @@ class TestWorkingFolder:
         job = Job(tmp_path)
         whole = job.whole()
         if without == "fcntl":
-            monkeypatch.setattr(checkpoint, "fcntl", None)
+            monkeypatch.setattr(encoding_state, "fcntl", None)
         else:
 
             def unsupported(*_):
                 raise OSError(95, "Operation not supported")
 
-            monkeypatch.setattr(checkpoint.fcntl, "flock", unsupported)
+            monkeypatch.setattr(encoding_state.fcntl, "flock", unsupported)
         assert interrupts.run(job, after=12) is None
         assert job.left() == set()
         assert job.run() == whole
@@ -449,7 +449,7 @@ class TestWorkingFolder:
 
     def test_checkpoints_come_at_times_and_less_often_where_they_take_long(self, tmp_path, monkeypatch):
         clock = [100.0]
-        monkeypatch.setattr(checkpoint.time, "monotonic", lambda: clock[0])
+        monkeypatch.setattr(encoding_state.time, "monotonic", lambda: clock[0])
         work = Work(tmp_path / "work", {}, 60.0)
         saved = []
 

@@ -57,8 +57,22 @@ def test_run_writes_records_plans_bundles_and_its_settings(encoded, tmp_path):
             assert plan.num_params == record.num_params
     again = RunConfig.parse(embtrim.config.read_toml(tmp_path / "x" / "config.toml"))
     assert again == CONFIG
+    with pytest.raises(DataError, match=r'run with budget = "50%", now it is "7%"'.replace("50%", CONFIG.budget)):
+        run(encoded, CONFIG.replace(budget="7%"), tmp_path / "x")
+    (tmp_path / "x" / "config.toml").unlink()
     with pytest.raises(DataError, match="not empty"):
         run(encoded, CONFIG, tmp_path / "x")
+
+
+def test_finished_run_is_not_made_again(encoded, tmp_path, monkeypatch):
+    config = CONFIG.replace(seeds=1, controls=())
+    first = run(encoded, config, tmp_path)
+    monkeypatch.setattr("embtrim.experiment.train_full", None)
+    assert run(encoded, config.replace(train=config.train.replace(checkpoint_seconds=1)), tmp_path) == first
+    path = tmp_path / "records" / "full-seed0.json"
+    path.write_text(path.read_text().replace(encoded.schema.fingerprint, "0123456789ab"))
+    with pytest.raises(DataError, match="made on data 0123456789ab"):
+        run(encoded, config, tmp_path)
 
 
 def test_same_seed_same_metrics(encoded, tmp_path):

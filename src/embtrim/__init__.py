@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from embtrim.schema import FieldSpec, Schema
     from embtrim.sites import CTRTask, Task
     from embtrim.train import TrainConfig, evaluate, fit
+    from embtrim.updating import update
 
 _HOMES = {
     "Budget": "budget",
@@ -66,11 +67,13 @@ _HOMES = {
     "models": "models",
     "save": "bundle",
     "search": "methods",
+    "update": "updating",
     "verify": "compaction",
 }
 
 __all__ = [  # noqa: RUF022 (in the order of the way through the house)
     "encode", "load", "models", "fit", "evaluate", "search", "verify", "compact", "save", "load_bundle", "export",
+    "update",
     "Task", "CTRTask", "Budget", "SizePlan", "Schema", "FieldSpec", "TrainConfig",
     "GuidedConfig", "SSEDSConfig", "HardMaskConfig", "OptEmbedConfig", "PMEConfig",
     "UniformConfig", "RandomConfig", "MagnitudeConfig", "MDEConfig", "FrequencyConfig", "EmbtrimError",

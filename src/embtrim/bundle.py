@@ -1,6 +1,7 @@
 """The bundle: a trained model that scores raw logs, in a folder without pickle; loads without search code or data.
 
-bundle.json          format version, model name and hyper-parameters, metrics, digest of every file
+bundle.json          format version, model name and hyper-parameters, metrics, digest of every file; of an updated model
+                     which update it is, and of what
 model.safetensors    weights and batch-norm statistics
 plan.json            layout of the tables (which rows were kept is in the vocabulary, not here)
 encoder/             schema.json, vocab.parquet, transforms.json: from raw values to the compact model's ids
@@ -151,6 +152,7 @@ def save(
     *,
     plan: SizePlan | None = None,
     metrics: dict[str, Any] | None = None,
+    update: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Save a model as a bundle; written under a temporary name, then renamed.
@@ -162,6 +164,7 @@ def save(
             vocabulary, without which raw logs cannot be scored.
         plan: the plan with its rows, if rows were dropped and `data` are not re-coded.
         metrics: noted in bundle.json and the model card.
+        update: which update of which bundle this is, noted likewise; see `embtrim.update`.
         overwrite: replace an existing bundle.
 
     Raises:
@@ -190,6 +193,7 @@ def save(
             "hparams": model.hparams,
             "schema": model.schema.fingerprint,
             "metrics": metrics or {},
+            **({} if update is None else {"update": update}),
         }
         (temporary / "README.md").write_text(model_card(model, info), "utf-8")
         info["files"] = {
@@ -285,6 +289,8 @@ def model_card(model: CTRModel, info: dict[str, Any]) -> str:
         "```",
         "",
     ]
+    if "update" in info:
+        lines.append(f"- update {info['update']['number']}, of the bundle {info['update']['of'][:12]}")
     for split, values in info["metrics"].items():
         numbers = ", ".join(f"{k} {v:.5f}" for k, v in values.items() if isinstance(v, float))
         lines.append(f"- {split}: {numbers}")

@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import json
 import logging
-import pickle
+import os
 import time
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from embtrim.errors import DataError
 from embtrim.optim import RowOptimizer
-from embtrim.plan import write_then_rename
 
 log = logging.getLogger(__name__)
 
@@ -50,12 +52,14 @@ class Checkpoint:
         Raises:
             DataError: the file is of another training.
         """
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            version, settings = state["version"], state["settings"]
-        except FileNotFoundError:
+        if not self.path.exists():
             return None
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+        try:
+            with safe_open(self.path, "pt") as file:
+                head = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            version, settings = head["version"], head["settings"]
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             log.warning("%s is damaged (%s); this training starts anew", self.path, str(error).partition("\n")[0])
             return None
         if version != VERSION:
@@ -70,7 +74,7 @@ class Checkpoint:
                     f"{self.path} is of a training with {name} = {json.dumps(then)}, this one has {json.dumps(now)}; "
                     "remove it, or give the settings of before"
                 )
-        return state
+        return _with_tensors(head["values"], tensors)
 
     @property
     def is_due(self) -> bool:
@@ -78,10 +82,44 @@ class Checkpoint:
         return time.monotonic() - self._written >= self.interval
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Write the state, or leave the former one where it is."""
-        whole = {"version": VERSION, "settings": self.settings, **state}
-        write_then_rename(self.path, lambda file: torch.save(whole, file))
+        """Write the state, or leave the former one where it is: where it cannot be written training goes on, warned."""
+        tensors: dict[str, torch.Tensor] = {}
+        head = {"version": VERSION, "settings": self.settings, "values": _without_tensors(state, tensors)}
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, temporary, {"state": json.dumps(head)})
+            os.replace(temporary, self.path)
+        except (OSError, SafetensorError) as error:
+            log.warning("checkpoint %s could not be written (%s); training goes on", self.path, error)
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
         self._written = time.monotonic()
+
+
+def _without_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """The value as JSON, its tensors put into `tensors` and named in their place."""
+    if isinstance(value, torch.Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().contiguous()
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"items": [[key, _without_tensors(v, tensors)] for key, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [_without_tensors(v, tensors) for v in value]
+    return value
+
+
+def _with_tensors(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """What `_without_tensors` was given; tuples come back as lists."""
+    if isinstance(value, list):
+        return [_with_tensors(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    return {key: _with_tensors(v, tensors) for key, v in value["items"]}
 
 
 class CheckpointFolder:
@@ -106,7 +144,7 @@ class CheckpointFolder:
     def next_path(self) -> Path:
         """The file of the next training."""
         self._count += 1
-        return self.folder / f"training-{self._count}.pt"
+        return self.folder / f"training-{self._count}.safetensors"
 
 
 # --- the state of what is trained -----------------------------------------------------------------------------------
@@ -121,7 +159,8 @@ def checksum(model: nn.Module) -> int:
     """CRC-32 of the weights: the same on every machine and for any number of threads."""
     found = 0
     for value in weights_of(model).values():
-        found = zlib.crc32(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().data, found)
+        whole = torch.empty(value.shape, dtype=value.dtype).copy_(value)  # an expanded one has strides of zero
+        found = zlib.crc32(whole.view(-1).view(torch.uint8).numpy().data, found)
     return found
 
 

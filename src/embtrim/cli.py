@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # rooms that import torch are imported by the commands that n
     from embtrim.models import CTRModel
     from embtrim.reading import ReadOptions
     from embtrim.train import TrainConfig
+    from embtrim.updating import UpdateReport
 
 SettingsT = TypeVar("SettingsT", bound=Config)
 
@@ -269,7 +270,7 @@ def train(
         return
     target = _free(out, overwrite)
     unfinished = _unfinished(target)
-    trained = train_full(encoded, settings, settings.seed, _progress(quiet), unfinished / "full.pt")
+    trained = train_full(encoded, settings, settings.seed, _progress(quiet), unfinished / "full.safetensors")
     record = trained.record
     save(trained.model, target, encoded, metrics={"valid": record.valid, "test": record.test}, overwrite=overwrite)
     shutil.rmtree(unfinished)
@@ -385,7 +386,7 @@ def compact(
     unfinished = _unfinished(target)
     if not no_train:
         train = settings.train.replace(seed=settings.seed)
-        fit(small, recoded, train, progress=_progress(quiet), checkpoint=unfinished / "retraining.pt")
+        fit(small, recoded, train, progress=_progress(quiet), checkpoint=unfinished / "retraining.safetensors")
     if sizes.is_quantized:
         small.tables.quantize()
     metrics = {s: evaluate(small, recoded, s).to_dict() for s in ("valid", "test") if s in encoded.splits}
@@ -445,6 +446,62 @@ def predict(
         loaded, log, target, keep=settings.keep, options=options, overwrite=overwrite, progress=_progress(quiet)
     )
     _show_facts({"out": str(target), "num_rows": rows}, as_json)
+
+
+@app.command()
+def update(
+    bundle: BundlePath,
+    log: Annotated[str, typer.Argument(metavar="NEWLOG", help="New raw log, with labels: a file, a glob or a folder.")],
+    out: OutPath = None,
+    split: Annotated[str | None, typer.Option("--split", help="8:1:1 (default), time:8:1:1 or time:CUT,CUT.")] = None,
+    min_count: Annotated[
+        int | None, typer.Option("--min-count", help="Occurrences a value needs for a row; otherwise each field's own.")
+    ] = None,
+    no_train: Annotated[bool, typer.Option("--no-train", help="Only add the rows; all weights stay.")] = False,
+    format: FormatName = None,
+    no_header: NoHeader = None,
+    columns: Columns = None,
+    separator: Separator = None,
+    encoding: Encoding = None,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Take a saved model to a new log: rows for new values, dropped ones back, training on from its weights."""
+    _start(quiet)
+    from embtrim.updating import UpdateConfig
+
+    read = _read_flags(format, no_header, columns, separator, encoding)
+    flags = {"split": split, "min_count": min_count, "seed": seed, "read": read}
+    settings = _settle(UpdateConfig, config, overrides, flags)
+    if dry_run:
+        from embtrim.bundle import load_bundle
+        from embtrim.reading import open_log
+
+        loaded = load_bundle(bundle)
+        opened = open_log(log, settings.read)
+        opened.require([loaded.model.schema.label, *loaded.encoder.columns])
+        facts = {
+            "model": loaded.info["model"],
+            "update": loaded.info.get("update", {"number": 0})["number"] + 1,
+            "table_bytes_before": loaded.model.tables.plan.num_bytes,
+            "log": opened.describe(),
+        }
+        _show_dry_run(settings, facts, as_json)
+        return
+    target = _needed(out)
+    report = embtrim.update(
+        bundle, log, out=target, config=settings, retrain=not no_train, overwrite=overwrite, progress=_progress(quiet)
+    )
+    if as_json:
+        _print_json(report.to_dict())
+        return
+    _show_update(report)
+    _log(f"bundle: {target}, update {report.number}")
 
 
 @app.command()
@@ -879,6 +936,21 @@ def _show_comparison(records: Sequence[RunRecord], skipped: Sequence[Skipped]) -
         _print_table(table)
 
 
+def _show_update(report: UpdateReport) -> None:
+    """What an update changed: a table of tables, a table of metrics, the facts."""
+    facts = report.to_dict()
+    _show_rows(
+        [{k.replace("_", " "): f"{v:,}" if isinstance(v, int) else v for k, v in t.items()} for t in facts["tables"]],
+        as_json=False,
+    )
+    for split, before in report.before.items():
+        pairs = [f"{key} {before[key]:.4f} -> {report.after[split][key]:.4f}" for key in ("auc", "logloss")]
+        _print(f"{split}: {', '.join(pairs)}")
+    for name in ("table_bytes", "bundle_bytes"):
+        _show_facts({f"{name}_{when}": facts[f"{name}_{when}"] for when in ("before", "after")}, as_json=False)
+    _show_facts({name: facts[name] for name in ("num_rows", "epochs", "seconds")}, as_json=False)
+
+
 def _show_dry_run(settings: Config, facts: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         _print_json({"config": settings.model_dump(mode="json"), **facts})
@@ -960,7 +1032,7 @@ def _first_line(doc: str | None) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Console entry point: a user's errors become one clear line and an exit code, ours keep their traceback."""
     code: Any
-    advice = "nothing is half-written; train, search, compact, run and compare go on when started again"
+    advice = "nothing is half-written; train, search, compact, update, run and compare go on when started again"
     try:
         code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
         sys.stdout.flush()

@@ -68,7 +68,7 @@ class Worker:
         config, unfinished = run_config(self.config, cell.model), self.out / "unfinished" / cell.name
         try:
             if cell.budget is None:
-                trained = train_full(self.data, config, cell.seed, checkpoint=unfinished / "full.pt")
+                trained = train_full(self.data, config, cell.seed, checkpoint=unfinished / "full.safetensors")
                 state = {name: value.detach().cpu().contiguous() for name, value in trained.model.state_dict().items()}
                 weights = safetensors.torch.save(state)
                 # Weights before the record: whoever finds the record may rely on them.

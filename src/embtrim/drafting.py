@@ -111,6 +111,7 @@ def _infer_field(column: pl.Series, min_count: int) -> FieldSpec | str:
         if numbers.null_count() or values.str.contains(r"^[+-]?0\d").any():
             if values.str.contains(r"^\d{4}-\d{2}-\d{2}").all():
                 return "time"
+            _say_if_nearly_numbers(values, numbers)
             if len(values) >= 1000 and num_distinct > 0.995 * len(values):
                 return "its values differ from row to row"
             return _infer_multi(values, min_count) or categorical
@@ -134,6 +135,18 @@ def _infer_field(column: pl.Series, min_count: int) -> FieldSpec | str:
         return categorical
     transform = "log2" if is_skewed and isinstance(top, float) and top > 100 else "quantile:20"
     return FieldSpec(name=name, type="numeric", transform=transform)
+
+
+def _say_if_nearly_numbers(values: pl.Series, numbers: pl.Series) -> None:
+    """A few dirty cells make a column of numbers categorical: say which, so that a user can null them."""
+    words = values.filter(numbers.is_null())
+    if 0 < len(words) <= 0.05 * len(values):
+        listed = ", ".join(map(repr, words.unique(maintain_order=True).head(10)))
+        logger.info(
+            "column %r is taken as categorical: %.2g%% of its values are no numbers, such as %s; if they mean nothing, "
+            'list them in the draft: type = "numeric", nulls = [..]',
+            values.name, 100 * len(words) / len(values), listed,
+        )  # fmt: skip
 
 
 def _infer_multi(values: pl.Series, min_count: int) -> FieldSpec | None:

@@ -25,7 +25,7 @@ import logging
 import os
 import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -123,7 +123,6 @@ def encode(
         >>> data.schema.tables
         {'user': 4}
     """
-    started = time.perf_counter()
     options = ReadOptions(
         format=format,
         header=header,
@@ -149,12 +148,92 @@ def encode(
     if label is not None and label != schema.label:
         schema = schema.replace(label=label)
     schema = _as_draft(schema)
+    _check_logs(logs, schema, chosen)
+    data = _encode_logs(
+        target, logs, schema, chosen, seed, options, partial(_fit_encoder, schema, seed=seed), {}, overwrite=overwrite,
+        progress=progress, chunk_bytes=chunk_bytes, checkpoint_seconds=checkpoint_seconds,
+    )  # fmt: skip
+    if draft_path is not None:
+        _write_draft(schema, draft_path)
+    return data
+
+
+def encode_further(
+    source: Source,
+    encoder: Encoder,
+    extend: Callable[[dict[str, pl.DataFrame], Path], Encoder],
+    *,
+    out: str | Path,
+    split: str | None = None,
+    min_count: int | None = None,
+    seed: int = 0,
+    options: ReadOptions,
+    inputs: Mapping[str, Any],
+    progress: bool = False,
+) -> EncodedDataset:
+    """Encode another log of an encoder's columns, with the encoder extended by values of its training rows.
+
+    Interrupted, it goes on as `encode` does.
+
+    Args:
+        source: the log, as for `encode`.
+        encoder: its fields, labels and transforms are taken as they are.
+        extend: makes the encoder from the values that occur at least `min_count` times in the training rows - by table a
+            frame of value, id and count, as `ValueCounter.vocabularies` gives them - and from the folder, in which files
+            that it writes stay with the data.
+        out: folder to write; an encoded dataset there is replaced.
+        split: as for `encode`.
+        min_count: of all listed fields; None takes each field's own.
+        seed: of the random split.
+        options: how the log is read.
+        inputs: all that `extend` depends on, as JSON.
+        progress: show a bar on stderr.
+
+    Raises:
+        DataError: as `encode`.
+    """
+    target = Path(out)
+    check_target(target, overwrite=True)
+    logs = {"train": open_log(source, options)}
+    chosen = choose_split(split, given=[])
+    counted = encoder.schema
+    if min_count is not None:
+        listed = {f.name for f in counted.id_fields if not f.hash_size}
+        fields = [f.replace(min_count=min_count) if f.name in listed else f for f in counted.fields]
+        counted = counted.replace(fields=tuple(fields))
+    _check_logs(logs, counted, chosen)
+    return _encode_logs(
+        target, logs, counted, chosen, seed, options, partial(_extend_encoder, counted, encoder, extend), inputs,
+        overwrite=True, progress=progress, chunk_bytes=CHUNK_BYTES, checkpoint_seconds=60.0,
+    )  # fmt: skip
+
+
+def _check_logs(logs: Mapping[str, RawLog], schema: Schema, chosen: Split | None) -> None:
+    """Raise DataError unless the logs have the columns that the schema and the split need."""
     if chosen is not None and chosen.by == "time" and schema.time is None:
         raise DataError("a split by time needs the schema's time column; set time = '<column>' in the schema")
     for name, log in logs.items():
         by_time = name == "train" and chosen is not None and chosen.by == "time"
         log.require(_raw_columns(schema, with_time=by_time))
 
+
+def _encode_logs(
+    target: Path,
+    logs: Mapping[str, RawLog],
+    schema: Schema,
+    chosen: Split | None,
+    seed: int,
+    options: ReadOptions,
+    fit: Callable[[_TrainingRows, Work], Encoder],
+    more_inputs: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    progress: bool,
+    chunk_bytes: int,
+    checkpoint_seconds: float | None,
+) -> EncodedDataset:
+    """Make the encoder from the training rows by `fit`, which saves it, and write all rows as ids."""
+    started = time.perf_counter()
     sources = {name: log.identity() for name, log in logs.items()}
     if None in sources.values():
         checkpoint_seconds = None
@@ -166,6 +245,7 @@ def encode(
         "read options": options.model_dump(mode="json"),
         "chunk_bytes": chunk_bytes,
         "source files": sources,
+        **more_inputs,
     }
     bar = _Bar(progress)
     with working_folder(target, overwrite, inputs, checkpoint_seconds) as work, bar:
@@ -175,7 +255,7 @@ def encode(
         if work.checkpoint.is_fitted:
             encoder = Encoder.load(work.folder)
         else:
-            encoder = _fit_encoder(schema, _TrainingRows(logs["train"], splitter, chunk_bytes, bar), seed, work)
+            encoder = fit(_TrainingRows(logs["train"], splitter, chunk_bytes, bar), work)
         parts = {name: (log, splitter if name == "train" else SPLITS.index(name)) for name, log in logs.items()}
         num_rows, positives = _write_splits(encoder, parts, chunk_bytes, bar, work)
         _check_splits(num_rows, positives, schema.label, chosen, list(logs))
@@ -191,8 +271,6 @@ def encode(
             "seconds": round(seconds, 3),
         }
         (work.folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
-    if draft_path is not None:
-        _write_draft(schema, draft_path)
     listed = ", ".join(f"{name} {n:,}" for name, n in num_rows.items())
     logger.info("encoded %s rows into %s in %.1f s", listed, target, seconds)
     return EncodedDataset.load(target)
@@ -230,13 +308,39 @@ def _learn_cuts(splitter: Splitter, log: RawLog, chunk_bytes: int, bar: _Bar, wo
     work.save(cuts=splitter.cuts, times_are_text=splitter.is_text)
 
 
-def _fit_encoder(schema: Schema, training: _TrainingRows, seed: int, work: Work) -> Encoder:
+def _fit_encoder(schema: Schema, training: _TrainingRows, work: Work, seed: int) -> Encoder:
     """Learn transforms and vocabularies from the training rows, and save the encoder."""
     transforms = work.checkpoint.transforms
     if transforms is None:
         transforms = _fit_transforms(schema, training, seed)
         if transforms:
             work.save(transforms=transforms)
+    vocabularies = _count_values(schema, transforms, training, work)
+    fields = []
+    for field_spec in schema.fields:
+        if field_spec.type != "dense":
+            kept = field_spec.hash_size or vocabularies[field_spec.table_name].height
+            field_spec = field_spec.replace(vocab_size=1 + kept)
+        fields.append(field_spec)
+    encoded = schema.replace(fields=tuple(fields), vocabulary_digest=digest(vocabularies, transforms))
+    return _saved(Encoder(encoded, vocabularies, transforms), work)
+
+
+def _extend_encoder(
+    schema: Schema,
+    encoder: Encoder,
+    extend: Callable[[dict[str, pl.DataFrame], Path], Encoder],
+    training: _TrainingRows,
+    work: Work,
+) -> Encoder:
+    """Extend an encoder by the values of the training rows that the schema's min_count lets in, and save it."""
+    return _saved(extend(_count_values(schema, encoder.transforms, training, work), work.folder), work)
+
+
+def _count_values(
+    schema: Schema, transforms: Mapping[str, Mapping[str, Any]], training: _TrainingRows, work: Work
+) -> dict[str, pl.DataFrame]:
+    """The vocabularies of the training rows."""
     counter = ValueCounter(schema)
     start, num_rows, positives = START, 0, 0
     if work.checkpoint.counted is not None:
@@ -252,15 +356,11 @@ def _fit_encoder(schema: Schema, training: _TrainingRows, seed: int, work: Work)
         counted = Counted(position=chunk.end, num_rows=num_rows, positives=positives)
         work.save_if_due(partial(_counts_so_far, counter, counted, work))
     _check_split("train", num_rows, positives, schema.label, training.splitter.split)
-    vocabularies = counter.vocabularies()
-    fields = []
-    for field_spec in schema.fields:
-        if field_spec.type != "dense":
-            kept = field_spec.hash_size or vocabularies[field_spec.table_name].height
-            field_spec = field_spec.replace(vocab_size=1 + kept)
-        fields.append(field_spec)
-    encoded = schema.replace(fields=tuple(fields), vocabulary_digest=digest(vocabularies, transforms))
-    encoder = Encoder(encoded, vocabularies, transforms)
+    return counter.vocabularies()
+
+
+def _saved(encoder: Encoder, work: Work) -> Encoder:
+    """The encoder, saved with the state of the work."""
     encoder.save(work.folder)
     work.save(files=[path for path in work.folder.iterdir() if path.is_file()], counted=None, is_fitted=True)
     return encoder

@@ -220,7 +220,7 @@ def run(
             continue
         unfinished = out / "unfinished" / f"seed{seed}"
         # The full model of a run that goes on comes out of its last checkpoint.
-        full = train_full(data, config, seed, progress, unfinished / "full.pt")
+        full = train_full(data, config, seed, progress, unfinished / "full.safetensors")
         full.record = found["full"] or _keep(full, data, out, on_record)
         records.append(full.record)
         budget = config.budget
@@ -349,7 +349,7 @@ def shrink(
         verification.require()
         small = compact(full.model, plan, init=config.init, seed=seed)
         recoded = data.recode(plan)
-        checkpoint = None if unfinished is None else unfinished / "retraining.pt"
+        checkpoint = None if unfinished is None else unfinished / "retraining.safetensors"
         result = fit(small, recoded, train, progress=progress, checkpoint=checkpoint)
         if plan.is_quantized:
             small.tables.quantize()
@@ -392,7 +392,7 @@ def _searched(
         plan.save(plan_path)
         text = json.dumps({"seconds": seconds, "peak_bytes": peak.above_start})
         write_then_rename(cost_path, lambda file: file.write(text.encode()))
-        for path in unfinished.glob("training-*.pt"):
+        for path in unfinished.glob("training-*.safetensors"):
             path.unlink()
     return plan, seconds, peak.above_start
 

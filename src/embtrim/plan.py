@@ -270,6 +270,33 @@ class TablePlan:
             id_map[rows] = np.arange(start, start + block.num_rows, dtype=np.int32)
         return id_map
 
+    def grown(self, num_new: int, num_returned: int) -> TablePlan:
+        """The layout with rows for more values, behind those that it has and of their width: the narrowest, if mixed.
+
+        The compact ids of rows that are there stay. The DROPPED row moves behind the rows added where it was the last; where
+        its place would be left empty between two blocks, a row that is added takes it.
+
+        Args:
+            num_new: values that the full table has no row for.
+            num_returned: values of the full table that read the DROPPED row so far.
+        """
+        assert all(block.rows is None for block in self.blocks), "a layout, as bundles hold it, lists no rows"
+        num_added = num_new + num_returned
+        if not num_added:
+            return self
+        blocks = list(self.blocks) or [Block(0, ())]
+        like = min((block for block in blocks if block.width), key=lambda block: block.width, default=blocks[-1])
+        if blocks[-1].columns != like.columns:
+            blocks.append(dataclasses.replace(like, num_rows=0))
+        blocks[-1] = dataclasses.replace(blocks[-1], num_rows=blocks[-1].num_rows + num_added)
+        found = dataclasses.replace(self, num_rows=self.num_rows + num_new, blocks=tuple(blocks))
+        home = self._dropped_block if self.blocks else 0
+        if not self.has_dropped or home == len(blocks) - 1 or (found.has_dropped and found._dropped_block == home):
+            return found
+        blocks[home] = dataclasses.replace(blocks[home], num_rows=blocks[home].num_rows + 1)
+        blocks[-1] = dataclasses.replace(blocks[-1], num_rows=blocks[-1].num_rows - 1)
+        return dataclasses.replace(found, blocks=tuple(blocks))
+
     def kept_mask(self) -> np.ndarray:
         """bool (num_rows, width): the entries of the full table that survive; a count keeps the first columns."""
         mask = np.zeros((self.num_rows, self.width), bool)

@@ -10,6 +10,7 @@ Data are made here, with a planted signal of known shape.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import tempfile
@@ -328,4 +329,9 @@ def conformance_matrix(configs: Mapping[str, Config]) -> str:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        prog="python -m embtrim.testing",
+        description="Check what every search method promises, on toy tasks; a table, after a minute or two.",
+    )
+    parser.parse_args()
     print(conformance_matrix({name: method.config() for name, method in METHODS.items()}))

@@ -1,0 +1,55 @@
+"""What the searches cost: seconds and peak memory of the search alone, in training epochs of the full model.
+
+    python benchmarks/search_cost.py compare-frappe --data DATA/frappe --budget 10% --out runs/cost
+
+The full model is trained once; then every method searches on it, alone in the process and with nothing beside it if
+the machine is quiet. Prints a markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+import embtrim
+from embtrim.config import read_toml
+from embtrim.experiment import peak_memory, train_full
+from embtrim.grid import CompareConfig, resolve, run_config, settings_by_label
+from embtrim.methods import method_named
+from embtrim.sites import CTRTask
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="name of a grid in recipes/")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--budget", default="10%")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint", type=Path, help="of the full model, so that a second run need not train it")
+    given = parser.parse_args()
+    recipe = Path(__file__).parents[1] / "recipes" / f"{given.recipe}.toml"
+    config = resolve(CompareConfig.parse(read_toml(recipe), where=str(recipe)))
+    data = embtrim.load(given.data)
+    run = run_config(config, config.models[0])
+    full = train_full(data, run, given.seed, checkpoint=given.checkpoint)
+    epoch_seconds = full.record.epoch_seconds
+    assert epoch_seconds is not None
+    print(f"\n{given.recipe}, {config.models[0]}, {given.budget}, {torch.get_num_threads()} threads; ", end="")
+    print(f"an epoch of the full model takes {epoch_seconds:.2f} s, its training {full.record.train_seconds:.0f} s\n")
+    print("| method | seconds | epochs | peak memory above the start |\n|---|---|---|---|")
+    for label, (name, settings) in settings_by_label(config).items():
+        method = method_named(name)
+        task = CTRTask(full.model, data, run.train.replace(seed=given.seed))
+        with peak_memory() as peak:
+            started = time.perf_counter()
+            embtrim.search(task, method.parse(settings), given.budget, given.seed)
+            seconds = time.perf_counter() - started
+        memory = "" if peak.above_start is None else f"{peak.above_start / 1e6:,.0f} MB"
+        print(f"| {label} | {seconds:.2f} | {seconds / epoch_seconds:.2f} | {memory} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

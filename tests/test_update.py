@@ -1,0 +1,303 @@
+"""update: new values get rows, dropped ones return, what stays keeps id and weights, nothing is half-written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+import embtrim
+from embtrim import updating
+from embtrim.bundle import file_digest, load_bundle, save
+from embtrim.dataset import EncodedDataset
+from embtrim.errors import BundleError, ConfigError, DataError
+from embtrim.models import DeepFM
+from embtrim.plan import Block, SizePlan, TablePlan
+from embtrim.schema import FieldSpec, Schema
+from embtrim.updating import UpdateConfig, added_ids, update
+from tests.bad_inputs import call
+
+KINDS = ("full", "columns", "rows", "rows_without_oov", "mixed")
+TRAIN = {"epochs": 1, "batch_size": 32, "learning_rate": 0.05, "precision": "fp32"}
+SCHEMA = Schema(
+    label="click",
+    time="day",
+    fields=(
+        FieldSpec(name="user", min_count=2),
+        FieldSpec(name="friend", min_count=2, table="user"),
+        FieldSpec(name="tags", type="multi", max_len=2),
+        FieldSpec(name="page", hash_size=6),
+    ),
+)
+
+
+def log_of(users: list[str], friends: list[str], tags: list[list[str]]) -> pl.DataFrame:
+    """Rows of these users, friends and tags in turn; every third is a click."""
+    num_rows = len(users)
+    return pl.DataFrame(
+        {
+            "click": [int(i % 3 == 0) for i in range(num_rows)],
+            "day": range(num_rows),
+            "user": users,
+            "friend": [friends[i % len(friends)] for i in range(num_rows)],
+            "tags": [tags[i % len(tags)] for i in range(num_rows)],
+            "page": [f"p{i % 11}" for i in range(num_rows)],
+        }
+    )
+
+
+# u00 is the most frequent, so that id i + 1 is that of user i: 21 rows with OOV.
+OLD = log_of(
+    [f"u{u:02d}" for u in range(20) for _ in range(24 - u)],
+    ["u00", "u01"],
+    [["a", "b"], ["c"], [], ["a"], ["b"], ["a"]],
+)
+# New are x0, x1 (in the shared table as a friend only) and the tag z; y occurs once. u12 and u13 may return, u14 occurs once.
+NEW = log_of(
+    [*["u01", "u12", "u13", "x0"] * 30, "u14", "y"], ["u02", "u01", "x1", "x1", "u12"], [["a", "z"], ["z"], ["b"]]
+)
+STAY = pl.concat([OLD.filter(pl.col("user") < "u08"), OLD.filter(pl.col("user") > "u13")])
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory) -> EncodedDataset:
+    return embtrim.encode(
+        OLD,
+        SCHEMA,
+        out=tmp_path_factory.mktemp("logs") / "data",
+        split="1:0:0",
+        progress=False,
+        checkpoint_seconds=None,
+    )
+
+
+def plan_of(kind: str, schema: Schema) -> SizePlan:
+    """A plan of a kind; those of rows keep users 0..7 or fewer and drop the others."""
+    full = SizePlan.full(schema, 4, first_order=True)
+    if kind == "full":
+        return full
+    if kind == "columns":
+        return full.with_columns({"user": (0, 2), "tags": (1,), "page": (0, 1, 2, 3)})
+    rows = {
+        "rows": [Block(9, (0, 1, 2, 3), rows=np.arange(9, dtype=np.int32))],
+        "rows_without_oov": [Block(8, (0, 1, 2, 3), rows=np.arange(1, 9, dtype=np.int32))],
+        "mixed": [
+            Block(4, 4, "project", rows=np.arange(4, dtype=np.int32)),
+            Block(5, 2, "project", rows=np.arange(4, 9, dtype=np.int32)),
+            Block(2, 3, "project", rows=np.arange(9, 11, dtype=np.int32)),
+        ],
+    }[kind]
+    sizes = {t.name: t for t in full.tables}
+    sizes["user"] = TablePlan("user", sizes["user"].num_rows, 4, tuple(rows))
+    pages = np.arange(4, dtype=np.int32)
+    sizes["page"] = TablePlan("page", sizes["page"].num_rows, 4, (Block(4, (0, 1, 2, 3), rows=pages),))
+    return SizePlan(full.fingerprint, full.num_fields, tuple(sizes.values()), True, kind)
+
+
+def bundle_of(kind: str, encoded: EncodedDataset, folder: Path) -> Path:
+    """A bundle of random weights, OOV and DROPPED rows included."""
+    plan = plan_of(kind, encoded.schema)
+    model = DeepFM(encoded.schema, plan=plan, embedding_dim=4, hidden_units=(4,))
+    with torch.no_grad():
+        model.tables.weight.normal_(generator=torch.Generator().manual_seed(1))
+        model.tables.first_order.normal_(generator=torch.Generator().manual_seed(2))
+    save(model, folder, encoded.recode(plan))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundles(encoded, tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("bundles")
+    return {kind: bundle_of(kind, encoded, root / kind) for kind in KINDS}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {str(path): file_digest(path) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_that_stay_keep_ids_weights_and_scores(bundles, kind, tmp_path):
+    before = digests(bundles[kind])
+    report = update(bundles[kind], NEW, out=tmp_path / "new", split="1:0:0", retrain=False)
+    assert digests(bundles[kind]) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    parent, child = load_bundle(bundles[kind]), load_bundle(tmp_path / "new")
+
+    user, tags, page = report.tables
+    returned = {"full": 0, "columns": 0, "rows": 2, "rows_without_oov": 0, "mixed": 2}[kind]
+    new = 4 if kind == "rows_without_oov" else 2  # the bundle lists no dropped values then: u12 and u13 count as new
+    assert (user.new, user.returned) == (new, returned)
+    assert (tags.new, tags.returned) == (1, 0)
+    assert (page.new, page.returned, page.rows_before) == (0, 0, page.rows_after)
+    assert user.rows_after == user.rows_before + new + returned
+    sizes = child.model.schema.tables
+    assert sizes == {"user": 21 + new, "tags": 5, "page": 7}
+    assert child.model.tables.plan.num_bytes == report.table_bytes_after > report.table_bytes_before
+
+    frames = STAY.filter(pl.col("user") < "u08")
+    ids = parent.encoder.encode_chunk(frames).ids
+    np.testing.assert_array_equal(child.encoder.encode_chunk(frames).ids, ids)
+    for name, column in (("user", 0), ("tags", 2), ("page", 4)):
+        found = np.unique(ids[:, column][ids[:, column] >= 0])
+        pairs = zip(child.model.tables.get_rows(name, found), parent.model.tables.get_rows(name, found), strict=True)
+        assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
+    # Those dropped still, and those never seen, score as before; so does all else, where the rows are of one width.
+    unknown = STAY.with_columns(pl.lit("nobody").alias("user"))
+    known = (
+        NEW if kind != "mixed" else NEW.filter(pl.col("user").is_in(["u01", "u14", "y"]) & (pl.col("friend") < "u12"))
+    )
+    added = NEW.head(4).with_columns(pl.Series("user", ["x0", "x1", "u12", "u13"]))
+    ids_of_added = set(child.encoder.encode_chunk(added).ids[:, 0].tolist())
+    assert len(ids_of_added) == 4
+    assert ids_of_added.isdisjoint(child.encoder.encode_chunk(pl.concat([STAY, unknown])).ids[:, 0].tolist())
+    for frame in (STAY, unknown, known):
+        np.testing.assert_allclose(child.predict(frame), parent.predict(frame), atol=1e-6)
+
+
+def test_new_and_returned_values_learn_and_a_second_update_goes_on(bundles, tmp_path):
+    first = update(bundles["rows"], NEW, out=tmp_path / "one", train=TRAIN)
+    one = load_bundle(tmp_path / "one")
+    rows = NEW.head(1)
+    scores = {u: one.predict(rows.with_columns(pl.lit(u).alias("user")))[0] for u in ("x0", "u12", "u15", "y", "no")}
+    assert scores["y"] == scores["no"]
+    assert len({scores["x0"], scores["u12"], scores["u15"], scores["no"]}) == 4
+    assert set(first.after) == set(first.before) == {"valid", "test"}
+    assert first.after != first.before
+    assert first.before["test"]["num_rows"] == first.num_rows["test"]
+    assert sum(first.num_rows.values()) == NEW.height
+
+    later = NEW.with_columns(pl.col("user").replace({"x0": "x7", "u13": "u14"}))
+    second = update(tmp_path / "one", later, out=tmp_path / "two", split="time:8:1:1", train=TRAIN)
+    assert (second.number, second.of) == (2, file_digest(tmp_path / "one" / "bundle.json"))
+    assert (second.tables[0].new, second.tables[0].returned) == (1, 1)
+    two = load_bundle(tmp_path / "two")
+    np.testing.assert_array_equal(two.encoder.encode_chunk(NEW).ids[:100], one.encoder.encode_chunk(NEW).ids[:100])
+    noted = two.info["update"]
+    assert noted["number"] == 2
+    assert noted["tables"] == {"user": {"new": 1, "returned": 1}}
+    assert "update 2" in (tmp_path / "two" / "README.md").read_text()
+
+
+def test_metrics_before_are_those_of_the_parent(bundles, tmp_path):
+    report = update(bundles["mixed"], NEW, out=tmp_path / "new", split="time:5:5:0", retrain=False)
+    rows = NEW.tail(report.num_rows["valid"])
+    found = load_bundle(bundles["mixed"]).predict(rows).astype(float)
+    labels = rows["click"].to_numpy()
+    expected = -np.where(labels == 1, np.log(found), np.log1p(-found)).mean()
+    assert report.before["valid"]["logloss"] == pytest.approx(expected, abs=1e-5)
+    assert report.after["valid"]["logloss"] != pytest.approx(expected, abs=1e-5)  # narrow rows start at zero
+
+
+def test_min_count_can_be_given(bundles, tmp_path):
+    report = update(bundles["rows"], NEW, out=tmp_path / "new", split="1:0:0", min_count=1, retrain=False)
+    assert (report.tables[0].new, report.tables[0].returned) == (3, 3)
+    assert load_bundle(tmp_path / "new").model.schema.fields[0].min_count == 2
+
+
+def test_interrupted_it_leaves_nothing_half_written_and_goes_on(bundles, tmp_path, monkeypatch):
+    update(bundles["full"], NEW, out=tmp_path / "whole", train=TRAIN)
+    with monkeypatch.context() as patch:
+
+        def interrupt(*_, **__):
+            raise KeyboardInterrupt
+
+        patch.setattr(updating, "evaluate", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            update(bundles["full"], NEW, out=tmp_path / "new", train=TRAIN)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", ".new.unfinished"}
+    saved = (tmp_path / ".new.unfinished" / "training.safetensors").read_bytes()
+    assert saved
+    update(bundles["full"], NEW, out=tmp_path / "new", train=TRAIN)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "new"}
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "new")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("log", "error", "words"),
+    [
+        (NEW.drop("friend"), DataError, "friend"),
+        (NEW.drop("click"), DataError, "click"),
+        (NEW.head(0), DataError, "empty"),
+        (NEW.with_columns(pl.lit(1).alias("click")), DataError, "both classes are needed"),
+    ],
+    ids=["no column", "no label", "no rows", "one class"],
+)
+def test_it_refuses_what_cannot_be_trained_on(bundles, tmp_path, log, error, words):
+    with pytest.raises(error, match=words):
+        update(bundles["full"], log, out=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_it_refuses_what_would_be_overwritten_and_what_is_no_bundle(bundles, tmp_path):
+    with pytest.raises(BundleError, match="exists; choose another"):
+        update(bundles["full"], NEW, out=bundles["rows"])
+    with pytest.raises(BundleError, match="is the bundle to update"):
+        update(bundles["full"], NEW, out=bundles["full"], overwrite=True)
+    with pytest.raises(BundleError, match="is no bundle"):
+        update(tmp_path, NEW, out=tmp_path / "new")
+    with pytest.raises(ConfigError, match="8:1:1"):
+        update(bundles["full"], NEW, out=tmp_path / "new", split="80/20")
+    assert not list(tmp_path.iterdir())
+    assert UpdateConfig.parse({"train": {"learning_rate": 0.1}}).train.epochs == updating.EPOCHS
+
+
+def widths(table: TablePlan) -> list[int]:
+    return [width for rows, width in table.segments for _ in range(rows)]
+
+
+W4, W2, W0 = (4, "project"), (2, "project"), (0, "project")
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "blocks", "new", "returned", "ids", "num_blocks"),
+    [
+        (3, [(3, *W4)], 2, 0, [3, 4], 1),
+        (5, [(3, *W4)], 1, 1, [3, 4], 1),  # DROPPED goes from 3 to 5
+        (5, [(3, *W4)], 0, 2, [3, 4], 1),  # and leaves
+        (7, [(2, *W4), (2, *W2)], 1, 1, [5, 6], 2),  # DROPPED stays, at 2
+        (6, [(2, *W4), (2, *W2)], 0, 2, [2, 5], 2),  # nobody reads DROPPED any more: its place is taken
+        (7, [(2, *W2), (2, *W4)], 1, 1, [5, 6], 3),
+        (7, [(2, *W4), (2, *W0)], 2, 0, [2, 5], 3),  # the narrow rows are as wide as the widest: DROPPED joins them
+        (4, [], 1, 1, [0, 1], 1),
+    ],
+)
+def test_rows_are_added_behind_those_that_stay(num_rows, blocks, new, returned, ids, num_blocks):
+    table = TablePlan("t", num_rows, 4, tuple(Block(*block) for block in blocks))
+    grown = table.grown(new, returned)
+    assert added_ids(table, grown).tolist() == ids
+    assert (grown.num_rows, grown.num_kept, len(grown.blocks)) == (
+        num_rows + new,
+        table.num_kept + new + returned,
+        num_blocks,
+    )
+    stay = [i for i in range(table.num_compact_rows) if i != table.dropped_id]
+    assert [widths(grown)[i] for i in stay] == [widths(table)[i] for i in stay]
+    assert table.grown(0, 0) is table
+
+
+def test_the_command_reports_what_changed(bundles, tmp_path):
+    NEW.with_columns(pl.lit("a").alias("tags")).write_parquet(tmp_path / "flat.parquet")
+    NEW.write_parquet(tmp_path / "new.parquet")
+    out = tmp_path / "out"
+    words = ["update", bundles["rows"], tmp_path / "new.parquet", "--out", out, "--no-train", "--split", "4:1:0"]
+    shown = call(*words, "--dry-run")
+    assert shown.code == 0, shown.err
+    assert not out.exists()
+    done = call(*words, "--json")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    assert report["tables"][0]["returned"] == 2
+    assert report["before"]["valid"]["auc"] == report["after"]["valid"]["auc"]
+    done = call(*words, "--overwrite", "--set", "train.epochs=2")
+    assert done.code == 0, done.err
+    for word in ("returned", "dropped", "valid: auc", "table bytes after", "num rows: train"):
+        assert word in done.out
+    assert call(*words).code == 1
+    refused = call("update", bundles["rows"], tmp_path / "flat.parquet", "--out", tmp_path / "b")
+    assert refused.code == 1
+    assert "'tags'" in refused.err
