@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import embtrim
 from embtrim import train
-from embtrim.checkpoint import Checkpoint, CheckpointFolder
+from embtrim.checkpoint import Checkpoint, CheckpointFolder, unfinished
 from embtrim.comparison import compare
 from embtrim.dataset import EncodedDataset
 from embtrim.errors import DataError
@@ -163,6 +163,23 @@ def test_checkpoint_that_cannot_be_written_does_not_end_the_training(data, tmp_p
     result = fit(model_of(data), data, TRAIN.replace(epochs=1), checkpoint=tmp_path / "file" / "state.safetensors")
     assert len(result.history) == 1
     assert "could not be written" in caplog.text
+
+
+def test_unfinished_work_stays_where_it_failed_and_goes_where_it_ended(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+
+    def interrupted() -> None:
+        with unfinished(target) as work:
+            work.mkdir()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [path.name for path in tmp_path.iterdir()] == [".model.unfinished"]
+    for _ in range(2):  # the second time nothing was written
+        with unfinished(target):
+            pass
+        assert not list(tmp_path.iterdir())
 
 
 def test_checkpoint_waits_for_its_interval(data, tmp_path: Path, monkeypatch) -> None:
@@ -314,7 +331,7 @@ def test_killed_at_ten_random_moments(what: str, tmp_path: Path) -> None:
     start(what, tmp_path / "whole")
     assert outcome(out) == outcome(tmp_path / "whole")
     assert len(outcome(out)) == (3 if what == "run" else 5)
-    assert not list(out.glob("unfinished/*")), "what is finished leaves no state behind"
+    assert not (out / "unfinished").exists(), "what is finished leaves no state behind"
 
 
 def until(condition: Callable[..., bool], seconds: float = 60) -> None:

@@ -2,8 +2,7 @@
 
 `10%` is a share of the full embedding tables without first-order weights. `1.5M params` counts the same parameters
 absolutely. `200MB` counts bytes of the embedding tables and of the first-order tables. Projections and shared rows of
-the compact tables count against all three. A share is one of bytes: tables of 8 bits a value may have four times as many
-parameters. Counting plans is plan.py's work; here is only the limit.
+the compact tables count against all three. Counting plans is plan.py's work; here is only the limit.
 """
 
 from __future__ import annotations
@@ -40,10 +39,8 @@ class Budget:
         amount: the limit, in the unit of `kind`.
 
     Example:
-        >>> Budget.parse("10%").max_params(full_params=1000)
+        >>> Budget.parse("10%").max_params(full_params=1000, first_order_params=100)
         100
-        >>> Budget.parse("10%").max_params(full_params=1000, bits=8)
-        400
     """
 
     kind: Literal["percent", "params", "bytes"]
@@ -77,27 +74,25 @@ class Budget:
             return cls("bytes", number * _BYTE_UNITS[unit])
         raise BudgetError(f"budget {text!r} has no unit that is known; {_FORMS}")
 
-    def max_params(self, full_params: int, other_bytes: float = 0, bits: int = 32) -> int:
-        """The number of embedding parameters allowed, first-order weights not counted in.
+    def max_params(self, full_params: int, first_order_params: int = 0) -> int:
+        """The number of embedding parameters allowed (fp32), first-order weights not counted in.
 
         Args:
             full_params: embedding parameters of the full tables, without first-order weights.
-            other_bytes: what the compact model will store beside them: first-order weights, scales of quantised tables.
-            bits: of each parameter; the full tables have 32.
+            first_order_params: first-order weights that the compact model will keep.
 
         Raises:
-            BudgetError: a byte budget that the other bytes alone exceed.
+            BudgetError: a byte budget that the first-order weights alone exceed.
         """
         if self.kind == "percent":
-            return math.floor(self.amount * full_params * (8 * BYTES_PER_PARAM / bits) + 1e-9)
+            return math.floor(self.amount * full_params + 1e-9)
         if self.kind == "params":
             return math.floor(self.amount)
-        left = math.floor((self.amount - other_bytes) * 8 / bits)
+        left = math.floor(self.amount / BYTES_PER_PARAM) - first_order_params
         if left < 0:
-            scales = "" if bits == 8 * BYTES_PER_PARAM else " and scales"
             raise BudgetError(
-                f"budget of {self} is below the first-order weights{scales} alone ({other_bytes:,.0f} bytes); give more, "
-                "or a budget in percent"
+                f"budget of {self} is below the first-order weights alone "
+                f"({first_order_params * BYTES_PER_PARAM:,} bytes); give more, or a budget in percent"
             )
         return left
 

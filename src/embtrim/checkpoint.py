@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import shutil
 import time
 import zlib
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from embtrim.config import first_change
 from embtrim.errors import DataError
 from embtrim.optim import RowOptimizer
+from embtrim.plan import write_then_rename
 
 log = logging.getLogger(__name__)
 
@@ -67,13 +69,9 @@ class Checkpoint:
                 "%s has version %s, this release reads %s; the training starts anew", self.path, version, VERSION
             )
             return None
-        for name in dict.fromkeys([*settings, *self.settings]):
-            then, now = settings.get(name), self.settings.get(name)
-            if then != now:
-                raise DataError(
-                    f"{self.path} is of a training with {name} = {json.dumps(then)}, this one has {json.dumps(now)}; "
-                    "remove it, or give the settings of before"
-                )
+        change = first_change(settings, self.settings)
+        if change is not None:
+            raise DataError(f"{self.path} is of a training with {change}; remove it, or give the settings of before")
         return _with_tensors(head["values"], tensors)
 
     @property
@@ -85,16 +83,10 @@ class Checkpoint:
         """Write the state, or leave the former one where it is: where it cannot be written training goes on, warned."""
         tensors: dict[str, torch.Tensor] = {}
         head = {"version": VERSION, "settings": self.settings, "values": _without_tensors(state, tensors)}
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, {"state": json.dumps(head)})
-            os.replace(temporary, self.path)
+            write_then_rename(self.path, lambda file: save_file(tensors, file.name, {"state": json.dumps(head)}))
         except (OSError, SafetensorError) as error:
             log.warning("checkpoint %s could not be written (%s); training goes on", self.path, error)
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
         self._written = time.monotonic()
 
 
@@ -145,6 +137,17 @@ class CheckpointFolder:
         """The file of the next training."""
         self._count += 1
         return self.folder / f"training-{self._count}.safetensors"
+
+
+@contextmanager
+def unfinished(target: Path) -> Iterator[Path]:
+    """The folder beside `target` where work towards it keeps its state, inside a `with` block.
+
+    It stays where the block raises, so that the work can go on, and goes where the target is written.
+    """
+    folder = target.with_name(f".{target.name}.unfinished")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 # --- the state of what is trained -----------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -257,6 +256,7 @@ def train(
     _start(quiet)
     settings = _run_config(data, config, overrides, {"model": model, "seed": seed})
     from embtrim.bundle import folder_bytes, save
+    from embtrim.checkpoint import unfinished
     from embtrim.experiment import train_full
     from embtrim.models import build
 
@@ -269,11 +269,10 @@ def train(
         _show_dry_run(settings, facts, as_json)
         return
     target = _free(out, overwrite)
-    unfinished = _unfinished(target)
-    trained = train_full(encoded, settings, settings.seed, _progress(quiet), unfinished / "full.safetensors")
-    record = trained.record
-    save(trained.model, target, encoded, metrics={"valid": record.valid, "test": record.test}, overwrite=overwrite)
-    shutil.rmtree(unfinished)
+    with unfinished(target) as work:
+        trained = train_full(encoded, settings, settings.seed, _progress(quiet), work / "full.safetensors")
+        record = trained.record
+        save(trained.model, target, encoded, metrics={"valid": record.valid, "test": record.test}, overwrite=overwrite)
     _show_records([record.replace(bundle_bytes=folder_bytes(target))], as_json, many=False)
     _log(f"bundle: {target}")
 
@@ -296,9 +295,8 @@ def search(
 ) -> None:
     """Find what to keep of a trained model's tables within a budget: a plan, as JSON."""
     _start(quiet)
-    flags = {"method": method, "budget": budget, "bits": bits, "seed": seed}
-    settings = _run_config(data, config, overrides, flags)
-    from embtrim.checkpoint import CheckpointFolder
+    settings = _run_config(data, config, overrides, {"method": method, "budget": budget, "seed": seed})
+    from embtrim.checkpoint import CheckpointFolder, unfinished
     from embtrim.methods import method_named
     from embtrim.sites import CTRTask
 
@@ -323,12 +321,11 @@ def search(
         raise ConfigError(f"a plan is written as .json, --out is {target}")
     _free(target, overwrite)
     task = CTRTask(full, encoded, settings.train.replace(seed=settings.seed))
-    task.progress, task.bits = _progress(quiet), settings.bits
-    unfinished = _unfinished(target)
-    task.checkpoints = CheckpointFolder(unfinished, settings.train.checkpoint_seconds)
-    plan = embtrim.search(task, method_settings, settings.budget, settings.seed)
-    plan.save(target)
-    shutil.rmtree(unfinished, ignore_errors=True)
+    task.progress = _progress(quiet)
+    with unfinished(target) as work:
+        task.checkpoints = CheckpointFolder(work, settings.train.checkpoint_seconds)
+        plan = embtrim.search(task, method_settings, settings.budget, settings.seed)
+        plan.save(target)
     if as_json:
         _print_json(json.loads(target.read_text("utf-8")))
     else:
@@ -358,6 +355,7 @@ def compact(
     _start(quiet)
     settings = _run_config(data, config, overrides, {"init": init, "seed": seed})
     from embtrim.bundle import folder_bytes, save
+    from embtrim.checkpoint import unfinished
     from embtrim.plan import SizePlan
     from embtrim.train import evaluate, fit
 
@@ -383,15 +381,12 @@ def compact(
     )
     small = embtrim.compact(full, sizes, init=settings.init, seed=settings.seed)
     recoded = encoded.recode(sizes)
-    unfinished = _unfinished(target)
-    if not no_train:
-        train = settings.train.replace(seed=settings.seed)
-        fit(small, recoded, train, progress=_progress(quiet), checkpoint=unfinished / "retraining.safetensors")
-    if sizes.is_quantized:
-        small.tables.quantize()
-    metrics = {s: evaluate(small, recoded, s).to_dict() for s in ("valid", "test") if s in encoded.splits}
-    save(small, target, recoded, metrics=metrics, overwrite=overwrite)
-    shutil.rmtree(unfinished, ignore_errors=True)
+    with unfinished(target) as work:
+        if not no_train:
+            train = settings.train.replace(seed=settings.seed)
+            fit(small, recoded, train, progress=_progress(quiet), checkpoint=work / "retraining.safetensors")
+        metrics = {s: evaluate(small, recoded, s).to_dict() for s in ("valid", "test") if s in encoded.splits}
+        save(small, target, recoded, metrics=metrics, overwrite=overwrite)
     result = {
         "bundle": str(target),
         "table_bytes_before": full.tables.plan.num_bytes,
@@ -831,11 +826,6 @@ def _free(out: Path | None, overwrite: bool) -> Path:
     if target.exists() and not overwrite:
         raise DataError(f"{target} exists; choose another --out or pass --overwrite")
     return target
-
-
-def _unfinished(target: Path) -> Path:
-    """Where a command keeps its state until `target` is written; when started again it goes on from there."""
-    return target.with_name(f".{target.name}.unfinished")
 
 
 def _load_full(folder: Path, data: EncodedDataset) -> Bundle:

@@ -193,8 +193,7 @@ def verify(
         for batch, small_batch in zip(data.batches(split, batch_size), recoded.batches(split, batch_size), strict=True):
             dense = None if batch.dense_BE is None else batch.dense_BE.double()
             expected = masked(batch.ids_BC, dense)
-            difference = (small(small_batch.ids_BC, dense) - expected).abs() / (1 + expected.abs())
-            worst = max(worst, float(difference.max()))
+            worst = max(worst, _difference(small(small_batch.ids_BC, dense), expected))
             rows += len(batch)
             if rows >= max_rows:
                 break
@@ -238,9 +237,7 @@ def _verify_lookup(model: CTRModel, plan: SizePlan, data: EncodedDataset, split:
             vectors = [embedding(table, int(i)) for i in ids_C[columns] if i != PAD]
             pooled = torch.stack(vectors).sum(0) if vectors else torch.zeros(table.output_width).double()
             parts.append(pooled / len(vectors) if field.pooling == "mean" and vectors else pooled)
-        expected_S = torch.cat(parts)
-        difference = (found_BS[row] - expected_S).abs() / (1 + expected_S.abs())
-        worst = max(worst, float(difference.max()) if len(difference) else 0.0)
+        worst = max(worst, _difference(found_BS[row], torch.cat(parts)))
     return Verification(worst, len(full_ids_BC), TOLERANCE, worst <= TOLERANCE, "lookup")
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,8 @@ def compare(
         keep(make(fulls))
         keep((cell, _skip(cell, "its full model could not be made")) for cell in pending if cell.full.name in skipped)
         keep(make(cell for cell in pending if cell.full.name not in skipped))
+    with suppress(OSError):
+        (out / "unfinished").rmdir()
     return Comparison(
         [records[cell] for cell in cells if cell in records],
         [skipped[cell.name] for cell in cells if cell.name in skipped],

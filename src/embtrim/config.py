@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -127,3 +128,16 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 def _copy_nested(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _copy_nested(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+
+
+def first_change(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first setting in which two sets differ, in words; None if there is none. Values are JSON-able.
+
+    Example:
+        >>> first_change({"seed": 0, "epochs": 5}, {"seed": 0, "epochs": 9})
+        'epochs = 5, now it is 9'
+    """
+    for name in dict.fromkeys([*now, *then]):
+        if then.get(name) != now.get(name):
+            return f"{name} = {json.dumps(then.get(name))}, now it is {json.dumps(now.get(name))}"
+    return None

@@ -14,7 +14,7 @@ Splits do not depend on the size of chunks: a row's part is a hash (splitmix64) 
 
 The output is written to a working folder beside the target and renamed: a run that fails, or is interrupted, leaves the
 target as it was. The working folder of an interrupted or killed run holds a checkpoint, from which the same call goes on
-(see checkpoint.py); passes that are finished are not made again.
+(see encoding_state.py); passes that are finished are not made again.
 """
 
 from __future__ import annotations

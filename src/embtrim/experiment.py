@@ -26,7 +26,7 @@ from embtrim.budget import Budget
 from embtrim.bundle import folder_bytes, save
 from embtrim.checkpoint import CheckpointFolder
 from embtrim.compaction import Verification, compact, verify
-from embtrim.config import Config, describe_errors, read_toml, to_toml
+from embtrim.config import Config, describe_errors, first_change, read_toml, to_toml
 from embtrim.dataset import EncodedDataset
 from embtrim.errors import ConfigError, DataError, EmbtrimError
 from embtrim.methods import method_named, search
@@ -256,13 +256,11 @@ def _check_folder(out: Path, config: RunConfig) -> None:
     def told(config: RunConfig) -> dict[str, Any]:
         return config.model_dump(mode="json", exclude={"train": {"checkpoint_seconds"}})
 
-    then, now = told(RunConfig.parse(values, where=str(settings))), told(config)
-    for name in now:
-        if then[name] != now[name]:
-            raise DataError(
-                f"{out} is of a run with {name} = {json.dumps(then[name])}, now it is {json.dumps(now[name])}; "
-                "choose another --out, or give the settings of before to go on with it"
-            )
+    change = first_change(told(RunConfig.parse(values, where=str(settings))), told(config))
+    if change is not None:
+        raise DataError(
+            f"{out} is of a run with {change}; choose another --out, or give the settings of before to go on with it"
+        )
 
 
 def _finished(out: Path, variant: str, seed: int, data: EncodedDataset) -> RunRecord | None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from embtrim.budget import Budget
-from embtrim.config import Config, read_toml
+from embtrim.config import Config, first_change, read_toml
 from embtrim.dataset import EncodedDataset
 from embtrim.errors import BudgetError, ConfigError, DataError
 from embtrim.experiment import RunConfig, RunRecord, check_run
@@ -238,13 +238,12 @@ def check_settings(
         **_under("hparams", record.hparams),
         **_under("search", {**default, **record.search}),
     }
-    for name in dict.fromkeys([*expected, *made]):
-        now, then = expected.get(name), made.get(name)
-        if now != then and name not in ("train.seed", "hparams.seed", "train.checkpoint_seconds"):
-            raise DataError(
-                f"{path} was made with {name} = {json.dumps(then)}, now it is {json.dumps(now)}; "
-                "choose another --out, or give the settings of before"
-            )
+    for free in ("train.seed", "hparams.seed", "train.checkpoint_seconds"):
+        expected.pop(free, None)
+        made.pop(free, None)
+    change = first_change(made, expected)
+    if change is not None:
+        raise DataError(f"{path} was made with {change}; choose another --out, or give the settings of before")
 
 
 def _under(section: str, values: dict[str, Any]) -> dict[str, Any]:

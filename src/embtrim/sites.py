@@ -96,7 +96,7 @@ class TableSite:
     """The full EmbeddingTables of a zoo model; fields that share a table share its slots."""
 
     def __init__(self, tables: EmbeddingTables) -> None:
-        if tables.plan.num_params < tables.plan.num_full_params or tables.plan.is_quantized:
+        if tables.plan.num_params < tables.plan.num_full_params:
             raise EmbtrimError("these tables are compact already; search in the full model")
         self.tables = tables
         plans = tables.plan.tables
@@ -434,14 +434,11 @@ class Task:
         progress: whether searches show progress bars on stderr.
         checkpoints: where the trainings of a search keep their state, if anywhere: an interrupted search that is started
             again with the same folder goes on in the training that was interrupted.
-        bits: precision that the tables found are to be stored in, see plan.py; searches themselves work in fp32. A CTRTask
-            alone may have fewer than 32.
     """
 
     needs_aligned = True  # a foreign module's forward expects the full width
     progress = False
     checkpoints: CheckpointFolder | None = None
-    bits: int = 32
 
     def __init__(
         self,
@@ -470,12 +467,7 @@ class Task:
         return survey(self.model, self._keep, self._fields)
 
     def full_plan(self) -> SizePlan:
-        """The plan that keeps everything, at the task's precision."""
-        if self.bits != 32:
-            raise EmbtrimError(
-                f"this Task has bits = {self.bits}, but the embeddings of a {type(self.model).__name__} are stored in 32; "
-                "leave bits at 32, or search in a model of embtrim.models with a CTRTask"
-            )
+        """The plan that keeps everything."""
         return site_plan(self.sites(self.model))
 
     def batches(self, split: str, seed: int | None = None) -> Iterable[Any]:
@@ -643,8 +635,7 @@ class CTRTask(Task):
 
     def full_plan(self) -> SizePlan:
         """See Task."""
-        full = SizePlan.full(self.data.schema, self.model.tables.width, self.model.has_first_order)
-        return full.with_bits(self.bits)
+        return SizePlan.full(self.data.schema, self.model.tables.width, self.model.has_first_order)
 
     def batches(self, split: str, seed: int | None = None) -> Iterable[Any]:
         """See Task."""
@@ -653,7 +644,7 @@ class CTRTask(Task):
     def recoded(self, plan: SizePlan) -> CTRTask:
         """See Task."""
         task = CTRTask(self.model, self.data.recode(plan), self.config)
-        task.checkpoints, task.bits = self.checkpoints, self.bits
+        task.checkpoints = self.checkpoints
         return task
 
     def num_batches(self, split: str) -> int:

@@ -29,7 +29,7 @@ from embtrim.errors import BudgetError
 from embtrim.methods import METHODS, method_of, search
 from embtrim.models import FNN, DeepFM
 from embtrim.models.ctr_model import CTRModel
-from embtrim.plan import Block, SizePlan
+from embtrim.plan import Block, SizePlan, TablePlan
 from embtrim.schema import PAD, FieldSpec, Schema
 from embtrim.sites import CTRTask, Fields, Task
 from embtrim.train import TrainConfig, fit
@@ -223,7 +223,7 @@ def one_unit_larger(plan: SizePlan, adds: tuple[str, ...]) -> Iterator[tuple[str
                 elif t.has_dropped:
                     grown.append((f"a row of {t.name}", [*counted[:place], wider]))
         for unit, blocks in grown:
-            table = dataclasses.replace(t, blocks=tuple(blocks))
+            table = TablePlan(t.name, t.num_rows, t.width, tuple(blocks))
             yield unit, dataclasses.replace(plan, tables=(*plan.tables[:number], table, *plan.tables[number + 1 :]))
 
 

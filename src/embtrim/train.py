@@ -180,7 +180,7 @@ def fit(
 
     state = None
     if checkpoint is not None:
-        state = Checkpoint(checkpoint, config.checkpoint_seconds, training_settings(model, data, config), model)
+        state = Checkpoint(checkpoint, config.checkpoint_seconds, _training_settings(model, data, config), model)
     return train_loop(
         model,
         loss=loss,
@@ -195,7 +195,7 @@ def fit(
     )
 
 
-def training_settings(model: CTRModel, data: EncodedDataset, config: TrainConfig) -> dict[str, Any]:
+def _training_settings(model: CTRModel, data: EncodedDataset, config: TrainConfig) -> dict[str, Any]:
     """What a training of a zoo model depends on, beside its initial weights: of a checkpoint, to tell it by."""
     return {
         **config.model_dump(mode="json", exclude={"checkpoint_seconds"}),
@@ -284,7 +284,7 @@ def train_loop(
                 "weights": weights_of(model),
                 "own_values": own_values(optimizers, model),
                 "result": vars(result),
-                "position": {**vars(at), "total_loss": float(at.total_loss)},
+                "position": vars(at),
                 "best_state": None if ended else best_state,
             }
             if not ended:
@@ -365,7 +365,6 @@ def train_loop(
     for parameter in model.parameters():
         parameter.grad = None
     if saved is not None:  # it had ended before
-        log.debug("%s: this training had ended", checkpoint.path if checkpoint else "")
         return result
     result.seconds = time.perf_counter() - started
     result.rows_per_second = at.train_rows / max(at.train_seconds, 1e-9)

@@ -18,7 +18,6 @@ Axes: V rows of a table, N rows of the log, D full width.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ import torch
 from pydantic import Field, field_validator
 
 from embtrim.bundle import Bundle, file_digest, folder_bytes, load_bundle, save
+from embtrim.checkpoint import unfinished
 from embtrim.config import Config
 from embtrim.dataset import EncodedDataset
 from embtrim.encoder import Encoder, digest
@@ -176,37 +176,36 @@ def update(
     _check_out(folder, target, overwrite)
     parent = load_bundle(folder)
     parent_digest = file_digest(folder / "bundle.json")
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    data = encode_further(
-        source, parent.encoder, partial(extend, parent), out=unfinished / "data", split=config.split,
-        min_count=config.min_count, seed=config.seed, options=config.read, inputs={"bundle": parent_digest},
-        progress=progress,
-    )  # fmt: skip
-    plan = SizePlan.load(unfinished / "data" / "plan.json")
-    ids_before = parent_ids(parent, plan)
-    splits = [name for name in ("valid", "test") if name in data.splits]
-    train = config.train.replace(seed=config.seed)
-    model = grown_model(parent.model, data.schema, plan, ids_before)
-    before = {name: _metrics_before(parent.model, data.with_id_maps(ids_before), name, train) for name in splits}
-    # The ids on disk are those of the model; the maps say so, of the tables whose ids are not those of a full one.
-    data = data.with_id_maps({t.name: np.arange(t.num_rows, dtype=np.int32) for t in plan.tables if t.renumbers})
-    epochs = 0
-    if retrain:
-        fitted = fit(model, data, train, progress=progress, checkpoint=unfinished / "training.safetensors")
-        epochs = len(fitted.history)
-    after = {name: evaluate(model, data, name, train).to_dict() for name in splits}
-    changes = table_changes(parent.model.tables.plan, plan)
-    number = parent.info.get("update", {"number": 0})["number"] + 1
-    step = {
-        "number": number,
-        "of": parent_digest,
-        "tables": {c.table: {"new": c.new, "returned": c.returned} for c in changes if c.new or c.returned},
-        "num_rows": {name: data.num_rows(name) for name in data.splits},
-        "epochs": epochs,
-        "metrics_before": before,
-    }
-    save(model, target, data, metrics=after, update=step, overwrite=overwrite)
-    shutil.rmtree(unfinished, ignore_errors=True)
+    with unfinished(target) as work:
+        data = encode_further(
+            source, parent.encoder, partial(extend, parent), out=work / "data", split=config.split,
+            min_count=config.min_count, seed=config.seed, options=config.read, inputs={"bundle": parent_digest},
+            progress=progress,
+        )  # fmt: skip
+        plan = SizePlan.load(work / "data" / "plan.json")
+        ids_before = parent_ids(parent, plan)
+        splits = [name for name in ("valid", "test") if name in data.splits]
+        train = config.train.replace(seed=config.seed)
+        model = grown_model(parent.model, data.schema, plan, ids_before)
+        before = {name: _metrics_before(parent.model, data.with_id_maps(ids_before), name, train) for name in splits}
+        # The ids on disk are those of the model; the maps say so, of the tables whose ids are not those of a full one.
+        data = data.with_id_maps({t.name: np.arange(t.num_rows, dtype=np.int32) for t in plan.tables if t.renumbers})
+        epochs = 0
+        if retrain:
+            fitted = fit(model, data, train, progress=progress, checkpoint=work / "training.safetensors")
+            epochs = len(fitted.history)
+        after = {name: evaluate(model, data, name, train).to_dict() for name in splits}
+        changes = table_changes(parent.model.tables.plan, plan)
+        number = parent.info.get("update", {"number": 0})["number"] + 1
+        step = {
+            "number": number,
+            "of": parent_digest,
+            "tables": {c.table: {"new": c.new, "returned": c.returned} for c in changes if c.new or c.returned},
+            "num_rows": {name: data.num_rows(name) for name in data.splits},
+            "epochs": epochs,
+            "metrics_before": before,
+        }
+        save(model, target, data, metrics=after, update=step, overwrite=overwrite)
     return UpdateReport(
         bundle=str(target),
         number=number,

@@ -63,13 +63,6 @@ def search(task: Task, config: Config, budget: str | Budget, seed: int = 0) -> S
         log.info("embeddings of %s:\n  %s", type(task.model).__name__, "\n  ".join(map(str, task.survey())))
     if not full.num_full_params:
         raise EmbtrimError(f"{type(task.model).__name__} has no embedding tables to shrink, only first-order weights")
-    method, given = method_of(config), budget
-    if budget.kind == "bytes" and full.is_quantized:
-        given = Budget("params", full.max_params(budget))
-    plan = method.search(task, config, given, seed)
-    # Rows of 4-bit codes that are filled up, fp32 projections and scales of rows of several widths show in a plan only.
-    while given != budget and plan.num_params > plan.max_params(budget):
-        given = Budget("params", plan.max_params(budget))
-        plan = method.search(task, config, given, seed)
+    plan = method_of(config).search(task, config, budget, seed)
     assert plan.num_params <= plan.max_params(budget), "a search exceeded its budget"
-    return plan if given == budget else plan.made_by(plan.method, {**plan.details, "budget": str(budget)})
+    return plan

@@ -149,9 +149,7 @@ class MaskedSupernet:
 
     def train(self) -> None:
         """Alternate weights steps and mask steps as often as planned, or until the price has done its work."""
-        # Masks and their batches change between steps, here: a checkpoint would not hold them.
-        extra_loss = self._extra_loss if self.config.orthogonality else None
-        hooks = Hooks(extra_loss=extra_loss, on_step=self._on_step, resumable=False)
+        hooks = Hooks(extra_loss=self._extra_loss, on_step=self._on_step, resumable=False)  # no checkpoint holds masks
         with self._gates:
             self._open_gates()
             self.task.fit(self.model, epochs=self.epochs, seed=self.seed, hooks=hooks)

@@ -34,7 +34,7 @@ from embtrim.config import Config
 from embtrim.errors import EmbtrimError
 from embtrim.methods.registry import register
 from embtrim.methods.selection import largest
-from embtrim.plan import Block, SizePlan, map_params
+from embtrim.plan import Block, SizePlan, TablePlan, map_params
 from embtrim.sites import Site, Task, gate_sites
 
 
@@ -244,5 +244,5 @@ def sized_plan(full: SizePlan, sizes: Sequence[np.ndarray], with_rows: bool = Tr
             columns = tuple(range(size)) if size == table.width else size
             listed = rows if with_rows and len(rows) < table.num_rows else None
             blocks.append(Block(len(rows), columns, "project", listed))
-        tables.append(dataclasses.replace(table, blocks=tuple(blocks)))
+        tables.append(TablePlan(table.name, table.num_rows, table.width, tuple(blocks)))
     return dataclasses.replace(full, tables=tuple(tables))
