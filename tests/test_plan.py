@@ -285,14 +285,14 @@ def test_bad_budgets(text, message):
 
 
 def test_limits_by_hand():
-    assert Budget.parse("10%").max_params(1000, 400) == 100
+    assert Budget.parse("10%").max_params(1000, 100) == 100
     assert Budget.parse("0.1%").max_params(999) == 0
     assert Budget.parse("29%").max_params(100) == 29  # 0.29 * 100 is a hair below 29 in floating point
-    assert Budget.parse("120 params").max_params(1000, 400) == 120
-    assert Budget.parse("1000b").max_params(1000, 400) == 150
-    assert Budget.parse("402b").max_params(1000, 400) == 0
+    assert Budget.parse("120 params").max_params(1000, 100) == 120
+    assert Budget.parse("1000b").max_params(1000, 100) == 150
+    assert Budget.parse("402b").max_params(1000, 100) == 0
     with pytest.raises(BudgetError, match=r"below the first-order weights alone \(400 bytes\)"):
-        Budget.parse("396b").max_params(1000, 400)
+        Budget.parse("396b").max_params(1000, 100)
 
 
 def test_a_plan_knows_its_limit():

@@ -18,7 +18,7 @@ import embtrim
 from embtrim.budget import Budget
 from embtrim.bundle import load_bundle, save
 from embtrim.compaction import compact
-from embtrim.errors import BudgetError, EmbtrimError, PlanError
+from embtrim.errors import BudgetError, ConfigError, EmbtrimError, PlanError
 from embtrim.experiment import RunConfig, shrink, train_full
 from embtrim.exporting import export
 from embtrim.methods import FrequencyConfig, MDEConfig, PMEConfig, UniformConfig, search
@@ -228,13 +228,11 @@ def test_a_saved_plan_keeps_its_bits(tmp_path: Path):
 
 def test_limits_of_fewer_bits_by_hand():
     plan = SizePlan.full(SCHEMA, 4, first_order=True)  # 76 parameters, 19 first-order weights
-    assert [plan.with_bits(bits).max_params(Budget.parse("50%")) for bits in BITS] == [38, 76, 152, 304]
-    # 200 bytes: less 19 codes, and scales and offsets of 3 x 4 columns and 3 first-order weights.
-    assert plan.with_bits(8).max_params(Budget.parse("200b")) == 200 - 19 - 8 * 15
-    assert plan.with_bits(4).max_params(Budget.parse("200b")) == 2 * (200 - 19 - 8 * 15)
-    assert plan.with_bits(16).max_params(Budget.parse("200b")) == (200 - 38) // 2
-    with pytest.raises(BudgetError, match=r"below the first-order weights and scales alone \(139 bytes\)"):
-        plan.with_bits(8).max_params(Budget.parse("138b"))
+    assert [plan.with_bits(bits).max_bytes(Budget.parse("50%")) for bits in BITS] == [
+        152 + 4 * 19, 152 + 2 * 19, 152 + 19 + 3 * 8, 152 + 19 + 3 * 8
+    ]  # fmt: skip
+    assert plan.with_bits(8).max_bytes(Budget.parse("200b")) == 200
+    assert plan.with_bits(16).max_bytes(Budget.parse("38 params")) == (76 + 19)
 
 
 @pytest.fixture(scope="module")
@@ -245,16 +243,22 @@ def task() -> CTRTask:
 
 @pytest.mark.parametrize("config", [UniformConfig(), UniformConfig(align="project"), FrequencyConfig(), MDEConfig(), PMEConfig()])  # fmt: skip
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_a_search_fills_the_budget_at_the_precision_of_its_task(task, config, bits):
-    task.bits = bits
-    for budget in ("1500 b", "10%", "100%"):
-        plan = search(task, config, budget)
-        assert {t.bits for t in plan.tables} == {bits}
-        assert plan.num_params <= plan.max_params(Budget.parse(budget))
-        assert plan.details["budget"] == str(Budget.parse(budget))
-        if budget == "1500 b":
-            assert plan.num_bytes <= 1500
-    assert task.recoded(plan).full_plan().tables[0].bits == bits
+@pytest.mark.parametrize("budget", ["1500 b", "10%", "100%", "300 params"])
+def test_a_search_fills_the_budget_at_its_bits(task, config, bits, budget):
+    limit = Budget.parse(budget)
+    plan = search(task, config, budget, bits=bits)
+    assert {t.bits for t in plan.tables} == {bits}
+    assert plan.details["budget"] == str(limit)
+    if limit.kind == "params":
+        assert plan.num_params == search(task, config, budget).num_params
+    else:
+        assert plan.num_bytes <= plan.max_bytes(limit) + 1e-6
+        assert plan.num_params > min(plan.num_full_params - 1, search(task, config, budget).num_params)
+
+
+def test_a_budget_that_scales_alone_exceed(task):
+    with pytest.raises(BudgetError):
+        search(task, UniformConfig(align="project"), "40 b", bits=4)
 
 
 def test_a_module_of_ones_own_stays_at_32_bits():
@@ -262,9 +266,8 @@ def test_a_module_of_ones_own_stays_at_32_bits():
     plan = search(foreign, UniformConfig(), "50%")
     with pytest.raises(PlanError, match=r"stored in 32; give plan\.with_bits\(32\)"):
         compact(foreign.model, plan.with_bits(8))
-    foreign.bits = 8
-    with pytest.raises(EmbtrimError, match="this Task has bits = 8, but the embeddings of a ForeignModel"):
-        search(foreign, UniformConfig(), "50%")
+    with pytest.raises(ConfigError, match="bits = 8, but the embeddings of a ForeignModel"):
+        search(foreign, UniformConfig(), "50%", bits=8)
 
 
 # ---- models ------------------------------------------------------------------------------------------------------
@@ -283,7 +286,7 @@ def test_a_run_trains_in_fp32_and_keeps_the_quantised_model(raw, tmp_path):
     config = RunConfig(hparams={"embedding_dim": 8, "hidden_units": [8]}, bits=4,
                        train=TrainConfig(epochs=1, batch_size=256, learning_rate=1e-2, precision="fp32"))  # fmt: skip
     full = train_full(data, config, seed=0)
-    done = shrink(full, data, config, "pme", {}, "3%", seed=0)
+    done = shrink(full, data, config, "pme", {}, "8%", seed=0)
     assert done.plan is not None
     assert any(t.mixed for t in done.plan.tables)
     assert done.record.verification["passed"]
@@ -296,7 +299,7 @@ def test_a_run_trains_in_fp32_and_keeps_the_quantised_model(raw, tmp_path):
 
     save(done.model, tmp_path / "bundle", recoded)
     bundle = load_bundle(tmp_path / "bundle")
-    ids = torch.from_numpy(np.array(recoded.split("test").ids))
+    ids = next(iter(recoded.batches("test", 100))).ids_BC
     assert torch.equal(bundle.model(ids), done.model(ids))
     assert np.isfinite(bundle.predict(raw.head(20))).all()
     for refused in (

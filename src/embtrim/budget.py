@@ -2,7 +2,8 @@
 
 `10%` is a share of the full embedding tables without first-order weights. `1.5M params` counts the same parameters
 absolutely. `200MB` counts bytes of the embedding tables and of the first-order tables. Projections and shared rows of
-the compact tables count against all three. Counting plans is plan.py's work; here is only the limit.
+the compact tables count against all three, at the precision that tables are stored in where that is a percentage or
+bytes. Counting plans is plan.py's work; here is only the limit.
 """
 
 from __future__ import annotations

@@ -295,7 +295,8 @@ def search(
 ) -> None:
     """Find what to keep of a trained model's tables within a budget: a plan, as JSON."""
     _start(quiet)
-    settings = _run_config(data, config, overrides, {"method": method, "budget": budget, "seed": seed})
+    flags = {"method": method, "budget": budget, "bits": bits, "seed": seed}
+    settings = _run_config(data, config, overrides, flags)
     from embtrim.checkpoint import CheckpointFolder, unfinished
     from embtrim.methods import method_named
     from embtrim.sites import CTRTask
@@ -306,12 +307,10 @@ def search(
     full = _load_full(bundle, encoded).model
     if dry_run:
         plan = full.tables.plan
-        limit = plan.with_bits(settings.bits).max_params(Budget.parse(settings.budget))
-        allowed = min(plan.num_full_params, limit)
+        stored = plan.with_bits(settings.bits)
         facts = {
             "table_bytes_before": plan.num_bytes,
-            "embedding_params_before": plan.num_full_params,
-            "embedding_params_allowed": allowed,
+            "table_bytes_allowed": int(min(stored.num_bytes, stored.max_bytes(Budget.parse(settings.budget)))),
             "seconds_per_epoch": _time_at_most(full, encoded, settings.train.replace(epochs=1))["seconds_at_most"],
         }
         _show_dry_run(settings, facts, as_json)
@@ -324,7 +323,7 @@ def search(
     task.progress = _progress(quiet)
     with unfinished(target) as work:
         task.checkpoints = CheckpointFolder(work, settings.train.checkpoint_seconds)
-        plan = embtrim.search(task, method_settings, settings.budget, settings.seed)
+        plan = embtrim.search(task, method_settings, settings.budget, settings.seed, settings.bits)
         plan.save(target)
     if as_json:
         _print_json(json.loads(target.read_text("utf-8")))
@@ -385,6 +384,8 @@ def compact(
         if not no_train:
             train = settings.train.replace(seed=settings.seed)
             fit(small, recoded, train, progress=_progress(quiet), checkpoint=work / "retraining.safetensors")
+        if sizes.is_quantized:
+            small.tables.quantize()
         metrics = {s: evaluate(small, recoded, s).to_dict() for s in ("valid", "test") if s in encoded.splits}
         save(small, target, recoded, metrics=metrics, overwrite=overwrite)
     result = {

@@ -60,7 +60,7 @@ class RunConfig(Config):
             much below the full model's, by bisection over budgets.
         init: how the compact model starts: "scratch", "initial" or "inherit".
         bits: precision that compact tables are stored in, see plan.py. They are trained in fp32 and quantised after that;
-            a percent budget then allows 32 / bits times as many parameters.
+            the same budget then has room for more parameters.
         controls: methods run at the same budget for comparison, with their default settings.
         seed: first seed.
         seeds: how many seeds.
@@ -295,7 +295,8 @@ def check_run(data: EncodedDataset, config: RunConfig) -> None:
         raise ConfigError(
             f"model {config.model!r} has no embedding tables to shrink, only first-order weights; choose another"
         )
-    model.tables.plan.with_bits(config.bits).max_params(Budget.parse(config.budget))
+    if config.bits == 32:
+        model.tables.plan.max_params(Budget.parse(config.budget))
 
 
 def train_full(
@@ -341,8 +342,8 @@ def shrink(
     parsed = found.parse(settings)
     with peak_memory() as peak:
         task = CTRTask(full.model, data, train)
-        task.progress, task.bits = progress, config.bits
-        plan, search_seconds, search_peak = _searched(task, parsed, budget, seed, unfinished)
+        task.progress = progress
+        plan, search_seconds, search_peak = _searched(task, parsed, budget, seed, config.bits, unfinished)
         verification = verify(full.model, plan, data)
         verification.require()
         small = compact(full.model, plan, init=config.init, seed=seed)
@@ -371,7 +372,7 @@ def shrink(
 
 
 def _searched(
-    task: CTRTask, config: Config, budget: str, seed: int, unfinished: Path | None
+    task: CTRTask, config: Config, budget: str, seed: int, bits: int, unfinished: Path | None
 ) -> tuple[SizePlan, float, int | None]:
     """A plan, the seconds of its search, and the peak memory above the start's; out of `unfinished` if it is there."""
     if unfinished is not None:
@@ -382,7 +383,7 @@ def _searched(
         task.checkpoints = CheckpointFolder(unfinished, task.config.checkpoint_seconds)
     with peak_memory() as peak:
         started = time.perf_counter()
-        plan = search(task, config, budget, seed)
+        plan = search(task, config, budget, seed, bits)
         seconds = time.perf_counter() - started
     if unfinished is not None:
         assert task.checkpoints is not None
@@ -545,7 +546,7 @@ def dry_run(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
     model = build(config.model, data.schema, **config.hparams)
     plan = model.tables.plan
     stored = plan.with_bits(config.bits)
-    limit = plan.num_full_params if config.max_loss is not None else stored.max_params(Budget.parse(config.budget))
+    limit = float("inf") if config.max_loss is not None else stored.max_bytes(Budget.parse(config.budget))
     step_seconds = seconds_per_step(model, data, config.train)
     models = 1 + len(dict.fromkeys((config.method, *config.controls)))
     models += 0 if config.max_loss is None else BISECTIONS - 1
@@ -553,7 +554,7 @@ def dry_run(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
     return {
         "config": config.model_dump(mode="json"),
         "table_bytes_before": plan.num_bytes,
-        "table_bytes_allowed": min(limit, plan.num_full_params) * config.bits // 8 + stored.num_first_order_bytes,
+        "table_bytes_allowed": int(min(limit, stored.num_bytes)),
         "seconds_per_step": step_seconds,
         "seconds_at_most": step_seconds * steps * models * config.seeds,
     }

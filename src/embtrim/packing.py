@@ -74,9 +74,11 @@ class PackedRows(nn.Module):
         found = self.values.index_select(0, index.reshape(-1)).view(*index.shape, self.values.shape[1])
         if self.bits > 8:
             return found.float()
-        if self.bits == 4:
-            found = torch.cat([found & 15, found >> 4], -1)[..., : self.width]
-        return found.float() * self.scale.index_select(0, stretch_C) + self.offset.index_select(0, stretch_C)
+        found = found.float()
+        if self.bits == 4:  # in floats, where ONNX has all the operators
+            high = (found / 16).floor()
+            found = torch.cat([found - 16 * high, high], -1)[..., : self.width]
+        return found * self.scale.index_select(0, stretch_C) + self.offset.index_select(0, stretch_C)
 
 
 def fit_codes(values_NW: Tensor, bits: int) -> tuple[Tensor, Tensor]:

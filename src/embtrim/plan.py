@@ -433,16 +433,12 @@ class SizePlan:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the embedding tables, at their bits and with their scales; of projections and first-order weights, and
-        of id maps.
+        """Bytes of the embedding tables, at their bits and with their scales; of projections, first-order weights and
+        id maps.
         """
-        return self._num_weight_bytes + (sum(t.num_map_bytes for t in self.tables) if self.standalone else 0)
-
-    @property
-    def _num_weight_bytes(self) -> int:
-        """Bytes of all but the id maps."""
-        values = sum(t.num_value_bytes for t in self.tables)
-        return values + BYTES_PER_PARAM * self.num_projection_params + self.num_first_order_bytes
+        values = sum(t.num_value_bytes for t in self.tables) + BYTES_PER_PARAM * self.num_projection_params
+        maps = sum(t.num_map_bytes for t in self.tables) if self.standalone else 0
+        return values + self.num_first_order_bytes + maps
 
     @property
     def is_quantized(self) -> bool:
@@ -471,16 +467,20 @@ class SizePlan:
         return state.hexdigest()[:12]
 
     def max_params(self, budget: Budget) -> int:
-        """Embedding parameters that `budget` allows a plan with this one's bits and first-order weights.
+        """Embedding parameters that `budget` allows an fp32 plan with this one's first-order weights."""
+        return budget.max_params(self.num_full_params, self.num_first_order_params)
 
-        A percent budget allows 32 / bits times as many, what they take beside their codes not counted. A byte budget
-        counts all that this plan stores beside them: first-order weights, scales, what fills up rows of 4-bit codes, and
-        what fp32 projections take more; so a plan is within it exactly if `num_params` is within this number. Of tables
-        of different bits, those of the most bits count for all.
+    def max_bytes(self, budget: Budget) -> float:
+        """Bytes that `budget` allows a plan with this one's bits and first-order weights.
+
+        A percentage is one of the full tables' fp32 bytes: it counts values, scales and projections, and first-order
+        weights not. Of a number of parameters each takes what it does on average in this plan.
         """
-        bits = max((t.bits for t in self.tables), default=32)
-        other_bytes = self._num_weight_bytes - (self.num_params - self.num_map_params) * bits / 8
-        return budget.max_params(self.num_full_params, other_bytes, bits)
+        if budget.kind == "bytes":
+            return budget.amount
+        if budget.kind == "params":
+            return self.num_bytes * budget.amount / max(1, self.num_params)
+        return budget.amount * BYTES_PER_PARAM * self.num_full_params + self.num_first_order_bytes
 
     def check_schema(self, schema: Schema) -> None:
         """Raise PlanError if the plan was made for another schema."""

@@ -17,7 +17,7 @@ rows of a batch, R storage rows.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -497,20 +497,22 @@ class EmbeddingTables(nn.Module):
                 packed_first_order[str(bits)].store(stretch, local, self.first_order[rows, None])
         self._take_packed(packed, packed_first_order)
 
-    def _empty_packed(self) -> tuple[nn.ModuleList, nn.ModuleDict]:
+    def _empty_packed(self) -> tuple[list[PackedRows], dict[str, PackedRows]]:
         """Room for the rows of each group, and for the first-order weights of each precision."""
-        packed = nn.ModuleList([PackedRows(g.num_rows, g.width, g.bits, len(g.tables)) for g in self.groups])
+        device = self.weight.device
+        packed = [PackedRows(g.num_rows, g.width, g.bits, len(g.tables)).to(device) for g in self.groups]
         first_order = {}
         for bits in sorted({t.first_order_bits for t in self.plan.tables}) if self.plan.first_order else ():
             tables = [t for t in self.plan.tables if t.first_order_bits == bits]
-            first_order[str(bits)] = PackedRows(sum(t.num_compact_rows for t in tables), 1, bits, len(tables))
-        return packed.to(self.weight.device), nn.ModuleDict(first_order).to(self.weight.device)
+            num_rows = sum(t.num_compact_rows for t in tables)
+            first_order[str(bits)] = PackedRows(num_rows, 1, bits, len(tables)).to(device)
+        return packed, first_order
 
-    def _take_packed(self, packed: nn.ModuleList, packed_first_order: nn.ModuleDict) -> None:
+    def _take_packed(self, packed: Sequence[PackedRows], packed_first_order: Mapping[str, PackedRows]) -> None:
         """Read from packed rows from now on, with the index buffers that this takes."""
         names = [f.table_name for f in self.schema.id_fields for _ in range(f.length)]
         device = self.weight.device
-        self.packed, self.packed_first_order = packed, packed_first_order
+        self.packed, self.packed_first_order = nn.ModuleList(packed), nn.ModuleDict(packed_first_order)
         del self.weight
         self.first_order = None
         for number, group in enumerate(self.groups):
@@ -687,8 +689,7 @@ class EmbeddingTables(nn.Module):
     def _forward_direct(self, ids_BC: Tensor, pool_BC: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Gather every id from its group's view, or from its packed rows."""
         rows_BC = self.storage_ids(ids_BC)
-        packed = self.packed
-        sources = [self.group_view(g) for g in self.groups] if packed is None else list(packed)
+        sources = [self.group_view(g) for g in self.groups] if self.packed is None else list(self.packed)
         indices = [
             rows_BC.index_select(1, self.get_buffer(f"columns_{number}")) - group.start
             for number, group in enumerate(self.groups)
@@ -712,9 +713,9 @@ class EmbeddingTables(nn.Module):
             first_order = (first_BC if pool_BC is None else first_BC * pool_BC).sum(1)
         return self._assemble(sources, indices, mixed, pool_BC), first_order
 
-    def _gather(self, source: Tensor | PackedRows, index: Tensor, stretches: str) -> Tensor:
+    def _gather(self, source: Tensor | nn.Module, index: Tensor, stretches: str) -> Tensor:
         """Rows (*index.shape, width) of a group; packed ones of the stretches in a buffer of that name."""
-        if isinstance(source, PackedRows):
+        if isinstance(source, nn.Module):
             return source(index, self.get_buffer(stretches))
         return source.index_select(0, index.reshape(-1)).view(*index.shape, source.shape[1])
 
@@ -740,7 +741,7 @@ class EmbeddingTables(nn.Module):
 
     def _assemble(
         self,
-        sources: Sequence[Tensor | PackedRows],
+        sources: Sequence[Tensor | nn.Module],
         indices: list[Tensor],
         mixed: Tensor | None,
         pool_BC: Tensor | None,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from embtrim.budget import Budget
+from embtrim.budget import BYTES_PER_PARAM, Budget
 from embtrim.config import Config
-from embtrim.errors import EmbtrimError
+from embtrim.errors import BudgetError, ConfigError, EmbtrimError
 from embtrim.methods.frequency import FrequencyConfig
 from embtrim.methods.guided import GuidedConfig
 from embtrim.methods.hard_mask import HardMaskConfig
@@ -43,7 +43,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-def search(task: Task, config: Config, budget: str | Budget, seed: int = 0) -> SizePlan:
+def search(task: Task, config: Config, budget: str | Budget, seed: int = 0, bits: int = 32) -> SizePlan:
     """Find what to keep of a task's embedding tables within a budget; the model is not changed.
 
     Args:
@@ -52,10 +52,12 @@ def search(task: Task, config: Config, budget: str | Budget, seed: int = 0) -> S
         budget: such as "10%", "200MB" or "1.5M params".
         seed: of everything random in the search; the same seed and the same batches give the same plan (a loader that
             shuffles on its own does not give the same batches).
+        bits: 32, 16, 8 or 4: precision that the tables are to be stored in, see plan.py. The search itself works in fp32;
+            within a percentage or a number of bytes, fewer bits leave room for more parameters.
 
     Raises:
         BudgetError: the budget cannot be parsed or is below the smallest plan of the method.
-        ConfigError: `config` belongs to no method.
+        ConfigError: `config` belongs to no method; or fewer than 32 bits for a model that is not of embtrim.models.
     """
     budget = Budget.parse(budget)
     full = task.full_plan()
@@ -63,6 +65,26 @@ def search(task: Task, config: Config, budget: str | Budget, seed: int = 0) -> S
         log.info("embeddings of %s:\n  %s", type(task.model).__name__, "\n  ".join(map(str, task.survey())))
     if not full.num_full_params:
         raise EmbtrimError(f"{type(task.model).__name__} has no embedding tables to shrink, only first-order weights")
-    plan = method_of(config).search(task, config, budget, seed)
-    assert plan.num_params <= plan.max_params(budget), "a search exceeded its budget"
-    return plan
+    method = method_of(config)
+    if bits == 32:
+        plan = method.search(task, config, budget, seed)
+        assert plan.num_params <= plan.max_params(budget), "a search exceeded its budget"
+        return plan
+    if full.standalone:
+        raise ConfigError(
+            f"bits = {bits}, but the embeddings of a {type(task.model).__name__} are stored in 32; leave bits at 32, or "
+            "search in a model of embtrim.models with a CTRTask"
+        )
+    if budget.kind == "params":
+        return method.search(task, config, budget, seed).with_bits(bits)
+    # What codes need beside them, scales above all, shows in a plan only: the first is over by that, the next fits.
+    unit = 1 if budget.kind == "bytes" else BYTES_PER_PARAM * full.num_full_params
+    amount = budget.amount * 32 / bits
+    while amount > 0:
+        amount = amount if budget.kind == "bytes" else min(amount, 1.0)
+        plan = method.search(task, config, Budget(budget.kind, amount), seed).with_bits(bits)
+        excess = plan.num_bytes - plan.max_bytes(budget)
+        if excess <= 1e-6:  # of a byte: the percentage was rounded
+            return plan.made_by(plan.method, {**plan.details, "budget": str(budget)})
+        amount -= excess * 32 / bits / unit
+    raise BudgetError(f"budget of {budget} is below what tables of {bits} bits take beside their values; give more")
