@@ -82,6 +82,29 @@ def test_json_is_all_of_stdout(shop: Workshop) -> None:
     assert json.loads(shown.out) == records
 
 
+def test_bits_of_a_run_and_of_a_search(shop: Workshop) -> None:
+    out, plan = shop.new("bits-run"), shop.new("bits-plan").with_suffix(".json")
+    done = call(
+        "run", shop.data, *TINY, "--budget", "10%", "--bits", "auto", "--method", "uniform", "--out", out, "--json"
+    )
+    assert done.code == 0, done.err
+    full, small = json.loads(done.out)
+    assert small["bits"] in (8, 4, "mixed")
+    assert small["num_params"] > 0.2 * full["num_params"]
+    bundle = out / "bundles" / "uniform-seed0"
+    assert call("predict", bundle, shop.log, "--out", shop.new("bits-scores").with_suffix(".parquet")).code == 0
+
+    assert call("search", shop.bundle, shop.data, "--bits", "8", "--budget", "20%", "--out", plan).code == 0
+    assert {table["bits"] for table in json.loads(plan.read_text())["tables"]} == {8}
+    done = call("compact", shop.bundle, plan, shop.data, *TINY, "--out", shop.new("bits-small"), "--json")
+    assert json.loads(done.out)["table_bytes_after"] < 0.35 * json.loads(done.out)["table_bytes_before"]
+    facts = json.loads(call("run", shop.data, *TINY, "--bits", "8", "--budget", "100%", "--json", "--dry-run").out)
+    assert facts["table_bytes_allowed"] < 0.4 * facts["table_bytes_before"]
+    done = call("search", shop.bundle, shop.data, "--bits", "auto", "--out", shop.new("p").with_suffix(".json"))
+    assert "a search needs a precision" in done.err
+    assert "bits" in call("run", shop.data, "--bits", "5").err
+
+
 @pytest.mark.parametrize("command", ["datasets", "models", "methods"])
 def test_lists(command: str) -> None:
     as_json, table = call(command, "--json"), call(command)

@@ -99,6 +99,20 @@ def until(true: Callable[[], Any], seconds: float = 60) -> None:
 # --- the grid -------------------------------------------------------------------------------------------------------
 
 
+def test_a_variant_of_fewer_bits(small: EncodedDataset, tmp_path: Path) -> None:
+    variants = {f"uniform-{bits}": {"method": "uniform", "bits": bits} for bits in (32, 8, "mixed")}
+    config = FM_ONLY.replace(methods=(), variants=variants, budgets=("30%",))
+    _, plain, *quantised = compare(small, config, tmp_path / "out").records
+    assert [r.bits for r in (plain, *quantised)] == [32, 8, "mixed"]
+    for record_ in quantised:
+        assert record_.num_params > 2 * plain.num_params
+        assert record_.table_bytes < 1.1 * plain.table_bytes
+    assert compare(small, config, tmp_path / "out").records == [_, plain, *quantised]
+    changed = config.replace(variants={**variants, "uniform-8": {"method": "uniform", "bits": 4}})
+    with pytest.raises(DataError, match=r"uniform-8.* was made with bits = 8, now it is 4;"):
+        compare(small, changed, tmp_path / "out")
+
+
 def test_cells_and_names() -> None:
     cells = grid(resolve(CONFIG.replace(seeds=2, seed=5)))
     assert [c.name for c in cells[:4]] == ["deepfm-full-seed5", "fm-full-seed5", "deepfm-full-seed6", "fm-full-seed6"]
@@ -134,6 +148,10 @@ def test_settings_are_resolved() -> None:
         ({"hparams": {"hiden_units": [8]}}, r"\[hparams\] 'hiden_units'.*did you mean 'hidden_units'"),
         ({"variants": {"x": {}}}, r"\[variants.x\] needs method"),
         ({"variants": {"x": {"method": "ssed"}}}, r"\[variants.x\] unknown method 'ssed'"),
+        (
+            {"variants": {"x": {"method": "sseds", "bits": 6}}},
+            r"\[variants.x\] bits must be one of 32, 16, 8, 4, mixed; given 6",
+        ),
         ({"variants": {"x": {"method": "sseds", "scor": 1}}}, r"\[variants.x\] unknown key 'scor' for SSEDSConfig"),
         ({"variants": {"a b": {"method": "sseds"}}}, "label 'a b'.*letters, digits"),
         ({"variants": {"../x": {"method": "sseds"}}}, "letters, digits"),

@@ -26,6 +26,7 @@ from embtrim.models import DeepFM
 from embtrim.optim import RowSGD
 from embtrim.packing import CLIPS, PackedRows
 from embtrim.plan import BITS, Block, SizePlan, TablePlan
+from embtrim.precision import code_loss, mixed_bits
 from embtrim.schema import Schema
 from embtrim.sites import CTRTask
 from embtrim.tables import EmbeddingTables
@@ -261,6 +262,49 @@ def test_a_budget_that_scales_alone_exceed(task):
         search(task, UniformConfig(align="project"), "40 b", bits=4)
 
 
+def test_codes_of_eight_bits_go_where_they_save_most_loss_a_byte(task):
+    plan, budget = SizePlan.full(task.data.schema, 8, first_order=True), Budget.parse("20%")
+    names = [t.name for t in plan.tables]
+    found = mixed_bits(task, plan, budget)
+    weights = dict(zip(names, task.sites(task.model)[0].weights(), strict=True))
+    counts = task.row_counts()
+    assert {t.bits for t in found.tables} == {4, 8}
+    assert found.num_bytes <= found.max_bytes(budget)
+
+    def loss_by_hand(name: str, bits: int) -> float:
+        tables = EmbeddingTables(task.data.schema, plan.with_bits(bits))
+        tables.load_state_dict(task.model.tables.state_dict())
+        ids = np.arange(len(weights[name]))
+        rows = torch.from_numpy(tables.storage_rows(name, ids))
+        tables.quantize()
+        stretch = torch.tensor([tables.groups[0].tables.index(name)])
+        error = tables.packed[0](rows[:, None], stretch)[:, 0] - weights[name]
+        return float((error.double().square().sum(1) * torch.from_numpy(counts[name])).sum())
+
+    for table in plan.tables:
+        for bits in (4, 8):
+            loss = code_loss(table, weights[table.name], counts[table.name], bits)
+            assert loss == pytest.approx(loss_by_hand(table.name, bits), rel=1e-3)
+    gain = {t.name: (code_loss(t, weights[t.name], counts[t.name], 4) - code_loss(t, weights[t.name], counts[t.name], 8))
+            / (t.num_rows * 4) for t in plan.tables}  # fmt: skip
+    first = max(gain, key=lambda name: gain[name])
+    assert found.tables[names.index(first)].bits == 8
+    everything = mixed_bits(task, plan, Budget.parse("100%"))
+    assert {t.bits for t in everything.tables} == {8}
+
+
+@pytest.mark.parametrize("config", [UniformConfig(), PMEConfig()])
+def test_a_search_of_mixed_bits(task, config):
+    sizes = {}
+    for bits in (8, "mixed", 4):
+        plan = search(task, config, "15%", bits=bits)
+        assert plan.num_bytes <= plan.max_bytes(Budget.parse("15%")) + 1e-6
+        sizes[bits] = plan.num_params
+    assert sizes[8] < sizes["mixed"] < sizes[4]
+    with pytest.raises(ConfigError, match="mixed bits need a budget in percent or bytes, given 300 params"):
+        search(task, config, "300 params", bits="mixed")
+
+
 def test_a_module_of_ones_own_stays_at_32_bits():
     foreign = foreign_task()
     plan = search(foreign, UniformConfig(), "50%")
@@ -313,6 +357,14 @@ def test_a_run_trains_in_fp32_and_keeps_the_quantised_model(raw, tmp_path):
     for refused in (lambda: save(fp32, tmp_path / "b", recoded), lambda: export(fp32, "pt2", tmp_path / "e")):
         with pytest.raises(EmbtrimError, match=r"its tables are fp32 still; call model\.tables\.quantize\(\)"):
             refused()
+    auto = shrink(full, data, config.replace(bits="auto"), "uniform", {}, "6%", seed=0)
+    tried = [shrink(full, data, config.replace(bits=b), "uniform", {}, "6%", seed=0) for b in (8, "mixed", 4)]
+    best = max(tried, key=lambda trained: trained.record.valid["auc"])
+    assert auto.plan
+    assert best.plan
+    assert (auto.plan.digest, auto.record.bits) == (best.plan.digest, best.record.bits)
+    assert (auto.record.valid, auto.record.test) == (best.record.valid, best.record.test)
+    assert auto.record.search_seconds > best.record.search_seconds
     with pytest.raises(PlanError, match="quantised by column, which TorchRec's configs cannot say"):
         export(done.model, "torchrec", tmp_path / "torchrec")
 

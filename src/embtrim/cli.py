@@ -69,8 +69,8 @@ BudgetText = Annotated[str | None, typer.Option("--budget", help="Such as 10%, 2
 InitName = Annotated[
     str | None, typer.Option("--init", metavar="scratch|initial|inherit", help="How a compact model starts.")
 ]
-BitsNumber = Annotated[
-    int | None, typer.Option("--bits", metavar="32|16|8|4", help="Of a stored value of the compact tables.")
+BitsName = Annotated[
+    str | None, typer.Option("--bits", metavar="32|16|8|4|mixed|auto", help="Of a stored value of the compact tables.")
 ]
 FormatName = Annotated[str | None, typer.Option("--format", metavar="csv|parquet|libsvm|libfm", help="Of the log.")]
 NoHeader = Annotated[bool | None, typer.Option("--no-header", help="The first line of the log holds data.")]
@@ -283,7 +283,7 @@ def search(
     data: DataName,
     method: MethodName = None,
     budget: BudgetText = None,
-    bits: BitsNumber = None,
+    bits: BitsName = None,
     out: OutPath = None,
     config: ConfigPath = None,
     overrides: Overrides = None,
@@ -295,19 +295,24 @@ def search(
 ) -> None:
     """Find what to keep of a trained model's tables within a budget: a plan, as JSON."""
     _start(quiet)
-    flags = {"method": method, "budget": budget, "bits": bits, "seed": seed}
+    flags = {"method": method, "budget": budget, "bits": _bits(bits), "seed": seed}
     settings = _run_config(data, config, overrides, flags)
     from embtrim.checkpoint import CheckpointFolder, unfinished
+    from embtrim.experiment import fewest_bits
     from embtrim.methods import method_named
     from embtrim.sites import CTRTask
 
     chosen = method_named(settings.method)
     method_settings = chosen.parse(settings.search)
+    if settings.bits == "auto":
+        raise ConfigError(
+            "bits = 'auto' tries several plans by training; `embtrim run` does, a search needs a precision"
+        )
     encoded = embtrim.load(data)
     full = _load_full(bundle, encoded).model
     if dry_run:
         plan = full.tables.plan
-        stored = plan.with_bits(settings.bits)
+        stored = plan.with_bits(fewest_bits(settings.bits))
         facts = {
             "table_bytes_before": plan.num_bytes,
             "table_bytes_allowed": int(min(stored.num_bytes, stored.max_bytes(Budget.parse(settings.budget)))),
@@ -542,7 +547,7 @@ def run(
             "--max-loss", help="Instead of a budget: the smallest plan that loses at most this validation AUC."
         ),
     ] = None,
-    bits: BitsNumber = None,
+    bits: BitsName = None,
     seeds: Annotated[int | None, typer.Option("--seeds", help="How many seeds, from --seed on.")] = None,
     init: InitName = None,
     controls: Annotated[
@@ -561,7 +566,7 @@ def run(
     if budget is not None and max_loss is not None:
         raise ConfigError("--budget and --max-loss exclude each other; give one of them")
     flags = {
-        "model": model, "method": method, "budget": budget, "max_loss": max_loss, "bits": bits, "seeds": seeds,
+        "model": model, "method": method, "budget": budget, "max_loss": max_loss, "bits": _bits(bits), "seeds": seeds,
         "init": init, "seed": seed, "controls": None if controls is None else _split_commas(controls),
     }  # fmt: skip
     settings = _run_config(data, config, overrides, flags)
@@ -733,6 +738,10 @@ def _settle(
     values = apply_overrides(values, overrides or ())
     kind.parse(values)  # before the flags, which would cover a fault
     return kind.parse(merge(values, {key: value for key, value in flags.items() if value is not None}))
+
+
+def _bits(text: str | None) -> int | str | None:
+    return int(text) if text and text.isdecimal() else text
 
 
 def _run_config(data: str, config: Path | None, overrides: Sequence[str] | None, flags: Mapping[str, Any]) -> RunConfig:

@@ -76,11 +76,10 @@ class Worker:
                 write_then_rename(weights_path(self.out, cell), lambda file: file.write(weights))
                 self._full = (cell, trained)
             else:
-                method, settings = self.labels[cell.label]
-                full = self.full(cell.full)
+                variant = self.labels[cell.label]
                 trained = shrink(
-                    full, self.data, config, method, settings, cell.budget, cell.seed,
-                    label=cell.label, unfinished=unfinished,
+                    self.full(cell.full), self.data, config.replace(bits=variant.bits), variant.method, variant.search,
+                    cell.budget, cell.seed, label=cell.label, unfinished=unfinished,
                 )  # fmt: skip
         except EmbtrimError as error:
             return cell, _skip(cell, str(error))

@@ -33,6 +33,7 @@ from embtrim.methods import method_named, search
 from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel, HyperParameters
 from embtrim.plan import SizePlan, write_then_rename
+from embtrim.precision import Bits
 from embtrim.sites import CTRTask
 from embtrim.train import FitResult, TrainConfig, device_of, evaluate, fit, logloss_of_batch, make_optimizers
 
@@ -42,6 +43,8 @@ RECORD_VERSION = 1
 # Bisection over budgets for `max_loss`: the smallest budget tried, and how many budgets are tried at most.
 SMALLEST_SHARE = 0.01
 BISECTIONS = 6
+# What bits = "auto" tries. Codes of 8 bits lose nothing that AUC shows (docs/results.md), so that more would be wasted.
+TRIED_BITS: tuple[Bits, ...] = (8, "mixed", 4)
 # Steps timed for the estimate of a dry run, after one that warms up.
 TIMED_STEPS = 5
 
@@ -59,8 +62,9 @@ class RunConfig(Config):
         max_loss: if set, the budget is ignored and the smallest plan is sought whose validation AUC is at most this
             much below the full model's, by bisection over budgets.
         init: how the compact model starts: "scratch", "initial" or "inherit".
-        bits: precision that compact tables are stored in, see plan.py. They are trained in fp32 and quantised after that;
-            the same budget then has room for more parameters.
+        bits: precision that compact tables are stored in: 32, 16, 8 or 4, see plan.py, or "mixed" for 8 or 4 by table,
+            see precision.py. They are trained in fp32 and quantised after that; the same budget then has room for more
+            parameters. "auto" trains with 8, mixed and 4 and keeps what has the best validation AUC.
         controls: methods run at the same budget for comparison, with their default settings.
         seed: first seed.
         seeds: how many seeds.
@@ -74,7 +78,7 @@ class RunConfig(Config):
     budget: str = "10%"
     max_loss: float | None = Field(default=None, gt=0, lt=0.5)
     init: Literal["scratch", "initial", "inherit"] = "scratch"
-    bits: Literal[32, 16, 8, 4] = 32
+    bits: Bits | Literal["auto"] = 32
     controls: tuple[str, ...] = ("uniform",)
     seed: int = Field(default=0, ge=0)
     seeds: int = Field(default=1, ge=1)
@@ -90,7 +94,8 @@ class RunRecord(Config):
         data: fingerprint, folder and rows of the encoded data.
         valid, test: metrics of the splits, see Metrics; empty where the split is missing.
         num_params: embedding parameters, projections included, without first-order weights.
-        bits: of the stored values; metrics and bytes are those of the quantised model, if there are fewer than 32.
+        bits: of the stored values, "mixed" if tables may differ; metrics and bytes are those of the quantised model, if there
+            are fewer than 32.
         table_bytes: bytes of embedding tables and first-order weights.
         bundle_bytes: bytes of the saved bundle on disk, vocabulary included.
         widths: output columns of each field.
@@ -121,7 +126,7 @@ class RunRecord(Config):
     num_params: int
     num_full_params: int
     num_first_order_params: int
-    bits: int = 32
+    bits: Bits = 32
     table_bytes: int
     model_params: int
     bundle_bytes: int
@@ -295,7 +300,7 @@ def check_run(data: EncodedDataset, config: RunConfig) -> None:
         raise ConfigError(
             f"model {config.model!r} has no embedding tables to shrink, only first-order weights; choose another"
         )
-    if config.bits == 32:
+    if fewest_bits(config.bits) == 32:
         model.tables.plan.max_params(Budget.parse(config.budget))
 
 
@@ -337,13 +342,16 @@ def shrink(
         label: the record's variant, if that is not the name of the method.
         unfinished: folder for the state of search and training, from which an interrupted one goes on.
     """
+    bits = config.bits
+    if bits == "auto":
+        return best_precision(full, data, config, method, settings, budget, seed, progress, label, unfinished)
     train = config.train.replace(seed=seed)
     found = method_named(method)
     parsed = found.parse(settings)
     with peak_memory() as peak:
         task = CTRTask(full.model, data, train)
         task.progress = progress
-        plan, search_seconds, search_peak = _searched(task, parsed, budget, seed, config.bits, unfinished)
+        plan, search_seconds, search_peak = _searched(task, parsed, budget, seed, bits, unfinished)
         verification = verify(full.model, plan, data)
         verification.require()
         small = compact(full.model, plan, init=config.init, seed=seed)
@@ -363,6 +371,7 @@ def shrink(
         method=method if label else None,
         search=parsed.model_dump(mode="json"),
         budget=budget,
+        bits=bits,
         search_seconds=search_seconds,
         search_peak_bytes=search_peak,
         epoch_seconds=full.record.data["num_rows"]["train"] / max(full.record.rows_per_second, 1e-9),
@@ -371,8 +380,46 @@ def shrink(
     return Trained(small, record, plan)
 
 
+def fewest_bits(bits: Bits | Literal["auto"]) -> int:
+    """The fewest bits that a table may get."""
+    return 4 if bits in ("mixed", "auto") else bits
+
+
+def best_precision(
+    full: Trained,
+    data: EncodedDataset,
+    config: RunConfig,
+    method: str,
+    settings: dict[str, Any],
+    budget: str,
+    seed: int,
+    progress: bool,
+    label: str | None,
+    unfinished: Path | None,
+) -> Trained:
+    """Of the compact models at 8, mixed and 4 bits the one of the best validation AUC; for the arguments see `shrink`."""
+    trials: list[Trained] = []
+    for bits in TRIED_BITS:
+        work = None if unfinished is None else unfinished / f"{bits}-bits"
+        trials.append(
+            shrink(full, data, config.replace(bits=bits), method, settings, budget, seed, progress, label, work)
+        )
+        log.info("%s bits: validation AUC %.4f", bits, trials[-1].record.valid["auc"])
+    best = max(trials, key=lambda trained: trained.record.valid["auc"])
+    return with_search_seconds(best, sum(t.record.search_seconds + t.record.train_seconds for t in trials))
+
+
+def with_search_seconds(best: Trained, seconds: float) -> Trained:
+    """The model that was kept of several, all of whose `seconds` but those of its own training were search."""
+    record = best.record
+    seconds -= record.train_seconds
+    epochs = seconds * record.search_epochs / max(record.search_seconds, 1e-9)
+    best.record = record.replace(search_seconds=seconds, search_epochs=epochs)
+    return best
+
+
 def _searched(
-    task: CTRTask, config: Config, budget: str, seed: int, bits: int, unfinished: Path | None
+    task: CTRTask, config: Config, budget: str, seed: int, bits: Bits, unfinished: Path | None
 ) -> tuple[SizePlan, float, int | None]:
     """A plan, the seconds of its search, and the peak memory above the start's; out of `unfinished` if it is there."""
     if unfinished is not None:
@@ -439,12 +486,7 @@ def smallest_within(
             f"no plan of method {config.method!r} up to {low:.0%} of the tables is within {max_loss} of the full model's "
             f"validation AUC {full.record.valid['auc']:.4f}; allow more loss, or name a budget"
         )
-    # Finding the budget took all the trainings but the one that is kept.
-    record = best.record
-    seconds -= record.train_seconds
-    epochs = seconds * record.search_epochs / max(record.search_seconds, 1e-9)
-    best.record = record.replace(search_seconds=seconds, search_epochs=epochs)
-    return best
+    return with_search_seconds(best, seconds)
 
 
 def make_record(
@@ -460,6 +502,7 @@ def make_record(
     method: str | None = None,
     search: dict[str, Any] | None = None,
     budget: str | None = None,
+    bits: Bits = 32,
     search_seconds: float = 0.0,
     search_peak_bytes: int | None = None,
     verification: Verification | None = None,
@@ -487,7 +530,7 @@ def make_record(
         num_params=plan.num_params,
         num_full_params=plan.num_full_params,
         num_first_order_params=plan.num_first_order_params,
-        bits=max(t.bits for t in plan.tables),
+        bits=bits,
         table_bytes=plan.num_bytes,
         model_params=plan.num_params
         + plan.num_first_order_params
@@ -545,11 +588,12 @@ def dry_run(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
     check_run(data, config)
     model = build(config.model, data.schema, **config.hparams)
     plan = model.tables.plan
-    stored = plan.with_bits(config.bits)
+    stored = plan.with_bits(fewest_bits(config.bits))
     limit = float("inf") if config.max_loss is not None else stored.max_bytes(Budget.parse(config.budget))
     step_seconds = seconds_per_step(model, data, config.train)
-    models = 1 + len(dict.fromkeys((config.method, *config.controls)))
+    models = len(dict.fromkeys((config.method, *config.controls)))
     models += 0 if config.max_loss is None else BISECTIONS - 1
+    models = 1 + models * (len(TRIED_BITS) if config.bits == "auto" else 1)
     steps = data.num_batches("train", config.train.batch_size) * config.train.epochs
     return {
         "config": config.model_dump(mode="json"),

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field
 
@@ -25,6 +25,7 @@ from embtrim.methods import METHODS, method_named
 from embtrim.models import MODELS, arguments
 from embtrim.models.ctr_model import HyperParameters
 from embtrim.plan import write_then_rename
+from embtrim.precision import Bits
 from embtrim.train import TrainConfig
 
 FULL = "full"
@@ -39,7 +40,8 @@ class CompareConfig(Config):
         hparams: their arguments; a model takes those it knows, and each must be known to one of them.
         train: how full and compact models are trained.
         methods: names of search methods, run with their default settings; "all" stands for every one there is.
-        variants: methods with other settings by label: {"method": name, setting: value, ...}.
+        variants: methods with other settings by label: {"method": name, setting: value, ...}; `bits` among them is not the
+            method's, but the precision of the tables (see RunConfig).
         budgets: such as "10%", "200MB", "1.5M params".
         init: how compact models start: "scratch", "initial" or "inherit".
         seed: first seed.
@@ -127,13 +129,22 @@ def resolve(config: CompareConfig) -> CompareConfig:
     return config
 
 
-def settings_by_label(config: CompareConfig) -> dict[str, tuple[str, dict[str, Any]]]:
-    """(method, all its settings) of each label: the methods, then the variants.
+@dataclass(frozen=True)
+class Variant:
+    """A method with all its settings, and the bits of its tables."""
+
+    method: str
+    search: dict[str, Any]
+    bits: Bits = 32
+
+
+def settings_by_label(config: CompareConfig) -> dict[str, Variant]:
+    """What each label stands for: the methods, then the variants.
 
     Raises:
         ConfigError: an unknown method or setting, or a label that is none.
     """
-    found = {name: (name, method_named(name).config().model_dump(mode="json")) for name in config.methods}
+    found = {name: Variant(name, method_named(name).config().model_dump(mode="json")) for name in config.methods}
     for label, variant in config.variants.items():
         where = f"variants.{label}"
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", label):
@@ -146,8 +157,12 @@ def settings_by_label(config: CompareConfig) -> dict[str, tuple[str, dict[str, A
             method = method_named(variant["method"])
         except ConfigError as error:
             raise ConfigError(f"[{where}] {error}") from None
-        settings = {key: value for key, value in variant.items() if key != "method"}
-        found[label] = (method.name, method.parse(settings, where).model_dump(mode="json"))
+        settings = {key: value for key, value in variant.items() if key not in ("method", "bits")}
+        bits = variant.get("bits", 32)
+        if bits not in get_args(Bits):
+            allowed = ", ".join(map(str, get_args(Bits)))
+            raise ConfigError(f"[{where}] bits must be one of {allowed}; given {bits!r}")
+        found[label] = Variant(method.name, method.parse(settings, where).model_dump(mode="json"), bits)
     return found
 
 
@@ -211,28 +226,30 @@ def check_settings(
     path: Path,
     record: RunRecord,
     cell: Cell,
-    labels: dict[str, tuple[str, dict[str, Any]]],
+    labels: dict[str, Variant],
     data: EncodedDataset,
     config: CompareConfig,
 ) -> None:
     """Raise DataError where a record was made with other settings than the cell asks for."""
-    method, search = labels.get(cell.label, (FULL, {}))
+    variant = labels.get(cell.label, Variant(FULL, {}))
     hparams = {**arguments(cell.model), **run_config(config, cell.model).hparams}
     expected = {
         "the data": data.schema.fingerprint,
         "rows of the data": {name: data.num_rows(name) for name in data.splits},
-        "method": method,
+        "method": variant.method,
+        "bits": variant.bits,
         "init": None if cell.label == FULL else config.init,
         **_under("train", config.train.model_dump(mode="json")),
         **_under("hparams", HyperParameters.parse(hparams).model_dump(mode="json", include=set(hparams))),
-        **_under("search", search),
+        **_under("search", variant.search),
     }
     # A setting that came after the record was written had its default then.
-    default = {} if cell.label == FULL else method_named(method).config().model_dump(mode="json")
+    default = {} if cell.label == FULL else method_named(variant.method).config().model_dump(mode="json")
     made = {
         "the data": record.data["fingerprint"],
         "rows of the data": record.data["num_rows"],
         "method": record.method or record.variant,
+        "bits": record.bits,
         "init": record.init,
         **_under("train", {**TrainConfig().model_dump(mode="json"), **record.train}),
         **_under("hparams", record.hparams),

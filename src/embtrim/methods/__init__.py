@@ -19,6 +19,7 @@ from embtrim.methods.registry import METHODS, Method, method_named, method_of
 from embtrim.methods.sseds import SSEDSConfig
 from embtrim.methods.uniform import UniformConfig
 from embtrim.plan import SizePlan
+from embtrim.precision import MIXED_BITS, Bits, mixed_bits
 from embtrim.sites import Task
 
 __all__ = [
@@ -43,7 +44,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-def search(task: Task, config: Config, budget: str | Budget, seed: int = 0, bits: int = 32) -> SizePlan:
+def search(task: Task, config: Config, budget: str | Budget, seed: int = 0, bits: Bits = 32) -> SizePlan:
     """Find what to keep of a task's embedding tables within a budget; the model is not changed.
 
     Args:
@@ -52,12 +53,14 @@ def search(task: Task, config: Config, budget: str | Budget, seed: int = 0, bits
         budget: such as "10%", "200MB" or "1.5M params".
         seed: of everything random in the search; the same seed and the same batches give the same plan (a loader that
             shuffles on its own does not give the same batches).
-        bits: 32, 16, 8 or 4: precision that the tables are to be stored in, see plan.py. The search itself works in fp32;
-            within a percentage or a number of bytes, fewer bits leave room for more parameters.
+        bits: precision that the tables are to be stored in: 32, 16, 8 or 4, see plan.py, or "mixed" for 8 or 4 by
+            table, see precision.py. The search itself works in fp32; within a percentage or a number of bytes fewer bits
+            leave room for more parameters.
 
     Raises:
         BudgetError: the budget cannot be parsed or is below the smallest plan of the method.
-        ConfigError: `config` belongs to no method; or fewer than 32 bits for a model that is not of embtrim.models.
+        ConfigError: `config` belongs to no method; fewer than 32 bits for a model that is not of embtrim.models; or
+            mixed bits for a number of parameters.
     """
     budget = Budget.parse(budget)
     full = task.full_plan()
@@ -65,26 +68,35 @@ def search(task: Task, config: Config, budget: str | Budget, seed: int = 0, bits
         log.info("embeddings of %s:\n  %s", type(task.model).__name__, "\n  ".join(map(str, task.survey())))
     if not full.num_full_params:
         raise EmbtrimError(f"{type(task.model).__name__} has no embedding tables to shrink, only first-order weights")
-    method = method_of(config)
-    if bits == 32:
-        plan = method.search(task, config, budget, seed)
-        assert plan.num_params <= plan.max_params(budget), "a search exceeded its budget"
-        return plan
+    if bits != 32:
+        return _search_at_bits(task, config, budget, seed, bits)
+    plan = method_of(config).search(task, config, budget, seed)
+    assert plan.num_params <= plan.max_params(budget), "a search exceeded its budget"
+    return plan
+
+
+def _search_at_bits(task: Task, config: Config, budget: Budget, seed: int, bits: Bits) -> SizePlan:
+    """Search in fp32 within a larger budget, which the plan at its bits then takes."""
+    method, full = method_of(config), task.full_plan()
     if full.standalone:
         raise ConfigError(
             f"bits = {bits}, but the embeddings of a {type(task.model).__name__} are stored in 32; leave bits at 32, or "
             "search in a model of embtrim.models with a CTRTask"
         )
     if budget.kind == "params":
+        if bits == "mixed":
+            raise ConfigError(f"mixed bits need a budget in percent or bytes, given {budget}")
         return method.search(task, config, budget, seed).with_bits(bits)
     # What codes need beside them, scales above all, shows in a plan only: the first is over by that, the next fits.
+    ratio = 32 / (MIXED_BITS if bits == "mixed" else bits)
     unit = 1 if budget.kind == "bytes" else BYTES_PER_PARAM * full.num_full_params
-    amount = budget.amount * 32 / bits
+    amount = budget.amount * ratio
     while amount > 0:
         amount = amount if budget.kind == "bytes" else min(amount, 1.0)
-        plan = method.search(task, config, Budget(budget.kind, amount), seed).with_bits(bits)
+        plan = method.search(task, config, Budget(budget.kind, amount), seed)
+        plan = mixed_bits(task, plan, budget) if bits == "mixed" else plan.with_bits(bits)
         excess = plan.num_bytes - plan.max_bytes(budget)
         if excess <= 1e-6:  # of a byte: the percentage was rounded
             return plan.made_by(plan.method, {**plan.details, "budget": str(budget)})
-        amount -= excess * 32 / bits / unit
+        amount -= excess * ratio / unit
     raise BudgetError(f"budget of {budget} is below what tables of {bits} bits take beside their values; give more")
