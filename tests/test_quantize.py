@@ -170,6 +170,26 @@ def test_every_layout_reads_what_decoding_by_hand_gives(case, draw):
     assert torch.equal(again(ids).concat, views.concat)
 
 
+@settings(max_examples=20, deadline=None)
+@given(cases(), st.data())
+def test_dequantised_tables_read_the_same_and_can_be_trained(case, draw):
+    reference, ids = case
+    bits = {t.name: draw.draw(st.sampled_from(BITS)) for t in reference.plan.tables}
+    tables = EmbeddingTables(reference.schema, reference.plan.with_bits(bits), 1.0).eval()
+    tables.quantize()
+    before, state = tables(ids), {name: value.clone() for name, value in tables.state_dict().items()}
+    tables.dequantize()
+    tables.dequantize()
+    after = tables(ids)
+    torch.testing.assert_close(after.concat, before.concat)
+    if before.first_order is not None:
+        torch.testing.assert_close(after.first_order, before.first_order)
+    if tables.weight.numel():
+        tables.train()(ids).concat.sum().backward()
+    tables.eval().quantize()
+    assert {name: value.shape for name, value in tables.state_dict().items()} == {k: v.shape for k, v in state.items()}
+
+
 def test_what_quantised_tables_refuse():
     plan = SizePlan.full(SCHEMA, 4, first_order=True).with_bits(8)
     tables, ids = EmbeddingTables(SCHEMA, plan), torch.zeros(2, 3, dtype=torch.int32)

@@ -101,10 +101,16 @@ def plan_of(kind: str, schema: Schema) -> SizePlan:
 def bundle_of(kind: str, encoded: EncodedDataset, folder: Path) -> Path:
     """A bundle of random weights, OOV and DROPPED rows included."""
     plan = plan_of(kind, encoded.schema)
+    return save_random(plan, encoded, folder)
+
+
+def save_random(plan: SizePlan, encoded: EncodedDataset, folder: Path) -> Path:
     model = DeepFM(encoded.schema, plan=plan, embedding_dim=4, hidden_units=(4,))
     with torch.no_grad():
         model.tables.weight.normal_(generator=torch.Generator().manual_seed(1))
         model.tables.first_order.normal_(generator=torch.Generator().manual_seed(2))
+    if plan.is_quantized:
+        model.tables.quantize()
     save(model, folder, encoded.recode(plan))
     return folder
 
@@ -180,6 +186,21 @@ def test_new_and_returned_values_learn_and_a_second_update_goes_on(bundles, tmp_
     assert noted["number"] == 2
     assert noted["tables"] == {"user": {"new": 1, "returned": 1}}
     assert "update 2" in (tmp_path / "two" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_a_quantised_bundle_trains_on_and_is_quantised_again(encoded, bits, tmp_path):
+    bundle = save_random(plan_of("mixed", encoded.schema).with_bits(bits), encoded, tmp_path / "old")
+    parent = load_bundle(bundle)
+    kept = update(bundle, NEW, out=tmp_path / "kept", split="1:0:0", retrain=False)
+    child = load_bundle(tmp_path / "kept")
+    assert {t.bits for t in child.model.tables.plan.tables} == {bits}
+    assert child.model.tables.packed is not None
+    np.testing.assert_allclose(child.predict(STAY), parent.predict(STAY), atol=0.02)
+    assert kept.table_bytes_after == child.model.tables.plan.num_bytes
+    trained = update(bundle, NEW, out=tmp_path / "new", train=TRAIN)
+    assert trained.after != trained.before
+    assert np.isfinite(load_bundle(tmp_path / "new").predict(NEW)).all()
 
 
 def test_metrics_before_are_those_of_the_parent(bundles, tmp_path):

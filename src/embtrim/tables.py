@@ -20,7 +20,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -451,7 +451,7 @@ class EmbeddingTables(nn.Module):
         if self.packed is not None:
             raise EmbtrimError(
                 "these tables are quantised, for inference only; train, search and change the model before "
-                "model.tables.quantize(), or take its fp32 original"
+                "model.tables.quantize(), or go on from what its codes read with model.tables.dequantize()"
             )
 
     def check_quantized(self) -> None:
@@ -466,7 +466,7 @@ class EmbeddingTables(nn.Module):
 
     @torch.no_grad()
     def quantize(self) -> None:
-        """Store the tables in the bits of their plan, for good and in place: inference only. Projections stay fp32.
+        """Store the tables in the bits of their plan, in place: for inference only. Projections stay fp32.
 
         Raises:
             EmbtrimError: the tables are quantised already, are split by width, are gated, or a row optimiser owns them.
@@ -483,19 +483,40 @@ class EmbeddingTables(nn.Module):
         if self.weight_by_width is not None:
             raise EmbtrimError("these tables are split by width, for export; quantise the model before that")
         packed, packed_first_order = self._empty_packed()
+        for store, stretch, local, rows_RW in self._stretches(packed, packed_first_order):
+            store.store(stretch, local, rows_RW[local])
+        self._take_packed(packed, packed_first_order)
+
+    @torch.no_grad()
+    def dequantize(self) -> None:
+        """Store quantised tables in fp32 again, as their codes read, in place: to train on."""
+        if self.packed is None or self.packed_first_order is None:
+            return
+        packed, packed_first_order = list(self.packed), dict(self.packed_first_order.items())
+        device = self.shift_C.device
+        self.packed = self.packed_first_order = None
+        self.weight = nn.Parameter(torch.zeros(self._num_elements, device=device))
+        if self.plan.first_order:
+            self.first_order = nn.Parameter(torch.zeros(self.num_rows, device=device))
+        for store, stretch, local, rows_RW in self._stretches(packed, packed_first_order):
+            rows_RW[local] = store(local[:, None], torch.tensor([stretch], device=device))[:, 0]
+
+    def _stretches(
+        self, packed: Sequence[nn.Module], packed_first_order: Mapping[str, nn.Module]
+    ) -> Iterator[tuple[Any, int, Tensor, Tensor]]:
+        """For each stretch its packed rows, its number there, the places of its rows, and the fp32 rows of all places."""
         for table in self.plan.tables:
             rows = torch.from_numpy(self.storage_rows(table.name, np.arange(table.num_compact_rows)))
             rows = rows.to(self.weight.device)
             for group, store in zip(self.groups, packed, strict=True):
                 local = rows[(rows >= group.start) & (rows < group.start + group.num_rows)] - group.start
                 if table.name in group.tables:
-                    store.store(group.tables.index(table.name), local, self.group_view(group)[local])
+                    yield store, group.tables.index(table.name), local, self.group_view(group)
             if self.first_order is not None:
                 bits = table.first_order_bits
+                start = self._first_order_start(bits)
                 stretch = self._names_of_first_order(bits).index(table.name)
-                local = rows - self._first_order_start(bits)
-                packed_first_order[str(bits)].store(stretch, local, self.first_order[rows, None])
-        self._take_packed(packed, packed_first_order)
+                yield packed_first_order[str(bits)], stretch, rows - start, self.first_order[start:, None]
 
     def _empty_packed(self) -> tuple[list[PackedRows], dict[str, PackedRows]]:
         """Room for the rows of each group, and for the first-order weights of each precision."""

@@ -186,6 +186,7 @@ def update(
         ids_before = parent_ids(parent, plan)
         splits = [name for name in ("valid", "test") if name in data.splits]
         train = config.train.replace(seed=config.seed)
+        parent.model.tables.dequantize()
         model = grown_model(parent.model, data.schema, plan, ids_before)
         before = {name: _metrics_before(parent.model, data.with_id_maps(ids_before), name, train) for name in splits}
         # The ids on disk are those of the model; the maps say so, of the tables whose ids are not those of a full one.
@@ -194,6 +195,8 @@ def update(
         if retrain:
             fitted = fit(model, data, train, progress=progress, checkpoint=work / "training.safetensors")
             epochs = len(fitted.history)
+        if plan.is_quantized:
+            model.tables.quantize()
         after = {name: evaluate(model, data, name, train).to_dict() for name in splits}
         changes = table_changes(parent.model.tables.plan, plan)
         number = parent.info.get("update", {"number": 0})["number"] + 1
