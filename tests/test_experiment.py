@@ -101,7 +101,7 @@ def test_dry_run_says_what_would_happen(encoded):
     assert facts["config"]["budget"] == "30%"
     rows = sum(encoded.schema.tables.values())
     assert facts["table_bytes_before"] == 4 * (rows * 8 + rows)
-    assert facts["table_bytes_allowed"] == 4 * (int(rows * 8 * 0.3) + rows)
+    assert facts["table_bytes_allowed"] == int(4 * rows * 8 * 0.3 + 4 * rows)
     assert facts["seconds_at_most"] > 0
     json.dumps(facts)
 
