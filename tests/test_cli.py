@@ -98,6 +98,10 @@ def test_bits_of_a_run_and_of_a_search(shop: Workshop) -> None:
     assert {table["bits"] for table in json.loads(plan.read_text())["tables"]} == {8}
     done = call("compact", shop.bundle, plan, shop.data, *TINY, "--out", shop.new("bits-small"), "--json")
     assert json.loads(done.out)["table_bytes_after"] < 0.35 * json.loads(done.out)["table_bytes_before"]
+    plan = shop.new("fbgemm-plan").with_suffix(".json")
+    arguments = ("--target", "fbgemm", "--method", "uniform", "--budget", "50%", "--out", plan)
+    assert call("search", shop.bundle, shop.data, *arguments).code == 0
+    assert {len(b["columns"]) % 4 for t in json.loads(plan.read_text())["tables"] for b in t["blocks"]} == {0}
     facts = json.loads(call("run", shop.data, *TINY, "--bits", "8", "--budget", "100%", "--json", "--dry-run").out)
     assert facts["table_bytes_allowed"] < 0.4 * facts["table_bytes_before"]
     done = call("search", shop.bundle, shop.data, "--bits", "auto", "--out", shop.new("p").with_suffix(".json"))

@@ -325,6 +325,52 @@ def test_a_search_of_mixed_bits(task, config):
         search(task, config, "300 params", bits="mixed")
 
 
+def test_bytes_of_fbgemm_by_hand():
+    rows = np.array([0, 2, 5], np.int32)
+    plan = SizePlan(SCHEMA.fingerprint, 3, (
+        TablePlan("f0", 10, 6, (Block(10, (0, 2, 5)),)),
+        TablePlan("f1", 6, 6, (Block(3, (0, 1), "project", rows),)),
+        TablePlan("f2", 3, 6, (Block(3, (0, 1, 2, 3)),)),
+    ), first_order=True)  # fmt: skip
+    projection = 2 * 6
+    assert plan.bytes_for("onnx") == plan.bytes_for("torch") == plan.num_bytes
+    assert plan.bytes_for("fbgemm") == 4 * (10 * 4 + 4 * 4 + projection + 3 * 4 + (10 + 4 + 3) * 4)
+    free = plan.with_free_columns()
+    assert [t.columns for t in free.tables] == [(0, 1, 2, 5), (0, 1), (0, 1, 2, 3)]
+    assert free.bytes_for("fbgemm") == plan.bytes_for("fbgemm")
+    assert plan.max_bytes(Budget.parse("50%"), "fbgemm") == 0.5 * 4 * 19 * 6 + 4 * 4 * (10 + 4 + 3)
+    with pytest.raises(PlanError, match="'f0' has 8 bits, which fbgemm's tables cannot"):
+        plan.with_bits(8).bytes_for("fbgemm")
+
+
+@pytest.mark.parametrize("config", [UniformConfig(), FrequencyConfig(), MDEConfig(align="scatter")])
+def test_a_search_for_fbgemm_fills_rows_up(task, config):
+    for budget in ("30%", "8 KB"):
+        plan = search(task, config, budget, target="fbgemm")
+        assert plan.bytes_for("fbgemm") <= plan.max_bytes(Budget.parse(budget), "fbgemm") + 1e-6
+        assert all(t.output_width % 4 == 0 for t in plan.tables)
+        assert 0 < plan.num_params < plan.num_full_params
+    with pytest.raises(PlanError, match="rows of several widths, which fbgemm's tables cannot"):
+        search(task, PMEConfig(), "30%", target="fbgemm")
+    assert search(foreign_task(), UniformConfig(align="scatter"), "60%", target="fbgemm").num_params
+
+
+@pytest.mark.parametrize("format", ["pt2", "onnx"])
+@pytest.mark.parametrize("bits", [32, 8, 4])
+def test_exported_tables_are_as_large_as_the_plan_says(format, bits, tmp_path):
+    sizes, planned = [], []
+    for rows in (5_000, 30_000):
+        schema = Schema.from_sizes([rows, 100])
+        model = DeepFM(schema, plan=SizePlan.full(schema, 8, True).with_columns({"f0": (0, 1, 2, 5), "f1": (3,)}).with_bits(bits),
+                       embedding_dim=8, hidden_units=(8,)).eval()  # fmt: skip
+        if bits < 32:
+            model.tables.quantize()
+        export(model, format, tmp_path / f"{rows}")
+        sizes.append(sum(path.stat().st_size for path in (tmp_path / f"{rows}").rglob("*") if path.is_file()))
+        planned.append(model.tables.plan.bytes_for("onnx" if format == "onnx" else "torch"))
+    assert sizes[1] - sizes[0] == pytest.approx(planned[1] - planned[0], rel=0.01)
+
+
 def test_a_module_of_ones_own_stays_at_32_bits():
     foreign = foreign_task()
     plan = search(foreign, UniformConfig(), "50%")

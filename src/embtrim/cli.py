@@ -72,6 +72,9 @@ InitName = Annotated[
 BitsName = Annotated[
     str | None, typer.Option("--bits", metavar="32|16|8|4|mixed|auto", help="Of a stored value of the compact tables.")
 ]
+TargetName = Annotated[
+    str | None, typer.Option("--target", metavar="torch|onnx|fbgemm", help="What will store the tables: bytes are its.")
+]
 FormatName = Annotated[str | None, typer.Option("--format", metavar="csv|parquet|libsvm|libfm", help="Of the log.")]
 NoHeader = Annotated[bool | None, typer.Option("--no-header", help="The first line of the log holds data.")]
 Columns = Annotated[str | None, typer.Option("--columns", help="Names of the log's columns, separated by commas.")]
@@ -284,6 +287,7 @@ def search(
     method: MethodName = None,
     budget: BudgetText = None,
     bits: BitsName = None,
+    target: TargetName = None,
     out: OutPath = None,
     config: ConfigPath = None,
     overrides: Overrides = None,
@@ -295,7 +299,7 @@ def search(
 ) -> None:
     """Find what to keep of a trained model's tables within a budget: a plan, as JSON."""
     _start(quiet)
-    flags = {"method": method, "budget": budget, "bits": _bits(bits), "seed": seed}
+    flags = {"method": method, "budget": budget, "bits": _bits(bits), "target": target, "seed": seed}
     settings = _run_config(data, config, overrides, flags)
     from embtrim.checkpoint import CheckpointFolder, unfinished
     from embtrim.experiment import fewest_bits
@@ -315,26 +319,28 @@ def search(
         stored = plan.with_bits(fewest_bits(settings.bits))
         facts = {
             "table_bytes_before": plan.num_bytes,
-            "table_bytes_allowed": int(min(stored.num_bytes, stored.max_bytes(Budget.parse(settings.budget)))),
+            "table_bytes_allowed": int(
+                min(stored.bytes_for(settings.target), stored.max_bytes(Budget.parse(settings.budget), settings.target))
+            ),
             "seconds_per_epoch": _time_at_most(full, encoded, settings.train.replace(epochs=1))["seconds_at_most"],
         }
         _show_dry_run(settings, facts, as_json)
         return
-    target = _needed(out)
-    if target.suffix != ".json":
-        raise ConfigError(f"a plan is written as .json, --out is {target}")
-    _free(target, overwrite)
+    path = _needed(out)
+    if path.suffix != ".json":
+        raise ConfigError(f"a plan is written as .json, --out is {path}")
+    _free(path, overwrite)
     task = CTRTask(full, encoded, settings.train.replace(seed=settings.seed))
     task.progress = _progress(quiet)
-    with unfinished(target) as work:
+    with unfinished(path) as work:
         task.checkpoints = CheckpointFolder(work, settings.train.checkpoint_seconds)
-        plan = embtrim.search(task, method_settings, settings.budget, settings.seed, settings.bits)
-        plan.save(target)
+        plan = embtrim.search(task, method_settings, settings.budget, settings.seed, settings.bits, settings.target)
+        plan.save(path)
     if as_json:
-        _print_json(json.loads(target.read_text("utf-8")))
+        _print_json(json.loads(path.read_text("utf-8")))
     else:
         _print(plan.summary())
-    _log(f"plan: {target}")
+    _log(f"plan: {path}")
 
 
 @app.command()
@@ -548,6 +554,7 @@ def run(
         ),
     ] = None,
     bits: BitsName = None,
+    target: TargetName = None,
     seeds: Annotated[int | None, typer.Option("--seeds", help="How many seeds, from --seed on.")] = None,
     init: InitName = None,
     controls: Annotated[
@@ -566,8 +573,8 @@ def run(
     if budget is not None and max_loss is not None:
         raise ConfigError("--budget and --max-loss exclude each other; give one of them")
     flags = {
-        "model": model, "method": method, "budget": budget, "max_loss": max_loss, "bits": _bits(bits), "seeds": seeds,
-        "init": init, "seed": seed, "controls": None if controls is None else _split_commas(controls),
+        "model": model, "method": method, "budget": budget, "max_loss": max_loss, "bits": _bits(bits), "target": target,
+        "seeds": seeds, "init": init, "seed": seed, "controls": None if controls is None else _split_commas(controls),
     }  # fmt: skip
     settings = _run_config(data, config, overrides, flags)
     from embtrim import experiment
@@ -579,11 +586,11 @@ def run(
         facts.pop("config")
         _show_dry_run(settings, facts, as_json)
         return
-    target = _needed(out)
-    records = experiment.run(encoded, settings, target, progress=_progress(quiet), on_record=_log_record)
-    write_report(records, target / "report.html")
+    path = _needed(out)
+    records = experiment.run(encoded, settings, path, progress=_progress(quiet), on_record=_log_record)
+    write_report(records, path / "report.html")
     _show_records(records, as_json)
-    _log(f"report: {target / 'report.html'}")
+    _log(f"report: {path / 'report.html'}")
 
 
 @app.command()

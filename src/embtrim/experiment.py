@@ -32,7 +32,7 @@ from embtrim.errors import ConfigError, DataError, EmbtrimError
 from embtrim.methods import method_named, search
 from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel, HyperParameters
-from embtrim.plan import SizePlan, write_then_rename
+from embtrim.plan import SizePlan, Target, write_then_rename
 from embtrim.precision import Bits
 from embtrim.sites import CTRTask
 from embtrim.train import FitResult, TrainConfig, device_of, evaluate, fit, logloss_of_batch, make_optimizers
@@ -65,6 +65,7 @@ class RunConfig(Config):
         bits: precision that compact tables are stored in: 32, 16, 8 or 4, see plan.py, or "mixed" for 8 or 4 by table,
             see precision.py. They are trained in fp32 and quantised after that; the same budget then has room for more
             parameters. "auto" trains with 8, mixed and 4 and keeps what has the best validation AUC.
+        target: what will store the tables, whose bytes the budget counts; see SizePlan.bytes_for.
         controls: methods run at the same budget for comparison, with their default settings.
         seed: first seed.
         seeds: how many seeds.
@@ -79,6 +80,7 @@ class RunConfig(Config):
     max_loss: float | None = Field(default=None, gt=0, lt=0.5)
     init: Literal["scratch", "initial", "inherit"] = "scratch"
     bits: Bits | Literal["auto"] = 32
+    target: Target = "torch"
     controls: tuple[str, ...] = ("uniform",)
     seed: int = Field(default=0, ge=0)
     seeds: int = Field(default=1, ge=1)
@@ -96,7 +98,7 @@ class RunRecord(Config):
         num_params: embedding parameters, projections included, without first-order weights.
         bits: of the stored values, "mixed" if tables may differ; metrics and bytes are those of the quantised model, if there
             are fewer than 32.
-        table_bytes: bytes of embedding tables and first-order weights.
+        table_bytes: bytes of embedding tables and first-order weights, as the target of the run stores them.
         bundle_bytes: bytes of the saved bundle on disk, vocabulary included.
         widths: output columns of each field.
         kept_rows: compact rows of each table.
@@ -351,7 +353,7 @@ def shrink(
     with peak_memory() as peak:
         task = CTRTask(full.model, data, train)
         task.progress = progress
-        plan, search_seconds, search_peak = _searched(task, parsed, budget, seed, bits, unfinished)
+        plan, search_seconds, search_peak = _searched(task, parsed, budget, seed, bits, config.target, unfinished)
         verification = verify(full.model, plan, data)
         verification.require()
         small = compact(full.model, plan, init=config.init, seed=seed)
@@ -419,7 +421,7 @@ def with_search_seconds(best: Trained, seconds: float) -> Trained:
 
 
 def _searched(
-    task: CTRTask, config: Config, budget: str, seed: int, bits: Bits, unfinished: Path | None
+    task: CTRTask, config: Config, budget: str, seed: int, bits: Bits, target: Target, unfinished: Path | None
 ) -> tuple[SizePlan, float, int | None]:
     """A plan, the seconds of its search, and the peak memory above the start's; out of `unfinished` if it is there."""
     if unfinished is not None:
@@ -430,7 +432,7 @@ def _searched(
         task.checkpoints = CheckpointFolder(unfinished, task.config.checkpoint_seconds)
     with peak_memory() as peak:
         started = time.perf_counter()
-        plan = search(task, config, budget, seed, bits)
+        plan = search(task, config, budget, seed, bits, target)
         seconds = time.perf_counter() - started
     if unfinished is not None:
         assert task.checkpoints is not None
@@ -531,7 +533,7 @@ def make_record(
         num_full_params=plan.num_full_params,
         num_first_order_params=plan.num_first_order_params,
         bits=bits,
-        table_bytes=plan.num_bytes,
+        table_bytes=plan.bytes_for(config.target),
         model_params=plan.num_params
         + plan.num_first_order_params
         + sum(p.numel() for name, p in model.named_parameters() if not name.startswith("tables.")),
@@ -589,7 +591,9 @@ def dry_run(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
     model = build(config.model, data.schema, **config.hparams)
     plan = model.tables.plan
     stored = plan.with_bits(fewest_bits(config.bits))
-    limit = float("inf") if config.max_loss is not None else stored.max_bytes(Budget.parse(config.budget))
+    limit = (
+        float("inf") if config.max_loss is not None else stored.max_bytes(Budget.parse(config.budget), config.target)
+    )
     step_seconds = seconds_per_step(model, data, config.train)
     models = len(dict.fromkeys((config.method, *config.controls)))
     models += 0 if config.max_loss is None else BISECTIONS - 1
@@ -598,7 +602,7 @@ def dry_run(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
     return {
         "config": config.model_dump(mode="json"),
         "table_bytes_before": plan.num_bytes,
-        "table_bytes_allowed": int(min(limit, stored.num_bytes)),
+        "table_bytes_allowed": int(min(limit, stored.bytes_for(config.target))),
         "seconds_per_step": step_seconds,
         "seconds_at_most": step_seconds * steps * models * config.seeds,
     }

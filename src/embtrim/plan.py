@@ -41,6 +41,8 @@ from embtrim.schema import OOV, Schema
 Alignment = Literal["concat", "scatter", "project"]
 PLAN_VERSION = 1
 BITS = (32, 16, 8, 4)
+Target = Literal["torch", "onnx", "fbgemm"]
+FBGEMM_COLUMNS = 4
 # Of a scale and its offset, fp32 both.
 BYTES_PER_SCALE = 2 * BYTES_PER_PARAM
 
@@ -470,17 +472,58 @@ class SizePlan:
         """Embedding parameters that `budget` allows an fp32 plan with this one's first-order weights."""
         return budget.max_params(self.num_full_params, self.num_first_order_params)
 
-    def max_bytes(self, budget: Budget) -> float:
-        """Bytes that `budget` allows a plan with this one's bits and first-order weights.
+    def bytes_for(self, target: Target) -> int:
+        """Bytes of the tables as a serving target stores them; the vocabulary belongs to the encoder.
 
-        A percentage is one of the full tables' fp32 bytes: it counts values, scales and projections, and first-order
-        weights not. Of a number of parameters each takes what it does on average in this plan.
+        "torch" (bundles, pt2) and "onnx" store what `num_bytes` says. "fbgemm" (TorchRec) fills every fp32 row up to a
+        multiple of four columns, first-order weights as tables of their own among them.
+
+        Raises:
+            PlanError: fbgemm has no such tables: rows of several widths, or fewer than 32 bits.
+        """
+        if target != "fbgemm":
+            return self.num_bytes
+        total = self.num_bytes
+        for table in self.tables:
+            if table.mixed or table.bits != 32:
+                what = "stores rows of several widths" if table.mixed else f"has {table.bits} bits"
+                raise PlanError(
+                    f"table {table.name!r} {what}, which fbgemm's tables cannot; choose target torch or onnx"
+                )
+            widths = [table.output_width, 1] if self.first_order else [table.output_width]
+            padding = sum(-width % FBGEMM_COLUMNS for width in widths)
+            total += BYTES_PER_PARAM * padding * table.num_compact_rows
+        return total
+
+    def with_free_columns(self) -> SizePlan:
+        """The plan with the columns that fbgemm's padding has room for: of each table the first that it does not keep.
+
+        Projected tables stay as they are: a column more is a row of the projection more.
+        """
+        tables = []
+        for table in self.tables:
+            free = -table.output_width % FBGEMM_COLUMNS
+            if free and not table.mixed and table.alignment != "project":
+                left = [column for column in range(table.width) if column not in table.columns]
+                columns = tuple(sorted((*table.columns, *left[:free])))
+                blocks = tuple(dataclasses.replace(block, columns=columns) for block in table.blocks)
+                table = dataclasses.replace(table, blocks=blocks)
+            tables.append(table)
+        return dataclasses.replace(self, tables=tuple(tables))
+
+    def max_bytes(self, budget: Budget, target: Target = "torch") -> float:
+        """Bytes that `budget` allows a plan with this one's bits and first-order weights, for a target.
+
+        A percentage is one of the full tables' fp32 bytes: it counts values, scales, projections and padding, and
+        first-order weights not. Of a number of parameters each takes what it does on average in this plan.
         """
         if budget.kind == "bytes":
             return budget.amount
         if budget.kind == "params":
-            return self.num_bytes * budget.amount / max(1, self.num_params)
-        return budget.amount * BYTES_PER_PARAM * self.num_full_params + self.num_first_order_bytes
+            return self.bytes_for(target) * budget.amount / max(1, self.num_params)
+        padded = FBGEMM_COLUMNS if target == "fbgemm" else 1
+        first_order = self.num_first_order_bytes * padded
+        return budget.amount * BYTES_PER_PARAM * self.num_full_params + first_order
 
     def check_schema(self, schema: Schema) -> None:
         """Raise PlanError if the plan was made for another schema."""

@@ -18,7 +18,7 @@ from embtrim.methods.random import RandomConfig
 from embtrim.methods.registry import METHODS, Method, method_named, method_of
 from embtrim.methods.sseds import SSEDSConfig
 from embtrim.methods.uniform import UniformConfig
-from embtrim.plan import SizePlan
+from embtrim.plan import SizePlan, Target
 from embtrim.precision import MIXED_BITS, Bits, mixed_bits
 from embtrim.sites import Task
 
@@ -44,7 +44,9 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-def search(task: Task, config: Config, budget: str | Budget, seed: int = 0, bits: Bits = 32) -> SizePlan:
+def search(
+    task: Task, config: Config, budget: str | Budget, seed: int = 0, bits: Bits = 32, target: Target = "torch"
+) -> SizePlan:
     """Find what to keep of a task's embedding tables within a budget; the model is not changed.
 
     Args:
@@ -56,11 +58,13 @@ def search(task: Task, config: Config, budget: str | Budget, seed: int = 0, bits
         bits: precision that the tables are to be stored in: 32, 16, 8 or 4, see plan.py, or "mixed" for 8 or 4 by
             table, see precision.py. The search itself works in fp32; within a percentage or a number of bytes fewer bits
             leave room for more parameters.
+        target: what will store the tables, and how many bytes it takes for them; see SizePlan.bytes_for.
 
     Raises:
         BudgetError: the budget cannot be parsed or is below the smallest plan of the method.
         ConfigError: `config` belongs to no method; fewer than 32 bits for a model that is not of embtrim.models; or
             mixed bits for a number of parameters.
+        PlanError: the target cannot store what the method found.
     """
     budget = Budget.parse(budget)
     full = task.full_plan()
@@ -68,17 +72,17 @@ def search(task: Task, config: Config, budget: str | Budget, seed: int = 0, bits
         log.info("embeddings of %s:\n  %s", type(task.model).__name__, "\n  ".join(map(str, task.survey())))
     if not full.num_full_params:
         raise EmbtrimError(f"{type(task.model).__name__} has no embedding tables to shrink, only first-order weights")
-    if bits != 32:
-        return _search_at_bits(task, config, budget, seed, bits)
+    if bits != 32 or target == "fbgemm":
+        return _search_stored(task, config, budget, seed, bits, target)
     plan = method_of(config).search(task, config, budget, seed)
     assert plan.num_params <= plan.max_params(budget), "a search exceeded its budget"
     return plan
 
 
-def _search_at_bits(task: Task, config: Config, budget: Budget, seed: int, bits: Bits) -> SizePlan:
-    """Search in fp32 within a larger budget, which the plan at its bits then takes."""
+def _search_stored(task: Task, config: Config, budget: Budget, seed: int, bits: Bits, target: Target) -> SizePlan:
+    """Search in fp32 within another budget, such that the plan as it will be stored is within this one."""
     method, full = method_of(config), task.full_plan()
-    if full.standalone:
+    if full.standalone and bits != 32:
         raise ConfigError(
             f"bits = {bits}, but the embeddings of a {type(task.model).__name__} are stored in 32; leave bits at 32, or "
             "search in a model of embtrim.models with a CTRTask"
@@ -87,16 +91,22 @@ def _search_at_bits(task: Task, config: Config, budget: Budget, seed: int, bits:
         if bits == "mixed":
             raise ConfigError(f"mixed bits need a budget in percent or bytes, given {budget}")
         return method.search(task, config, budget, seed).with_bits(bits)
-    # What codes need beside them, scales above all, shows in a plan only: the first is over by that, the next fits.
+    # What is stored beside the values, scales or padding, shows in a plan only: the first is over by that, the next one
+    # fits unless padding grew.
     ratio = 32 / (MIXED_BITS if bits == "mixed" else bits)
     unit = 1 if budget.kind == "bytes" else BYTES_PER_PARAM * full.num_full_params
     amount = budget.amount * ratio
-    while amount > 0:
+    plan = full
+    while plan.num_params:
         amount = amount if budget.kind == "bytes" else min(amount, 1.0)
         plan = method.search(task, config, Budget(budget.kind, amount), seed)
         plan = mixed_bits(task, plan, budget) if bits == "mixed" else plan.with_bits(bits)
-        excess = plan.num_bytes - plan.max_bytes(budget)
+        if target == "fbgemm":
+            plan = plan.with_free_columns()
+        excess = plan.bytes_for(target) - plan.max_bytes(budget, target)
         if excess <= 1e-6:  # of a byte: the percentage was rounded
             return plan.made_by(plan.method, {**plan.details, "budget": str(budget)})
-        amount -= excess * ratio / unit
-    raise BudgetError(f"budget of {budget} is below what tables of {bits} bits take beside their values; give more")
+        amount = max(amount - excess * ratio / unit, amount / 2)
+    raise BudgetError(
+        f"budget of {budget} is below what tables of {bits} bits for {target} take beside their values; give more"
+    )
