@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -17,29 +16,39 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from pydantic import Field
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 import embtrim
 from embtrim.budget import Budget
 from embtrim.config import Config, apply_overrides, merge, read_toml, to_toml
 from embtrim.errors import BudgetError, ConfigError, DataError, EmbtrimError
+from embtrim.terminal import (
+    first_line,
+    log_cell,
+    log_line,
+    log_record,
+    print_json,
+    print_text,
+    show_comparison,
+    show_dry_run,
+    show_facts,
+    show_records,
+    show_rows,
+    show_schema,
+    show_update,
+    start_log,
+    wants_progress,
+)
 
 if TYPE_CHECKING:  # rooms that import torch are imported by the commands that need them: --help must not wait
     from embtrim.bundle import Bundle
     from embtrim.dataset import EncodedDataset
-    from embtrim.experiment import RunConfig, RunRecord
-    from embtrim.grid import CompareConfig, Skipped
+    from embtrim.experiment import RunConfig
+    from embtrim.grid import CompareConfig
     from embtrim.models import CTRModel
     from embtrim.reading import ReadOptions
     from embtrim.train import TrainConfig
-    from embtrim.updating import UpdateReport
 
 SettingsT = TypeVar("SettingsT", bound=Config)
-
-# Columns of a table that goes to a file or a pipe, which has no width of its own.
-PIPE_WIDTH = 160
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -168,7 +177,7 @@ def encode(
     quiet: Quiet = False,
 ) -> None:
     """Encode a raw log: vocabulary from the training rows, ids on disk."""
-    _start(quiet)
+    start_log(quiet)
     flags = {
         "schema_file": schema, "label": label, "split": split, "valid": valid, "test": test, "dataset": dataset,
         "min_count": min_count, "seed": seed, "read": _read_flags(format, no_header, columns, separator, encoding),
@@ -199,19 +208,19 @@ def encode(
             raise DataError(f"{draft} exists; choose another name or pass --overwrite")
         if drafted is not None and not dry_run:
             drafted.save_draft(draft)
-            _log(f"wrote {draft}; edit it, then: embtrim encode .. --schema {draft}")
-        _show_schema(drafted, as_json)
+            log_line(f"wrote {draft}; edit it, then: embtrim encode .. --schema {draft}")
+        show_schema(drafted, as_json)
         return
     if dry_run:
         if as_json:
             assert drafted is not None
-            _print_json({"config": settings.model_dump(mode="json"), "schema": drafted.model_dump(mode="json")})
+            print_json({"config": settings.model_dump(mode="json"), "schema": drafted.model_dump(mode="json")})
             return
-        _print(to_toml(settings))
-        _show_schema(drafted, as_json)
+        print_text(to_toml(settings))
+        show_schema(drafted, as_json)
         return
     out = _needed(out)
-    progress = _progress(quiet)
+    progress = wants_progress(quiet)
     try:
         if settings.dataset is not None:
             data = encode_known(
@@ -228,7 +237,7 @@ def encode(
             raise
         raise _Resumable from None
     if as_json:
-        _print_json(
+        print_json(
             {
                 "folder": str(out),
                 "fingerprint": data.schema.fingerprint,
@@ -237,9 +246,9 @@ def encode(
             }
         )
         return
-    _show_schema(data.schema, as_json)
+    show_schema(data.schema, as_json)
     rows = ", ".join(f"{name} {data.num_rows(name):,}" for name in data.splits)
-    _print(f"{out}: rows {rows}; schema {data.schema.describe()}")
+    print_text(f"{out}: rows {rows}; schema {data.schema.describe()}")
 
 
 @app.command()
@@ -256,7 +265,7 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train the full model and save it as a bundle."""
-    _start(quiet)
+    start_log(quiet)
     settings = _run_config(data, config, overrides, {"model": model, "seed": seed})
     from embtrim.bundle import folder_bytes, save
     from embtrim.checkpoint import unfinished
@@ -269,15 +278,15 @@ def train(
     full = build(settings.model, encoded.schema, **{**settings.hparams, "seed": settings.seed})
     if dry_run:
         facts = {"table_bytes": full.tables.plan.num_bytes, **_time_at_most(full, encoded, settings.train)}
-        _show_dry_run(settings, facts, as_json)
+        show_dry_run(settings, facts, as_json)
         return
     target = _free(out, overwrite)
     with unfinished(target) as work:
-        trained = train_full(encoded, settings, settings.seed, _progress(quiet), work / "full.safetensors")
+        trained = train_full(encoded, settings, settings.seed, wants_progress(quiet), work / "full.safetensors")
         record = trained.record
         save(trained.model, target, encoded, metrics={"valid": record.valid, "test": record.test}, overwrite=overwrite)
-    _show_records([record.replace(bundle_bytes=folder_bytes(target))], as_json, many=False)
-    _log(f"bundle: {target}")
+    show_records([record.replace(bundle_bytes=folder_bytes(target))], as_json, many=False)
+    log_line(f"bundle: {target}")
 
 
 @app.command()
@@ -298,7 +307,7 @@ def search(
     quiet: Quiet = False,
 ) -> None:
     """Find what to keep of a trained model's tables within a budget: a plan, as JSON."""
-    _start(quiet)
+    start_log(quiet)
     flags = {"method": method, "budget": budget, "bits": _bits(bits), "target": target, "seed": seed}
     settings = _run_config(data, config, overrides, flags)
     from embtrim.checkpoint import CheckpointFolder, unfinished
@@ -324,23 +333,23 @@ def search(
             ),
             "seconds_per_epoch": _time_at_most(full, encoded, settings.train.replace(epochs=1))["seconds_at_most"],
         }
-        _show_dry_run(settings, facts, as_json)
+        show_dry_run(settings, facts, as_json)
         return
     path = _needed(out)
     if path.suffix != ".json":
         raise ConfigError(f"a plan is written as .json, --out is {path}")
     _free(path, overwrite)
     task = CTRTask(full, encoded, settings.train.replace(seed=settings.seed))
-    task.progress = _progress(quiet)
+    task.progress = wants_progress(quiet)
     with unfinished(path) as work:
         task.checkpoints = CheckpointFolder(work, settings.train.checkpoint_seconds)
         plan = embtrim.search(task, method_settings, settings.budget, settings.seed, settings.bits, settings.target)
         plan.save(path)
     if as_json:
-        _print_json(json.loads(path.read_text("utf-8")))
+        print_json(json.loads(path.read_text("utf-8")))
     else:
-        _print(plan.summary())
-    _log(f"plan: {path}")
+        print_text(plan.summary())
+    log_line(f"plan: {path}")
 
 
 @app.command()
@@ -362,7 +371,7 @@ def compact(
     quiet: Quiet = False,
 ) -> None:
     """Apply a plan: verify that compact equals masked, build the smaller model, retrain, quantise and save it."""
-    _start(quiet)
+    start_log(quiet)
     settings = _run_config(data, config, overrides, {"init": init, "seed": seed})
     from embtrim.bundle import folder_bytes, save
     from embtrim.checkpoint import unfinished
@@ -381,12 +390,12 @@ def compact(
             "table_bytes_after": sizes.num_bytes,
             **({} if no_train else _time_at_most(full, encoded, settings.train)),
         }
-        _show_dry_run(settings, facts, as_json)
+        show_dry_run(settings, facts, as_json)
         return
     target = _free(out, overwrite)
     checked = embtrim.verify(full, sizes, encoded, split="valid" if "valid" in encoded.splits else "train")
     checked.require()
-    _log(
+    log_line(
         f"verified on {checked.num_rows:,} rows: compact equals masked, largest difference {checked.max_difference:.1e}"
     )
     small = embtrim.compact(full, sizes, init=settings.init, seed=settings.seed)
@@ -394,7 +403,7 @@ def compact(
     with unfinished(target) as work:
         if not no_train:
             train = settings.train.replace(seed=settings.seed)
-            fit(small, recoded, train, progress=_progress(quiet), checkpoint=work / "retraining.safetensors")
+            fit(small, recoded, train, progress=wants_progress(quiet), checkpoint=work / "retraining.safetensors")
         if sizes.is_quantized:
             small.tables.quantize()
         metrics = {s: evaluate(small, recoded, s).to_dict() for s in ("valid", "test") if s in encoded.splits}
@@ -407,7 +416,7 @@ def compact(
         "verification": vars(checked),
         **metrics,
     }
-    _show_facts(result, as_json)
+    show_facts(result, as_json)
 
 
 @app.command()
@@ -431,7 +440,7 @@ def predict(
     quiet: Quiet = False,
 ) -> None:
     """Score a raw log with a saved model; values that training never saw read the OOV row."""
-    _start(quiet)
+    start_log(quiet)
     flags = {
         "keep": None if keep is None else _split_commas(keep),
         "read": _read_flags(format, no_header, columns, separator, encoding),
@@ -446,13 +455,13 @@ def predict(
         opened = open_log(log, options)
         opened.require([*loaded.encoder.columns, *settings.keep])
         facts = {"model": loaded.info["model"], "columns": list(loaded.encoder.columns), "log": opened.describe()}
-        _show_dry_run(settings, facts, as_json)
+        show_dry_run(settings, facts, as_json)
         return
     target = _needed(out)
     rows = write_predictions(
-        loaded, log, target, keep=settings.keep, options=options, overwrite=overwrite, progress=_progress(quiet)
+        loaded, log, target, keep=settings.keep, options=options, overwrite=overwrite, progress=wants_progress(quiet)
     )
-    _show_facts({"out": str(target), "num_rows": rows}, as_json)
+    show_facts({"out": str(target), "num_rows": rows}, as_json)
 
 
 @app.command()
@@ -479,7 +488,7 @@ def update(
     quiet: Quiet = False,
 ) -> None:
     """Take a saved model to a new log: rows for new values, dropped ones back, training on from its weights."""
-    _start(quiet)
+    start_log(quiet)
     from embtrim.updating import UpdateConfig
 
     read = _read_flags(format, no_header, columns, separator, encoding)
@@ -498,17 +507,23 @@ def update(
             "table_bytes_before": loaded.model.tables.plan.num_bytes,
             "log": opened.describe(),
         }
-        _show_dry_run(settings, facts, as_json)
+        show_dry_run(settings, facts, as_json)
         return
     target = _needed(out)
     report = embtrim.update(
-        bundle, log, out=target, config=settings, retrain=not no_train, overwrite=overwrite, progress=_progress(quiet)
+        bundle,
+        log,
+        out=target,
+        config=settings,
+        retrain=not no_train,
+        overwrite=overwrite,
+        progress=wants_progress(quiet),
     )
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
         return
-    _show_update(report)
-    _log(f"bundle: {target}, update {report.number}")
+    show_update(report)
+    log_line(f"bundle: {target}, update {report.number}")
 
 
 @app.command()
@@ -522,7 +537,7 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a saved model for serving without embtrim: torch.export, ONNX, or TorchRec's configs and tables."""
-    _start(quiet)
+    start_log(quiet)
     from embtrim import exporting
     from embtrim.bundle import load_bundle
 
@@ -530,15 +545,15 @@ def export(
     loaded = load_bundle(bundle)
     if dry_run:
         facts = {**exporting.table_sizes(loaded.model), "inputs": list(exporting.describe_inputs(loaded.model.schema))}
-        _show_facts({"model": loaded.info["model"], "format": format, **facts}, as_json)
+        show_facts({"model": loaded.info["model"], "format": format, **facts}, as_json)
         return
     target = _needed(out)
     manifest = exporting.export(loaded, format, target, overwrite=overwrite)
     if as_json:
-        _print_json(manifest)
+        print_json(manifest)
         return
     facts = {name: manifest[name] for name in ("model", "format", "table_bytes", "full_table_bytes")}
-    _show_facts({"out": str(target), **facts, "files": list(manifest["files"])}, as_json=False)
+    show_facts({"out": str(target), **facts, "files": list(manifest["files"])}, as_json=False)
 
 
 @app.command()
@@ -569,7 +584,7 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Do it all: train, search, compact, verify, retrain, save, report; started again with the same --out, it goes on."""
-    _start(quiet)
+    start_log(quiet)
     if budget is not None and max_loss is not None:
         raise ConfigError("--budget and --max-loss exclude each other; give one of them")
     flags = {
@@ -584,13 +599,13 @@ def run(
     if dry_run:
         facts = experiment.dry_run(encoded, settings)
         facts.pop("config")
-        _show_dry_run(settings, facts, as_json)
+        show_dry_run(settings, facts, as_json)
         return
     path = _needed(out)
-    records = experiment.run(encoded, settings, path, progress=_progress(quiet), on_record=_log_record)
+    records = experiment.run(encoded, settings, path, progress=wants_progress(quiet), on_record=log_record)
     write_report(records, path / "report.html")
-    _show_records(records, as_json)
-    _log(f"report: {path / 'report.html'}")
+    show_records(records, as_json)
+    log_line(f"report: {path / 'report.html'}")
 
 
 @app.command()
@@ -615,7 +630,7 @@ def compare(
     quiet: Quiet = False,
 ) -> None:
     """Run a grid of models, methods, budgets and seeds; started again with the same --out, it goes on or grows."""
-    _start(quiet)
+    start_log(quiet)
     lists = {"models": models, "methods": methods, "budgets": budgets}
     flags = {name: None if text is None else _split_commas(text) for name, text in lists.items()}
     settings = _compare_config(data, config, overrides, {**flags, "seeds": seeds, "init": init, "seed": seed})
@@ -626,19 +641,19 @@ def compare(
 
     encoded = embtrim.load(data)
     if dry_run:
-        _show_dry_run(settings, comparison.estimate(encoded, settings, out), as_json)
+        show_dry_run(settings, comparison.estimate(encoded, settings, out), as_json)
         return
     target = _needed(out)
-    progress = _progress(quiet)
-    made = comparison.compare(encoded, settings, target, jobs=jobs, progress=progress, on_record=_log_cell)
+    progress = wants_progress(quiet)
+    made = comparison.compare(encoded, settings, target, jobs=jobs, progress=progress, on_record=log_cell)
     if made.records:
         write_comparison(read_records(target), target, read_skipped(target))
     if as_json:
         parts = {"records": made.records, "skipped": made.skipped}
-        _print_json({name: [part.model_dump(mode="json") for part in found] for name, found in parts.items()})
+        print_json({name: [part.model_dump(mode="json") for part in found] for name, found in parts.items()})
     elif made.records:
-        _show_comparison(made.records, made.skipped)
-    _log(f"tables: {target / 'README.md'}, page: {target / 'report.html'}")
+        show_comparison(made.records, made.skipped)
+    log_line(f"tables: {target / 'README.md'}, page: {target / 'report.html'}")
 
 
 @app.command()
@@ -652,7 +667,7 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Print the tables of a run's or a comparison's records, and write their page."""
-    _start(quiet)
+    start_log(quiet)
     from embtrim.comparison_page import write_comparison
     from embtrim.comparison_report import is_comparison
     from embtrim.grid import read_skipped
@@ -662,18 +677,18 @@ def report(
     if is_comparison(records):
         skipped = read_skipped(folder)
         if as_json:
-            _show_records(records, as_json)
+            show_records(records, as_json)
         else:
-            _show_comparison(records, skipped)
+            show_comparison(records, skipped)
         if not dry_run:
             write_comparison(records, folder, skipped, page=out)
-            _log(f"tables: {folder / 'README.md'}, page: {out or folder / 'report.html'}")
+            log_line(f"tables: {folder / 'README.md'}, page: {out or folder / 'report.html'}")
         return
-    _show_records(records, as_json)
+    show_records(records, as_json)
     if not dry_run:
         target = out or folder / "report.html"
         write_report(records, target)
-        _log(f"report: {target}")
+        log_line(f"report: {target}")
 
 
 @app.command()
@@ -694,7 +709,7 @@ def datasets(as_json: AsJson = False) -> None:
         }
         for entry in CATALOG.values()
     ]
-    _show_rows(rows, as_json, shown=("name", "bundled", "title", "licence", "source"))
+    show_rows(rows, as_json, shown=("name", "bundled", "title", "licence", "source"))
 
 
 @app.command()
@@ -703,10 +718,10 @@ def models(as_json: AsJson = False) -> None:
     from embtrim.models import MODELS, arguments
 
     rows = [
-        {"name": name, "what": _first_line(sys.modules[model.__module__].__doc__), "arguments": arguments(name)}
+        {"name": name, "what": first_line(sys.modules[model.__module__].__doc__), "arguments": arguments(name)}
         for name, model in MODELS.items()
     ]
-    _show_rows(rows, as_json)
+    show_rows(rows, as_json)
 
 
 @app.command()
@@ -717,13 +732,13 @@ def methods(as_json: AsJson = False) -> None:
     rows = [
         {
             "name": method.name,
-            "what": _first_line(sys.modules[method.search.__module__].__doc__),
+            "what": first_line(sys.modules[method.search.__module__].__doc__),
             "needs": method.needs,
             "settings": method.config().model_dump(mode="json"),
         }
         for method in METHODS.values()
     ]
-    _show_rows(rows, as_json)
+    show_rows(rows, as_json)
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -869,168 +884,6 @@ def _time_at_most(model: CTRModel, data: EncodedDataset, train: TrainConfig) -> 
         "seconds_per_step": step,
         "seconds_at_most": step * data.num_batches("train", train.batch_size) * train.epochs,
     }
-
-
-# --- what is printed ------------------------------------------------------------------------------------------------
-
-
-class _LogLines(logging.Handler):
-    """Log lines on whatever stderr is at the time."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(self.format(record), err=True)
-
-
-def _start(quiet: bool) -> None:
-    logger = logging.getLogger("embtrim")
-    if not any(isinstance(handler, _LogLines) for handler in logger.handlers):
-        logger.addHandler(_LogLines())
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
-
-
-def _progress(quiet: bool) -> bool:
-    return not quiet and sys.stderr.isatty()
-
-
-def _log(text: str) -> None:
-    logging.getLogger("embtrim.cli").info(text)
-
-
-def _log_record(record: RunRecord) -> None:
-    _log_trained(record.variant, record)
-
-
-def _log_cell(record: RunRecord, done: int, total: int) -> None:
-    words = [record.model, record.variant, *([] if record.budget is None else [record.budget])]
-    _log_trained(f"{done} of {total}: {' '.join(words)}", record)
-
-
-def _log_trained(what: str, record: RunRecord) -> None:
-    from embtrim.report import format_bytes, format_seconds
-
-    _log(
-        f"{what}, seed {record.seed}: test AUC {record.test['auc']:.4f}, tables {format_bytes(record.table_bytes)}, "
-        f"search {format_seconds(record.search_seconds)}, training {format_seconds(record.train_seconds)}"
-    )
-
-
-def _print(text: str) -> None:
-    typer.echo(text.rstrip("\n"))
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1))
-
-
-def _print_table(table: Table) -> None:
-    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False).print(table)
-
-
-def _show_records(records: Sequence[RunRecord], as_json: bool, many: bool = True) -> None:
-    if as_json:
-        dumped = [record.model_dump(mode="json") for record in records]
-        _print_json(dumped if many else dumped[0])
-        return
-    from embtrim.report import terminal_table
-
-    _print_table(terminal_table(records))
-
-
-def _show_comparison(records: Sequence[RunRecord], skipped: Sequence[Skipped]) -> None:
-    from embtrim.comparison_report import comparison_terminal
-
-    for table in comparison_terminal(records, skipped):
-        _print_table(table)
-
-
-def _show_update(report: UpdateReport) -> None:
-    """What an update changed: a table of tables, a table of metrics, the facts."""
-    facts = report.to_dict()
-    _show_rows(
-        [{k.replace("_", " "): f"{v:,}" if isinstance(v, int) else v for k, v in t.items()} for t in facts["tables"]],
-        as_json=False,
-    )
-    for split, before in report.before.items():
-        pairs = [f"{key} {before[key]:.4f} -> {report.after[split][key]:.4f}" for key in ("auc", "logloss")]
-        _print(f"{split}: {', '.join(pairs)}")
-    for name in ("table_bytes", "bundle_bytes"):
-        _show_facts({f"{name}_{when}": facts[f"{name}_{when}"] for when in ("before", "after")}, as_json=False)
-    _show_facts({name: facts[name] for name in ("num_rows", "epochs", "seconds")}, as_json=False)
-
-
-def _show_dry_run(settings: Config, facts: Mapping[str, Any], as_json: bool) -> None:
-    if as_json:
-        _print_json({"config": settings.model_dump(mode="json"), **facts})
-        return
-    _print(to_toml(settings))
-    _print("")
-    _show_facts(facts, as_json=False)
-
-
-def _show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
-    """Facts line by line; the unit is in the name."""
-    if as_json:
-        _print_json(facts)
-        return
-    from embtrim.report import format_bytes, format_count, format_seconds
-
-    for name, value in facts.items():
-        words = name.replace("_", " ")
-        if "bytes" in name:
-            _print(f"{words}: {format_bytes(value)}")
-        elif name.startswith("seconds"):
-            _print(f"{words.replace('seconds', 'time')}: {format_seconds(value)}")
-        elif isinstance(value, dict):
-            parts = (f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items() if v is not None)
-            _print(f"{words}: {', '.join(parts)}")
-        elif isinstance(value, list):
-            _print(f"{words}: {', '.join(str(v) for v in value)}")
-        else:
-            _print(f"{words}: {format_count(value) if isinstance(value, int) else value}")
-
-
-def _show_schema(schema: Any, as_json: bool) -> None:
-    if as_json:
-        _print_json(schema.model_dump(mode="json"))
-        return
-    rows = []
-    for field in schema.fields:
-        row = {
-            "field": field.name,
-            "type": field.type,
-            "transform": field.transform or "",
-            "min_count": field.min_count,
-        }
-        if field.vocab_size is not None:
-            row["rows"] = f"{field.vocab_size:,}"
-        rows.append({**row, "table": field.table_name if field.table else ""})
-    _show_rows(rows, as_json=False, shown=list(dict.fromkeys(key for row in rows for key in row)))
-
-
-def _show_rows(rows: Sequence[Mapping[str, Any]], as_json: bool, shown: Sequence[str] | None = None) -> None:
-    if as_json:
-        _print_json(rows)
-        return
-    names = list(shown or rows[0])
-    table = Table(box=None, pad_edge=False)
-    for name in names:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(_cell(row.get(name, ""))) for name in names))
-    _print_table(table)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else ""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} = {json.dumps(v)}" for key, v in value.items())
-    return str(value)
-
-
-def _first_line(doc: str | None) -> str:
-    """What a module's docstring says first, without the name before the colon."""
-    return (doc or "").strip().partition("\n")[0].partition(": ")[2]
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
