@@ -133,8 +133,8 @@ def test_settings_are_resolved() -> None:
     assert every.budgets == ("10%", "5%")
     found = settings_by_label(CONFIG)
     assert list(found) == ["uniform", "random", "wide-sseds"]
-    assert found["wide-sseds"][0] == "sseds"
-    assert found["wide-sseds"][1] == {**METHODS["sseds"].config().model_dump(mode="json"), "min_dim": 1}
+    assert found["wide-sseds"].method == "sseds"
+    assert found["wide-sseds"].search == {**METHODS["sseds"].config().model_dump(mode="json"), "min_dim": 1}
     assert run_config(CONFIG, "deepfm").hparams == {"embedding_dim": 4, "hidden_units": [8]}
     assert run_config(CONFIG, "fm").hparams == {"embedding_dim": 4}, "FM knows no hidden units"
 
