@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from embtrim.budget import Budget
 from embtrim.compaction import compact, verify
 from embtrim.errors import BudgetError, EmbtrimError
 from embtrim.methods import OptEmbedConfig, search
-from embtrim.methods.evolution import Space, crossover, evolve, fill, fits, kept_rows, mutate, ranked, row_choices
+from embtrim.methods.evolution import Space, crossover, evolve, fill, fits, kept_rows, mutate, raise_thresholds, ranked
 from embtrim.methods.optembed import (
     Fitness,
     HardStep,
@@ -257,30 +256,12 @@ class TestEvolution:
         rng = np.random.default_rng(0)
         margins = [rng.random(50) + 0.1, rng.random(50) + 0.3]
         budget = Budget.parse("40 params")
-        ((kept, raised),) = row_choices(full, "scatter", margins, [OOV, OOV], budget)
+        kept, raised = raise_thresholds(full, "scatter", margins, [OOV, OOV], budget)
         assert raised > 0
         for margin, rows in zip(margins, kept, strict=True):
             assert np.array_equal(rows[1:], margin[1:] > raised)
         assert fits(full, "scatter", kept, budget)
         assert Space(full, "scatter", kept).cost((1, 1)) >= 39, "one row less would not have been enough"
-
-    @pytest.mark.parametrize("budget", [None, "60 params", "20 params"])
-    def test_rows_are_halved_by_one_threshold(self, budget: str | None):
-        full = SizePlan.full(Schema.from_sizes([50, 50]), 4)
-        rng = np.random.default_rng(0)
-        margins = [rng.random(50) - 0.2, rng.random(50) - 0.1]
-        limit = None if budget is None else Budget.parse(budget)
-        choices = row_choices(full, "scatter", margins, [None, None], limit, halvings=3)
-        counts = []
-        for kept, raised in choices:
-            for margin, rows in zip(margins, kept, strict=True):
-                assert np.array_equal(rows, margin > raised)
-            counts.append(sum(int(rows.sum()) for rows in kept))
-        assert len(choices) == 4
-        assert (choices[0][1] > 0) == (budget is not None)
-        assert all(abs(after - before / 2) <= 1 for before, after in itertools.pairwise(counts))
-        everything = row_choices(full, "scatter", margins, [None, None], limit, halvings=30)
-        assert sum(int(rows.sum()) for rows in everything[-1][0]) == 1, "half of one row is none"
 
 
 def full_fitness(task: CTRTask, model, plan: SizePlan) -> float:
@@ -389,25 +370,6 @@ class TestSearch:
         assert first.diff(second) == ""
         assert first.details == second.details
         assert first.details["thresholds"] != other.details["thresholds"]
-
-    def test_the_rows_of_the_fittest_first_population_go_on(self, monkeypatch):
-        task = zoo_task()
-        weight = task.model.tables.weight.clone()
-        counts: list[int] = []
-
-        def fewest_rows(model, gates, rows):
-            counts.append(int((model.tables.group_view(model.tables.groups[0]) != 0).any(1).sum()))
-            return [-float(counts[-1])] * len(gates)
-
-        monkeypatch.setattr(task, "gated_scores", fewest_rows)
-        plan = search(task, QUICK.replace(row_halvings=2), "40%")
-        assert counts[0] > counts[1] > counts[2] == counts[-1] == min(counts)
-        assert plan.details["raised"] > 0
-        assert sum(t.num_compact_rows for t in plan.tables) < counts[1]
-        assert torch.equal(task.model.tables.weight, weight)
-        counts.clear()
-        search(task, QUICK.replace(row_halvings=0), "40%")
-        assert len(set(counts)) == 1
 
     def test_natural_is_the_best_candidate_and_an_error_over_the_budget(self):
         config = QUICK.replace(natural=True)

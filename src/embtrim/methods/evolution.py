@@ -199,42 +199,32 @@ def fits(full: SizePlan, alignment: Alignment, kept: Sequence[np.ndarray], budge
     return True
 
 
-def row_choices(
+def raise_thresholds(
     full: SizePlan,
     alignment: Alignment,
     margins: Sequence[np.ndarray],
     reserved: Sequence[int | None],
-    budget: Budget | None,
-    halvings: int = 0,
-) -> list[tuple[list[np.ndarray], float]]:
-    """The kept rows of each table, and what all thresholds were raised by: several choices, each of fewer rows.
+    budget: Budget,
+) -> tuple[list[np.ndarray], float]:
+    """Raise all thresholds by one amount, no more than it takes for width 1 everywhere to fit the budget.
 
-    The first is by the thresholds as they are, or raised no more than it takes for width 1 everywhere to fit the
-    budget; each of the others leaves half of the rows that the one before it had above its thresholds.
+    Returns:
+        Kept rows for each table, and the amount.
     """
-    levels = np.sort(np.concatenate([[0.0], *(m[m > 0] for m in margins)]))
+    levels = np.unique(np.concatenate([[0.0], *(m[m > 0] for m in margins)]))
     ones = [min(1, t.width) for t in full.tables]
 
-    def rows_at(raised: float) -> list[np.ndarray]:
-        return kept_rows(full, alignment, margins, reserved, ones, raised)
+    def rows_at(level: int) -> list[np.ndarray]:
+        return kept_rows(full, alignment, margins, reserved, ones, float(levels[level]))
 
-    kept = kept_rows(full, alignment, margins, reserved, [t.width for t in full.tables])
     low, high = 0, len(levels) - 1  # at the last level no row is left
-    if budget is not None and not fits(full, alignment, kept, budget):
-        while low < high:
-            middle = (low + high) // 2
-            if fits(full, alignment, rows_at(float(levels[middle])), budget):
-                high = middle
-            else:
-                low = middle + 1
-        kept = rows_at(float(levels[low]))
-    choices = [(kept, float(levels[low]))]
-    for _ in range(halvings):
-        low += (len(levels) - low) // 2
-        if low >= len(levels) - 1:
-            break
-        choices.append((rows_at(float(levels[low])), float(levels[low])))
-    return choices
+    while low < high:
+        middle = (low + high) // 2
+        if fits(full, alignment, rows_at(middle), budget):
+            high = middle
+        else:
+            low = middle + 1
+    return rows_at(low), float(levels[low])
 
 
 def table_plan(table: TablePlan, kept_V: np.ndarray, width: int, alignment: Alignment) -> TablePlan:

@@ -19,10 +19,10 @@ Departures:
   start, it could never leave a norm-based mask. Rows also stay where their table is no smaller without them, because
   of the shared DROPPED row or a foreign model's row map.
 - Budget (the paper has none; `natural` keeps its behaviour): candidates over it are repaired by lowering widths. If
-  width 1 everywhere does not fit, all thresholds are raised by one amount until it does. How many rows a budget can
-  carry the thresholds cannot know, so fewer rows of larger widths are tried too (`row_halvings`): the choice whose
-  first population has the fittest candidate goes on. In the end what is left of the budget widens tables, those
-  first that gain most.
+  width 1 everywhere does not fit, all thresholds are raised by one amount until it does. In the end what is left of
+  the budget widens tables, those first that gain most.
+  Fewer rows of larger widths than that - all thresholds raised further - were tried and gain nothing: the supernet's
+  fitness hardly ever prefers them, for a table of small norms then loses all its rows at once.
 - A dropped row's first-order weight goes with it in the fitness too, as it does in the compact model.
 - Fitness is read on a sample of the validation rows and the finalists are scored on all.
 
@@ -31,7 +31,6 @@ Axes: B batch, F fields or 1, D width, U distinct rows, V rows of a table, T tab
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -43,7 +42,7 @@ from torch import Tensor, nn
 from embtrim.budget import Budget
 from embtrim.config import Config
 from embtrim.errors import BudgetError
-from embtrim.methods.evolution import Space, Widths, evolve, fill, row_choices
+from embtrim.methods.evolution import Space, Widths, evolve, fill, fits, kept_rows, raise_thresholds
 from embtrim.methods.registry import register
 from embtrim.plan import SizePlan
 from embtrim.progress import tracked
@@ -69,18 +68,11 @@ class OptEmbedConfig(Config):
         num_elite: candidates that outlive a generation and are parents of the next.
         fitness_rows: validation rows that fitness is read on; 0 means all.
         finalists: best candidates that are scored on all validation rows.
-        row_halvings: how often the kept rows are halved, all thresholds raised by one amount, to see whether the budget
-            goes further in fewer and wider rows.
-        natural: take the best candidate as it is: no repair, halving or filling; a budget it exceeds is an error.
+        natural: take the best candidate as it is: no repair, no filling; a budget it exceeds is an error.
         align: how narrow fields reach the full width in models that need it: "scatter" or "project".
     """
 
-    faithful: ClassVar[dict[str, Any]] = {
-        "threshold_lr": 1e-4,
-        "threshold_weight": 1e-4,
-        "fitness_rows": 0,
-        "row_halvings": 0,
-    }
+    faithful: ClassVar[dict[str, Any]] = {"threshold_lr": 1e-4, "threshold_weight": 1e-4, "fitness_rows": 0}
 
     epochs: int = Field(default=10, ge=1)
     optimizer: Literal["dense", "lazy"] = "dense"
@@ -95,7 +87,6 @@ class OptEmbedConfig(Config):
     num_elite: int = Field(default=15, ge=1)
     fitness_rows: int = Field(default=8192, ge=0)
     finalists: int = Field(default=5, ge=1)
-    row_halvings: int = Field(default=4, ge=0)
     natural: bool = False
     align: Literal["scatter", "project"] = "scatter"
 
@@ -112,19 +103,21 @@ def search_optembed(task: Task, config: OptEmbedConfig, budget: Budget, seed: in
     full, alignment = task.full_plan(), alignment_of(task, config.align)
     margins = row_margins(sites, thresholds)
     reserved = [row for site in sites for row in site.reserved_rows]
-    within, halvings = (None, 0) if config.natural else (budget, config.row_halvings)
+    widest = [t.width for t in full.tables]
+    kept = kept_rows(full, alignment, margins, reserved, widest)
+    raised = 0.0
+    if not config.natural and not fits(full, alignment, kept, budget):
+        kept, raised = raise_thresholds(full, alignment, margins, reserved, budget)
+    space = Space(full, alignment, kept, None if config.natural else budget)
 
-    def first_population(kept: Sequence[np.ndarray]) -> tuple[float, Space, Fitness]:
-        space, fitness = Space(full, alignment, kept, within), Fitness(task, model, config.fitness_rows, kept)
-        fittest = evolve(space, fitness, config, np.random.default_rng(seed), ())[0]
-        return fitness.scores[fittest], space, fitness
-
-    choices = row_choices(full, alignment, margins, reserved, within, halvings)
-    trials = ((*first_population(kept), raised) for kept, raised in choices)  # no more than two at a time
-    _, space, sampled, raised = max(trials, key=lambda trial: trial[0])
-    exact = Fitness(task, sampled.model, 0) if config.fitness_rows else sampled
+    parts = iter(torch.from_numpy(rows) for rows in kept)
+    for site in sites:
+        site.drop_rows([next(parts) for _ in site.names])
+    sampled = Fitness(task, model, config.fitness_rows)
+    exact = Fitness(task, model, 0) if config.fitness_rows else sampled
+    rng = np.random.default_rng(seed)
     generations = tracked(range(config.generations), "evolution", config.generations, task.progress)
-    finalists = evolve(space, sampled, config, np.random.default_rng(seed), generations)[: config.finalists]
+    finalists = evolve(space, sampled, config, rng, generations)[: config.finalists]
     widths = finalists[int(np.argmax(exact(finalists)))]
     if not config.natural:
         widths = fill(space, widths, sampled)
@@ -230,20 +223,14 @@ class Fitness:
 
     Args:
         task: of the supernet.
-        model: the supernet.
+        model: the supernet, its dropped rows zero.
         max_rows: see Task.gated_scores.
-        kept: for each table bool (V,): the other rows are dropped, from a copy of the model; None drops none.
 
     Attributes:
         scores: by candidate.
     """
 
-    def __init__(self, task: Task, model: nn.Module, max_rows: int, kept: Sequence[np.ndarray] | None = None) -> None:
-        if kept is not None:
-            model = copy.deepcopy(model)
-            parts = iter(torch.from_numpy(rows) for rows in kept)
-            for site in task.sites(model):
-                site.drop_rows([next(parts) for _ in site.names])
+    def __init__(self, task: Task, model: nn.Module, max_rows: int) -> None:
         self.task, self.model, self.max_rows = task, model, max_rows
         self.scores: dict[Widths, float] = {}
 
