@@ -210,6 +210,8 @@ def table_rows(groups: Sequence[Variant]) -> list[tuple[str, list[str]]]:
     row("calibration", lambda v: format_values([r.test.get("calibration") for r in v.records], digits=3))
     row("embedding params", lambda v: format_count(v.mean(lambda r: r.num_params)))
     row("  of the full tables", lambda v: format_share(v.mean(lambda r: r.num_params / max(1, r.num_full_params))))
+    if any(r.bits != 32 for v in groups for r in v.records):
+        row("bits of a value", lambda v: ", ".join(dict.fromkeys(str(r.bits) for r in v.records)))
     row("table bytes", lambda v: format_bytes(v.mean(lambda r: r.table_bytes)))
     row("bundle on disk", lambda v: format_bytes(v.mean(lambda r: r.bundle_bytes or None)))
     row("peak memory", lambda v: format_bytes(v.mean(lambda r: r.peak_memory_bytes)))
@@ -286,7 +288,7 @@ def render_page(records: Sequence[RunRecord]) -> str:
             "auc-bytes",
             "AUC against bytes",
             "Small points are seeds, large ones their mean. Bytes are those of the embedding tables with first-order "
-            "weights, as fp32.",
+            "weights, as they are stored.",
         ),
         figure_section(
             "widths",
