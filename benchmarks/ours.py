@@ -71,12 +71,12 @@ def use_kernels(name: str) -> None:
     """From here on, plain torch's kernels or the fused ones.
 
     Raises:
-        ModuleNotFoundError: fused ones need numba.
+        ModuleNotFoundError: there are none of this name, or numba is missing.
     """
     if name == "torch":
         os.environ["EMBTRIM_KERNELS"] = name
     else:
-        importlib.import_module("embtrim.kernels.fused")
+        importlib.import_module(f"embtrim.kernels.{name}")
 
 
 def train(

@@ -201,7 +201,7 @@ def test_plain_torch_serves_where_numba_is_missing(monkeypatch):
         kernels._fused.cache_clear()
 
 
-def test_numba_is_imported_by_training_alone():
+def test_numba_is_imported_by_training_alone_and_leaves_torch_its_threads():
     code = (
         "import sys, torch, embtrim\n"
         "from embtrim.optim import RowSGD\n"
@@ -209,7 +209,11 @@ def test_numba_is_imported_by_training_alone():
         "tables = full_tables(embtrim.Schema.from_sizes([5]), 2).eval()\n"
         "tables(torch.zeros(1, 1, dtype=torch.int32))\n"
         "assert 'numba' not in sys.modules\n"
-        "RowSGD(tables)\n"
+        "torch.set_num_threads(1)\n"
+        "optimizer = RowSGD(tables)\n"
         "assert 'numba' in sys.modules\n"
+        "tables.train()(torch.zeros(1, 1, dtype=torch.int32)).concat.sum().backward()\n"
+        "optimizer.step()\n"
+        "assert torch.get_num_threads() == 1\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -46,6 +46,10 @@ __all__ = [
 # OpenMP first, of which a process has one where torch brings libgomp: numba then has torch's threads. Those of another
 # layer wait for torch's, which spin for a while after each operator: an update of Adam took 1.8 ms instead of 0.8.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "workqueue", "tbb"]  # pyright: ignore[reportAttributeAccessIssue]
+# Where they share OpenMP, numba also sets torch's number of threads when it starts its own, which the first call does.
+_threads = torch.get_num_threads()
+numba.set_num_threads(1)
+torch.set_num_threads(_threads)
 
 
 def distinct_rows(expansion: Expansion, rows_BC: Tensor, num_rows: int) -> Distinct:
