@@ -20,6 +20,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
+from embtrim.kernels import torch as plain
 from embtrim.kernels.torch import (
     Distinct,
     Expansion,
@@ -66,7 +67,9 @@ def expand(
     sources: Sequence[Tensor],
     first_order_U: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """As in `torch.py`; rows go straight to their output columns."""
+    """As in `torch.py`; rows go straight to their output columns. One copy of wide rows is index_select's own, faster."""
+    if expansion.is_identity:
+        return plain.expand(expansion, distinct, lows, pool_N, sources, first_order_U)
     output_BS = expansion.new_output(sources[0], pool_N is not None)
     first_B = torch.empty(expansion.batch_size)
     source_E = sources[0].reshape(-1) if len(sources) == 1 else torch.cat([source.reshape(-1) for source in sources])
@@ -232,8 +235,11 @@ def _expand(
         first = np.float32(0)
         for c in range(len(widths_C)):
             i = starts_C[c] + b * steps_C[c]
-            place, output, width = inverse_N[i], outputs_C[c], widths_C[c]
-            begin = offsets_C[c] + place * width
+            place = inverse_N[i]
+            # Unsigned, because numba looks at each signed index for whether it counts from the end: a third of the time.
+            width = np.uint64(widths_C[c])
+            output = np.uint64(outputs_C[c])
+            begin = np.uint64(offsets_C[c] + place * widths_C[c])
             factor = pool_N[i] if len(pool_N) else np.float32(1)
             if len(first_order_U):
                 first += factor * first_order_U[place]
