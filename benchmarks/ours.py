@@ -6,9 +6,10 @@ Axes: B batch, F fields, S output columns of all fields.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import importlib
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -66,12 +67,23 @@ def make_step(model: DeepFM, autocast: Callable[[], Any], config: embtrim.TrainC
     return lambda batch: measure.train_step(lambda b: logloss_of_batch(model, b), optimizers, batch, autocast)
 
 
+def use_kernels(name: str) -> None:
+    """From here on, plain torch's kernels or the fused ones.
+
+    Raises:
+        ModuleNotFoundError: there are none of this name, or numba is missing.
+    """
+    if name == "torch":
+        os.environ["EMBTRIM_KERNELS"] = name
+    else:
+        importlib.import_module(f"embtrim.kernels.{name}")
+
+
 def train(
-    table_rows: int, layout: str, precision: str, batch_size: int, warmup: int, steps: int, needs: str | None = None
+    table_rows: int, layout: str, precision: str, batch_size: int, warmup: int, steps: int, kernels: str = "torch"
 ) -> dict[str, Any]:
     """Whole training steps of a DeepFM."""
-    if needs is not None and importlib.util.find_spec(needs) is None:
-        raise ModuleNotFoundError(f"this release has no {needs}")
+    use_kernels(kernels)
     config = embtrim.TrainConfig(precision=precision, batch_size=batch_size)  # type: ignore[arg-type]
     model = deepfm(table_rows, layout)
     with fast_matmul(precision, CPU) as (autocast, words):
@@ -82,6 +94,7 @@ def train(
 
 def profile(table_rows: int, layout: str, batch_size: int, warmup: int, steps: int) -> dict[str, Any]:
     """Where a training step in auto precision spends its time: the ten operators with the most time of their own."""
+    use_kernels("torch")
     model = deepfm(table_rows, layout)
     batches = make_batches(table_rows, batch_size, warmup + steps)
     with fast_matmul("auto", CPU) as (autocast, words):
@@ -105,8 +118,11 @@ def profile(table_rows: int, layout: str, batch_size: int, warmup: int, steps: i
     return {"top": top, "step_ms": total / 1000 / steps, "precision": words}
 
 
-def embedding(table_rows: int, layout: str, optimizer: str, batch_size: int, warmup: int, steps: int) -> dict[str, Any]:
+def embedding(
+    table_rows: int, layout: str, optimizer: str, batch_size: int, warmup: int, steps: int, kernels: str = "torch"
+) -> dict[str, Any]:
     """The embeddings alone: lookup, backward with a given gradient, update."""
+    use_kernels(kernels)
     schema = embtrim.Schema.from_sizes(synthetic.table_sizes(table_rows))
     tables = EmbeddingTables(schema, dataclasses.replace(plan_of(schema, layout), first_order=False))
     row_optimizer = {"adam": RowAdam, "adagrad": RowAdagrad}[optimizer](tables, lr=1e-3)

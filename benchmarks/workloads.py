@@ -133,7 +133,7 @@ def _train(scale: Scale, precisions: Mapping[str, Mapping[str, Any]]) -> list[Jo
             continue
         found += [
             ours("embtrim mixed widths fp32", "mixed", "fp32"),
-            ours("embtrim mixed widths auto [fast]", "mixed", "auto", needs="embtrim.kernels.fused"),
+            ours("embtrim mixed widths auto [fast]", "mixed", "auto", kernels="fused"),
             ours("embtrim compact 10% auto", "compact", "auto"),
             peer("FuxiCTR DeepFM as shipped", "fuxictr"),
             peer("nn.Embedding, dense Adam", "one_table", optimizer="dense", own=True),
@@ -148,7 +148,9 @@ def _embedding(scale: Scale, folder: Path) -> list[Job]:
     for label, layout in (("width 16", "full"), ("mixed widths", "mixed")):
         for optimizer in ("adam", "adagrad"):
             settings = {"layout": layout, "optimizer": optimizer, **stepping}
-            found.append(Job(f"embedding/{label}/embtrim {optimizer}", "ours.py", "embedding", settings))
+            key = f"embedding/{label}/embtrim {optimizer}"
+            found.append(Job(key, "ours.py", "embedding", settings))
+            found.append(Job(f"{key} [fast]", "ours.py", "embedding", {**settings, "kernels": "fused"}))
         settings = {"layout": layout, **stepping}
         found.append(Job(f"embedding/{label}/FBGEMM adagrad", "peers.py", "embedding", settings, "peers"))
     return found

@@ -24,6 +24,11 @@ PRECISIONS = {"fp32": {"matmul": "medium", "bf16": False}, "auto": {"matmul": "m
 SMALL = {"hidden_units": (8, 8)}
 
 
+@pytest.fixture(autouse=True)
+def _kernels_chosen_by_a_job_are_forgotten(monkeypatch):
+    monkeypatch.setenv("EMBTRIM_KERNELS", "torch")
+
+
 def runs(key, **series):
     names, columns = list(series), zip(*series.values(), strict=True)
     return [{"key": key, "repeat": i, **dict(zip(names, values, strict=True))} for i, values in enumerate(columns)]
@@ -184,7 +189,7 @@ def test_memory_of_children_counts_and_a_death_is_an_error():
 
 def test_a_contender_that_is_not_there_is_an_error(monkeypatch, capsys):
     order = ["train", 1, {"table_rows": 1, "layout": "full", "precision": "fp32", "batch_size": 1, "warmup": 0, "steps": 1,
-                          "needs": "embtrim.nothing"}]  # fmt: skip
+                          "kernels": "nothing"}]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["ours.py", json.dumps(order)])
     measure.worker(ours.KINDS)
-    assert "ModuleNotFoundError: this release has no embtrim.nothing" in capsys.readouterr().out
+    assert "ModuleNotFoundError: No module named 'embtrim.kernels.nothing'" in capsys.readouterr().out

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from embtrim.errors import ConfigError, EmbtrimError
-from embtrim.kernels import torch as kernels
+from embtrim.kernels import kernels_for
+from embtrim.kernels.torch import sum_rows
 from embtrim.tables import EmbeddingTables, Lookup
 
 # All rows are caught up in chunks of about this many elements, which bounds the memory that settling takes.
@@ -96,6 +97,7 @@ class RowOptimizer:
         self.max_stride = max_stride
         self.steps = 0
         tables.attach(None)
+        self._kernels = kernels_for(tables.weight)
         self.state: dict[str, Tensor] = self._allocate()
         self._owes = l2 > 0 and l2_scope == "table"
         self._by_factor = decoupled or not self.replays
@@ -154,7 +156,7 @@ class RowOptimizer:
             if grad_UW is not None:
                 self._update(part, part_rows_U, grad_UW)
             elif self._owes and self._by_factor:
-                kernels.scale_rows_(part.weight_RW, part_rows_U, self._decay)
+                self._kernels.scale_rows_(part.weight_RW, part_rows_U, self._decay)
             elif self._owes:
                 self._update(part, part_rows_U, part.weight_RW.new_zeros(high - low, part.weight_RW.shape[1]))
         self.zero_grad()
@@ -258,7 +260,7 @@ class RowOptimizer:
             if self._by_factor:
                 begin = self.steps - self._settled_at - missed_U[low:high]
                 factor_U = torch.exp(self._last_sum - self._sums_T[begin])
-                kernels.scale_rows_(part.weight_RW, part_rows_U, factor_U.to(part.weight_RW.dtype)[:, None])
+                self._kernels.scale_rows_(part.weight_RW, part_rows_U, factor_U.to(part.weight_RW.dtype)[:, None])
             else:
                 self._replay(part, part_rows_U, missed_U[low:high])
 
@@ -380,7 +382,7 @@ class RowAdam(RowOptimizer):
         return mean.view(part.weight_RW.shape), square.view(part.weight_RW.shape)
 
     def _update(self, part: Part, rows_U: Tensor, grad_UW: Tensor) -> None:
-        kernels.adam_rows_(
+        self._kernels.adam_rows_(
             part.weight_RW,
             *self._moments(part),
             rows_U,
@@ -394,7 +396,7 @@ class RowAdam(RowOptimizer):
         )
 
     def _replay(self, part: Part, rows_U: Tensor, missed_U: Tensor) -> None:
-        kernels.replay_adam_rows_(
+        self._kernels.replay_adam_rows_(
             part.weight_RW,
             *self._moments(part),
             rows_U,
@@ -442,7 +444,7 @@ class RowAdagrad(RowOptimizer):
         return {f"{name}_square": self.tables.weight.detach().new_zeros(self.tables.num_rows) for name in names}
 
     def _update(self, part: Part, rows_U: Tensor, grad_UW: Tensor) -> None:
-        kernels.adagrad_rows_(
+        self._kernels.adagrad_rows_(
             part.weight_RW,
             self.state[f"{part.state}_square"][part.rows],
             rows_U,
@@ -454,7 +456,7 @@ class RowAdagrad(RowOptimizer):
         )
 
     def _replay(self, part: Part, rows_U: Tensor, missed_U: Tensor) -> None:
-        kernels.replay_adagrad_rows_(
+        self._kernels.replay_adagrad_rows_(
             part.weight_RW,
             self.state[f"{part.state}_square"][part.rows],
             rows_U,
@@ -490,7 +492,7 @@ class RowSGD(RowOptimizer):
         super().__init__(tables, lr, l2, l2_scope, decoupled, max_stride=1)
 
     def _update(self, part: Part, rows_U: Tensor, grad_UW: Tensor) -> None:
-        kernels.sgd_rows_(part.weight_RW, rows_U, grad_UW, lr=self.lr, decay=self._decay)
+        self._kernels.sgd_rows_(part.weight_RW, rows_U, grad_UW, lr=self.lr, decay=self._decay)
 
 
 def merge_lookups(
@@ -531,4 +533,4 @@ def _sum_grads(found: list[tuple[Tensor | None, Tensor]], num_rows: int) -> Tens
     if not pairs:
         return None
     grads, indices = zip(*pairs, strict=True)
-    return kernels.sum_rows(torch.cat(grads), torch.cat(indices), num_rows)
+    return sum_rows(torch.cat(grads), torch.cat(indices), num_rows)

@@ -17,7 +17,7 @@ rows of a batch, R storage rows.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -27,6 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from embtrim.errors import EmbtrimError, PlanError
+from embtrim.kernels import Expand, kernels_for
+from embtrim.kernels.torch import Expansion
 from embtrim.packing import PackedRows
 from embtrim.plan import SizePlan, projects
 from embtrim.schema import PAD, Schema
@@ -259,8 +261,21 @@ class EmbeddingTables(nn.Module):
         self._mixed_columns = [c for c, i in enumerate(field_of_column) if i in self.mixed_fields]
         if self._mixed_columns:
             self._lay_out_mixed([names[field_of_column[c]] for c in self._mixed_columns])
+        # Where each field's output begins, and for the id columns of a group the output columns of their rows.
+        begins = [0, *itertools.accumulate(self.widths)]
+
+        def outputs_of(columns: Iterable[int], width: int) -> Tensor:
+            return torch.tensor(
+                [begins[field_of_column[c]] + w for c in columns for w in range(width)], dtype=torch.int64
+            )
+
         for number, group in enumerate(groups):
             self._buffer(f"columns_{number}", torch.tensor(group.columns, dtype=torch.int64))
+            self._buffer(f"outputs_{number}", outputs_of(group.columns, group.width))
+        self._column_buffers = [f"columns_{number}" for number in range(len(groups))]
+        if self._mixed_columns:
+            self._buffer("mixed_outputs", outputs_of(self._mixed_columns, self.width))
+            self._column_buffers.append("mixed_C")
         self.is_pooled = any(f.length > 1 or f.type == "multi" for f in fields)
         self._lengths = [f.length for f in fields]
         self._buffer("mean_F", torch.tensor([f.pooling == "mean" for f in fields]))
@@ -655,44 +670,50 @@ class EmbeddingTables(nn.Module):
 
     def _forward_distinct(self, ids_BC: Tensor, pool_BC: Tensor | None, learns: bool) -> tuple[Tensor, Tensor | None]:
         """Look up each distinct row once, then expand; gates and gradients see the distinct rows."""
-        rows_BC = self.storage_ids(ids_BC)
-        rows_U, inverse = torch.unique(rows_BC, return_inverse=True)
+        kernels = kernels_for(self.group_view(self.groups[0]))
+        expansion = Expansion(
+            len(ids_BC),
+            sum(self.widths),
+            [self.get_buffer(name) for name in self._column_buffers],
+            [self.get_buffer(f"outputs_{number}") for number in range(len(self.groups))],
+            len(self._column_buffers) == 1 and not self.is_pooled,
+        )
+        distinct = kernels.distinct_rows(expansion, self.storage_ids(ids_BC), self.num_rows)
+        rows_U = distinct.rows_U
         edges = torch.searchsorted(rows_U, self.group_starts).tolist()
         bounds = list(itertools.pairwise(edges))
         if self._optimizer is not None:
             self._optimizer.catch_up(rows_U)
         lookup = Lookup(rows_U, bounds, [])
-        sources, indices, projected = [], [], []
-        for number, (group, (low, high)) in enumerate(zip(self.groups, bounds, strict=True)):
+        sources, mixed_sources, mixed_rows = [], [], []
+        for group, (low, high) in zip(self.groups, bounds, strict=True):
             rows_g = rows_U[low:high]
             found = self._read(self.group_view(group), rows_g - group.start, learns, lookup)
             lookup.leaves.append(found)
             if self.row_gate is not None:
                 found = self.row_gate(rows_g, found)
-            sources.append(found)
-            columns = self.get_buffer(f"columns_{number}")
-            indices.append(inverse if len(group.columns) == inverse.shape[1] else inverse[:, columns] - low)
             if group.has_mixed:
                 cut = int(torch.searchsorted(rows_g, group.mixed_start))
-                projected.append((low + cut, high, self._project(group, found[cut:])))
-        mixed = None
-        if self._mixed_columns:
-            # Distinct rows of mixed tables, all at width D now, in the order of rows_U.
-            position_U = torch.zeros(len(rows_U), dtype=torch.int64, device=rows_U.device)
-            filled = 0
-            for low, high, _ in projected:
-                position_U[low:high] = torch.arange(filled, filled + high - low, device=rows_U.device)
-                filled += high - low
-            source = torch.cat([values for _, _, values in projected])
-            index = position_U[inverse[:, self.mixed_C]]
-            mixed = source.index_select(0, index.reshape(-1)).view(*index.shape, self.width)
-        first_order = None
+                mixed_rows.append(torch.arange(low + cut, high, device=rows_U.device))
+                mixed_sources.append(self._project(group, found[cut:]))
+                found = found[:cut]
+            sources.append(found)
+        first_U = None
         if self.first_order is not None:
-            first_U = self._read(self.first_order, rows_U, learns, lookup)
-            lookup.first_order_U = first_U
-            first_BC = first_U.index_select(0, inverse.reshape(-1)).view(inverse.shape)
-            first_order = (first_BC if pool_BC is None else first_BC * pool_BC).sum(1)
-        return self._assemble(sources, indices, mixed, pool_BC), first_order
+            first_U = lookup.first_order_U = self._read(self.first_order, rows_U, learns, lookup)
+        pool_N = None if pool_BC is None else expansion.by_group(pool_BC)
+        concat, first_order = Expand.apply(kernels, expansion, distinct, edges[:-1], pool_N, first_U, *sources)
+        if self._mixed_columns:
+            # Distinct rows of mixed tables, all at width D now, by their places in rows_U.
+            source = torch.cat(mixed_sources)
+            place_U = torch.empty(len(rows_U), dtype=torch.int64, device=rows_U.device)
+            place_U[torch.cat(mixed_rows)] = torch.arange(len(source), device=rows_U.device)
+            lookups = expansion.lookups[-1]
+            mixed_NW = source.index_select(0, place_U.index_select(0, distinct.inverse_N[lookups]))
+            if pool_N is not None:
+                mixed_NW = mixed_NW * pool_N[lookups, None]
+            concat = concat.index_add(1, self.mixed_outputs, mixed_NW.view(len(ids_BC), -1).to(concat.dtype))
+        return concat, first_order
 
     def _read(self, source: Tensor, rows: Tensor, learns: bool, lookup: Lookup) -> Tensor:
         """Rows of `source`; where a row optimiser learns, as a leaf that enters `lookup` once it has a gradient."""

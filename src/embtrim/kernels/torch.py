@@ -1,18 +1,174 @@
 """Row kernels in plain torch, on any device: the definition that a faster kernel must equal.
 
-Each works in place on 2-D views of flat buffers and touches only the rows it is given. What was measured: index_select
-to gather and index_copy_ to write back cost a fraction of `W[index]`, of `index_put_` and of F.embedding's backward.
+Updates work in place on 2-D views of flat buffers and touch only the rows they are given. What was measured:
+index_select to gather and index_copy_ to write back cost a fraction of `W[index]`, of `index_put_` and of F.embedding's
+backward; embedding_bag over sorted lookups a fraction of index_add.
 
-Axes: R rows of a view, W its width, U distinct rows, N rows with repeats.
+Axes: B batch, S output columns, R rows of a view, W its width, U distinct rows, N lookups (rows with repeats).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+
+@dataclass(frozen=True)
+class Distinct:
+    """The distinct rows among N lookups.
+
+    Attributes:
+        rows_U: int32, ascending.
+        inverse_N: of each lookup its row's place in `rows_U`.
+        order_N: the lookups sorted by row, those of one row in their order.
+        starts_U: where each row begins in `order_N`.
+    """
+
+    rows_U: Tensor
+    inverse_N: Tensor
+    order_N: Tensor
+    starts_U: Tensor
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """Where the looked-up rows of a batch go.
+
+    Lookups stand group by group: those of a group are (B, columns) of rows of one width. Behind the groups may stand
+    lookups of no group, for their first-order weights.
+
+    Attributes:
+        batch_size: B.
+        num_outputs: S.
+        columns: for each group, and for the lookups of none, their id columns.
+        outputs: for each group the output columns (columns x width,) of its looked-up rows, one after another.
+        is_identity: whether there is one group, whose `outputs` are 0, 1, .. S - 1.
+    """
+
+    batch_size: int
+    num_outputs: int
+    columns: Sequence[Tensor]
+    outputs: Sequence[Tensor]
+    is_identity: bool
+
+    @property
+    def lookups(self) -> list[slice]:
+        """The range of the N lookups for each of `columns`."""
+        ends = itertools.accumulate(self.batch_size * len(columns) for columns in self.columns)
+        return [slice(*pair) for pair in itertools.pairwise([0, *ends])]
+
+    def by_group(self, values_BC: Tensor) -> Tensor:
+        """(N,) values of all id columns in the order of the lookups."""
+        if len(self.columns) == 1:
+            return values_BC.reshape(-1)
+        return torch.cat([values_BC.index_select(1, columns).view(-1) for columns in self.columns])
+
+    def new_output(self, like: Tensor, pools: bool) -> Tensor:
+        """(B, S) memory for the outputs, zero where something is added to it or nothing is written."""
+        make = like.new_zeros if pools or sum(map(len, self.outputs)) < self.num_outputs else like.new_empty
+        return make(self.batch_size, self.num_outputs)
+
+
+def distinct_rows(expansion: Expansion, rows_BC: Tensor, num_rows: int) -> Distinct:
+    """The distinct rows among lookups, int32 below num_rows."""
+    sorted_N, order_N = expansion.by_group(rows_BC).sort(stable=True)
+    rows_U, places_N, counts_U = torch.unique_consecutive(sorted_N, return_inverse=True, return_counts=True)
+    inverse_N = torch.empty_like(order_N).index_copy_(0, order_N, places_N)
+    return Distinct(rows_U, inverse_N, order_N, counts_U.cumsum(0) - counts_U)
+
+
+def expand(
+    expansion: Expansion,
+    distinct: Distinct,
+    lows: Sequence[int],
+    pool_N: Tensor | None,
+    sources: Sequence[Tensor],
+    first_order_U: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Write each lookup's row to its output columns; rows that share columns are summed.
+
+    Args:
+        expansion: where the rows go.
+        distinct: the distinct rows.
+        lows: for each group the place of its first row among them.
+        pool_N: factor of each lookup, or None for 1 and no shared columns.
+        sources: for each group its distinct rows (U_g, W).
+        first_order_U: first-order weights of the distinct rows, or None.
+
+    Returns:
+        (B, S) outputs; and (B,) sums of the first-order weights, or None.
+    """
+    num_samples = expansion.batch_size
+    if expansion.is_identity:
+        output_BS = sources[0].index_select(0, distinct.inverse_N).view(num_samples, expansion.num_outputs)
+    else:
+        output_BS = expansion.new_output(sources[0], pool_N is not None)
+        for lookups, low, outputs, source_UW in zip(expansion.lookups, lows, expansion.outputs, sources, strict=False):
+            found_NW = source_UW.index_select(0, distinct.inverse_N[lookups] - low)
+            if pool_N is None:
+                output_BS.index_copy_(1, outputs, found_NW.view(num_samples, len(outputs)))
+            else:
+                output_BS.index_add_(1, outputs, (found_NW * pool_N[lookups, None]).view(num_samples, len(outputs)))
+    if first_order_U is None:
+        return output_BS, None
+    first_N = first_order_U.index_select(0, distinct.inverse_N)
+    first_N = first_N if pool_N is None else first_N * pool_N
+    parts = [
+        first_N[lookups].view(num_samples, len(columns)).sum(1)
+        for lookups, columns in zip(expansion.lookups, expansion.columns, strict=True)
+    ]
+    return output_BS, sum(parts[1:], parts[0])
+
+
+def expand_backward(
+    expansion: Expansion,
+    distinct: Distinct,
+    lows: Sequence[int],
+    pool_N: Tensor | None,
+    sizes: Sequence[int],
+    grad_BS: Tensor | None,
+    grad_B: Tensor | None,
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Sum the gradients of a row's lookups, in the order of the lookups.
+
+    Args:
+        expansion: as in `expand`.
+        distinct: as in `expand`.
+        lows: as in `expand`.
+        pool_N: as in `expand`.
+        sizes: for each group the number of its distinct rows, U_g.
+        grad_BS: gradient of the outputs, or None.
+        grad_B: gradient of the first-order sums, or None.
+
+    Returns:
+        For each group the gradients (U_g, W) of its distinct rows, None without `grad_BS`; and (U,) those of the
+        first-order weights, None without `grad_B`.
+    """
+    order_N, starts_U = distinct.order_N, distinct.starts_U
+    grads: list[Tensor | None] = [None] * len(sizes)
+    all_lookups = expansion.lookups
+    for number, (low, outputs, size) in enumerate(zip(lows, expansion.outputs, sizes, strict=True)):
+        if grad_BS is None or len(outputs) == 0 or size == 0:
+            continue
+        lookups = all_lookups[number]
+        num_lookups = lookups.stop - lookups.start
+        grad_NW = (grad_BS if expansion.is_identity else grad_BS.index_select(1, outputs)).reshape(num_lookups, -1)
+        if pool_N is not None:
+            grad_NW = grad_NW * pool_N[lookups, None]
+        begin = int(starts_U[low])
+        own_order_N = order_N[begin : begin + num_lookups] - lookups.start
+        grads[number] = functional.embedding_bag(own_order_N, grad_NW, starts_U[low : low + size] - begin, mode="sum")
+    if grad_B is None:
+        return grads, None
+    grad_N = torch.cat([grad_B.repeat_interleave(len(columns)) for columns in expansion.columns])
+    grad_N = grad_N if pool_N is None else grad_N * pool_N
+    return grads, functional.embedding_bag(order_N, grad_N[:, None], starts_U, mode="sum")[:, 0]
 
 
 def sum_rows(values_NW: Tensor, index_N: Tensor, num_rows: int) -> Tensor:
