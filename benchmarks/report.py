@@ -99,12 +99,19 @@ GOALS = (
         for layout in ("width 16", "mixed widths")
     ),
     *(
+        Goal(f"embeddings alone, {layout}: embtrim (Adam) [fast] over FBGEMM (row-wise Adagrad)",
+             (f"embedding/{layout}/embtrim adam [fast]", "step_ms"), (f"embedding/{layout}/FBGEMM adagrad", "step_ms"), at_most=1)
+        for layout in ("width 16", "mixed widths")
+    ),
+    *(
         Goal(f"step, {same}: large over small tables", _step("large", f"embtrim {same}"), _step("small", f"embtrim {same}"),
              at_most=1.2)
         for same in ("width 16 auto", "mixed widths auto")
     ),
     Goal("bf16 floor over the step at middle tables, mixed widths", ("floors", "floor_ms", "mixed bf16"),
          _step("middle", _MIXED), at_least=0.5),
+    Goal("bf16 floor over the step at middle tables, mixed widths [fast]", ("floors", "floor_ms", "mixed bf16"),
+         _step("middle", f"{_MIXED} [fast]"), at_least=0.6),
     Goal("step at middle tables: full over compact at 10%", _step("middle", "embtrim width 16 auto"),
          _step("middle", "embtrim compact 10% auto"), at_least=1.3),
     Goal("encoding, rows/s: embtrim over FuxiCTR", (_ENCODE, "rows_per_s"), (_ENCODE_PEER, "rows_per_s"), at_least=8),

@@ -15,6 +15,7 @@ from embtrim.compaction import verify
 from embtrim.errors import ConfigError, DataError, EmbtrimError
 from embtrim.experiment import RunConfig, RunRecord, dry_run, peak_memory, run, shrink, smallest_within, train_full
 from embtrim.plan import SizePlan
+from embtrim.testing import planted_data
 from embtrim.train import TrainConfig
 
 CONFIG = RunConfig(
@@ -155,3 +156,13 @@ def test_search_memory_is_what_the_search_alone_needs(data, monkeypatch):
     assert record.peak_memory_bytes > resident.nbytes + 390e6
     assert record.epoch_seconds == data.num_rows("train") / full.record.rows_per_second
     assert record.search_epochs == pytest.approx(record.search_seconds / record.epoch_seconds)
+
+
+@pytest.mark.parametrize(("tables", "kernels", "said"), [
+    ("lazy", "", "fused"), ("lazy", "torch", "torch"), ("dense", "", None),
+])  # fmt: skip
+def test_a_record_says_which_kernels_moved_the_rows(tables, kernels, said, monkeypatch):
+    monkeypatch.setenv("EMBTRIM_KERNELS", kernels)
+    data = planted_data(num_rows=200, noise_vocab=20)
+    config = RunConfig(model="fm", hparams={"embedding_dim": 2}, train=TrainConfig(epochs=1, tables=tables))
+    assert train_full(data, config, seed=0).record.versions.get("kernels") == said

@@ -29,6 +29,7 @@ from embtrim.compaction import Verification, compact, verify
 from embtrim.config import Config, describe_errors, first_change, read_toml, to_toml
 from embtrim.dataset import EncodedDataset
 from embtrim.errors import ConfigError, DataError, EmbtrimError
+from embtrim.kernels import kernels_for
 from embtrim.methods import method_named, search
 from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel, HyperParameters
@@ -512,6 +513,9 @@ def make_record(
     """Evaluate a trained model and write down everything about it."""
     plan = model.tables.plan
     fields = [f.name for f in data.schema.id_fields]
+    versions = {"embtrim": embtrim.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    if config.train.tables != "dense":  # whose rows no kernel of ours moves
+        versions["kernels"] = kernels_for(torch.empty(0, device=device_of(config.train))).__name__.rpartition(".")[2]
     return RunRecord(
         variant=variant,
         method=method,
@@ -552,7 +556,7 @@ def make_record(
         precision=result.precision,
         peak_memory_bytes=peak_bytes,
         verification=None if verification is None else vars(verification),
-        versions={"embtrim": embtrim.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        versions=versions,
         hardware={"processor": processor_name(), "threads": torch.get_num_threads(), "device": config.train.device},
     )
 
