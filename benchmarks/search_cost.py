@@ -40,12 +40,12 @@ def main() -> None:
     print(f"\n{given.recipe}, {config.models[0]}, {given.budget}, {torch.get_num_threads()} threads; ", end="")
     print(f"an epoch of the full model takes {epoch_seconds:.2f} s, its training {full.record.train_seconds:.0f} s\n")
     print("| method | seconds | epochs | peak memory above the start |\n|---|---|---|---|")
-    for label, (name, settings) in settings_by_label(config).items():
-        method = method_named(name)
+    for label, variant in settings_by_label(config).items():
+        settings = method_named(variant.method).parse(variant.search)
         task = CTRTask(full.model, data, run.train.replace(seed=given.seed))
         with peak_memory() as peak:
             started = time.perf_counter()
-            embtrim.search(task, method.parse(settings), given.budget, given.seed)
+            embtrim.search(task, settings, given.budget, given.seed, variant.bits)
             seconds = time.perf_counter() - started
         memory = "" if peak.above_start is None else f"{peak.above_start / 1e6:,.0f} MB"
         print(f"| {label} | {seconds:.2f} | {seconds / epoch_seconds:.2f} | {memory} |", flush=True)
