@@ -15,9 +15,7 @@ from embtrim import kernels
 from embtrim.kernels import torch as plain
 from embtrim.kernels.torch import Expansion
 from embtrim.optim import RowAdagrad, RowAdam, RowSGD
-from embtrim.plan import Block, SizePlan, TablePlan
-from embtrim.schema import FieldSpec, Schema
-from embtrim.tables import EmbeddingTables
+from tests.test_optim import mixed_tables
 
 pytest.importorskip("numba")
 from embtrim.kernels import fused
@@ -114,24 +112,6 @@ def test_updates_are_as_in_plain_torch(num_rows, distinct, width, l2, decay):
 # ---- whole trainings -----------------------------------------------------------------------------------------------
 
 
-def make_tables() -> EmbeddingTables:
-    """Widths 4, 2 and 0, a table shared by two fields, one of several widths, and two multi-valued fields."""
-    fields = [FieldSpec(name=n, vocab_size=v, table=t) for n, v, t in
-              [("a", 40, None), ("b", 7, None), ("c", 40, "a"), ("d", 30, None), ("e", 9, None)]]  # fmt: skip
-    fields.append(FieldSpec(name="f", type="multi", max_len=3, pooling="mean", vocab_size=50))
-    fields.append(FieldSpec(name="g", type="multi", max_len=2, pooling="sum", vocab_size=40, table="a"))
-    schema = Schema(label="label", fields=tuple(fields))
-    tables = (
-        TablePlan("a", 40, 4, (Block(40, (0, 2)),)),
-        TablePlan("b", 7, 4, (Block(7, (0, 1, 2, 3)),)),
-        TablePlan("d", 30, 4, (Block(5, 4, "project"), Block(20, 2, "project"))),
-        TablePlan("e", 9, 4, (Block(9, ()),)),
-        TablePlan("f", 50, 4, (Block(50, (1, 2)),)),
-    )
-    plan = SizePlan(schema.fingerprint, len(fields), tables, first_order=True)
-    return EmbeddingTables(schema, plan, 1e-2, torch.Generator().manual_seed(0))
-
-
 OPTIMIZERS = {
     "adam": lambda tables: RowAdam(tables, l2=1e-3),
     "adamw": lambda tables: RowAdam(tables, l2=1e-3, decoupled=True),
@@ -142,7 +122,7 @@ OPTIMIZERS = {
 
 def trained(name: str) -> Tensor:
     """All weights after steps on random batches, some of two passes, one without first-order gradients."""
-    tables = make_tables()
+    tables = mixed_tables(multi_valued=True)
     optimizer = OPTIMIZERS[name](tables)
     generator = torch.Generator().manual_seed(1)
     sizes = [40, 7, 40, 25, 9, 50, 50, 50, 40, 40]

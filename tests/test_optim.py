@@ -23,18 +23,25 @@ def make_tables(sizes=SIZES, width=WIDTH, first_order=True, seed=0, std=1e-2) ->
     return full_tables(Schema.from_sizes(sizes), width, first_order, std, torch.Generator().manual_seed(seed))
 
 
-def mixed_tables() -> EmbeddingTables:
-    """Widths 4, 2 and 0, one table shared by two fields, and one of several widths with a DROPPED row."""
+def mixed_tables(multi_valued: bool = False) -> EmbeddingTables:
+    """Widths 4, 2 and 0, one table shared by two fields, and one of several widths with a DROPPED row.
+
+    Beside them, if asked for, two multi-valued fields, one of which shares a table.
+    """
     fields = [FieldSpec(name=n, vocab_size=v, table=t) for n, v, t in
               [("a", 40, None), ("b", 7, None), ("c", 40, "a"), ("d", 30, None), ("e", 9, None)]]  # fmt: skip
-    schema = Schema(label="label", fields=tuple(fields))
-    tables = (
+    tables = [
         TablePlan("a", 40, 4, (Block(40, (0, 2)),)),
         TablePlan("b", 7, 4, (Block(7, (0, 1, 2, 3)),)),
         TablePlan("d", 30, 4, (Block(5, 4, "project"), Block(20, 2, "project"))),
         TablePlan("e", 9, 4, (Block(9, ()),)),
-    )
-    plan = SizePlan(schema.fingerprint, 5, tables, first_order=True)
+    ]
+    if multi_valued:
+        fields.append(FieldSpec(name="f", type="multi", max_len=3, pooling="mean", vocab_size=50))
+        fields.append(FieldSpec(name="g", type="multi", max_len=2, pooling="sum", vocab_size=40, table="a"))
+        tables.append(TablePlan("f", 50, 4, (Block(50, (1, 2)),)))
+    schema = Schema(label="label", fields=tuple(fields))
+    plan = SizePlan(schema.fingerprint, len(fields), tuple(tables), first_order=True)
     return EmbeddingTables(schema, plan, 1e-2, torch.Generator().manual_seed(0))
 
 

@@ -311,7 +311,7 @@ def search(
     flags = {"method": method, "budget": budget, "bits": _bits(bits), "target": target, "seed": seed}
     settings = _run_config(data, config, overrides, flags)
     from embtrim.checkpoint import CheckpointFolder, unfinished
-    from embtrim.experiment import fewest_bits
+    from embtrim.experiment import allowed_bytes
     from embtrim.methods import method_named
     from embtrim.sites import CTRTask
 
@@ -325,12 +325,9 @@ def search(
     full = _load_full(bundle, encoded).model
     if dry_run:
         plan = full.tables.plan
-        stored = plan.with_bits(fewest_bits(settings.bits))
         facts = {
             "table_bytes_before": plan.num_bytes,
-            "table_bytes_allowed": int(
-                min(stored.bytes_for(settings.target), stored.max_bytes(Budget.parse(settings.budget), settings.target))
-            ),
+            "table_bytes_allowed": allowed_bytes(plan, settings, settings.budget),
             "seconds_per_epoch": _time_at_most(full, encoded, settings.train.replace(epochs=1))["seconds_at_most"],
         }
         show_dry_run(settings, facts, as_json)

@@ -303,7 +303,7 @@ def check_run(data: EncodedDataset, config: RunConfig) -> None:
         raise ConfigError(
             f"model {config.model!r} has no embedding tables to shrink, only first-order weights; choose another"
         )
-    if fewest_bits(config.bits) == 32:
+    if config.bits == 32:
         model.tables.plan.max_params(Budget.parse(config.budget))
 
 
@@ -347,7 +347,12 @@ def shrink(
     """
     bits = config.bits
     if bits == "auto":
-        return best_precision(full, data, config, method, settings, budget, seed, progress, label, unfinished)
+
+        def shrink_to(bits: Bits) -> Trained:
+            work = None if unfinished is None else unfinished / f"{bits}-bits"
+            return shrink(full, data, config.replace(bits=bits), method, settings, budget, seed, progress, label, work)
+
+        return best_precision(shrink_to)
     train = config.train.replace(seed=seed)
     found = method_named(method)
     parsed = found.parse(settings)
@@ -383,30 +388,18 @@ def shrink(
     return Trained(small, record, plan)
 
 
-def fewest_bits(bits: Bits | Literal["auto"]) -> int:
-    """The fewest bits that a table may get."""
-    return 4 if bits in ("mixed", "auto") else bits
+def allowed_bytes(full: SizePlan, config: RunConfig, budget: str | None) -> int:
+    """Bytes that compact tables may take within a budget, or without one: at the fewest bits that a table may get."""
+    stored = full.with_bits(4 if config.bits in ("mixed", "auto") else config.bits)
+    most = stored.bytes_for(config.target)
+    return most if budget is None else int(min(most, stored.max_bytes(Budget.parse(budget), config.target)))
 
 
-def best_precision(
-    full: Trained,
-    data: EncodedDataset,
-    config: RunConfig,
-    method: str,
-    settings: dict[str, Any],
-    budget: str,
-    seed: int,
-    progress: bool,
-    label: str | None,
-    unfinished: Path | None,
-) -> Trained:
-    """Of the compact models at 8, mixed and 4 bits the one of the best validation AUC; for the arguments see `shrink`."""
+def best_precision(shrink_to: Callable[[Bits], Trained]) -> Trained:
+    """Of the compact models at 8, mixed and 4 bits the one of the best validation AUC."""
     trials: list[Trained] = []
     for bits in TRIED_BITS:
-        work = None if unfinished is None else unfinished / f"{bits}-bits"
-        trials.append(
-            shrink(full, data, config.replace(bits=bits), method, settings, budget, seed, progress, label, work)
-        )
+        trials.append(shrink_to(bits))
         log.info("%s bits: validation AUC %.4f", bits, trials[-1].record.valid["auc"])
     best = max(trials, key=lambda trained: trained.record.valid["auc"])
     return with_search_seconds(best, sum(t.record.search_seconds + t.record.train_seconds for t in trials))
@@ -594,10 +587,6 @@ def dry_run(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
     check_run(data, config)
     model = build(config.model, data.schema, **config.hparams)
     plan = model.tables.plan
-    stored = plan.with_bits(fewest_bits(config.bits))
-    limit = (
-        float("inf") if config.max_loss is not None else stored.max_bytes(Budget.parse(config.budget), config.target)
-    )
     step_seconds = seconds_per_step(model, data, config.train)
     models = len(dict.fromkeys((config.method, *config.controls)))
     models += 0 if config.max_loss is None else BISECTIONS - 1
@@ -606,7 +595,7 @@ def dry_run(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
     return {
         "config": config.model_dump(mode="json"),
         "table_bytes_before": plan.num_bytes,
-        "table_bytes_allowed": int(min(limit, stored.bytes_for(config.target))),
+        "table_bytes_allowed": allowed_bytes(plan, config, None if config.max_loss is not None else config.budget),
         "seconds_per_step": step_seconds,
         "seconds_at_most": step_seconds * steps * models * config.seeds,
     }

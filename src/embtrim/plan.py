@@ -69,6 +69,11 @@ class Block:
         """Number of kept columns."""
         return self.columns if isinstance(self.columns, int) else len(self.columns)
 
+    @property
+    def kept_columns(self) -> tuple[int, ...]:
+        """Kept columns; where only their number is known, the first ones."""
+        return tuple(range(self.columns)) if isinstance(self.columns, int) else self.columns
+
 
 @dataclass(frozen=True)
 class TablePlan:
@@ -97,7 +102,7 @@ class TablePlan:
         if self.num_kept > self.num_rows:
             raise PlanError(f"{where}: its blocks hold {self.num_kept:,} rows, the table {self.num_rows:,}")
         for block in self.blocks:
-            columns = range(block.columns) if isinstance(block.columns, int) else block.columns
+            columns = block.kept_columns
             if any(b <= a for a, b in itertools.pairwise(columns)) or any(not 0 <= c < self.width for c in columns):
                 raise PlanError(f"{where}: columns must ascend within 0..{self.width - 1}, given {block.columns}")
             if block.rows is not None:
@@ -186,8 +191,7 @@ class TablePlan:
         """Columns of the full table that the compact table's output stands for, ascending."""
         if self.mixed:
             return tuple(range(self.width))
-        kept = self.blocks[0].columns if self.blocks else ()
-        return tuple(range(kept)) if isinstance(kept, int) else kept
+        return self.blocks[0].kept_columns if self.blocks else ()
 
     @property
     def output_width(self) -> int:
@@ -303,7 +307,7 @@ class TablePlan:
         """bool (num_rows, width): the entries of the full table that survive; a count keeps the first columns."""
         mask = np.zeros((self.num_rows, self.width), bool)
         for block in self.blocks:
-            columns = np.array(range(block.columns) if isinstance(block.columns, int) else block.columns, np.int64)
+            columns = np.array(block.kept_columns, np.int64)
             rows = np.arange(self.num_rows) if block.rows is None else block.rows
             mask[np.ix_(rows, columns)] = True
         return mask

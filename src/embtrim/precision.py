@@ -55,8 +55,7 @@ def code_loss(table: TablePlan, weight_VD: Tensor, count_V: np.ndarray, bits: in
     for block in table.blocks:
         kept = weight_VD if block.rows is None else weight_VD[torch.from_numpy(block.rows).to(weight_VD.device)]
         counts = torch.from_numpy(count_V if block.rows is None else count_V[block.rows]).to(weight_VD.device)
-        columns = list(range(block.columns)) if isinstance(block.columns, int) else list(block.columns)
-        values = kept[:, columns].float()
+        values = kept[:, list(block.kept_columns)].float()
         scale, offset = fit_codes(values, bits)
         error = (codes_of(values, scale, offset, bits) * scale + offset - values).double()
         total += float((error.square().sum(1) * counts).sum())

@@ -747,10 +747,10 @@ class EmbeddingTables(nn.Module):
                 inside = (local >= 0) & (local < group.num_rows)
                 found = self._gather(source, local * inside, f"mixed_stretches_{number}").view(-1, group.width)
                 mixed = mixed + self._project(group, found).view(mixed.shape) * inside[..., None]
-        if self.packed_first_order is not None:
-            return self._assemble(sources, indices, mixed, pool_BC), self._packed_first_order_sum(rows_BC, pool_BC)
         first_order = None
-        if self.first_order is not None:
+        if self.packed_first_order is not None:
+            first_order = self._packed_first_order_sum(self.packed_first_order, rows_BC, pool_BC)
+        elif self.first_order is not None:
             first_BC = self.first_order.index_select(0, rows_BC.reshape(-1)).view(rows_BC.shape)
             first_order = (first_BC if pool_BC is None else first_BC * pool_BC).sum(1)
         return self._assemble(sources, indices, mixed, pool_BC), first_order
@@ -761,11 +761,12 @@ class EmbeddingTables(nn.Module):
             return source(index, self.get_buffer(stretches))
         return source.index_select(0, index.reshape(-1)).view(*index.shape, source.shape[1])
 
-    def _packed_first_order_sum(self, rows_BC: Tensor, pool_BC: Tensor | None) -> Tensor | None:
+    def _packed_first_order_sum(
+        self, packed_first_order: nn.ModuleDict, rows_BC: Tensor, pool_BC: Tensor | None
+    ) -> Tensor | None:
         """(B,) sum of the first-order weights, or None if the tables have none."""
         total = None
-        assert self.packed_first_order is not None
-        for bits, store in self.packed_first_order.items():
+        for bits, store in packed_first_order.items():
             columns = self.get_buffer(f"first_order_columns_{bits}")
             index = rows_BC.index_select(1, columns) - self._first_order_start(int(bits))
             first = store(index, self.get_buffer(f"first_order_stretches_{bits}")).squeeze(-1)

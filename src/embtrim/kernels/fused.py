@@ -28,7 +28,6 @@ from embtrim.kernels.torch import (
     replay_adagrad_rows_,
     replay_adam_rows_,
     scale_rows_,
-    sum_rows,
 )
 
 __all__ = [
@@ -41,7 +40,6 @@ __all__ = [
     "replay_adam_rows_",
     "scale_rows_",
     "sgd_rows_",
-    "sum_rows",
 ]
 
 # OpenMP first, of which a process has one where torch brings libgomp: numba then has torch's threads. Those of another
