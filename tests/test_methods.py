@@ -511,6 +511,35 @@ class TestGuided:
         assert len(last) < len(scores) / 2
         assert sorted(set(trained)) == [7 * 2**number for number in range(rounds)]
 
+    @pytest.mark.parametrize(
+        ("gain", "most_rounds", "rounds", "equal_wins"),
+        [(0.001, 5, 3, False), (0.1, 5, 4, True), (0.1, 3, 3, False)],
+    )
+    def test_a_small_lead_over_equal_widths_is_proved(
+        self, planted: CTRTask, monkeypatch, gain: float, most_rounds: int, rounds: int, equal_wins: bool
+    ):
+        """One candidate's lead goes from .035 by .015 a round to -.01; it wins at once where little is still gained."""
+        equal = search(planted, UniformConfig(), "10%")
+        ahead: list[SizePlan] = []
+
+        class FakeTrial:
+            def __init__(self, task, plan, seed):
+                self.rounds = 0
+                self.is_equal = not plan.diff(equal)
+                self.is_ahead = not self.is_equal and not ahead
+                ahead.extend([plan] * self.is_ahead)
+
+            def train(self, steps, seed):
+                self.rounds += 1
+                lead = 0.05 - 0.015 * self.rounds if self.is_ahead else -1.0
+                return gain * self.rounds + (0.0 if self.is_equal else lead)
+
+        monkeypatch.setattr("embtrim.methods.guided.Trial", FakeTrial)
+        plan = search(planted, GuidedConfig(trial_steps=7, most_rounds=most_rounds), "10%")
+        assert max(map(len, plan.details["scores"].values())) == rounds
+        assert bool(plan.diff(ahead[0])) == equal_wins
+        assert bool(plan.diff(equal)) != equal_wins
+
 
 def test_find_sites_says_what_it_left():
     assert [s.names for s in find_sites(ForeignModel())] == [("user",), ("item",)]
