@@ -63,8 +63,8 @@ class RunConfig(Config):
         max_loss: if set, the budget is ignored and the smallest plan is sought whose validation AUC is at most this
             much below the full model's, by bisection over budgets.
         init: how the compact model starts: "scratch", "initial" or "inherit".
-        bits: precision that compact tables are stored in: 32, 16, 8 or 4, see plan.py, or "mixed" for 8 or 4 by table,
-            see precision.py. They are trained in fp32 and quantised after that; the same budget then has room for more
+        bits: precision that compact tables are stored in: 32, 16, 8 or 4, see plan.py, or "mixed" for 16, 8 or 4 by
+            table, see precision.py. They are trained in fp32 and quantised after that; the same budget then has room for more
             parameters. "auto" trains with 8, mixed and 4 and keeps what has the best validation AUC.
         target: what will store the tables, whose bytes the budget counts; see SizePlan.bytes_for.
         controls: methods run at the same budget for comparison, with their default settings.

@@ -55,8 +55,8 @@ def search(
         budget: such as "10%", "200MB" or "1.5M params".
         seed: of everything random in the search; the same seed and the same batches give the same plan (a loader that
             shuffles on its own does not give the same batches).
-        bits: precision that the tables are to be stored in: 32, 16, 8 or 4, see plan.py, or "mixed" for 8 or 4 by
-            table, see precision.py. The search itself works in fp32; within a percentage or a number of bytes fewer bits
+        bits: precision that the tables are to be stored in: 32, 16, 8 or 4, see plan.py, or "mixed" for 16, 8 or 4
+            by table, see precision.py. The search itself works in fp32; within a percentage or a number of bytes fewer bits
             leave room for more parameters.
         target: what will store the tables, and how many bytes it takes for them; see SizePlan.bytes_for.
 

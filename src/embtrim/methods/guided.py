@@ -100,8 +100,11 @@ def search_guided(task: Task, config: GuidedConfig, budget: Budget, seed: int) -
 
 
 def is_decided(leader: list[float], equal: list[float]) -> bool:
-    """Whether the leader's lead over equal widths is no less than what its last round brought; both by round."""
-    return leader is equal or len(leader) > 1 and leader[-1] - equal[-1] >= leader[-1] - leader[-2]
+    """Whether the leader, by its scores of all rounds, is ahead of equal widths by what its last round brought.
+
+    That is so where it was a round ago where equal widths are now.
+    """
+    return leader is equal or (len(leader) > 1 and leader[-2] >= equal[-1])
 
 
 class Trial:
