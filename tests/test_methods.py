@@ -59,6 +59,8 @@ CONFIGS = {
     "optembed": OptEmbedConfig(epochs=2, generations=3),
     "sseds-signed": SSEDSConfig(score="signed", data="valid", batches=0, cost_aware=True),
     "sseds-pretrain": SSEDSConfig(pretrain="epochs:1", align="project", average="abs", batches=2),
+    "uniform-project": UniformConfig(align="project"),
+    "guided-project": GuidedConfig(trial_steps=4, align="project"),
     "random-project": RandomConfig(align="project"),
     "magnitude-rows": MagnitudeConfig(unit="rows"),
     "magnitude-project": MagnitudeConfig(align="project", cost_aware=True),
@@ -206,6 +208,10 @@ def test_field_plan_by_hand():
     assert columns(6, "project") == [(), (0, 1)]
     assert columns(15, "project") == [(0, 1), (0,)]
     assert columns(16, "project") == [(0, 1), (0, 1)]
+    # First columns alone are ranked: f1's takes 2 + 2 projected, which is what the whole table takes without projection.
+    first = field_plan(hand_plan(5, 2, width=2), np.array([2, 0]), 11, "project")
+    assert [t.columns for t in first.tables] == [(0,), (0, 1)]
+    assert first.num_params == 11
 
 
 def test_row_plan_by_hand():
