@@ -114,6 +114,20 @@ def test_a_variant_of_fewer_bits(small: EncodedDataset, tmp_path: Path) -> None:
         compare(small, changed, tmp_path / "out")
 
 
+def test_a_variant_of_another_init(small: EncodedDataset, tmp_path: Path) -> None:
+    variants = {"kept": {"method": "uniform", "init": "inherit"}, "plain": {"method": "uniform", "align": "scatter"}}
+    config = FM_ONLY.replace(methods=("uniform",), variants=variants, budgets=("30%",), init="initial")
+    full, uniform, kept, plain = compare(small, config, tmp_path / "out").records
+    assert [r.init for r in (full, uniform, kept, plain)] == [None, "initial", "inherit", "initial"]
+    assert uniform.widths == kept.widths
+    assert uniform.test == plain.test
+    assert kept.test["logloss"] < uniform.test["logloss"], "it has trained for an epoch already"
+    assert compare(small, config, tmp_path / "out").records == [full, uniform, kept, plain]
+    changed = config.replace(variants={**variants, "kept": {"method": "uniform"}})
+    with pytest.raises(DataError, match=r'fm-kept\S+ was made with init = "inherit", now it is "initial";'):
+        compare(small, changed, tmp_path / "out")
+
+
 def test_cells_and_names() -> None:
     cells = grid(resolve(CONFIG.replace(seeds=2, seed=5)))
     assert [c.name for c in cells[:4]] == ["deepfm-full-seed5", "fm-full-seed5", "deepfm-full-seed6", "fm-full-seed6"]
@@ -152,6 +166,10 @@ def test_settings_are_resolved() -> None:
         (
             {"variants": {"x": {"method": "sseds", "bits": 6}}},
             r"\[variants.x\] bits must be one of 32, 16, 8, 4, mixed; given 6",
+        ),
+        (
+            {"variants": {"x": {"method": "sseds", "init": "warm"}}},
+            r"\[variants.x\] init must be one of scratch, initial, inherit; given 'warm'",
         ),
         ({"variants": {"x": {"method": "sseds", "scor": 1}}}, r"\[variants.x\] unknown key 'scor' for SSEDSConfig"),
         ({"variants": {"a b": {"method": "sseds"}}}, "label 'a b'.*letters, digits"),

@@ -25,7 +25,7 @@ import embtrim
 from embtrim.budget import Budget
 from embtrim.bundle import folder_bytes, save
 from embtrim.checkpoint import CheckpointFolder, checksum, claim
-from embtrim.compaction import Verification, compact, verify
+from embtrim.compaction import Init, Verification, compact, verify
 from embtrim.config import Config, describe_errors, first_change, read_toml, to_toml
 from embtrim.dataset import EncodedDataset
 from embtrim.errors import ConfigError, DataError, EmbtrimError
@@ -88,7 +88,7 @@ class RunConfig(Config):
     search: dict[str, Any] = Field(default_factory=dict)
     budget: str = "10%"
     max_loss: float | None = Field(default=None, gt=0, lt=0.5)
-    init: Literal["scratch", "initial", "inherit"] = "scratch"
+    init: Init = "scratch"
     bits: Bits | Literal["auto"] = 32
     target: Target = "torch"
     controls: tuple[str, ...] = ("uniform",)
