@@ -31,7 +31,7 @@ from embtrim.errors import BudgetError
 from embtrim.methods import METHODS, MagnitudeConfig, SSEDSConfig, method_of, search
 from embtrim.models import FNN, DeepFM
 from embtrim.models.ctr_model import CTRModel
-from embtrim.plan import Block, SizePlan, TablePlan
+from embtrim.plan import Alignment, Block, SizePlan, TablePlan
 from embtrim.schema import PAD, FieldSpec, Schema
 from embtrim.sites import CTRTask, Fields, Task
 from embtrim.train import TrainConfig, fit
@@ -239,7 +239,8 @@ def first_units(plan: SizePlan, number: int, adds: tuple[str, ...]) -> Iterator[
     is sure not to fit.
     """
     t = plan.tables[number]
-    alignment = next((b.alignment for other in plan.tables for b in other.blocks if b.width), "scatter")
+    alignments: list[Alignment] = [b.alignment for other in plan.tables for b in other.blocks if b.width]
+    alignment = alignments[0] if alignments else "scatter"
 
     def keeping(block: Block) -> SizePlan:
         table = dataclasses.replace(t, blocks=(block,))

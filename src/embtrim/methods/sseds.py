@@ -89,9 +89,7 @@ def slot_gradients(task: Task, model: torch.nn.Module, config: SSEDSConfig, seed
             if config.batches and number == config.batches:
                 break
             device = next(iter(model.parameters())).device
-            gates = [
-                torch.ones(num_slots(site), device=device, requires_grad=True) for site in sites
-            ]  # alpha of (gate)
+            gates = [torch.ones(num_slots(site), device=device, requires_grad=True) for site in sites]  # (gate): alpha
             with gate_sites(sites, gates):
                 loss = task.loss(model, batch)
             gradients = torch.autograd.grad(loss, gates)  # (one backward)
