@@ -18,7 +18,8 @@ import torch
 from plotly.graph_objects import Figure
 from rich.console import Console
 
-from embtrim import comparison
+from embtrim import comparison, experiment
+from embtrim.checkpoint import Checkpoint
 from embtrim.comparison import Comparison, compare, estimate
 from embtrim.comparison_page import MARK, render_comparison, write_comparison
 from embtrim.comparison_report import (
@@ -113,6 +114,20 @@ def test_a_variant_of_fewer_bits(small: EncodedDataset, tmp_path: Path) -> None:
         compare(small, changed, tmp_path / "out")
 
 
+def test_a_variant_of_another_init(small: EncodedDataset, tmp_path: Path) -> None:
+    variants = {"kept": {"method": "uniform", "init": "inherit"}, "plain": {"method": "uniform", "align": "scatter"}}
+    config = FM_ONLY.replace(methods=("uniform",), variants=variants, budgets=("30%",), init="initial")
+    full, uniform, kept, plain = compare(small, config, tmp_path / "out").records
+    assert [r.init for r in (full, uniform, kept, plain)] == [None, "initial", "inherit", "initial"]
+    assert uniform.widths == kept.widths
+    assert uniform.test == plain.test
+    assert kept.test["logloss"] < uniform.test["logloss"], "it has trained for an epoch already"
+    assert compare(small, config, tmp_path / "out").records == [full, uniform, kept, plain]
+    changed = config.replace(variants={**variants, "kept": {"method": "uniform"}})
+    with pytest.raises(DataError, match=r'fm-kept\S+ was made with init = "inherit", now it is "initial";'):
+        compare(small, changed, tmp_path / "out")
+
+
 def test_cells_and_names() -> None:
     cells = grid(resolve(CONFIG.replace(seeds=2, seed=5)))
     assert [c.name for c in cells[:4]] == ["deepfm-full-seed5", "fm-full-seed5", "deepfm-full-seed6", "fm-full-seed6"]
@@ -151,6 +166,10 @@ def test_settings_are_resolved() -> None:
         (
             {"variants": {"x": {"method": "sseds", "bits": 6}}},
             r"\[variants.x\] bits must be one of 32, 16, 8, 4, mixed; given 6",
+        ),
+        (
+            {"variants": {"x": {"method": "sseds", "init": "warm"}}},
+            r"\[variants.x\] init must be one of scratch, initial, inherit; given 'warm'",
         ),
         ({"variants": {"x": {"method": "sseds", "scor": 1}}}, r"\[variants.x\] unknown key 'scor' for SSEDSConfig"),
         ({"variants": {"a b": {"method": "sseds"}}}, "label 'a b'.*letters, digits"),
@@ -219,6 +238,65 @@ def test_killed_grid_goes_on(encoded: Path, tmp_path: Path) -> None:
     assert call("compare", encoded, *GRID, "--out", whole, "--quiet").code == 0
     assert len(read_records(out)) == 10
     assert outcome(read_records(out)) == outcome(read_records(whole))
+
+
+def interrupted(function: Callable[..., Any], *given: Any) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        function(*given)
+
+
+def ctrl_c(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["after the search", "while it retrains", "while the search trains"])
+def test_unfinished_state_of_other_settings_is_not_taken(
+    small: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    """A cell that was killed goes on where only the settings are still the same: no record may say others than its plan's."""
+
+    def config(**changes: Any) -> CompareConfig:
+        settings = {"epochs": 2, "generations": 1, "threshold_weight": 0.0, **changes}
+        variant = {"method": "optembed", **settings}
+        train = CONFIG.train.replace(checkpoint_seconds=0)
+        return FM_ONLY.replace(methods=(), variants={"x": variant}, budgets=("30%",), train=train)
+
+    save, saved = Checkpoint.save, []
+
+    def interrupting(self: Checkpoint, state: Any) -> None:
+        save(self, state)
+        saved.append(self.path.stem)
+        if saved.count("training-1") == 3 if where == "while the search trains" else saved.count("retraining") == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if where == "after the search":
+            patch.setattr(experiment, "verify", ctrl_c)
+        else:
+            patch.setattr(Checkpoint, "save", interrupting)
+        interrupted(compare, small, config(), tmp_path / "x")
+    changed = config(threshold_weight=0.1)
+    expected = compare(small, changed, tmp_path / "whole").records
+    plans = [
+        outcome(records)["fm x 30% 0"] for records in (compare(small, config(), tmp_path / "old").records, expected)
+    ]
+    assert plans[0] != plans[1], "the settings matter"
+    caplog.clear()
+    found = compare(small, changed, tmp_path / "x").records
+    assert outcome(found) == outcome(expected)
+    assert "fm-x-30pct-seed0 was begun with search.threshold_weight = 0.0, now it is 0.1; this work" in caplog.text
+
+
+def test_unfinished_state_of_the_same_settings_is_taken(
+    small: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = FM_ONLY.replace(methods=("random",), variants={}, budgets=("30%",))
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "verify", ctrl_c)
+        interrupted(compare, small, config, tmp_path / "x")
+    monkeypatch.setattr(experiment, "search", never)
+    assert [r.variant for r in compare(small, config, tmp_path / "x").records] == ["full", "random"]
+    assert not (tmp_path / "x" / "unfinished").exists()
 
 
 def test_grid_grows_on_the_full_models_it_has(

@@ -139,6 +139,26 @@ class CheckpointFolder:
         return self.folder / f"training-{self._count}.safetensors"
 
 
+def claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make a folder the place for the state of work with these settings; what it holds of other work is removed.
+
+    Args:
+        folder: need not exist.
+        settings: what the work depends on, as JSON-able values.
+    """
+    path, settings = folder / "settings.json", json.loads(json.dumps(settings))
+    if folder.exists():
+        try:
+            change = first_change(json.loads(path.read_text("utf-8")), settings)
+        except (OSError, ValueError):
+            change = "settings that cannot be read"
+        if change is None:
+            return
+        log.warning("%s was begun with %s; this work starts anew", folder, change)
+        shutil.rmtree(folder)
+    write_then_rename(path, lambda file: file.write(json.dumps(settings).encode()))
+
+
 @contextmanager
 def unfinished(target: Path) -> Iterator[Path]:
     """The folder beside `target` where work towards it keeps its state, inside a `with` block.

@@ -310,8 +310,8 @@ def search(
     start_log(quiet)
     flags = {"method": method, "budget": budget, "bits": _bits(bits), "target": target, "seed": seed}
     settings = _run_config(data, config, overrides, flags)
-    from embtrim.checkpoint import CheckpointFolder, unfinished
-    from embtrim.experiment import allowed_bytes
+    from embtrim.checkpoint import CheckpointFolder, claim, unfinished
+    from embtrim.experiment import allowed_bytes, search_settings
     from embtrim.methods import method_named
     from embtrim.sites import CTRTask
 
@@ -338,9 +338,11 @@ def search(
     _free(path, overwrite)
     task = CTRTask(full, encoded, settings.train.replace(seed=settings.seed))
     task.progress = wants_progress(quiet)
+    wanted = (task, method_settings, settings.budget, settings.seed, settings.bits, settings.target)
     with unfinished(path) as work:
+        claim(work, search_settings(*wanted))
         task.checkpoints = CheckpointFolder(work, settings.train.checkpoint_seconds)
-        plan = embtrim.search(task, method_settings, settings.budget, settings.seed, settings.bits, settings.target)
+        plan = embtrim.search(*wanted)
         plan.save(path)
     if as_json:
         print_json(json.loads(path.read_text("utf-8")))

@@ -77,9 +77,10 @@ class Worker:
                 self._full = (cell, trained)
             else:
                 variant = self.labels[cell.label]
+                config = config.replace(bits=variant.bits, init=variant.init)
                 trained = shrink(
-                    self.full(cell.full), self.data, config.replace(bits=variant.bits), variant.method, variant.search,
-                    cell.budget, cell.seed, label=cell.label, unfinished=unfinished,
+                    self.full(cell.full), self.data, config, variant.method, variant.search, cell.budget, cell.seed,
+                    label=cell.label, unfinished=unfinished,
                 )  # fmt: skip
         except EmbtrimError as error:
             return cell, _skip(cell, str(error))

@@ -24,19 +24,28 @@ from pydantic import Field, ValidationError
 import embtrim
 from embtrim.budget import Budget
 from embtrim.bundle import folder_bytes, save
-from embtrim.checkpoint import CheckpointFolder
-from embtrim.compaction import Verification, compact, verify
+from embtrim.checkpoint import CheckpointFolder, checksum, claim
+from embtrim.compaction import Init, Verification, compact, verify
 from embtrim.config import Config, describe_errors, first_change, read_toml, to_toml
 from embtrim.dataset import EncodedDataset
 from embtrim.errors import ConfigError, DataError, EmbtrimError
 from embtrim.kernels import kernels_for
-from embtrim.methods import method_named, search
+from embtrim.methods import method_named, method_of, search
 from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel, HyperParameters
 from embtrim.plan import SizePlan, Target, write_then_rename
 from embtrim.precision import Bits
 from embtrim.sites import CTRTask
-from embtrim.train import FitResult, TrainConfig, device_of, evaluate, fit, logloss_of_batch, make_optimizers
+from embtrim.train import (
+    FitResult,
+    TrainConfig,
+    device_of,
+    evaluate,
+    fit,
+    logloss_of_batch,
+    make_optimizers,
+    training_settings,
+)
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +88,7 @@ class RunConfig(Config):
     search: dict[str, Any] = Field(default_factory=dict)
     budget: str = "10%"
     max_loss: float | None = Field(default=None, gt=0, lt=0.5)
-    init: Literal["scratch", "initial", "inherit"] = "scratch"
+    init: Init = "scratch"
     bits: Bits | Literal["auto"] = 32
     target: Target = "torch"
     controls: tuple[str, ...] = ("uniform",)
@@ -343,7 +352,8 @@ def shrink(
         seed: of the search and of retraining.
         progress: show progress bars on stderr.
         label: the record's variant, if that is not the name of the method.
-        unfinished: folder for the state of search and training, from which an interrupted one goes on.
+        unfinished: folder for the state of search and training, from which an interrupted one of the same settings goes
+            on.
     """
     bits = config.bits
     if bits == "auto":
@@ -356,9 +366,12 @@ def shrink(
     train = config.train.replace(seed=seed)
     found = method_named(method)
     parsed = found.parse(settings)
+    task = CTRTask(full.model, data, train)
+    task.progress = progress
+    if unfinished is not None:
+        of_search = search_settings(task, parsed, budget, seed, bits, config.target)
+        claim(unfinished, {**of_search, "init": config.init})
     with peak_memory() as peak:
-        task = CTRTask(full.model, data, train)
-        task.progress = progress
         plan, search_seconds, search_peak = _searched(task, parsed, budget, seed, bits, config.target, unfinished)
         verification = verify(full.model, plan, data)
         verification.require()
@@ -412,6 +425,22 @@ def with_search_seconds(best: Trained, seconds: float) -> Trained:
     epochs = seconds * record.search_epochs / max(record.search_seconds, 1e-9)
     best.record = record.replace(search_seconds=seconds, search_epochs=epochs)
     return best
+
+
+def search_settings(
+    task: CTRTask, config: Config, budget: str, seed: int, bits: Bits, target: Target
+) -> dict[str, Any]:
+    """What a search depends on: of its unfinished state, to tell it by."""
+    return {
+        "method": method_of(config).name,
+        **{f"search.{key}": value for key, value in config.model_dump(mode="json").items()},
+        "budget": budget,
+        "search_seed": seed,
+        "bits": bits,
+        "target": target,
+        **training_settings(task.model, task.data, task.config),
+        "weights": checksum(task.model),
+    }
 
 
 def _searched(

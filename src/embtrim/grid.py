@@ -12,11 +12,12 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from pydantic import Field
 
 from embtrim.budget import Budget
+from embtrim.compaction import Init
 from embtrim.config import Config, first_change, read_toml
 from embtrim.dataset import EncodedDataset
 from embtrim.errors import BudgetError, ConfigError, DataError
@@ -40,8 +41,9 @@ class CompareConfig(Config):
         hparams: their arguments; a model takes those it knows, and each must be known to one of them.
         train: how full and compact models are trained.
         methods: names of search methods, run with their default settings; "all" stands for every one there is.
-        variants: methods with other settings by label: {"method": name, setting: value, ...}; `bits` among them is not the
-            method's, but the precision of the tables (see RunConfig).
+        variants: methods with other settings by label: {"method": name, setting: value, ...}; `bits` and `init` among them
+            are not the method's: the precision of the tables, and how the variant's compact models start if not as the
+            grid's (see RunConfig).
         budgets: such as "10%", "200MB", "1.5M params".
         init: how compact models start: "scratch", "initial" or "inherit".
         seed: first seed.
@@ -54,7 +56,7 @@ class CompareConfig(Config):
     methods: tuple[str, ...] = (ALL,)
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
     budgets: tuple[str, ...] = Field(default=("50%", "20%", "10%", "5%", "2%", "1%"), min_length=1)
-    init: Literal["scratch", "initial", "inherit"] = "scratch"
+    init: Init = "scratch"
     seed: int = Field(default=0, ge=0)
     seeds: int = Field(default=3, ge=1)
 
@@ -131,11 +133,12 @@ def resolve(config: CompareConfig) -> CompareConfig:
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with all its settings, and the bits of its tables."""
+    """A method with all its settings, the bits of its tables, and how its compact models start; None for full ones."""
 
     method: str
     search: dict[str, Any]
     bits: Bits = 32
+    init: Init | None = None
 
 
 def settings_by_label(config: CompareConfig) -> dict[str, Variant]:
@@ -144,7 +147,10 @@ def settings_by_label(config: CompareConfig) -> dict[str, Variant]:
     Raises:
         ConfigError: an unknown method or setting, or a label that is none.
     """
-    found = {name: Variant(name, method_named(name).config().model_dump(mode="json")) for name in config.methods}
+    found = {
+        name: Variant(name, method_named(name).config().model_dump(mode="json"), init=config.init)
+        for name in config.methods
+    }
     for label, variant in config.variants.items():
         where = f"variants.{label}"
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", label):
@@ -157,12 +163,13 @@ def settings_by_label(config: CompareConfig) -> dict[str, Variant]:
             method = method_named(variant["method"])
         except ConfigError as error:
             raise ConfigError(f"[{where}] {error}") from None
-        settings = {key: value for key, value in variant.items() if key not in ("method", "bits")}
-        bits = variant.get("bits", 32)
-        if bits not in get_args(Bits):
-            allowed = ", ".join(map(str, get_args(Bits)))
-            raise ConfigError(f"[{where}] bits must be one of {allowed}; given {bits!r}")
-        found[label] = Variant(method.name, method.parse(settings, where).model_dump(mode="json"), bits)
+        settings = {key: value for key, value in variant.items() if key not in ("method", "bits", "init")}
+        bits, init = variant.get("bits", 32), variant.get("init", config.init)
+        for name, given, kind in (("bits", bits, Bits), ("init", init, Init)):
+            if given not in get_args(kind):
+                allowed = ", ".join(map(str, get_args(kind)))
+                raise ConfigError(f"[{where}] {name} must be one of {allowed}; given {given!r}")
+        found[label] = Variant(method.name, method.parse(settings, where).model_dump(mode="json"), bits, init)
     return found
 
 
@@ -238,7 +245,7 @@ def check_settings(
         "rows of the data": {name: data.num_rows(name) for name in data.splits},
         "method": variant.method,
         "bits": variant.bits,
-        "init": None if cell.label == FULL else config.init,
+        "init": variant.init,
         **_under("train", config.train.model_dump(mode="json")),
         **_under("hparams", HyperParameters.parse(hparams).model_dump(mode="json", include=set(hparams))),
         **_under("search", variant.search),

@@ -180,7 +180,7 @@ def fit(
 
     state = None
     if checkpoint is not None:
-        state = Checkpoint(checkpoint, config.checkpoint_seconds, _training_settings(model, data, config), model)
+        state = Checkpoint(checkpoint, config.checkpoint_seconds, training_settings(model, data, config), model)
     return train_loop(
         model,
         loss=loss,
@@ -195,7 +195,7 @@ def fit(
     )
 
 
-def _training_settings(model: CTRModel, data: EncodedDataset, config: TrainConfig) -> dict[str, Any]:
+def training_settings(model: CTRModel, data: EncodedDataset, config: TrainConfig) -> dict[str, Any]:
     """What a training of a zoo model depends on, beside its initial weights: of a checkpoint, to tell it by."""
     return {
         **config.model_dump(mode="json", exclude={"checkpoint_seconds"}),

@@ -117,7 +117,7 @@ def search_optembed(task: Task, config: OptEmbedConfig, budget: Budget, seed: in
     exact = Fitness(task, model, 0) if config.fitness_rows else sampled
     rng = np.random.default_rng(seed)
     generations = tracked(range(config.generations), "evolution", config.generations, task.progress)
-    finalists = evolve(space, sampled, config, rng, generations)[: config.finalists]
+    finalists = evolve(space, sampled, config, rng, generations)[: config.finalists]  # (evolution)
     widths = finalists[int(np.argmax(exact(finalists)))]
     if not config.natural:
         widths = fill(space, widths, sampled)
@@ -153,13 +153,13 @@ class HardStep(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         """See the class."""
         ctx.save_for_backward(x)
-        return (x > 0).to(x.dtype)
+        return (x > 0).to(x.dtype)  # (row mask)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         """See the class."""
         (size,) = (x.abs() for x in ctx.saved_tensors)
-        outside = torch.where(size <= 1, 0.4, 0.0)
+        outside = torch.where(size <= 1, 0.4, 0.0)  # (surrogate)
         return grad_outputs[0] * torch.where(size <= 0.4, 2 - 4 * size, outside)
 
 
@@ -172,6 +172,7 @@ def train_supernet(task: Task, config: OptEmbedConfig, seed: int) -> tuple[nn.Mo
     generator = torch.Generator().manual_seed(seed)
     hooks = Hooks(
         param_groups=lambda _: [torch.optim.SGD(thresholds, lr=config.threshold_lr)],
+        # (loss), its second term
         extra_loss=lambda _model, _batch: config.threshold_weight * torch.exp(-torch.cat(list(thresholds))).sum(),
         generators=(generator,),
     )
@@ -211,7 +212,7 @@ def width_gate(site: Site, model: nn.Module, generator: torch.Generator) -> Slot
         if not model.training:
             return output
         fields = output.shape[-1] // width  # a site's tables are equally wide
-        drawn = torch.randint(width, (len(output) * fields,), generator=generator)
+        drawn = torch.randint(width, (len(output) * fields,), generator=generator)  # (supernet): d - 1
         mask = prefixes_DD[drawn].view(len(output), *[1] * (output.ndim - 2), -1)
         return output * mask.to(output)
 

@@ -125,7 +125,7 @@ def entry_saliency(task: Task, model: nn.Module, sites: list[Site], fraction: fl
     if not read_batches:
         raise EmbtrimError("there are no training batches to read the saliency on; raise search_fraction or give more")
     return [
-        (weight_VD * grad_VD).abs()
+        (weight_VD * grad_VD).abs()  # (saliency, SNIP)
         for site, grad in zip(sites, grads, strict=True)
         for weight_VD, grad_VD in zip(site.weights(), grad.split(site.num_rows), strict=True)
     ]
@@ -157,6 +157,7 @@ def fill_sizes(full: SizePlan, ranked: list[np.ndarray], limit: int) -> list[np.
     thresholds. What the last steps leave over goes to the next ones that still fit.
     """
     levels_of = [np.array([0, *buckets(t.width)]) for t in full.tables]
+    # (capacity): d_v >= s where v's s-th largest entry is among the top K.
     threshold = np.concatenate([scores[:, b[1:] - 1].ravel() for scores, b in zip(ranked, levels_of, strict=True)])
     steps = [len(b) - 1 for b in levels_of]
     first_row = np.cumsum([0, *(t.num_rows for t in full.tables)])
@@ -241,7 +242,7 @@ def sized_plan(full: SizePlan, sizes: Sequence[np.ndarray], with_rows: bool = Tr
         blocks = []
         for size in np.unique(size_V[size_V > 0])[::-1].tolist():
             rows = np.flatnonzero(size_V == size).astype(np.int32)
-            columns = tuple(range(size)) if size == table.width else size
+            columns = tuple(range(size)) if size == table.width else size  # (lookup): W_s is the identity at s = D
             listed = rows if with_rows and len(rows) < table.num_rows else None
             blocks.append(Block(len(rows), columns, "project", listed))
         tables.append(TablePlan(table.name, table.num_rows, table.width, tuple(blocks)))

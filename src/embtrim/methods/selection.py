@@ -52,7 +52,7 @@ def field_plan(
 
     Args:
         full: the plan that keeps everything; it says rows and widths.
-        ranking: slots (S,), best first; slots run table by table, column by column.
+        ranking: slots, best first, all or a part; slots run table by table, column by column.
         limit: parameters allowed; never exceeded.
         alignment: how narrow tables reach the full width.
         min_dim: columns that every table gets first, its best ones.
@@ -86,6 +86,9 @@ def field_plan(
                 f"budget allows {limit:,} embedding parameters, but {min_dim} column(s) in every table take {needed:,}; "
                 "raise the budget or set min_dim = 0"
             )
+    for number, t in enumerate(full.tables):
+        if widths[number] and cost(t, int(widths[number])) == t.num_rows * t.width:
+            accepted[of_slot == number] = True  # paid for, also where the ranking ends before its last column
     plan = full.with_columns(columns_by_table(full, accepted), alignment)
     tables = []
     for t in plan.tables:

@@ -67,7 +67,7 @@ def search_sseds(task: Task, config: SSEDSConfig, budget: Budget, seed: int) -> 
         task.fit(model, epochs=int(config.pretrain.removeprefix("epochs:")), seed=seed)
     gradient_S = slot_gradients(task, model, config, seed)
     score_S = np.abs(gradient_S) if config.score == "abs" else -gradient_S
-    score_S = score_S / max(np.abs(gradient_S).sum(), np.finfo(float).tiny)
+    score_S = score_S / max(np.abs(gradient_S).sum(), np.finfo(float).tiny)  # (score)
 
     full = task.full_plan()
     alignment = alignment_of(task, config.align)
@@ -89,10 +89,11 @@ def slot_gradients(task: Task, model: torch.nn.Module, config: SSEDSConfig, seed
             if config.batches and number == config.batches:
                 break
             device = next(iter(model.parameters())).device
-            gates = [torch.ones(num_slots(site), device=device, requires_grad=True) for site in sites]
+            gates = [torch.ones(num_slots(site), device=device, requires_grad=True) for site in sites]  # (gate): alpha
             with gate_sites(sites, gates):
                 loss = task.loss(model, batch)
-            gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, gates)]).double().cpu().numpy()
+            gradients = torch.autograd.grad(loss, gates)  # (one backward)
+            gradient = torch.cat([g.flatten() for g in gradients]).double().cpu().numpy()
             total_S += gradient if config.average == "sum" else np.abs(gradient)
             scored += 1
     finally:
