@@ -61,7 +61,7 @@ def floors(table_rows: int, batch_size: int, seconds: float) -> dict[str, Any]:
     ids, _ = next(synthetic.batches(sizes, batch_size, 1))
     starts = np.cumsum([0, *sizes[:-1]])
     distinct = torch.from_numpy(np.unique(ids + starts))
-    inputs = {"full": synthetic.NUM_FIELDS * synthetic.FULL_WIDTH, "mixed": sum(synthetic.MIXED_WIDTHS)}
+    inputs = {layout: sum(synthetic.widths_of(layout)) for layout in ("full", "mixed")}
     result: dict[str, Any] = {"matmul": {}, "rows": {}, "floor_ms": {}, "distinct_rows": len(distinct)}
     for layout, width in (("full", 16), ("mixed", 4)):
         rates = row_rates(sum(sizes), width, ids.size, distinct, seconds)

@@ -37,7 +37,7 @@ def plan_of(schema: embtrim.Schema, layout: str) -> embtrim.SizePlan:
     if layout == "full":
         return full
     if layout == "mixed":
-        widths = zip(schema.tables, synthetic.MIXED_WIDTHS, strict=True)
+        widths = zip(schema.tables, synthetic.widths_of("mixed", len(schema.tables)), strict=True)
         return full.with_columns({name: range(width) for name, width in widths}, "project")
     plan = equal_widths(full, full.max_params(embtrim.Budget.parse("10%")), "scatter", seed=0)
     assert plan is not None, "10% of width 16 is at least width 1"

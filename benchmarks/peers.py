@@ -161,8 +161,7 @@ def fuxictr(sizes: list[int]) -> tuple[Callable[[Any], Any], Prepare]:
 
 def rounded_widths(layout: str) -> list[int]:
     """FBGEMM's widths are multiples of four."""
-    widths = synthetic.MIXED_WIDTHS if layout == "mixed" else [synthetic.FULL_WIDTH] * synthetic.NUM_FIELDS
-    return [-(-width // 4) * 4 for width in widths]
+    return [-(-width // 4) * 4 for width in synthetic.widths_of(layout)]
 
 
 def batched_tables(sizes: list[int], widths: list[int]) -> Any:

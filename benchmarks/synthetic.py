@@ -17,8 +17,8 @@ NUM_FIELDS = NUM_NUMERIC + NUM_CATEGORICAL
 NUMERIC_ROWS = 50
 ZIPF_EXPONENT = 1.3
 FULL_WIDTH = 16
-# Cycled over the fields: 3.5 columns on average, 137 in all.
-MIXED_WIDTHS = [(8, 1, 4, 4, 2, 4, 2, 3)[i % 8] for i in range(NUM_FIELDS)]
+# Of "mixed" tables, repeated over the fields: 4 columns on average.
+MIXED_WIDTHS = (8, 1, 8, 3, 2, 4, 2, 4)
 
 LABEL = "label"
 NUMERIC = [f"I{i}" for i in range(1, NUM_NUMERIC + 1)]
@@ -31,6 +31,12 @@ def table_sizes(num_rows: int) -> list[int]:
     shares = np.arange(1, NUM_CATEGORICAL + 1) ** -1.5
     categorical = shares / shares.sum() * (num_rows - NUM_NUMERIC * NUMERIC_ROWS)
     return [NUMERIC_ROWS] * NUM_NUMERIC + np.maximum(10, categorical).astype(int).tolist()
+
+
+def widths_of(layout: str, num_fields: int = NUM_FIELDS) -> list[int]:
+    """Columns of each field: "full" or "mixed"; of 39 mixed fields 156 in all."""
+    widths = (FULL_WIDTH,) if layout == "full" else MIXED_WIDTHS
+    return [widths[i % len(widths)] for i in range(num_fields)]
 
 
 def zipf_ids(sizes: list[int], num_rows: int, rng: np.random.Generator) -> np.ndarray:

@@ -162,7 +162,7 @@ def test_the_plain_head_is_the_same_model(layout):
 
 
 def test_logs_have_the_shape_they_should(tmp_path):
-    assert sum(synthetic.MIXED_WIDTHS) == 137
+    assert sum(synthetic.widths_of("mixed")) == 4 * 39
     sizes = synthetic.table_sizes(1_000_000)
     assert len(sizes) == 39
     assert sum(sizes) == pytest.approx(1_000_000, rel=1e-3)
