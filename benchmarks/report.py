@@ -467,7 +467,7 @@ def _profiles(summary: Mapping[str, Any]) -> str:
         sections += [
             f"## Profile of a step: {name}, {entry['precision']}",
             table(head, rows),
-            f"Outside of torch's operators, in Python and the fused kernels: {entry['outside']:.0%} of {entry['step_ms']:.2f} ms.",
+            f"Outside of torch's own operators, in Python, autograd and the fused kernels: {entry['outside']:.0%} of {entry['step_ms']:.2f} ms.",
             table(("allocates most", "own MB a step", "calls a step"), allocations),
         ]
     return "\n\n".join(sections)
