@@ -1,7 +1,7 @@
 # make demo   the main job on the bundled data set
 # make test   the whole suite
 # make check  lint, types, spelling
-# make bench  the benchmark suite, on a quiet machine; one to two hours (docs/benchmarks.md)
+# make bench  the benchmark suite, on a quiet machine; two to three hours (docs/benchmarks.md)
 # Each does its own set-up: a virtual environment in .venv with the versions of requirements.lock.
 
 PYTHON ?= python3

@@ -50,27 +50,29 @@ THREAD_VARIABLES = (
 def main() -> None:
     args = parse_arguments()
     scale = workloads.QUICK if args.quick else workloads.Scale()
-    given = {"log_rows": args.log_rows, "fit_rows": args.fit_rows and tuple(args.fit_rows)}
+    fit_rows = args.fit_rows and tuple(sorted(args.fit_rows))
+    given = {"log_rows": args.log_rows, "big_log_gb": args.big_log_gb, "fit_rows": fit_rows}
     scale = dataclasses.replace(scale, **{name: value for name, value in given.items() if value})
     settings = {
         "quick": args.quick,
         "repeats": args.repeats,
         "threads": args.threads,
+        "device": args.device,
         "scale": json.loads(json.dumps(dataclasses.asdict(scale))),
     }
     load = os.getloadavg()[0]
-    peers_python, why_not = peers_environment(args.peers_venv)
-    machine = describe_machine(load, peers_python)
+    peers_python, why_not = peers_environment(args.peers_venv, args.device)
+    machine = describe_machine(load, peers_python, torch.device(args.device))
     path = args.out / "bench.json"
     results = started_results(path, machine, settings)
     for text in report.warnings(results):
         say(f"warning: {text}")
-    with tempfile.TemporaryDirectory(prefix="embtrim-bench-") as folder:
-        for name in args.only:
-            listed = workloads.jobs(name, scale, Path(folder), machine["precisions"])
+    for name in args.only:
+        with tempfile.TemporaryDirectory(prefix="embtrim-bench-") as folder:
+            listed = workloads.jobs(name, scale, Path(folder), args.data, machine["precisions"])
             for repeat in range(args.repeats):
                 for job in listed:
-                    run_once(job, repeat, results, peers_python, why_not, args.threads)
+                    run_once(job, repeat, results, peers_python, why_not)
                     save(path, results)
     say(f"wrote {path} and {path.with_suffix('.md')}")
 
@@ -82,15 +84,20 @@ def parse_arguments() -> argparse.Namespace:
                         help=f"some of: {', '.join(workloads.NAMES)}")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5, help="runs of each job, whose medians count (5)")
     parser.add_argument("--threads", type=int, default=available_cores(), help="of every contender (all cores)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where models compute (cpu)")
+    parser.add_argument("--data", type=Path, default=HERE.parents[1] / "shared" / "data",
+                        help=f"folder with the real data: {', '.join(raw for raw, _ in workloads.REAL.values())}")  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder for bench.json and bench.md")
     parser.add_argument("--peers-venv", type=Path, default=HERE / ".peers-venv", help="the peers' environment")
     parser.add_argument("--log-rows", type=int, help="rows of the log to encode (5,000,000)")
-    parser.add_argument(
-        "--fit-rows", type=int, nargs="+", help="rows of the datasets to train on (1,000,000 20,000,000)"
-    )
+    parser.add_argument("--big-log-gb", type=float, help="size of the log to encode in little memory (10)")
+    parser.add_argument("--fit-rows", type=int, nargs="+",
+                        help="rows of the datasets to train on (1, 5, 10 and 20 million)")  # fmt: skip
     args = parser.parse_args()
     if args.repeats < 1 or args.threads < 1:
         parser.error(f"--repeats and --threads must be 1 or more, given {args.repeats} and {args.threads}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: torch {torch.__version__} sees no such device")
     if args.out is None:
         args.out = HERE.parent / "runs" / "bench-quick" if args.quick else HERE / "results" / "bench"
     return args
@@ -103,10 +110,9 @@ def say(text: str) -> None:
 # ---- one job -------------------------------------------------------------------------------------------------------------
 
 
-def run_once(
-    job: workloads.Job, repeat: int, results: dict[str, Any], peers_python: Path | None, why_not: str, threads: int
-) -> None:
+def run_once(job: workloads.Job, repeat: int, results: dict[str, Any], peers_python: Path | None, why_not: str) -> None:
     """Run a job and append what came of it, unless it ran before or cannot run."""
+    threads, device = results["settings"]["threads"], results["settings"]["device"]
     earlier = [run for run in results["runs"] if run["key"] == job.key]
     if repeat >= job.max_repeats or any(run["repeat"] == repeat or "error" in run for run in earlier):
         return
@@ -114,11 +120,14 @@ def run_once(
     if python is None:
         result: dict[str, Any] = {"error": why_not}
     else:
-        if job.prepare is not None:
-            job.prepare()
-        order = json.dumps([job.kind, threads, job.settings])
-        env = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
-        result = measure.run_alone([str(python), str(HERE / job.script), order], env)
+        try:
+            if job.prepare is not None:
+                job.prepare()
+            order = json.dumps([job.kind, threads, device, job.settings])
+            env = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
+            result = measure.run_alone([str(python), str(HERE / job.script), order], env)
+        except (embtrim.EmbtrimError, OSError) as error:  # no data, no room for them
+            result = {"error": str(error)}
     results["runs"].append({"key": job.key, "repeat": repeat, **result})
     figures = [f"{k} {v:,.4g}" for k, v in result.items() if k in ("step_ms", "rows_per_s", "peak_bytes")]
     say(f"{job.key}, run {repeat + 1}: {result.get('error') or ', '.join(figures) or 'done'}")
@@ -147,13 +156,13 @@ def started_results(path: Path, machine: dict[str, Any], settings: dict[str, Any
 # ---- the machine and the peers' environment --------------------------------------------------------------------------------
 
 
-def precision_here(name: str) -> dict[str, Any]:
+def precision_here(name: str, device: torch.device) -> dict[str, Any]:
     """What embtrim's "fp32" or "auto" is on this machine, in torch's terms: see workloads.jobs."""
-    with fast_matmul(name, torch.device("cpu")) as (_, words):
+    with fast_matmul(name, device) as (_, words):
         return {"matmul": torch.get_float32_matmul_precision(), "bf16": "bf16" in words}
 
 
-def describe_machine(load: float, peers_python: Path | None) -> dict[str, Any]:
+def describe_machine(load: float, peers_python: Path | None, device: torch.device) -> dict[str, Any]:
     """What the figures depend on."""
     variables = (
         "OMP_WAIT_POLICY",
@@ -166,12 +175,13 @@ def describe_machine(load: float, peers_python: Path | None) -> dict[str, Any]:
     versions = {"embtrim": embtrim.__version__, "torch": torch.__version__, "python": platform.python_version()}
     return {
         "processor": f"{processor_name()}, {torch.backends.cpu.get_cpu_capability()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()}",
         "env": {name: os.environ[name] for name in variables if name in os.environ},
         "versions": versions | {f"peers' {k}": v for k, v in peer_versions(peers_python).items()},
         "commit": commit(),
-        "precisions": {name: precision_here(name) for name in ("fp32", "auto")},
+        "precisions": {name: precision_here(name, device) for name in ("fp32", "auto")},
         "load": load,
         "started": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }
@@ -196,9 +206,15 @@ def peer_versions(python: Path | None) -> dict[str, str]:
     return json.loads(done.stdout) if done.returncode == 0 else {}
 
 
-def peers_environment(folder: Path) -> tuple[Path | None, str]:
-    """Python of the peers' environment, made if it is missing or of other versions; or None, and why it cannot be made."""
+def peers_environment(folder: Path, device: str) -> tuple[Path | None, str]:
+    """Python of the peers' environment, made if it is missing or of other versions; or None, and why there is none.
+
+    Requirements are those of CPUs. For another device the folder must hold an environment that its user made.
+    """
     python, marker = folder.absolute() / "bin" / "python", folder / "installed"
+    if device != "cpu":
+        missing = f"{folder} is no environment with {device} builds of the peers; make one, see --peers-venv"
+        return (python, "") if python.exists() else (None, missing)
     digest = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
     if marker.exists() and marker.read_text() == digest:
         return python, ""

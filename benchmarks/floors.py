@@ -27,8 +27,8 @@ def matmul_ms(num_inputs: int, batch_size: int, precision: str, seconds: float) 
     total, flops = 0.0, 0
     widths = (num_inputs, *HIDDEN, 1)
     for inputs, outputs in itertools.pairwise(widths):
-        x, w = torch.randn(batch_size, inputs, dtype=dtype), torch.randn(outputs, inputs, dtype=dtype)
-        y = torch.randn(batch_size, outputs, dtype=dtype)
+        shapes = ((batch_size, inputs), (outputs, inputs), (batch_size, outputs))
+        x, w, y = (torch.randn(*shape, dtype=dtype, device=measure.device) for shape in shapes)
         products = (lambda x=x, w=w: x @ w.T, lambda y=y, w=w: y @ w, lambda y=y, x=x: y.T @ x)
         total += sum(measure.time_calls(product, seconds) for product in products)
         flops += 3 * 2 * batch_size * inputs * outputs
@@ -37,14 +37,13 @@ def matmul_ms(num_inputs: int, batch_size: int, precision: str, seconds: float) 
 
 def row_rates(num_rows: int, width: int, num_reads: int, distinct_U: Tensor, seconds: float) -> dict[str, float]:
     """Rows a second: uniformly random reads by the fastest gather at hand, and updates of three tables in place."""
-    table = torch.zeros(num_rows, width)
-    index = torch.randint(num_rows, (num_reads,), generator=torch.Generator().manual_seed(0))
+    table = torch.zeros(num_rows, width, device=measure.device)
+    index = torch.randint(num_rows, (num_reads,), generator=torch.Generator().manual_seed(0)).to(measure.device)
     out = np.empty((num_reads, width), np.float32)
-    read_ms = min(
-        measure.time_calls(lambda: table.index_select(0, index), seconds),
-        measure.time_calls(lambda: functional.embedding(index, table), seconds),
-        measure.time_calls(lambda: np.take(table.numpy(), index.numpy(), axis=0, out=out, mode="clip"), seconds),
-    )
+    gathers = [lambda: table.index_select(0, index), lambda: functional.embedding(index, table)]
+    if measure.device.type == "cpu":
+        gathers.append(lambda: np.take(table.numpy(), index.numpy(), axis=0, out=out, mode="clip"))
+    read_ms = min(measure.time_calls(gather, seconds) for gather in gathers)
     weight_and_moments = (table, torch.zeros_like(table), torch.zeros_like(table))
 
     def update() -> None:
@@ -55,14 +54,22 @@ def row_rates(num_rows: int, width: int, num_reads: int, distinct_U: Tensor, sec
     return {"reads": num_reads / read_ms * 1000, "updates": len(distinct_U) / update_ms * 1000}
 
 
-def floors(table_rows: int, batch_size: int, seconds: float) -> dict[str, Any]:
-    """Matmul rates, row rates, and from them the floors of a step by (layout, precision)."""
-    sizes = synthetic.table_sizes(table_rows)
-    ids, _ = next(synthetic.batches(sizes, batch_size, 1))
+def copied_bytes_per_s(seconds: float) -> float:
+    """Memory bandwidth: bytes read and written a second by a copy that no cache holds."""
+    source = torch.zeros(64 << 20, device=measure.device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / measure.time_calls(lambda: target.copy_(source), seconds) * 1000
+
+
+def floors(source: int | str, batch_size: int, seconds: float) -> dict[str, Any]:
+    """Memory bandwidth, matmul rates, row rates, and from them the floors of a step by (layout, precision)."""
+    sizes = synthetic.table_sizes(source)
+    ids, _ = next(synthetic.batches(source, batch_size, 1))
     starts = np.cumsum([0, *sizes[:-1]])
-    distinct = torch.from_numpy(np.unique(ids + starts))
-    inputs = {"full": synthetic.NUM_FIELDS * synthetic.FULL_WIDTH, "mixed": sum(synthetic.MIXED_WIDTHS)}
+    distinct = torch.from_numpy(np.unique(ids + starts)).to(measure.device)
+    inputs = {layout: sum(synthetic.widths_of(layout)) for layout in ("full", "mixed")}
     result: dict[str, Any] = {"matmul": {}, "rows": {}, "floor_ms": {}, "distinct_rows": len(distinct)}
+    result["copied_bytes_per_s"] = copied_bytes_per_s(seconds)
     for layout, width in (("full", 16), ("mixed", 4)):
         rates = row_rates(sum(sizes), width, ids.size, distinct, seconds)
         result["rows"][f"{4 * width}-byte"] = rates

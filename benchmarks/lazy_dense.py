@@ -1,55 +1,39 @@
-"""Does it matter for accuracy that only touched rows move? Lazy against dense tables, bf16 against fp32; same settings.
+"""Does it matter for accuracy that only touched rows move, and that matmuls are bf16? The same settings otherwise.
 
-python benchmarks/lazy_dense.py frappe-64 --data DATA/frappe --seeds 3
+    python benchmarks/lazy_dense.py frappe-64 --data DATA/frappe --seeds 3 --out runs/lazy_dense.json
+
+prints a table with a verdict (see report.NOISE) and writes the JSON behind it; `bench.py --only accuracy` does the same
+for Frappe and MovieLens. A training ends by early stopping, at the latest after the recipe's epochs, or --epochs.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
 from pathlib import Path
 
-import embtrim
-from embtrim.config import read_toml
-from embtrim.experiment import RunConfig
-from embtrim.models import build
-from embtrim.train import evaluate, fit
-
-# tables, precision
-CELLS = (("dense", "fp32"), ("lazy", "fp32"), ("lazy", "auto"))
+import ours
+import report
+import workloads
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="name of a file in recipes/, without .toml")
     parser.add_argument("--data", required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, help="instead of the recipe's")
+    parser.add_argument("--epochs", type=int, help="at most, instead of the recipe's")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
-    config = RunConfig.parse(
-        read_toml(Path(__file__).parents[1] / "recipes" / f"{args.recipe}.toml"), where=args.recipe
-    )
-    data = embtrim.load(args.data)
-    print("| tables | precision | test AUC by seed | mean | spread | logloss | rows/s |", flush=True)
-    print("|---|---|---|---|---|---|---|", flush=True)
-    for tables, precision in CELLS:
-        results = []
-        for seed in range(args.seeds):
-            model = build(config.model, data.schema, **{**config.hparams, "seed": seed})
-            train = config.train.replace(tables=tables, precision=precision, seed=seed)
-            fitted = fit(model, data, train.replace(epochs=args.epochs) if args.epochs else train)
-            results.append((evaluate(model, data, "test"), fitted))
-        auc = [metrics.auc for metrics, _ in results]
-        cells = [
-            tables,
-            results[0][1].precision,
-            ", ".join(f"{a:.5f}" for a in auc),
-            f"{statistics.mean(auc):.5f}",
-            f"{statistics.stdev(auc):.5f}" if len(auc) > 1 else "",
-            f"{statistics.mean(metrics.logloss for metrics, _ in results):.4f}",
-            f"{statistics.median(fitted.rows_per_second for _, fitted in results):,.0f}",
-        ]
-        print(f"| {' | '.join(cells)} |", flush=True)
+    settings = {"recipe": args.recipe, "data": args.data, "seeds": args.seeds, "epochs": args.epochs}
+    runs = []
+    for tables, precision in workloads.CELLS:
+        result = ours.accuracy(**settings, tables=tables, precision=precision)
+        runs.append({"key": f"accuracy/{args.recipe}/{tables} {precision}", **result})
+        if args.out is not None:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps({"settings": settings, "runs": runs}, indent=1))
+    print(report.accuracies(report.summarise(runs)))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,12 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
+
+import torch
 
 RESULT = "RESULT "
 SAMPLE_SECONDS = 0.1
@@ -22,25 +24,35 @@ JOB_SECONDS = 3600
 
 Times = tuple[float, ...]
 
+# Where the job of this process computes; set by `worker`.
+device = torch.device("cpu")
+
 
 # ---- in the process that is measured -----------------------------------------------------------------------------------
+
+
+def now() -> float:
+    """Seconds, read once the device has done all it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def train_step(
     loss: Callable[[Any], Any], optimizers: Sequence[Any], batch: Any, autocast: Callable[[], Any] = nullcontext
 ) -> tuple[Any, Times]:
     """One step as `embtrim.fit` takes it. Returns the loss, and the times before and after forward, backward, update."""
-    times = [time.perf_counter()]
+    times = [now()]
     for optimizer in optimizers:
         optimizer.zero_grad()
     with autocast():
         value = loss(batch)
-    times.append(time.perf_counter())
+    times.append(now())
     value.backward()
-    times.append(time.perf_counter())
+    times.append(now())
     for optimizer in optimizers:
         optimizer.step()
-    times.append(time.perf_counter())
+    times.append(now())
     return value, tuple(times)
 
 
@@ -71,24 +83,33 @@ def _median_ms(rows: Sequence[Times], start: int, stop: int) -> float:
 
 def time_calls(call: Callable[[], Any], seconds: float) -> float:
     """Median milliseconds of a call, repeated for about `seconds` after a fifth of that as warm-up."""
-    for budget in (seconds / 5, seconds):
-        found, until = [], time.perf_counter() + budget
-        while not found or time.perf_counter() < until:
-            started = time.perf_counter()
-            call()
-            found.append(time.perf_counter() - started)
-    return 1000 * statistics.median(found)
+    return time_in_turn({"": call}, seconds)[""]
+
+
+def time_in_turn(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """The same of several calls, each for about `seconds`; what else the machine does falls on all of them."""
+    for budget in (len(calls) * seconds / 5, len(calls) * seconds):
+        found: dict[str, list[float]] = {name: [] for name in calls}
+        until = time.perf_counter() + budget
+        while not all(found.values()) or time.perf_counter() < until:
+            for name, call in calls.items():
+                started = now()
+                call()
+                found[name].append(now() - started)
+    return {name: 1000 * statistics.median(values) for name, values in found.items()}
 
 
 def worker(kinds: dict[str, Callable[..., dict[str, Any]]]) -> None:
-    """Run the job of the command line, (kind, threads, settings), and print its result, or why there is none."""
-    import torch
-
-    kind, threads, settings = json.loads(sys.argv[1])
+    """Run the job of the command line, (kind, threads, device, settings), and print its result, or why there is none."""
+    global device
+    kind, threads, name, settings = json.loads(sys.argv[1])
+    device = torch.device(name)
     torch.set_num_threads(threads)
     try:
         result = kinds[kind](**settings)
         result |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        if device.type == "cuda":
+            result["device_peak_bytes"] = torch.cuda.max_memory_allocated(device)
     except Exception as error:
         traceback.print_exc()
         result = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"}

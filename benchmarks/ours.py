@@ -1,4 +1,4 @@
-"""embtrim's side of the benchmarks. One job a process: `python ours.py '[kind, threads, settings]'` prints its result.
+"""embtrim's side of the benchmarks. One job a process: `python ours.py '[kind, threads, device, settings]'` prints its result.
 
 Axes: B batch, F fields, S output columns of all fields.
 """
@@ -10,6 +10,8 @@ import importlib
 import itertools
 import json
 import os
+import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +23,21 @@ import torch
 import embtrim
 import measure
 import synthetic
-from embtrim.dataset import FORMAT_VERSION, Batch, EncodedDataset
+from embtrim.bundle import load_bundle, write_predictions
+from embtrim.config import read_toml
+from embtrim.dataset import FORMAT_VERSION, Batch, EncodedDataset, SplitArrays
+from embtrim.experiment import RunConfig
+from embtrim.kernels import kernels_for
 from embtrim.methods.uniform import equal_widths
-from embtrim.models import DeepFM
+from embtrim.models import DeepFM, build
 from embtrim.optim import RowAdagrad, RowAdam
+from embtrim.reading import ReadOptions
 from embtrim.tables import EmbeddingTables
-from embtrim.train import fast_matmul, fit, logloss_of_batch, make_optimizers
+from embtrim.train import evaluate, fast_matmul, fit, logloss_of_batch, make_optimizers
 
 CPU = torch.device("cpu")
+RECIPES = Path(__file__).parents[1] / "recipes"
+VALID_ROWS = 10_000
 
 
 def plan_of(schema: embtrim.Schema, layout: str) -> embtrim.SizePlan:
@@ -37,27 +46,27 @@ def plan_of(schema: embtrim.Schema, layout: str) -> embtrim.SizePlan:
     if layout == "full":
         return full
     if layout == "mixed":
-        widths = zip(schema.tables, synthetic.MIXED_WIDTHS, strict=True)
+        widths = zip(schema.tables, synthetic.widths_of("mixed", len(schema.tables)), strict=True)
         return full.with_columns({name: range(width) for name, width in widths}, "project")
     plan = equal_widths(full, full.max_params(embtrim.Budget.parse("10%")), "scatter", seed=0)
     assert plan is not None, "10% of width 16 is at least width 1"
     return plan
 
 
-def kept_columns(table_rows: int, layout: str) -> list[list[int]]:
+def kept_columns(source: int | str, layout: str) -> list[list[int]]:
     """Kept columns of each field, for contenders that know no plans."""
-    plan = plan_of(embtrim.Schema.from_sizes(synthetic.table_sizes(table_rows)), layout)
+    plan = plan_of(embtrim.Schema.from_sizes(synthetic.table_sizes(source)), layout)
     return [list(table.columns) for table in plan.tables]
 
 
-def deepfm(table_rows: int, layout: str, **hparams: Any) -> DeepFM:
-    schema = embtrim.Schema.from_sizes(synthetic.table_sizes(table_rows))
-    return DeepFM(schema, plan=plan_of(schema, layout), batch_norm=False, **hparams)
+def deepfm(source: int | str, layout: str, **hparams: Any) -> DeepFM:
+    schema = embtrim.Schema.from_sizes(synthetic.table_sizes(source))
+    return DeepFM(schema, plan=plan_of(schema, layout), batch_norm=False, **hparams).to(measure.device)
 
 
-def make_batches(table_rows: int, batch_size: int, num_batches: int) -> list[Batch]:
-    drawn = synthetic.batches(synthetic.table_sizes(table_rows), batch_size, num_batches)
-    return [Batch(torch.from_numpy(ids), torch.from_numpy(labels)) for ids, labels in drawn]
+def make_batches(source: int | str, batch_size: int, num_batches: int) -> list[Batch]:
+    drawn = synthetic.batches(source, batch_size, num_batches)
+    return [Batch(torch.from_numpy(ids), torch.from_numpy(labels)).to(measure.device) for ids, labels in drawn]
 
 
 def make_step(model: DeepFM, autocast: Callable[[], Any], config: embtrim.TrainConfig) -> Callable[[Batch], Any]:
@@ -67,90 +76,168 @@ def make_step(model: DeepFM, autocast: Callable[[], Any], config: embtrim.TrainC
     return lambda batch: measure.train_step(lambda b: logloss_of_batch(model, b), optimizers, batch, autocast)
 
 
-def use_kernels(name: str) -> None:
-    """From here on, plain torch's kernels or the fused ones.
+def use_kernels(name: str) -> str:
+    """From here on plain torch's kernels or the fused ones, whatever the environment says; returns the name.
 
     Raises:
         ModuleNotFoundError: there are none of this name, or numba is missing.
+        RuntimeError: embtrim takes others on this device.
     """
+    os.environ.pop("EMBTRIM_KERNELS", None)
     if name == "torch":
         os.environ["EMBTRIM_KERNELS"] = name
     else:
         importlib.import_module(f"embtrim.kernels.{name}")
+    taken = kernels_for(torch.empty(0, device=measure.device)).__name__.rpartition(".")[2]
+    if taken != name:
+        raise RuntimeError(f"on {measure.device} embtrim takes the kernels {taken!r}, not {name!r}")
+    return name
 
 
 def train(
-    table_rows: int, layout: str, precision: str, batch_size: int, warmup: int, steps: int, kernels: str = "torch"
+    source: int | str, layout: str, precision: str, batch_size: int, warmup: int, steps: int, kernels: str = "torch"
 ) -> dict[str, Any]:
     """Whole training steps of a DeepFM."""
-    use_kernels(kernels)
+    result = {"kernels": use_kernels(kernels)}
     config = embtrim.TrainConfig(precision=precision, batch_size=batch_size)  # type: ignore[arg-type]
-    model = deepfm(table_rows, layout)
-    with fast_matmul(precision, CPU) as (autocast, words):
+    model = deepfm(source, layout)
+    widths = [len(table.columns) for table in model.tables.plan.tables]
+    result["table_bytes"] = synthetic.step_bytes(source, batch_size, widths)
+    with fast_matmul(precision, measure.device) as (autocast, words):
         step = make_step(model, autocast, config)
-        batches = make_batches(table_rows, batch_size, warmup + steps)
-        return {**measure.time_steps(step, batches, warmup), "precision": words}
+        batches = make_batches(source, batch_size, warmup + steps)
+        return {**result, **measure.time_steps(step, batches, warmup), "precision": words}
 
 
-def profile(table_rows: int, layout: str, batch_size: int, warmup: int, steps: int) -> dict[str, Any]:
-    """Where a training step in auto precision spends its time: the ten operators with the most time of their own."""
-    use_kernels("torch")
-    model = deepfm(table_rows, layout)
-    batches = make_batches(table_rows, batch_size, warmup + steps)
-    with fast_matmul("auto", CPU) as (autocast, words):
-        step = make_step(model, autocast, embtrim.TrainConfig())
+def profile(
+    source: int | str, layout: str, batch_size: int, warmup: int, steps: int, kernels: str = "torch"
+) -> dict[str, Any]:
+    """Where a training step in auto precision spends its time, and what it allocates.
+
+    The ten operators with the most time of their own; the five that allocate most, frees of their own taken off; and the
+    share of the time that passes outside of torch's own operators: in Python, autograd, and the fused kernels.
+    """
+    result: dict[str, Any] = {"kernels": use_kernels(kernels)}
+    batches = make_batches(source, batch_size, warmup + steps)
+    with fast_matmul("auto", measure.device) as (autocast, result["precision"]):
+        step = make_step(deepfm(source, layout), autocast, embtrim.TrainConfig())
         for batch in batches[:warmup]:
             step(batch)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-            for batch in batches[warmup:]:
-                step(batch)
-    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    total = sum(event.self_cpu_time_total for event in events)
-    top = [
+
+        def profiled(**options: bool) -> tuple[float, list[Any]]:
+            """Microseconds of the steps, and the operators."""
+            with torch.profiler.profile(**options) as profiler:
+                started = measure.now()
+                for batch in batches[warmup:]:
+                    step(batch)
+                seconds = measure.now() - started
+            # On a GPU its kernels are listed too, beside the operators whose time they are.
+            operators = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CPU]
+            return 1e6 * seconds, operators
+
+        time_us, by_time = profiled()
+        _, by_memory = profiled(profile_memory=True)
+    on_cuda = measure.device.type == "cuda"
+
+    def own_us(event: Any) -> float:
+        return event.self_device_time_total if on_cuda else event.self_cpu_time_total
+
+    def own_bytes(event: Any) -> float:
+        return event.self_device_memory_usage if on_cuda else event.self_cpu_memory_usage
+
+    total_us = sum(map(own_us, by_time))
+    result["top"] = [
         {
             "operator": event.key,
-            "self_ms": event.self_cpu_time_total / 1000 / steps,
-            "share": event.self_cpu_time_total / total,
+            "self_ms": own_us(event) / 1000 / steps,
+            "share": own_us(event) / total_us,
             "calls": event.count / steps,
         }
-        for event in events[:10]
+        for event in sorted(by_time, key=own_us, reverse=True)[:10]
     ]
-    return {"top": top, "step_ms": total / 1000 / steps, "precision": words}
+    result["allocations"] = [
+        {"operator": event.key, "bytes": own_bytes(event) / steps, "calls": event.count / steps}
+        for event in sorted(by_memory, key=own_bytes, reverse=True)[:5]
+    ]
+    inside_us = sum(own_us(event) for event in by_time if event.key.startswith("aten::"))
+    return {**result, "step_ms": time_us / 1000 / steps, "outside": 1 - inside_us / time_us}
 
 
 def embedding(
-    table_rows: int, layout: str, optimizer: str, batch_size: int, warmup: int, steps: int, kernels: str = "torch"
+    source: int | str, layout: str, optimizer: str, batch_size: int, warmup: int, steps: int, kernels: str = "torch"
 ) -> dict[str, Any]:
     """The embeddings alone: lookup, backward with a given gradient, update."""
-    use_kernels(kernels)
-    schema = embtrim.Schema.from_sizes(synthetic.table_sizes(table_rows))
-    tables = EmbeddingTables(schema, dataclasses.replace(plan_of(schema, layout), first_order=False))
+    result = {"kernels": use_kernels(kernels)}
+    schema = embtrim.Schema.from_sizes(synthetic.table_sizes(source))
+    tables = EmbeddingTables(schema, dataclasses.replace(plan_of(schema, layout), first_order=False)).to(measure.device)
     row_optimizer = {"adam": RowAdam, "adagrad": RowAdagrad}[optimizer](tables, lr=1e-3)
     grad_BS = torch.randn(batch_size, sum(tables.widths), generator=torch.Generator().manual_seed(0))
+    grad_BS = grad_BS.to(measure.device)
+    result["table_bytes"] = synthetic.step_bytes(source, batch_size, tables.widths)
 
     def step(batch: Batch) -> tuple[None, measure.Times]:
-        times = [time.perf_counter()]
+        times = [measure.now()]
         row_optimizer.zero_grad()
         concat = tables(batch.ids_BC).concat
-        times.append(time.perf_counter())
+        times.append(measure.now())
         concat.backward(grad_BS)
-        times.append(time.perf_counter())
+        times.append(measure.now())
         row_optimizer.step()
-        times.append(time.perf_counter())
+        times.append(measure.now())
         return None, tuple(times)
 
-    return measure.time_steps(step, make_batches(table_rows, batch_size, warmup + steps), warmup)
+    return {**result, **measure.time_steps(step, make_batches(source, batch_size, warmup + steps), warmup)}
 
 
-def predict(table_rows: int, layout: str, batch_sizes: list[int], seconds: float) -> dict[str, Any]:
+def predict(source: int | str, layout: str, batch_sizes: list[int], seconds: float) -> dict[str, Any]:
     """Latency of the model's forward pass as `predict` runs it."""
-    model = deepfm(table_rows, layout).eval()
+    model = deepfm(source, layout).eval()
     latency = {}
-    with torch.no_grad(), fast_matmul("fp32", CPU):
+    with torch.no_grad(), fast_matmul("fp32", measure.device):
         for size in batch_sizes:
-            turns = itertools.cycle(make_batches(table_rows, size, 20))
+            turns = itertools.cycle(make_batches(source, size, 20))
             latency[str(size)] = measure.time_calls(lambda turns=turns: model(next(turns).ids_BC), seconds)
     return {"latency_ms": latency}
+
+
+@torch.no_grad()
+def export(source: int | str, layout: str, batch_sizes: list[int], seconds: float) -> dict[str, Any]:
+    """Latency of the forward pass on the CPU, by runtime: eager, torch.export's program, and ONNX in onnxruntime, in turn."""
+    import onnxruntime
+
+    model, latency = deepfm(source, layout).to(CPU).eval(), {}
+    with tempfile.TemporaryDirectory() as folder, fast_matmul("fp32", CPU):
+        embtrim.export(model, "pt2", f"{folder}/pt2")
+        embtrim.export(model, "onnx", f"{folder}/onnx")
+        exported = torch.export.load(f"{folder}/pt2/model.pt2").module()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(f"{folder}/onnx/model.onnx", options)
+        for size in batch_sizes:
+            turns = itertools.cycle([batch.ids_BC.cpu() for batch in make_batches(source, size, 20)])
+            calls = {
+                "eager": lambda turns=turns: model(next(turns)),
+                "torch.export": lambda turns=turns: exported(ids=next(turns)),
+                "onnxruntime": lambda turns=turns: session.run(["logits"], {"ids": next(turns).numpy()}),
+            }
+            for name, milliseconds in measure.time_in_turn(calls, seconds).items():
+                latency.setdefault(name, {})[str(size)] = milliseconds
+    return {"latency_ms": latency}
+
+
+def score(log: str, out: str, layout: str) -> dict[str, Any]:
+    """All that the verb `predict` does: a raw log is read, encoded and scored, and the scores are written."""
+    folder = Path(out)
+    encode(log, f"{folder}-data")
+    data = EncodedDataset.load(f"{folder}-data")
+    model = DeepFM(data.schema, plan=plan_of(data.schema, layout), batch_norm=False)
+    embtrim.save(model, folder, data, overwrite=True)
+    bundle, options = load_bundle(folder), ReadOptions(format="csv", separator="\t")
+    for _ in range(2):  # the first pass warms up
+        started = time.perf_counter()
+        rows = write_predictions(bundle, log, folder.with_suffix(".parquet"), options=options, overwrite=True)
+        seconds = time.perf_counter() - started
+    return {"rows": rows, "rows_per_s": rows / seconds}
 
 
 def encode(log: str, out: str) -> dict[str, Any]:
@@ -162,7 +249,12 @@ def encode(log: str, out: str) -> dict[str, Any]:
     data = embtrim.encode(log, schema, out=out, format="csv", separator="\t", overwrite=True, progress=False)
     seconds = time.perf_counter() - started
     rows = sum(data.num_rows(split) for split in data.splits)
-    return {"rows": rows, "rows_per_s": rows / seconds, "vocabulary": sum(data.schema.tables.values())}
+    return {
+        "rows": rows,
+        "rows_per_s": rows / seconds,
+        "vocabulary": sum(data.schema.tables.values()),
+        "log_bytes": Path(log).stat().st_size,
+    }
 
 
 def read(folder: str, batch_size: int) -> dict[str, Any]:
@@ -175,31 +267,79 @@ def read(folder: str, batch_size: int) -> dict[str, Any]:
     return {"rows": rows, "rows_per_s": rows / seconds}
 
 
-def train_epoch(folder: str, batch_size: int) -> dict[str, Any]:
+def train_epoch(folder: str, batch_size: int, kernels: str = "torch") -> dict[str, Any]:
     """An epoch of `fit` from disk; the watcher notes the memory."""
-    data = EncodedDataset.load(folder)
-    result = fit(DeepFM(data.schema, batch_norm=False), data, epochs=1, batch_size=batch_size)
-    return {"rows": data.num_rows("train"), "rows_per_s": result.rows_per_second, "precision": result.precision}
+    used, data = use_kernels(kernels), EncodedDataset.load(folder)
+    model = DeepFM(data.schema, batch_norm=False)
+    result = fit(model, data, epochs=1, batch_size=batch_size, device=measure.device.type)
+    return {
+        "rows": data.num_rows("train"),
+        "rows_per_s": result.rows_per_second,
+        "precision": result.precision,
+        "kernels": used,
+    }
+
+
+def accuracy(
+    recipe: str, data: str, tables: str, precision: str, seeds: int, epochs: int | None, max_rows: int | None = None
+) -> dict[str, Any]:
+    """Test AUC and logloss by seed of a recipe, trained to early stopping.
+
+    Args:
+        recipe: name of a file in recipes/, without .toml.
+        data: an encoded folder.
+        tables: "lazy" or "dense".
+        precision: as in TrainConfig.
+        seeds: how many.
+        epochs: at most; None for the recipe's.
+        max_rows: of every split at most, to see whether it runs.
+    """
+    used = use_kernels("torch")
+    config = RunConfig.parse(read_toml(RECIPES / f"{recipe}.toml"), where=recipe)
+    train = config.train.replace(tables=tables, precision=precision, device=measure.device.type)
+    train = train.replace(epochs=epochs or train.epochs)
+    stored = embtrim.load(data)
+    if max_rows is not None:
+        splits = {n: SplitArrays(s.ids[:max_rows], s.labels[:max_rows]) for n, s in stored.splits.items()}
+        stored = EncodedDataset(stored.schema, splits)
+    found = []
+    for seed in range(seeds):
+        model = build(config.model, stored.schema, **{**config.hparams, "seed": seed})
+        fitted = fit(model, stored, train.replace(seed=seed))
+        found.append((evaluate(model, stored, "test", train), fitted))
+    return {
+        "auc": [metrics.auc for metrics, _ in found],
+        "logloss": [metrics.logloss for metrics, _ in found],
+        "epochs": [len(fitted.history) for _, fitted in found],
+        "max_epochs": train.epochs,
+        "rows_per_s": statistics.median(fitted.rows_per_second for _, fitted in found),
+        "precision": found[0][1].precision,
+        "kernels": used,
+    }
 
 
 def write_dataset(folder: Path, num_rows: int, table_rows: int) -> None:
-    """An encoded dataset of one split; ids and labels are drawn and written chunk by chunk."""
+    """An encoded dataset, VALID_ROWS for validation; ids and labels are drawn and written chunk by chunk."""
     sizes, rng, chunk = synthetic.table_sizes(table_rows), np.random.default_rng(0), 200_000
-    (folder / "train").mkdir(parents=True)
+    splits = {"train": num_rows, "valid": VALID_ROWS}
+    folder.mkdir(parents=True)
     schema = embtrim.Schema.from_sizes(sizes)
     (folder / "schema.json").write_text(json.dumps(schema.model_dump(mode="json")), "utf-8")
-    meta = {"format_version": FORMAT_VERSION, "num_rows": {"train": num_rows}}
-    (folder / "meta.json").write_text(json.dumps(meta), "utf-8")
-    shape = (num_rows, synthetic.NUM_FIELDS)
-    ids = np.lib.format.open_memmap(folder / "train" / "ids.npy", "w+", np.int32, shape)
-    labels = np.lib.format.open_memmap(folder / "train" / "labels.npy", "w+", np.float32, (num_rows,))
-    for start in range(0, num_rows, chunk):
-        stop = min(start + chunk, num_rows)
-        ids[start:stop] = synthetic.zipf_ids(sizes, stop - start, rng)
-        labels[start:stop] = synthetic.labels_of(ids[start:stop], rng)
+    (folder / "meta.json").write_text(json.dumps({"format_version": FORMAT_VERSION, "num_rows": splits}), "utf-8")
+    for split, rows in splits.items():
+        (folder / split).mkdir()
+        shape = (rows, synthetic.NUM_FIELDS)
+        ids = np.lib.format.open_memmap(folder / split / "ids.npy", "w+", np.int32, shape)
+        labels = np.lib.format.open_memmap(folder / split / "labels.npy", "w+", np.float32, (rows,))
+        for start in range(0, rows, chunk):
+            stop = min(start + chunk, rows)
+            ids[start:stop] = synthetic.zipf_ids(sizes, stop - start, rng)
+            labels[start:stop] = synthetic.labels_of(ids[start:stop], rng)
 
 
-KINDS = {f.__name__: f for f in (train, profile, embedding, predict, encode, read, train_epoch)}
+KINDS = {
+    f.__name__: f for f in (train, profile, embedding, predict, export, score, encode, read, train_epoch, accuracy)
+}
 
 if __name__ == "__main__":
     measure.worker(KINDS)

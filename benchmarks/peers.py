@@ -1,6 +1,6 @@
 """The peers' side of the benchmarks: plain PyTorch, FuxiCTR, FBGEMM, torchrec, pandas; none of it imports embtrim.
 
-One job a process: `python peers.py '[kind, threads, settings]'` prints its result. Every contender gets its batches in
+One job a process: `python peers.py '[kind, threads, device, settings]'` prints its result. Every contender gets its batches in
 the form it likes best, made beforehand; ids are most frequent first for all.
 
 Axes: B batch, F fields, D full width, S output columns of all fields.
@@ -73,8 +73,8 @@ class Head(nn.Module):
         return self.bias + first_order_B + fm_B + self.mlp(concat_BS).squeeze(1)
 
 
-def full_columns() -> list[range]:
-    return [range(synthetic.FULL_WIDTH)] * synthetic.NUM_FIELDS
+def full_head(num_fields: int) -> Head:
+    return Head([range(synthetic.FULL_WIDTH)] * num_fields).to(measure.device)
 
 
 def logloss(logits_B: Tensor, labels_B: Tensor) -> Tensor:
@@ -86,13 +86,18 @@ def logloss(logits_B: Tensor, labels_B: Tensor) -> Tensor:
 Prepare = Callable[[np.ndarray, np.ndarray], Any]
 
 
+def on_device(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.to(measure.device) for tensor in tensors)
+
+
 def one_table(sizes: list[int], optimizer: str) -> tuple[Callable[[Any], Any], Prepare]:
     """All fields in one nn.Embedding, first-order weights in another; as careful users write it."""
     sparse = optimizer == "sparse"
-    tables = [nn.Embedding(sum(sizes), width, sparse=sparse) for width in (synthetic.FULL_WIDTH, 1)]
+    widths = (synthetic.FULL_WIDTH, 1)
+    tables = [nn.Embedding(sum(sizes), width, sparse=sparse, device=measure.device) for width in widths]
     for table in tables:
         nn.init.normal_(table.weight, 0, INIT_STD)
-    head, starts_F = Head(full_columns()), torch.from_numpy(np.cumsum([0, *sizes[:-1]]))
+    head, starts_F = full_head(len(sizes)), torch.from_numpy(np.cumsum([0, *sizes[:-1]]))
     weights = [table.weight for table in tables]
     if sparse:
         optimizers = [
@@ -110,7 +115,7 @@ def one_table(sizes: list[int], optimizer: str) -> tuple[Callable[[Any], Any], P
 
     return (
         partial(measure.train_step, loss, optimizers),
-        lambda ids, labels: (torch.from_numpy(ids) + starts_F, torch.from_numpy(labels)),
+        lambda ids, labels: on_device(torch.from_numpy(ids) + starts_F, torch.from_numpy(labels)),
     )
 
 
@@ -129,13 +134,15 @@ def fuxictr(sizes: list[int]) -> tuple[Callable[[Any], Any], Prepare]:
 
     class DeepFM(BaseModel):
         def __init__(self) -> None:
-            super().__init__(feature_map, verbose=0, model_root=tempfile.gettempdir(), metrics=["AUC"])
+            gpu = 0 if measure.device.type == "cuda" else -1
+            super().__init__(feature_map, gpu=gpu, verbose=0, model_root=tempfile.gettempdir(), metrics=["AUC"])
             self.embedding = FeatureEmbedding(feature_map, synthetic.FULL_WIDTH)
             self.fm = FactorizationMachine(feature_map)
             num_inputs = len(sizes) * synthetic.FULL_WIDTH
             self.mlp = MLP_Block(num_inputs, list(HIDDEN), output_dim=1)
             self.compile("adam", "binary_crossentropy", LEARNING_RATE)
             self.reset_parameters()
+            self.model_to_device()
             self._max_gradient_norm = 10.0  # the default of its fit
 
         def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -148,25 +155,25 @@ def fuxictr(sizes: list[int]) -> tuple[Callable[[Any], Any], Prepare]:
     model.train()
 
     def step(batch: dict[str, Tensor]) -> tuple[Tensor, measure.Times]:
-        started = time.perf_counter()
+        started = measure.now()
         loss = model.train_step(batch)
-        return loss, (started, time.perf_counter())
+        return loss, (started, measure.now())
 
     def prepare(ids: np.ndarray, labels: np.ndarray) -> dict[str, Tensor]:
-        columns = {name: torch.from_numpy(ids[:, i].astype(np.int64)) for i, name in enumerate(names)}
-        return {**columns, synthetic.LABEL: torch.from_numpy(labels)}
+        columns = on_device(*(torch.from_numpy(column) for column in ids.T.astype(np.int64)))
+        return {**dict(zip(names, columns, strict=True)), synthetic.LABEL: torch.from_numpy(labels).to(measure.device)}
 
     return step, prepare
 
 
 def rounded_widths(layout: str) -> list[int]:
     """FBGEMM's widths are multiples of four."""
-    widths = synthetic.MIXED_WIDTHS if layout == "mixed" else [synthetic.FULL_WIDTH] * synthetic.NUM_FIELDS
-    return [-(-width // 4) * 4 for width in widths]
+    return [-(-width // 4) * 4 for width in synthetic.widths_of(layout)]
 
 
 def batched_tables(sizes: list[int], widths: list[int]) -> Any:
-    """FBGEMM's table-batched embeddings, row-wise Adagrad fused into backward: the only such optimiser it has on CPU."""
+    """FBGEMM's table-batched embeddings, row-wise Adagrad fused into backward: the only such optimiser it has on CPU, and
+    its usual one on GPU."""
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
     from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
         ComputeDevice,
@@ -174,10 +181,14 @@ def batched_tables(sizes: list[int], widths: list[int]) -> Any:
         SplitTableBatchedEmbeddingBagsCodegen,
     )
 
+    place = (EmbeddingLocation.HOST, ComputeDevice.CPU)
+    if measure.device.type == "cuda":
+        place = (EmbeddingLocation.DEVICE, ComputeDevice.CUDA)
     tables = SplitTableBatchedEmbeddingBagsCodegen(
-        [(n, w, EmbeddingLocation.HOST, ComputeDevice.CPU) for n, w in zip(sizes, widths, strict=True)],
+        [(size, width, *place) for size, width in zip(sizes, widths, strict=True)],
         optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
         learning_rate=LEARNING_RATE,
+        device=measure.device,
     )
     tables.init_embedding_weights_uniform(-INIT_STD, INIT_STD)
     return tables
@@ -185,14 +196,14 @@ def batched_tables(sizes: list[int], widths: list[int]) -> Any:
 
 def bags_of(ids: np.ndarray) -> tuple[Tensor, Tensor]:
     """Ids table by table, and offsets of bags of one id each."""
-    return torch.from_numpy(ids.T.astype(np.int64).ravel()), torch.arange(ids.size + 1)
+    return on_device(torch.from_numpy(ids.T.astype(np.int64).ravel()), torch.arange(ids.size + 1))
 
 
 def fbgemm(sizes: list[int], layout: str, autocast: Callable[[], Any]) -> tuple[Callable[[Any], Any], Prepare]:
     """FBGEMM's tables and the plain head; a first-order weight is a row of width 4, its sum."""
     widths = rounded_widths(layout)
     tables, first_order = batched_tables(sizes, widths), batched_tables(sizes, [4] * len(sizes))
-    head = Head([range(width) for width in widths], projected=layout == "mixed")
+    head = Head([range(width) for width in widths], projected=layout == "mixed").to(measure.device)
     optimizers = [torch.optim.Adam(head.parameters(), LEARNING_RATE, fused=True)]
 
     def loss(batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -201,7 +212,7 @@ def fbgemm(sizes: list[int], layout: str, autocast: Callable[[], Any]) -> tuple[
 
     return (
         lambda batch: measure.train_step(loss, optimizers, batch, autocast),
-        lambda ids, labels: (*bags_of(ids), torch.from_numpy(labels)),
+        lambda ids, labels: (*bags_of(ids), *on_device(torch.from_numpy(labels))),
     )
 
 
@@ -226,9 +237,9 @@ def torchrec(sizes: list[int], autocast: Callable[[], Any]) -> tuple[Callable[[A
             )
             for name, size in zip(names, sizes, strict=True)
         ]
-        return FusedEmbeddingBagCollection(configs, RowWiseAdagrad, {"lr": LEARNING_RATE}, device=torch.device("cpu"))
+        return FusedEmbeddingBagCollection(configs, RowWiseAdagrad, {"lr": LEARNING_RATE}, device=measure.device)
 
-    tables, first_order, head = collection(synthetic.FULL_WIDTH), collection(4), Head(full_columns())
+    tables, first_order, head = collection(synthetic.FULL_WIDTH), collection(4), full_head(len(sizes))
     optimizers = [torch.optim.Adam(head.parameters(), LEARNING_RATE, fused=True)]
 
     def loss(batch: tuple[Any, Tensor]) -> Tensor:
@@ -237,13 +248,14 @@ def torchrec(sizes: list[int], autocast: Callable[[], Any]) -> tuple[Callable[[A
 
     def prepare(ids: np.ndarray, labels: np.ndarray) -> tuple[Any, Tensor]:
         values, offsets = bags_of(ids)
-        return KeyedJaggedTensor(keys=names, values=values, offsets=offsets), torch.from_numpy(labels)
+        bags = KeyedJaggedTensor(keys=names, values=values, offsets=offsets)
+        return bags, torch.from_numpy(labels).to(measure.device)
 
     return lambda batch: measure.train_step(loss, optimizers, batch, autocast), prepare
 
 
-def prepared(sizes: list[int], batch_size: int, num_batches: int, prepare: Prepare) -> list[Any]:
-    return [prepare(ids, labels) for ids, labels in synthetic.batches(sizes, batch_size, num_batches)]
+def prepared(source: int | str, batch_size: int, num_batches: int, prepare: Prepare) -> list[Any]:
+    return [prepare(ids, labels) for ids, labels in synthetic.batches(source, batch_size, num_batches)]
 
 
 # ---- jobs ----------------------------------------------------------------------------------------------------------------
@@ -251,7 +263,7 @@ def prepared(sizes: list[int], batch_size: int, num_batches: int, prepare: Prepa
 
 def train(
     contender: str,
-    table_rows: int,
+    source: int | str,
     batch_size: int,
     warmup: int,
     steps: int,
@@ -263,39 +275,45 @@ def train(
     torch.manual_seed(0)
     torch.set_float32_matmul_precision(matmul)
     if contender in ("fbgemm", "torchrec"):
-        settings["autocast"] = partial(torch.autocast, "cpu", torch.bfloat16) if bf16 else nullcontext
-    sizes = synthetic.table_sizes(table_rows)
+        settings["autocast"] = partial(torch.autocast, measure.device.type, torch.bfloat16) if bf16 else nullcontext
+    sizes = synthetic.table_sizes(source)
     makers = {"one_table": one_table, "fuxictr": fuxictr, "fbgemm": fbgemm, "torchrec": torchrec}
     step, prepare = makers[contender](sizes, **settings)
-    batches = prepared(sizes, batch_size, warmup + steps, prepare)
+    batches = prepared(source, batch_size, warmup + steps, prepare)
     words = ("bf16 autocast" if bf16 else "fp32") + (", oneDNN matmul" if matmul == "medium" else "")
-    return {**measure.time_steps(step, batches, warmup), "precision": words}
+    widths = synthetic.widths_of(settings.get("layout", "full"), len(sizes))
+    return {
+        **measure.time_steps(step, batches, warmup),
+        "precision": words,
+        "table_bytes": synthetic.step_bytes(source, batch_size, widths),
+    }
 
 
-def embedding(table_rows: int, layout: str, batch_size: int, warmup: int, steps: int) -> dict[str, Any]:
+def embedding(source: int | str, layout: str, batch_size: int, warmup: int, steps: int) -> dict[str, Any]:
     """FBGEMM's embeddings alone: lookup, then backward with a given gradient, which updates."""
-    sizes, widths = synthetic.table_sizes(table_rows), rounded_widths(layout)
+    sizes, widths = synthetic.table_sizes(source), rounded_widths(layout)
     tables = batched_tables(sizes, widths)
-    grad_BS = torch.randn(batch_size, sum(widths), generator=torch.Generator().manual_seed(0))
+    grad_BS = torch.randn(batch_size, sum(widths), generator=torch.Generator().manual_seed(0)).to(measure.device)
 
     def step(batch: tuple[Tensor, Tensor]) -> tuple[None, measure.Times]:
-        started = time.perf_counter()
+        started = measure.now()
         tables(*batch).backward(grad_BS)
-        return None, (started, time.perf_counter())
+        return None, (started, measure.now())
 
-    batches = prepared(sizes, batch_size, warmup + steps, lambda ids, _: bags_of(ids))
-    return measure.time_steps(step, batches, warmup)
+    batches = prepared(source, batch_size, warmup + steps, lambda ids, _: bags_of(ids))
+    table_bytes = synthetic.step_bytes(source, batch_size, synthetic.widths_of(layout))
+    return {**measure.time_steps(step, batches, warmup), "table_bytes": table_bytes}
 
 
 def predict(
-    table_rows: int, columns: list[list[int]], matmul: str, batch_sizes: list[int], seconds: float
+    source: int | str, columns: list[list[int]], matmul: str, batch_sizes: list[int], seconds: float
 ) -> dict[str, Any]:
     """Latency of a forward pass: one nn.Embedding a field, the plain head."""
     torch.set_float32_matmul_precision(matmul)
-    sizes = synthetic.table_sizes(table_rows)
-    tables = nn.ModuleList(nn.Embedding(size, len(own)) for size, own in zip(sizes, columns, strict=True))
-    first_order = nn.ModuleList(nn.Embedding(size, 1) for size in sizes)
-    head = Head(columns).eval()
+    sizes, device = synthetic.table_sizes(source), measure.device
+    tables = nn.ModuleList(nn.Embedding(n, len(own), device=device) for n, own in zip(sizes, columns, strict=True))
+    first_order = nn.ModuleList(nn.Embedding(n, 1, device=device) for n in sizes)
+    head = Head(columns).to(device).eval()
 
     def score(ids_BF: Tensor) -> Tensor:
         concat_BS = torch.cat([table(ids_BF[:, i]) for i, table in enumerate(tables)], 1)
@@ -304,7 +322,7 @@ def predict(
     latency = {}
     with torch.no_grad():
         for size in batch_sizes:
-            turns = itertools.cycle(prepared(sizes, size, 20, lambda ids, _: torch.from_numpy(ids)))
+            turns = itertools.cycle(prepared(source, size, 20, lambda ids, _: torch.from_numpy(ids).to(device)))
             latency[str(size)] = measure.time_calls(lambda turns=turns: score(next(turns)), seconds)
     return {"latency_ms": latency}
 
@@ -331,7 +349,12 @@ def encode_fuxictr(log: str, out: str) -> dict[str, Any]:
     import polars as pl
 
     rows = pl.scan_parquet(Path(out) / "log" / "train.parquet").select(pl.len()).collect().item()
-    return {"rows": rows, "rows_per_s": rows / seconds, "vocabulary": processor.feature_map.total_features}
+    return {
+        "rows": rows,
+        "rows_per_s": rows / seconds,
+        "vocabulary": processor.feature_map.total_features,
+        "log_bytes": Path(log).stat().st_size,
+    }
 
 
 def encode_pandas(log: str, out: str) -> dict[str, Any]:
@@ -355,7 +378,13 @@ def encode_pandas(log: str, out: str) -> dict[str, Any]:
     Path(out).mkdir(exist_ok=True)
     np.save(Path(out) / "ids.npy", ids)
     np.save(Path(out) / "labels.npy", frame[synthetic.LABEL].to_numpy(np.float32))
-    return {"rows": len(frame), "rows_per_s": len(frame) / (time.perf_counter() - started), "vocabulary": vocabulary}
+    seconds = time.perf_counter() - started
+    return {
+        "rows": len(frame),
+        "rows_per_s": len(frame) / seconds,
+        "vocabulary": vocabulary,
+        "log_bytes": Path(log).stat().st_size,
+    }
 
 
 KINDS: dict[str, Callable[..., dict[str, Any]]] = {

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 GB = 1e9
+# Runs that a median wants.
+RUNS = 5
+# Whose accuracy is compared with whose: of lazy tables, then of auto precision.
+NOISE = {"lazy fp32": "dense fp32", "lazy auto": "lazy fp32"}
+# Microseconds of a DeepFM at batch 1, onnxruntime's and eager's best layouts of the prototypes (29 to 58, 70 to 240), on
+# two cores of an AVX512+BF16 server. Only their ratio carries over to other machines.
+ONNX_OVER_EAGER = 29 / 70
 
 
 # ---- summary -----------------------------------------------------------------------------------------------------------
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """By key, the medians over the repeats of every number; with `step_ms_range`, and `error` only if no run went well."""
+    """By key, the medians over the repeats of every number; with `step_ms_range`, and `error` only if no run went well.
+
+    What NOISE compares has `difference_over_spread` too.
+    """
     by_key: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
         by_key.setdefault(run["key"], []).append(run)
@@ -28,7 +40,19 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         steps = [run["step_ms"] for run in good if "step_ms" in run]
         if steps:
             summary[key]["step_ms_range"] = [min(steps), max(steps)]
+    for key, entry in summary.items():
+        group, _, cell = key.rpartition("/")
+        other = summary.get(f"{group}/{NOISE.get(cell)}", {})
+        if min(len(entry.get("auc", ())), len(other.get("auc", ()))) > 1:
+            entry["difference_over_spread"] = difference_over_spread(entry["auc"], other["auc"])
     return summary
+
+
+def difference_over_spread(auc: Sequence[float], other: Sequence[float]) -> float:
+    """How far apart the means are, over the standard deviation over seeds (of both, pooled); 1 and below is noise."""
+    difference = abs(statistics.mean(auc) - statistics.mean(other))
+    spread = statistics.mean(map(statistics.variance, (auc, other))) ** 0.5
+    return difference / spread if spread else math.inf
 
 
 def median_of(values: Sequence[Any]) -> Any:
@@ -94,6 +118,12 @@ GOALS = (
         for same in ("width 16 fp32", "width 16 auto", "mixed widths auto")
     ),
     *(
+        Goal(f"step at {size} tables, {same}: torchrec over embtrim",
+             _step(size, f"torchrec {same}"), _step(size, f"embtrim {same}"), at_least=1)
+        for size in ("small", "middle")
+        for same in ("width 16 fp32", "width 16 auto")
+    ),
+    *(
         Goal(f"embeddings alone, {layout}: embtrim (Adam) over FBGEMM (row-wise Adagrad)",
              (f"embedding/{layout}/embtrim adam", "step_ms"), (f"embedding/{layout}/FBGEMM adagrad", "step_ms"), at_most=1.5)
         for layout in ("width 16", "mixed widths")
@@ -106,7 +136,7 @@ GOALS = (
     *(
         Goal(f"step, {same}: large over small tables", _step("large", f"embtrim {same}"), _step("small", f"embtrim {same}"),
              at_most=1.2)
-        for same in ("width 16 auto", "mixed widths auto")
+        for same in ("width 16 auto", "mixed widths auto", "mixed widths auto [fast]")
     ),
     Goal("bf16 floor over the step at middle tables, mixed widths", ("floors", "floor_ms", "mixed bf16"),
          _step("middle", _MIXED), at_least=0.5),
@@ -116,11 +146,25 @@ GOALS = (
          _step("middle", "embtrim compact 10% auto"), at_least=1.3),
     Goal("encoding, rows/s: embtrim over FuxiCTR", (_ENCODE, "rows_per_s"), (_ENCODE_PEER, "rows_per_s"), at_least=8),
     Goal("encoding: peak anonymous memory, GB", (_ENCODE, "peak_bytes"), GB, at_most=2),
+    Goal("encoding the big log: peak anonymous memory, GB", (f"{_ENCODE}, big log", "peak_bytes"), GB, at_most=2),
+    Goal("training: peak anonymous memory, largest over smallest log", ("read/fit/largest log", "peak_bytes"),
+         ("read/fit/smallest log", "peak_bytes"), at_most=1.1),
     Goal("reading shuffled batches: million rows/s", ("read/shuffled batches", "rows_per_s"), 1e6, at_least=5),
     Goal("inference at batch 4096: full over compact", _latency("embtrim full", 4096),
          _latency("embtrim compact 10%", 4096), at_least=1.5),
     Goal("inference at batch 1: full over compact", _latency("embtrim full", 1), _latency("embtrim compact 10%", 1),
          at_least=1),
+    *(
+        Goal(f"inference at batch 1, {label}: onnxruntime over eager", (f"export/{label}", "latency_ms", "onnxruntime", "1"),
+             (f"export/{label}", "latency_ms", "eager", "1"), at_most=2 * ONNX_OVER_EAGER)
+        for label in ("full", "mixed widths", "compact 10%")
+    ),
+    *(
+        Goal(f"test AUC, {recipe}: {cell} from {other}, difference of means over spread of seeds",
+             (f"accuracy/{recipe}/{cell}", "difference_over_spread"), at_most=1)
+        for recipe in ("frappe-64", "movielens-64")
+        for cell, other in NOISE.items()
+    ),
 )  # fmt: skip
 
 
@@ -134,7 +178,10 @@ def judge(goal: Goal, summary: Mapping[str, Any]) -> dict[str, Any]:
         missing = [r for key, r in zip(keys, reasons, strict=True) if "error" in summary.get(key, {"error": ""})]
         return {"value": None, "verdict": "not measured", "margin": None, "why": "; ".join(missing)}
     value /= over
-    margin = value / goal.at_least if goal.at_least is not None else (goal.at_most or 0) / value
+    if goal.at_least is not None:
+        margin = value / goal.at_least
+    else:
+        margin = (goal.at_most or 0) / value if value else math.inf
     return {"value": value, "verdict": "met" if margin >= 1 else "missed", "margin": margin, "why": ""}
 
 
@@ -156,12 +203,16 @@ def markdown(results: Mapping[str, Any]) -> str:
         _machine(results),
         _goals(summary, scale),
         _steps(summary, scale),
+        _real(summary, scale),
         _embedding(summary),
         _floors(summary),
         _encoding(summary),
         _reading(summary),
         _inference(summary),
+        _exports(summary),
+        _scoring(summary),
         _profiles(summary),
+        accuracies(summary),
         _missing(summary),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -186,8 +237,12 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
     if machine["commit"].endswith("modified"):
         found.append("The working tree was modified.")
     repeats = settings["repeats"]
-    if repeats < 5:
-        found.append(f"{repeats} repeats; five or more make a median worth quoting.")
+    counts = Counter(run["key"] for run in results["runs"] if "error" not in run)
+    few = sorted({f"{key.rpartition('/')[0] or key} ({n})" for key, n in counts.items() if n < RUNS})
+    if repeats < RUNS:
+        found.append(f"{repeats} repeats; {RUNS} or more make a median worth quoting.")
+    elif few:
+        found.append(f"Fewer than {RUNS} runs, so no median worth quoting: {', '.join(few)}.")
     versions = {run["torch"] for run in results["runs"] if "torch" in run}
     if len(versions) > 1:
         found.append(f"Contenders ran with different torch versions: {', '.join(sorted(versions))}.")
@@ -200,6 +255,7 @@ def _machine(results: Mapping[str, Any]) -> str:
     rows = [
         ("processor", machine["processor"]),
         ("threads", str(settings["threads"])),
+        ("device", machine["device"]),
         ("memory", f"{machine['memory_bytes'] / GB:.0f} GB"),
         ("system", machine["system"]),
         ("versions", ", ".join(f"{k} {v}" for k, v in machine["versions"].items())),
@@ -244,7 +300,14 @@ def _range(entry: Mapping[str, Any]) -> str:
 
 
 def _memory(entry: Mapping[str, Any]) -> str:
-    return f"{entry['peak_bytes'] / GB:.2f}"
+    """Of the device, where that is no CPU."""
+    return f"{entry.get('device_peak_bytes', entry['peak_bytes']) / GB:.2f}"
+
+
+def _bandwidth(entry: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """Share of the memory bandwidth that the tables' part of a step takes."""
+    peak = summary.get("floors", {}).get("copied_bytes_per_s")
+    return f"{1000 * entry['table_bytes'] / entry['step_ms'] / peak:.1%}" if peak else ""
 
 
 def _good(summary: Mapping[str, Any], prefix: str) -> dict[str, Mapping[str, Any]]:
@@ -259,34 +322,48 @@ def _good(summary: Mapping[str, Any], prefix: str) -> dict[str, Mapping[str, Any
 def _steps(summary: Mapping[str, Any], scale: Mapping[str, Any]) -> str:
     sections = []
     for size, table_rows in zip(("small", "middle", "large"), scale["table_rows"], strict=True):
-        found = _good(summary, f"train/{size}/")
-        reference = found.get(_FUXICTR, {}).get("step_ms")
-        rows = [
-            (
-                name,
-                entry["precision"],
-                _ms(entry, "step_ms"),
-                _range(entry),
-                f"{1000 * scale['batch_size'] / entry['step_ms']:,.0f}",
-                *(_ms(entry, part) for part in ("forward_ms", "backward_ms", "update_ms")),
-                _memory(entry),
-                f"{reference / entry['step_ms']:.1f}" if reference else "",
-            )
-            for name, entry in sorted(found.items(), key=lambda item: item[1]["step_ms"])
-        ]
-        head = ("contender", "precision", "ms a step", "range", "rows/s", "forward", "backward", "update", "peak GB",
-                "times FuxiCTR's speed")  # fmt: skip
-        if rows:
-            title = f"## Training step, {size} tables: {table_rows:,} rows, batch {scale['batch_size']:,}"
-            sections.append(f"{title}\n\n{table(head, rows)}")
-    return "\n\n".join(sections)
+        title = f"## Training step, {size} tables: {table_rows:,} rows, batch {scale['batch_size']:,}"
+        sections.append(_step_table(title, f"train/{size}/", summary, scale))
+    return "\n\n".join(filter(None, sections))
+
+
+def _real(summary: Mapping[str, Any], scale: Mapping[str, Any]) -> str:
+    names = dict.fromkeys(key.split("/")[1] for key in summary if key.startswith("real/"))
+    titles = {name: f"## Training step, {name}, batch {scale['batch_size']:,}" for name in names}
+    sections = [_step_table(title, f"real/{name}/", summary, scale) for name, title in titles.items()]
+    return "\n\n".join(filter(None, sections))
+
+
+def _step_table(title: str, prefix: str, summary: Mapping[str, Any], scale: Mapping[str, Any]) -> str:
+    found = _good(summary, prefix)
+    reference = found.get(_FUXICTR, {}).get("step_ms")
+    rows = [
+        (
+            name,
+            entry["precision"],
+            _ms(entry, "step_ms"),
+            _range(entry),
+            f"{1000 * scale['batch_size'] / entry['step_ms']:,.0f}",
+            _bandwidth(entry, summary),
+            *(_ms(entry, part) for part in ("forward_ms", "backward_ms", "update_ms")),
+            _memory(entry),
+            f"{reference / entry['step_ms']:.1f}" if reference else "",
+        )
+        for name, entry in sorted(found.items(), key=lambda item: item[1]["step_ms"])
+    ]
+    head = ("contender", "precision", "ms a step", "range", "rows/s", "share of bandwidth", "forward", "backward", "update",
+            "peak GB", "times FuxiCTR's speed")  # fmt: skip
+    return f"{title}\n\n{table(head, rows)}" if rows else ""
 
 
 def _embedding(summary: Mapping[str, Any]) -> str:
     found = _good(summary, "embedding/")
     parts = ("forward_ms", "backward_ms", "update_ms")
-    rows = [(n.replace("/", ": "), _ms(e, "step_ms"), _range(e), *(_ms(e, p) for p in parts)) for n, e in found.items()]
-    head = ("contender", "ms a step", "range", "forward", "backward", "update")
+    rows = [
+        (n.replace("/", ": "), _ms(e, "step_ms"), _range(e), _bandwidth(e, summary), *(_ms(e, p) for p in parts))
+        for n, e in found.items()
+    ]
+    head = ("contender", "ms a step", "range", "share of bandwidth", "forward", "backward", "update")
     return f"## Embeddings alone, middle tables: lookup, backward, update\n\n{table(head, rows)}" if rows else ""
 
 
@@ -307,25 +384,40 @@ def _floors(summary: Mapping[str, Any]) -> str:
             "## Floors of a step",
             table(("MLP's matmuls", "GFLOP/s", "ms", "floor of the step, ms"), rows),
             table(("random access", "million reads/s", "million updates (weight, two moments)/s"), rates),
+            f"Memory bandwidth, of a copy: {found['copied_bytes_per_s'] / GB:.1f} GB/s, reads and writes counted.",
         ]
     )
 
 
 def _encoding(summary: Mapping[str, Any]) -> str:
     rows = [
-        (name, f"{e['rows']:,.0f}", f"{e['rows_per_s']:,.0f}", _memory(e), f"{e['vocabulary']:,.0f}")
+        (
+            name,
+            f"{e['rows']:,.0f}",
+            f"{e['log_bytes'] / GB:.2f}",
+            f"{e['rows_per_s']:,.0f}",
+            _memory(e),
+            f"{e['vocabulary']:,.0f}",
+        )
         for name, e in _good(summary, "encode/").items()
     ]
-    head = ("contender", "rows", "rows/s", "peak anonymous GB", "vocabulary")
+    head = ("contender", "rows", "GB", "rows/s", "peak anonymous GB", "vocabulary")
     return f"## Encoding a log\n\n{table(head, rows)}" if rows else ""
 
 
 def _reading(summary: Mapping[str, Any]) -> str:
     rows = [
-        (name.replace("fit/", "an epoch of fit, "), f"{e['rows_per_s']:,.0f}", _memory(e))
+        (
+            name.replace("fit/", "an epoch of fit, "),
+            f"{e['rows']:,.0f}",
+            e.get("kernels", ""),
+            f"{e['rows_per_s']:,.0f}",
+            f"{e['peak_bytes'] / GB:.3f}",
+        )
         for name, e in _good(summary, "read/").items()
     ]
-    return f"## Reading and training from disk\n\n{table(('job', 'rows/s', 'peak anonymous GB'), rows)}" if rows else ""
+    head = ("job", "rows", "kernels", "rows/s", "peak anonymous GB")
+    return f"## Reading and training from disk\n\n{table(head, rows)}" if rows else ""
 
 
 def _inference(summary: Mapping[str, Any]) -> str:
@@ -341,6 +433,26 @@ def _inference(summary: Mapping[str, Any]) -> str:
     return f"## Inference, middle tables\n\n{table(head, rows)}"
 
 
+def _exports(summary: Mapping[str, Any]) -> str:
+    rows = [
+        (name, runtime, *(f"{ms:.3f}" for ms in latency.values()))
+        for name, entry in _good(summary, "export/").items()
+        for runtime, latency in entry["latency_ms"].items()
+    ]
+    if not rows:
+        return ""
+    sizes = next(iter(next(iter(_good(summary, "export/").values()))["latency_ms"].values()))
+    head = ("model", "runtime", *(f"ms at batch {size}" for size in sizes))
+    return f"## Exported models on the CPU, middle tables\n\n{table(head, rows)}"
+
+
+def _scoring(summary: Mapping[str, Any]) -> str:
+    found = _good(summary, "score/").items()
+    rows = [(name, f"{e['rows']:,.0f}", f"{e['rows_per_s']:,.0f}") for name, e in found]
+    head = ("model", "rows", "rows/s")
+    return f"## From a raw log to scores: the verb `predict`\n\n{table(head, rows)}" if rows else ""
+
+
 def _profiles(summary: Mapping[str, Any]) -> str:
     sections = []
     for name, entry in _good(summary, "profile/").items():
@@ -349,8 +461,42 @@ def _profiles(summary: Mapping[str, Any]) -> str:
             for e in entry["top"]
         ]
         head = ("operator", "own ms a step", "share", "calls a step")
-        sections.append(f"## Profile of a step: {name}, {entry['precision']}\n\n{table(head, rows)}")
+        allocations = [
+            (f"`{e['operator']}`", f"{e['bytes'] / 1e6:.2f}", f"{e['calls']:.0f}") for e in entry["allocations"]
+        ]
+        sections += [
+            f"## Profile of a step: {name}, {entry['precision']}",
+            table(head, rows),
+            f"Outside of torch's own operators, in Python, autograd and the fused kernels: {entry['outside']:.0%} of {entry['step_ms']:.2f} ms.",
+            table(("allocates most", "own MB a step", "calls a step"), allocations),
+        ]
     return "\n\n".join(sections)
+
+
+def accuracies(summary: Mapping[str, Any]) -> str:
+    """Test AUC by tables and precision, each with the verdict of NOISE."""
+    rows = []
+    for name, entry in _good(summary, "accuracy/").items():
+        ratio = entry.get("difference_over_spread")
+        verdict = "" if ratio is None else f"{ratio:.2f}: {'within' if ratio <= 1 else 'beyond'} seed noise"
+        early = all(epochs < entry["max_epochs"] for epochs in entry["epochs"])
+        rows.append(
+            (
+                name.replace("/", ": "),
+                entry["precision"],
+                ", ".join(f"{auc:.5f}" for auc in entry["auc"]),
+                f"{statistics.mean(entry['auc']):.5f}",
+                f"{statistics.stdev(entry['auc']):.5f}" if len(entry["auc"]) > 1 else "",
+                f"{statistics.mean(entry['logloss']):.4f}",
+                ", ".join(map(str, entry["epochs"])) + ("" if early else " (not all stopped early)"),
+                f"{entry['rows_per_s']:,.0f}",
+                verdict,
+            )
+        )
+    head = ("tables, precision", "computed in", "test AUC by seed", "mean", "spread", "logloss", "epochs", "rows/s",
+            "difference of means over spread")  # fmt: skip
+    against = ", ".join(f"{cell} with {other}" for cell, other in NOISE.items())
+    return f"## Accuracy\n\nCompared: {against}.\n\n{table(head, rows)}" if rows else ""
 
 
 def _missing(summary: Mapping[str, Any]) -> str:

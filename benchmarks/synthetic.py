@@ -1,5 +1,7 @@
 """Synthetic logs like Criteo's: 39 fields, ids by Zipf's law, labels with a planted signal. NumPy alone, so that
-contenders in other environments draw the very same batches.
+contenders in other environments draw the very same batches; for the same reason it draws those of real data too.
+
+A *source* is one or the other: rows of all tables together, or the folder of an encoded dataset of single-valued fields.
 
 About 19,000 / 21,000 / 23,000 distinct rows are among the 160,000 lookups of a batch of 4096, for tables of 1M / 5M /
 50M rows in all: what a step must touch hardly grows with the tables.
@@ -7,6 +9,7 @@ About 19,000 / 21,000 / 23,000 distinct rows are among the 160,000 lookups of a 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +20,8 @@ NUM_FIELDS = NUM_NUMERIC + NUM_CATEGORICAL
 NUMERIC_ROWS = 50
 ZIPF_EXPONENT = 1.3
 FULL_WIDTH = 16
-# Cycled over the fields: 3.5 columns on average, 137 in all.
-MIXED_WIDTHS = [(8, 1, 4, 4, 2, 4, 2, 3)[i % 8] for i in range(NUM_FIELDS)]
+# Of "mixed" tables, repeated over the fields: 4 columns on average.
+MIXED_WIDTHS = (8, 1, 8, 3, 2, 4, 2, 4)
 
 LABEL = "label"
 NUMERIC = [f"I{i}" for i in range(1, NUM_NUMERIC + 1)]
@@ -26,11 +29,19 @@ CATEGORICAL = [f"C{i}" for i in range(1, NUM_CATEGORICAL + 1)]
 LOG_CHUNK_ROWS = 200_000
 
 
-def table_sizes(num_rows: int) -> list[int]:
-    """Rows of each table, about `num_rows` in all: small numeric fields, categorical ones falling as i^-1.5."""
+def table_sizes(source: int | str) -> list[int]:
+    """Rows of each table; of synthetic ones `source` in all: small numeric fields, categorical ones falling as i^-1.5."""
+    if isinstance(source, str):
+        return [field["vocab_size"] for field in json.loads((Path(source) / "schema.json").read_text())["fields"]]
     shares = np.arange(1, NUM_CATEGORICAL + 1) ** -1.5
-    categorical = shares / shares.sum() * (num_rows - NUM_NUMERIC * NUMERIC_ROWS)
+    categorical = shares / shares.sum() * (source - NUM_NUMERIC * NUMERIC_ROWS)
     return [NUMERIC_ROWS] * NUM_NUMERIC + np.maximum(10, categorical).astype(int).tolist()
+
+
+def widths_of(layout: str, num_fields: int = NUM_FIELDS) -> list[int]:
+    """Columns of each field: "full" or "mixed"; of 39 mixed fields 156 in all."""
+    widths = (FULL_WIDTH,) if layout == "full" else MIXED_WIDTHS
+    return [widths[i % len(widths)] for i in range(num_fields)]
 
 
 def zipf_ids(sizes: list[int], num_rows: int, rng: np.random.Generator) -> np.ndarray:
@@ -48,12 +59,27 @@ def labels_of(ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (rng.random(len(ids)) < 1 / (1 + np.exp(-logits))).astype(np.float32)
 
 
-def batches(sizes: list[int], batch_size: int, num_batches: int, seed: int = 0) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yield (ids, labels) of each batch."""
-    rng = np.random.default_rng(seed)
+def batches(source: int | str, batch_size: int, num_batches: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (ids, labels) of each batch: int32 (B, F), float32 (B,); of real data, random rows of the training split."""
+    rng = np.random.default_rng(0)
+    if isinstance(source, str):
+        all_ids, all_labels = (np.load(Path(source) / "train" / f"{name}.npy", "r") for name in ("ids", "labels"))
+        for _ in range(num_batches):
+            rows = rng.integers(len(all_labels), size=batch_size)
+            yield all_ids[rows], all_labels[rows]
+        return
+    sizes = table_sizes(source)
     for _ in range(num_batches):
         ids = zipf_ids(sizes, batch_size, rng)
         yield ids, labels_of(ids, rng)
+
+
+def step_bytes(source: int | str, batch_size: int, widths: list[int]) -> int:
+    """Bytes of fp32 tables that a step moves at least: the row of each lookup, and weight and two moments of each distinct row,
+    read and written. Adam's, for any contender, so that shares of the bandwidth compare like speeds."""
+    ids, _ = next(batches(source, batch_size, 1))
+    distinct = [len(np.unique(column)) for column in ids.T]
+    return 4 * sum((batch_size + 6 * num) * width for num, width in zip(distinct, widths, strict=True))
 
 
 def write_log(path: Path, num_rows: int, seed: int = 0) -> None:

@@ -8,12 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import ours
+from embtrim.catalog import encode_known
 
-NAMES = ("floors", "train", "embedding", "encode", "read", "predict", "profile")
+NAMES = ("floors", "train", "real", "embedding", "encode", "big_log", "read", "predict", "profile", "accuracy")
+
+# Of write_log, rounded down.
+BYTES_PER_LOG_ROW = 240
+# By the catalog's name: the folder of the raw data, and the recipe whose accuracy is looked at.
+REAL = {"frappe": ("frappe_x1", "frappe-64"), "movielens-1m-ctr": ("ml-1m", "movielens-64")}
+# Tables and precision, of which report.NOISE compares the accuracy.
+CELLS = (("dense", "fp32"), ("lazy", "fp32"), ("lazy", "auto"))
 
 
 @dataclass(frozen=True)
@@ -27,8 +36,13 @@ class Scale:
         steps: steps that count.
         seconds: of repeated calls, where single calls are timed.
         log_rows: rows of the raw log to encode.
+        big_log_gb: size of the log to encode in little memory.
         read_rows: rows of the encoded dataset to read.
-        fit_rows: rows of the datasets whose training memory is compared.
+        fit_rows: rows of the datasets whose training memory is compared, from the smallest.
+        score_rows: rows of the raw log to score.
+        seeds: trainings behind each mean AUC.
+        epochs: of those trainings at most; early stopping ends them sooner.
+        max_rows: of each split of the real data there; None for all.
     """
 
     table_rows: tuple[int, int, int] = (1_000_000, 5_000_000, 50_000_000)
@@ -37,11 +51,29 @@ class Scale:
     steps: int = 25
     seconds: float = 2.0
     log_rows: int = 5_000_000
+    big_log_gb: float = 10.0
     read_rows: int = 5_000_000
-    fit_rows: tuple[int, ...] = (1_000_000, 20_000_000)
+    fit_rows: tuple[int, ...] = (1_000_000, 5_000_000, 10_000_000, 20_000_000)
+    score_rows: int = 500_000
+    seeds: int = 3
+    epochs: int = 50
+    max_rows: int | None = None
 
 
-QUICK = Scale((10_000, 50_000, 500_000), 256, 1, 4, 0.02, 10_000, 20_000, (5_000, 20_000))
+QUICK = Scale(
+    table_rows=(10_000, 50_000, 500_000),
+    batch_size=256,
+    warmup=1,
+    steps=4,
+    seconds=0.02,
+    log_rows=10_000,
+    big_log_gb=0.005,
+    read_rows=20_000,
+    fit_rows=(5_000, 10_000, 20_000),
+    score_rows=5_000,
+    epochs=1,
+    max_rows=5_000,
+)
 
 
 @dataclass(frozen=True)
@@ -67,31 +99,37 @@ class Job:
     prepare: Callable[[], None] | None = None
 
 
-def jobs(workload: str, scale: Scale, folder: Path, precisions: Mapping[str, Mapping[str, Any]]) -> list[Job]:
+def jobs(
+    workload: str, scale: Scale, folder: Path, data: Path, precisions: Mapping[str, Mapping[str, Any]]
+) -> list[Job]:
     """The jobs of a workload.
 
     Args:
         workload: one of NAMES.
         scale: sizes.
         folder: for logs and datasets.
+        data: folder with the raw real data, in the folders that REAL names.
         precisions: what embtrim's "fp32" and "auto" are here, for peers with the same dense part: `matmul`, torch's
             float32 matmul precision, and `bf16`, whether autocast is on.
     """
     makers = {
         "floors": _floors,
         "train": lambda scale, _: _train(scale, precisions),
+        "real": lambda scale, folder: _real(scale, folder, data),
         "embedding": _embedding,
         "encode": _encode,
+        "big_log": _big_log,
         "read": _read,
-        "predict": lambda scale, _: _predict(scale, precisions["fp32"]["matmul"]),
+        "predict": lambda scale, folder: _predict(scale, folder, precisions["fp32"]["matmul"]),
         "profile": _profile,
+        "accuracy": lambda scale, folder: _accuracy(scale, folder, data),
     }
     return makers[workload](scale, folder)
 
 
-def _stepping(scale: Scale, table_rows: int) -> dict[str, Any]:
+def _stepping(scale: Scale, source: int | str) -> dict[str, Any]:
     return {
-        "table_rows": table_rows,
+        "source": source,
         "batch_size": scale.batch_size,
         "warmup": scale.warmup,
         "steps": scale.steps,
@@ -99,7 +137,7 @@ def _stepping(scale: Scale, table_rows: int) -> dict[str, Any]:
 
 
 def _floors(scale: Scale, folder: Path) -> list[Job]:
-    settings = {"table_rows": scale.table_rows[1], "batch_size": scale.batch_size, "seconds": scale.seconds / 5}
+    settings = {"source": scale.table_rows[1], "batch_size": scale.batch_size, "seconds": scale.seconds / 5}
     return [Job("floors", "floors.py", "floors", settings)]
 
 
@@ -124,6 +162,7 @@ def _train(scale: Scale, precisions: Mapping[str, Mapping[str, Any]]) -> list[Jo
             ours("embtrim width 16 fp32", "full", "fp32"),
             ours("embtrim width 16 auto", "full", "auto"),
             ours("embtrim mixed widths auto", "mixed", "auto"),
+            ours("embtrim mixed widths auto [fast]", "mixed", "auto", kernels="fused"),
             peer("FBGEMM width 16 fp32", "fbgemm", layout="full", **precisions["fp32"]),
             peer("FBGEMM width 16 auto", "fbgemm", layout="full", **precisions["auto"]),
             peer("FBGEMM mixed widths auto", "fbgemm", layout="mixed", **precisions["auto"]),
@@ -133,13 +172,37 @@ def _train(scale: Scale, precisions: Mapping[str, Mapping[str, Any]]) -> list[Jo
             continue
         found += [
             ours("embtrim mixed widths fp32", "mixed", "fp32"),
-            ours("embtrim mixed widths auto [fast]", "mixed", "auto", kernels="fused"),
             ours("embtrim compact 10% auto", "compact", "auto"),
             peer("FuxiCTR DeepFM as shipped", "fuxictr"),
             peer("nn.Embedding, dense Adam", "one_table", optimizer="dense", own=True),
             peer("nn.Embedding, fused Adam", "one_table", optimizer="fused", own=True),
+            peer("torchrec width 16 fp32", "torchrec", **precisions["fp32"]),
             peer("torchrec width 16 auto", "torchrec", **precisions["auto"]),
         ]
+    return found
+
+
+def _encode_real(name: str, data: Path, out: Path) -> None:
+    if not out.exists():
+        encode_known(name, data / REAL[name][0], out, progress=False)
+
+
+def _real(scale: Scale, folder: Path, data: Path) -> list[Job]:
+    found = []
+    for name in REAL:
+        stepping = _stepping(scale, str(folder / name))
+        prepare = partial(_encode_real, name, data, folder / name)
+        for label, layout in (("width 16", "full"), ("mixed widths", "mixed")):
+            for precision in ("fp32", "auto"):
+                settings = {"layout": layout, "precision": precision, **stepping}
+                key = f"real/{name}/embtrim {label} {precision}"
+                found.append(Job(key, "ours.py", "train", settings, prepare=prepare))
+        found += [
+            Job(f"real/{name}/FuxiCTR DeepFM as shipped", "peers.py", "train", {"contender": "fuxictr", **stepping},
+                "peers", prepare=prepare),
+            Job(f"real/{name}/nn.Embedding, dense Adam", "peers.py", "train",
+                {"contender": "one_table", "optimizer": "dense", **stepping}, prepare=prepare),
+        ]  # fmt: skip
     return found
 
 
@@ -156,21 +219,32 @@ def _embedding(scale: Scale, folder: Path) -> list[Job]:
     return found
 
 
+def _write_log(log: Path, num_rows: int) -> None:
+    if not log.exists():
+        ours.synthetic.write_log(log, num_rows)
+
+
 def _encode(scale: Scale, folder: Path) -> list[Job]:
     log = folder / "log.tsv"
+    prepare = partial(_write_log, log, scale.log_rows)
 
     def settings(name: str) -> dict[str, str]:
         return {"log": str(log), "out": str(folder / name)}
 
-    def prepare() -> None:
-        if not log.exists():
-            ours.synthetic.write_log(log, scale.log_rows)
-
     return [
-        Job("encode/embtrim", "ours.py", "encode", settings("encoded"), "own", 3, prepare),
-        Job("encode/FuxiCTR preprocessing", "peers.py", "encode_fuxictr", settings("fuxictr"), "peers", 3, prepare),
-        Job("encode/pandas script", "peers.py", "encode_pandas", settings("pandas"), "peers", 3, prepare),
+        Job("encode/embtrim", "ours.py", "encode", settings("encoded"), prepare=prepare),
+        Job(
+            "encode/FuxiCTR preprocessing", "peers.py", "encode_fuxictr", settings("fuxictr"), "peers", prepare=prepare
+        ),
+        Job("encode/pandas script", "peers.py", "encode_pandas", settings("pandas"), "peers", prepare=prepare),
     ]
+
+
+def _big_log(scale: Scale, folder: Path) -> list[Job]:
+    log = folder / "log.tsv"
+    prepare = partial(_write_log, log, int(scale.big_log_gb * 1e9 / BYTES_PER_LOG_ROW))
+    settings = {"log": str(log), "out": str(folder / "encoded")}
+    return [Job("encode/embtrim, big log", "ours.py", "encode", settings, "own", 1, prepare)]
 
 
 def _read(scale: Scale, folder: Path) -> list[Job]:
@@ -184,24 +258,51 @@ def _read(scale: Scale, folder: Path) -> list[Job]:
         settings = {"folder": str(data), "batch_size": scale.batch_size}
         return Job(key, "ours.py", kind, settings, "own", max_repeats, prepare)
 
-    epochs = [job(f"read/fit/{rows:,} rows", "train_epoch", rows, 1) for rows in scale.fit_rows]
+    names = {scale.fit_rows[0]: "smallest log", scale.fit_rows[-1]: "largest log"}
+    epochs = [job(f"read/fit/{names.get(rows, f'{rows:,} rows')}", "train_epoch", rows, 1) for rows in scale.fit_rows]
     return [job("read/shuffled batches", "read", scale.read_rows, 1000), *epochs]
 
 
-def _predict(scale: Scale, matmul: str) -> list[Job]:
-    table_rows, found = scale.table_rows[1], []
-    calls = {"table_rows": table_rows, "batch_sizes": [1, 64, 4096], "seconds": scale.seconds}
+def _predict(scale: Scale, folder: Path, matmul: str) -> list[Job]:
+    source, found = scale.table_rows[1], []
+    calls = {"source": source, "batch_sizes": [1, 64, 4096], "seconds": scale.seconds}
     for label, layout in (("full", "full"), ("compact 10%", "compact")):
         found.append(Job(f"predict/embtrim {label}", "ours.py", "predict", {"layout": layout, **calls}))
-        settings = {"columns": ours.kept_columns(table_rows, layout), "matmul": matmul, **calls}
+        settings = {"columns": ours.kept_columns(source, layout), "matmul": matmul, **calls}
         found.append(Job(f"predict/nn.Embedding a field {label}", "peers.py", "predict", settings))
+    for label, layout in (("full", "full"), ("mixed widths", "mixed"), ("compact 10%", "compact")):
+        found.append(Job(f"export/{label}", "ours.py", "export", {"layout": layout, **calls}))
+    log = folder / "log.tsv"
+    for label, layout in (("full", "full"), ("compact 10%", "compact")):
+        settings = {"log": str(log), "out": str(folder / layout), "layout": layout}
+        prepare = partial(_write_log, log, scale.score_rows)
+        found.append(Job(f"score/{label}", "ours.py", "score", settings, prepare=prepare))
     return found
 
 
 def _profile(scale: Scale, folder: Path) -> list[Job]:
-    stepping = _stepping(scale, scale.table_rows[1])
-    labels = (("width 16", "full"), ("mixed widths", "mixed"))
-    return [
-        Job(f"profile/embtrim {label} auto", "ours.py", "profile", {"layout": layout, **stepping}, "own", 1)
-        for label, layout in labels
-    ]
+    stepping, found = _stepping(scale, scale.table_rows[1]), []
+    for label, layout in (("width 16", "full"), ("mixed widths", "mixed")):
+        for suffix, kernels in (("", "torch"), (" [fast]", "fused")):
+            settings = {"layout": layout, "kernels": kernels, **stepping}
+            found.append(Job(f"profile/embtrim {label} auto{suffix}", "ours.py", "profile", settings, "own", 1))
+    return found
+
+
+def _accuracy(scale: Scale, folder: Path, data: Path) -> list[Job]:
+    found = []
+    for name, (_, recipe) in REAL.items():
+        prepare = partial(_encode_real, name, data, folder / name)
+        for tables, precision in CELLS:
+            settings = {
+                "recipe": recipe,
+                "data": str(folder / name),
+                "tables": tables,
+                "precision": precision,
+                "seeds": scale.seeds,
+                "epochs": scale.epochs,
+                "max_rows": scale.max_rows,
+            }
+            key = f"accuracy/{recipe}/{tables} {precision}"
+            found.append(Job(key, "ours.py", "accuracy", settings, "own", 1, prepare))
+    return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from contextlib import nullcontext
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import bench
 import embtrim
 import measure
 import ours
@@ -34,6 +37,11 @@ def runs(key, **series):
     return [{"key": key, "repeat": i, **dict(zip(names, values, strict=True))} for i, values in enumerate(columns)]
 
 
+def accuracy(cell, auc):
+    rest = {"logloss": [[0.4, 0.5]], "epochs": [[3, 4]], "max_epochs": [5], "rows_per_s": [1], "precision": ["fp32"]}
+    return runs(f"accuracy/frappe-64/{cell}", auc=[auc], **rest)
+
+
 @pytest.fixture
 def results():
     """Medians: FuxiCTR 200 ms, ours 10 ms in fp32 and 40 in auto, at middle tables; auto 10 and 11.5 at small and large."""
@@ -42,6 +50,7 @@ def results():
         "machine": {
             "processor": "a processor, 2 cores", "memory_bytes": 16e9, "system": "Linux 6", "env": {"OMP_WAIT_POLICY": "passive"},
             "versions": {"torch": "2.13.0"}, "commit": "0123 modified", "precisions": PRECISIONS, "load": 2.0, "started": "today",
+            "device": "cpu",
         },
         "settings": {"quick": False, "repeats": 3, "threads": 2,
                      "scale": {"table_rows": [1_000_000, 5_000_000, 50_000_000], "batch_size": 4096}},
@@ -49,11 +58,18 @@ def results():
             *runs("train/middle/FuxiCTR DeepFM as shipped", step_ms=[100, 300, 200], precision=["fp32"] * 3, peak_bytes=[1e9] * 3),
             *runs("train/middle/embtrim width 16 fp32", step_ms=[10, 9, 50], precision=["fp32"] * 3, peak_bytes=[1e9] * 3),
             *runs("train/middle/embtrim width 16 auto", step_ms=[40], **ours_auto),
+            *runs("train/middle/torchrec width 16 auto", step_ms=[30], **ours_auto),
             *runs("train/small/embtrim width 16 auto", step_ms=[10], **ours_auto),
             *runs("train/large/embtrim width 16 auto", step_ms=[11.5], **ours_auto),
             *runs("train/middle/FBGEMM width 16 auto", error=["ImportError: no fbgemm"]),
-            *runs("encode/embtrim", rows=[100], rows_per_s=[1000], peak_bytes=[2.5e9], vocabulary=[7]),
-            *runs("encode/FuxiCTR preprocessing", rows=[100], rows_per_s=[100], peak_bytes=[6e9], vocabulary=[7]),
+            *runs("encode/embtrim", rows=[100], rows_per_s=[1000], peak_bytes=[2.5e9], vocabulary=[7], log_bytes=[1e9]),
+            *runs("encode/FuxiCTR preprocessing", rows=[100], rows_per_s=[100], peak_bytes=[6e9], vocabulary=[7], log_bytes=[1e9]),
+            *runs("encode/embtrim, big log", rows=[1000], rows_per_s=[100], peak_bytes=[1e9], vocabulary=[7], log_bytes=[1e10]),
+            *runs("read/fit/smallest log", rows=[10], rows_per_s=[1], peak_bytes=[5e8], kernels=["torch"]),
+            *runs("read/fit/largest log", rows=[99], rows_per_s=[1], peak_bytes=[6e8], kernels=["torch"]),
+            *runs("export/full", latency_ms=[{"eager": {"1": 0.5}, "onnxruntime": {"1": 0.4}}]),
+            *runs("export/compact 10%", latency_ms=[{"eager": {"1": 0.5}, "onnxruntime": {"1": 0.5}}]),
+            *accuracy("dense fp32", [0.80, 0.82]), *accuracy("lazy fp32", [0.82, 0.84]), *accuracy("lazy auto", [0.83, 0.85]),
             *runs("predict/embtrim full", latency_ms=[{"1": 1.0, "4096": 30.0}]),
             *runs("predict/embtrim compact 10%", latency_ms=[{"1": 1.0, "4096": 24.0}]),
         ],
@@ -81,6 +97,37 @@ def test_goals_are_judged_by_medians(results):
     assert found["inference at batch 4096: full over compact"]["value"] == pytest.approx(1.25)
 
 
+def test_the_goals_of_memory_exports_and_torchrec(results):
+    found = verdicts(results)
+    assert found["step at middle tables, width 16 auto: torchrec over embtrim"]["value"] == 0.75
+    assert found["step at middle tables, width 16 fp32: torchrec over embtrim"]["verdict"] == "not measured"
+    assert found["encoding the big log: peak anonymous memory, GB"]["margin"] == 2
+    training = found["training: peak anonymous memory, largest over smallest log"]
+    assert (training["value"], training["verdict"]) == (1.2, "missed")
+    onnx = "inference at batch 1, {}: onnxruntime over eager"
+    assert found[onnx.format("full")]["verdict"] == "met"  # 0.8, at most 0.83
+    assert found[onnx.format("compact 10%")]["verdict"] == "missed"
+    assert found[onnx.format("mixed widths")]["why"] == "export/mixed widths: not run; export/mixed widths: not run"
+
+
+def test_accuracies_are_within_noise_where_means_differ_by_no_more_than_the_spread(results):
+    # Both have the spread sqrt(2) / 100; the means differ by 2/100 and by 1/100.
+    found = verdicts(results)
+    text = "test AUC, frappe-64: {}, difference of means over spread of seeds"
+    lazy, auto = found[text.format("lazy fp32 from dense fp32")], found[text.format("lazy auto from lazy fp32")]
+    assert (lazy["value"], lazy["verdict"]) == (pytest.approx(2**0.5), "missed")
+    assert (auto["value"], auto["verdict"]) == (pytest.approx(2**-0.5), "met")
+    page = report.markdown(results)
+    assert "1.41: beyond seed noise" in page
+    assert "0.71: within seed noise" in page
+
+
+def test_equal_values_neither_divide_by_zero_nor_miss():
+    assert report.difference_over_spread([0.5, 0.5], [0.5, 0.5]) == float("inf")
+    goal = report.Goal("none", of=("a", "n"), at_most=1)
+    assert report.judge(goal, {"a": {"n": 0.0}})["verdict"] == "met"
+
+
 def test_what_was_not_measured_is_said_with_the_reason(results):
     found = verdicts(results)["step at middle tables, width 16 auto: FBGEMM over embtrim"]
     assert (found["verdict"], found["value"]) == ("not measured", None)
@@ -99,14 +146,119 @@ def test_the_page_has_the_figures_and_what_makes_them_doubtful(results):
         assert doubt in page
     results["machine"] |= {"env": {}, "load": 0.1, "commit": "0123"}
     results["settings"]["repeats"] = 5
+    results["runs"] = [run for run in results["runs"] if run["key"].startswith("train/middle/")]
+    (few,) = report.warnings(results)
+    assert "train/middle (1), train/middle (3)" in few
+    results["runs"] = [run for run in results["runs"] if run["key"].endswith("shipped")] * 2
     assert report.warnings(results) == []
 
 
 def test_goals_name_jobs_that_there_are(tmp_path):
-    keys = {job.key for name in workloads.NAMES for job in workloads.jobs(name, workloads.QUICK, tmp_path, PRECISIONS)}
+    keys = {
+        job.key
+        for name in workloads.NAMES
+        for job in workloads.jobs(name, workloads.QUICK, tmp_path, tmp_path, PRECISIONS)
+    }
     for goal in report.GOALS:
         for place in (goal.of, goal.over):
             assert not isinstance(place, tuple) or place[0] in keys, goal.text
+
+
+@pytest.fixture
+def machine():
+    return {"processor": "a processor", "commit": "0123", "load": 0.1, "started": "today"}
+
+
+SETTINGS = {"threads": 1, "device": "cpu"}
+
+
+def test_interrupted_results_go_on_without_their_errors(tmp_path, machine, monkeypatch):
+    path = tmp_path / "bench.json"
+    assert bench.started_results(path, machine, SETTINGS)["runs"] == []
+    done, failed = {"key": "a", "repeat": 0, "step_ms": 1.0}, {"key": "b", "repeat": 0, "error": "no peers"}
+    path.write_text(json.dumps({"machine": machine, "settings": SETTINGS, "runs": [done, failed]}))
+    results = bench.started_results(path, {**machine, "load": 2.0, "started": "later"}, SETTINGS)
+    assert results["runs"] == [done]
+    ran = []
+    monkeypatch.setattr(measure, "run_alone", lambda command, env: ran.append(command) or {"step_ms": 2.0})
+    for repeat in range(3):
+        for key in "ab":
+            bench.run_once(workloads.Job(key, "ours.py", "train", max_repeats=2), repeat, results, None, "")
+    assert [(run["key"], run["repeat"]) for run in results["runs"]] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert len(ran) == 3
+    assert json.loads(ran[0][2]) == ["train", 1, "cpu", {}]
+
+
+@pytest.mark.parametrize("changed", ["commit", "threads"])
+def test_results_of_another_machine_or_with_other_settings_are_not_mixed(tmp_path, machine, changed):
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps({"machine": machine, "settings": SETTINGS, "runs": []}))
+    with pytest.raises(SystemExit, match="another machine, commit or settings"):
+        bench.started_results(path, *({**d, changed: 7} if changed in d else d for d in (machine, SETTINGS)))
+
+
+def test_without_an_environment_peers_are_not_measured(tmp_path, monkeypatch):
+    (tmp_path / "requirements.txt").write_text("torch==0.0.0\n")
+    monkeypatch.setattr(bench, "REQUIREMENTS", tmp_path / "requirements.txt")
+    fails = subprocess.CompletedProcess([], 1, "", "ERROR: No matching distribution")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: fails)
+    python, why = bench.peers_environment(tmp_path / "venv", "cpu")
+    assert python is None
+    assert "No matching distribution" in why
+    results = {"settings": SETTINGS, "runs": []}
+    key = "train/middle/FBGEMM width 16 auto"
+    for repeat in range(2):
+        bench.run_once(workloads.Job(key, "peers.py", "train", {}, "peers"), repeat, results, python, why)
+    summary = report.summarise(results["runs"])
+    assert len(results["runs"]) == 1
+    goal = next(goal for goal in report.GOALS if (key, "step_ms") == goal.of)
+    found = report.judge(goal, summary)
+    assert found["verdict"] == "not measured"
+    assert "No matching distribution" in found["why"]
+
+
+def test_another_device_needs_an_environment_that_is_there(tmp_path):
+    python, why = bench.peers_environment(tmp_path, "cuda")
+    assert python is None
+    assert "no environment with cuda builds" in why
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    assert bench.peers_environment(tmp_path, "cuda") == (tmp_path / "bin" / "python", "")
+
+
+def test_real_data_that_are_not_there_are_not_measured(tmp_path):
+    listed = workloads.jobs("real", workloads.QUICK, tmp_path, tmp_path / "nowhere", PRECISIONS)
+    results = {"settings": SETTINGS, "runs": []}
+    bench.run_once(listed[0], 0, results, None, "")
+    assert "nowhere/frappe_x1 lacks train.csv, valid.csv, test.csv" in results["runs"][0]["error"]
+
+
+def test_batches_of_real_data_are_its_rows(tmp_path):
+    ours.write_dataset(tmp_path / "data", 500, ROWS)
+    source = str(tmp_path / "data")
+    assert synthetic.table_sizes(source) == synthetic.table_sizes(ROWS)
+    ids, labels = next(synthetic.batches(source, 64, 1))
+    assert (ids.shape, ids.dtype, labels.shape, labels.dtype) == ((64, 39), np.int32, (64,), np.float32)
+    stored = EncodedDataset.load(tmp_path / "data").split("train")
+    assert {(*row, label) for row, label in zip(ids.tolist(), labels.tolist(), strict=True)} <= {
+        (*row, label) for row, label in zip(stored.ids.tolist(), stored.labels.tolist(), strict=True)
+    }
+
+
+def test_bytes_of_a_step(monkeypatch):
+    ids = np.array([[0, 5], [0, 6], [1, 7]], np.int32)  # 2 and 3 distinct values in 3 rows
+    monkeypatch.setattr(synthetic, "batches", lambda *args: iter([(ids, None)]))
+    assert synthetic.step_bytes(2, 3, [1, 4]) == 4 * ((3 + 6 * 2) * 1 + (3 + 6 * 3) * 4)
+
+
+def test_kernels_are_those_asked_for_whatever_the_environment_says(monkeypatch):
+    pytest.importorskip("numba")
+    assert ours.use_kernels("fused") == "fused"  # EMBTRIM_KERNELS was torch
+    assert ours.use_kernels("torch") == "torch"
+    assert os.environ["EMBTRIM_KERNELS"] == "torch"
+    monkeypatch.setattr(ours, "kernels_for", lambda weight: embtrim.kernels.torch)
+    with pytest.raises(RuntimeError, match="takes the kernels 'torch', not 'fused'"):
+        ours.use_kernels("fused")
 
 
 @pytest.mark.parametrize("layout", ["full", "mixed", "compact"])
@@ -125,13 +277,13 @@ def test_the_step_of_plain_torch_learns(optimizer, monkeypatch):
     monkeypatch.setattr(peers, "LEARNING_RATE", 0.01)
     sizes = synthetic.table_sizes(ROWS)
     step, prepare = peers.one_table(sizes, optimizer)
-    (batch,) = peers.prepared(sizes, 256, 1, prepare)
+    (batch,) = peers.prepared(ROWS, 256, 1, prepare)
     found = measure.time_steps(step, [batch] * 20, warmup=2)
     assert found["last_loss"] < 0.9 * found["first_loss"]
 
 
 def test_our_step_is_that_of_fit():
-    ids, labels = next(synthetic.batches(synthetic.table_sizes(ROWS), 600, 1))
+    ids, labels = next(synthetic.batches(ROWS, 600, 1))
     model, again = (ours.deepfm(ROWS, "mixed", **SMALL) for _ in range(2))
     data = EncodedDataset(model.schema, {"train": SplitArrays(ids, labels)})
     config = embtrim.TrainConfig(epochs=1, batch_size=200, precision="fp32")
@@ -162,7 +314,7 @@ def test_the_plain_head_is_the_same_model(layout):
 
 
 def test_logs_have_the_shape_they_should(tmp_path):
-    assert sum(synthetic.MIXED_WIDTHS) == 137
+    assert sum(synthetic.widths_of("mixed")) == 4 * 39
     sizes = synthetic.table_sizes(1_000_000)
     assert len(sizes) == 39
     assert sum(sizes) == pytest.approx(1_000_000, rel=1e-3)
@@ -174,7 +326,8 @@ def test_logs_have_the_shape_they_should(tmp_path):
     found = ours.encode(str(tmp_path / "log.tsv"), str(tmp_path / "data"))
     assert found["rows"] == 2000
     ours.write_dataset(tmp_path / "made", 500, ROWS)
-    assert EncodedDataset.load(tmp_path / "made").num_rows("train") == 500
+    made = EncodedDataset.load(tmp_path / "made")
+    assert (made.num_rows("train"), made.num_rows("valid")) == (500, ours.VALID_ROWS)
 
 
 def test_memory_of_children_counts_and_a_death_is_an_error():
@@ -188,7 +341,7 @@ def test_memory_of_children_counts_and_a_death_is_an_error():
 
 
 def test_a_contender_that_is_not_there_is_an_error(monkeypatch, capsys):
-    order = ["train", 1, {"table_rows": 1, "layout": "full", "precision": "fp32", "batch_size": 1, "warmup": 0, "steps": 1,
+    order = ["train", 1, "cpu", {"source": 1, "layout": "full", "precision": "fp32", "batch_size": 1, "warmup": 0, "steps": 1,
                           "kernels": "nothing"}]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["ours.py", json.dumps(order)])
     measure.worker(ours.KINDS)
