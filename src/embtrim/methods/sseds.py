@@ -92,7 +92,8 @@ def slot_gradients(task: Task, model: torch.nn.Module, config: SSEDSConfig, seed
             gates = [torch.ones(num_slots(site), device=device, requires_grad=True) for site in sites]
             with gate_sites(sites, gates):
                 loss = task.loss(model, batch)
-            gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, gates)]).double().cpu().numpy()
+            found = torch.autograd.grad(loss, gates, allow_unused=True, materialize_grads=True)
+            gradient = torch.cat([g.flatten() for g in found]).double().cpu().numpy()
             total_S += gradient if config.average == "sum" else np.abs(gradient)
             scored += 1
     finally:
