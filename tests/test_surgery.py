@@ -826,14 +826,13 @@ class TestBits:
             same(small, stands_for)
 
     def test_a_padding_row_stays_zero(self):
-        model = nn.Sequential(nn.Embedding(ROWS, WIDTH, padding_idx=0))
-        with torch.no_grad():
-            model[0].weight[1:] += 3.0  # zero is far from their codes
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(ROWS, WIDTH, padding_idx=0))  # of both signs: zero is no code
         for bits in (16, 8, 4):
             small = compact(model, plan_for(model, "columns").with_bits(bits), "inherit").eval()
             quantize(small)
             assert not small(torch.tensor([0])).any()
-            assert float(small(torch.tensor([1])).detach()[0, 1]) > 1.0
+            assert small(torch.tensor([1])).any()
 
     def test_state_is_saved_and_loaded(self, tmp_path: Path):
         task = pooled_task()
@@ -1093,7 +1092,7 @@ class TestExporters:
     def test_fixed_shapes_give_the_same(self, kind: str, padding_idx: int | None):
         model = nn.Sequential(nn.Embedding(ROWS, WIDTH, padding_idx=padding_idx))
         (flat,) = compact(model, plan_for(model, kind, {"0": FIELDS}), seed=0)
-        for ids in (PAIRS, FLAT_IDS.int(), PAIRS[None], torch.tensor(4), PAIRS[:0]):
+        for ids in (torch.arange(ROWS), FLAT_IDS.int(), PAIRS[None], torch.tensor(4), PAIRS[:0]):
             assert torch.equal(flat._forward_fixed(ids), flat(ids))
         if kind == "columns":
             for wrong in (-1, ROWS):
