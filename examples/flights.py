@@ -67,13 +67,13 @@ def trim(
 
     tables = [tensor for table in compact_tables(small, plan) for tensor in table.state_dict().values()]
     lines = [line for line in Path(sys.argv[0]).read_text("utf-8").splitlines() if line.strip()]
-    left = [str(finding) for finding in task.survey() if not finding.found]
+    left = [finding for finding in task.survey() if not finding.found]
     outcome = {
         "library": library,
         "model": type(model).__name__,
         "lines of this script": len(lines),
         "tables found": len(plan.tables),
-        "left alone": f"{len(left)}, such as {left[0]}" if left else "none",
+        "left alone": f"{len(left)}, {sum(f.num_bytes for f in left):,} bytes, such as {left[0]}" if left else "none",
         "test AUC": f"{auc(model, probability, 'test'):.4f} full, {auc(small, probability, 'test'):.4f} small",
         "table bytes": f"{4 * plan.num_full_params:,} full, {sum(t.nbytes for t in tables):,} small",
         "compact against masked": f"{verified.max_difference:.1e} over {verified.num_rows:,} rows",

@@ -390,15 +390,6 @@ def test_exported_tables_are_as_large_as_the_plan_says(format, bits, tmp_path):
     assert sizes[1] - sizes[0] == pytest.approx(planned[1] - planned[0], rel=0.01)
 
 
-def test_a_module_of_ones_own_stays_at_32_bits():
-    foreign = foreign_task()
-    plan = search(foreign, UniformConfig(), "50%")
-    with pytest.raises(PlanError, match=r"stored in 32; give plan\.with_bits\(32\)"):
-        compact(foreign.model, plan.with_bits(8))
-    with pytest.raises(ConfigError, match="bits = 8, but the embeddings of a ForeignModel"):
-        search(foreign, UniformConfig(), "50%", bits=8)
-
-
 # ---- models ------------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from embtrim.compaction import MODULE_TOLERANCE, compact, compact_tables, verify
+from embtrim.compaction import MODULE_TOLERANCE, compact, compact_tables, quantize, verify
 from embtrim.errors import EmbtrimError, PlanError
 from embtrim.methods import (
     FrequencyConfig,
@@ -22,13 +26,25 @@ from embtrim.methods import (
     PMEConfig,
     RandomConfig,
     SSEDSConfig,
+    UniformConfig,
     search,
 )
 from embtrim.methods.pme import fill_sizes, sized_plan
+from embtrim.models import FNN
+from embtrim.packing import codes_of, fit_codes
 from embtrim.plan import Block, SizePlan, TablePlan, smallest_dtype
-from embtrim.replacements import CompactEmbedding, CompactEmbeddingBag, CompactFlatEmbedding
-from embtrim.sites import ModuleSite, Task, find_sites, gate_sites, site_plan, survey
-from embtrim.testing import PooledModel, check_budget, foreign_task, pooled_task
+from embtrim.replacements import CompactEmbedding, CompactEmbeddingBag, CompactFlatEmbedding, pool_entries
+from embtrim.sites import ModuleSite, Task, fields_of, find_sites, gate_sites, site_plan, survey
+from embtrim.testing import (
+    CHECKS,
+    ForeignModel,
+    PooledModel,
+    check_budget,
+    foreign_batches,
+    foreign_task,
+    odd_task,
+    pooled_task,
+)
 
 ROWS, WIDTH = 12, 4
 FIELDS = {"user": 7, "city": 5}
@@ -215,6 +231,46 @@ class TestWhereElseTheModelKeepsThem:
         assert isinstance(model.table, nn.Embedding)
         assert sum(p.numel() for p in small.parameters()) == plan.num_params
 
+    class Penalized(nn.Module):
+        """Keeps its weight in lists, as deepctr-torch does; `hide` puts it where no list is."""
+
+        def __init__(self, hide: Callable[[nn.Parameter], object] | None = None) -> None:
+            super().__init__()
+            self.table = nn.Embedding(ROWS, WIDTH)
+            self.other = nn.Linear(WIDTH, 1)
+            self.penalties = [([self.other.weight, self.table.weight], 0.1)]
+            self.hidden = hide and hide(self.table.weight)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.other(self.table(ids)).mean() + sum(w.square().sum() for w in self.penalties[0][0])
+
+    @pytest.mark.parametrize(("kind", "flat"), [("columns", True), ("rows", True), ("sizes", False), ("sizes", True)])
+    def test_pieces_take_the_place_of_a_weight_in_lists(self, kind: str, flat: bool):
+        model = self.Penalized()
+        small = compact(model, plan_for(model, kind, {"table": FIELDS} if flat else None))
+        first, *pieces = small.penalties[0][0]
+        stored = [p for name, p in small.table.named_parameters() if "weights" in name]
+        assert first is small.other.weight
+        assert len(stored) > 1
+        assert all(piece is p for piece, p in zip(pieces, stored, strict=True))
+        assert model.penalties[0][0][1] is model.table.weight
+        small(PAIRS).backward()
+        assert all(p.grad is not None for p in pieces)
+
+    @pytest.mark.parametrize(
+        "hide",
+        [lambda w: ("table", w), lambda w: {"table": w}, lambda w: [("table", w)]],
+        ids=["tuple", "dict", "pairs"],
+    )
+    def test_pieces_that_cannot_take_its_place_are_refused(self, hide):
+        model = self.Penalized(hide)
+        assert isinstance(compact(model, plan_for(model, "columns")).table, CompactEmbedding)
+        with pytest.raises(EmbtrimError, match=r"'table' outside of its modules too, and not .* 2 pieces"):
+            compact(model, plan_for(model, "sizes"))
+        model.penalties, model.hidden = [], slice(model.table.weight)
+        with pytest.raises(EmbtrimError, match="'table' outside of its modules"):
+            compact(model, plan_for(model, "sizes"))
+
     def test_modules_that_share_a_weight_share_a_replacement(self):
         task = pooled_task()
         plan = search(task, RandomConfig(), "40%")
@@ -277,6 +333,16 @@ class TestSurvey:
         with pytest.raises(EmbtrimError, match=r"no embedding to shrink .* max: EmbeddingBag 9 x 4, left \(mode 'max'"):
             find_sites(nn.ModuleDict({"max": model["max"]}))
 
+    def test_bytes_are_counted_once(self):
+        sizes = {f.name: f.num_bytes for f in survey(PooledModel())}
+        assert sizes == {"flat": 4 * 52 * 6, "history": 4 * 25 * 4, "recent": 0}
+        assert {f.name: f.num_bytes for f in survey(ForeignModel()) if not f.found} == {"bias": 4 * 40}
+
+    def test_a_search_says_what_is_left_beside_its_plan(self, caplog):
+        with caplog.at_level(logging.INFO, logger="embtrim"):
+            search(foreign_task(), RandomConfig(), "50%")
+        assert "left alone, beside what plans count: 160 bytes" in caplog.text
+
     def test_a_search_logs_it_once(self, caplog):
         with caplog.at_level(logging.INFO, logger="embtrim"):
             search(pooled_task(), RandomConfig(), "50%")
@@ -302,6 +368,127 @@ class TestSurvey:
             compact(nn.Sequential(nn.Embedding(ROWS, WIDTH + 1)), plan)
         with pytest.raises(EmbtrimError, match="the table has 13"):
             compact(nn.Sequential(nn.Embedding(ROWS + 1, WIDTH)), plan)
+
+
+class TestWeightsReadOutside:
+    """A compact table has no weight to read: a search says so before it begins."""
+
+    class Reader(ForeignModel):
+        def __init__(self, read: Callable[[nn.Embedding, Tensor], Tensor]) -> None:
+            super().__init__()
+            self.read = read
+
+        def forward(self, ids_BC: Tensor) -> Tensor:
+            return super().forward(ids_BC) + self.read(self.item, ids_BC[:, 1]).sum(1)
+
+    @pytest.mark.parametrize(
+        "read",
+        [
+            lambda item, ids: item.weight[ids],
+            lambda item, ids: nn.functional.embedding(ids, item.weight),
+            lambda item, ids: item(ids) @ item.weight.T,
+        ],
+        ids=["indexed", "functional", "tied"],
+    )
+    def test_are_refused_before_the_search(self, read, monkeypatch):
+        task = foreign_task(lambda: self.Reader(read))
+        monkeypatch.setattr(Task, "row_counts", lambda self: pytest.fail("the search began"))
+        with pytest.raises(EmbtrimError, match=r"reads the weight of 'item' outside of that module.* keep="):
+            search(task, FrequencyConfig(), "50%")
+        monkeypatch.undo()
+        task._keep = lambda name: name != "item"
+        assert verify(task.model, search(task, FrequencyConfig(), "50%"), task).passed
+
+    def test_a_loss_that_reads_one_is_refused_too(self):
+        task = foreign_task()
+        plain = task.loss
+        task.loss = lambda model, batch: plain(model, batch) + model.user.weight.norm()
+        with pytest.raises(EmbtrimError, match="'user'"):
+            search(task, RandomConfig(), "50%")
+
+    @pytest.mark.parametrize("make", [foreign_task, pooled_task])
+    def test_there_is_none(self, make):
+        task = make()
+        small = compact(task.model, search(task, RandomConfig(), "50%"))
+        for name in ("user", "item", "flat", "history"):
+            assert not hasattr(getattr(small, name, None), "weight")
+
+    def test_the_search_that_follows_is_as_without_the_probe(self, monkeypatch):
+        def plan() -> SizePlan:
+            torch.manual_seed(0)
+            data = torch.utils.data.DataLoader(list(next(foreign_batches())[0]), batch_size=16, shuffle=True)
+            model = ForeignModel()
+            loss = lambda m, ids: m(ids).square().mean()  # noqa: E731
+            return search(Task(model, loss, data), SSEDSConfig(data="train", batches=1), "50%")
+
+        first = plan()
+        monkeypatch.setattr("embtrim.methods.check_compactable", lambda task: None)
+        assert first.details["scores"] == plan().details["scores"]
+
+    def test_an_iterator_keeps_its_batches(self):
+        task = Task(ForeignModel(), lambda m, b: m(b[0]).mean(), foreign_batches(), foreign_batches(1))
+        assert search(task, SSEDSConfig(), "50%").num_params
+
+
+class TestTask:
+    """What a Task makes of what it is given."""
+
+    @pytest.mark.parametrize("name", ["frequency", "random", "sseds"])
+    def test_a_search_undoes_what_max_norm_does(self, name: str):
+        config = {"frequency": FrequencyConfig(), "random": RandomConfig(), "sseds": SSEDSConfig()}[name]
+        task = odd_task()
+        CHECKS["only declared parameters move"](task, config)
+        assert float(task.model.tables["user[id]"].weight.detach().norm(dim=1).max()) > 2.0
+
+    def test_a_search_that_fails_undoes_it_too(self):
+        task = odd_task()
+        before = copy.deepcopy(task.model.state_dict())
+        plain, calls = task.loss, []
+
+        def loss(model: nn.Module, batch: object) -> Tensor:
+            calls.append(plain(model, batch))
+            return calls[-1] if len(calls) < 3 else pytest.fail("the third batch")
+
+        task.loss = loss
+        with pytest.raises(pytest.fail.Exception):
+            search(task, FrequencyConfig(), "50%")
+        assert all(torch.equal(v, before[name]) for name, v in task.model.state_dict().items())
+
+    def test_batches_that_are_spent_are_no_counts(self):
+        batches = foreign_batches()
+        task = Task(ForeignModel(), lambda m, b: m(b[0]).mean(), batches)
+        assert task.row_counts()["user"].sum() == 4 * 64
+        with pytest.raises(EmbtrimError, match="no train batches to count rows on"):
+            search(task, FrequencyConfig(), "50%")
+
+    def test_fresh_with_and_without_a_seed(self):
+        def seeded(seed: int) -> nn.Module:
+            torch.manual_seed(seed)
+            return ForeignModel()
+
+        def made(fresh: Callable[..., nn.Module], seed: int) -> Tensor:
+            task = Task(ForeignModel(), lambda m, b: m(b[0]).mean(), [], fresh=fresh)
+            return task.fresh(seed).user.weight
+
+        for fresh in (
+            ForeignModel,
+            lambda: ForeignModel(),
+            lambda hidden=8: nn.ModuleDict({"user": ForeignModel().user}),
+        ):
+            assert torch.equal(made(fresh, 3), made(ForeignModel, 3))
+            assert not torch.equal(made(fresh, 3), made(fresh, 4))
+        expected = made(ForeignModel, 3)
+        for fresh in (seeded, lambda s: seeded(s), lambda seed=0: seeded(seed), lambda *args: seeded(*args)):
+            assert torch.equal(made(fresh, 3), expected)
+
+    def test_paths_and_fields_may_hold_brackets(self):
+        model = nn.ModuleDict({"a[b]": nn.Embedding(ROWS, WIDTH), "c[d]": nn.Embedding(ROWS, WIDTH)})
+        fields = {"c[d]": {"x[1]": 7, "y]": 5}}
+        plan = site_plan(find_sites(model, fields=fields))
+        assert fields_of(model, plan) == {"a[b]": {}, "c[d]": fields["c[d]"]}
+        small = compact(model, plan, "inherit")
+        assert [t.num_embeddings for t in compact_tables(small, plan)] == [12, 7, 5]
+        assert torch.equal(small["c[d]"](PAIRS), model["c[d]"](PAIRS))
 
 
 class TestGates:
@@ -575,3 +762,358 @@ def test_searched_compacted_retrained_and_saved(align: str, tmp_path):
         sum(t.nbytes for t in [*small.flat.state_dict().values(), *small.history.state_dict().values()])
         == plan.num_bytes
     )
+
+
+def quantized_rows(compacted: CompactEmbedding) -> Tensor:
+    """What its ids read once it is quantised, by nothing but the definition of the codes; at width D."""
+    rows = []
+    for width in {weight.shape[1] for weight in compacted.weights}:
+        together = torch.cat([w for w in compacted.weights if w.shape[1] == width]).detach()
+        if compacted.bits == 16:
+            rows.append((width, together.half().float()))
+            continue
+        scale, offset = fit_codes(together, compacted.bits)
+        rows.append((width, codes_of(together, scale, offset, compacted.bits) * scale + offset))
+    by_width = dict(rows)
+    read = dict.fromkeys(by_width, 0)
+    parts = []
+    for weight in compacted.weights:
+        width, start = weight.shape[1], read[weight.shape[1]]
+        parts.append(compacted.widen(by_width[width][start : start + len(weight)]))
+        read[width] = start + len(weight)
+    return torch.cat(parts)[compacted.rows_of(torch.arange(compacted.num_embeddings)).long()]
+
+
+class TestBits:
+    """Tables of a stranger's model in 16, 8 and 4 bits."""
+
+    @pytest.mark.parametrize("bits", [16, 8, 4])
+    @pytest.mark.parametrize("kind", [*KINDS, "sizes", "one size twice"])
+    @pytest.mark.parametrize("flat", [False, True])
+    def test_reads_are_those_of_the_codes_and_bytes_those_of_the_plan(self, bits: int, kind: str, flat: bool):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(ROWS, WIDTH))
+        fields = {"0": FIELDS} if flat else None
+        if kind == "one size twice":
+            plan = plan_for(model, "nothing", fields)
+            blocks = tuple(
+                Block(1, size, "project", np.array([row], np.int32)) for row, size in enumerate((4, 2, 4, 2))
+            )
+            plan = dataclasses.replace(plan, tables=tuple(dataclasses.replace(t, blocks=blocks) for t in plan.tables))
+        else:
+            plan = plan_for(model, kind, fields)
+        plan = plan.with_bits(bits)
+        small = compact(model, plan, seed=0)
+        with torch.no_grad():
+            for p in small.parameters():
+                p.normal_()
+            expected = torch.cat([quantized_rows(t) for t in compact_tables(small, plan)])
+            quantize(small)
+            assert torch.equal(small.eval()(PAIRS), expected[PAIRS])
+        assert sum(v.nbytes for v in small.state_dict().values()) == plan.num_bytes
+
+    @pytest.mark.parametrize("bits", [16, 8, 4])
+    @pytest.mark.parametrize("mode", ["sum", "mean"])
+    @pytest.mark.parametrize("padding_idx", [None, 0, 3])
+    def test_bags_pool_what_their_entries_read(self, bits: int, mode: str, padding_idx: int | None):
+        model = bag(mode=mode, padding_idx=padding_idx)
+        plan = plan_for(model, "rows").with_bits(bits)
+        small = compact(model, plan, seed=0).eval()
+        quantize(small)
+        stands_for = bag(mode=mode, padding_idx=padding_idx)
+        with torch.no_grad():
+            stands_for[0].weight.copy_(small[0].entries(torch.arange(ROWS)))
+            same(small, stands_for)
+
+    def test_a_padding_row_stays_zero(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(ROWS, WIDTH, padding_idx=0))  # of both signs: zero is no code
+        for bits in (16, 8, 4):
+            small = compact(model, plan_for(model, "columns").with_bits(bits), "inherit").eval()
+            quantize(small)
+            assert not small(torch.tensor([0])).any()
+            assert small(torch.tensor([1])).any()
+
+    def test_state_is_saved_and_loaded(self, tmp_path: Path):
+        task = pooled_task()
+        plan = search(task, PMEConfig(), "50%", bits=8)
+        small = compact(task.model, plan, seed=1).eval()
+        quantize(small)
+        torch.save(small.state_dict(), tmp_path / "small.pt")
+        torch.save(small, tmp_path / "module.pt")
+        again = compact(task.model, plan, seed=2).eval()
+        again.load_state_dict(torch.load(tmp_path / "small.pt"))
+        ids, _ = next(iter(task.batches("valid")))
+        assert torch.equal(again(ids), small(ids))
+        assert torch.equal(torch.load(tmp_path / "module.pt", weights_only=False)(ids), small(ids))
+        tables = [t for name, t in small.state_dict().items() if not name.startswith("head") and "recent" not in name]
+        assert sum(t.nbytes for t in tables) == plan.num_bytes
+
+    def test_is_for_inference_and_once(self):
+        model = nn.Sequential(nn.Embedding(ROWS, WIDTH))
+        small = compact(model, plan_for(model, "rows").with_bits(8), "inherit")
+        small(PAIRS).sum().backward()
+        quantize(small)
+        assert not list(small.parameters())
+        with pytest.raises(EmbtrimError, match="'0' is quantised, for inference only"):
+            small(PAIRS)
+        with torch.no_grad():
+            small(PAIRS)
+        small.eval()(PAIRS)
+        with pytest.raises(EmbtrimError, match="quantised already"):
+            quantize(small)
+        with pytest.raises(EmbtrimError, match=r"no compact table of fewer than 32 bits; .* plan\.with_bits\(8\)"):
+            quantize(compact(model, plan_for(model, "rows")))
+        with pytest.raises(EmbtrimError, match="no compact table"):
+            quantize(model)
+
+    def test_a_weight_in_a_list_is_emptied(self):
+        model = TestWhereElseTheModelKeepsThem.Owner()
+        small = compact(model, plan_for(model, "columns").with_bits(8), "inherit")
+        quantize(small)
+        assert small.penalized[0].numel() == 0
+
+    def test_a_model_of_doubles_stays_one(self):
+        model = bag(mode="sum").double()
+        small = compact(model, plan_for(model, "sizes").with_bits(8)).eval()
+        quantize(small)
+        assert small(PAIRS).dtype == torch.float64
+
+    @pytest.mark.parametrize("make", [foreign_task, pooled_task, odd_task])
+    @pytest.mark.parametrize("bits", [16, 8, 4, "mixed"])
+    def test_a_search_fills_its_budget(self, make: Callable[[], Task], bits):
+        task = make()
+        for config in (UniformConfig(), PMEConfig(), FrequencyConfig()):
+            plan = search(task, config, "230 bytes", bits=bits)
+            assert 100 < plan.num_bytes <= 230
+            assert verify(task.model, plan, task).passed
+            small = compact(task.model, plan).eval()
+            quantize(small)
+            stored = [v for t in compact_tables(small, plan) for v in t.state_dict().values()]
+            assert sum(v.nbytes for v in stored) == plan.num_bytes
+
+    def test_a_trained_model_loses_little(self):
+        task = foreign_task()
+        task.fit(task.model, epochs=40, seed=0)
+        losses = []
+        for bits in (32, 8, 4):
+            small = compact(task.model, task.full_plan().with_bits(bits), "inherit").eval()
+            if bits < 32:
+                quantize(small)
+            losses.append(-task.valid_score(small))
+        assert losses[0] == pytest.approx(-task.valid_score(task.model))
+        assert losses[0] < losses[1] == pytest.approx(losses[0], rel=0.02)
+        assert losses[2] < 0.5 * task_loss_untrained()
+
+
+def task_loss_untrained() -> float:
+    task = foreign_task()
+    return -task.valid_score(task.model)
+
+
+class TestReads:
+    """Input columns of named Linears go with the columns of the embeddings that they read."""
+
+    class Two(nn.Module):
+        """Two Linears over user, items and a dense column; `extra` may read the item too."""
+
+        def __init__(self, extra: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+            super().__init__()
+            self.user = nn.Embedding(40, 6)
+            self.item = nn.EmbeddingBag(25, 4, mode="sum")
+            self.deep = nn.Linear(6 + 4 + 1 + 4, 8)
+            self.wide = nn.Linear(4 + 6, 8)
+            self.extra = extra
+
+        def forward(self, ids_BC: Tensor) -> Tensor:
+            user, first, second = self.user(ids_BC[:, 0]), self.item(ids_BC[:, 1:2]), self.item(ids_BC[:, 2:])
+            deep = self.deep(torch.cat([user, first, ids_BC[:, :1] / 40, second], 1))
+            out = (deep * self.wide(torch.cat([first, user], 1))).sum(1)
+            return out if self.extra is None else out + self.extra(user, first)
+
+    READS = {"deep": ["user", "item", 1, "item"], "wide": ["item", "user"]}  # noqa: RUF012 (nothing changes it)
+
+    def plan(self, task: Task, align: str = "scatter") -> SizePlan:
+        columns = {"user": (1, 4, 5), "item": (0, 3)}
+        return task.full_plan().with_columns(columns, align)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("align", ["scatter", "project"])
+    def test_columns_go(self, align):
+        task = foreign_task(self.Two)
+        plan = self.plan(task, align)
+        small = compact(task.model, plan, "inherit", reads=self.READS)
+        assert tuple(small.deep.weight.shape) == (8, 3 + 2 + 1 + 2)
+        assert (small.deep.in_features, small.wide.in_features) == (8, 5)
+        assert torch.equal(small.wide.weight, task.model.wide.weight[:, [0, 3, 5, 8, 9]])
+        assert small.user(torch.tensor([1])).shape == (1, 3)
+        assert (small.user.embedding_dim, small.item.embedding_dim) == (3, 2)
+        assert sum(p.numel() for p in [*small.user.parameters(), *small.item.parameters()]) == 40 * 3 + 25 * 2
+        assert task.model.deep.weight.shape == (8, 15)
+        result = verify(task.model, plan, task, reads=self.READS)
+        assert (result.passed, result.num_rows, result.against) == (True, 256, "masked")
+
+    @pytest.mark.parametrize("kind", ["rows", "nothing", "sizes"])
+    def test_rows_and_sizes_and_nothing(self, kind: str):
+        task = foreign_task(self.Two)
+        plan = task.full_plan()
+        plan = dataclasses.replace(
+            plan, tables=tuple(dataclasses.replace(t, blocks=blocks_of(kind, t.num_rows)) for t in plan.tables)
+        )
+        if kind == "sizes":
+            plan = plan.with_columns({"user": (1, 2), "item": ()}, "project")
+            sizes = dataclasses.replace(plan.tables[1], blocks=blocks_of("sizes", 25))
+            plan = dataclasses.replace(plan, tables=(plan.tables[0], sizes))
+        small = compact(task.model, plan, reads=self.READS)
+        widths = {"rows": (2, 2), "nothing": (0, 0), "sizes": (2, 4)}[kind]
+        assert small.deep.in_features == widths[0] + 2 * widths[1] + 1
+        result = verify(task.model, plan, task, reads=self.READS)
+        assert (result.passed, result.against) == (True, "lookup" if kind == "sizes" else "masked")
+
+    def test_trained_quantised_saved(self, tmp_path: Path):
+        task = foreign_task(self.Two)
+        plan = self.plan(task).with_bits(8)
+        small = compact(task.model, plan, reads=self.READS)
+        before = task.valid_score(small)
+        task.fit(small, epochs=10, seed=0)
+        assert task.valid_score(small) > before
+        quantize(small)
+        again = compact(task.model, plan, seed=2, reads=self.READS).eval()
+        again.load_state_dict(small.state_dict())
+        ids, _ = next(foreign_batches())
+        assert torch.equal(again(ids), small.eval()(ids))
+
+    @pytest.mark.parametrize(
+        "extra",
+        [
+            lambda user, item: (user[:, :4] * item).sum(1),
+            lambda user, item: user.mean(1) + item.mean(1),
+            lambda user, item: nn.functional.linear(user, torch.ones(1, 6))[:, 0],
+        ],
+        ids=["product", "mean", "another layer"],
+    )
+    @pytest.mark.parametrize("kind", ["columns", "sizes"])
+    def test_another_reader_is_found(self, extra, kind: str):
+        task = foreign_task(lambda: self.Two(extra))
+        plan = self.plan(task)
+        if kind == "sizes":
+            counted = dataclasses.replace(plan.tables[1], blocks=(Block(25, 2),))
+            plan = dataclasses.replace(plan, tables=(plan.tables[0], counted))
+        assert verify(task.model, plan, task).passed
+        with pytest.raises(EmbtrimError, match="what reads= says of deep, wide does not hold"):
+            verify(task.model, plan, task, reads=self.READS)
+
+    def test_another_order_is_found(self):
+        task = foreign_task(self.Two)
+        reads = {"deep": ["item", "user", 1, "item"], "wide": ["item", "user"]}
+        with pytest.raises(EmbtrimError, match="another order"):
+            verify(task.model, self.plan(task), task, reads=reads)
+        reads = {"deep": self.READS["deep"]}
+        with pytest.raises(EmbtrimError, match="something else reads them too"):
+            verify(task.model, self.plan(task), task, reads=reads)
+
+    @pytest.mark.parametrize(
+        ("reads", "message"),
+        [
+            ({"head": ["user"]}, "names 'head', which is no module of this model; name an nn.Linear"),
+            ({"user": ["user"]}, "names 'user', which is a CompactEmbedding; name an nn.Linear"),
+            ({"wide": ["user", "itm"]}, "'wide' reads 'itm', which is no module of this model"),
+            ({"wide": ["user", "deep"]}, "'wide' reads 'deep', which is a Linear; name embeddings"),
+            ({"wide": ["user"]}, "what 'wide' reads, user, has 6 columns, but it takes 10"),
+        ],
+    )
+    def test_what_does_not_add_up(self, reads, message: str):
+        task = foreign_task(self.Two)
+        with pytest.raises(EmbtrimError, match=message):
+            compact(task.model, self.plan(task), reads=reads)
+
+    def test_flat_tables_and_zoo_models_are_refused(self, data):
+        task = pooled_task()
+        with pytest.raises(EmbtrimError, match=r"'head\.0' reads 'flat', which is a CompactFlatEmbedding"):
+            compact(task.model, task.full_plan(), reads={"head.0": ["flat", "flat", "history", "recent"]})
+        zoo = FNN(data.schema, embedding_dim=4, hidden_units=(8,))
+        with pytest.raises(EmbtrimError, match="reads= is for foreign modules"):
+            compact(zoo, zoo.tables.plan, reads={})
+
+
+EXPORTED = {"plain": (ForeignModel, None), "flat": (PooledModel, {"flat": {"user": 40, "city": 12}})}
+
+
+class TestExporters:
+    """torch's own exporters take compact modules, quantised ones too."""
+
+    @pytest.fixture(params=[*EXPORTED])
+    def task(self, request) -> Task:
+        return foreign_task(*EXPORTED[request.param])
+
+    def small(self, task: Task, kind: str, bits: int) -> nn.Module:
+        config = PMEConfig() if kind == "sizes" else RandomConfig()
+        plan = search(task, FrequencyConfig() if kind == "rows" else config, "50%", bits=bits)
+        small = compact(task.model, plan, seed=0).eval()
+        if bits < 32:
+            quantize(small)
+        return small
+
+    @pytest.mark.parametrize(
+        ("kind", "bits", "strict"),
+        [("columns", 32, False), ("rows", 32, True), ("sizes", 32, False), ("sizes", 8, False), ("rows", 4, False)],
+    )
+    def test_torch_export(self, task: Task, kind: str, bits: int, strict: bool):
+        small = self.small(task, kind, bits)
+        ids, _ = next(foreign_batches())
+        shapes = ({0: torch.export.Dim("batch")},)
+        program = torch.export.export(small, (ids[:8],), dynamic_shapes=shapes, strict=strict).module()
+        assert torch.allclose(program(ids), small(ids), atol=1e-6)
+
+    @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+    @pytest.mark.parametrize("bits", [32, 4])
+    def test_onnx(self, bits: int, tmp_path: Path):
+        onnxruntime = pytest.importorskip("onnxruntime")
+        small = self.small(pooled_task(), "rows", bits)
+        ids, _ = next(foreign_batches())
+        shapes = ({0: torch.export.Dim("batch")},)
+        torch.onnx.export(
+            small, (ids[:8],), str(tmp_path / "m.onnx"), dynamic_shapes=shapes, dynamo=True, verbose=False
+        )
+        session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
+        (found,) = session.run(None, {session.get_inputs()[0].name: ids.numpy()})
+        assert np.abs(found - small(ids).detach().numpy()).max() < 1e-5
+
+    @pytest.mark.parametrize("mode", ["sum", "mean"])
+    @pytest.mark.parametrize("padding_idx", [None, 0])
+    def test_bags_are_pooled_the_same(self, mode: str, padding_idx: int | None, monkeypatch):
+        module, entries = bag(mode=mode, padding_idx=padding_idx)[0], torch.randn(4, 3, WIDTH)
+        weights = torch.randn(4, 3) if mode == "sum" else None
+        expected = pool_entries(module, entries, PAIRS, None, weights)
+        monkeypatch.setattr("embtrim.replacements.is_exporting", lambda: True)
+        assert torch.allclose(pool_entries(module, entries, PAIRS, None, weights), expected, atol=1e-6)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("padding_idx", [None, 0, 8])
+    def test_fixed_shapes_give_the_same(self, kind: str, padding_idx: int | None):
+        model = nn.Sequential(nn.Embedding(ROWS, WIDTH, padding_idx=padding_idx))
+        (flat,) = compact(model, plan_for(model, kind, {"0": FIELDS}), seed=0)
+        for ids in (torch.arange(ROWS), FLAT_IDS.int(), PAIRS[None], torch.tensor(4), PAIRS[:0]):
+            assert torch.equal(flat._forward_fixed(ids), flat(ids))
+        if kind == "columns":
+            for wrong in (-1, ROWS):
+                with pytest.raises(IndexError):
+                    flat._forward_fixed(torch.tensor([wrong]))
+
+
+def test_a_saved_module_opens_without_search_code(tmp_path: Path):
+    task = pooled_task()
+    plan = search(task, PMEConfig(), "50%", bits=8)
+    tables = nn.ModuleDict({name: compact(task.model, plan).get_submodule(name) for name in ("flat", "history")})
+    quantize(tables.eval())
+    torch.save(tables, tmp_path / "tables.pt")
+    torch.save(tables["flat"](PAIRS), tmp_path / "expected.pt")
+    code = """
+import sys, torch
+for name in ("sites", "compaction", "methods", "train", "optim", "checkpoint", "models", "dataset", "tables"):
+    sys.modules[f"embtrim.{name}"] = None
+tables = torch.load(sys.argv[1] + "/tables.pt", weights_only=False)
+ids = torch.tensor([[0, 3, 5], [11, 0, 0], [1, 1, 9], [0, 0, 0]])
+assert torch.equal(tables["flat"](ids), torch.load(sys.argv[1] + "/expected.pt"))
+tables["history"](ids)
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

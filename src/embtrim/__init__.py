@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from embtrim.budget import Budget
     from embtrim.bundle import load_bundle, save
     from embtrim.catalog import load
-    from embtrim.compaction import compact, verify
+    from embtrim.compaction import compact, quantize, verify
     from embtrim.encoding import encode
     from embtrim.errors import EmbtrimError
     from embtrim.exporting import export
@@ -65,6 +65,7 @@ _HOMES = {
     "load": "catalog",
     "load_bundle": "bundle",
     "models": "models",
+    "quantize": "compaction",
     "save": "bundle",
     "search": "methods",
     "update": "updating",
@@ -72,7 +73,7 @@ _HOMES = {
 }
 
 __all__ = [  # noqa: RUF022 (in the order of the way through the house)
-    "encode", "load", "models", "fit", "evaluate", "search", "verify", "compact", "save", "load_bundle", "export",
+    "encode", "load", "models", "fit", "evaluate", "search", "verify", "compact", "quantize", "save", "load_bundle", "export",
     "update",
     "Task", "CTRTask", "Budget", "SizePlan", "Schema", "FieldSpec", "TrainConfig",
     "GuidedConfig", "SSEDSConfig", "HardMaskConfig", "OptEmbedConfig", "PMEConfig",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from embtrim.dataset import EncodedDataset
 from embtrim.errors import EmbtrimError, PlanError
 from embtrim.models.ctr_model import CTRModel
-from embtrim.plan import SizePlan, TablePlan
+from embtrim.plan import SizePlan, TablePlan, projects
 from embtrim.replacements import CompactEmbedding, CompactEmbeddingBag, CompactFlatEmbedding
 from embtrim.schema import PAD
 from embtrim.sites import ModuleSite, Task, fields_of, find_sites, site_plan
@@ -27,6 +28,8 @@ from embtrim.tables import EmbeddingTables
 from embtrim.train import check_data
 
 Init = Literal["scratch", "initial", "inherit"]
+# By the path of an nn.Linear, what its input concatenates; see `compact`.
+Reads = Mapping[str, Sequence[str | int]]
 
 # verify: |compact - masked| <= TOLERANCE * (1 + |masked|), in float64; of a foreign module in its own precision.
 TOLERANCE = 1e-9
@@ -35,7 +38,9 @@ MODULE_TOLERANCE = 1e-5
 LOOKUP_ROWS = 1024
 
 
-def compact(model: nn.Module, plan: SizePlan, init: Init = "scratch", seed: int | None = None) -> Any:
+def compact(
+    model: nn.Module, plan: SizePlan, init: Init = "scratch", seed: int | None = None, reads: Reads | None = None
+) -> Any:
     """Build the smaller model that a plan describes; the given model is not changed.
 
     Args:
@@ -45,19 +50,27 @@ def compact(model: nn.Module, plan: SizePlan, init: Init = "scratch", seed: int 
             models only: drawn again from their seed); "inherit" takes what is kept of the weights the model has now.
             A projection starts as the selection of the kept columns under "initial" and "inherit".
         seed: of new weights; None takes the model's own.
+        reads: of a foreign module, by the path of each nn.Linear that reads nothing but a concatenation: its parts in
+            order, paths of embeddings or numbers of other columns, such as `{"head.0": ["user", "item", "item", 13]}`.
+            These embeddings then give out the columns that they store, not projected, and the Linears lose the input
+            columns of the others. Nothing else may read them: `verify` with the same `reads` says so if it does.
 
     Returns:
-        The compact model, on the device of the full one, in fp32: where the plan says fewer bits, call its
-        `tables.quantize()` once it is trained. A plan that drops or re-sizes rows re-numbers ids: give the
-        compact model `data.recode(plan)`.
+        The compact model, on the device of the full one, in fp32: where the plan says fewer bits, call `quantize` once
+        it is trained. A plan that drops or re-sizes rows re-numbers ids: give a compact zoo model `data.recode(plan)`.
 
     Raises:
-        PlanError: the plan was made for something else, lists counts where `init` needs columns, or says fewer than 32
-            bits of a foreign module.
-        EmbtrimError: the model's tables are quantised.
+        PlanError: the plan was made for something else, or lists counts where `init` needs columns.
+        EmbtrimError: the model's tables are quantised; a weight that the plan stores in pieces is also kept where they
+            cannot replace it; or `reads` names no such Linear or embedding, or parts that do not add up to its input.
     """
     if not isinstance(model, CTRModel):
-        return _compact_module(model, plan, init, seed)
+        small = _compact_module(model, plan, init, seed)
+        if reads is not None:
+            _narrow(small, reads)
+        return small
+    if reads is not None:
+        raise EmbtrimError("reads= is for foreign modules: the models of embtrim.models know what reads their tables")
     model.tables.check_fp32()
     plan.check_schema(model.schema)
     plan.check_tables(SizePlan.full(model.schema, model.tables.width))
@@ -73,6 +86,29 @@ def compact(model: nn.Module, plan: SizePlan, init: Init = "scratch", seed: int 
     elif init != "scratch":
         raise EmbtrimError(f"init must be 'scratch', 'initial' or 'inherit', given {init!r}")
     return small
+
+
+def quantize(model: nn.Module) -> None:
+    """Store the tables of a compact model in the bits of its plan, in place: for inference only, once it is trained.
+
+    Args:
+        model: what `compact` gave; of a zoo model this is `model.tables.quantize()`.
+
+    Raises:
+        EmbtrimError: the tables are quantised already, or the plan of a foreign module says 32 bits of all.
+    """
+    if isinstance(model, CTRModel):
+        model.tables.quantize()
+        return
+    tables = [module for module in model.modules() if isinstance(module, CompactEmbedding)]
+    if any(table.packed is not None for table in tables):
+        raise EmbtrimError(f"the tables of this {type(model).__name__} are quantised already")
+    if all(table.bits == 32 for table in tables):
+        raise EmbtrimError(
+            f"this {type(model).__name__} has no compact table of fewer than 32 bits; compact it with plan.with_bits(8)"
+        )
+    for table in tables:
+        table.quantize()
 
 
 @torch.no_grad()
@@ -151,7 +187,12 @@ class Verification:
 
 
 def verify(
-    model: nn.Module, plan: SizePlan, data: EncodedDataset | Task, split: str = "valid", max_rows: int = 65_536
+    model: nn.Module,
+    plan: SizePlan,
+    data: EncodedDataset | Task,
+    split: str = "valid",
+    max_rows: int = 65_536,
+    reads: Reads | None = None,
 ) -> Verification:
     """Compare a compact copy with inherited weights with the masked full model on real batches, in float64.
 
@@ -167,9 +208,11 @@ def verify(
         data: the full model's data; for a foreign module, its Task.
         split: which rows, or batches.
         max_rows: how many at most.
+        reads: as given to `compact`.
 
     Raises:
         PlanError: the plan was made for something else.
+        EmbtrimError: something reads the embeddings that `reads` narrows besides its Linears, or in another order.
     """
     if not isinstance(model, CTRModel):
         if not isinstance(data, Task):
@@ -177,7 +220,7 @@ def verify(
                 f"verify got a {type(model).__name__} and a {type(data).__name__}; a module that is none of "
                 "embtrim.models is compared on the batches of its Task"
             )
-        return _verify_module(model, plan, data, split, max_rows)
+        return _verify_module(model, plan, data, split, max_rows, reads)
     if not isinstance(data, EncodedDataset):
         raise EmbtrimError(f"verify compares a zoo model on encoded data, given a {type(data).__name__}; give its data")
     check_data(model, data)
@@ -260,7 +303,7 @@ def mask_tables(model: CTRModel, plan: SizePlan) -> CTRModel:
 def module_sites(model: nn.Module, plan: SizePlan) -> list[ModuleSite]:
     """The sites of a foreign module that a plan is for; PlanError if it was made for others."""
     names = {table.name for table in plan.tables}
-    flat = {path: fields for path, fields in fields_of(plan).items() if fields}
+    flat = {path: fields for path, fields in fields_of(model, plan).items() if fields}
     sites = [s for s in find_sites(model, fields=flat) if isinstance(s, ModuleSite) and s.names[0] in names]
     fingerprint = site_plan(sites).fingerprint
     if fingerprint != plan.fingerprint:
@@ -272,25 +315,113 @@ def _compact_module(model: nn.Module, plan: SizePlan, init: Init, seed: int | No
     """A copy of a foreign module with smaller embeddings of the same output width."""
     if init == "initial":
         raise EmbtrimError("init = 'initial' needs a zoo model; build a foreign one anew and use 'inherit'")
-    if plan.is_quantized:
-        raise PlanError(
-            f"plan says fewer than 32 bits, but the embeddings of a {type(model).__name__} are stored in 32; give "
-            "plan.with_bits(32)"
-        )
     generator = torch.Generator().manual_seed(0 if seed is None else seed)
     tables = iter(plan.tables)
     memo: dict[int, Any] = {}
+    in_pieces: list[tuple[ModuleSite, list[nn.Parameter]]] = []
     for site in module_sites(model, plan):
         found = [_compact_table(site, next(tables), weight, init, generator) for weight in site.weights()]
         replacement: nn.Module = found[0] if len(found) == 1 else CompactFlatEmbedding(found, site.module.padding_idx)
         if isinstance(site.module, nn.EmbeddingBag):
             replacement = CompactEmbeddingBag(replacement, site.module)  # type: ignore[arg-type]
+        replacement.path = site.path  # type: ignore[assignment]
         replacement.to(site.module.weight.device).train(site.module.training)
         # Wherever the model keeps the module, or its weight in a list of its own (as for a penalty), it gets ours.
         memo.update((id(module), replacement) for module in site.modules)
-        if len(found) == len(found[0].weights) == 1:
-            memo[id(site.module.weight)] = found[0].weights[0]
-    return copy.deepcopy(model, memo)
+        pieces = [weight for table in found for weight in table.weights]
+        if len(pieces) == 1:
+            memo[id(site.module.weight)] = pieces[0]
+        else:
+            in_pieces.append((site, pieces))
+    small = copy.deepcopy(model, memo)
+    for site, pieces in in_pieces:
+        stale = memo.get(id(site.module.weight))
+        if stale is not None and not _replace_in_lists(small, stale, pieces):
+            raise EmbtrimError(
+                f"the model keeps the weight of {site.path!r} outside of its modules too, and not just in lists; this plan "
+                f"stores it in {len(pieces)} pieces, which cannot take its place; leave it alone with the Task's keep="
+            )
+    return small
+
+
+def _replace_in_lists(model: nn.Module, stale: Tensor, pieces: Sequence[Tensor]) -> bool:
+    """Put `pieces` in the place of a weight in lists that a model's attributes hold; False if it is elsewhere too."""
+    containers: list[Any] = [vars(module) for module in model.modules()]
+    seen: set[int] = set()
+    found = False
+    while containers:
+        container = containers.pop()
+        if id(container) in seen:
+            continue
+        seen.add(id(container))
+        values = list(container.values() if isinstance(container, dict) else container)
+        if any(value is stale for value in values):
+            if not isinstance(container, list):
+                return False
+            container[:] = [new for value in values for new in (pieces if value is stale else [value])]
+            found = True
+        containers.extend(value for value in values if isinstance(value, (dict, list, tuple)))
+    return found
+
+
+@torch.no_grad()
+def _narrow(small: nn.Module, reads: Reads) -> None:
+    """Let the named Linears of a compact foreign module read stored columns alone, and its tables give out no others."""
+    narrowed: list[CompactEmbedding | CompactEmbeddingBag] = []
+    for path, parts in reads.items():
+        linear = _submodule(small, path)
+        if type(linear) is not nn.Linear:
+            raise EmbtrimError(f"reads= names {path!r}, which is {_kind(linear)}; name an nn.Linear")
+        kept, width = [], 0
+        for part in parts:
+            if isinstance(part, int):
+                kept.append(torch.arange(width, width + part))
+                width += part
+                continue
+            module = _submodule(small, part)
+            entries = module.entries if isinstance(module, CompactEmbeddingBag) else module
+            if not isinstance(entries, CompactEmbedding):
+                raise EmbtrimError(
+                    f"{path!r} reads {part!r}, which is {_kind(module)}; name embeddings that were found, of one field "
+                    "each, or numbers of other columns"
+                )
+            kept.append(width + entries.columns.cpu())
+            width += entries.embedding_dim
+            narrowed.append(module)  # type: ignore[arg-type]
+        if width != linear.in_features:
+            raise EmbtrimError(
+                f"what {path!r} reads, {', '.join(map(str, parts))}, has {width:,} columns, but it takes "
+                f"{linear.in_features:,}; name every part of the concatenation, in order"
+            )
+        columns_S = torch.cat(kept)
+        # In place: a list of the model, as for a penalty, may hold this weight.
+        linear.weight.data = linear.weight.data[:, columns_S.to(linear.weight.device)]
+        linear.in_features = len(columns_S)
+    for module in narrowed:
+        module.narrow()
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    return dict(model.named_modules(remove_duplicate=False)).get(path)
+
+
+def _kind(module: nn.Module | None) -> str:
+    return "no module of this model" if module is None else f"a {type(module).__name__}"
+
+
+@torch.no_grad()
+def check_compactable(task: Task) -> None:
+    """Run a batch through a copy of a foreign model with compact tables: a search for one that fails would be in vain.
+
+    Raises:
+        EmbtrimError: the model, or its loss, reads the weight of an embedding that was found by other means than its module.
+    """
+    full = task.full_plan()
+    plan = full.with_columns({table.name: (0,) for table in full.tables})
+    small = compact(task.model, plan, init="inherit").eval()
+    with torch.random.fork_rng([]):  # a loader may draw its order from the global generator
+        for batch in task.probe():
+            task.loss(small, batch)
 
 
 @torch.no_grad()
@@ -305,8 +436,7 @@ def _compact_table(
         _check_inheritable(table)
         kept_rows, compact_ids = _kept_rows(table)
         compacted.set_rows(compact_ids, weight_VD[torch.from_numpy(kept_rows)][:, list(table.columns)])
-        for projection in compacted.projections.values():
-            projection.copy_(torch.eye(table.width)[list(table.columns)])  # the selection of the columns
+        _select(table, compacted)
     else:
         # With the spread of the model's own rows: a foreign module does not tell how it was initialised.
         for weight in compacted.weights:
@@ -320,24 +450,60 @@ def _compact_table(
     return compacted
 
 
+def _select(table: TablePlan, compacted: CompactEmbedding) -> None:
+    """Let the projection of a uniform table, if it has one, select the kept columns."""
+    for projection in compacted.projections.values():
+        projection.copy_(torch.eye(table.width)[list(table.columns)])
+
+
 @torch.no_grad()
-def _verify_module(model: nn.Module, plan: SizePlan, task: Task, split: str, max_rows: int) -> Verification:
+def _verify_module(
+    model: nn.Module, plan: SizePlan, task: Task, split: str, max_rows: int, reads: Reads | None
+) -> Verification:
     """See `verify`."""
-    if any(table.only_counts for table in plan.tables):
-        return _verify_module_lookup(model, plan)
-    small, masked = compact(model, plan, init="inherit").eval(), copy.deepcopy(model).eval()
-    tables = iter(plan.tables)
-    for site in module_sites(masked, plan):
-        for weight_VD in site.weights():
-            weight_VD.mul_(torch.from_numpy(next(tables).kept_mask()).to(weight_VD.device))
+    counts_only = any(table.only_counts for table in plan.tables)
+    if counts_only:
+        by_lookup = _verify_module_lookup(model, plan)
+        if reads is None:
+            return by_lookup
+        # There is no masked model: the compact one of full output width stands for it, narrow tables aligned by selection.
+        expected_of = compact(model, plan, seed=0).eval()
+        for table, compacted in zip(plan.tables, compact_tables(expected_of, plan), strict=True):
+            if projects(table):
+                _select(table, compacted)
+        small = copy.deepcopy(expected_of)
+        _narrow(small, reads)
+    else:
+        small, expected_of = compact(model, plan, init="inherit", reads=reads).eval(), copy.deepcopy(model).eval()
+        tables = iter(plan.tables)
+        for site in module_sites(expected_of, plan):
+            for weight_VD in site.weights():
+                weight_VD.mul_(torch.from_numpy(next(tables).kept_mask()).to(weight_VD.device))
     worst, rows = 0.0, 0
     for batch in task.batches(split):
-        expected, found = (_outputs(task, m, batch) for m in (masked, small))
-        worst = max(worst, *(_difference(a, b) for a, b in zip(found, expected, strict=True)))
+        expected = _outputs(task, expected_of, batch)
+        try:
+            found = _outputs(task, small, batch)
+            worst = max(worst, *(_difference(a, b) for a, b in zip(found, expected, strict=True)))
+        except Exception as error:  # a model may do anything with a width that it does not expect
+            if reads is None:
+                raise
+            raise EmbtrimError(f"{_misread(reads)}; it fails: {error}") from error
         rows += len(expected[0]) if expected[0].ndim else 1
         if rows >= max_rows:
             break
+    if reads is not None and worst > MODULE_TOLERANCE:
+        raise EmbtrimError(f"{_misread(reads)}; outputs differ by {worst:.2e}")
+    if counts_only:
+        return dataclasses.replace(by_lookup, max_difference=max(worst, by_lookup.max_difference))
     return Verification(worst, rows, MODULE_TOLERANCE, worst <= MODULE_TOLERANCE)
+
+
+def _misread(reads: Reads) -> str:
+    return (
+        f"what reads= says of {', '.join(reads)} does not hold: the Linear reads its parts in another order, or something "
+        "else reads them too; correct it, or leave it out"
+    )
 
 
 def _outputs(task: Task, model: nn.Module, batch: Any) -> list[Tensor]:
@@ -382,7 +548,7 @@ def _verify_module_lookup(model: nn.Module, plan: SizePlan) -> Verification:
         expected_VD = torch.cat(stored)[torch.from_numpy(rows_V).long()]
         if compacted.max_norm is not None:
             expected_VD = torch.renorm(expected_VD, compacted.norm_type, 0, compacted.max_norm)
-        if compacted.drops_padding:
+        if compacted.zeroes_padding:
             expected_VD[compacted.padding_idx] = 0.0
         found_VD = compacted(torch.arange(table.num_rows, device=expected_VD.device))
         worst, rows = max(worst, _difference(found_VD, expected_VD)), rows + table.num_rows
@@ -392,7 +558,7 @@ def _verify_module_lookup(model: nn.Module, plan: SizePlan) -> Verification:
 def compact_tables(small: nn.Module, plan: SizePlan) -> list[CompactEmbedding]:
     """The tables of a compact foreign module, in the plan's order."""
     found: list[CompactEmbedding] = []
-    for path in fields_of(plan):
+    for path in fields_of(small, plan):
         module: Any = small.get_submodule(path)
         entries = module.entries if isinstance(module, CompactEmbeddingBag) else module
         found.extend(list(entries.tables) if isinstance(entries, CompactFlatEmbedding) else [entries])  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -33,6 +34,7 @@ from embtrim.metrics import compute_metrics
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan import Alignment, Block, SizePlan, TablePlan
 from embtrim.progress import tracked
+from embtrim.replacements import pool_entries
 from embtrim.schema import OOV
 from embtrim.tables import EmbeddingTables
 from embtrim.train import (
@@ -148,13 +150,14 @@ class ModuleSite:
         fields: rows of each field, in order, where the table is flat.
 
     Attributes:
+        path: `name`.
         modules: `module`, and others with the same weight and the same settings.
     """
 
     def __init__(
         self, name: str, module: nn.Embedding | nn.EmbeddingBag, fields: Mapping[str, int] | None = None
     ) -> None:
-        self.module = module
+        self.path, self.module = name, module
         self.modules = [module]
         self.names = tuple(f"{name}[{field}]" for field in fields) if fields else (name,)
         self.num_rows = tuple(fields.values()) if fields else (module.num_embeddings,)
@@ -223,36 +226,6 @@ def read_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, T
     return given["input"], given.get("offsets"), given.get("per_sample_weights")
 
 
-def pool_entries(
-    module: Any, entries: Tensor, ids: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
-) -> Tensor:
-    """Pool the embeddings of single ids as an nn.EmbeddingBag does; those of an nn.Embedding stay as they are.
-
-    Args:
-        module: says how, by `mode`, `include_last_offset` and `padding_idx`.
-        entries: embeddings (..., D) of ids (...).
-        ids: of one dimension, with `offsets`, or of two.
-        offsets: as in nn.EmbeddingBag.
-        per_sample_weights: as in nn.EmbeddingBag.
-    """
-    if not hasattr(module, "mode"):
-        return entries
-    flat_ND = entries.reshape(-1, entries.shape[-1])
-    index = torch.arange(len(flat_ND), device=ids.device, dtype=ids.dtype).view(ids.shape)
-    padding = len(flat_ND)  # a row of zeros that counts for nothing
-    if module.padding_idx is not None:
-        index = index.masked_fill(ids == module.padding_idx, padding)
-    return nn.functional.embedding_bag(
-        index,
-        torch.cat([flat_ND, flat_ND.new_zeros(1, flat_ND.shape[1])]),
-        offsets,
-        mode=module.mode,
-        per_sample_weights=per_sample_weights,
-        include_last_offset=module.include_last_offset,
-        padding_idx=padding,
-    )
-
-
 @dataclass(frozen=True)
 class Finding:
     """What `survey` says of one module with embeddings.
@@ -264,6 +237,7 @@ class Finding:
         width: their columns.
         found: whether it is a site, or part of one.
         note: why it was left alone, or its fields, or what it shares.
+        num_bytes: of its parameters, but of those that an earlier finding counts.
     """
 
     name: str
@@ -272,6 +246,7 @@ class Finding:
     width: int
     found: bool
     note: str
+    num_bytes: int
 
     def __str__(self) -> str:
         note = f" ({self.note})" if self.note else ""
@@ -324,11 +299,18 @@ def _look(
         for parameter in module._parameters.values():
             holders.setdefault(id(parameter), []).append((name, module))
     by_weight: dict[int, ModuleSite] = {}
+    counted: set[int] = set()
+
+    def num_bytes(module: nn.Module) -> int:
+        new = {id(p): p.nbytes for p in module.parameters() if id(p) not in counted}
+        counted.update(new)
+        return sum(new.values())
+
     for name, module in model.named_modules():
         if isinstance(module, EmbeddingTables):
             sites.append(TableSite(module))
             rows = sum(sites[-1].num_rows)
-            findings.append(Finding(name, type(module).__name__, rows, module.width, True, ""))
+            findings.append(Finding(name, type(module).__name__, rows, module.width, True, "", num_bytes(module)))
         elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             sharing = holders.get(id(module._parameters.get("weight")), [])
             reasons = [_why_left(name, module, keep), *(_why_left(*other, keep) for other in sharing)]
@@ -343,9 +325,8 @@ def _look(
                 note = f"fields {', '.join(named)}"
             elif found and others:
                 note = f"one table with {', '.join(others)}"
-            findings.append(
-                Finding(name, type(module).__name__, module.num_embeddings, module.embedding_dim, found, note)
-            )
+            rows, width = module.num_embeddings, module.embedding_dim
+            findings.append(Finding(name, type(module).__name__, rows, width, found, note, num_bytes(module)))
             if not found:
                 continue
             if id(module.weight) in by_weight:
@@ -353,7 +334,7 @@ def _look(
             else:
                 by_weight[id(module.weight)] = ModuleSite(name, module, named)
                 sites.append(by_weight[id(module.weight)])
-    unknown = set(fields or ()) - {table.split("[")[0] for site in sites for table in site.names}
+    unknown = set(fields or ()) - {site.path for site in by_weight.values()}
     if unknown:
         seen = "; ".join(map(str, findings)) or "it has none"
         raise EmbtrimError(f"fields= names {sorted(unknown)[0]!r}, which is no embedding that was found: {seen}")
@@ -393,14 +374,18 @@ def _check_fields(name: str, num_rows: int, fields: Mapping[str, int]) -> None:
         )
 
 
-def fields_of(plan: SizePlan) -> dict[str, dict[str, int]]:
-    """Fields of each module that a foreign model's plan is for, with their rows; none of a table that is not flat."""
+def fields_of(model: nn.Module, plan: SizePlan) -> dict[str, dict[str, int]]:
+    """Fields of each module of `model` that a plan is for, with their rows; none of a table that is not flat."""
+    paths = {path for path, _ in model.named_modules()}
     found: dict[str, dict[str, int]] = {}
     for table in plan.tables:
-        path, _, field = table.name.removesuffix("]").partition("[")
+        # Of "path[field]" either part may hold brackets of its own: the longest path that the model has is meant.
+        starts = [i for i, character in enumerate(table.name) if character == "["]
+        candidates = [table.name, *(table.name[:i] for i in reversed(starts))]
+        path = next((c for c in candidates if c in paths), candidates[-1])
         fields = found.setdefault(path, {})
-        if field:
-            fields[field] = table.num_rows
+        if path != table.name:
+            fields[table.name[len(path) + 1 : -1]] = table.num_rows
     return found
 
 
@@ -425,7 +410,8 @@ class Task:
         valid: validation batches, likewise; needed by searches that score on validation data.
         score: model -> validation score, higher is better; needed for early stopping and evolution.
         optimizer: model -> optimiser; needed by searches that train.
-        fresh: seed -> a model with initial weights; needed by searches that start from them.
+        fresh: seed -> a model with initial weights; needed by searches that start from them. It may also take no
+            argument: torch's generator is then seeded around the call.
         keep: filter on module paths, see `find_sites`.
         fields: of each flat table, by module path: the fields that its ids run through, and their rows; such as
             `{"embedding": {"user": 1000, "item": 500}}`.
@@ -448,7 +434,7 @@ class Task:
         valid: Iterable[Any] | None = None,
         score: Callable[[nn.Module], float] | None = None,
         optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
-        fresh: Callable[[int], nn.Module] | None = None,
+        fresh: Callable[..., nn.Module] | None = None,
         keep: Callable[[str], bool] | None = None,
         fields: Fields | None = None,
     ) -> None:
@@ -477,6 +463,11 @@ class Task:
             raise EmbtrimError(f"this search reads {split} batches; give the Task `{split}=`")
         return batches
 
+    def probe(self) -> list[Any]:
+        """One batch, of "valid" if there are any; none of an iterator, which gives each batch once."""
+        batches = self._train if self._valid is None else self._valid
+        return [] if isinstance(batches, Iterator) else list(itertools.islice(batches, 1))
+
     def tracked_batches(self, split: str, what: str, seed: int | None = None) -> Iterable[Any]:
         """`batches`, with a progress bar where the task shows them."""
         total = self.num_batches(split) if self.progress else None
@@ -491,7 +482,11 @@ class Task:
         """A model with initial weights."""
         if self._fresh is None:
             raise EmbtrimError("this search starts from initial weights; give the Task `fresh=` (seed -> model)")
-        return self._fresh(seed)
+        if takes_seed(self._fresh):
+            return self._fresh(seed)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            return self._fresh()
 
     def fit(self, model: nn.Module, epochs: int, seed: int, hooks: Hooks | None = None, **settings: Any) -> FitResult:
         """Train a model of this task for a number of epochs, without early stopping.
@@ -598,19 +593,29 @@ class Task:
         ]
         was_training = self.model.training
         self.model.eval()
+        num_batches = 0
         try:
             with torch.no_grad():
                 for batch in self.batches("train"):
                     self.loss(self.model, batch)
+                    num_batches += 1
         finally:
             self.model.train(was_training)
             for hook in hooks:
                 hook.remove()
+        if not num_batches:
+            raise EmbtrimError("there are no train batches to count rows on; give some that can be read again")
         return {
             name: part
             for site, total_V in zip(sites, totals, strict=True)
             for name, part in zip(site.names, np.split(total_V, np.cumsum(site.num_rows)[:-1]), strict=True)
         }
+
+
+def takes_seed(fresh: Callable[..., nn.Module]) -> bool:
+    """Whether `fresh=` of a Task wants a seed: an argument that it cannot do without, or its first one is `seed`."""
+    positional = [p for p in inspect.signature(fresh).parameters.values() if p.kind <= p.VAR_POSITIONAL]
+    return any(p.default is p.empty for p in positional) or any(p.name == "seed" for p in positional[:1])
 
 
 class CTRTask(Task):
@@ -693,6 +698,20 @@ class CTRTask(Task):
     def row_counts(self) -> dict[str, np.ndarray]:
         """See Task."""
         return self.data.value_counts("train")
+
+
+@contextmanager
+def weights_kept(model: nn.Module) -> Iterator[None]:
+    """Undo on leaving what max_norm does: an nn.Embedding then renormalises rows in place as they are read."""
+    limited = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None]
+    weights = [module.weight for module in limited]
+    before = [weight.detach().clone() for weight in weights]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, values in zip(weights, before, strict=True):
+                weight.copy_(values)
 
 
 @contextmanager

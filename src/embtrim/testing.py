@@ -5,7 +5,7 @@
         check(testing.zoo_task(), MyConfig())          # AssertionError says what does not hold
     testing.check_planted(MyConfig())                  # no promise: rules that look at no label cannot hold it
 
-`python -m embtrim.testing` runs all methods on a zoo model and on two foreign modules and prints the matrix.
+`python -m embtrim.testing` runs all methods on a zoo model and on three foreign modules and prints the matrix.
 Data are made here, with a planted signal of known shape.
 """
 
@@ -138,6 +138,21 @@ class PooledModel(nn.Module):
         return self.head(torch.cat(parts, 1)).squeeze(1)
 
 
+class OddModel(nn.Module):
+    """A stranger's model of rare habits: a path with brackets, rows held to a norm, a table that no batch reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = nn.ModuleDict({"item": nn.Embedding(25, 6), "user[id]": nn.Embedding(40, 4, max_norm=2.0)})
+        self.unused = nn.Embedding(10, 4)
+        self.head = nn.Linear(6 + 4, 1)
+
+    def forward(self, ids_BC: Tensor) -> Tensor:
+        """(B,) logits of (user, item, item) ids; the second item is not read."""
+        parts = [self.tables["item"](ids_BC[:, 1]), self.tables["user[id]"](ids_BC[:, 0])]
+        return self.head(torch.cat(parts, 1)).squeeze(1)
+
+
 def foreign_batches(num: int = 4) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches (ids, labels) for ForeignModel; the label is told by the user."""
     generator = torch.Generator().manual_seed(0)
@@ -171,7 +186,17 @@ def pooled_task() -> Task:
     return foreign_task(PooledModel, {"flat": {"user": 40, "city": 12}})
 
 
-TASKS: Mapping[str, Callable[[], Task]] = {"zoo": zoo_task, "foreign": foreign_task, "pooled": pooled_task}
+def odd_task() -> Task:
+    """An OddModel with everything a search may ask for."""
+    return foreign_task(OddModel)
+
+
+TASKS: Mapping[str, Callable[[], Task]] = {
+    "zoo": zoo_task,
+    "foreign": foreign_task,
+    "pooled": pooled_task,
+    "odd": odd_task,
+}
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from embtrim.budget import BYTES_PER_PARAM, Budget
+from embtrim.compaction import check_compactable
 from embtrim.config import Config
 from embtrim.errors import BudgetError, ConfigError, EmbtrimError
 from embtrim.methods.frequency import FrequencyConfig
@@ -20,7 +21,7 @@ from embtrim.methods.sseds import SSEDSConfig
 from embtrim.methods.uniform import UniformConfig
 from embtrim.plan import SizePlan, Target
 from embtrim.precision import MIXED_BITS, Bits, mixed_bits
-from embtrim.sites import Task
+from embtrim.sites import ModuleSite, Task, weights_kept
 
 __all__ = [
     "METHODS",
@@ -62,19 +63,26 @@ def search(
 
     Raises:
         BudgetError: the budget cannot be parsed or is below the smallest plan of the method.
-        ConfigError: `config` belongs to no method; fewer than 32 bits for a model that is not of embtrim.models; or
-            mixed bits for a number of parameters.
+        ConfigError: `config` belongs to no method; or mixed bits for a number of parameters.
         PlanError: the target cannot store what the method found.
+        EmbtrimError: the model has nothing to shrink, or reads an embedding's weight otherwise than through its module.
     """
     budget = Budget.parse(budget)
     full = task.full_plan()
     if full.standalone:
-        log.info("embeddings of %s:\n  %s", type(task.model).__name__, "\n  ".join(map(str, task.survey())))
+        findings = task.survey()
+        left = sum(finding.num_bytes for finding in findings if not finding.found)
+        lines = [*map(str, findings), f"left alone, beside what plans count: {left:,} bytes"]
+        log.info("embeddings of %s:\n  %s", type(task.model).__name__, "\n  ".join(lines))
     if not full.num_full_params:
         raise EmbtrimError(f"{type(task.model).__name__} has no embedding tables to shrink, only first-order weights")
-    if bits != 32 or target == "fbgemm":
-        return _search_stored(task, config, budget, seed, bits, target)
-    plan = method_of(config).search(task, config, budget, seed)
+    method_of(config)  # refuses other settings
+    with weights_kept(task.model):
+        if all(isinstance(site, ModuleSite) for site in task.sites(task.model)):
+            check_compactable(task)
+        if bits != 32 or target == "fbgemm":
+            return _search_stored(task, config, budget, seed, bits, target)
+        plan = method_of(config).search(task, config, budget, seed)
     assert plan.num_params <= plan.max_params(budget), "a search exceeded its budget"
     return plan
 
@@ -82,11 +90,6 @@ def search(
 def _search_stored(task: Task, config: Config, budget: Budget, seed: int, bits: Bits, target: Target) -> SizePlan:
     """Search in fp32 within another budget, such that the plan as it will be stored is within this one."""
     method, full = method_of(config), task.full_plan()
-    if full.standalone and bits != 32:
-        raise ConfigError(
-            f"bits = {bits}, but the embeddings of a {type(task.model).__name__} are stored in 32; leave bits at 32, or "
-            "search in a model of embtrim.models with a CTRTask"
-        )
     if budget.kind == "params":
         if bits == "mixed":
             raise ConfigError(f"mixed bits need a budget in percent or bytes, given {budget}")
