@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError
 
 import embtrim
 from embtrim.budget import Budget
-from embtrim.bundle import folder_bytes, save
+from embtrim.bundle import folder_bytes, note_spread, save
 from embtrim.checkpoint import CheckpointFolder
 from embtrim.compaction import Verification, compact, verify
 from embtrim.config import Config, describe_errors, first_change, read_toml, to_toml
@@ -249,6 +249,8 @@ def run(
         shutil.rmtree(unfinished, ignore_errors=True)
     with suppress(OSError):
         (out / "unfinished").rmdir()
+    if config.seeds > 1:
+        _note_spread(records, out)
     return records
 
 
@@ -567,6 +569,7 @@ def _keep(
             data,
             plan=trained.plan,
             metrics={"valid": record.valid, "test": record.test},
+            seed=record.seed,
             overwrite=True,  # of a run that was killed before it wrote the record
         )
         record = record.replace(bundle_bytes=folder_bytes(out / "bundles" / name))
@@ -576,6 +579,16 @@ def _keep(
     if on_record is not None:
         on_record(record)
     return record
+
+
+def _note_spread(records: list[RunRecord], out: Path) -> None:
+    """Tell the bundles of each variant how its metrics spread over the seeds."""
+    for variant in dict.fromkeys(record.variant for record in records):
+        metrics = {r.seed: {"valid": r.valid, "test": r.test} for r in records if r.variant == variant}
+        for seed in metrics:
+            bundle = out / "bundles" / f"{variant}-seed{seed}"
+            if bundle.exists():  # not of data that were made in memory
+                note_spread(bundle, metrics)
 
 
 def dry_run(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
