@@ -16,8 +16,23 @@ import pytest
 import torch
 
 from embtrim.cli import EncodeSettings, app
-from tests.bad_inputs import BAD_INPUTS, TINY, BadInput, Workshop, call, environment, write_log
+from tests.bad_inputs import (
+    BAD_CALLS,
+    BAD_INPUTS,
+    DOCUMENTED,
+    HEAD,
+    TINY,
+    BadCall,
+    BadInput,
+    Workshop,
+    call,
+    environment,
+    table_row,
+    write_log,
+)
 
+PAGE = (Path(__file__).parents[1] / "docs" / "bad_inputs.md").read_text("utf-8").splitlines()
+REWRITE = "docs/bad_inputs.md says something else: python -m tests.bad_inputs > docs/bad_inputs.md"
 INTERRUPTIBLE = "import signal as s; s.signal(s.SIGINT, s.default_int_handler); from embtrim.cli import main; main()"
 
 
@@ -258,11 +273,26 @@ def test_bad_input(bad: BadInput, shop: Workshop) -> None:
         else "nothing"
     )
     assert [path for path in after if path not in before and not finished.fullmatch(path)] == []
+    if bad.name in DOCUMENTED:
+        assert table_row(bad.name, result.code, result.err.replace(f"{shop.folder}/", "")) in PAGE, REWRITE
 
 
-def test_bad_inputs_are_many() -> None:
-    assert len(BAD_INPUTS) >= 20
-    assert len({bad.name for bad in BAD_INPUTS}) == len(BAD_INPUTS)
+@pytest.mark.parametrize("bad", BAD_CALLS, ids=lambda bad: bad.name)
+def test_bad_call(bad: BadCall) -> None:
+    message = bad.message()
+    for word in bad.words:
+        assert word in message
+    if bad.name in DOCUMENTED:
+        assert table_row(bad.name, None, message) in PAGE, REWRITE
+
+
+def test_bad_inputs_are_many_and_the_page_shows_some() -> None:
+    names = [bad.name for bad in (*BAD_INPUTS, *BAD_CALLS)]
+    assert len(set(names)) == len(names) >= 100
+    head = HEAD.splitlines()
+    assert PAGE[: len(head)] == head, REWRITE
+    assert [line.split(" | ")[0].removeprefix("| ") for line in PAGE[len(head) :]] == list(DOCUMENTED), REWRITE
+    assert set(DOCUMENTED) <= set(names)
 
 
 def test_unexpected_errors_keep_their_traceback(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ class RunConfig(Config):
     budget: str = "10%"
     max_loss: float | None = Field(default=None, gt=0, lt=0.5)
     init: Literal["scratch", "initial", "inherit"] = "scratch"
-    bits: Bits | Literal["auto"] = 32
+    bits: Literal[Bits, "auto"] = 32
     target: Target = "torch"
     controls: tuple[str, ...] = ("uniform",)
     seed: int = Field(default=0, ge=0)
