@@ -175,13 +175,18 @@ def test_checkpoint_that_cannot_be_written_does_not_end_the_training(data, tmp_p
 def test_unfinished_work_stays_where_it_failed_and_goes_where_it_ended(tmp_path: Path) -> None:
     target = tmp_path / "model"
 
-    def interrupted() -> None:
+    def interrupted(state: str | None) -> None:
         with unfinished(target) as work:
             work.mkdir()
+            if state is not None:
+                (work / state).touch()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        interrupted()
+        interrupted(None)
+    assert not list(tmp_path.iterdir()), "there is nothing to go on from"
+    with pytest.raises(KeyboardInterrupt):
+        interrupted("state")
     assert [path.name for path in tmp_path.iterdir()] == [".model.unfinished"]
     for _ in range(2):  # the second time nothing was written
         with unfinished(target):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -66,6 +67,17 @@ def test_whole_way_as_a_process(tmp_path: Path) -> None:
     assert (out / "report.html").stat().st_size > 1_000_000
     found = {path.name for path in (out / "records").iterdir()}
     assert found == {f"{variant}-seed{seed}.json" for variant in ("full", "sseds", "uniform") for seed in (0, 1)}
+
+    # Each bundle's card tells how the metrics spread over the seeds, also of a run that was killed while it wrote that.
+    card = out / "bundles" / "sseds-seed1" / "README.md"
+    aucs = [json.loads((out / "records" / f"sseds-seed{seed}.json").read_text())["test"]["auc"] for seed in (0, 1)]
+    line = f"| test auc | {aucs[1]:.5f} | {statistics.fmean(aucs):.5f} ± {statistics.stdev(aucs):.5f} |"
+    whole = card.read_text()
+    assert line in whole.splitlines()
+    card.write_text("half of it")
+    again = ["run", tmp_path / "data", *TINY, "--method", "sseds", "--budget", "20%", "--seeds", "2", "--out", out]
+    assert call(*again).code == 0
+    assert card.read_text() == whole
 
     # Values that training never saw, an empty list, a missing price; no label is needed.
     log = tmp_path / "new.csv"

@@ -300,6 +300,24 @@ def test_interrupted_it_leaves_nothing_half_written_and_goes_on(bundles, tmp_pat
     assert weights[0] == weights[1]
 
 
+def test_what_was_interrupted_is_not_taken_for_an_update_that_renumbers(bundles, tmp_path, monkeypatch):
+    log = tmp_path / "log.parquet"
+    NEW.write_parquet(log)
+    update(bundles["full"], log, out=tmp_path / "whole", retrain=False, renumber=True)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("embtrim.encoding._ArrayFile.append", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            update(bundles["full"], log, out=tmp_path / "new", retrain=False)
+    assert (tmp_path / ".new.unfinished" / ".data.encoding" / "checkpoint.json").exists()
+    update(bundles["full"], log, out=tmp_path / "new", retrain=False, renumber=True)
+    found = [pl.read_parquet(tmp_path / name / "encoder" / "vocab.parquet") for name in ("whole", "new")]
+    assert found[0].equals(found[1])
+
+
 @pytest.mark.parametrize(
     ("log", "error", "words"),
     [
