@@ -1,8 +1,9 @@
-"""Bad inputs tried through the command line, each with the exit code and the words its message must have.
+"""Bad inputs, each with the exit code and the words its message must have: of the command line, and in Python those of
+other people's modules.
 
-    python tests/bad_inputs.py      prints them as a markdown table, with the messages they get
+    python -m tests.bad_inputs > docs/bad_inputs.md     what people run into most, with the messages they get
 
-`test_cli.py` runs the same list.
+`test_cli.py` runs the same lists, and compares docs/bad_inputs.md with what it gets.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -265,6 +267,36 @@ def _damaged_record(shop: Workshop) -> list[str | Path]:
     return ["report", records]
 
 
+def _update(log: Callable[[Workshop], Path | str], *more: str) -> Callable[[Workshop], list[str | Path]]:
+    return lambda shop: ["update", shop.small, log(shop), "--out", shop.new("out"), *more]
+
+
+def _search(*more: str) -> Callable[[Workshop], list[str | Path]]:
+    return lambda shop: ["search", shop.bundle, shop.data, *more, "--out", shop.new("p.json")]
+
+
+def _export(*more: str) -> Callable[[Workshop], list[str | Path]]:
+    return lambda shop: ["export", shop.small, *more, "--out", shop.new("out")]
+
+
+def _edited_bundle(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Workshop], list[str | Path]]:
+    """Export of a bundle whose bundle.json was changed by hand."""
+
+    def arguments(shop: Workshop) -> list[str | Path]:
+        bundle = shop.copy(shop.small, "broken")
+        path = bundle / "bundle.json"
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+        return ["export", bundle, "--format", "pt2", "--out", shop.new("out")]
+
+    return arguments
+
+
+def _crowded_bundle(shop: Workshop) -> list[str | Path]:
+    bundle = shop.copy(shop.small, "broken")
+    (bundle / "scores.csv").write_text("score")
+    return ["export", bundle, "--format", "pt2", "--out", shop.new("out")]
+
+
 def _config(text: str) -> Callable[[Workshop], list[str | Path]]:
     return lambda shop: ["run", shop.data, "--config", shop.text("settings.toml", text), "--out", shop.new("out")]
 
@@ -342,6 +374,14 @@ BAD_INPUTS = (
     BadInput("budget below the method's floor", _run("--method", "sseds", "--budget", "1%", "--set", "search.min_dim=4"), 1,
              ("32 embedding parameters", "4 column(s) in every table", "raise the budget"), leaves=True),
     BadInput("--budget and --max-loss", _run("--budget", "10%", "--max-loss", "0.01"), 2, ("--budget and --max-loss exclude each other",)),
+    BadInput("--bits 7", _run("--bits", "7"), 2, ("bits", "given 7", "32, 16, 8, 4")),
+    BadInput("--bits in words", _run("--bits", "eight"), 2, ("bits", "'eight'", "'mixed'")),
+    BadInput("search with --bits auto", _search("--bits", "auto"), 2, ("'auto' tries several plans", "a search needs a precision")),
+    BadInput("mixed bits and a number of parameters", _search("--bits", "mixed", "--budget", "2000 params"), 2,
+             ("mixed bits need a budget in percent or bytes",)),
+    BadInput("--target that is not known", _run("--target", "tensorrt"), 2, ("target", "'tensorrt'", "'torch', 'onnx' or 'fbgemm'")),
+    BadInput("--target fbgemm and --bits 8", _search("--target", "fbgemm", "--bits", "8", "--method", "uniform"), 1,
+             ("has 8 bits, which fbgemm's tables cannot", "torch or onnx")),
     BadInput("--max-loss 2", _run("--max-loss", "2"), 2, ("max_loss", "given 2.0", "less than 0.5")),
     BadInput("--out of run exists", lambda s: ["run", s.data, "--out", s.data, *TINY], 1, ("data exists and is not empty",)),
     # compare
@@ -387,6 +427,35 @@ BAD_INPUTS = (
              (".parquet or .csv", "scores.txt")),
     BadInput("predict: --out exists", lambda s: ["predict", s.small, s.log, "--out", s.text("old.csv", "keep me")], 1,
              ("old.csv exists", "--overwrite")),
+    # update and export
+    BadInput("update: column missing", _update(lambda s: s.lines("less2.csv", _without_column(2))), 1,
+             ("less2.csv has no column 'item'",)),
+    BadInput("update: log without labels", _update(lambda s: s.lines("unlabelled.csv", _without_column(0))), 1,
+             ("unlabelled.csv has no column 'click'",)),
+    BadInput("update: labels of one class", _update(lambda s: s.lines("one2.csv", lambda li: [li[0], *("1" + x[1:] for x in li[1:])])),
+             1, ("all with label 'click' = 1", "both classes are needed")),
+    BadInput("update: log that does not exist", _update(lambda s: s.new("none2.csv")), 1, ("none2.csv does not exist",)),
+    BadInput("update: split that is no split", _update(lambda s: s.log, "--split", "80/20"), 2, ("'80/20'", "8:1:1, time:8:1:1")),
+    BadInput("update: --min-count 0", _update(lambda s: s.log, "--min-count", "0"), 2, ("min_count", "given 0")),
+    BadInput("update: unknown setting", _update(lambda s: s.log, "--set", "renumbr=true"), 2, ("'renumbr'", "did you mean 'renumber'?")),
+    BadInput("update: into the bundle itself", lambda s: ["update", s.small, s.log, "--out", s.small, "--overwrite"], 1,
+             ("small is the bundle to update", "choose another --out")),
+    BadInput("update: --out exists", lambda s: ["update", s.small, s.log, "--out", s.bundle], 1, ("full exists", "--overwrite")),
+    BadInput("update of what is no bundle", lambda s: ["update", s.data, s.log, "--out", s.new("out")], 1, ("data is no bundle",)),
+    BadInput("export: unknown format", _export("--format", "tflite"), 2, ("unknown format 'tflite'", "pt2, onnx, torchrec")),
+    BadInput("export: no --format", _export(), 2, ("Missing option '--format'",)),
+    BadInput("export of what is no bundle", lambda s: ["export", s.data, "--format", "pt2", "--out", s.new("out")], 1,
+             ("data is no bundle",)),
+    BadInput("export: --out exists", lambda s: ["export", s.small, "--format", "pt2", "--out", s.data], 1, ("data exists", "--overwrite")),
+    BadInput("export: --overwrite of what is no export",
+             lambda s: ["export", s.small, "--format", "pt2", "--out", s.data, "--overwrite"], 1, ("data is no earlier export",)),
+    BadInput("bundle whose metrics were changed", _edited_bundle(lambda info: {**info, "metrics": {"test": {"auc": 0.99}}}), 1,
+             ("bundle.json was changed or truncated", "digest differs")),
+    BadInput("bundle.json without metrics", _edited_bundle(lambda info: {k: v for k, v in info.items() if k != "metrics"}), 1,
+             ("bundle.json is damaged", "metrics: Field required")),
+    BadInput("bundle.json with a version as text", _edited_bundle(lambda info: {**info, "bundle_version": "1"}), 1,
+             ("bundle.json is damaged", "given '1'", "valid integer")),
+    BadInput("file in a bundle that is not its own", _crowded_bundle, 1, ("holds scores.csv", "does not list")),
     BadInput("report of a folder without records", lambda s: ["report", s.bundle], 1, ("bundle.json is no run record", "no record_version")),
     BadInput("report of a damaged record", _damaged_record, 1, ("full-seed0.json is no run record",)),
     # full disk
@@ -397,18 +466,103 @@ BAD_INPUTS = (
 )  # fmt: skip
 
 
-def print_table() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        shop = Workshop(Path(folder))
-        print("| bad input | exit code | message |")
-        print("|---|---|---|")
-        for bad in BAD_INPUTS:
+@dataclass(frozen=True)
+class BadCall:
+    """A call that fails, about a module of somebody else's.
+
+    Attributes:
+        name: what is wrong, in words.
+        call: makes it.
+        words: what the message must contain.
+    """
+
+    name: str
+    call: Callable[[], object]
+    words: tuple[str, ...]
+
+    def message(self) -> str:
+        from embtrim.errors import EmbtrimError
+
+        try:
+            self.call()
+        except EmbtrimError as error:
+            return str(error)
+        raise AssertionError(f"{self.name}: no error")
+
+
+def _search_module(module: str = "ForeignModel", budget: str = "50%", **changes: Any) -> object:
+    """Search in a module of torch.nn or embtrim.testing, through a Task that lacks or has other things."""
+    import torch
+
+    import embtrim
+    from embtrim import testing
+
+    made = testing.ForeignModel() if module == "ForeignModel" else torch.nn.Linear(3, 1)
+    given = {"train": list(testing.foreign_batches()), **changes}
+    task = embtrim.Task(made, lambda model, batch: model(batch[0]).sum(), **given)
+    return embtrim.search(task, embtrim.FrequencyConfig(), budget)
+
+
+def _compact_other() -> object:
+    import embtrim
+    from embtrim import testing
+
+    plan = embtrim.search(testing.foreign_task(), embtrim.UniformConfig(), "50%")
+    return embtrim.compact(testing.PooledModel(), plan, init="inherit")
+
+
+BAD_CALLS = (
+    BadCall("module without embeddings", lambda: _search_module("Linear"), ("no embedding to shrink", "Linear")),
+    BadCall("module of which nothing may shrink", lambda: _search_module(keep=lambda name: False), ("no embedding to shrink", "user")),
+    BadCall("fields= of no embedding", lambda: _search_module(fields={"usr": {"a": 40}}), ("names 'usr'", "no embedding that was found")),
+    BadCall("fields= whose rows are not the table's", lambda: _search_module(fields={"user": {"a": 30, "b": 5}}),
+            ("fields of 'user'", "30 (a) + 5 (b) = 35 rows, the table has 40")),
+    BadCall("search without the batches it reads", lambda: _search_module(train=None), ("reads train batches", "`train=`")),
+    BadCall("module and a budget of nothing", lambda: _search_module(budget="0%"), ("must be a positive number",)),
+    BadCall("plan of another module", _compact_other, ("plan was made for embeddings", "search again")),
+)  # fmt: skip
+
+# Of all these what docs/bad_inputs.md shows.
+DOCUMENTED = (
+    "log that does not exist", "label column that is not there", "label 2", "label missing", "labels of one class",
+    "line with a cell too many", "random bytes named .csv", "number field that holds text", "schema with an unknown key",
+    "data that are not there", "raw log where encoded data belong", "data without a validation split", "unknown method",
+    "unknown setting", "setting of the wrong type", "budget without a unit that is known", "budget 150%",
+    "budget below the first-order weights", "--bits 7", "--target that is not known", "--out of run exists",
+    "compare: unknown method", "plan of another schema", "truncated bundle", "bundle of a newer version",
+    "bundle whose metrics were changed", "folder that is no bundle", "predict: column missing", "update: log without labels",
+    "update: into the bundle itself", "export: unknown format", "disk full: encode", "module without embeddings",
+    "fields= whose rows are not the table's", "plan of another module",
+)  # fmt: skip
+
+HEAD = """# Bad inputs and their messages
+
+What embtrim answers to some of the bad inputs that its tests try (`tests/bad_inputs.py`, which writes this page with
+`python -m tests.bad_inputs > docs/bad_inputs.md`). Exit code 1: failed; 2: a flag or a setting is wrong; none: raised in Python, as an
+`EmbtrimError`. Nothing that was there is changed, and nothing is left half-written.
+
+| bad input | exit code | message |
+|---|---|---|"""
+
+
+def table_row(name: str, code: int | None, message: str) -> str:
+    """A line of docs/bad_inputs.md: of what was printed the last line; a log line may come before it."""
+    last = message.strip().splitlines()[-1].removeprefix("embtrim: ").replace("|", chr(92) + "|")
+    return f"| {name} | {'' if code is None else code} | {last} |"
+
+
+def documented_rows(folder: Path) -> list[str]:
+    """The lines of the table, in a workshop made in `folder`."""
+    shop = Workshop(folder)
+    rows = {}
+    for bad in BAD_INPUTS:
+        if bad.name in DOCUMENTED:
             result, _, _ = bad.run(shop)
-            # The last line: a log line may come before it.
-            lines = result.err.strip().replace(f"{folder}/", "").splitlines()
-            message = lines[-1].removeprefix("embtrim: ") if lines else ""
-            print(f"| {bad.name} | {result.code} | {message.replace('|', chr(92) + '|')} |")
+            rows[bad.name] = table_row(bad.name, result.code, result.err.replace(f"{folder}/", ""))
+    rows |= {bad.name: table_row(bad.name, None, bad.message()) for bad in BAD_CALLS if bad.name in DOCUMENTED}
+    return [rows[name] for name in DOCUMENTED]
 
 
 if __name__ == "__main__":
-    print_table()
+    with tempfile.TemporaryDirectory() as made:
+        print("\n".join([HEAD, *documented_rows(Path(made))]))

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import polars as pl
 import pytest
 
 import embtrim
-from embtrim.bundle import load_bundle, save
+from embtrim.bundle import contents_digest, load_bundle, note_spread, save
 from embtrim.compaction import compact
 from embtrim.errors import BundleError, DataError
 from embtrim.methods import UniformConfig, search
 from embtrim.models import DeepFM
-from embtrim.plan import SizePlan
+from embtrim.plan import Block, SizePlan
 from embtrim.schema import OOV
 from embtrim.sites import CTRTask
 from embtrim.train import TrainConfig, fit, predict_logits
@@ -108,35 +112,161 @@ def test_dropped_values_are_distinct_from_unseen_ones(encoded, tmp_path):
     assert scores[0] != scores[1]
 
 
-def test_it_refuses_what_is_damaged(saved, tmp_path):
-    import shutil
+@pytest.fixture
+def copied(saved, tmp_path):
+    """A bundle to break."""
+    return shutil.copytree(saved[0], tmp_path / "copy")
 
-    folder, _, _ = saved
 
-    def copy_of() -> object:
-        target = tmp_path / "copy"
-        shutil.rmtree(target, ignore_errors=True)
-        return shutil.copytree(folder, target)
-
+def test_it_refuses_what_is_damaged(copied, tmp_path):
     with pytest.raises(BundleError, match="is no bundle"):
         load_bundle(tmp_path / "nothing")
-    broken = copy_of()
-    weights = broken / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-10])
+    weights = copied / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-10])
     with pytest.raises(BundleError, match="changed or truncated"):
-        load_bundle(broken)
-    broken = copy_of()
-    (broken / "encoder" / "vocab.parquet").unlink()
+        load_bundle(copied)
+    weights.write_bytes(whole)
+    (copied / "encoder" / "notes.txt").write_text("mine")
+    with pytest.raises(BundleError, match=r"encoder/notes\.txt, which its bundle\.json does not list"):
+        load_bundle(copied)
+    (copied / "encoder" / "notes.txt").unlink()
+    load_bundle(copied)
+    (copied / "encoder" / "vocab.parquet").unlink()
     with pytest.raises(BundleError, match=r"vocab\.parquet is missing"):
-        load_bundle(broken)
-    broken = copy_of()
-    info = json.loads((broken / "bundle.json").read_text())
-    (broken / "bundle.json").write_text(json.dumps({**info, "bundle_version": 99}))
-    with pytest.raises(BundleError, match="version 99"):
-        load_bundle(broken)
-    (broken / "bundle.json").write_text("{")
-    with pytest.raises(BundleError, match="damaged"):
-        load_bundle(broken)
+        load_bundle(copied)
+
+
+# What is wrong with bundle.json, and whether its digest is put right, as a tool that writes one would.
+DAMAGES = {
+    "newer": (lambda info: {**info, "bundle_version": 99}, False, "version 99, this release reads 2; upgrade"),
+    "metrics changed": (lambda info: {**info, "metrics": {"test": {"auc": 0.99}}}, False, "digest differs"),
+    "file not listed": (
+        lambda info: {**info, "files": {k: v for k, v in info["files"].items() if k != "plan.json"}},
+        True,
+        r"holds plan\.json, which its bundle\.json does not list",
+    ),
+    "digest taken away": (lambda info: {k: v for k, v in info.items() if k != "digest"}, False, "digest differs"),
+    "metrics missing": (
+        lambda info: {k: v for k, v in info.items() if k != "metrics"},
+        True,
+        "metrics: Field required",
+    ),
+    "files a list": (lambda info: {**info, "files": list(info["files"])}, True, "files, given .*valid dictionary"),
+    "version as text": (lambda info: {**info, "bundle_version": "1"}, True, "bundle_version, given '1'.*valid integer"),
+    "unknown key": (lambda info: {**info, "metrcis": {}}, True, "unknown key 'metrcis'.* did you mean 'metrics'"),
+    "unknown model": (lambda info: {**info, "model": "deepfn"}, True, "cannot be opened"),
+    "no object": (lambda info: [info], None, "holds no object"),
+    "cut off": (lambda info: None, None, "is damaged"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_it_refuses_a_damaged_description(copied, damage):
+    change, sealed, message = DAMAGES[damage]
+    path = copied / "bundle.json"
+    text = path.read_text()
+    found = change(json.loads(text))
+    if sealed:
+        found["digest"] = contents_digest(found)
+    path.write_text(text[:50] if found is None else json.dumps(found))
+    with pytest.raises(BundleError, match=message):
+        load_bundle(copied)
+
+
+def test_it_refuses_a_folder_in_place_of_its_description(copied):
+    (copied / "bundle.json").unlink()
+    (copied / "bundle.json").mkdir()
+    with pytest.raises(BundleError, match=r"bundle\.json is damaged"):
+        load_bundle(copied)
+
+
+def test_a_bundle_of_version_1_opens(saved, copied, raw):
+    path = copied / "bundle.json"
+    info = json.loads(path.read_text())
+    held = ("embtrim", "model", "hparams", "schema", "metrics", "files")
+    old = {"bundle_version": 1, **{name: info[name] for name in held}, "update": {"number": 2}}
+    path.write_text(json.dumps(old))
+    bundle = load_bundle(copied)
+    assert bundle.info["version"] == 3
+    np.testing.assert_array_equal(bundle.predict(raw), load_bundle(saved[0]).predict(raw))
+    before = path.read_text()
+    note_spread(copied, {0: info["metrics"], 1: info["metrics"]})
+    assert path.read_text() == before
+    (copied / "encoder" / "vocab.parquet").unlink()
+    with pytest.raises(BundleError, match=r"vocab\.parquet is missing"):
+        load_bundle(copied)
+
+
+def test_the_card_says_where_the_model_comes_from(encoded, tmp_path):
+    full = DeepFM(encoded.schema, embedding_dim=8, hidden_units=(8,), seed=4)
+    plan = search(CTRTask(full, encoded), UniformConfig(), "30%", seed=7).with_bits(8)
+    small = compact(full, plan)
+    small.tables.quantize()
+    metrics = {"valid": {"auc": 0.75, "num_rows": 300}, "test": {"auc": 0.5}}
+    save(small, tmp_path / "b", encoded, metrics=metrics, seed=9)
+    card = (tmp_path / "b" / "README.md").read_text()
+    rows = ", ".join(f"{name} {encoded.num_rows(name):,}" for name in encoded.splits)
+    for line in (
+        "# deepfm (uniform)",
+        f"| data | schema {encoded.schema.fingerprint} (2 fields); rows: {rows} |",
+        "| split | 8:1:1 at random, seed 0 |",
+        "| seed of initial weights | 4 |",
+        "| seed of training | 9 |",
+        "| seed of the search | 7 |",
+        "| budget | 30% |",
+        "| valid auc | 0.75000 |  |",
+        plan.summary().splitlines()[0],
+    ):
+        assert line in card.splitlines(), line
+    assert "one seed: no spread" in card
+    sizes = [int(text.replace(",", "")) for text in re.findall(r"^\| (?:user|item) .* \| 8 \| ([\d,]+) \|", card, re.M)]
+    assert len(sizes) == 2
+    assert sum(sizes) == plan.num_bytes
+
+    note_spread(tmp_path / "b", {s: {"valid": {"auc": a}, "test": {"auc": 0.5}} for s, a in ((0, 0.75), (1, 0.77))})
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "| | this model | mean ± std, seeds 0, 1 |" in card
+    assert "| valid auc | 0.75000 | 0.76000 ± 0.01414 |" in card
+    assert load_bundle(tmp_path / "b").info["spread"]["valid"]["auc"]["mean"] == pytest.approx(0.76)
+
+
+def test_bytes_of_the_fields_add_up_to_those_of_the_plan(encoded, tmp_path):
+    """Of tables with projections of their own, and of tables of several widths, which share theirs."""
+    own = SizePlan.full(encoded.schema, 8).with_columns({"user": (0, 2), "item": (1,)}, "project")
+    rows = np.arange(encoded.schema.tables["item"], dtype=np.int32)
+    blocks = (Block(20, 3, "project", rows=rows[:20]), Block(len(rows) - 30, 2, "project", rows=rows[20:-10]))
+    mixed = dataclasses.replace(own, tables=(own.tables[0], dataclasses.replace(own.tables[1], blocks=blocks)))
+    for name, plan in (("own", own), ("mixed", mixed)):
+        model = DeepFM(encoded.schema, plan=plan, embedding_dim=8, hidden_units=(4,))
+        save(model, tmp_path / name, encoded.recode(plan))
+        card = (tmp_path / name / "README.md").read_text()
+        sizes = re.findall(r"\| 32 \| ([\d,]+) \|", card)
+        assert len(sizes) == (2 if name == "own" else 3)
+        assert sum(int(size.replace(",", "")) for size in sizes) == model.tables.plan.num_bytes
+        assert ("shared projections" in card) == (name == "mixed")
+
+
+WITHOUT_SEARCH = """
+import sys
+blocked = {"embtrim." + name for name in ("methods", "sites", "compaction", "experiment", "precision", "exporting")}
+class Blocked:
+    def find_spec(self, name, *_):
+        if name in blocked:
+            raise ImportError(f"{name} is search code")
+sys.meta_path.insert(0, Blocked())
+import embtrim
+print(*embtrim.load_bundle(sys.argv[1]).predict(sys.argv[2])[:20])
+"""
+
+
+def test_a_bundle_scores_where_there_is_no_search_code(saved, raw, tmp_path):
+    raw.drop("click").write_csv(tmp_path / "log.csv")
+    command = [sys.executable, "-c", WITHOUT_SEARCH, str(saved[0]), str(tmp_path / "log.csv")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    scores = np.array(done.stdout.split(), float)
+    np.testing.assert_allclose(scores, load_bundle(saved[0]).predict(raw)[:20], atol=1e-6)
 
 
 def test_saving_needs_a_vocabulary_and_keeps_what_is_there(saved, data, tmp_path):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -31,6 +36,8 @@ from embtrim.plan import SizePlan
 from embtrim.sites import Task
 from embtrim.testing import foreign_task, planted_data, planted_task
 from embtrim.train import FitResult, Hooks, TrainConfig, fit
+from tests.bad_inputs import TINY, call, write_log
+from tests.test_encoding_resume import Job as EncodeJob
 
 TRAIN = TrainConfig(epochs=4, batch_size=256, learning_rate=0.02, patience=2, checkpoint_seconds=0)
 STEPS = 4 * 19  # 4,800 training rows
@@ -168,13 +175,18 @@ def test_checkpoint_that_cannot_be_written_does_not_end_the_training(data, tmp_p
 def test_unfinished_work_stays_where_it_failed_and_goes_where_it_ended(tmp_path: Path) -> None:
     target = tmp_path / "model"
 
-    def interrupted() -> None:
+    def interrupted(state: str | None) -> None:
         with unfinished(target) as work:
             work.mkdir()
+            if state is not None:
+                (work / state).touch()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        interrupted()
+        interrupted(None)
+    assert not list(tmp_path.iterdir()), "there is nothing to go on from"
+    with pytest.raises(KeyboardInterrupt):
+        interrupted("state")
     assert [path.name for path in tmp_path.iterdir()] == [".model.unfinished"]
     for _ in range(2):  # the second time nothing was written
         with unfinished(target):
@@ -286,19 +298,51 @@ COMPARE = CompareConfig(
 )  # fmt: skip
 
 
-def start(what: str, out: Path) -> None:
-    """In a process of its own: `run` or `compare`."""
+# What each command is killed in, and how often; Ctrl-C comes once to each beside that.
+NUM_KILLS = {"encode": 3, "train": 3, "search": 3, "run": 3, "compare": 3}
+SETTINGS = [*TINY, "--set", "train.checkpoint_seconds=0", "--set", "train.batch_size=64"]
+SEARCH = ["--method", "optembed", "--budget", "30%"]
+for key, value in SEARCHES[2].model_dump(mode="json", exclude_none=True).items():
+    SEARCH += ["--set", f"search.{key}={value}"]
+
+
+def work(what: str, shop: Path, out: Path) -> None:
+    """One of the commands that can be interrupted, in small."""
     torch.set_num_threads(1)
-    data = planted_data(num_rows=2000, noise_vocab=300)
-    if what == "run":
-        run(data, RUN, out)
+    if what == "encode":
+        EncodeJob(shop / "raw", num_rows=4_000).run(out=out)
+    elif what in ("train", "search"):
+        given = ["train", shop / "data"] if what == "train" else ["search", shop / "full", shop / "data", *SEARCH]
+        done = call(*given, *SETTINGS, "--out", out)
+        if done.code == 130:
+            raise KeyboardInterrupt
+        assert done.code == 0, done.err
     else:
-        compare(data, COMPARE, out)
+        data = planted_data(num_rows=2000, noise_vocab=300)
+        run(data, RUN, out) if what == "run" else compare(data, COMPARE, out)
 
 
-def outcome(out: Path) -> dict[str, Any]:
-    """What the records say, but for times and memory."""
+def start(what: str, shop: Path, out: Path) -> None:
+    """The work in a process of its own, which Ctrl-C ends with 130."""
+    os.environ["EMBTRIM_KERNELS"] = "torch"  # the fused ones would be loaded anew by every process
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        work(what, shop, out)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def outcome(what: str, out: Path) -> dict[str, Any]:
+    """What was made, but for times and memory."""
+    if what == "encode":
+        return EncodeJob.files(out)
+    if what == "train":  # which holds the digests of all files beside it
+        return json.loads((out / "bundle.json").read_text())
+    if what == "search":
+        return {"plan": out.read_text(), "rows": {k: v.tolist() for k, v in np.load(out.with_suffix(".npz")).items()}}
     records = [RunRecord.load(path) for path in sorted(out.glob("records/*.json"))]
+    assert len(records) == (3 if what == "run" else 5)
     volatile = ("seconds", "epochs", "memory", "peak", "rows_per_second")
     return {
         f"{r.variant} {r.budget} {r.seed}": {
@@ -310,28 +354,83 @@ def outcome(out: Path) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Encoded data and the bundle of a full model."""
+    folder = tmp_path_factory.mktemp("shop")
+    (folder / "raw").mkdir()
+    write_log(folder / "log.csv", num_rows=2000)
+    for arguments in (
+        ["encode", folder / "log.csv", "--label", "click", "--out", folder / "data"],
+        ["train", folder / "data", "--out", folder / "full", *SETTINGS],
+    ):
+        assert call(*arguments).code == 0
+    return folder
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["run", "compare"])
-def test_killed_at_ten_random_moments(what: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", NUM_KILLS)
+def test_killed_at_random_moments_it_ends_the_same(what: str, shop: Path, tmp_path: Path) -> None:
+    """Only kills count that came after the first change on disk and before the end."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["embtrim.experiment", "embtrim.comparison", "embtrim.testing"])
-    out, chance, kills = tmp_path / "killed", random.Random(11), 0
-    while kills < 10:
-        process = context.Process(target=start, args=(what, out))
-        process.start()
-        until(lambda process=process: out.exists() or not process.is_alive())
-        time.sleep(chance.uniform(0.02, 0.25))
-        if not process.is_alive():
+    context.set_forkserver_preload(["tests.test_checkpoint", "torch._dynamo"])
+    name = "out.json" if what == "search" else "out"
+    whole, killed = tmp_path / "whole" / name, tmp_path / "killed" / name
+    for out in (whole, killed):
+        out.parent.mkdir()
+
+    def process(out: Path) -> Any:
+        """Started, and past its first change on disk."""
+        before, started = last_change(out.parent), context.Process(target=start, args=(what, shop, out))
+        started.start()
+        until(lambda: last_change(out.parent) != before or not started.is_alive())
+        return started
+
+    def finish(out: Path) -> float:
+        """Seconds from the first change on."""
+        last, began = process(out), time.monotonic()
+        last.join()
+        assert last.exitcode == 0
+        return time.monotonic() - began
+
+    seconds = finish(whole)
+    expected = outcome(what, whole)
+
+    chance, signals = random.Random(what), [signal.SIGKILL] * NUM_KILLS[what] + [signal.SIGINT]
+    chance.shuffle(signals)
+    ended = []
+    for tried in range(50):
+        if len(ended) == len(signals):
             break
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        kills += 1
-    assert kills >= 5, "it ended too early to be killed"
-    start(what, out)
-    start(what, tmp_path / "whole")
-    assert outcome(out) == outcome(tmp_path / "whole")
-    assert len(outcome(out)) == (3 if what == "run" else 5)
-    assert not (out / "unfinished").exists(), "what is finished leaves no state behind"
+        victim = process(killed)
+        time.sleep(chance.uniform(0, seconds / (len(signals) + tried)))
+        with suppress(ProcessLookupError):
+            os.kill(victim.pid, signals[len(ended)])
+        victim.join()
+        if victim.exitcode == 0:  # it was done before: again, from the start
+            shutil.rmtree(killed.parent)
+            killed.parent.mkdir()
+            continue
+        assert victim.exitcode == (130 if signals[len(ended)] == signal.SIGINT else -signal.SIGKILL)
+        ended.append(victim.exitcode)
+    assert (ended.count(-signal.SIGKILL), ended.count(130)) == (NUM_KILLS[what], 1)
+    finish(killed)
+    assert outcome(what, killed) == expected
+    assert {path.name for path in killed.parent.iterdir()} == {path.name for path in whole.parent.iterdir()}
+    assert not (killed / "unfinished").exists(), "what is finished leaves no state behind"
+
+
+def test_there_are_ten_kills() -> None:
+    assert sum(NUM_KILLS.values()) >= 10
+
+
+def last_change(folder: Path) -> int:
+    """Of anything below a folder, in nanoseconds."""
+    times = [0]
+    for path in [folder, *folder.rglob("*")]:
+        with suppress(FileNotFoundError):
+            times.append(path.stat().st_mtime_ns)
+    return max(times)
 
 
 def until(condition: Callable[..., bool], seconds: float = 60) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -16,8 +17,23 @@ import pytest
 import torch
 
 from embtrim.cli import EncodeSettings, app
-from tests.bad_inputs import BAD_INPUTS, TINY, BadInput, Workshop, call, environment, write_log
+from tests.bad_inputs import (
+    BAD_CALLS,
+    BAD_INPUTS,
+    DOCUMENTED,
+    HEAD,
+    TINY,
+    BadCall,
+    BadInput,
+    Workshop,
+    call,
+    environment,
+    table_row,
+    write_log,
+)
 
+PAGE = (Path(__file__).parents[1] / "docs" / "bad_inputs.md").read_text("utf-8").splitlines()
+REWRITE = "docs/bad_inputs.md says something else: python -m tests.bad_inputs > docs/bad_inputs.md"
 INTERRUPTIBLE = "import signal as s; s.signal(s.SIGINT, s.default_int_handler); from embtrim.cli import main; main()"
 
 
@@ -51,6 +67,17 @@ def test_whole_way_as_a_process(tmp_path: Path) -> None:
     assert (out / "report.html").stat().st_size > 1_000_000
     found = {path.name for path in (out / "records").iterdir()}
     assert found == {f"{variant}-seed{seed}.json" for variant in ("full", "sseds", "uniform") for seed in (0, 1)}
+
+    # Each bundle's card tells how the metrics spread over the seeds, also of a run that was killed while it wrote that.
+    card = out / "bundles" / "sseds-seed1" / "README.md"
+    aucs = [json.loads((out / "records" / f"sseds-seed{seed}.json").read_text())["test"]["auc"] for seed in (0, 1)]
+    line = f"| test auc | {aucs[1]:.5f} | {statistics.fmean(aucs):.5f} ± {statistics.stdev(aucs):.5f} |"
+    whole = card.read_text()
+    assert line in whole.splitlines()
+    card.write_text("half of it")
+    again = ["run", tmp_path / "data", *TINY, "--method", "sseds", "--budget", "20%", "--seeds", "2", "--out", out]
+    assert call(*again).code == 0
+    assert card.read_text() == whole
 
     # Values that training never saw, an empty list, a missing price; no label is needed.
     log = tmp_path / "new.csv"
@@ -258,11 +285,26 @@ def test_bad_input(bad: BadInput, shop: Workshop) -> None:
         else "nothing"
     )
     assert [path for path in after if path not in before and not finished.fullmatch(path)] == []
+    if bad.name in DOCUMENTED:
+        assert table_row(bad.name, result.code, result.err.replace(f"{shop.folder}/", "")) in PAGE, REWRITE
 
 
-def test_bad_inputs_are_many() -> None:
-    assert len(BAD_INPUTS) >= 20
-    assert len({bad.name for bad in BAD_INPUTS}) == len(BAD_INPUTS)
+@pytest.mark.parametrize("bad", BAD_CALLS, ids=lambda bad: bad.name)
+def test_bad_call(bad: BadCall) -> None:
+    message = bad.message()
+    for word in bad.words:
+        assert word in message
+    if bad.name in DOCUMENTED:
+        assert table_row(bad.name, None, message) in PAGE, REWRITE
+
+
+def test_bad_inputs_are_many_and_the_page_shows_some() -> None:
+    names = [bad.name for bad in (*BAD_INPUTS, *BAD_CALLS)]
+    assert len(set(names)) == len(names) >= 100
+    head = HEAD.splitlines()
+    assert PAGE[: len(head)] == head, REWRITE
+    assert [line.split(" | ")[0].removeprefix("| ") for line in PAGE[len(head) :]] == list(DOCUMENTED), REWRITE
+    assert set(DOCUMENTED) <= set(names)
 
 
 def test_unexpected_errors_keep_their_traceback(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:

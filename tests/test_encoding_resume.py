@@ -4,9 +4,6 @@ import gzip
 import json
 import logging
 import os
-import random
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -84,7 +81,8 @@ class Job:
         encode(self.source, **{"out": out, **self.options, **changes})
         return self.files(out)
 
-    def files(self, out: Path) -> dict[str, bytes]:
+    @staticmethod
+    def files(out: Path) -> dict[str, bytes]:
         files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
         meta = json.loads(files.pop("meta.json"))
         del meta["seconds"]
@@ -235,31 +233,6 @@ class TestSameBytes:
             assert interrupts.run(job, after) is None
             assert interrupts.run(job) == whole
             job.out.rename(tmp_path / "whole" / f"{after}")
-
-
-KILLED = """
-import os, signal, sys, threading
-from pathlib import Path
-from tests.test_encoding_resume import Job
-job = Job(Path(sys.argv[1]))
-threading.Timer(float(sys.argv[2]), os.kill, (os.getpid(), signal.SIGKILL)).start()
-job.run()
-"""
-
-
-def test_killed_for_real(tmp_path):
-    job = Job(tmp_path, num_rows=4_000)
-    whole = job.whole()
-    seconds = json.loads((tmp_path / "whole/meta.json").read_text())["seconds"]
-    delays = [random.uniform(0.1, 1.0) * seconds for _ in range(2)]
-    for delay in delays:
-        command = [sys.executable, "-c", KILLED, str(tmp_path), str(delay)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        if job.out.exists():
-            break
-        assert job.left() <= {".data.encoding", ".data.encoding.lock"}
-    assert (job.files(job.out) if job.out.exists() else job.run()) == whole, f"killed after {delays} s"
 
 
 class TestStartsAnew:

@@ -178,14 +178,76 @@ def test_new_and_returned_values_learn_and_a_second_update_goes_on(bundles, tmp_
 
     later = NEW.with_columns(pl.col("user").replace({"x0": "x7", "u13": "u14"}))
     second = update(tmp_path / "one", later, out=tmp_path / "two", split="time:8:1:1", train=TRAIN)
-    assert (second.number, second.of) == (2, file_digest(tmp_path / "one" / "bundle.json"))
+    assert (first.version, second.version) == (2, 3)
+    assert second.of == file_digest(tmp_path / "one" / "bundle.json")
     assert (second.tables[0].new, second.tables[0].returned) == (1, 1)
     two = load_bundle(tmp_path / "two")
     np.testing.assert_array_equal(two.encoder.encode_chunk(NEW).ids[:100], one.encoder.encode_chunk(NEW).ids[:100])
     noted = two.info["update"]
-    assert noted["number"] == 2
     assert noted["tables"] == {"user": {"new": 1, "returned": 1}}
-    assert "update 2" in (tmp_path / "two" / "README.md").read_text()
+    plans = [
+        load_bundle(path).model.tables.plan.digest for path in (bundles["rows"], tmp_path / "one", tmp_path / "two")
+    ]
+    schemas = [load_bundle(path).info["schema"] for path in (bundles["rows"], tmp_path / "one", tmp_path / "two")]
+    for before, after, report in ((0, 1, first), (1, 2, second)):
+        assert (report.plan_before, report.plan_after) == (plans[before], plans[after])
+        assert (report.schema_before, report.schema_after) == (schemas[before], schemas[after])
+    assert len({*plans, *schemas}) == 6
+    card = (tmp_path / "two" / "README.md").read_text()
+    assert "Version 3 of plan and schema" in card
+    assert f"version 2: schema {schemas[1]} -> {schemas[2]}, plan {plans[1]} -> {plans[2]} |" in card
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_renumbered_values_have_the_ids_of_a_fresh_encode_and_score_as_before(bundles, encoded, kind, tmp_path):
+    update(bundles[kind], NEW, out=tmp_path / "same", split="1:0:0", retrain=False)
+    report = update(bundles[kind], NEW, out=tmp_path / "new", split="1:0:0", retrain=False, renumber=True)
+    parent, same, child = (load_bundle(path) for path in (bundles[kind], tmp_path / "same", tmp_path / "new"))
+    assert report.renumbered
+    assert "values re-numbered by frequency" in (tmp_path / "new" / "README.md").read_text()
+    assert report.tables == embtrim.updating.table_changes(parent.model.tables.plan, child.model.tables.plan)
+
+    fresh = embtrim.encode(NEW, SCHEMA, out=tmp_path / "fresh", split="1:0:0", progress=False, checkpoint_seconds=None)
+    order = pl.read_parquet(fresh.folder / "vocab.parquet")
+    moved = 0
+    for table in child.model.tables.plan.tables:
+        if table.name == "page":  # hashed: its ids are those of the hash
+            continue
+        found = child.encoder.vocabularies[table.name].filter(pl.col("id") != (table.dropped_id or -1))
+        before = same.encoder.vocabularies[table.name].filter(pl.col("id") != (table.dropped_id or -1))
+        assert found["id"].to_list() == sorted(before["id"])
+        assert found["id"].n_unique() == len(found)
+        width = np.repeat([w for _, w in table.segments], [rows for rows, _ in table.segments])
+        listed = order.filter(pl.col("table") == table.name)["value"].to_list()
+        for one in set(width.tolist()):
+            here = [v for v, i in zip(found["value"], found["id"], strict=True) if width[i] == one]
+            then = [v for v, i in before.sort("id").select("value", "id").rows() if width[i] == one]
+            seen = [v for v in listed if v in here]
+            assert here == seen + [v for v in then if v not in seen]
+            moved += here != then
+    assert moved
+    rows = pl.concat([OLD, NEW])
+    unknown = rows.with_columns(pl.lit("nobody").alias("user"))
+    for frame in (rows, unknown):
+        np.testing.assert_array_equal(child.predict(frame), same.predict(frame))
+    np.testing.assert_allclose(child.predict(STAY), parent.predict(STAY), atol=1e-6)
+    np.testing.assert_array_equal(child.encoder.encode_chunk(OLD).ids[:, 4], parent.encoder.encode_chunk(OLD).ids[:, 4])
+    trained = update(bundles[kind], NEW, out=tmp_path / "trained", train=TRAIN, renumber=True)
+    plain = update(bundles[kind], NEW, out=tmp_path / "plain", train=TRAIN)
+    assert trained.before == plain.before
+    assert trained.after["test"]["auc"] == pytest.approx(plain.after["test"]["auc"], abs=0.05)
+
+
+def test_renumbering_moves_rows_of_one_width_only():
+    """Ids 0 (OOV) and 4 (DROPPED) stay; of the values c to f, of which e and f are narrow, d and f come first now."""
+    table = TablePlan("t", 7, 4, (Block(3, 4, "project"), Block(1, 4, "project"), Block(2, 2, "project")))
+    vocabulary = pl.DataFrame(
+        {"value": ["b", "c", "d", "e", "f", "x"], "id": [1, 2, 3, 5, 6, 4], "count": [6, 5, 4, 3, 2, 1]}
+    )
+    frequent = pl.DataFrame({"value": ["f", "d", "x", "b"]})
+    assert table.dropped_id == 4
+    found = updating.renumbered(table, vocabulary, frequent)
+    assert found.select("value", "id").rows() == [("d", 1), ("b", 2), ("c", 3), ("x", 4), ("f", 5), ("e", 6)]
 
 
 @pytest.mark.parametrize("bits", [16, 8])
@@ -236,6 +298,24 @@ def test_interrupted_it_leaves_nothing_half_written_and_goes_on(bundles, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "new"}
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "new")]
     assert weights[0] == weights[1]
+
+
+def test_what_was_interrupted_is_not_taken_for_an_update_that_renumbers(bundles, tmp_path, monkeypatch):
+    log = tmp_path / "log.parquet"
+    NEW.write_parquet(log)
+    update(bundles["full"], log, out=tmp_path / "whole", retrain=False, renumber=True)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("embtrim.encoding._ArrayFile.append", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            update(bundles["full"], log, out=tmp_path / "new", retrain=False)
+    assert (tmp_path / ".new.unfinished" / ".data.encoding" / "checkpoint.json").exists()
+    update(bundles["full"], log, out=tmp_path / "new", retrain=False, renumber=True)
+    found = [pl.read_parquet(tmp_path / name / "encoder" / "vocab.parquet") for name in ("whole", "new")]
+    assert found[0].equals(found[1])
 
 
 @pytest.mark.parametrize(
@@ -316,8 +396,19 @@ def test_the_command_reports_what_changed(bundles, tmp_path):
     assert report["before"]["valid"]["auc"] == report["after"]["valid"]["auc"]
     done = call(*words, "--overwrite", "--set", "train.epochs=2")
     assert done.code == 0, done.err
-    for word in ("returned", "dropped", "valid: auc", "table bytes after", "num rows: train"):
+    for word in (
+        "returned",
+        "dropped",
+        "valid: auc",
+        "table bytes after",
+        "num rows: train",
+        "version 2 of plan and schema",
+    ):
         assert word in done.out
+    assert "re-numbered" not in done.out
+    done = call(*words, "--overwrite", "--renumber")
+    assert "values re-numbered by frequency" in done.out
+    assert load_bundle(out).info["update"]["renumbered"]
     assert call(*words).code == 1
     refused = call("update", bundles["rows"], tmp_path / "flat.parquet", "--out", tmp_path / "b")
     assert refused.code == 1

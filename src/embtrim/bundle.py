@@ -1,11 +1,11 @@
 """The bundle: a trained model that scores raw logs, in a folder without pickle; loads without search code or data.
 
-bundle.json          format version, model name and hyper-parameters, metrics, digest of every file; of an updated model
-                     which update it is, and of what
+bundle.json          what `Contents` lists: model and hyper-parameters, where they come from, metrics, digest of every
+                     file and of itself; of an updated model what the update changed
 model.safetensors    weights and batch-norm statistics
 plan.json            layout of the tables (which rows were kept is in the vocabulary, not here)
 encoder/             schema.json, vocab.parquet, transforms.json: from raw values to the compact model's ids
-README.md            model card
+README.md            model card, see model_card.py
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import hashlib
 import json
 import os
 import shutil
+import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,21 +25,62 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import embtrim
-from embtrim.dataset import EncodedDataset
+from embtrim.config import Config
+from embtrim.dataset import EncodedDataset, read_json
 from embtrim.encoder import Encoder
 from embtrim.errors import BundleError, ConfigError, DataError, EmbtrimError
+from embtrim.model_card import model_card
 from embtrim.models import MODELS
 from embtrim.models.ctr_model import CTRModel
-from embtrim.plan import Block, SizePlan
+from embtrim.plan import Block, SizePlan, write_then_rename
 from embtrim.progress import progress_bar
 from embtrim.reading import Chunk, ReadOptions, open_log
+from embtrim.schema import Schema
 from embtrim.train import EVAL_BATCH_SIZE, check_data
 
-BUNDLE_VERSION = 1
+# 1 had no digest of bundle.json itself, and said less of where a model comes from; it still opens.
+BUNDLE_VERSION = 2
+# Of what a search wants remembered, what a bundle keeps; scores and the like may be as large as the tables.
+KEPT_DETAILS = ("config", "budget", "seed")
+
+
+class Contents(Config):
+    """What bundle.json holds.
+
+    Attributes:
+        bundle_version: of the format.
+        embtrim: version that wrote it.
+        model: name of the base model.
+        hparams: its arguments.
+        fingerprint: of the schema; stored as "schema".
+        version: of plan and schema: 1 as first trained, one more with each update.
+        data: rows by split of the encoded data, how they were split, and the seed of that.
+        seed: of training; None where nobody said.
+        metrics: by split.
+        spread: of a run of several seeds: "seeds", and by split and metric "mean" and "std" (sample standard deviation).
+        update: of an updated model what changed, see `embtrim.update`.
+        files: SHA-256 of every other file.
+        digest: SHA-256 of all the rest here, see `contents_digest`.
+    """
+
+    bundle_version: int = Field(strict=True, ge=1)
+    embtrim: str
+    model: str
+    hparams: dict[str, Any]
+    fingerprint: str = Field(alias="schema")
+    version: int = Field(default=1, strict=True, ge=1)
+    data: dict[str, Any] = Field(default_factory=dict)
+    seed: int | None = None
+    metrics: dict[str, dict[str, Any]]
+    spread: dict[str, Any] | None = None
+    update: dict[str, Any] | None = None
+    files: dict[str, str]
+    digest: str | None = None
 
 
 class Bundle:
@@ -152,6 +194,8 @@ def save(
     *,
     plan: SizePlan | None = None,
     metrics: dict[str, Any] | None = None,
+    seed: int | None = None,
+    version: int = 1,
     update: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -163,8 +207,10 @@ def save(
         data: the encoded data it was trained on (either the stored or the re-coded ids): their folder holds the
             vocabulary, without which raw logs cannot be scored.
         plan: the plan with its rows, if rows were dropped and `data` are not re-coded.
-        metrics: noted in bundle.json and the model card.
-        update: which update of which bundle this is, noted likewise; see `embtrim.update`.
+        metrics: by split; noted in bundle.json and the model card.
+        seed: of training, noted likewise.
+        version: of plan and schema, noted likewise; 1 unless this is an update.
+        update: what the update changed, noted likewise; see `embtrim.update`.
         overwrite: replace an existing bundle.
 
     Raises:
@@ -184,24 +230,56 @@ def save(
     with write_folder(folder, what="bundle") as temporary:
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         save_file(state, temporary / "model.safetensors")
-        layout_only(model.tables.plan).save(temporary / "plan.json")
+        layout = layout_only(model.tables.plan)
+        layout.save(temporary / "plan.json")
         encoder.save(temporary / "encoder")
+        meta = read_json(data.folder / "meta.json")
         info = {
             "bundle_version": BUNDLE_VERSION,
             "embtrim": embtrim.__version__,
             "model": model.name,
             "hparams": model.hparams,
             "schema": model.schema.fingerprint,
+            "version": version,
+            "data": {"num_rows": meta["num_rows"], "split": meta["split"], "split_seed": meta["seed"]},
+            "seed": seed,
             "metrics": metrics or {},
-            **({} if update is None else {"update": update}),
+            "spread": None,
+            "update": update,
         }
-        (temporary / "README.md").write_text(model_card(model, info), "utf-8")
-        info["files"] = {
-            str(path.relative_to(temporary)): file_digest(path)
-            for path in sorted(temporary.rglob("*"))
-            if path.is_file()
+        (temporary / "README.md").write_text(model_card(model.schema, layout, info), "utf-8")
+        info["files"] = {name: file_digest(temporary / name) for name in files_of(temporary)}
+        (temporary / "bundle.json").write_text(_with_digest(info), "utf-8")
+
+
+def note_spread(folder: str | Path, metrics: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> None:
+    """Note in a bundle and in its card how the metrics spread over the seeds of its run.
+
+    Killed between its two files, it leaves a card that does not fit bundle.json; the same call puts that right.
+
+    Args:
+        folder: of the bundle.
+        metrics: by seed and split, of the models of the run that differ in nothing but the seed.
+
+    Raises:
+        BundleError: the folder is no bundle, or its bundle.json is damaged.
+    """
+    folder = Path(folder)
+    info = _read_contents(folder)
+    if info["bundle_version"] < BUNDLE_VERSION:
+        return  # it does not hold what a card says
+    spread: dict[str, Any] = {"seeds": list(metrics)}
+    for split, values in info["metrics"].items():
+        found = {name: [m[split][name] for m in metrics.values()] for name, v in values.items() if isinstance(v, float)}
+        spread[split] = {
+            name: {"mean": statistics.fmean(parts), "std": statistics.stdev(parts)} for name, parts in found.items()
         }
-        (temporary / "bundle.json").write_text(json.dumps(info, indent=1), "utf-8")
+    info["spread"] = spread
+    schema = Schema.parse(read_json(folder / "encoder" / "schema.json"))
+    card = model_card(schema, SizePlan.load(folder / "plan.json", rows=False), info).encode()
+    info["files"]["README.md"] = hashlib.sha256(card).hexdigest()
+    write_then_rename(folder / "README.md", lambda file: file.write(card))
+    write_then_rename(folder / "bundle.json", lambda file: file.write(_with_digest(info).encode()))
 
 
 @contextmanager
@@ -233,28 +311,21 @@ def load_bundle(folder: str | Path) -> Bundle:
     """Open a bundle; every file's digest is checked.
 
     Raises:
-        BundleError: the folder is no bundle, a file is missing, truncated or changed, or the version is newer.
+        BundleError: the folder is no bundle, a file is missing, truncated, changed or not listed, or the version is newer.
     """
     folder = Path(folder)
-    try:
-        info = json.loads((folder / "bundle.json").read_text("utf-8"))
-        version, files = info["bundle_version"], info["files"]
-    except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(
-            f"{folder} is no bundle: it has no bundle.json; write one with `embtrim run` or embtrim.save"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{folder / 'bundle.json'} is damaged ({error}); save the bundle again") from None
-    if version != BUNDLE_VERSION:
-        raise BundleError(
-            f"{folder} has bundle version {version}, this release reads {BUNDLE_VERSION}; upgrade embtrim"
-        )
-    for name, digest in files.items():
-        path = folder / name
-        if not path.is_file():
+    info = _read_contents(folder)
+    found = files_of(folder)
+    for name, digest in info["files"].items():
+        if name not in found:
             raise BundleError(f"{folder} is incomplete: {name} is missing; copy or save the bundle again")
-        if file_digest(path) != digest:
-            raise BundleError(f"{path} was changed or truncated (its digest differs); copy or save the bundle again")
+        if file_digest(folder / name) != digest:
+            raise BundleError(
+                f"{folder / name} was changed or truncated (its digest differs); copy or save the bundle again"
+            )
+    added = [name for name in found if name not in info["files"]]
+    if added:
+        raise BundleError(f"{folder} holds {added[0]}, which its bundle.json does not list; move that elsewhere")
     try:
         encoder = Encoder.load(folder / "encoder")
         plan = SizePlan.load(folder / "plan.json", rows=False)
@@ -267,35 +338,61 @@ def load_bundle(folder: str | Path) -> Bundle:
     return Bundle(model.eval(), encoder, info)
 
 
+def _read_contents(folder: Path) -> dict[str, Any]:
+    """What bundle.json holds, see Contents; BundleError if it is none, is damaged, or of a newer version."""
+    path = folder / "bundle.json"
+    try:
+        info = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(
+            f"{folder} is no bundle: it has no bundle.json; write one with `embtrim run` or embtrim.save"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} is damaged ({error}); save the bundle again") from None
+    if not isinstance(info, dict):
+        raise BundleError(f"{path} is damaged (it holds no object); save the bundle again")
+    version = info.get("bundle_version")
+    if isinstance(version, int) and version > BUNDLE_VERSION:
+        raise BundleError(
+            f"{folder} has bundle version {version}, this release reads {BUNDLE_VERSION}; upgrade embtrim"
+        )
+    try:
+        contents = Contents.parse(info)
+    except ConfigError as error:
+        raise BundleError(f"{path} is damaged ({error}); save the bundle again") from None
+    if contents.digest != contents_digest(info) and contents.bundle_version > 1:
+        raise BundleError(f"{path} was changed or truncated (its digest differs); copy or save the bundle again")
+    held = contents.model_dump(by_alias=True)
+    if contents.bundle_version == 1 and contents.update is not None:
+        held["version"] = 1 + contents.update.get("number", 0)
+    return held
+
+
+def contents_digest(info: Mapping[str, Any]) -> str:
+    """SHA-256 of what bundle.json holds, but for its own digest: of its JSON with sorted keys and no indentation."""
+    held = {key: value for key, value in info.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+
+
+def _with_digest(info: Mapping[str, Any]) -> str:
+    """The text of bundle.json."""
+    return json.dumps({**info, "digest": contents_digest(info)}, indent=1)
+
+
+def files_of(folder: Path) -> list[str]:
+    """Every file below a bundle's folder but bundle.json, by its path in the folder."""
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return [name for name in found if name != "bundle.json"]
+
+
 def layout_only(plan: SizePlan) -> SizePlan:
-    """The plan without the rows it chose and without search details: all that loading a model needs."""
+    """The plan without the rows it chose and with little of its search's details: all that loading a model needs."""
     tables = tuple(
         dataclasses.replace(t, blocks=tuple(Block(b.num_rows, b.columns, b.alignment) for b in t.blocks))
         for t in plan.tables
     )
-    return dataclasses.replace(plan, tables=tables, details={})
-
-
-def model_card(model: CTRModel, info: dict[str, Any]) -> str:
-    """README.md of a bundle."""
-    plan = model.tables.plan
-    lines = [
-        f"# {model.name} ({plan.method})",
-        "",
-        f"Saved by embtrim {info['embtrim']}. Schema {model.schema.describe()}.",
-        "",
-        "```",
-        plan.summary(),
-        "```",
-        "",
-    ]
-    if "update" in info:
-        lines.append(f"- update {info['update']['number']}, of the bundle {info['update']['of'][:12]}")
-    for split, values in info["metrics"].items():
-        numbers = ", ".join(f"{k} {v:.5f}" for k, v in values.items() if isinstance(v, float))
-        lines.append(f"- {split}: {numbers}")
-    lines += ["", "Score a raw log with `embtrim predict THIS_FOLDER LOG --out scores.parquet`.", ""]
-    return "\n".join(lines)
+    details = {name: plan.details[name] for name in KEPT_DETAILS if name in plan.details}
+    return dataclasses.replace(plan, tables=tables, details=details)
 
 
 def file_digest(path: Path) -> str:

@@ -14,7 +14,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +163,15 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
 def unfinished(target: Path) -> Iterator[Path]:
     """The folder beside `target` where work towards it keeps its state, inside a `with` block.
 
-    It stays where the block raises, so that the work can go on, and goes where the target is written.
+    It stays where the block raises, so that the work can go on, unless it is empty, and goes where the target is written.
     """
     folder = target.with_name(f".{target.name}.unfinished")
-    yield folder
+    try:
+        yield folder
+    except BaseException:
+        with suppress(OSError):
+            folder.rmdir()
+        raise
     shutil.rmtree(folder, ignore_errors=True)
 
 

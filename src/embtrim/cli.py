@@ -284,7 +284,8 @@ def train(
     with unfinished(target) as work:
         trained = train_full(encoded, settings, settings.seed, wants_progress(quiet), work / "full.safetensors")
         record = trained.record
-        save(trained.model, target, encoded, metrics={"valid": record.valid, "test": record.test}, overwrite=overwrite)
+        metrics = {"valid": record.valid, "test": record.test}
+        save(trained.model, target, encoded, metrics=metrics, seed=settings.seed, overwrite=overwrite)
     show_records([record.replace(bundle_bytes=folder_bytes(target))], as_json, many=False)
     log_line(f"bundle: {target}")
 
@@ -406,7 +407,7 @@ def compact(
         if sizes.is_quantized:
             small.tables.quantize()
         metrics = {s: evaluate(small, recoded, s).to_dict() for s in ("valid", "test") if s in encoded.splits}
-        save(small, target, recoded, metrics=metrics, overwrite=overwrite)
+        save(small, target, recoded, metrics=metrics, seed=settings.seed, overwrite=overwrite)
     result = {
         "bundle": str(target),
         "table_bytes_before": full.tables.plan.num_bytes,
@@ -472,6 +473,10 @@ def update(
     min_count: Annotated[
         int | None, typer.Option("--min-count", help="Occurrences a value needs for a row; otherwise each field's own.")
     ] = None,
+    renumber: Annotated[
+        bool,
+        typer.Option("--renumber", help="New ids by frequency in the new log; otherwise ids that stay do not change."),
+    ] = False,
     no_train: Annotated[bool, typer.Option("--no-train", help="Only add the rows; all weights stay.")] = False,
     format: FormatName = None,
     no_header: NoHeader = None,
@@ -491,7 +496,7 @@ def update(
     from embtrim.updating import UpdateConfig
 
     read = _read_flags(format, no_header, columns, separator, encoding)
-    flags = {"split": split, "min_count": min_count, "seed": seed, "read": read}
+    flags = {"split": split, "min_count": min_count, "renumber": renumber or None, "seed": seed, "read": read}
     settings = _settle(UpdateConfig, config, overrides, flags)
     if dry_run:
         from embtrim.bundle import load_bundle
@@ -502,7 +507,7 @@ def update(
         opened.require([loaded.model.schema.label, *loaded.encoder.columns])
         facts = {
             "model": loaded.info["model"],
-            "update": loaded.info.get("update", {"number": 0})["number"] + 1,
+            "version": loaded.info["version"] + 1,
             "table_bytes_before": loaded.model.tables.plan.num_bytes,
             "log": opened.describe(),
         }
@@ -522,7 +527,7 @@ def update(
         print_json(report.to_dict())
         return
     show_update(report)
-    log_line(f"bundle: {target}, update {report.number}")
+    log_line(f"bundle: {target}, version {report.version}")
 
 
 @app.command()

@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError
 
 import embtrim
 from embtrim.budget import Budget
-from embtrim.bundle import folder_bytes, save
+from embtrim.bundle import folder_bytes, note_spread, save
 from embtrim.checkpoint import CheckpointFolder, checksum, claim
 from embtrim.compaction import Init, Verification, compact, verify
 from embtrim.config import Config, describe_errors, first_change, read_toml, to_toml
@@ -89,7 +89,7 @@ class RunConfig(Config):
     budget: str = "10%"
     max_loss: float | None = Field(default=None, gt=0, lt=0.5)
     init: Init = "scratch"
-    bits: Bits | Literal["auto"] = 32
+    bits: Literal[Bits, "auto"] = 32
     target: Target = "torch"
     controls: tuple[str, ...] = ("uniform",)
     seed: int = Field(default=0, ge=0)
@@ -258,6 +258,8 @@ def run(
         shutil.rmtree(unfinished, ignore_errors=True)
     with suppress(OSError):
         (out / "unfinished").rmdir()
+    if config.seeds > 1:
+        _note_spread(records, out)
     return records
 
 
@@ -596,6 +598,7 @@ def _keep(
             data,
             plan=trained.plan,
             metrics={"valid": record.valid, "test": record.test},
+            seed=record.seed,
             overwrite=True,  # of a run that was killed before it wrote the record
         )
         record = record.replace(bundle_bytes=folder_bytes(out / "bundles" / name))
@@ -605,6 +608,16 @@ def _keep(
     if on_record is not None:
         on_record(record)
     return record
+
+
+def _note_spread(records: list[RunRecord], out: Path) -> None:
+    """Tell the bundles of each variant how its metrics spread over the seeds."""
+    for variant in dict.fromkeys(record.variant for record in records):
+        metrics = {r.seed: {"valid": r.valid, "test": r.test} for r in records if r.variant == variant}
+        for seed in metrics:
+            bundle = out / "bundles" / f"{variant}-seed{seed}"
+            if bundle.exists():  # not of data that were made in memory
+                note_spread(bundle, metrics)
 
 
 def dry_run(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:

@@ -109,6 +109,11 @@ def show_update(report: UpdateReport) -> None:
         [{k.replace("_", " "): f"{v:,}" if isinstance(v, int) else v for k, v in t.items()} for t in facts["tables"]],
         as_json=False,
     )
+    print_text(
+        f"version {report.version} of plan and schema: schema {report.schema_before} -> {report.schema_after}, "
+        f"plan {report.plan_before} -> {report.plan_after}"
+        + (", values re-numbered by frequency" if report.renumbered else "")
+    )
     for split, before in report.before.items():
         pairs = [f"{key} {before[key]:.4f} -> {report.after[split][key]:.4f}" for key in ("auc", "logloss")]
         print_text(f"{split}: {', '.join(pairs)}")

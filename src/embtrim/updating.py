@@ -5,11 +5,14 @@ What decides:
 - New is a value of a listed table that the vocabulary lacks, returned one that read the DROPPED row; both need `min_count`
   occurrences in the *training* rows of the new log, so that no row stays untrained. Where a plan dropped the OOV row as
   well, the bundle does not list what it dropped: such a value comes back as a new one.
-- Nothing is re-numbered: a value with a row of its own keeps its id. Rows are added behind (see `TablePlan.grown`), those
+- Nothing is re-numbered unless asked: a value with a row of its own keeps its id. Rows are added behind (see `TablePlan.grown`), those
   of returned values first, and are as wide as the table, in a table of several widths as its narrowest rows. The DROPPED row
   stays the last of its rows.
 - A row starts as what its value read before, OOV or DROPPED, so that the grown model gives the scores of its parent until
   it is trained. Rows of another width, in a table of several, start at zero.
+- Re-numbered, the rows of one width are in the order in which encoding the new log afresh would number their values: by
+  descending count in its training rows. Values that it would not list stay behind these in the order they had; the OOV row
+  and the DROPPED row stay where they are. A row moves along with its value, so that no score changes.
 - Hashed tables, buckets of quantiles, and means of dense fields stay as they are.
 
 Axes: V rows of a table, N rows of the log, D full width.
@@ -58,12 +61,14 @@ class UpdateConfig(Config):
         min_count: occurrences in the training rows of the new log that a value needs for a row; None takes each field's
             own.
         train: as for a full model, but for at most 5 epochs unless it says otherwise.
+        renumber: give the values of each table new ids, by their frequency in the new log; else values that stay keep theirs.
         seed: of the random split, and of shuffling and dropout.
         read: how the log is read.
     """
 
     split: str = "8:1:1"
     min_count: int | None = Field(default=None, ge=1)
+    renumber: bool = False
     train: TrainConfig = TrainConfig(epochs=EPOCHS)
     seed: int = Field(default=0, ge=0)
     read: ReadOptions = ReadOptions()
@@ -107,8 +112,11 @@ class UpdateReport:
 
     Attributes:
         bundle: the new bundle's folder.
-        number: how many updates it is from a bundle that was trained from scratch.
+        version: of plan and schema: the parent's and one more; 1 is that of a bundle which is no update.
         of: SHA-256 of the parent's bundle.json.
+        schema_before, schema_after: fingerprints.
+        plan_before, plan_after: digests of the layouts.
+        renumbered: whether values that stay got new ids.
         tables: one entry a table.
         table_bytes_before, table_bytes_after: of embedding tables, projections and first-order weights.
         bundle_bytes_before, bundle_bytes_after: of the folders, vocabulary included.
@@ -119,8 +127,13 @@ class UpdateReport:
     """
 
     bundle: str
-    number: int
+    version: int
     of: str
+    schema_before: str
+    schema_after: str
+    plan_before: str
+    plan_after: str
+    renumbered: bool
     tables: tuple[TableChange, ...]
     table_bytes_before: int
     table_bytes_after: int
@@ -178,12 +191,12 @@ def update(
     parent_digest = file_digest(folder / "bundle.json")
     with unfinished(target) as work:
         data = encode_further(
-            source, parent.encoder, partial(extend, parent), out=work / "data", split=config.split,
-            min_count=config.min_count, seed=config.seed, options=config.read, inputs={"bundle": parent_digest},
-            progress=progress,
+            source, parent.encoder, partial(extend, parent, renumber=config.renumber), out=work / "data",
+            split=config.split, min_count=config.min_count, seed=config.seed, options=config.read,
+            inputs={"bundle": parent_digest, "renumber": config.renumber}, progress=progress,
         )  # fmt: skip
         plan = SizePlan.load(work / "data" / "plan.json")
-        ids_before = parent_ids(parent, plan)
+        ids_before = parent_ids(parent, plan, Encoder.load(work / "data"))
         splits = [name for name in ("valid", "test") if name in data.splits]
         train = config.train.replace(seed=config.seed)
         parent.model.tables.dequantize()
@@ -199,20 +212,30 @@ def update(
             model.tables.quantize()
         after = {name: evaluate(model, data, name, train).to_dict() for name in splits}
         changes = table_changes(parent.model.tables.plan, plan)
-        number = parent.info.get("update", {"number": 0})["number"] + 1
+        version = parent.info["version"] + 1
         step = {
-            "number": number,
             "of": parent_digest,
+            "schema_before": parent.model.schema.fingerprint,
+            "plan_before": parent.model.tables.plan.digest,
+            "renumbered": config.renumber,
             "tables": {c.table: {"new": c.new, "returned": c.returned} for c in changes if c.new or c.returned},
             "num_rows": {name: data.num_rows(name) for name in data.splits},
             "epochs": epochs,
             "metrics_before": before,
         }
-        save(model, target, data, metrics=after, update=step, overwrite=overwrite)
+        save(
+            model, target, data, metrics=after, seed=config.seed if retrain else parent.info["seed"], version=version,
+            update=step, overwrite=overwrite,
+        )  # fmt: skip
     return UpdateReport(
         bundle=str(target),
-        number=number,
+        version=version,
         of=parent_digest,
+        schema_before=step["schema_before"],
+        schema_after=data.schema.fingerprint,
+        plan_before=step["plan_before"],
+        plan_after=plan.digest,
+        renumbered=config.renumber,
         tables=changes,
         table_bytes_before=parent.model.tables.plan.num_bytes,
         table_bytes_after=plan.num_bytes,
@@ -234,13 +257,14 @@ def _check_out(bundle: Path, out: Path, overwrite: bool) -> None:
         raise BundleError(f"{out} exists; choose another --out or pass overwrite=True (--overwrite)")
 
 
-def extend(parent: Bundle, frequent: Mapping[str, pl.DataFrame], folder: Path) -> Encoder:
+def extend(parent: Bundle, frequent: Mapping[str, pl.DataFrame], folder: Path, renumber: bool = False) -> Encoder:
     """The parent's encoder with ids for new and returned values; writes the plan with their rows to `folder`/plan.json.
 
     Args:
         parent: the bundle.
         frequent: by table, values with ids of no meaning here and counts, those first that are to get rows first.
         folder: where the plan goes.
+        renumber: see UpdateConfig.
     """
     encoder, sizes = parent.encoder, parent.model.tables.plan
     vocabularies, unseen_ids, tables = dict(encoder.vocabularies), dict(encoder.unseen_ids), []
@@ -255,19 +279,20 @@ def extend(parent: Bundle, frequent: Mapping[str, pl.DataFrame], folder: Path) -
         new = frequent[table.name].join(known, on="value", how="anti", nulls_equal=True, maintain_order="left")
         grown = table.grown(new.height, returned.height)
         tables.append(grown)
-        if not new.height and not returned.height:
-            continue
-        added = pl.concat([returned, new])
-        added = added.with_columns(pl.Series("id", added_ids(table, grown), pl.Int32))
-        stays = known.join(returned, on="value", how="anti", nulls_equal=True, maintain_order="left")
-        if table.dropped_id is not None and grown.dropped_id is not None:
-            is_dropped = pl.col("id") == table.dropped_id
-            stays = stays.with_columns(
-                pl.when(is_dropped).then(grown.dropped_id).otherwise("id").cast(pl.Int32).alias("id")
-            )
-            if unseen == table.dropped_id:
-                unseen_ids[table.name] = grown.dropped_id
-        vocabularies[table.name] = pl.concat([stays, added.select(stays.columns)])
+        if new.height or returned.height:
+            added = pl.concat([returned, new])
+            added = added.with_columns(pl.Series("id", added_ids(table, grown), pl.Int32))
+            stays = known.join(returned, on="value", how="anti", nulls_equal=True, maintain_order="left")
+            if table.dropped_id is not None and grown.dropped_id is not None:
+                is_dropped = pl.col("id") == table.dropped_id
+                stays = stays.with_columns(
+                    pl.when(is_dropped).then(grown.dropped_id).otherwise("id").cast(pl.Int32).alias("id")
+                )
+                if unseen == table.dropped_id:
+                    unseen_ids[table.name] = grown.dropped_id
+            vocabularies[table.name] = pl.concat([stays, added.select(stays.columns)])
+        if renumber:
+            vocabularies[table.name] = renumbered(grown, vocabularies[table.name], frequent[table.name])
     schema = _grown_schema(encoder, vocabularies, {table.name: table.num_rows for table in tables})
     dataclasses.replace(sizes, fingerprint=schema.fingerprint, tables=tuple(tables)).save(folder / "plan.json")
     return Encoder(schema, vocabularies, encoder.transforms, unseen_ids, encoder.hash_maps)
@@ -290,18 +315,36 @@ def added_ids(table: TablePlan, grown: TablePlan) -> np.ndarray:
     return np.flatnonzero(~taken).astype(np.int32)
 
 
-def parent_ids(parent: Bundle, plan: SizePlan) -> dict[str, np.ndarray]:
+def renumbered(table: TablePlan, vocabulary: pl.DataFrame, frequent: pl.DataFrame) -> pl.DataFrame:
+    """A table's vocabulary with new ids, and in their order; see the module docstring.
+
+    Args:
+        table: its layout.
+        vocabulary: values and the ids that they have.
+        frequent: values in the order in which they are to be numbered; of others the order stays.
+    """
+    place = frequent.select("value", place=pl.int_range(pl.len()))
+    own = vocabulary if table.dropped_id is None else vocabulary.filter(pl.col("id") != table.dropped_id)
+    own = own.join(place, on="value", how="left", nulls_equal=True, maintain_order="left")
+    own = own.with_columns(pl.Series("width", _row_widths(table)[own["id"].to_numpy()]))
+    ordered = own.sort("width", "place", "id", nulls_last=True)
+    ids = own.sort("width", "id")["id"]
+    kept = vocabulary.join(own, on="value", how="anti", nulls_equal=True, maintain_order="left")
+    return pl.concat([ordered.with_columns(ids).select(vocabulary.columns), kept]).sort("id", maintain_order=True)
+
+
+def parent_ids(parent: Bundle, plan: SizePlan, encoder: Encoder) -> dict[str, np.ndarray]:
     """By table, an int32 map from the new model's ids to those that the same values have in the parent."""
     maps = {}
-    sizes = parent.model.tables.plan
-    for change, table, grown in zip(table_changes(sizes, plan), sizes.tables, plan.tables, strict=True):
+    for table, grown in zip(parent.model.tables.plan.tables, plan.tables, strict=True):
         ids_V = np.arange(grown.num_rows, dtype=np.int32)
-        added = added_ids(table, grown)
-        ids_V[added[change.returned :]] = parent.encoder.unseen_ids.get(table.name, OOV)
-        if table.dropped_id is not None:
-            ids_V[added[: change.returned]] = table.dropped_id
-            if grown.dropped_id is not None:
-                ids_V[grown.dropped_id] = table.dropped_id
+        if table.dropped_id is not None and grown.dropped_id is not None:
+            ids_V[grown.dropped_id] = table.dropped_id
+        if table.name in encoder.vocabularies:
+            unseen = parent.encoder.unseen_ids.get(table.name, OOV)
+            before = parent.encoder.vocabularies[table.name].select("value", before="id")
+            pairs = encoder.vocabularies[table.name].join(before, on="value", how="left", nulls_equal=True)
+            ids_V[pairs["id"].to_numpy()] = pairs["before"].fill_null(unseen).to_numpy()
         maps[table.name] = ids_V
     return maps
 
