@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -39,7 +40,8 @@ def batches(draw) -> tuple[Expansion, Tensor, int, Tensor | None, torch.Generato
     num_samples, num_columns = draw(st.integers(1, 5)), sum(counts)
     order = torch.randperm(num_columns, generator=generator) if len(widths) > 1 else torch.arange(num_columns)
     columns = order.split(counts)
-    rows_of_group = draw(st.sampled_from([1, 2, 70, 500]))
+    # Up to 700 million: rows of one, two and three digits of the radix sort, with some in one digit and not in another.
+    rows_of_group = draw(st.sampled_from([1, 2, 70, 500, 9_000, 70_000_000, 700_000_000]))
     rows_BC = torch.empty(num_samples, num_columns, dtype=torch.int32)
     for number, own in enumerate(columns):
         drawn = torch.randint(rows_of_group, (num_samples, len(own)), generator=generator)
@@ -83,6 +85,21 @@ def test_lookups_are_as_in_plain_torch(batch):
         assert (found_B is None) == (first_order_U is None)
         if found_B is not None:
             torch.testing.assert_close(found_B, expected_B)
+
+
+def test_distinct_rows_take_no_longer_of_a_larger_table():
+    """A bit for each row, say, would take 0.1 s of the largest table, where its lookups are sorted in microseconds."""
+    rows_BC = torch.randint(1_000, (64, 10), dtype=torch.int32)
+    columns = torch.arange(10)
+    expansion = Expansion(64, 40, [columns], [torch.arange(40)], True)
+
+    def seconds(num_rows: int) -> float:
+        started = time.perf_counter()
+        fused.distinct_rows(expansion, rows_BC, num_rows)
+        return time.perf_counter() - started
+
+    small, large = (min(seconds(num_rows) for _ in range(10)) for num_rows in (1_000, 2**31 - 1))
+    assert large < 30 * small
 
 
 @pytest.mark.parametrize(
