@@ -214,3 +214,21 @@ def test_numba_is_imported_by_training_alone_and_leaves_torch_its_threads():
         "assert torch.get_num_threads() == 1\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_kernels_compile_where_no_folder_can_be_written_to():
+    code = (
+        "import tempfile\n"
+        "def refuse(**settings):\n"
+        "    raise PermissionError('read-only')\n"
+        "tempfile.TemporaryFile = refuse\n"  # what numba tries a folder with
+        "import torch\n"
+        "from embtrim import kernels\n"
+        "fused = kernels.kernels_for(torch.zeros(1))\n"
+        "assert fused.__name__ == 'embtrim.kernels.fused'\n"
+        "weight = torch.zeros(3, 2)\n"
+        "fused.sgd_rows_(weight, torch.tensor([1]), torch.ones(1, 2), lr=1.0, decay=1.0)\n"
+        "assert weight.tolist() == [[0, 0], [-1, -1], [0, 0]]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stderr.count("no locator available") == 1

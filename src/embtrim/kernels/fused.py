@@ -4,13 +4,15 @@ They give the same numbers with any number of threads: no two threads write to o
 here is taken from `torch.py`; summing the gradients of lookups is, because embedding_bag took a fraction of the time of
 loops in numba.
 
-The first call compiles, once a machine: numba keeps its work in `__pycache__`, or in NUMBA_CACHE_DIR.
+The first call compiles, once a machine: numba keeps its work in `__pycache__`, or in NUMBA_CACHE_DIR. Where it may write
+to no folder every process compiles.
 
 Axes: B batch, S output columns, R rows of a view, W its width, U distinct rows, N lookups (rows with repeats).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +31,8 @@ from embtrim.kernels.torch import (
     replay_adam_rows_,
     scale_rows_,
 )
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "adagrad_rows_",
@@ -173,12 +177,24 @@ def _or_empty(value: Tensor | None) -> Tensor:
 # ---- compiled ----------------------------------------------------------------------------------------------------------
 
 
+def _can_cache() -> bool:
+    """Whether numba finds a folder to keep its work in; a user without a home may have none."""
+    try:
+        njit(cache=True)(_can_cache)  # compiles at the first call, and there is none
+    except RuntimeError as error:
+        log.warning("%s; each process compiles its kernels anew; set NUMBA_CACHE_DIR to a folder to write to", error)
+        return False
+    return True
+
+
+_CACHE = _can_cache()
+
 # What one pass of the radix sort sorts by: the counters of 13 bits take 32 KB, all of the cache next to a core.
 _DIGIT_BITS = 13
 _DIGIT = np.uint64((1 << _DIGIT_BITS) - 1)
 
 
-@njit(cache=True)
+@njit(cache=_CACHE)
 def _distinct_rows(rows_BC, columns_C, steps_C, num_rows):
     # Rows and places are unsigned: see `_expand`. A word has a row in its upper half, in the lower one its lookup.
     half, lower = np.uint64(32), np.uint64(0xFFFFFFFF)
@@ -219,7 +235,7 @@ def _distinct_rows(rows_BC, columns_C, steps_C, num_rows):
     return rows_U[:count], inverse_N, words_N.view(np.int64), starts_U[:count]
 
 
-@njit(cache=True)
+@njit(cache=_CACHE)
 def _places_by_digit(values_N, bit):
     """Where the first value of each digit goes, of the digits that begin at `bit`."""
     places = np.zeros(1 << _DIGIT_BITS, np.uint32)
@@ -231,7 +247,7 @@ def _places_by_digit(values_N, bit):
     return places
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, cache=_CACHE)
 def _expand(
     source_E, widths_C, outputs_C, offsets_C, inverse_N, starts_C, steps_C, pool_N, first_order_U, output_BS, first_B
 ):
@@ -256,14 +272,14 @@ def _expand(
         first_B[b] = first
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, cache=_CACHE)
 def _sgd_rows(weight_RW, rows_U, grad_UW, lr, decay):
     for u in prange(len(rows_U)):
         for w in range(grad_UW.shape[1]):
             weight_RW[rows_U[u], w] = weight_RW[rows_U[u], w] * decay - lr * grad_UW[u, w]
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, cache=_CACHE)
 def _adagrad_rows(weight_RW, square_R, rows_U, grad_UW, lr, eps, l2, decay):
     width = grad_UW.shape[1]
     for u in prange(len(rows_U)):
@@ -279,7 +295,7 @@ def _adagrad_rows(weight_RW, square_R, rows_U, grad_UW, lr, eps, l2, decay):
             weight_RW[row, w] = weight_RW[row, w] * decay - rate * grad
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, cache=_CACHE)
 def _adam_rows(
     weight_RW, mean_RW, square_RW, rows_U, grad_UW, mean_gain, square_gain, square_keep, lr, root_scale, eps, l2, decay
 ):
