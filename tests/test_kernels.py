@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import time
@@ -13,9 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from embtrim import kernels
+from embtrim.errors import DataError
 from embtrim.kernels import torch as plain
 from embtrim.kernels.torch import Expansion
+from embtrim.models import DeepFM
 from embtrim.optim import RowAdagrad, RowAdam, RowSGD
+from embtrim.train import fit
 from tests.test_optim import mixed_tables
 
 pytest.importorskip("numba")
@@ -175,6 +179,16 @@ def restored_threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+def test_a_training_does_not_go_on_with_other_kernels(data, tmp_path, monkeypatch):
+    """They round differently, so that it would end elsewhere."""
+    model = DeepFM(data.schema, embedding_dim=2, hidden_units=(4,))
+    initial = copy.deepcopy(model)
+    fit(model, data, epochs=1, checkpoint=tmp_path / "state.safetensors")
+    monkeypatch.setenv("EMBTRIM_KERNELS", "torch")
+    with pytest.raises(DataError, match='kernels = "fused", now it is "torch"'):
+        fit(initial, data, epochs=1, checkpoint=tmp_path / "state.safetensors")
 
 
 # ---- which are used ------------------------------------------------------------------------------------------------

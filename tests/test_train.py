@@ -95,6 +95,18 @@ def test_sample_weights_matter(data):
     assert predict_logits(heavy, weighted, "train").mean() > predict_logits(plain, data, "train").mean() + 0.5
 
 
+def test_a_checkpoint_from_before_a_setting_came_is_taken(data, tmp_path, monkeypatch):
+    path, model = tmp_path / "state.safetensors", model_of(data)
+    with monkeypatch.context() as earlier:
+        earlier.setattr("embtrim.train._training_settings", lambda *given: {"epochs": 1, "model": "deepfm"})
+        fit(model, data, QUICK, epochs=1, checkpoint=path)
+    again = model_of(data)
+    fit(again, data, QUICK, epochs=1, checkpoint=path)
+    assert torch.equal(again.tables.weight, model.tables.weight)
+    with pytest.raises(DataError, match="epochs = 1, now it is 2"):
+        fit(model_of(data), data, QUICK, epochs=2, checkpoint=path)
+
+
 def test_no_dense_gradient_when_lazy(data):
     model = model_of(data)
     seen = []

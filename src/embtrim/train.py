@@ -35,6 +35,7 @@ from embtrim.checkpoint import (
 from embtrim.config import Config
 from embtrim.dataset import Batch, EncodedDataset
 from embtrim.errors import ConfigError, DataError, EmbtrimError
+from embtrim.kernels import kernels_for
 from embtrim.metrics import Metrics, auc_by_frequency_decile, compute_metrics
 from embtrim.models.ctr_model import CTRModel
 from embtrim.optim import RowAdagrad, RowAdam, RowSGD
@@ -197,13 +198,17 @@ def fit(
 
 def _training_settings(model: CTRModel, data: EncodedDataset, config: TrainConfig) -> dict[str, Any]:
     """What a training of a zoo model depends on, beside its initial weights: of a checkpoint, to tell it by."""
+    tables = model.tables
     return {
         **config.model_dump(mode="json", exclude={"checkpoint_seconds"}),
         "model": model.name,
         "hparams": model.hparams,
-        "plan": model.tables.plan.digest,
+        "plan": tables.plan.digest,
         "schema": data.schema.fingerprint,
         "num_rows": {name: data.num_rows(name) for name in data.splits},
+        "kernels": kernels_for(tables.group_view(tables.groups[0])).__name__.rpartition(".")[
+            2
+        ],  # they round differently
     }
 
 
