@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -12,9 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from embtrim import kernels
+from embtrim.errors import DataError
 from embtrim.kernels import torch as plain
 from embtrim.kernels.torch import Expansion
+from embtrim.models import DeepFM
 from embtrim.optim import RowAdagrad, RowAdam, RowSGD
+from embtrim.train import fit
 from tests.test_optim import mixed_tables
 
 pytest.importorskip("numba")
@@ -39,7 +44,8 @@ def batches(draw) -> tuple[Expansion, Tensor, int, Tensor | None, torch.Generato
     num_samples, num_columns = draw(st.integers(1, 5)), sum(counts)
     order = torch.randperm(num_columns, generator=generator) if len(widths) > 1 else torch.arange(num_columns)
     columns = order.split(counts)
-    rows_of_group = draw(st.sampled_from([1, 2, 70, 500]))
+    # Up to 700 million: rows of one, two and three digits of the radix sort, with some in one digit and not in another.
+    rows_of_group = draw(st.sampled_from([1, 2, 70, 500, 9_000, 70_000_000, 700_000_000]))
     rows_BC = torch.empty(num_samples, num_columns, dtype=torch.int32)
     for number, own in enumerate(columns):
         drawn = torch.randint(rows_of_group, (num_samples, len(own)), generator=generator)
@@ -83,6 +89,21 @@ def test_lookups_are_as_in_plain_torch(batch):
         assert (found_B is None) == (first_order_U is None)
         if found_B is not None:
             torch.testing.assert_close(found_B, expected_B)
+
+
+def test_distinct_rows_take_no_longer_of_a_larger_table():
+    """A bit for each row, say, would take 0.1 s of the largest table, where its lookups are sorted in microseconds."""
+    rows_BC = torch.randint(1_000, (64, 10), dtype=torch.int32)
+    columns = torch.arange(10)
+    expansion = Expansion(64, 40, [columns], [torch.arange(40)], True)
+
+    def seconds(num_rows: int) -> float:
+        started = time.perf_counter()
+        fused.distinct_rows(expansion, rows_BC, num_rows)
+        return time.perf_counter() - started
+
+    small, large = (min(seconds(num_rows) for _ in range(10)) for num_rows in (1_000, 2**31 - 1))
+    assert large < 30 * small
 
 
 @pytest.mark.parametrize(
@@ -160,6 +181,16 @@ def restored_threads():
     torch.set_num_threads(before)
 
 
+def test_a_training_does_not_go_on_with_other_kernels(data, tmp_path, monkeypatch):
+    """They round differently, so that it would end elsewhere."""
+    model = DeepFM(data.schema, embedding_dim=2, hidden_units=(4,))
+    initial = copy.deepcopy(model)
+    fit(model, data, epochs=1, checkpoint=tmp_path / "state.safetensors")
+    monkeypatch.setenv("EMBTRIM_KERNELS", "torch")
+    with pytest.raises(DataError, match='kernels = "fused", now it is "torch"'):
+        fit(initial, data, epochs=1, checkpoint=tmp_path / "state.safetensors")
+
+
 # ---- which are used ------------------------------------------------------------------------------------------------
 
 
@@ -197,3 +228,21 @@ def test_numba_is_imported_by_training_alone_and_leaves_torch_its_threads():
         "assert torch.get_num_threads() == 1\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_kernels_compile_where_no_folder_can_be_written_to():
+    code = (
+        "import tempfile\n"
+        "def refuse(**settings):\n"
+        "    raise PermissionError('read-only')\n"
+        "tempfile.TemporaryFile = refuse\n"  # what numba tries a folder with
+        "import torch\n"
+        "from embtrim import kernels\n"
+        "fused = kernels.kernels_for(torch.zeros(1))\n"
+        "assert fused.__name__ == 'embtrim.kernels.fused'\n"
+        "weight = torch.zeros(3, 2)\n"
+        "fused.sgd_rows_(weight, torch.tensor([1]), torch.ones(1, 2), lr=1.0, decay=1.0)\n"
+        "assert weight.tolist() == [[0, 0], [-1, -1], [0, 0]]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stderr.count("no locator available") == 1

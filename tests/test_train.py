@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 
 from embtrim.dataset import WINDOW_ROWS, EncodedDataset, SplitArrays
 from embtrim.errors import ConfigError, DataError, EmbtrimError
-from embtrim.models import LR, DeepFM
+from embtrim.models import LR, MODELS, DeepFM, arguments, build
 from embtrim.schema import Schema
+from embtrim.sites import CTRTask
 from embtrim.train import Hooks, TrainConfig, evaluate, fit, predict_logits, rarest_value_counts
 
 QUICK = TrainConfig(epochs=3, batch_size=256, learning_rate=3e-3, precision="fp32")
@@ -95,6 +97,18 @@ def test_sample_weights_matter(data):
     assert predict_logits(heavy, weighted, "train").mean() > predict_logits(plain, data, "train").mean() + 0.5
 
 
+def test_a_checkpoint_from_before_a_setting_came_is_taken(data, tmp_path, monkeypatch):
+    path, model = tmp_path / "state.safetensors", model_of(data)
+    with monkeypatch.context() as earlier:
+        earlier.setattr("embtrim.train._training_settings", lambda *given: {"epochs": 1, "model": "deepfm"})
+        fit(model, data, QUICK, epochs=1, checkpoint=path)
+    again = model_of(data)
+    fit(again, data, QUICK, epochs=1, checkpoint=path)
+    assert torch.equal(again.tables.weight, model.tables.weight)
+    with pytest.raises(DataError, match="epochs = 1, now it is 2"):
+        fit(model_of(data), data, QUICK, epochs=2, checkpoint=path)
+
+
 def test_no_dense_gradient_when_lazy(data):
     model = model_of(data)
     seen = []
@@ -121,6 +135,74 @@ def test_bf16_and_fp32_agree(data):
         assert precision in result.precision
         aucs.append(evaluate(model, data, "test").auc)
     assert abs(aucs[0] - aucs[1]) < 0.01
+
+
+def torch_warns_of_itself(test):
+    """Compiling, torch calls what it deprecated, and reads gradients of tensors that have none."""
+    for warning in ("The .grad attribute of a Tensor that is not a leaf", ".torch.jit.script_method. is deprecated"):
+        test = pytest.mark.filterwarnings(f"ignore:{warning}")(test)
+    return test
+
+
+@pytest.fixture
+def traced_only(monkeypatch):
+    """torch.compile without code generation, which takes a C++ compiler many seconds; gives what was run by it."""
+    calls = []
+
+    def backend(graph, _inputs):
+        return lambda *inputs: (calls.append(graph), graph(*inputs))[1]
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    return calls
+
+
+@torch_warns_of_itself
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_models_train_as_the_others_do(name, wide_data, traced_only):
+    sizes = {key: value for key, value in {"embedding_dim": 4, "hidden_units": [8]}.items() if key in arguments(name)}
+    plain, model = (build(name, wide_data.schema, **sizes) for _ in range(2))
+    expected = fit(plain, wide_data, QUICK, epochs=1)
+    assert not traced_only
+    result = fit(model, wide_data, QUICK, epochs=1, compile=True)
+    steps = wide_data.num_batches("train", QUICK.batch_size)
+    assert len(traced_only) == steps, "one graph, in training alone"
+    assert not {"forward", "look_up"} & set(vars(model))
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value)
+    assert expected.compile_seconds == 0
+    assert result.compile_seconds > 0
+    assert sum(epoch["seconds"] for epoch in result.history) < result.seconds - result.compile_seconds
+    seconds = result.history[0]["seconds"]
+    rows = wide_data.num_rows("train") - QUICK.batch_size
+    assert result.rows_per_second == pytest.approx(rows / seconds)
+
+
+@torch_warns_of_itself
+def test_compiled_dropout_is_of_the_seed(data, traced_only):
+    found = []
+    for seed in (0, 0, 1):
+        model = model_of(data, dropout=0.3)
+        fit(model, data, QUICK, epochs=1, compile=True, seed=seed)
+        found.append(predict_logits(model, data))
+    assert len(traced_only) == 3 * data.num_batches("train", QUICK.batch_size), "one graph"
+    assert np.array_equal(found[0], found[1])
+    assert not np.array_equal(found[0], found[2])
+
+
+def test_searches_do_not_compile(data, traced_only):
+    task = CTRTask(model_of(data), data, QUICK.replace(compile=True))
+    assert task.fit(model_of(data), epochs=1, seed=0).compile_seconds == 0
+    assert not traced_only
+
+
+@torch_warns_of_itself
+def test_compilation_without_a_compiler_says_what_to_do(data, tmp_path, monkeypatch):
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(inductor.cpp, "cxx", (None, "no-such-compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with pytest.raises(EmbtrimError, match="No working C.. compiler found.*; install a C.. compiler such as g.., or"):
+        fit(model_of(data), data, QUICK, epochs=1, compile=True)
 
 
 def test_a_fitted_model_can_be_copied_and_trained_by_anyone(data):

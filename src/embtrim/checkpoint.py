@@ -69,7 +69,8 @@ class Checkpoint:
                 "%s has version %s, this release reads %s; the training starts anew", self.path, version, VERSION
             )
             return None
-        change = first_change(settings, self.settings)
+        # A setting that came after the file was written is not known of its training.
+        change = first_change(settings, {name: value for name, value in self.settings.items() if name in settings})
         if change is not None:
             raise DataError(f"{self.path} is of a training with {change}; remove it, or give the settings of before")
         return _with_tensors(head["values"], tensors)

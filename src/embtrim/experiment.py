@@ -117,6 +117,7 @@ class RunRecord(Config):
         epoch_seconds: one training epoch of the full model, validation not included.
         search_epochs: search_seconds / epoch_seconds.
         train_seconds: of training this model, validation included.
+        rows_per_second: see FitResult, as for compile_seconds.
         peak_memory_bytes: peak anonymous memory of the process over search and training; None where the system does
             not tell.
         verification: compact against masked, see Verification; None for the full model.
@@ -153,6 +154,7 @@ class RunRecord(Config):
     train_seconds: float
     epochs: int
     rows_per_second: float
+    compile_seconds: float = 0.0
     precision: str
     peak_memory_bytes: int | None
     verification: dict[str, Any] | None = None
@@ -577,6 +579,7 @@ def make_record(
         train_seconds=result.seconds,
         epochs=len(result.history),
         rows_per_second=result.rows_per_second,
+        compile_seconds=result.compile_seconds,
         precision=result.precision,
         peak_memory_bytes=peak_bytes,
         verification=None if verification is None else vars(verification),

@@ -665,7 +665,7 @@ class CTRTask(Task):
         """See Task."""
         assert isinstance(model, CTRModel)
         train_only = EncodedDataset(self.data.schema, {"train": self.data.split("train")}, id_maps=self.data.id_maps)
-        config = self.config.replace(epochs=epochs, seed=seed, **settings)
+        config = self.config.replace(epochs=epochs, seed=seed, compile=False, **settings)  # they are short, and many
         checkpoint = None
         if self.checkpoints is not None:
             config = config.replace(checkpoint_seconds=self.checkpoints.interval)

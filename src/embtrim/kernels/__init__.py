@@ -1,7 +1,7 @@
 """Row kernels: `torch.py` is the definition; `fused.py`, the [fast] extra, serves in its place where it can.
 
-The two sum in the same order, yet round differently: a training is the same each time with the same kernels. The
-environment variable EMBTRIM_KERNELS=torch turns `fused.py` off.
+The two sum in the same order, yet round differently: a training is the same each time with the same kernels, and its
+checkpoint says with which. The environment variable EMBTRIM_KERNELS=torch turns `fused.py` off.
 """
 
 from __future__ import annotations

@@ -4,13 +4,15 @@ They give the same numbers with any number of threads: no two threads write to o
 here is taken from `torch.py`; summing the gradients of lookups is, because embedding_bag took a fraction of the time of
 loops in numba.
 
-The first call compiles, once a machine: numba keeps its work in `__pycache__`, or in NUMBA_CACHE_DIR.
+The first call compiles, once a machine: numba keeps its work in `__pycache__`, or in NUMBA_CACHE_DIR. Where it may write
+to no folder every process compiles.
 
 Axes: B batch, S output columns, R rows of a view, W its width, U distinct rows, N lookups (rows with repeats).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,6 +31,8 @@ from embtrim.kernels.torch import (
     replay_adam_rows_,
     scale_rows_,
 )
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "adagrad_rows_",
@@ -52,8 +56,9 @@ torch.set_num_threads(_threads)
 
 
 def distinct_rows(expansion: Expansion, rows_BC: Tensor, num_rows: int) -> Distinct:
-    """As in `torch.py`, by a bit for each row and a counting sort."""
-    found = _run(_distinct_rows, rows_BC, *_places(expansion), num_rows)
+    """As in `torch.py`, by a radix sort: what it takes does not grow with the table."""
+    columns_C, _, steps_C = _places(expansion)
+    found = _run(_distinct_rows, rows_BC, columns_C, steps_C, num_rows)
     return Distinct(*map(torch.from_numpy, found))
 
 
@@ -172,60 +177,77 @@ def _or_empty(value: Tensor | None) -> Tensor:
 # ---- compiled ----------------------------------------------------------------------------------------------------------
 
 
-@njit(cache=True)
-def _count_bits(word):
-    """Ones among the bits of a uint64; the compiler turns this into one instruction."""
-    word -= (word >> np.uint64(1)) & np.uint64(0x5555555555555555)
-    word = (word & np.uint64(0x3333333333333333)) + ((word >> np.uint64(2)) & np.uint64(0x3333333333333333))
-    word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return np.int32((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
+def _can_cache() -> bool:
+    """Whether numba finds a folder to keep its work in; a user without a home may have none."""
+    try:
+        njit(cache=True)(_can_cache)  # compiles at the first call, and there is none
+    except RuntimeError as error:
+        log.warning("%s; each process compiles its kernels anew; set NUMBA_CACHE_DIR to a folder to write to", error)
+        return False
+    return True
 
 
-@njit(parallel=True, cache=True)
-def _distinct_rows(rows_BC, columns_C, starts_C, steps_C, num_rows):
-    one, low_bits = np.uint64(1), np.uint64(63)
-    num_samples, num_columns = rows_BC.shape
-    words = np.zeros(num_rows // 64 + 1, np.uint64)
-    for b in range(num_samples):
-        for c in range(num_columns):
-            row = rows_BC[b, c]
-            words[row >> 6] |= one << (np.uint64(row) & low_bits)
-    before = np.empty(len(words), np.int32)
-    count = 0
-    for i in range(len(words)):
-        before[i] = count
-        if words[i]:
-            count += _count_bits(words[i])
-    rows_U = np.empty(count, np.int32)
-    for i in range(len(words)):
-        word, place = words[i], before[i]
-        while word:
-            last = word & (~word + one)
-            rows_U[place] = i * 64 + _count_bits(last - one)
-            word ^= last
-            place += 1
-    inverse_N = np.empty(rows_BC.size, np.int32)
-    for b in prange(num_samples):
-        for c in range(num_columns):
-            row = rows_BC[b, columns_C[c]]
-            below = (one << (np.uint64(row) & low_bits)) - one
-            inverse_N[starts_C[c] + b * steps_C[c]] = before[row >> 6] + _count_bits(words[row >> 6] & below)
-    # Counting sort: `ends_U` runs from where each row's lookups begin to where they end.
-    starts_U = np.zeros(count, np.int64)
-    for place in inverse_N:
-        starts_U[place] += 1
-    begin = 0
-    for u in range(count):
-        starts_U[u], begin = begin, begin + starts_U[u]
-    ends_U = starts_U.copy()
-    order_N = np.empty(len(inverse_N), np.int64)
-    for i in range(len(inverse_N)):
-        order_N[ends_U[inverse_N[i]]] = i
-        ends_U[inverse_N[i]] += 1
-    return rows_U, inverse_N, order_N, starts_U
+_CACHE = _can_cache()
+
+# What one pass of the radix sort sorts by: the counters of 13 bits take 32 KB, all of the cache next to a core.
+_DIGIT_BITS = 13
+_DIGIT = np.uint64((1 << _DIGIT_BITS) - 1)
 
 
-@njit(parallel=True, cache=True)
+@njit(cache=_CACHE)
+def _distinct_rows(rows_BC, columns_C, steps_C, num_rows):
+    # Rows and places are unsigned: see `_expand`. A word has a row in its upper half, in the lower one its lookup.
+    half, lower = np.uint64(32), np.uint64(0xFFFFFFFF)
+    words_N = np.empty(rows_BC.size, np.uint64)
+    places = _places_by_digit(rows_BC.reshape(-1), np.uint64(0))
+    lookup, begin = np.uint64(0), 0
+    while begin < len(columns_C):  # one group after another
+        end = begin + steps_C[begin]
+        for b in range(len(rows_BC)):
+            for c in range(begin, end):
+                row = np.uint64(rows_BC[b, columns_C[c]])
+                place = places[row & _DIGIT]
+                words_N[place] = row << half | lookup
+                places[row & _DIGIT] = place + np.uint32(1)
+                lookup += np.uint64(1)
+        begin = end
+    source_N = np.empty_like(words_N)
+    shift = _DIGIT_BITS
+    while (num_rows - 1) >> shift:
+        source_N, words_N = words_N, source_N
+        bit = half + np.uint64(shift)
+        places = _places_by_digit(source_N, bit)
+        for word in source_N:
+            digit = (word >> bit) & _DIGIT
+            place = places[digit]
+            words_N[place] = word
+            places[digit] = place + np.uint32(1)
+        shift += _DIGIT_BITS
+    inverse_N = np.empty(len(words_N), np.int32)
+    rows_U, starts_U = np.empty(len(words_N), np.int32), np.empty(len(words_N), np.int64)
+    count, last = 0, lower
+    for i in range(len(words_N)):
+        row, lookup = words_N[i] >> half, words_N[i] & lower
+        if row != last:
+            rows_U[count], starts_U[count], last = row, i, row
+            count += 1
+        words_N[i], inverse_N[lookup] = lookup, count - 1
+    return rows_U[:count], inverse_N, words_N.view(np.int64), starts_U[:count]
+
+
+@njit(cache=_CACHE)
+def _places_by_digit(values_N, bit):
+    """Where the first value of each digit goes, of the digits that begin at `bit`."""
+    places = np.zeros(1 << _DIGIT_BITS, np.uint32)
+    for value in values_N:
+        places[(np.uint64(value) >> bit) & _DIGIT] += np.uint32(1)
+    begin = np.uint32(0)
+    for digit in range(len(places)):
+        places[digit], begin = begin, begin + places[digit]
+    return places
+
+
+@njit(parallel=True, cache=_CACHE)
 def _expand(
     source_E, widths_C, outputs_C, offsets_C, inverse_N, starts_C, steps_C, pool_N, first_order_U, output_BS, first_B
 ):
@@ -250,14 +272,14 @@ def _expand(
         first_B[b] = first
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, cache=_CACHE)
 def _sgd_rows(weight_RW, rows_U, grad_UW, lr, decay):
     for u in prange(len(rows_U)):
         for w in range(grad_UW.shape[1]):
             weight_RW[rows_U[u], w] = weight_RW[rows_U[u], w] * decay - lr * grad_UW[u, w]
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, cache=_CACHE)
 def _adagrad_rows(weight_RW, square_R, rows_U, grad_UW, lr, eps, l2, decay):
     width = grad_UW.shape[1]
     for u in prange(len(rows_U)):
@@ -273,7 +295,7 @@ def _adagrad_rows(weight_RW, square_R, rows_U, grad_UW, lr, eps, l2, decay):
             weight_RW[row, w] = weight_RW[row, w] * decay - rate * grad
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, cache=_CACHE)
 def _adam_rows(
     weight_RW, mean_RW, square_RW, rows_U, grad_UW, mean_gain, square_gain, square_keep, lr, root_scale, eps, l2, decay
 ):
