@@ -314,6 +314,30 @@ def test_an_output_without_gradient_leaves_its_weights_to_the_decay(name):
         assert torch.equal(tables.weight, before)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_cuda_moves_rows_as_the_cpu_does(name):
+    """Of tables of several widths too, some pooled, with decay that is replayed."""
+    sizes = [40, 7, 40, 25, 9, 50, 50, 50, 40, 40]
+    found = []
+    for device in ("cpu", "cuda"):
+        tables = mixed_tables(multi_valued=True).to(device)
+        optimizer = OPTIMIZERS[name](tables)
+        generator = torch.Generator().manual_seed(1)
+        for step in range(20):
+            for _ in range(1 + step % 2):
+                ids = torch.stack([torch.randint(-1, n, (6,), generator=generator) for n in sizes], 1).int()
+                views = tables(ids.to(device))
+                slope = torch.randn(views.concat.shape, generator=generator)
+                concat, first_order = views.concat.cpu(), views.first_order.cpu()
+                ((concat * slope).sum() + concat.square().sum() + (first_order * slope[:, 0]).sum()).backward()
+            optimizer.step()
+        tables.settle()
+        found.append(torch.cat([tables.weight.detach().cpu(), tables.first_order.detach().cpu()]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+
+
 # ---- the tables' side --------------------------------------------------------------------------------------------
 
 

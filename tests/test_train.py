@@ -12,11 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embtrim.compaction import compact, verify
 from embtrim.dataset import WINDOW_ROWS, EncodedDataset, SplitArrays
 from embtrim.errors import ConfigError, DataError, EmbtrimError
+from embtrim.methods import METHODS, PMEConfig, SSEDSConfig, search
 from embtrim.models import LR, MODELS, DeepFM, arguments, build
 from embtrim.schema import Schema
 from embtrim.sites import CTRTask
+from embtrim.testing import CHECKS, foreign_task, zoo_task
 from embtrim.train import Hooks, TrainConfig, evaluate, fit, predict_logits, rarest_value_counts
 
 QUICK = TrainConfig(epochs=3, batch_size=256, learning_rate=3e-3, precision="fp32")
@@ -201,7 +204,7 @@ def test_compilation_without_a_compiler_says_what_to_do(data, tmp_path, monkeypa
 
     monkeypatch.setattr(inductor.cpp, "cxx", (None, "no-such-compiler"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    with pytest.raises(EmbtrimError, match="No working C.. compiler found.*; install a C.. compiler such as g.., or"):
+    with pytest.raises(EmbtrimError, match=r"No working C.. compiler found.*; install a C.. compiler such as g.., or"):
         fit(model_of(data), data, QUICK, epochs=1, compile=True)
 
 
@@ -274,10 +277,56 @@ def test_rarest_value_counts(data):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_trains_as_the_cpu_does(data):
-    aucs = []
-    for device in ("cpu", "cuda"):
-        model = model_of(data)
-        fit(model, data, QUICK, device=device, embedding_l2=0.01)
-        aucs.append(evaluate(model, data, "test", QUICK.replace(device=device)).auc)
-    assert abs(aucs[0] - aucs[1]) < 0.005
+class TestCuda:
+    CONFIG = QUICK.replace(device="cuda")
+
+    def test_it_trains_as_the_cpu_does(self, data):
+        aucs = []
+        for config in (QUICK, self.CONFIG):
+            model = model_of(data)
+            fit(model, data, config, embedding_l2=0.01)
+            aucs.append(evaluate(model, data, "test", config).auc)
+        assert abs(aucs[0] - aucs[1]) < 0.005
+
+    @pytest.mark.parametrize("optimizer", ["adam", "adagrad", "sgd"])
+    def test_an_interrupted_training_ends_as_an_uninterrupted_one(self, optimizer, data, tmp_path):
+        config = self.CONFIG.replace(optimizer=optimizer, embedding_l2=0.01, checkpoint_seconds=0)
+        whole, model = model_of(data, dropout=0.2), model_of(data, dropout=0.2)
+
+        def interrupt(step: int) -> None:
+            if step == 25:
+                raise KeyboardInterrupt
+
+        fit(whole, data, config)
+        with pytest.raises(KeyboardInterrupt):
+            fit(copy.deepcopy(model), data, config, hooks=Hooks(on_step=interrupt), checkpoint=tmp_path / "state")
+        result = fit(model, data, config, checkpoint=tmp_path / "state")
+        assert result.restored_seconds > 0
+        for name, value in whole.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value), name
+
+    @pytest.mark.parametrize("check", CHECKS)
+    @pytest.mark.parametrize("method", ["sseds", "pme", "guided"])
+    def test_searches_keep_their_promises(self, method, check):
+        task = zoo_task()
+        CHECKS[check](CTRTask(task.model, task.data, task.config.replace(device="cuda")), METHODS[method].config())
+
+    def test_foreign_modules_are_verified(self):
+        task = foreign_task()
+        model = copy.deepcopy(task.model).cuda()
+        assert verify(model, search(task, PMEConfig(), "40%"), task).passed
+
+    @pytest.mark.parametrize("align", ["scatter", "project"])
+    def test_compact_models_predict_as_on_the_cpu(self, align, wide_data):
+        model = model_of(wide_data)
+        fit(model, wide_data, self.CONFIG, epochs=1)
+        task = CTRTask(model, wide_data, self.CONFIG)
+        plan = search(task, SSEDSConfig(align=align), "40%")
+        recoded = wide_data.recode(plan)
+        for init in ("inherit", "scratch"):
+            small = compact(model, plan, init=init)
+            assert small.tables.weight.device.type == "cuda"
+            fit(small, recoded, self.CONFIG, epochs=1)
+            small.tables.settle()
+            on_cuda = predict_logits(small, recoded, "test", self.CONFIG)
+            np.testing.assert_allclose(on_cuda, predict_logits(small, recoded, "test"), rtol=1e-3, atol=1e-4)

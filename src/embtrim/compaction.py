@@ -120,7 +120,7 @@ def inherit_weights(full: CTRModel, small: CTRModel) -> None:
         _inherit_table(full.tables, small.tables, table)
     kept_S = small.kept_inputs("concat")
     if small.tables.has_projections:
-        selection_SD = torch.zeros(len(kept_S), small.tables.width)
+        selection_SD = small.tables.projection.new_zeros(len(kept_S), small.tables.width)
         selection_SD[torch.arange(len(kept_S)), kept_S % small.tables.width] = 1.0
         small.tables.projection.copy_(selection_SD[small.tables.projected_S])
 
@@ -529,7 +529,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 @torch.no_grad()
 def _verify_module_lookup(model: nn.Module, plan: SizePlan) -> Verification:
     """Compare compact tables of random weights with the embedding of every id by nothing but the plan's definition."""
-    small = compact(model, plan, seed=0).eval()
+    small = compact(model, plan, seed=0).cpu().eval()  # where the generator is
     generator = torch.Generator().manual_seed(0)
     worst, rows = 0.0, 0
     for table, compacted in zip(plan.tables, compact_tables(small, plan), strict=True):

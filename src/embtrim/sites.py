@@ -630,6 +630,7 @@ class CTRTask(Task):
     def __init__(self, model: CTRModel, data: EncodedDataset, config: TrainConfig | None = None) -> None:
         self.data = data
         self.config = config or TrainConfig()
+        model.to(device_of(self.config))  # in place, as `fit` does: batches go there too
         super().__init__(model, logloss_of_batch, train=(), score=self._score)
         self.model: CTRModel = model
         self.needs_aligned = model.needs_aligned

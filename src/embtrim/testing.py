@@ -330,7 +330,7 @@ def check_only_declared_parameters_move(task: Task, config: Config) -> None:
         generator = torch.Generator().manual_seed(20_240_101)  # no seed that the model's own weights were drawn with
         with torch.no_grad():
             for p in other.model.parameters():
-                p.add_(torch.randn(p.shape, generator=generator))
+                p.add_(torch.randn(p.shape, generator=generator).to(p))
         assert search(other, config, "30%").diff(plan) == "", (
             "the plan depends on trained weights, which are not declared"
         )
