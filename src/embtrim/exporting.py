@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.export.graph_signature import InputKind
 
 import embtrim
 from embtrim.bundle import Bundle, file_digest, write_folder
@@ -39,6 +40,8 @@ from embtrim.plan import SizePlan
 from embtrim.schema import PAD, Schema
 
 EXPORT_VERSION = 1
+# Values that constant folding may add to an ONNX graph for each constant: what it folds is stored beside the tables.
+FOLDED_VALUES = 64
 DATA_TYPES = {torch.float32: "FP32", torch.float16: "FP16", torch.bfloat16: "BF16"}
 
 
@@ -297,7 +300,21 @@ def traced(served: ServedModel) -> torch.export.ExportedProgram:
     program = torch.export.export(served, (), inputs, dynamic_shapes=shapes)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine, in a file that leaves it
+    drop_unread(program)
     return program
+
+
+def drop_unread(program: torch.export.ExportedProgram) -> None:
+    """Take what the graph does not read, such as the layout that training needs, out of a program, in place."""
+    specs = program.graph_signature.input_specs
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    for spec, node in list(zip(specs, placeholders, strict=True)):
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and not node.users:
+            specs.remove(spec)
+            program.graph.erase_node(node)
+            program.state_dict.pop(spec.target, None)
+            program.constants.pop(spec.target, None)
+    program.graph_module.recompile()
 
 
 def write_pt2(served: ServedModel, folder: Path) -> None:
@@ -317,9 +334,14 @@ def write_onnx(served: ServedModel, folder: Path, external_data: bool = False) -
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise EmbtrimError(f"format 'onnx' needs {' and '.join(missing)}; pip install embtrim[export]")
+    from onnxscript.optimizer import optimize_ir
+
     with quiet_exporter():
-        program = torch.onnx.export(traced(served), dynamo=True, verbose=False, output_names=["logits"])
-    assert program is not None
+        program = torch.onnx.export(
+            traced(served), dynamo=True, optimize=False, verbose=False, output_names=["logits"]
+        )
+        assert program is not None
+        optimize_ir(program.model, output_size_limit=FOLDED_VALUES)
     program.save(folder / "model.onnx", external_data=external_data)
 
 
