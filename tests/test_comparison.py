@@ -113,6 +113,21 @@ def test_a_variant_of_fewer_bits(small: EncodedDataset, tmp_path: Path) -> None:
         compare(small, changed, tmp_path / "out")
 
 
+def test_a_grid_for_a_target(small: EncodedDataset, tmp_path: Path) -> None:
+    config = FM_ONLY.replace(methods=("uniform", "pme"), variants={}, budgets=("8 KB",), target="fbgemm")
+    made = compare(small, config, tmp_path / "out")
+    full, uniform = made.records
+    assert (full.target, uniform.target) == ("fbgemm", "fbgemm")
+    # Rows of four columns, and of first-order weights as many: both tables are as wide.
+    rows = sum(uniform.kept_rows.values())
+    assert uniform.table_bytes == 4 * 4 * (
+        rows + sum(n for n, w in zip(uniform.kept_rows.values(), uniform.widths.values(), strict=True) if w)
+    )
+    assert [s.reason for s in made.skipped if "which fbgemm's tables cannot" in s.reason]
+    with pytest.raises(DataError, match='made with target = "fbgemm", now it is "torch"'):
+        compare(small, config.replace(target="torch"), tmp_path / "out")
+
+
 def test_cells_and_names() -> None:
     cells = grid(resolve(CONFIG.replace(seeds=2, seed=5)))
     assert [c.name for c in cells[:4]] == ["deepfm-full-seed5", "fm-full-seed5", "deepfm-full-seed6", "fm-full-seed6"]

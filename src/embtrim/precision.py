@@ -40,11 +40,11 @@ def mixed_bits(task: Task, plan: SizePlan, budget: Budget) -> SizePlan:
     gains = {}
     for table in plan.tables:
         narrow, wide = (code_loss(table, weights[table.name], counts[table.name], b) for b in (NARROW, WIDE))
-        more_bytes = plan.with_bits({table.name: WIDE}).num_bytes - plan.num_bytes
+        more_bytes = plan.with_bits({table.name: WIDE}).num_bytes() - plan.num_bytes()
         gains[table.name] = (narrow - wide) / max(1, more_bytes)
     for name in sorted(gains, key=lambda name: -gains[name]):
         wider = plan.with_bits({name: WIDE})
-        if wider.num_bytes <= wider.max_bytes(budget):
+        if wider.num_bytes() <= wider.max_bytes(budget):
             plan = wider
     return plan
 

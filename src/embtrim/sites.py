@@ -238,6 +238,8 @@ def pool_entries(
     if not hasattr(module, "mode"):
         return entries
     flat_ND = entries.reshape(-1, entries.shape[-1])
+    if torch.compiler.is_exporting():
+        return _pool_for_export(module, flat_ND, ids, offsets, per_sample_weights)
     index = torch.arange(len(flat_ND), device=ids.device, dtype=ids.dtype).view(ids.shape)
     padding = len(flat_ND)  # a row of zeros that counts for nothing
     if module.padding_idx is not None:
@@ -251,6 +253,24 @@ def pool_entries(
         include_last_offset=module.include_last_offset,
         padding_idx=padding,
     )
+
+
+def _pool_for_export(
+    module: Any, flat_ND: Tensor, ids: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
+) -> Tensor:
+    """The same with factors in place of a padding row, whose number torch.export would take for a constant."""
+    used = torch.ones_like(ids) if module.padding_idx is None else ids != module.padding_idx
+    factors = used.to(flat_ND.dtype) if per_sample_weights is None else used * per_sample_weights
+    values_NE = torch.cat([flat_ND, torch.ones_like(flat_ND[:, :1])], 1)  # the last column counts
+    pooled = nn.functional.embedding_bag(
+        torch.arange(flat_ND.shape[0], device=ids.device, dtype=ids.dtype).view(ids.shape),
+        values_NE,
+        offsets,
+        mode="sum",
+        per_sample_weights=factors,
+        include_last_offset=module.include_last_offset,
+    )
+    return pooled[:, :-1] / pooled[:, -1:].clamp(min=1) if module.mode == "mean" else pooled[:, :-1]
 
 
 @dataclass(frozen=True)

@@ -487,7 +487,7 @@ class EmbeddingTables(nn.Module):
             >>> plan = SizePlan.full(Schema.from_sizes([100, 10]), width=4).with_bits(8)
             >>> tables = EmbeddingTables(Schema.from_sizes([100, 10]), plan)
             >>> tables.quantize()
-            >>> sum(b.nbytes for b in tables.state_dict().values()) == plan.num_bytes
+            >>> sum(b.nbytes for b in tables.state_dict().values()) == plan.num_bytes()
             True
         """
         self.check_fp32()
@@ -652,7 +652,9 @@ class EmbeddingTables(nn.Module):
     def _pool_weights(self, ids_BC: Tensor) -> Tensor:
         """(B, C) factor of each id column: 0 for PAD, and 1 / count where a field takes the mean."""
         used_BC = (ids_BC != PAD).to(self._dtype)
-        count_BF = used_BC.new_zeros(ids_BC.shape[0], self.num_fields).index_add(1, self.field_of_column_C.long(), used_BC)
+        count_BF = used_BC.new_zeros(ids_BC.shape[0], self.num_fields).index_add(
+            1, self.field_of_column_C.long(), used_BC
+        )
         scale_BF = torch.where(self.mean_F, 1 / count_BF.clamp(min=1), 1.0)
         return used_BC * scale_BF.index_select(1, self.field_of_column_C)
 
@@ -850,7 +852,11 @@ class EmbeddingTables(nn.Module):
             return concat_BS.view(shape)
         flat_size = self.num_fields * self.width
         if not self.has_projections:
-            return concat_BS.new_zeros(concat_BS.shape[0], flat_size).index_copy(1, self.place_S.long(), concat_BS).view(shape)
+            return (
+                concat_BS.new_zeros(concat_BS.shape[0], flat_size)
+                .index_copy(1, self.place_S.long(), concat_BS)
+                .view(shape)
+            )
         # One product with the block matrix Q, whose block of field f is P_f.
         field_of_output = torch.div(self.place_S, self.width, rounding_mode="floor")
         blocks = torch.nn.functional.one_hot(field_of_output.long(), self.num_fields).to(concat_BS.dtype)
