@@ -114,16 +114,15 @@ def test_a_variant_of_fewer_bits(small: EncodedDataset, tmp_path: Path) -> None:
 
 
 def test_a_grid_for_a_target(small: EncodedDataset, tmp_path: Path) -> None:
-    config = FM_ONLY.replace(methods=("uniform", "pme"), variants={}, budgets=("8 KB",), target="fbgemm")
+    variants = {"fills": {"method": "uniform"}, "mixes": {"method": "pme"}}
+    config = FM_ONLY.replace(methods=(), variants=variants, budgets=("30%",), target="fbgemm")
     made = compare(small, config, tmp_path / "out")
     full, uniform = made.records
     assert (full.target, uniform.target) == ("fbgemm", "fbgemm")
-    # Rows of four columns, and of first-order weights as many: both tables are as wide.
-    rows = sum(uniform.kept_rows.values())
-    assert uniform.table_bytes == 4 * 4 * (
-        rows + sum(n for n, w in zip(uniform.kept_rows.values(), uniform.widths.values(), strict=True) if w)
-    )
-    assert [s.reason for s in made.skipped if "which fbgemm's tables cannot" in s.reason]
+    rows, wide = uniform.kept_rows.values(), [width > 0 for width in uniform.widths.values()]
+    # Rows of four columns, as wide as the first-order weights are then.
+    assert uniform.table_bytes == 16 * (sum(rows) + sum(n for n, w in zip(rows, wide, strict=True) if w))
+    assert ["which fbgemm's tables cannot" in skipped.reason for skipped in made.skipped] == [True]
     with pytest.raises(DataError, match='made with target = "fbgemm", now it is "torch"'):
         compare(small, config.replace(target="torch"), tmp_path / "out")
 
