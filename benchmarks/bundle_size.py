@@ -54,7 +54,7 @@ def main(num_rows: int = 5_000_000, num_fields: int = 39, width: int = 16) -> No
         for name, of in (("full", model.tables.plan), ("compact", plan)):
             peak = peak_of_loading(str(Path(folder) / name))
             size = folder_bytes(Path(folder) / name)
-            print(f"| {name} | {of.num_bytes:,} | {size:,} | {peak:,} | {peak - floor:,} |")
+            print(f"| {name} | {of.num_bytes():,} | {size:,} | {peak:,} | {peak - floor:,} |")
 
 
 if __name__ == "__main__":

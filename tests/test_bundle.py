@@ -222,7 +222,7 @@ def test_the_card_says_where_the_model_comes_from(encoded, tmp_path):
     assert "one seed: no spread" in card
     sizes = [int(text.replace(",", "")) for text in re.findall(r"^\| (?:user|item) .* \| 8 \| ([\d,]+) \|", card, re.M)]
     assert len(sizes) == 2
-    assert sum(sizes) == plan.num_bytes
+    assert sum(sizes) == plan.num_bytes()
 
     note_spread(tmp_path / "b", {s: {"valid": {"auc": a}, "test": {"auc": 0.5}} for s, a in ((0, 0.75), (1, 0.77))})
     card = (tmp_path / "b" / "README.md").read_text()
@@ -243,7 +243,7 @@ def test_bytes_of_the_fields_add_up_to_those_of_the_plan(encoded, tmp_path):
         card = (tmp_path / name / "README.md").read_text()
         sizes = re.findall(r"\| 32 \| ([\d,]+) \|", card)
         assert len(sizes) == (2 if name == "own" else 3)
-        assert sum(int(size.replace(",", "")) for size in sizes) == model.tables.plan.num_bytes
+        assert sum(int(size.replace(",", "")) for size in sizes) == model.tables.plan.num_bytes()
         assert ("shared projections" in card) == (name == "mixed")
 
 

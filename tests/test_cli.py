@@ -127,7 +127,9 @@ def test_bits_of_a_run_and_of_a_search(shop: Workshop) -> None:
     assert json.loads(done.out)["table_bytes_after"] < 0.35 * json.loads(done.out)["table_bytes_before"]
     plan = shop.new("fbgemm-plan").with_suffix(".json")
     arguments = ("--target", "fbgemm", "--method", "uniform", "--budget", "50%", "--out", plan)
-    assert call("search", shop.bundle, shop.data, *arguments).code == 0
+    done = call("search", shop.bundle, shop.data, *arguments)
+    assert done.code == 0
+    assert f"{embtrim.SizePlan.load(plan).num_bytes('fbgemm'):,} bytes with" in done.out
     assert {len(b["columns"]) % 4 for t in json.loads(plan.read_text())["tables"] for b in t["blocks"]} == {0}
     facts = json.loads(call("run", shop.data, *TINY, "--bits", "8", "--budget", "100%", "--json", "--dry-run").out)
     assert facts["table_bytes_allowed"] < 0.4 * facts["table_bytes_before"]
@@ -183,7 +185,7 @@ def test_steps_agree_with_the_functions(shop: Workshop) -> None:
     )
     facts = json.loads(done.out)
     assert facts["verification"]["passed"]
-    assert facts["table_bytes_after"] == expected.num_bytes
+    assert facts["table_bytes_after"] == expected.num_bytes()
     small = embtrim.compact(task.model, expected, init="inherit")
     assert facts["test"]["auc"] == embtrim.evaluate(small, data.recode(expected), "test").auc
 

@@ -203,7 +203,7 @@ def test_foreign_rows_go_and_pay_for_their_map():
     for ids, _ in foreign_batches():
         assert torch.allclose(small(ids), masked(ids), atol=1e-6)
     assert small.user.id_map.dtype == torch.uint8
-    assert 4 * sum(p.numel() for p in small.user.parameters()) + small.user.id_map.nbytes == plan.num_bytes
+    assert 4 * sum(p.numel() for p in small.user.parameters()) + small.user.id_map.nbytes == plan.num_bytes()
     again = compact(model, plan)
     again.load_state_dict(small.state_dict())
     assert torch.equal(again(ids), small(ids))
@@ -259,4 +259,4 @@ def test_uniform_and_compact_agree_on_bytes(data):
     plan = search(CTRTask(model, data), UniformConfig(), "20 kB")
     small = compact(model, plan)
     stored = 4 * (small.tables.weight.numel() + small.tables.first_order.numel())
-    assert stored == plan.num_bytes <= 20_000
+    assert stored == plan.num_bytes() <= 20_000

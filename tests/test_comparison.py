@@ -128,6 +128,20 @@ def test_a_variant_of_another_init(small: EncodedDataset, tmp_path: Path) -> Non
         compare(small, changed, tmp_path / "out")
 
 
+def test_a_grid_for_a_target(small: EncodedDataset, tmp_path: Path) -> None:
+    variants = {"fills": {"method": "uniform"}, "mixes": {"method": "pme"}}
+    config = FM_ONLY.replace(methods=(), variants=variants, budgets=("30%",), target="fbgemm")
+    made = compare(small, config, tmp_path / "out")
+    full, uniform = made.records
+    assert (full.target, uniform.target) == ("fbgemm", "fbgemm")
+    rows, wide = uniform.kept_rows.values(), [width > 0 for width in uniform.widths.values()]
+    # Rows of four columns, as wide as the first-order weights are then.
+    assert uniform.table_bytes == 16 * (sum(rows) + sum(n for n, w in zip(rows, wide, strict=True) if w))
+    assert ["which fbgemm's tables cannot" in skipped.reason for skipped in made.skipped] == [True]
+    with pytest.raises(DataError, match='made with target = "fbgemm", now it is "torch"'):
+        compare(small, config.replace(target="torch"), tmp_path / "out")
+
+
 def test_cells_and_names() -> None:
     cells = grid(resolve(CONFIG.replace(seeds=2, seed=5)))
     assert [c.name for c in cells[:4]] == ["deepfm-full-seed5", "fm-full-seed5", "deepfm-full-seed6", "fm-full-seed6"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -31,9 +32,12 @@ from embtrim.models import MODELS, DeepFM, build
 from embtrim.models.ctr_model import CTRModel
 from embtrim.optim import RowAdam
 from embtrim.plan import Block, SizePlan, TablePlan
+from embtrim.report import format_bytes
 from embtrim.schema import PAD, FieldSpec, Schema
+from embtrim.testing import ForeignModel, PooledModel, foreign_batches, foreign_task
 from tests.bad_inputs import call
 
+onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 BATCHES = (1, 7, 64)
@@ -268,10 +272,20 @@ def test_the_command_shows_what_it_does(bundle_folder, tmp_path):
     done = call("export", bundle_folder, "--format", "pt2", "--out", tmp_path / "out")
     assert done.code == 0, done.err
     assert "encoder/vocab.parquet" in done.out
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["vocabulary_bytes"] == sum(
+        e["bytes"] for n, e in manifest["files"].items() if n.startswith("encoder/")
+    )
+    for name in ("table_bytes", "full_table_bytes", "model_bytes", "full_model_bytes", "vocabulary_bytes"):
+        assert f"\n{name.replace('_', ' ')}: {format_bytes(manifest[name])}\n" in done.out
     again = call("export", bundle_folder, "--format", "pt2", "--out", tmp_path / "out")
     assert (again.code, "out exists" in again.err, "--overwrite" in again.err) == (1, True, True)
     assert call("export", bundle_folder, "--format", "torchrec", "--out", tmp_path / "out", "--overwrite").code == 0
     assert not (tmp_path / "out" / "model.pt2").exists()
+    done = call("export", bundle_folder, "--format", "onnx", "--external-data", "--out", tmp_path / "apart")
+    assert (done.code, (tmp_path / "apart" / "model.onnx.data").exists()) == (0, True)
+    done = call("export", bundle_folder, "--format", "pt2", "--external-data", "--out", tmp_path / "no")
+    assert (done.code, "external_data is for format 'onnx'" in done.err) == (2, True)
 
 
 def test_bad_commands(bundle_folder, tmp_path):
@@ -282,6 +296,168 @@ def test_bad_commands(bundle_folder, tmp_path):
     done = call("export", tmp_path, "--format", "pt2", "--out", tmp_path / "out")
     assert (done.code, "is no bundle" in done.err) == (1, True)
     assert not list(tmp_path.iterdir())
+
+
+# ---- sizes ---------------------------------------------------------------------------------------------------------------
+
+
+def uniform_layout(alignment):
+    return lambda ids: (Block(len(ids), (0, 3, 5), alignment),)
+
+
+LAYOUTS = {
+    "scatter": uniform_layout("scatter"),
+    "project": uniform_layout("project"),
+    "dropped": lambda ids: (Block(len(ids) // 2, (1, 2, 4), "scatter", ids[::2]),),
+    "mixed": lambda ids: (Block(2_000, 4, "project", ids[:2_000]), Block(8_000, 2, "project", ids[2_000:10_000])),
+}
+
+
+def sized_model(name: str, layout: str, bits: int, multi: bool = False) -> CTRModel:
+    """Six fields of 20,000 values at width 16 of which a layout keeps some, and a network of next to nothing."""
+    many = {"type": "multi", "max_len": 2} if multi else {}
+    fields = [FieldSpec(name=f"f{i}", vocab_size=20_000, **(many if i % 2 else {})) for i in range(6)]
+    schema = Schema(label="y", fields=tuple(fields))
+    blocks = LAYOUTS[layout](np.arange(20_000, dtype=np.int32))
+    tables = tuple(TablePlan(t, rows, 16, blocks, bits) for t, rows in schema.tables.items())
+    plan = SizePlan(schema.fingerprint, 6, tables, first_order=name in ("deepfm", "fm"))
+    hparams = {} if name == "fm" else {"hidden_units": (2,)}
+    model = build(name, schema, plan=plan, embedding_dim=16, init_std=0.1, **hparams).eval()
+    if bits < 32:
+        model.tables.quantize()
+    return model
+
+
+def stored_bytes(folder: Path, format: str) -> int:
+    """Bytes of all tensors of an export."""
+    if format == "onnx":
+        graph = onnx.load(str(folder / "model.onnx")).graph
+        return sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in graph.initializer)
+    if format == "torchrec":
+        return sum(t.nbytes for path in folder.glob("*.safetensors") for t in load_file(path).values())
+    program = torch.export.load(str(folder / "model.pt2"))
+    return sum(t.nbytes for t in {**program.state_dict, **program.constants}.values() if isinstance(t, Tensor))
+
+
+@pytest.mark.parametrize(("format", "name", "layout", "bits", "multi"), [
+    ("onnx", "deepfm", "scatter", 32, False), ("onnx", "deepfm", "scatter", 4, True), ("onnx", "deepfm", "project", 4, False),
+    ("onnx", "ipnn", "project", 8, False), ("onnx", "deepfm", "mixed", 16, False), ("onnx", "deepfm", "mixed", 4, True),
+    ("pt2", "deepfm", "scatter", 16, False), ("pt2", "fm", "project", 4, False), ("pt2", "ipnn", "project", 8, True),
+    ("pt2", "deepfm", "dropped", 4, False), ("pt2", "deepfm", "mixed", 4, True), ("pt2", "deepfm", "mixed", 8, False),
+    ("torchrec", "deepfm", "scatter", 32, True), ("torchrec", "deepfm", "project", 32, False),
+    ("torchrec", "ipnn", "dropped", 32, False),
+])  # fmt: skip
+def test_exported_tables_are_as_large_as_the_plan_says(format, name, layout, bits, multi, tmp_path):
+    model = sized_model(name, layout, bits, multi)
+    manifest = export(model, format, tmp_path / "out")
+    planned = model.tables.plan.num_bytes({"pt2": "torch", "torchrec": "fbgemm"}.get(format, format))
+    network = sum(p.nbytes for n, p in model.named_parameters() if not n.startswith("tables."))
+    assert stored_bytes(tmp_path / "out", format) - network == pytest.approx(planned, rel=0.01)
+    assert manifest["table_bytes"] == planned
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2", "torchrec"])
+def test_the_manifest_says_how_large_the_full_model_would_be(format, tmp_path):
+    model = sized_model("deepfm", "scatter", 32)
+    manifest = export(model, format, tmp_path / "out")
+    full = DeepFM(model.schema, embedding_dim=16, hidden_units=(2,))
+    of_full = export(full, format, tmp_path / "full")
+    assert manifest["full_table_bytes"] == of_full["table_bytes"] == of_full["full_table_bytes"]
+    assert of_full["full_model_bytes"] == of_full["model_bytes"]
+    assert manifest["full_model_bytes"] == pytest.approx(of_full["model_bytes"], rel=0.005)
+    for found in (manifest, of_full):
+        files = [e["bytes"] for name, e in found["files"].items() if name != "README.md"]
+        assert found["model_bytes"] == sum(files) < found["table_bytes"] + 60_000
+
+
+def test_weights_get_a_file_of_their_own_where_one_cannot_hold_them(monkeypatch, tmp_path):
+    model = sized_model("fm", "dropped", 4)
+    weights = model.tables.plan.num_bytes()
+    for limit, files in ((weights + 10_000, 1), (weights - 1, 2)):
+        monkeypatch.setattr(exporting, "ONNX_FILE_BYTES", limit)
+        manifest = export(model, "onnx", tmp_path / f"{limit}")
+        assert len([name for name in manifest["files"] if name.startswith("model.onnx")]) == files
+        if files == 2:
+            assert manifest["files"]["model.onnx"]["bytes"] < 50_000 < manifest["files"]["model.onnx.data"]["bytes"]
+        batch = batch_of(model, 7)
+        assert torch.allclose(READERS["onnx"](tmp_path / f"{limit}")(**batch), model(*batch.values()), atol=TOLERANCE)
+
+
+# ---- modules of one's own ------------------------------------------------------------------------------------------------
+
+
+class NestedModel(nn.Module):
+    """Takes a dict, and a tensor by keyword; a table that is left alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user, self.item, self.head = nn.Embedding(50, 4), nn.Embedding(30, 4), nn.Linear(5, 1)
+
+    def forward(self, ids: dict[str, Tensor], price: Tensor) -> tuple[Tensor, Tensor]:
+        pair = self.user(ids["user"]) * self.item(ids["item"])
+        return self.head(torch.cat([pair, price[:, None]], 1)).squeeze(1), pair.sum(1)
+
+
+def foreign_plan(task, layouts: dict[str, tuple[Block, ...]]) -> SizePlan:
+    full = task.full_plan()
+    tables = [dataclasses.replace(t, blocks=layouts.get(t.name, t.blocks)) for t in full.tables]
+    return dataclasses.replace(full, tables=tuple(tables))
+
+
+def drops(*ids: int) -> np.ndarray:
+    return np.array(ids, np.int32)
+
+
+@pytest.mark.parametrize("format", ["pt2", "onnx"])
+@pytest.mark.parametrize("model_class", [ForeignModel, PooledModel])
+def test_a_module_of_ones_own_agrees(model_class, format, tmp_path):
+    task = foreign_task(model_class)
+    layouts = {
+        "user": (Block(5, (1, 4), "project", drops(0, 3, 8, 21, 30)),),
+        "item": (Block(9, (0, 2), "scatter", np.arange(9, dtype=np.int32)),),
+        "flat": (Block(6, (0, 2, 5), "scatter", drops(0, 3, 8, 21, 30, 50)),),
+        "history": (Block(4, 4, "project", drops(1, 3, 5, 7)), Block(6, 2, "project", drops(10, 12, 14, 16, 18, 20))),
+    }
+    plan = foreign_plan(task, layouts)
+    small = compact(task.model, plan, "scratch", seed=0)
+    batches = [ids for ids, _ in foreign_batches()]
+    manifest = export(small, format, tmp_path / "out", example=batches[0])
+    assert small.training, "the model was changed"
+    assert manifest["inputs"] == {"ids_BC": {"dtype": "int64", "shape": ["batch", 3]}}
+    biases = 4 * 40 if model_class is ForeignModel else 0  # first-order weights, which no plan counts
+    assert manifest["table_bytes"] == plan.num_bytes() + biases
+    assert manifest["full_table_bytes"] == 4 * plan.num_full_params + biases
+    assert manifest["full_model_bytes"] - manifest["model_bytes"] == 4 * plan.num_full_params - plan.num_bytes()
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), flags=re.DOTALL)
+    for ids in (batches[0][:1], batches[1][:7], torch.cat(batches)):
+        names = {"ids_BC": ids.numpy() if format == "onnx" else ids}
+        with contextlib.chdir(tmp_path / "out"):
+            exec(code, names)
+        outputs = torch.as_tensor(names["outputs"][0] if format == "onnx" else names["outputs"])
+        expected = small.eval()(ids)
+        assert ((outputs - expected).abs() / (1 + expected.abs())).max() < TOLERANCE
+    small.train()
+
+
+@pytest.mark.parametrize("format", ["pt2", "onnx"])
+def test_a_module_may_take_what_it_likes(format, tmp_path):
+    ids, price = {name: torch.randint(0, 30, (9,)) for name in ("user", "item")}, torch.randn(9)
+    model = NestedModel()
+    for example in ((ids, price), {"ids": ids, "price": price}):
+        manifest = export(model, format, tmp_path / "out", example=example, overwrite=True)
+        whole, ids_only = {"dtype": "float32", "shape": ["batch"]}, {"dtype": "int64", "shape": ["batch"]}
+        assert manifest["inputs"] == {"ids.user": ids_only, "ids.item": ids_only, "price": whole}
+        assert manifest["table_bytes"] == manifest["full_table_bytes"] == 4 * 80 * 4
+        small = {name: values[:4] for name, values in ids.items()}
+        if format == "onnx":
+            session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+            feeds = {"ids.user": small["user"], "ids.item": small["item"], "price": price[:4]}
+            outputs = session.run(None, {name: value.numpy() for name, value in feeds.items()})
+        else:
+            served = torch.export.load(str(tmp_path / "out" / "model.pt2")).module()
+            outputs = served(ids=small, price=price[:4]) if isinstance(example, dict) else served(small, price[:4])
+        for found, expected in zip(outputs, model(small, price[:4]), strict=True):
+            assert torch.allclose(torch.as_tensor(found), expected, atol=TOLERANCE)
 
 
 # ---- torchrec ------------------------------------------------------------------------------------------------------------
@@ -297,9 +473,11 @@ def test_torchrec_tables_pool_to_what_the_model_reads(tmp_path):
     assert exporting.torchrec_name("item.type") == "table_item%2Etype"
     assert tables["kept_columns"] == {"table_f0": [0, 1, 2, 3], "table_f1": [0, 2], "table_tags": [1]}
     assert tables["tables"][1:] == [
-        {"name": "table_f1", "embedding_dim": 2, "num_embeddings": 10, "feature_names": ["f1"], "pooling": "SUM", "data_type": "FP32"},
-        {"name": "table_tags", "embedding_dim": 1, "num_embeddings": 12, "feature_names": ["tags", "last"], "pooling": "MEAN", "data_type": "FP32"},
+        {"name": "table_f1", "embedding_dim": 4, "num_embeddings": 10, "feature_names": ["f1"], "pooling": "SUM", "data_type": "FP32"},
+        {"name": "table_tags", "embedding_dim": 4, "num_embeddings": 12, "feature_names": ["tags", "last"], "pooling": "MEAN", "data_type": "FP32"},
     ]  # fmt: skip
+    bags = [{key: value for key, value in c.items() if key != "pooling"} for c in tables["tables"]]
+    assert tables["unpooled"] == bags[:2], "the tags are pooled"
 
     slices = dict(zip([f.name for f in model.schema.id_fields], model.schema.column_slices, strict=True))
 
@@ -318,10 +496,14 @@ def test_torchrec_tables_pool_to_what_the_model_reads(tmp_path):
         return found
 
     views = model.tables(ids)
+    kept = {c["name"]: len(tables["kept_columns"][c["name"]]) for c in tables["tables"]}
+    widths = {feature: kept[c["name"]] for c in tables["tables"] for feature in c["feature_names"]}
     by_field = pooled("tables")
+    assert all(not values[:, widths[name] :].any() for name, values in by_field.items()), "rows end in zeros"
+    by_field = {name: values[:, : widths[name]] for name, values in by_field.items()}
     concat = torch.cat([by_field[name] for name in slices if name in by_field], 1)
     assert torch.allclose(concat, views.concat, atol=1e-6)
-    assert torch.allclose(sum(pooled("first_order").values()).squeeze(1), views.first_order, atol=1e-6)  # type: ignore[union-attr]
+    assert torch.allclose(sum(pooled("first_order").values())[:, 0], views.first_order, atol=1e-6)  # type: ignore[index]
     # Everything else the model knows is beside it.
     network = load_file(tmp_path / "out" / "network.safetensors")
     state = {n: v for n, v in model.state_dict().items() if n not in ("tables.weight", "tables.first_order")}
@@ -342,14 +524,18 @@ features = to_features(ids, {manifest["inputs"]["ids"]["columns"]!r})
 for kind in ("tables", "first_order"):
     pooled = load_collection(".", kind)(features).to_dict()
     print(json.dumps({{name: values.tolist() for name, values in pooled.items()}}))
+rows = {{name: f.values().tolist() for c in load_unpooled(".").values() for name, f in c(features).items()}}
+print(json.dumps(rows))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    by_field, first_order = (json.loads(line) for line in done.stdout.splitlines()[-2:])
+    by_field, first_order, rows = (json.loads(line) for line in done.stdout.splitlines()[-3:])
     views = model.tables(batch["ids"])
-    concat = torch.cat([torch.tensor(by_field[f.name]) for f in model.schema.id_fields if f.name in by_field], 1)
+    widths = dict(zip([f.name for f in model.schema.id_fields], model.tables.widths, strict=True))
+    concat = torch.cat([torch.tensor(v)[:, : widths[name]] for name, v in by_field.items()], 1)
     assert torch.allclose(concat, views.concat, atol=1e-6)
-    assert torch.allclose(sum(torch.tensor(v) for v in first_order.values()).squeeze(1), views.first_order, atol=1e-6)
+    assert torch.allclose(sum(torch.tensor(v) for v in first_order.values())[:, 0], views.first_order, atol=1e-6)
+    assert rows == {name: by_field[name] for name in ("f0", "f1")}
 
 
 def test_torchrec_refuses_what_its_configs_cannot_say(tmp_path):
@@ -376,8 +562,13 @@ def test_it_refuses_models_that_are_not_ready(tmp_path):
     RowAdam(model.tables)
     with pytest.raises(EmbtrimError, match=r"row optimiser .*attach\(None\)"):
         export(model, "pt2", tmp_path / "out")
-    with pytest.raises(EmbtrimError, match=r"given Linear; give a module of your own to torch\.export"):
-        export(nn.Linear(1, 1), "pt2", tmp_path / "out")  # type: ignore[arg-type]
+    for example, given in ((None, "none"), (torch.zeros(1, 3), "one of 1")):
+        with pytest.raises(ConfigError, match=f"a Linear does not say what it reads: .* two rows, .*; given {given}"):
+            export(nn.Linear(3, 1), "pt2", tmp_path / "out", example=example)
+    with pytest.raises(ConfigError, match=r"format .torchrec. describes models of embtrim\.models, not a Linear"):
+        export(nn.Linear(3, 1), "torchrec", tmp_path / "out", example=torch.zeros(2, 3))
+    with pytest.raises(ConfigError, match="fnn says itself what it reads; leave out example"):
+        export(model_of("fnn", schema_of()), "pt2", tmp_path / "out", example=torch.zeros(2, 3))
     assert not list(tmp_path.iterdir())
 
 

@@ -352,7 +352,7 @@ class TestSearch:
 
     def test_bytes_count_the_first_order_weights_that_are_left(self):
         plan = search(zoo_task(), QUICK, "1500 bytes")
-        assert plan.num_bytes <= 1500
+        assert plan.num_bytes() <= 1500
         assert any(table.has_dropped for table in plan.tables)
         with pytest.raises(BudgetError):
             search(zoo_task(), QUICK, "4 bytes")

@@ -50,7 +50,7 @@ def test_full_plan_counts():
     plan = SizePlan.full(SCHEMA, 4, first_order=True)
     assert plan.num_params == plan.num_full_params == (10 + 6 + 3) * 4
     assert plan.num_first_order_params == 19
-    assert plan.num_bytes == 4 * (76 + 19)
+    assert plan.num_bytes() == 4 * (76 + 19)
     assert plan.slot_ratio == 1.0
     assert plan.num_projection_params == 0
 
@@ -63,7 +63,7 @@ def test_mixed_plan_counts():
     assert plan.num_projection_params == 12
     assert plan.num_params == 26 + 10 + 12
     assert plan.num_first_order_params == 10 + 5 + 3
-    assert plan.num_bytes == 4 * (48 + 18)
+    assert plan.num_bytes() == 4 * (48 + 18)
     assert plan.num_full_params == 76
     assert plan.slot_ratio == pytest.approx((26 / 10 + 2 + 0) / 12)
 
@@ -180,7 +180,7 @@ def test_a_plan_without_chosen_rows_needs_no_npz(tmp_path):
 def test_layout_alone_counts_the_same_and_has_no_id_map(saved):
     saved.with_suffix(".npz").unlink()
     layout = SizePlan.load(saved, rows=False)
-    assert (layout.num_params, layout.num_bytes) == (example_plan().num_params, example_plan().num_bytes)
+    assert (layout.num_params, layout.num_bytes()) == (example_plan().num_params, example_plan().num_bytes())
     assert layout.tables[0].oov_id() is None
     with pytest.raises(PlanError, match=r"read without its rows; load it with the \.npz"):
         layout.tables[0].id_map()

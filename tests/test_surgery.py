@@ -588,7 +588,7 @@ class TestMaps:
         small = compact(nn.Sequential(nn.Embedding(40_001, 2)), plan, "inherit")
         assert small[0].id_map.dtype == dtype
         stored = small[0].weights[0].nbytes + small[0].id_map.nbytes
-        assert stored == plan.num_bytes
+        assert stored == plan.num_bytes()
         assert 4 * plan.num_params - 3 <= stored <= 4 * plan.num_params
 
     def test_first_rows_need_none(self):
@@ -760,7 +760,7 @@ def test_searched_compacted_retrained_and_saved(align: str, tmp_path):
     assert torch.equal(again.eval()(ids), small.eval()(ids))
     assert (
         sum(t.nbytes for t in [*small.flat.state_dict().values(), *small.history.state_dict().values()])
-        == plan.num_bytes
+        == plan.num_bytes()
     )
 
 
@@ -810,7 +810,7 @@ class TestBits:
             expected = torch.cat([quantized_rows(t) for t in compact_tables(small, plan)])
             quantize(small)
             assert torch.equal(small.eval()(PAIRS), expected[PAIRS])
-        assert sum(v.nbytes for v in small.state_dict().values()) == plan.num_bytes
+        assert sum(v.nbytes for v in small.state_dict().values()) == plan.num_bytes()
 
     @pytest.mark.parametrize("bits", [16, 8, 4])
     @pytest.mark.parametrize("mode", ["sum", "mean"])
@@ -847,7 +847,7 @@ class TestBits:
         assert torch.equal(again(ids), small(ids))
         assert torch.equal(torch.load(tmp_path / "module.pt", weights_only=False)(ids), small(ids))
         tables = [t for name, t in small.state_dict().items() if not name.startswith("head") and "recent" not in name]
-        assert sum(t.nbytes for t in tables) == plan.num_bytes
+        assert sum(t.nbytes for t in tables) == plan.num_bytes()
 
     def test_is_for_inference_and_once(self):
         model = nn.Sequential(nn.Embedding(ROWS, WIDTH))
@@ -885,12 +885,12 @@ class TestBits:
         task = make()
         for config in (UniformConfig(), PMEConfig(), FrequencyConfig()):
             plan = search(task, config, "230 bytes", bits=bits)
-            assert 100 < plan.num_bytes <= 230
+            assert 100 < plan.num_bytes() <= 230
             assert verify(task.model, plan, task).passed
             small = compact(task.model, plan).eval()
             quantize(small)
             stored = [v for t in compact_tables(small, plan) for v in t.state_dict().values()]
-            assert sum(v.nbytes for v in stored) == plan.num_bytes
+            assert sum(v.nbytes for v in stored) == plan.num_bytes()
 
     def test_a_trained_model_loses_little(self):
         task = foreign_task()

@@ -142,7 +142,7 @@ def test_values_that_stay_keep_ids_weights_and_scores(bundles, kind, tmp_path):
     assert user.rows_after == user.rows_before + new + returned
     sizes = child.model.schema.tables
     assert sizes == {"user": 21 + new, "tags": 5, "page": 7}
-    assert child.model.tables.plan.num_bytes == report.table_bytes_after > report.table_bytes_before
+    assert child.model.tables.plan.num_bytes() == report.table_bytes_after > report.table_bytes_before
 
     frames = STAY.filter(pl.col("user") < "u08")
     ids = parent.encoder.encode_chunk(frames).ids
@@ -259,7 +259,7 @@ def test_a_quantised_bundle_trains_on_and_is_quantised_again(encoded, bits, tmp_
     assert {t.bits for t in child.model.tables.plan.tables} == {bits}
     assert child.model.tables.packed is not None
     np.testing.assert_allclose(child.predict(STAY), parent.predict(STAY), atol=0.02)
-    assert kept.table_bytes_after == child.model.tables.plan.num_bytes
+    assert kept.table_bytes_after == child.model.tables.plan.num_bytes()
     trained = update(bundle, NEW, out=tmp_path / "new", train=TRAIN)
     assert trained.after != trained.before
     assert np.isfinite(load_bundle(tmp_path / "new").predict(NEW)).all()

@@ -277,7 +277,7 @@ def train(
         encoded.split(split)
     full = build(settings.model, encoded.schema, **{**settings.hparams, "seed": settings.seed})
     if dry_run:
-        facts = {"table_bytes": full.tables.plan.num_bytes, **_time_at_most(full, encoded, settings.train)}
+        facts = {"table_bytes": full.tables.plan.num_bytes(), **_time_at_most(full, encoded, settings.train)}
         show_dry_run(settings, facts, as_json)
         return
     target = _free(out, overwrite)
@@ -327,7 +327,7 @@ def search(
     if dry_run:
         plan = full.tables.plan
         facts = {
-            "table_bytes_before": plan.num_bytes,
+            "table_bytes_before": plan.num_bytes(settings.target),
             "table_bytes_allowed": allowed_bytes(plan, settings, settings.budget),
             "seconds_per_epoch": _time_at_most(full, encoded, settings.train.replace(epochs=1))["seconds_at_most"],
         }
@@ -386,8 +386,8 @@ def compact(
     sizes.check_schema(full.schema)
     if dry_run:
         facts = {
-            "table_bytes_before": full.tables.plan.num_bytes,
-            "table_bytes_after": sizes.num_bytes,
+            "table_bytes_before": full.tables.plan.num_bytes(sizes.target),
+            "table_bytes_after": sizes.num_bytes(sizes.target),
             **({} if no_train else _time_at_most(full, encoded, settings.train)),
         }
         show_dry_run(settings, facts, as_json)
@@ -410,9 +410,10 @@ def compact(
         save(small, target, recoded, metrics=metrics, seed=settings.seed, overwrite=overwrite)
     result = {
         "bundle": str(target),
-        "table_bytes_before": full.tables.plan.num_bytes,
-        "table_bytes_after": small.tables.plan.num_bytes,
+        "table_bytes_before": full.tables.plan.num_bytes(sizes.target),
+        "table_bytes_after": small.tables.plan.num_bytes(sizes.target),
         "bundle_bytes": folder_bytes(target),
+        "vocabulary_bytes": folder_bytes(target / "encoder"),
         "verification": vars(checked),
         **metrics,
     }
@@ -508,7 +509,7 @@ def update(
         facts = {
             "model": loaded.info["model"],
             "version": loaded.info["version"] + 1,
-            "table_bytes_before": loaded.model.tables.plan.num_bytes,
+            "table_bytes_before": loaded.model.tables.plan.num_bytes(),
             "log": opened.describe(),
         }
         show_dry_run(settings, facts, as_json)
@@ -535,6 +536,9 @@ def export(
     bundle: BundlePath,
     format: Annotated[str, typer.Option("--format", metavar="pt2|onnx|torchrec", help="What the server reads.")],
     out: OutPath = None,
+    external_data: Annotated[
+        bool, typer.Option("--external-data", help="onnx: weights in a file of their own, as always above 2 GB.")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     dry_run: DryRun = False,
@@ -543,20 +547,24 @@ def export(
     """Write a saved model for serving without embtrim: torch.export, ONNX, or TorchRec's configs and tables."""
     start_log(quiet)
     from embtrim import exporting
-    from embtrim.bundle import load_bundle
+    from embtrim.bundle import folder_bytes, load_bundle
 
     exporting.check_format(format)
     loaded = load_bundle(bundle)
     if dry_run:
-        facts = {**exporting.table_sizes(loaded.model), "inputs": list(exporting.describe_inputs(loaded.model.schema))}
+        facts = {
+            **exporting.table_sizes(loaded.model, format),
+            "vocabulary_bytes": folder_bytes(bundle / "encoder"),
+            "inputs": list(exporting.describe_inputs(loaded.model.schema)),
+        }
         show_facts({"model": loaded.info["model"], "format": format, **facts}, as_json)
         return
     target = _needed(out)
-    manifest = exporting.export(loaded, format, target, overwrite=overwrite)
+    manifest = exporting.export(loaded, format, target, external_data=external_data, overwrite=overwrite)
     if as_json:
         print_json(manifest)
         return
-    facts = {name: manifest[name] for name in ("model", "format", "table_bytes", "full_table_bytes")}
+    facts = {name: value for name, value in manifest.items() if name in ("model", "format") or name.endswith("_bytes")}
     show_facts({"out": str(target), **facts, "files": list(manifest["files"])}, as_json=False)
 
 
@@ -624,6 +632,7 @@ def compare(
     ] = None,
     seeds: Annotated[int | None, typer.Option("--seeds", help="How many seeds, from --seed on.")] = None,
     init: InitName = None,
+    target: TargetName = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Worker processes, which share the cores.")] = 1,
     out: OutPath = None,
     config: ConfigPath = None,
@@ -637,7 +646,9 @@ def compare(
     start_log(quiet)
     lists = {"models": models, "methods": methods, "budgets": budgets}
     flags = {name: None if text is None else _split_commas(text) for name, text in lists.items()}
-    settings = _compare_config(data, config, overrides, {**flags, "seeds": seeds, "init": init, "seed": seed})
+    settings = _compare_config(
+        data, config, overrides, {**flags, "seeds": seeds, "init": init, "target": target, "seed": seed}
+    )
     from embtrim import comparison
     from embtrim.comparison_page import write_comparison
     from embtrim.grid import read_skipped
@@ -647,17 +658,17 @@ def compare(
     if dry_run:
         show_dry_run(settings, comparison.estimate(encoded, settings, out), as_json)
         return
-    target = _needed(out)
+    folder = _needed(out)
     progress = wants_progress(quiet)
-    made = comparison.compare(encoded, settings, target, jobs=jobs, progress=progress, on_record=log_cell)
+    made = comparison.compare(encoded, settings, folder, jobs=jobs, progress=progress, on_record=log_cell)
     if made.records:
-        write_comparison(read_records(target), target, read_skipped(target))
+        write_comparison(read_records(folder), folder, read_skipped(folder))
     if as_json:
         parts = {"records": made.records, "skipped": made.skipped}
         print_json({name: [part.model_dump(mode="json") for part in found] for name, found in parts.items()})
     elif made.records:
         show_comparison(made.records, made.skipped)
-    log_line(f"tables: {target / 'README.md'}, page: {target / 'report.html'}")
+    log_line(f"tables: {folder / 'README.md'}, page: {folder / 'report.html'}")
 
 
 @app.command()

@@ -75,7 +75,7 @@ class RunConfig(Config):
         bits: precision that compact tables are stored in: 32, 16, 8 or 4, see plan.py, or "mixed" for 16, 8 or 4 by
             table, see precision.py. They are trained in fp32 and quantised after that; the same budget then has room for more
             parameters. "auto" trains with 8, mixed and 4 and keeps what has the best validation AUC.
-        target: what will store the tables, whose bytes the budget counts; see SizePlan.bytes_for.
+        target: what will store the tables, whose bytes the budget counts; see SizePlan.num_bytes.
         controls: methods run at the same budget for comparison, with their default settings.
         seed: first seed.
         seeds: how many seeds.
@@ -106,10 +106,12 @@ class RunRecord(Config):
         data: fingerprint, folder and rows of the encoded data.
         valid, test: metrics of the splits, see Metrics; empty where the split is missing.
         num_params: embedding parameters, projections included, without first-order weights.
+        target: of the run, see RunConfig.
         bits: of the stored values, "mixed" if tables may differ; metrics and bytes are those of the quantised model, if there
             are fewer than 32.
         table_bytes: bytes of embedding tables and first-order weights, as the target of the run stores them.
         bundle_bytes: bytes of the saved bundle on disk, vocabulary included.
+        vocabulary_bytes: of these those of the encoder; 0 where no bundle was saved.
         widths: output columns of each field.
         kept_rows: compact rows of each table.
         search_seconds: of the search alone, its own pretraining included; 0 for the full model.
@@ -140,9 +142,11 @@ class RunRecord(Config):
     num_full_params: int
     num_first_order_params: int
     bits: Bits = 32
+    target: Target = "torch"
     table_bytes: int
     model_params: int
     bundle_bytes: int
+    vocabulary_bytes: int = 0
     widths: dict[str, int]
     full_width: int
     kept_rows: dict[str, int]
@@ -408,7 +412,7 @@ def shrink(
 def allowed_bytes(full: SizePlan, config: RunConfig, budget: str | None) -> int:
     """Bytes that compact tables may take within a budget, or without one: at the fewest bits that a table may get."""
     stored = full.with_bits(4 if config.bits in ("mixed", "auto") else config.bits)
-    most = stored.bytes_for(config.target)
+    most = stored.num_bytes(config.target)
     return most if budget is None else int(min(most, stored.max_bytes(Budget.parse(budget), config.target)))
 
 
@@ -563,7 +567,8 @@ def make_record(
         num_full_params=plan.num_full_params,
         num_first_order_params=plan.num_first_order_params,
         bits=bits,
-        table_bytes=plan.bytes_for(config.target),
+        target=config.target,
+        table_bytes=plan.num_bytes(config.target),
         model_params=plan.num_params
         + plan.num_first_order_params
         + sum(p.numel() for name, p in model.named_parameters() if not name.startswith("tables.")),
@@ -604,7 +609,8 @@ def _keep(
             seed=record.seed,
             overwrite=True,  # of a run that was killed before it wrote the record
         )
-        record = record.replace(bundle_bytes=folder_bytes(out / "bundles" / name))
+        bundle = out / "bundles" / name
+        record = record.replace(bundle_bytes=folder_bytes(bundle), vocabulary_bytes=folder_bytes(bundle / "encoder"))
     if trained.plan is not None:
         trained.plan.save(out / "plans" / f"{name}.json")
     record.save(out / "records" / f"{name}.json")
@@ -639,7 +645,7 @@ def dry_run(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
     steps = data.num_batches("train", config.train.batch_size) * config.train.epochs
     return {
         "config": config.model_dump(mode="json"),
-        "table_bytes_before": plan.num_bytes,
+        "table_bytes_before": plan.num_bytes(config.target),
         "table_bytes_allowed": allowed_bytes(plan, config, None if config.max_loss is not None else config.budget),
         "seconds_per_step": step_seconds,
         "seconds_at_most": step_seconds * steps * models * config.seeds,

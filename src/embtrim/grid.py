@@ -25,7 +25,7 @@ from embtrim.experiment import RunConfig, RunRecord, check_run
 from embtrim.methods import METHODS, method_named
 from embtrim.models import MODELS, arguments
 from embtrim.models.ctr_model import HyperParameters
-from embtrim.plan import write_then_rename
+from embtrim.plan import Target, write_then_rename
 from embtrim.precision import Bits
 from embtrim.train import TrainConfig
 
@@ -46,6 +46,7 @@ class CompareConfig(Config):
             grid's (see RunConfig).
         budgets: such as "10%", "200MB", "1.5M params".
         init: how compact models start: "scratch", "initial" or "inherit".
+        target: what will store the tables, whose bytes the budgets count; see RunConfig.
         seed: first seed.
         seeds: how many seeds.
     """
@@ -57,6 +58,7 @@ class CompareConfig(Config):
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
     budgets: tuple[str, ...] = Field(default=("50%", "20%", "10%", "5%", "2%", "1%"), min_length=1)
     init: Init = "scratch"
+    target: Target = "torch"
     seed: int = Field(default=0, ge=0)
     seeds: int = Field(default=3, ge=1)
 
@@ -177,7 +179,9 @@ def run_config(config: CompareConfig, model: str) -> RunConfig:
     """What `run` would be told for one model of the grid."""
     known = arguments(model) if model in MODELS else config.hparams
     hparams = {key: value for key, value in config.hparams.items() if key in known}
-    return RunConfig(model=model, hparams=hparams, train=config.train, init=config.init, controls=())
+    return RunConfig(
+        model=model, hparams=hparams, train=config.train, init=config.init, target=config.target, controls=()
+    )
 
 
 def check_compare(data: EncodedDataset, config: CompareConfig) -> None:
@@ -246,6 +250,7 @@ def check_settings(
         "method": variant.method,
         "bits": variant.bits,
         "init": variant.init,
+        "target": config.target,
         **_under("train", config.train.model_dump(mode="json")),
         **_under("hparams", HyperParameters.parse(hparams).model_dump(mode="json", include=set(hparams))),
         **_under("search", variant.search),
@@ -258,6 +263,7 @@ def check_settings(
         "method": record.method or record.variant,
         "bits": record.bits,
         "init": record.init,
+        "target": record.target,
         **_under("train", {**TrainConfig().model_dump(mode="json"), **record.train}),
         **_under("hparams", record.hparams),
         **_under("search", {**default, **record.search}),

@@ -106,7 +106,7 @@ def _bytes_table(schema: Schema, plan: SizePlan) -> str:
             f"| {_cell(field.name)} | {table.num_compact_rows:,} of {table.num_rows:,} | {columns} of {table.width} "
             f"| {table.bits} | {_table_bytes(plan, table):,} | {full:,} |"
         )
-    shared = plan.num_bytes - sum(_table_bytes(plan, table) for table in plan.tables)
+    shared = plan.num_bytes() - sum(_table_bytes(plan, table) for table in plan.tables)
     if shared:
         lines.append(f"| shared projections | | | 32 | {shared:,} | 0 |")
     return "\n".join(lines)

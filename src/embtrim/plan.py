@@ -329,7 +329,7 @@ class SizePlan:
 
     Example:
         >>> plan = SizePlan.full(Schema.from_sizes([100, 10]), width=4)
-        >>> plan.num_params, plan.num_bytes
+        >>> plan.num_params, plan.num_bytes()
         (440, 1760)
     """
 
@@ -377,7 +377,7 @@ class SizePlan:
 
         Example:
             >>> plan = SizePlan.full(Schema.from_sizes([100, 10]), width=4).with_bits(8)
-            >>> plan.num_params, plan.num_bytes  # a byte a parameter, and a scale and an offset for each of 8 columns
+            >>> plan.num_params, plan.num_bytes()  # a byte a parameter, and a scale and an offset for each of 8 columns
             (440, 504)
         """
         by_name = bits if isinstance(bits, Mapping) else {t.name: bits for t in self.tables}
@@ -438,15 +438,6 @@ class SizePlan:
         return sum(t.num_rows * t.width for t in self.tables)
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of the embedding tables, at their bits and with their scales; of projections, first-order weights and
-        id maps.
-        """
-        values = sum(t.num_value_bytes for t in self.tables) + BYTES_PER_PARAM * self.num_projection_params
-        maps = sum(t.num_map_bytes for t in self.tables) if self.standalone else 0
-        return values + self.num_first_order_bytes + maps
-
-    @property
     def is_quantized(self) -> bool:
         """Whether a table has fewer than 32 bits."""
         return any(t.bits < 32 for t in self.tables)
@@ -476,18 +467,28 @@ class SizePlan:
         """Embedding parameters that `budget` allows an fp32 plan with this one's first-order weights."""
         return budget.max_params(self.num_full_params, self.num_first_order_params)
 
-    def bytes_for(self, target: Target) -> int:
-        """Bytes of the tables as a serving target stores them; the vocabulary belongs to the encoder.
+    @property
+    def target(self) -> Target:
+        """What the search was told will store the tables."""
+        return self.details.get("target", "torch")
 
-        "torch" (bundles, pt2) and "onnx" store what `num_bytes` says. "fbgemm" (TorchRec) fills every fp32 row up to a
-        multiple of four columns, first-order weights as tables of their own among them.
+    def num_bytes(self, target: Target = "torch") -> int:
+        """Bytes of the tables as a target stores them, which an export for it holds within 1%.
+
+        Counted are the values at their bits with their scales, projections, first-order weights, and the id maps of a
+        foreign model. Not counted are the vocabulary, which belongs to the encoder, and what the graph of an export says
+        of the layout: some dozen bytes a column of ids.
+
+        "torch" (bundles, pt2) and "onnx" store the same. "fbgemm" (TorchRec) fills every row up to a multiple of four
+        columns, which its kernels ask for, first-order weights as tables of their own among them; `export` does it too.
 
         Raises:
             PlanError: fbgemm has no such tables: rows of several widths, or fewer than 32 bits.
         """
+        total = sum(t.num_value_bytes for t in self.tables) + BYTES_PER_PARAM * self.num_projection_params
+        total += self.num_first_order_bytes + (sum(t.num_map_bytes for t in self.tables) if self.standalone else 0)
         if target != "fbgemm":
-            return self.num_bytes
-        total = self.num_bytes
+            return total
         for table in self.tables:
             if table.mixed or table.bits != 32:
                 what = "stores rows of several widths" if table.mixed else f"has {table.bits} bits"
@@ -495,7 +496,7 @@ class SizePlan:
                     f"table {table.name!r} {what}, which fbgemm's tables cannot; choose target torch or onnx"
                 )
             widths = [table.output_width, 1] if self.first_order else [table.output_width]
-            padding = sum(-width % FBGEMM_COLUMNS for width in widths)
+            padding = sum(padded_width(width) - width for width in widths)
             total += BYTES_PER_PARAM * padding * table.num_compact_rows
         return total
 
@@ -506,7 +507,7 @@ class SizePlan:
         """
         tables = []
         for table in self.tables:
-            free = -table.output_width % FBGEMM_COLUMNS
+            free = padded_width(table.output_width) - table.output_width
             if free and not table.mixed and table.alignment != "project":
                 left = [column for column in range(table.width) if column not in table.columns]
                 columns = tuple(sorted((*table.columns, *left[:free])))
@@ -524,7 +525,7 @@ class SizePlan:
         if budget.kind == "bytes":
             return budget.amount
         if budget.kind == "params":
-            return self.bytes_for(target) * budget.amount / max(1, self.num_params)
+            return self.num_bytes(target) * budget.amount / max(1, self.num_params)
         padded = FBGEMM_COLUMNS if target == "fbgemm" else 1
         first_order = self.num_first_order_bytes * padded
         return budget.amount * BYTES_PER_PARAM * self.num_full_params + first_order
@@ -617,9 +618,14 @@ class SizePlan:
         head = (
             f"{self.method}: {self.num_params:,} of {self.num_full_params:,} embedding parameters "
             f"({self.num_params / max(1, self.num_full_params):.2%}), {self.slot_ratio:.1%} of the slots, "
-            f"{self.num_bytes:,} bytes with {self.num_first_order_params:,} first-order weights"
+            f"{self.num_bytes(self.target):,} bytes with {self.num_first_order_params:,} first-order weights"
         )
         return "\n".join([head, *(f"  {t.name}: {describe_table(t)}" for t in self.tables)])
+
+
+def padded_width(width: int) -> int:
+    """Columns that a row of so many takes in fbgemm's tables."""
+    return -(-width // FBGEMM_COLUMNS) * FBGEMM_COLUMNS
 
 
 def smallest_dtype(num_compact_rows: int) -> np.dtype:

@@ -46,7 +46,7 @@ def mixed_bits(task: Task, plan: SizePlan, budget: Budget) -> SizePlan:
     for table in plan.tables:
         kept: list[tuple[int, int, float]] = []
         for bits in reversed(LEVELS):
-            size = plan.with_bits({table.name: bits}).num_bytes
+            size = plan.with_bits({table.name: bits}).num_bytes()
             if not kept or size < kept[0][1]:
                 kept.insert(0, (bits, size, code_loss(table, weights[table.name], counts[table.name], bits)))
         steps[table.name] = kept
@@ -59,7 +59,7 @@ def mixed_bits(task: Task, plan: SizePlan, budget: Budget) -> SizePlan:
     while ahead := [name for name, kept in steps.items() if len(kept) > 1]:
         name = max(ahead, key=gain)
         wider = plan.with_bits({name: steps[name][1][0]})
-        if wider.num_bytes <= wider.max_bytes(budget):
+        if wider.num_bytes() <= wider.max_bytes(budget):
             plan = wider
             del steps[name][0]
         else:

@@ -214,6 +214,7 @@ def table_rows(groups: Sequence[Variant]) -> list[tuple[str, list[str]]]:
         row("bits of a value", lambda v: ", ".join(dict.fromkeys(str(r.bits) for r in v.records)))
     row("table bytes", lambda v: format_bytes(v.mean(lambda r: r.table_bytes)))
     row("bundle on disk", lambda v: format_bytes(v.mean(lambda r: r.bundle_bytes or None)))
+    row("vocabulary in it", lambda v: format_bytes(v.mean(lambda r: r.vocabulary_bytes or None)))
     row("peak memory", lambda v: format_bytes(v.mean(lambda r: r.peak_memory_bytes)))
     row("search time", lambda v: NONE if v.is_full else format_seconds(v.mean(lambda r: r.search_seconds)))
     row("training time", lambda v: format_seconds(v.mean(lambda r: r.train_seconds)))

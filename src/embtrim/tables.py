@@ -128,7 +128,8 @@ class EmbeddingViews:
         if not tables.has_projections:
             return 0.5 * ((sum_BD * sum_BD).sum(1) - (concat * concat).sum(1))
         own_PD = tables.own_projection_PD()
-        gram_PP = (own_PD @ own_PD.T) * tables.same_field_PP
+        same_field_PP = tables._same_field_PP() if tables.same_field_PP is None else tables.same_field_PP
+        gram_PP = (own_PD @ own_PD.T) * same_field_PP.to(own_PD.dtype)
         projected_BP = concat.index_select(1, tables.projected_outputs)
         plain_BS = concat.index_select(1, tables.plain_outputs)
         squares_B = (plain_BS * plain_BS).sum(1) + ((projected_BP @ gram_PP) * projected_BP).sum(1)
@@ -165,8 +166,8 @@ class EmbeddingTables(nn.Module):
     element_S: Tensor
     field_S: Tensor
     width_S: Tensor
-    fixed_projection_SD: Tensor
-    same_field_PP: Tensor
+    fixed_projection_SD: Tensor | None
+    same_field_PP: Tensor | None
     plain_outputs: Tensor
     projected_S: Tensor
     projected_outputs: Tensor
@@ -288,8 +289,6 @@ class EmbeddingTables(nn.Module):
             "place_S",
             torch.tensor([i * self.width + c for i, c in zip(field_S, place_S, strict=True)], dtype=torch.int64),
         )
-        fixed = torch.zeros(len(place_S), self.width)
-        fixed[range(len(place_S)), place_S] = 1.0
         # A projection belongs to its table: fields that share the table share its rows of `projection`.
         own_rows = [s for s, i in enumerate(field_S) if projects(tables[names[i]])]
         first_output: dict[tuple[str, int], int] = {}
@@ -298,10 +297,6 @@ class EmbeddingTables(nn.Module):
         self.projected_columns = list(first_output.values())
         row_of = {key: row for row, key in enumerate(first_output)}
         if not self.is_equal_width:
-            fixed[own_rows] = 0.0
-            self._buffer("fixed_projection_SD", fixed)
-            field_P = torch.tensor([field_S[s] for s in own_rows])
-            self._buffer("same_field_PP", (field_P[:, None] == field_P[None, :]).to(torch.float32))
             plain = sorted(set(range(len(field_S))) - set(own_rows))
             self._buffer("plain_outputs", torch.tensor(plain, dtype=torch.int64))
             # Of each row of `projection` the first output it projects; and all outputs projected, with their rows.
@@ -309,6 +304,8 @@ class EmbeddingTables(nn.Module):
             self._buffer("projected_outputs", torch.tensor(own_rows, dtype=torch.int64))
             rows = [row_of[names[field_S[s]], place_S[s]] for s in own_rows]
             self._buffer("projection_rows", torch.tensor(rows, dtype=torch.int64))
+            self._buffer("fixed_projection_SD", self._scatter_SD())
+            self._buffer("same_field_PP", self._same_field_PP())
         if not self.mixed_fields and not self.is_pooled:
             group_of = {i: g for g in groups for i in g.fields}
             address = [
@@ -490,7 +487,7 @@ class EmbeddingTables(nn.Module):
             >>> plan = SizePlan.full(Schema.from_sizes([100, 10]), width=4).with_bits(8)
             >>> tables = EmbeddingTables(Schema.from_sizes([100, 10]), plan)
             >>> tables.quantize()
-            >>> sum(b.nbytes for b in tables.state_dict().values()) == plan.num_bytes
+            >>> sum(b.nbytes for b in tables.state_dict().values()) == plan.num_bytes()
             True
         """
         self.check_fp32()
@@ -581,19 +578,24 @@ class EmbeddingTables(nn.Module):
         """Take the form that is exported, for good: inference only, on one path for any batch size.
 
         `weight` gives way to one parameter a group, so that a graph gathers from a table instead of slicing it out of
-        the buffer first; a copy, because torch.export.save mistakes views of one storage for each other. Ids of mixed tables find their segment by comparison, because
-        ONNX has no binary search.
+        the buffer first; a copy, because torch.export.save mistakes views of one storage for each other. Ids of mixed
+        tables find their segment by comparison, because ONNX has no binary search. What is stored beside the tables is
+        small: indices are int32, and matrices of 0 and 1 are built from them.
         """
         # Why rows and not elements at every batch size: in onnxruntime a gather of elements takes 30 us against 60 at
         # batch 1 where a plan left several widths, but 30 against 23 of full tables and 40 ms against 7 at batch 4096.
-        if self.packed is not None:
-            return  # it has this form
-        self.weight_by_width = nn.ParameterDict(
-            {g.name: nn.Parameter(self.group_view(g).detach().clone(), requires_grad=False) for g in self.groups}
-        )
-        del self.weight
-        if self._mixed_columns:
-            self._lay_out_segments()
+        if self.packed is None:
+            self.weight_by_width = nn.ParameterDict(
+                {g.name: nn.Parameter(self.group_view(g).detach().clone(), requires_grad=False) for g in self.groups}
+            )
+            del self.weight
+            if self._mixed_columns:
+                self._lay_out_segments()
+        if not self.is_equal_width:
+            self.fixed_projection_SD = self.same_field_PP = None
+        for name, value in list(self.named_buffers(recurse=False)):
+            if value.dtype == torch.int64:
+                self._buffer(name, value.int())
 
     def _lay_out_segments(self) -> None:
         """For each id column of a mixed table, the first id of each segment and how far storage rows jump there."""
@@ -650,7 +652,9 @@ class EmbeddingTables(nn.Module):
     def _pool_weights(self, ids_BC: Tensor) -> Tensor:
         """(B, C) factor of each id column: 0 for PAD, and 1 / count where a field takes the mean."""
         used_BC = (ids_BC != PAD).to(self._dtype)
-        count_BF = used_BC.new_zeros(ids_BC.shape[0], self.num_fields).index_add(1, self.field_of_column_C, used_BC)
+        count_BF = used_BC.new_zeros(ids_BC.shape[0], self.num_fields).index_add(
+            1, self.field_of_column_C.long(), used_BC
+        )
         scale_BF = torch.where(self.mean_F, 1 / count_BF.clamp(min=1), 1.0)
         return used_BC * scale_BF.index_select(1, self.field_of_column_C)
 
@@ -661,7 +665,7 @@ class EmbeddingTables(nn.Module):
         if self._mixed_columns and self.is_fixed:
             ids = ids_BC.index_select(1, self.mixed_C)
             steps = torch.where(ids[..., None] >= self.segment_ids_CK, self.segment_steps_CK, 0).sum(-1)
-            rows_BC = rows_BC.index_copy(1, self.mixed_C, (ids + steps).to(torch.int32))
+            rows_BC = rows_BC.index_copy(1, self.mixed_C.long(), (ids + steps).to(torch.int32))
         elif self._mixed_columns:
             key = (ids_BC[:, self.mixed_C] + self.mixed_first_id).to(torch.int32)
             segment = torch.searchsorted(self.mixed_bounds, key, right=True) - 1
@@ -824,10 +828,22 @@ class EmbeddingTables(nn.Module):
 
     def projection_SD(self) -> Tensor:
         """(S, D) stacked projections P_f: 0/1 where a field is scattered or full, learned where it is projected."""
+        fixed_SD = self.fixed_projection_SD
+        if fixed_SD is None:
+            fixed_SD = self._scatter_SD().to(self._dtype)
         if not self.has_projections:
-            return self.fixed_projection_SD
-        own_PD = self.own_projection_PD().to(self.fixed_projection_SD.dtype)
-        return self.fixed_projection_SD.index_copy(0, self.projected_outputs, own_PD)
+            return fixed_SD
+        return fixed_SD.index_copy(0, self.projected_outputs.long(), self.own_projection_PD().to(fixed_SD.dtype))
+
+    def _scatter_SD(self) -> Tensor:
+        """(S, D) of 0 and 1: the column of the full width that each output stands for."""
+        columns_D = torch.arange(self.width, device=self.place_S.device, dtype=self.place_S.dtype)
+        return (self.place_S[:, None] % self.width == columns_D).float()
+
+    def _same_field_PP(self) -> Tensor:
+        """(P, P) of 0 and 1: which projected outputs are of one field."""
+        field_P = torch.div(self.place_S, self.width, rounding_mode="floor").index_select(0, self.projected_outputs)
+        return (field_P[:, None] == field_P).float()
 
     def align(self, concat_BS: Tensor) -> Tensor:
         """(B, F, D): each field's output at the full width."""
@@ -836,10 +852,14 @@ class EmbeddingTables(nn.Module):
             return concat_BS.view(shape)
         flat_size = self.num_fields * self.width
         if not self.has_projections:
-            return concat_BS.new_zeros(concat_BS.shape[0], flat_size).index_copy(1, self.place_S, concat_BS).view(shape)
+            return (
+                concat_BS.new_zeros(concat_BS.shape[0], flat_size)
+                .index_copy(1, self.place_S.long(), concat_BS)
+                .view(shape)
+            )
         # One product with the block matrix Q, whose block of field f is P_f.
         field_of_output = torch.div(self.place_S, self.width, rounding_mode="floor")
-        blocks = torch.nn.functional.one_hot(field_of_output, self.num_fields).to(concat_BS.dtype)
+        blocks = torch.nn.functional.one_hot(field_of_output.long(), self.num_fields).to(concat_BS.dtype)
         q = blocks[:, :, None] * self.projection_SD().to(concat_BS.dtype)[:, None, :]
         return (concat_BS @ q.view(-1, flat_size)).view(shape)
 

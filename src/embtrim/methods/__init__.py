@@ -59,7 +59,7 @@ def search(
         bits: precision that the tables are to be stored in: 32, 16, 8 or 4, see plan.py, or "mixed" for 16, 8 or 4
             by table, see precision.py. The search itself works in fp32; within a percentage or a number of bytes fewer bits
             leave room for more parameters.
-        target: what will store the tables, and how many bytes it takes for them; see SizePlan.bytes_for.
+        target: what will store the tables, and how many bytes it takes for them; see SizePlan.num_bytes.
 
     Raises:
         BudgetError: the budget cannot be parsed or is below the smallest plan of the method.
@@ -81,10 +81,11 @@ def search(
         if all(isinstance(site, ModuleSite) for site in task.sites(task.model)):
             check_compactable(task)
         if bits != 32 or target == "fbgemm":
-            return _search_stored(task, config, budget, seed, bits, target)
-        plan = method_of(config).search(task, config, budget, seed)
-    assert plan.num_params <= plan.max_params(budget), "a search exceeded its budget"
-    return plan
+            plan = _search_stored(task, config, budget, seed, bits, target)
+        else:
+            plan = method_of(config).search(task, config, budget, seed)
+            assert plan.num_params <= plan.max_params(budget), "a search exceeded its budget"
+    return plan if target == "torch" else plan.made_by(plan.method, {**plan.details, "target": target})
 
 
 def _search_stored(task: Task, config: Config, budget: Budget, seed: int, bits: Bits, target: Target) -> SizePlan:
@@ -106,7 +107,7 @@ def _search_stored(task: Task, config: Config, budget: Budget, seed: int, bits: 
         plan = mixed_bits(task, plan, budget) if bits == "mixed" else plan.with_bits(bits)
         if target == "fbgemm":
             plan = plan.with_free_columns()
-        excess = plan.bytes_for(target) - plan.max_bytes(budget, target)
+        excess = plan.num_bytes(target) - plan.max_bytes(budget, target)
         if excess <= 1e-6:  # of a byte: the percentage was rounded
             return plan.made_by(plan.method, {**plan.details, "budget": str(budget)})
         amount = max(amount - excess * ratio / unit, amount / 2)
