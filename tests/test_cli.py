@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from embtrim.cli import EncodeSettings, app
+from embtrim.plan import SizePlan
 from tests.bad_inputs import BAD_INPUTS, TINY, BadInput, Workshop, call, environment, write_log
 
 INTERRUPTIBLE = "import signal as s; s.signal(s.SIGINT, s.default_int_handler); from embtrim.cli import main; main()"
@@ -102,7 +103,7 @@ def test_bits_of_a_run_and_of_a_search(shop: Workshop) -> None:
     arguments = ("--target", "fbgemm", "--method", "uniform", "--budget", "50%", "--out", plan)
     done = call("search", shop.bundle, shop.data, *arguments)
     assert done.code == 0
-    assert f"{embtrim.SizePlan.load(plan).num_bytes('fbgemm'):,} bytes with" in done.out
+    assert f"{SizePlan.load(plan).num_bytes('fbgemm'):,} bytes with" in done.out
     assert {len(b["columns"]) % 4 for t in json.loads(plan.read_text())["tables"] for b in t["blocks"]} == {0}
     facts = json.loads(call("run", shop.data, *TINY, "--bits", "8", "--budget", "100%", "--json", "--dry-run").out)
     assert facts["table_bytes_allowed"] < 0.4 * facts["table_bytes_before"]
