@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from embtrim.cli import EncodeSettings, app
+from embtrim.plan import SizePlan
 from tests.bad_inputs import (
     BAD_CALLS,
     BAD_INPUTS,
@@ -129,7 +130,7 @@ def test_bits_of_a_run_and_of_a_search(shop: Workshop) -> None:
     arguments = ("--target", "fbgemm", "--method", "uniform", "--budget", "50%", "--out", plan)
     done = call("search", shop.bundle, shop.data, *arguments)
     assert done.code == 0
-    assert f"{embtrim.SizePlan.load(plan).num_bytes('fbgemm'):,} bytes with" in done.out
+    assert f"{SizePlan.load(plan).num_bytes('fbgemm'):,} bytes with" in done.out
     assert {len(b["columns"]) % 4 for t in json.loads(plan.read_text())["tables"] for b in t["blocks"]} == {0}
     facts = json.loads(call("run", shop.data, *TINY, "--bits", "8", "--budget", "100%", "--json", "--dry-run").out)
     assert facts["table_bytes_allowed"] < 0.4 * facts["table_bytes_before"]
@@ -167,7 +168,7 @@ def test_steps_agree_with_the_functions(shop: Workshop) -> None:
     data = embtrim.load(str(shop.data))
     task = embtrim.CTRTask(embtrim.load_bundle(shop.bundle).model, data)
     expected = embtrim.search(task, embtrim.SSEDSConfig(), "30%", 0)
-    assert not embtrim.SizePlan.load(shop.folder / "p30.json").diff(expected)
+    assert not SizePlan.load(shop.folder / "p30.json").diff(expected)
     assert json.loads(done.out)["tables"][0]["name"] == "user"
 
     out = shop.new("small30")

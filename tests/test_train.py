@@ -103,7 +103,7 @@ def test_sample_weights_matter(data):
 def test_a_checkpoint_from_before_a_setting_came_is_taken(data, tmp_path, monkeypatch):
     path, model = tmp_path / "state.safetensors", model_of(data)
     with monkeypatch.context() as earlier:
-        earlier.setattr("embtrim.train._training_settings", lambda *given: {"epochs": 1, "model": "deepfm"})
+        earlier.setattr("embtrim.train.training_settings", lambda *given: {"epochs": 1, "model": "deepfm"})
         fit(model, data, QUICK, epochs=1, checkpoint=path)
     again = model_of(data)
     fit(again, data, QUICK, epochs=1, checkpoint=path)

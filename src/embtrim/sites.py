@@ -464,9 +464,9 @@ class Task:
         return batches
 
     def probe(self) -> list[Any]:
-        """One batch, of "valid" if there are any; none of an iterator, which gives each batch once."""
+        """One batch, of "valid" if there are any; none of an iterator, which gives each batch once, or of no batches."""
         batches = self._train if self._valid is None else self._valid
-        return [] if isinstance(batches, Iterator) else list(itertools.islice(batches, 1))
+        return [] if batches is None or isinstance(batches, Iterator) else list(itertools.islice(batches, 1))
 
     def tracked_batches(self, split: str, what: str, seed: int | None = None) -> Iterable[Any]:
         """`batches`, with a progress bar where the task shows them."""
