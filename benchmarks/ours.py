@@ -27,7 +27,7 @@ from embtrim.bundle import load_bundle, write_predictions
 from embtrim.config import read_toml
 from embtrim.dataset import FORMAT_VERSION, Batch, EncodedDataset, SplitArrays
 from embtrim.experiment import RunConfig
-from embtrim.kernels import kernels_for
+from embtrim.kernels import kernels_name
 from embtrim.methods.uniform import equal_widths
 from embtrim.models import DeepFM, build
 from embtrim.optim import RowAdagrad, RowAdam
@@ -88,7 +88,7 @@ def use_kernels(name: str) -> str:
         os.environ["EMBTRIM_KERNELS"] = name
     else:
         importlib.import_module(f"embtrim.kernels.{name}")
-    taken = kernels_for(torch.empty(0, device=measure.device)).__name__.rpartition(".")[2]
+    taken = kernels_name(torch.empty(0, device=measure.device))
     if taken != name:
         raise RuntimeError(f"on {measure.device} embtrim takes the kernels {taken!r}, not {name!r}")
     return name

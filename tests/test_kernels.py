@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -89,21 +88,6 @@ def test_lookups_are_as_in_plain_torch(batch):
         assert (found_B is None) == (first_order_U is None)
         if found_B is not None:
             torch.testing.assert_close(found_B, expected_B)
-
-
-def test_distinct_rows_take_no_longer_of_a_larger_table():
-    """A bit for each row, say, would take 0.1 s of the largest table, where its lookups are sorted in microseconds."""
-    rows_BC = torch.randint(1_000, (64, 10), dtype=torch.int32)
-    columns = torch.arange(10)
-    expansion = Expansion(64, 40, [columns], [torch.arange(40)], True)
-
-    def seconds(num_rows: int) -> float:
-        started = time.perf_counter()
-        fused.distinct_rows(expansion, rows_BC, num_rows)
-        return time.perf_counter() - started
-
-    small, large = (min(seconds(num_rows) for _ in range(10)) for num_rows in (1_000, 2**31 - 1))
-    assert large < 30 * small
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from embtrim.plan import write_then_rename
 log = logging.getLogger(__name__)
 
 VERSION = 1
+# The file of a folder of unfinished work that says what the work is.
+SETTINGS = "settings.json"
 
 
 class Checkpoint:
@@ -147,7 +149,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
         folder: need not exist.
         settings: what the work depends on, as JSON-able values.
     """
-    path, settings = folder / "settings.json", json.loads(json.dumps(settings))
+    path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
     if folder.exists():
         try:
             change = first_change(json.loads(path.read_text("utf-8")), settings)
@@ -164,14 +166,15 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
 def unfinished(target: Path) -> Iterator[Path]:
     """The folder beside `target` where work towards it keeps its state, inside a `with` block.
 
-    It stays where the block raises, so that the work can go on, unless it is empty, and goes where the target is written.
+    It stays where the block raises, so that the work can go on, unless it holds nothing but the settings of `claim`, and
+    goes where the target is written.
     """
     folder = target.with_name(f".{target.name}.unfinished")
     try:
         yield folder
     except BaseException:
-        with suppress(OSError):
-            folder.rmdir()
+        if folder.is_dir() and {path.name for path in folder.iterdir()} <= {SETTINGS}:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -29,7 +29,7 @@ from embtrim.compaction import Init, Verification, compact, verify
 from embtrim.config import Config, describe_errors, first_change, read_toml, to_toml
 from embtrim.dataset import EncodedDataset
 from embtrim.errors import ConfigError, DataError, EmbtrimError
-from embtrim.kernels import kernels_for
+from embtrim.kernels import kernels_name
 from embtrim.methods import method_named, method_of, search
 from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel, HyperParameters
@@ -545,7 +545,7 @@ def make_record(
     fields = [f.name for f in data.schema.id_fields]
     versions = {"embtrim": embtrim.__version__, "torch": torch.__version__, "python": platform.python_version()}
     if config.train.tables != "dense":  # whose rows no kernel of ours moves
-        versions["kernels"] = kernels_for(torch.empty(0, device=device_of(config.train))).__name__.rpartition(".")[2]
+        versions["kernels"] = kernels_name(torch.empty(0, device=device_of(config.train)))
     return RunRecord(
         variant=variant,
         method=method,

@@ -261,7 +261,7 @@ def first_units(plan: SizePlan, number: int, adds: tuple[str, ...]) -> Iterator[
     """Plans that keep a column, a row or a row's smallest size of a table that keeps nothing so far.
 
     A method that adds columns or rows adds rows where the plan has cut some. Where it has not, only the dearer of the two
-    is sure not to fit.
+    is sure not to fit. Columns alone are added to the rows that a method keeps, which may be none where it cuts rows.
     """
     t = plan.tables[number]
     alignments: list[Alignment] = [b.alignment for other in plan.tables for b in other.blocks if b.width]
@@ -278,9 +278,11 @@ def first_units(plan: SizePlan, number: int, adds: tuple[str, ...]) -> Iterator[
         "sizes": keeping(Block(1, 1, "project")),
     }
     units = set(adds)
+    cut = any(other.has_dropped and other.output_width for other in plan.tables)
     if units >= {"columns", "rows"}:
-        cut = any(other.has_dropped and other.output_width for other in plan.tables)
         units.remove("columns" if cut or larger["rows"].num_params > larger["columns"].num_params else "rows")
+    elif cut:
+        units.discard("columns")
     for unit in sorted(units):
         yield f"the first of the {unit} of {t.name}", larger[unit]
 

@@ -35,7 +35,7 @@ from embtrim.checkpoint import (
 from embtrim.config import Config
 from embtrim.dataset import Batch, EncodedDataset
 from embtrim.errors import ConfigError, DataError, EmbtrimError
-from embtrim.kernels import kernels_for
+from embtrim.kernels import kernels_name
 from embtrim.metrics import Metrics, auc_by_frequency_decile, compute_metrics
 from embtrim.models.ctr_model import CTRModel
 from embtrim.optim import RowAdagrad, RowAdam, RowSGD
@@ -247,9 +247,7 @@ def training_settings(model: CTRModel, data: EncodedDataset, config: TrainConfig
         "plan": tables.plan.digest,
         "schema": data.schema.fingerprint,
         "num_rows": {name: data.num_rows(name) for name in data.splits},
-        "kernels": kernels_for(tables.group_view(tables.groups[0])).__name__.rpartition(".")[
-            2
-        ],  # they round differently
+        "kernels": kernels_name(tables.weight),  # they round differently
     }
 
 

@@ -28,6 +28,11 @@ def kernels_for(weight: Tensor) -> ModuleType:
     return _fused() or plain
 
 
+def kernels_name(weight: Tensor) -> str:
+    """ "torch" or "fused": the kernels for tables of this weight."""
+    return kernels_for(weight).__name__.rpartition(".")[2]
+
+
 @functools.cache
 def _fused() -> ModuleType | None:
     """The fused kernels, imported at the first training step: `import embtrim` stays light."""
