@@ -26,14 +26,14 @@ import synthetic
 from embtrim.bundle import load_bundle, write_predictions
 from embtrim.config import read_toml
 from embtrim.dataset import FORMAT_VERSION, Batch, EncodedDataset, SplitArrays
-from embtrim.experiment import RunConfig
+from embtrim.experiment import RunConfig, train_full
 from embtrim.kernels import kernels_name
 from embtrim.methods.uniform import equal_widths
-from embtrim.models import DeepFM, build
+from embtrim.models import DeepFM
 from embtrim.optim import RowAdagrad, RowAdam
 from embtrim.reading import ReadOptions
 from embtrim.tables import EmbeddingTables
-from embtrim.train import evaluate, fast_matmul, fit, logloss_of_batch, make_optimizers
+from embtrim.train import fast_matmul, fit, logloss_of_batch, make_optimizers
 
 CPU = torch.device("cpu")
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -302,18 +302,14 @@ def accuracy(
     if max_rows is not None:
         splits = {n: SplitArrays(s.ids[:max_rows], s.labels[:max_rows]) for n, s in stored.splits.items()}
         stored = EncodedDataset(stored.schema, splits)
-    found = []
-    for seed in range(seeds):
-        model = build(config.model, stored.schema, **{**config.hparams, "seed": seed})
-        fitted = fit(model, stored, train.replace(seed=seed))
-        found.append((evaluate(model, stored, "test", train), fitted))
+    records = [train_full(stored, config.replace(train=train), seed).record for seed in range(seeds)]
     return {
-        "auc": [metrics.auc for metrics, _ in found],
-        "logloss": [metrics.logloss for metrics, _ in found],
-        "epochs": [len(fitted.history) for _, fitted in found],
+        "auc": [record.test["auc"] for record in records],
+        "logloss": [record.test["logloss"] for record in records],
+        "epochs": [record.epochs for record in records],
         "max_epochs": train.epochs,
-        "rows_per_s": statistics.median(fitted.rows_per_second for _, fitted in found),
-        "precision": found[0][1].precision,
+        "rows_per_s": statistics.median(record.rows_per_second for record in records),
+        "precision": records[0].precision,
         "kernels": used,
     }
 

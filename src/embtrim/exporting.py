@@ -116,11 +116,13 @@ def export(
     write = partial(write_onnx, external_data=True) if external_data else FORMATS[format]
     with write_folder(out, what="export") as folder:
         write(served, folder)
-        sizes = table_sizes(model, format) if isinstance(model, CTRModel) else module_sizes(model)
-        model_bytes = folder_bytes(folder)
-        more_bytes = sizes["full_table_bytes"] - sizes["table_bytes"]
         if isinstance(model, CTRModel):
-            more_bytes += network_bytes(full_network(model)) - network_bytes(model)
+            sizes = table_sizes(model, format)
+            more_bytes = network_bytes(full_network(model)) - network_bytes(model)
+        else:
+            sizes, more_bytes = module_sizes(model), 0
+        more_bytes += sizes["full_table_bytes"] - sizes["table_bytes"]
+        model_bytes = folder_bytes(folder)
         manifest |= {**sizes, "model_bytes": model_bytes, "full_model_bytes": model_bytes + more_bytes}
         if encoder is not None:
             encoder.save(folder / "encoder")
@@ -616,7 +618,7 @@ def torchrec_weights(model: CTRModel) -> dict[str, dict[str, Tensor]]:
 def fill_up(rows_NW: Tensor) -> Tensor:
     """A copy of rows with zeros up to the padded width."""
     width = rows_NW.shape[1]
-    return nn.functional.pad(rows_NW.detach(), (0, padded_width(width) - width)).clone()
+    return nn.functional.pad(rows_NW.detach(), (0, padded_width(width) - width))
 
 
 FORMATS: dict[str, Callable[[Served, Path], None]] = {

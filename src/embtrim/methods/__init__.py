@@ -76,14 +76,14 @@ def search(
         log.info("embeddings of %s:\n  %s", type(task.model).__name__, "\n  ".join(lines))
     if not full.num_full_params:
         raise EmbtrimError(f"{type(task.model).__name__} has no embedding tables to shrink, only first-order weights")
-    method_of(config)  # refuses other settings
+    method = method_of(config)
     with weights_kept(task.model):
         if all(isinstance(site, ModuleSite) for site in task.sites(task.model)):
             check_compactable(task)
         if bits != 32 or target == "fbgemm":
             plan = _search_stored(task, config, budget, seed, bits, target)
         else:
-            plan = method_of(config).search(task, config, budget, seed)
+            plan = method.search(task, config, budget, seed)
             assert plan.num_params <= plan.max_params(budget), "a search exceeded its budget"
     return plan if target == "torch" else plan.made_by(plan.method, {**plan.details, "target": target})
 
