@@ -23,7 +23,7 @@ from embtrim.sites import CTRTask
 LOAD = """
 import sys
 from embtrim.bundle import load_bundle
-from embtrim.experiment import peak_memory
+from embtrim.memory import peak_memory
 with peak_memory(0.002) as peak:
     bundle = load_bundle(sys.argv[1]) if len(sys.argv) > 1 else None
 print(peak.bytes)

@@ -28,6 +28,7 @@ from embtrim.config import read_toml
 from embtrim.dataset import FORMAT_VERSION, Batch, EncodedDataset, SplitArrays
 from embtrim.experiment import RunConfig, train_full
 from embtrim.kernels import kernels_name
+from embtrim.memory import freed_pages_kept
 from embtrim.methods.uniform import equal_widths
 from embtrim.models import DeepFM
 from embtrim.optim import RowAdagrad, RowAdam
@@ -103,7 +104,7 @@ def train(
     model = deepfm(source, layout)
     widths = [len(table.columns) for table in model.tables.plan.tables]
     result["table_bytes"] = synthetic.step_bytes(source, batch_size, widths)
-    with fast_matmul(precision, measure.device) as (autocast, words):
+    with fast_matmul(precision, measure.device) as (autocast, words), freed_pages_kept():
         step = make_step(model, autocast, config)
         batches = make_batches(source, batch_size, warmup + steps)
         return {**result, **measure.time_steps(step, batches, warmup), "precision": words}
@@ -119,7 +120,7 @@ def profile(
     """
     result: dict[str, Any] = {"kernels": use_kernels(kernels)}
     batches = make_batches(source, batch_size, warmup + steps)
-    with fast_matmul("auto", measure.device) as (autocast, result["precision"]):
+    with fast_matmul("auto", measure.device) as (autocast, result["precision"]), freed_pages_kept():
         step = make_step(deepfm(source, layout), autocast, embtrim.TrainConfig())
         for batch in batches[:warmup]:
             step(batch)
@@ -186,7 +187,8 @@ def embedding(
         times.append(measure.now())
         return None, tuple(times)
 
-    return {**result, **measure.time_steps(step, make_batches(source, batch_size, warmup + steps), warmup)}
+    with freed_pages_kept():
+        return {**result, **measure.time_steps(step, make_batches(source, batch_size, warmup + steps), warmup)}
 
 
 def predict(source: int | str, layout: str, batch_sizes: list[int], seconds: float) -> dict[str, Any]:

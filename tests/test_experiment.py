@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
+import subprocess
+import sys
 
 import numpy as np
 import polars as pl
@@ -13,7 +16,8 @@ from embtrim import experiment
 from embtrim.bundle import load_bundle
 from embtrim.compaction import verify
 from embtrim.errors import ConfigError, DataError, EmbtrimError
-from embtrim.experiment import RunConfig, RunRecord, dry_run, peak_memory, run, shrink, smallest_within, train_full
+from embtrim.experiment import RunConfig, RunRecord, dry_run, run, shrink, smallest_within, train_full
+from embtrim.memory import peak_memory
 from embtrim.plan import SizePlan
 from embtrim.testing import planted_data
 from embtrim.train import TrainConfig
@@ -132,6 +136,32 @@ def test_peak_memory_sees_an_allocation():
         block = np.ones(400_000_000, np.uint8)
         block += 1
     assert peak.bytes - before.bytes > 250_000_000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_a_training_takes_its_pages_once():
+    """In processes of their own: what other tests have freed decides what glibc does here."""
+    code = """
+import resource, sys
+from contextlib import nullcontext
+import embtrim
+from embtrim import train
+from embtrim.testing import planted_data
+if sys.argv[1] == "given back":
+    train.freed_pages_kept = nullcontext
+data = planted_data(num_rows=20_000)
+model = embtrim.models.DeepFM(data.schema, embedding_dim=64, hidden_units=(400, 400))
+faults = []
+def note(step):
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+embtrim.fit(model, data, epochs=4, batch_size=4096, hooks=train.Hooks(on_step=note))
+print(faults[-1] - faults[3])
+"""
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("kept", "given back")
+    )
+    assert kept < given_back / 2
 
 
 def test_search_memory_is_what_the_search_alone_needs(data, monkeypatch):

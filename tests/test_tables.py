@@ -178,6 +178,44 @@ def test_every_path_equals_the_naive_lookup(case):
             np.testing.assert_allclose(views.first_order.detach(), first_order, atol=1e-10, err_msg=name)
 
 
+def fm_and_gradients(tables: EmbeddingTables, ids: Tensor) -> list[Tensor]:
+    """The FM term of a batch, and the gradients of all parameters under a slope for each sample."""
+    tables.zero_grad(set_to_none=True)
+    fm_B = tables(ids).fm()
+    if fm_B.requires_grad:
+        (fm_B * torch.linspace(-1, 2, len(fm_B), dtype=fm_B.dtype)).sum().backward()
+    grads = [torch.zeros(0) if p.grad is None else p.grad.clone() for p in tables.parameters()]
+    return [fm_B.detach(), *grads]
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_fm_and_its_gradient_by_hand_are_those_of_autograd(case):
+    tables, ids = case
+    by_hand = fm_and_gradients(tables, ids)
+    with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
+        by_autograd = fm_and_gradients(tables, ids)
+    for found, wanted in zip(by_hand, by_autograd, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("align", ["full", "scatter", "project"])
+def test_fm_under_autocast_stays_near_that_in_fp32(align):
+    schema = Schema.from_sizes([20, 30, 10])
+    plan = SizePlan.full(schema, width=6)
+    if align != "full":
+        plan = plan.with_columns({"f0": [0, 2, 5], "f1": [1, 2], "f2": range(6)}, align)
+    tables = EmbeddingTables(schema, plan, init_std=1.0, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 10, (64, 3), generator=torch.Generator().manual_seed(1))
+    exact = fm_and_gradients(tables, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fm_and_gradients(tables, ids)
+    for value, wanted in zip(found, exact, strict=True):
+        assert value.dtype == torch.float32
+        # Eight bits of mantissa; differences of large numbers lose some of them.
+        assert (value - wanted).abs().max() <= 0.05 * wanted.abs().max()
+
+
 @settings(max_examples=100, deadline=None)
 @given(cases())
 def test_gradients_of_the_attached_path_are_those_of_dense_autograd(case):

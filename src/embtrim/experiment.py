@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import logging
 import os
 import platform
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -30,6 +27,7 @@ from embtrim.config import Config, describe_errors, first_change, read_toml, to_
 from embtrim.dataset import EncodedDataset
 from embtrim.errors import ConfigError, DataError, EmbtrimError
 from embtrim.kernels import kernels_name
+from embtrim.memory import peak_memory
 from embtrim.methods import method_named, method_of, search
 from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel, HyperParameters
@@ -667,60 +665,6 @@ def seconds_per_step(model: CTRModel, data: EncodedDataset, train: TrainConfig) 
         seconds.append(time.perf_counter() - started)
     timed = sorted(seconds[1:] or seconds)
     return timed[len(timed) // 2]
-
-
-class _Peak:
-    """Anonymous memory in bytes at the start and at its highest; None where the system does not tell."""
-
-    def __init__(self) -> None:
-        self.start = self.bytes = anonymous_memory()
-
-    @property
-    def above_start(self) -> int | None:
-        return None if self.bytes is None or self.start is None else self.bytes - self.start
-
-    def look(self) -> None:
-        now = anonymous_memory()
-        if now is not None:
-            self.bytes = max(self.bytes or 0, now)
-
-
-@contextmanager
-def peak_memory(interval: float = 0.02) -> Iterator[_Peak]:
-    """Peak anonymous memory of this process inside a `with` block, sampled; memory-mapped data do not count."""
-    release_free_memory()
-    peak, done = _Peak(), threading.Event()
-
-    def sample() -> None:
-        while not done.wait(interval):
-            peak.look()
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
-        peak.look()
-
-
-def release_free_memory() -> None:
-    """Give the system back what is free, where the C library can: else what a block measures holds earlier leavings."""
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def anonymous_memory() -> int | None:
-    """Anonymous resident memory of this process in bytes, or None where the system does not tell."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        return None
-    return None
 
 
 def processor_name() -> str:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from embtrim.errors import EmbtrimError, PlanError
 from embtrim.kernels import Expand, kernels_for
+from embtrim.kernels.fm import FMTerm
 from embtrim.kernels.torch import Expansion
 from embtrim.packing import PackedRows
 from embtrim.plan import SizePlan, projects
@@ -121,15 +122,18 @@ class EmbeddingViews:
         G = blockdiag(P_f P_f^T).
         """
         tables, concat = self.tables, self.concat
-        if tables.is_equal_width:
+        projection_SD = None if tables.is_equal_width else tables.projection_SD()
+        gram_PP = tables.gram_PP() if tables.has_projections else None
+        # What is exported, compiled or needs no gradient is left to torch, operator by operator.
+        if torch.is_grad_enabled() and concat.requires_grad and not torch.compiler.is_compiling():
+            projected = None if gram_PP is None or len(gram_PP) == concat.shape[1] else tables.projected_outputs
+            return FMTerm.apply(concat, tables.num_fields, projection_SD, projected, gram_PP)
+        if projection_SD is None:
             sum_BD = concat.view(concat.shape[0], tables.num_fields, tables.width).sum(1)
         else:
-            sum_BD = concat @ tables.projection_SD()
-        if not tables.has_projections:
+            sum_BD = concat @ projection_SD
+        if gram_PP is None:
             return 0.5 * ((sum_BD * sum_BD).sum(1) - (concat * concat).sum(1))
-        own_PD = tables.own_projection_PD()
-        same_field_PP = tables._same_field_PP() if tables.same_field_PP is None else tables.same_field_PP
-        gram_PP = (own_PD @ own_PD.T) * same_field_PP.to(own_PD.dtype)
         projected_BP = concat.index_select(1, tables.projected_outputs)
         plain_BS = concat.index_select(1, tables.plain_outputs)
         squares_B = (plain_BS * plain_BS).sum(1) + ((projected_BP @ gram_PP) * projected_BP).sum(1)
@@ -834,6 +838,12 @@ class EmbeddingTables(nn.Module):
         if not self.has_projections:
             return fixed_SD
         return fixed_SD.index_copy(0, self.projected_outputs.long(), self.own_projection_PD().to(fixed_SD.dtype))
+
+    def gram_PP(self) -> Tensor:
+        """(P, P) blockdiag(P_f P_f^T) over the projected outputs."""
+        own_PD = self.own_projection_PD()
+        same_field_PP = self._same_field_PP() if self.same_field_PP is None else self.same_field_PP
+        return (own_PD @ own_PD.T) * same_field_PP.to(own_PD.dtype)
 
     def _scatter_SD(self) -> Tensor:
         """(S, D) of 0 and 1: the column of the full width that each output stands for."""

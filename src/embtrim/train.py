@@ -36,6 +36,7 @@ from embtrim.config import Config
 from embtrim.dataset import Batch, EncodedDataset
 from embtrim.errors import ConfigError, DataError, EmbtrimError
 from embtrim.kernels import kernels_name
+from embtrim.memory import freed_pages_kept
 from embtrim.metrics import Metrics, auc_by_frequency_decile, compute_metrics
 from embtrim.models.ctr_model import CTRModel
 from embtrim.optim import RowAdagrad, RowAdam, RowSGD
@@ -307,7 +308,11 @@ def train_loop(
     device = next(iter(model.parameters())).device
     forked = [device] if device.type == "cuda" else []
     saved = None if checkpoint is None else checkpoint.load()
-    with fast_matmul(config.precision, device) as (autocast, result.precision), torch.random.fork_rng(forked):
+    with (
+        fast_matmul(config.precision, device) as (autocast, result.precision),
+        freed_pages_kept(),
+        torch.random.fork_rng(forked),
+    ):
         torch.manual_seed(config.seed)
         epoch_random = random_states(device)  # a loader may draw the order of its batches from these
         if saved is not None:

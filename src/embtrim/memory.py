@@ -1,0 +1,92 @@
+"""Memory of this process: its peak inside a block, and what is freed inside a training, kept for the next step."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+# Parameters of glibc's mallopt (malloc.h), and the largest threshold for blocks with pages of their own that it takes.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_LARGEST_BLOCK = 32 << 20
+_WITHOUT_END = 2**31 - 1
+
+
+@contextmanager
+def freed_pages_kept() -> Iterator[None]:
+    """Inside a `with` block the C library keeps freed memory for the next allocation, if it is glibc.
+
+    Each training step allocates and frees the same tens of megabytes. glibc gives most of them back to the system, and the
+    next step pays for fresh pages: 3,500 to 6,600 page faults in a step of a DeepFM (MLP 3x400, batch 4096), a tenth to a
+    third of its time. Afterwards the thresholds are those that glibc arrives at by itself in a process that has freed
+    blocks of 32 MB, and free memory is given back.
+    """
+    _c_library("mallopt", _TRIM_THRESHOLD, _WITHOUT_END)
+    _c_library("mallopt", _MMAP_THRESHOLD, _LARGEST_BLOCK)
+    try:
+        yield
+    finally:
+        _c_library("mallopt", _TRIM_THRESHOLD, 2 * _LARGEST_BLOCK)
+        _c_library("malloc_trim", 0)
+
+
+def _c_library(function: str, *arguments: int) -> None:
+    """Call a function of the C library, if it is glibc."""
+    with suppress(OSError, AttributeError, TypeError):
+        getattr(ctypes.CDLL(None), function)(*arguments)
+
+
+class _Peak:
+    """Anonymous memory in bytes at the start and at its highest; None where the system does not tell."""
+
+    def __init__(self) -> None:
+        self.start = self.bytes = anonymous_memory()
+
+    @property
+    def above_start(self) -> int | None:
+        return None if self.bytes is None or self.start is None else self.bytes - self.start
+
+    def look(self) -> None:
+        now = anonymous_memory()
+        if now is not None:
+            self.bytes = max(self.bytes or 0, now)
+
+
+@contextmanager
+def peak_memory(interval: float = 0.02) -> Iterator[_Peak]:
+    """Peak anonymous memory of this process inside a `with` block, sampled; memory-mapped data do not count."""
+    release_free_memory()
+    peak, done = _Peak(), threading.Event()
+
+    def sample() -> None:
+        while not done.wait(interval):
+            peak.look()
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+        peak.look()
+
+
+def anonymous_memory() -> int | None:
+    """Anonymous resident memory of this process in bytes, or None where the system does not tell."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        return None
+    return None
+
+
+def release_free_memory() -> None:
+    """Give the system back what is free, where the C library can: else what a block measures holds earlier leavings."""
+    gc.collect()
+    _c_library("malloc_trim", 0)
