@@ -102,7 +102,7 @@ class MLP(nn.Sequential):
             layers.append(linear(width, units, generator))
             if batch_norm:
                 layers.append(BatchNorm(units))
-            layers.append(nn.ReLU())
+            layers.append(nn.ReLU(inplace=True))  # nothing else reads what Linear and BatchNorm give
             if dropout:
                 layers.append(Dropout(dropout))
             width = units
