@@ -171,6 +171,8 @@ def describe_machine(load: float, peers_python: Path | None, device: torch.devic
         "GOMP_SPINCOUNT",
         "LD_PRELOAD",
         "MALLOC_ARENA_MAX",
+        "MALLOC_TRIM_THRESHOLD_",
+        "MALLOC_MMAP_THRESHOLD_",
     )
     versions = {"embtrim": embtrim.__version__, "torch": torch.__version__, "python": platform.python_version()}
     return {
