@@ -26,7 +26,6 @@ from embtrim.compaction import Init, Verification, compact, verify
 from embtrim.config import Config, describe_errors, first_change, read_toml, to_toml
 from embtrim.dataset import EncodedDataset
 from embtrim.errors import ConfigError, DataError, EmbtrimError
-from embtrim.kernels import kernels_name
 from embtrim.memory import peak_memory
 from embtrim.methods import method_named, method_of, search
 from embtrim.models import build
@@ -40,6 +39,7 @@ from embtrim.train import (
     device_of,
     evaluate,
     fit,
+    kernels_used,
     logloss_of_batch,
     make_optimizers,
     training_settings,
@@ -542,8 +542,9 @@ def make_record(
     plan = model.tables.plan
     fields = [f.name for f in data.schema.id_fields]
     versions = {"embtrim": embtrim.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    if config.train.tables != "dense":  # whose rows no kernel of ours moves
-        versions["kernels"] = kernels_name(torch.empty(0, device=device_of(config.train)))
+    kernels = kernels_used(model.tables, config.train)
+    if kernels is not None:
+        versions["kernels"] = kernels
     return RunRecord(
         variant=variant,
         method=method,

@@ -41,6 +41,7 @@ from embtrim.metrics import Metrics, auc_by_frequency_decile, compute_metrics
 from embtrim.models.ctr_model import CTRModel
 from embtrim.optim import RowAdagrad, RowAdam, RowSGD
 from embtrim.progress import progress_bar
+from embtrim.tables import EmbeddingTables
 
 log = logging.getLogger(__name__)
 
@@ -248,8 +249,15 @@ def training_settings(model: CTRModel, data: EncodedDataset, config: TrainConfig
         "plan": tables.plan.digest,
         "schema": data.schema.fingerprint,
         "num_rows": {name: data.num_rows(name) for name in data.splits},
-        "kernels": kernels_name(tables.weight),  # they round differently
+        "kernels": kernels_used(tables, config),  # they round differently
     }
+
+
+def kernels_used(tables: EmbeddingTables, config: TrainConfig) -> str | None:
+    """ "torch" or "fused": the kernels that a training goes through; None where torch's own dense gradients serve."""
+    if config.tables == "dense" and not tables.mixed_fields:
+        return None
+    return kernels_name(torch.empty(0, device=device_of(config)))
 
 
 @dataclass
