@@ -190,14 +190,16 @@ def describe_machine(load: float, peers_python: Path | None, device: torch.devic
 
 
 def commit() -> str:
-    """The commit of the working tree, "modified" if it differs; results of this suite aside."""
+    """The commit of the working tree, with a digest of what differs from it; results of this suite aside."""
     git = ["git", "-C", str(HERE.parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    differs = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results"]).returncode
-    return head.stdout.strip() + (" modified" if differs else "")
+    changes = subprocess.run(
+        [*git, "diff", "HEAD", "--", ".", ":(exclude)benchmarks/results"], capture_output=True
+    ).stdout
+    return head.stdout.strip() + (f" modified {hashlib.sha256(changes).hexdigest()[:8]}" if changes else "")
 
 
 def peer_versions(python: Path | None) -> dict[str, str]:

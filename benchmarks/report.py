@@ -234,7 +234,7 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
         found.append(
             f"OMP_WAIT_POLICY was {machine['env']['OMP_WAIT_POLICY']}, which slows contenders unequally; unset it."
         )
-    if machine["commit"].endswith("modified"):
+    if "modified" in machine["commit"]:
         found.append("The working tree was modified.")
     repeats = settings["repeats"]
     counts = Counter(run["key"] for run in results["runs"] if "error" not in run)

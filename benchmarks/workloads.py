@@ -168,6 +168,10 @@ def _train(scale: Scale, precisions: Mapping[str, Mapping[str, Any]]) -> list[Jo
             peer("FBGEMM mixed widths auto", "fbgemm", layout="mixed", **precisions["auto"]),
             peer("nn.Embedding sparse, SparseAdam", "one_table", optimizer="sparse", own=True),
         ]
+        found += [
+            peer("torchrec width 16 fp32", "torchrec", **precisions["fp32"]),
+            peer("torchrec width 16 auto", "torchrec", **precisions["auto"]),
+        ]
         if name == "large":  # dense optimisers would need 13 GB and more, and seconds a step
             continue
         found += [
@@ -176,8 +180,6 @@ def _train(scale: Scale, precisions: Mapping[str, Mapping[str, Any]]) -> list[Jo
             peer("FuxiCTR DeepFM as shipped", "fuxictr"),
             peer("nn.Embedding, dense Adam", "one_table", optimizer="dense", own=True),
             peer("nn.Embedding, fused Adam", "one_table", optimizer="fused", own=True),
-            peer("torchrec width 16 fp32", "torchrec", **precisions["fp32"]),
-            peer("torchrec width 16 auto", "torchrec", **precisions["auto"]),
         ]
     return found
 

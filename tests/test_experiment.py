@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 import embtrim
-from embtrim import experiment
+from embtrim import experiment, memory
 from embtrim.bundle import load_bundle
 from embtrim.compaction import verify
 from embtrim.errors import ConfigError, DataError, EmbtrimError
@@ -163,6 +163,24 @@ print(faults[-1] - faults[11])  # three epochs, once the process has what it nee
         for how in ("kept", "given back")
     )
     assert kept < given_back / 2
+
+
+def test_thresholds_are_put_back_after_the_last_of_several_trainings(monkeypatch):
+    called = []
+    monkeypatch.setattr(memory, "_c_library", lambda *arguments: called.append(arguments))
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    with memory.freed_pages_kept():
+        with pytest.raises(KeyError), memory.freed_pages_kept():
+            raise KeyError
+        assert ("malloc_trim", 0) not in called
+        before = len(called)
+    assert called[before:] == [("mallopt", -1, 64 << 20), ("malloc_trim", 0)]
+    called.clear()
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")  # somebody's own choice
+    with memory.freed_pages_kept():
+        pass
+    assert called == []
 
 
 def test_search_memory_is_what_the_search_alone_needs(data, monkeypatch):

@@ -16,6 +16,7 @@ import embtrim.testing
 from embtrim.budget import Budget
 from embtrim.compaction import compact
 from embtrim.config import Config
+from embtrim.dataset import Batch
 from embtrim.errors import BudgetError, ConfigError, EmbtrimError
 from embtrim.methods import (
     METHODS,
@@ -40,7 +41,7 @@ from embtrim.methods.sseds import slot_gradients
 from embtrim.models import FNN, LR, DeepFM
 from embtrim.plan import Block, SizePlan
 from embtrim.schema import Schema
-from embtrim.sites import CTRTask, Task, find_sites, gate_sites, num_slots
+from embtrim.sites import CTRTask, Task, find_sites, gate_sites, loss_weight, num_slots
 from embtrim.testing import (
     CHECKS,
     KEEPS_NOISE,
@@ -65,7 +66,7 @@ CONFIGS = {
     "guided": GuidedConfig(trial_steps=4),
     "optembed": OptEmbedConfig(epochs=2, generations=3),
     "sseds-signed": SSEDSConfig(score="signed", data="valid", batches=0, cost_aware=True),
-    "sseds-pretrain": SSEDSConfig(pretrain="epochs:1", align="project", average="abs", batches=2),
+    "sseds-pretrain": SSEDSConfig(pretrain="epochs:1", align="project", score="abs", average="abs", batches=2),
     "uniform-project": UniformConfig(align="project"),
     "guided-project": GuidedConfig(trial_steps=4, align="project"),
     "random-project": RandomConfig(align="project"),
@@ -98,7 +99,7 @@ class TestTheChecksCanFail:
         class BrokenConfig(Config):
             fault: str
 
-        @register("broken", BrokenConfig, needs="nothing")
+        @register("broken", BrokenConfig, needs="nothing")  # it adds columns
         def search_broken(task: Task, config: BrokenConfig, budget: Budget, seed: int) -> SizePlan:
             full = task.full_plan()
             first = full.tables[0].name
@@ -124,6 +125,7 @@ class TestTheChecksCanFail:
             ("global generator", "same seed, same plan"),
             ("over budget", "budget holds and is full"),
             ("one column only", "budget holds and is full"),
+            ("one column only", "keep-all is the identity"),
             ("not JSON", "plan round-trips"),
             ("moves", "only declared parameters move"),
             ("reads", "only declared parameters move"),
@@ -195,6 +197,46 @@ def test_sseds_gradient_equals_autograd_of_an_explicit_mask():
     expected = (emb.grad * emb).sum(0).detach().numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-9)
     assert np.abs(found).max() > 0
+
+
+def test_sseds_counts_a_small_last_batch_by_its_rows():
+    """The gradient of all batches is that of one batch that holds all rows."""
+    data = planted_data(num_rows=400, noise_vocab=50)
+    model = FNN(data.schema, embedding_dim=3, hidden_units=(4,), init_std=0.5)
+    num_rows = data.num_rows("valid")
+    assert num_rows % 32
+    in_parts, at_once = (
+        slot_gradients(task, model, SSEDSConfig(), seed=0)
+        for task in (CTRTask(model, data, TrainConfig(batch_size=size)) for size in (32, num_rows))
+    )
+    np.testing.assert_allclose(in_parts, at_once, rtol=1e-4, atol=1e-9)
+
+
+def test_sseds_refuses_to_rank_by_signs_that_it_does_not_have():
+    with pytest.raises(ConfigError, match="average = 'abs' leaves no signs"):
+        SSEDSConfig.parse({"average": "abs"}, where="search")
+
+
+@pytest.mark.parametrize(("batch", "rows"), [
+    (torch.zeros(7, 2), 7), ((torch.zeros(5), torch.zeros(9)), 5), ({"x": [torch.zeros(3, 1)]}, 3),
+    (Batch(torch.zeros(4, 1, dtype=torch.int32), torch.zeros(4)), 4),
+    (Batch(torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2), weights_B=torch.tensor([0.5, 2.0])), 2.5),
+    (torch.tensor(1.0), 1), (("a", "bc"), 1), ((), 1),
+])  # fmt: skip
+def test_weight_of_a_batch_among_others(batch, rows):
+    assert loss_weight(batch) == rows
+
+
+@pytest.mark.parametrize("config", [FrequencyConfig(), MagnitudeConfig(unit="rows"), PMEConfig(), UniformConfig()])
+def test_bytes_of_first_order_weights_that_go_buy_rows(config: Config):
+    """A budget below what the first-order weights of all rows take: 253 of them, 1,012 bytes."""
+    task = zoo_task()
+    full, budget = task.full_plan(), Budget.parse("900 bytes")
+    assert full.num_first_order_bytes > 900
+    plan = search(task, config, budget)
+    assert 0.9 * 900 < plan.num_bytes() <= 900
+    with pytest.raises(BudgetError, match="first-order weights alone"):
+        search(task, config, "8 bytes")
 
 
 def test_shared_table_is_one_slot_for_both_fields():

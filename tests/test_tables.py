@@ -210,10 +210,13 @@ def test_fm_under_autocast_stays_near_that_in_fp32(align):
     exact = fm_and_gradients(tables, ids)
     with torch.autocast("cpu", torch.bfloat16):
         found = fm_and_gradients(tables, ids)
-    for value, wanted in zip(found, exact, strict=True):
+        in_double = fm_and_gradients(copy.deepcopy(tables).double(), ids)
+    for value, wanted, double in zip(found, exact, in_double, strict=True):
         assert value.dtype == torch.float32
         # Eight bits of mantissa; differences of large numbers lose some of them.
         assert (value - wanted).abs().max() <= 0.05 * wanted.abs().max()
+        assert double.dtype == torch.float64  # which autocast leaves alone
+        torch.testing.assert_close(double.float(), wanted, atol=1e-4, rtol=1e-4)
 
 
 @settings(max_examples=100, deadline=None)

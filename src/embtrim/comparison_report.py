@@ -160,6 +160,11 @@ def auc_of(record: RunRecord) -> float | None:
     return record.test.get("auc")
 
 
+def rarest_auc_of(record: RunRecord) -> float | None:
+    """Test AUC of the tenth of the rows whose rarest value is rarest in training; None where it was not taken."""
+    return next((auc for decile, _, _, auc in record.test.get("auc_by_decile") or () if decile == 1), None)
+
+
 def logloss_of(record: RunRecord) -> float | None:
     """Test logloss, None where there is no test split."""
     return record.test.get("logloss")
@@ -206,7 +211,9 @@ def sheets(records: Sequence[RunRecord], skipped: Sequence[Skipped] = ()) -> lis
 
 
 def _results(name: str, found: Sequence[Entry]) -> Sheet:
-    header = ("budget", "label", "test AUC", "logloss", "embedding params", "table bytes", "search, epochs", "seeds")
+    header = (
+        "budget", "label", "test AUC", "rarest tenth", "logloss", "embedding params", "table bytes", "search, epochs", "seeds",
+    )  # fmt: skip
     rows = []
     for group in groups(found):
         record = group[0].record
@@ -215,6 +222,7 @@ def _results(name: str, found: Sequence[Entry]) -> Sheet:
                 record.budget or "",
                 record.variant if record.variant == FULL else group[0].label,
                 format_values([auc_of(e.record) for e in group]),
+                format_values([rarest_auc_of(e.record) for e in group]),
                 format_values([logloss_of(e.record) for e in group]),
                 format_count(mean_of(group, lambda r: r.num_params)),
                 format_bytes(mean_of(group, lambda r: r.table_bytes)),
@@ -222,7 +230,10 @@ def _results(name: str, found: Sequence[Entry]) -> Sheet:
                 str(len(group)),
             ]
         )
-    note = "Mean ± sample standard deviation over seeds; search in training epochs of the full model."
+    note = (
+        "Mean ± sample standard deviation over seeds; the rarest tenth is the AUC of those test rows whose rarest value is "
+        "rarest in training; search in training epochs of the full model."
+    )
     return Sheet(f"Results: {name}", note, header, rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,8 @@ from pathlib import Path
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST_BLOCK = 32 << 20
 _WITHOUT_END = 2**31 - 1
+_OWN_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+_lock, _num_keeping = threading.Lock(), 0
 
 
 @contextmanager
@@ -21,16 +24,26 @@ def freed_pages_kept() -> Iterator[None]:
 
     Each training step allocates and frees the same tens of megabytes. glibc gives most of them back to the system, and the
     next step pays for fresh pages: 3,500 to 6,600 page faults in a step of a DeepFM (MLP 3x400, batch 4096), a tenth to a
-    third of its time. Afterwards the thresholds are those that glibc arrives at by itself in a process that has freed
-    blocks of 32 MB, and free memory is given back.
+    third of its time. After the last of several such blocks, of any thread, the thresholds are those that glibc arrives at
+    by itself in a process that has freed blocks of 32 MB, and free memory is given back. Whoever has set a threshold in the
+    environment (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_) keeps it.
     """
-    _c_library("mallopt", _TRIM_THRESHOLD, _WITHOUT_END)
-    _c_library("mallopt", _MMAP_THRESHOLD, _LARGEST_BLOCK)
+    global _num_keeping
+    if any(name in os.environ for name in _OWN_SETTINGS):
+        yield
+        return
+    with _lock:
+        _num_keeping += 1
+        _c_library("mallopt", _TRIM_THRESHOLD, _WITHOUT_END)
+        _c_library("mallopt", _MMAP_THRESHOLD, _LARGEST_BLOCK)
     try:
         yield
     finally:
-        _c_library("mallopt", _TRIM_THRESHOLD, 2 * _LARGEST_BLOCK)
-        _c_library("malloc_trim", 0)
+        with _lock:
+            _num_keeping -= 1
+            if not _num_keeping:
+                _c_library("mallopt", _TRIM_THRESHOLD, 2 * _LARGEST_BLOCK)
+                _c_library("malloc_trim", 0)
 
 
 def _c_library(function: str, *arguments: int) -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from embtrim.checkpoint import Checkpoint, CheckpointFolder
-from embtrim.dataset import EncodedDataset, SplitArrays
+from embtrim.dataset import Batch, EncodedDataset, SplitArrays
 from embtrim.errors import EmbtrimError
 from embtrim.metrics import compute_metrics
 from embtrim.models.ctr_model import CTRModel
@@ -547,8 +547,10 @@ class Task:
         model.eval()
         if self.score is not None:
             return float(self.score(model))
-        losses = [float(self.loss(model, batch)) for batch in self.batches("valid")]
-        return -sum(losses) / max(1, len(losses))
+        total = rows = 0.0
+        for batch in self.batches("valid"):
+            total, rows = total + loss_weight(batch) * float(self.loss(model, batch)), rows + loss_weight(batch)
+        return -total / max(1.0, rows)
 
     @torch.no_grad()
     def gated_scores(self, model: nn.Module, gates: Sequence[Sequence[SlotGate]], max_rows: int = 0) -> list[float]:
@@ -569,13 +571,13 @@ class Task:
                 with gate_sites(sites, gating):
                     scores.append(float(self.score(model)))
             return scores
-        totals, num_batches = [0.0] * len(gates), 0
+        totals, rows = [0.0] * len(gates), 0.0
         for batch in self.batches("valid"):
-            num_batches += 1
+            rows += loss_weight(batch)
             for number, gating in enumerate(gates):
                 with gate_sites(sites, gating):
-                    totals[number] -= float(self.loss(model, batch))
-        return [total / max(1, num_batches) for total in totals]
+                    totals[number] -= loss_weight(batch) * float(self.loss(model, batch))
+        return [total / max(1.0, rows) for total in totals]
 
     def row_counts(self) -> dict[str, np.ndarray]:
         """Occurrences of each row in the training data, int64 (V,) by table; one forward pass over the batches."""
@@ -610,6 +612,19 @@ class Task:
             for site, total_V in zip(sites, totals, strict=True)
             for name, part in zip(site.names, np.split(total_V, np.cumsum(site.num_rows)[:-1]), strict=True)
         }
+
+
+def loss_weight(batch: Any) -> float:
+    """What the mean loss of a batch counts among those of others: its rows, or the sum of their sample weights.
+
+    Of a batch of a loader's own making the rows are those of the first tensor in it; 1 if there is none.
+    """
+    if isinstance(batch, Batch):
+        return float(len(batch) if batch.weights_B is None else batch.weights_B.sum())
+    if isinstance(batch, Tensor):
+        return float(len(batch)) if batch.ndim else 1.0
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    return next((loss_weight(part) for part in parts), 1.0)
 
 
 def takes_seed(fresh: Callable[..., nn.Module]) -> bool:

@@ -29,6 +29,7 @@ from embtrim.config import Config
 from embtrim.dataset import EncodedDataset, SplitArrays
 from embtrim.errors import BudgetError
 from embtrim.methods import METHODS, MagnitudeConfig, SSEDSConfig, method_of, search
+from embtrim.methods.selection import full_limit
 from embtrim.models import FNN, DeepFM
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan import Alignment, Block, SizePlan, TablePlan
@@ -36,7 +37,7 @@ from embtrim.schema import PAD, FieldSpec, Schema
 from embtrim.sites import CTRTask, Fields, Task
 from embtrim.train import TrainConfig, fit
 
-BUDGETS = ("80%", "30%", "12%", "500 params")
+BUDGETS = ("80%", "30%", "12%", "500 params", "2500 bytes")
 
 
 # ---- toy tasks ---------------------------------------------------------------------------------------------------------
@@ -219,13 +220,18 @@ def check_budget(task: Task, config: Config) -> None:
         except BudgetError:
             assert getattr(config, "min_dim", 0), f"{budget} was refused"
             continue
-        limit = plan.max_params(Budget.parse(budget))
-        assert plan.num_params <= limit, f"{plan.num_params:,} parameters, {budget} allows {limit:,}"
-        natural = plan.details.get("natural_params")
-        if natural is not None and natural <= limit:
-            continue  # the method wants no more than this
-        for unit, larger in one_unit_larger(plan, method_of(config).adds):
-            assert larger.num_params > limit, f"{budget}: {unit} would still fit"
+        check_filled(plan, config, Budget.parse(budget))
+
+
+def check_filled(plan: SizePlan, config: Config, budget: Budget) -> None:
+    """A plan does not exceed its budget, and no further unit that the method may add still fits."""
+    limit = plan.max_params(budget)
+    assert plan.num_params <= limit, f"{plan.num_params:,} parameters, {budget} allows {limit:,}"
+    natural = plan.details.get("natural_params")
+    if natural is not None and natural <= limit:
+        return  # the method wants no more than this
+    for unit, larger in one_unit_larger(plan, method_of(config).adds):
+        assert larger.num_params > full_limit(larger, budget), f"{budget}: {unit} would still fit"
 
 
 def one_unit_larger(plan: SizePlan, adds: tuple[str, ...]) -> Iterator[tuple[str, SizePlan]]:
@@ -288,9 +294,9 @@ def first_units(plan: SizePlan, number: int, adds: tuple[str, ...]) -> Iterator[
 
 
 def check_keep_all_is_the_identity(task: Task, config: Config) -> None:
-    """A plan that keeps everything gives the model back, and the whole budget allows the method no less."""
+    """A plan that keeps everything gives the model back, and a method that fills budgets keeps it within the whole one."""
     plan = task.full_plan()
-    assert search(task, config, "100%").num_params <= plan.num_params
+    check_filled(search(task, config, "100%"), config, Budget.parse("100%"))
     small = compact(task.model, plan, init="inherit")
     batch = next(iter(task.batches("train")))
     with torch.no_grad():

@@ -249,7 +249,9 @@ def training_settings(model: CTRModel, data: EncodedDataset, config: TrainConfig
         "plan": tables.plan.digest,
         "schema": data.schema.fingerprint,
         "num_rows": {name: data.num_rows(name) for name in data.splits},
-        "kernels": kernels_used(tables, config),  # they round differently
+        # These round differently, and another machine may choose others.
+        "kernels": kernels_used(tables, config),
+        "computes_in": computes_in(config.precision, device_of(config)),
     }
 
 
@@ -606,16 +608,29 @@ def fast_matmul(precision: str, device: torch.device) -> Iterator[tuple[Callable
         A factory of autocast contexts for the forward pass, and what was chosen, in words.
     """
     before = torch.get_float32_matmul_precision()
+    onednn, bf16 = _matmul_choice(precision, device)
+    try:
+        torch.set_float32_matmul_precision("medium" if onednn else "highest")
+        yield (
+            (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else nullcontext,
+            computes_in(precision, device),
+        )
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def computes_in(precision: str, device: torch.device) -> str:
+    """What a forward pass runs in, in words."""
+    onednn, bf16 = _matmul_choice(precision, device)
+    return ("bf16 autocast" if bf16 else "fp32") + (", oneDNN matmul" if onednn else "")
+
+
+def _matmul_choice(precision: str, device: torch.device) -> tuple[bool, bool]:
+    """Whether fp32 matmuls go to oneDNN, and whether autocast to bf16 is on."""
     has_amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
     onednn = device.type == "cpu" and (precision != "fp32" or not has_amx)
     if device.type == "cpu":
         has_bf16 = torch.cpu._is_avx512_bf16_supported() or has_amx
     else:
         has_bf16 = torch.cuda.is_bf16_supported()
-    bf16 = precision == "bf16" or (precision == "auto" and has_bf16)
-    chosen = ("bf16 autocast" if bf16 else "fp32") + (", oneDNN matmul" if onednn else "")
-    try:
-        torch.set_float32_matmul_precision("medium" if onednn else "highest")
-        yield (lambda: torch.autocast(device.type, torch.bfloat16)) if bf16 else nullcontext, chosen
-    finally:
-        torch.set_float32_matmul_precision(before)
+    return onednn, precision == "bf16" or (precision == "auto" and has_bf16)

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 
 class FMTerm(autograd.Function):
-    """FM term of a batch, differentiable in the embeddings, the projections and the Gram matrix."""
+    """FM term of a batch, differentiable once in the embeddings, the projections and the Gram matrix."""
 
     @staticmethod
     def forward(
@@ -42,13 +42,14 @@ class FMTerm(autograd.Function):
             gram_PP: G of the projected columns, symmetric; None where there are none.
         """
         device, dtype = concat_BS.device.type, concat_BS.dtype
-        # What autocast would bring to its precision product by product, once for both directions.
-        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+        # What autocast would bring to its precision product by product, once for both directions; float64 it leaves alone.
+        autocast = torch.is_autocast_enabled(device) and dtype != torch.float64
+        low = torch.get_autocast_dtype(device) if autocast else dtype
         with torch.autocast(device, enabled=False):
             if projection_SD is None:
-                ctx.save_for_backward(concat_BS)
                 ctx.shape = len(concat_BS), num_fields, concat_BS.shape[1] // num_fields
-                ctx.sum_BD = sum_BD = concat_BS.view(ctx.shape).sum(1)
+                sum_BD = concat_BS.view(ctx.shape).sum(1)
+                ctx.save_for_backward(concat_BS, sum_BD)
                 return 0.5 * (sum_BD.square().sum(1) - torch.linalg.vector_norm(concat_BS, dim=1).square())
             concat_low_BS, projection_SD = concat_BS.to(low), projection_SD.to(low)
             sum_BD = (concat_low_BS @ projection_SD).to(dtype)
@@ -58,8 +59,7 @@ class FMTerm(autograd.Function):
                 own_BS = (projected_low_BP @ gram_PP.to(low)).to(dtype)
                 if projected_P is not None:
                     own_BS = concat_BS.index_copy(1, projected_P, own_BS)
-            ctx.save_for_backward(concat_BS, concat_low_BS, projection_SD, projected_low_BP, own_BS)
-            ctx.sum_BD = sum_BD
+            ctx.save_for_backward(concat_BS, sum_BD, concat_low_BS, projection_SD, projected_low_BP, own_BS)
             return 0.5 * (
                 sum_BD.square().sum(1) - torch.linalg.vecdot(concat_BS if own_BS is None else own_BS, concat_BS)
             )
@@ -69,8 +69,8 @@ class FMTerm(autograd.Function):
     def backward(ctx: Any, grad_B: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of the arguments of `forward`."""
         grad_B1 = grad_B[:, None]
-        weighted_BD = grad_B1 * ctx.sum_BD
-        concat_BS, *saved = ctx.saved_tensors
+        concat_BS, sum_BD, *saved = ctx.saved_tensors
+        weighted_BD = grad_B1 * sum_BD
         if not saved:
             grad_BFD = torch.addcmul(weighted_BD[:, None], concat_BS.view(ctx.shape), grad_B1[:, None], value=-1)
             return grad_BFD.view_as(concat_BS), None, None, None, None

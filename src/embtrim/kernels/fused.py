@@ -50,8 +50,9 @@ __all__ = [
 # layer wait for torch's, which spin for a while after each operator: an update of Adam took 1.8 ms instead of 0.8.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "workqueue", "tbb"]  # pyright: ignore[reportAttributeAccessIssue]
 # Where they share OpenMP, numba also sets torch's number of threads when it starts its own, which the first call does.
-_threads = torch.get_num_threads()
+_threads, _numba_threads = torch.get_num_threads(), numba.get_num_threads()
 numba.set_num_threads(1)
+numba.set_num_threads(_numba_threads)
 torch.set_num_threads(_threads)
 
 
@@ -158,9 +159,12 @@ def _columns(expansion: Expansion, lows: Sequence[int], sources: Sequence[Tensor
 
 def _run(kernel: Callable[..., Any], *arguments: Tensor | np.ndarray | float) -> Any:
     """Call a compiled kernel, on as many threads as torch has."""
-    most = numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
+    most, before = numba.config.NUMBA_NUM_THREADS, numba.get_num_threads()  # pyright: ignore[reportAttributeAccessIssue]
     numba.set_num_threads(min(torch.get_num_threads(), most))
-    return kernel(*(_native(value) for value in arguments))
+    try:
+        return kernel(*(_native(value) for value in arguments))
+    finally:
+        numba.set_num_threads(before)
 
 
 def _native(value: Any) -> Any:

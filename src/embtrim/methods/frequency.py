@@ -5,7 +5,7 @@ from __future__ import annotations
 from embtrim.budget import Budget
 from embtrim.config import Config
 from embtrim.methods.registry import register
-from embtrim.methods.selection import row_plan
+from embtrim.methods.selection import filled, row_plan
 from embtrim.plan import SizePlan
 from embtrim.sites import Task, alignment_of
 
@@ -20,5 +20,6 @@ def search_frequency(task: Task, config: FrequencyConfig, budget: Budget, seed: 
     full = task.full_plan()
     columns = {t.name: range(t.width) for t in full.tables}
     details = {"config": config.model_dump(), "budget": str(budget), "seed": seed}
-    limit, alignment = full.max_params(budget), alignment_of(task, "scatter")
-    return row_plan(full, task.row_counts(), columns, limit, alignment).made_by("frequency", details)
+    counts, alignment = task.row_counts(), alignment_of(task, "scatter")
+    plan = filled(full, budget, lambda limit: row_plan(full, counts, columns, limit, alignment))
+    return plan.made_by("frequency", details)

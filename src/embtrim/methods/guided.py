@@ -29,6 +29,7 @@ longest trial cannot tell. The test split is never read. The plan may be smaller
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -39,7 +40,7 @@ from embtrim.compaction import compact
 from embtrim.config import Config
 from embtrim.methods.mde import MDEConfig, search_mde
 from embtrim.methods.registry import register
-from embtrim.methods.selection import field_plan, row_plan, slot_costs
+from embtrim.methods.selection import field_plan, filled, full_limit, row_plan, slot_costs
 from embtrim.methods.sseds import SSEDSConfig, slot_gradients
 from embtrim.methods.uniform import UniformConfig, search_uniform
 from embtrim.plan import SizePlan
@@ -124,30 +125,29 @@ class Trial:
 def propose(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> dict[str, SizePlan]:
     """Distinct plans within the budget, by name."""
     full, alignment = task.full_plan(), alignment_of(task, config.align)
-    limit = full.max_params(budget)
+    limit = full_limit(full, budget)
     gradient_S = slot_gradients(task, task.model, SSEDSConfig(), seed)
-    found = {
-        EQUAL: search_uniform(task, UniformConfig(align=config.align), budget, seed),
-        "mixed widths": search_mde(task, MDEConfig(align=config.align), budget, seed),
-    }
+    found = {EQUAL: search_uniform(task, UniformConfig(align=config.align), budget, seed)}
 
-    def by_importance(power: float, part: float = 1.0, kept: dict[str, np.ndarray] | None = None) -> SizePlan:
+    def by_importance(power: float, limit: int, kept: dict[str, np.ndarray] | None = None) -> SizePlan:
         key_S = gradient_S / slot_costs(full, alignment, kept) ** power  # the smallest first: the largest -g
-        return field_plan(full, np.argsort(key_S, kind="stable"), int(part * limit), alignment, kept=kept)
+        return field_plan(full, np.argsort(key_S, kind="stable"), limit, alignment, kept=kept)
 
-    for power in config.cost_powers:
-        found[f"importance / cost^{power:g}"] = by_importance(power)
-    for part in config.budget_parts:
-        found[f"importance, {part:g} of the budget"] = by_importance(0.0, part)
+    if limit:
+        found["mixed widths"] = search_mde(task, MDEConfig(align=config.align), budget, seed)
+        for power in config.cost_powers:
+            found[f"importance / cost^{power:g}"] = by_importance(power, limit)
+        for part in config.budget_parts:
+            found[f"importance, {part:g} of the budget"] = by_importance(0.0, int(part * limit))
     energies = row_energies(task)
     floor = max(1, min(t.output_width for t in found[EQUAL].tables))
     for factor in config.width_factors:
         width = max(floor + 1, math.ceil(factor * floor - 1e-9))
         columns = {t.name: range(min(width, t.width)) for t in full.tables}
-        fewer = row_plan(full, energies, columns, limit, alignment)
+        fewer = filled(full, budget, partial(row_plan, full, energies, columns, alignment=alignment))
         kept = {t.name: t.blocks[0].rows for t in fewer.tables if t.blocks and t.blocks[0].rows is not None}
         found[f"width {width}, rows of most energy"] = fewer
-        found[f"importance, rows as of width {width}"] = by_importance(0.0, kept=kept)
+        found[f"importance, rows as of width {width}"] = filled(full, budget, partial(by_importance, 0.0, kept=kept))
     distinct: dict[str, SizePlan] = {}
     for name, plan in found.items():
         if (plan.num_params or name == EQUAL) and all(plan.diff(other) for other in distinct.values()):

@@ -12,7 +12,7 @@ import numpy as np
 from embtrim.budget import Budget
 from embtrim.config import Config
 from embtrim.methods.registry import register
-from embtrim.methods.selection import field_plan, row_plan, slot_costs
+from embtrim.methods.selection import field_plan, filled, row_plan, slot_costs
 from embtrim.plan import SizePlan
 from embtrim.sites import Task, alignment_of
 
@@ -40,14 +40,16 @@ def search_magnitude(task: Task, config: MagnitudeConfig, budget: Budget, seed: 
         for site in task.sites(task.model)
         for name, weight_VD in zip(site.names, site.weights(), strict=True)
     }
-    limit, alignment = full.max_params(budget), alignment_of(task, config.align)
+    alignment = alignment_of(task, config.align)
     details = {"config": config.model_dump(), "budget": str(budget), "seed": seed}
     if config.unit == "rows":
         scores = {t.name: weights[t.name].norm(dim=1).cpu().numpy() for t in full.tables}
         if config.cost_aware:
             scores = {t.name: scores[t.name] / t.width for t in full.tables}
         columns = {t.name: range(t.width) for t in full.tables}
-        return row_plan(full, scores, columns, limit, alignment).made_by("magnitude", details)
+        plan = filled(full, budget, lambda limit: row_plan(full, scores, columns, limit, alignment))
+        return plan.made_by("magnitude", details)
     score_S = np.concatenate([weights[t.name].norm(dim=0).cpu().numpy() for t in full.tables])
     key_S = score_S / slot_costs(full, alignment) if config.cost_aware else score_S
-    return field_plan(full, np.argsort(-key_S, kind="stable"), limit, alignment).made_by("magnitude", details)
+    plan = field_plan(full, np.argsort(-key_S, kind="stable"), full.max_params(budget), alignment)
+    return plan.made_by("magnitude", details)

@@ -29,13 +29,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from embtrim.budget import Budget
+from embtrim.budget import BYTES_PER_PARAM, Budget
 from embtrim.config import Config
 from embtrim.errors import EmbtrimError
 from embtrim.methods.registry import register
 from embtrim.methods.selection import largest
 from embtrim.plan import Block, SizePlan, TablePlan, map_params
-from embtrim.sites import Site, Task, gate_sites
+from embtrim.sites import Site, Task, gate_sites, loss_weight
 
 
 class PMEConfig(Config):
@@ -75,10 +75,16 @@ def search_pme(task: Task, config: PMEConfig, budget: Budget, seed: int) -> Size
     elif config.score == "random":
         ranked = reassign(ranked, np.random.default_rng(seed).random(sum(map(len, ranked))))
     details = {"config": config.model_dump(), "budget": str(budget), "seed": seed}
-    sizes = fill_sizes(full, ranked, full.max_params(budget))
+    if budget.kind == "bytes" and full.first_order:  # rows of size 0 free their first-order weights
+        limit, row_cost = int(budget.amount // BYTES_PER_PARAM), 1
+    else:
+        limit, row_cost = full.max_params(budget), 0
+    sizes = fill_sizes(full, ranked, limit, row_cost)
     found, rows = np.unique(np.concatenate(sizes), return_counts=True)
     details["rows_by_size"] = dict(zip(map(str, found.tolist()), rows.tolist(), strict=True))
-    return sized_plan(full, sizes).made_by("pme", details)
+    plan = sized_plan(full, sizes)
+    plan.max_params(budget)  # raises where the first-order weights alone exceed it
+    return plan.made_by("pme", details)
 
 
 # ---- saliency ----------------------------------------------------------------------------------------------------------
@@ -95,7 +101,10 @@ def draw_weights(sites: list[Site], std: float, seed: int) -> None:
 
 
 def entry_saliency(task: Task, model: nn.Module, sites: list[Site], fraction: float, seed: int) -> list[Tensor]:
-    """|E * sum_b dL_b/dE| of each table (V, D): gradients of `fraction` of the training batches, with no update."""
+    """|E * sum_b dL_b/dE| of each table (V, D): gradients of `fraction` of the training batches, with no update.
+
+    The mean loss of a batch counts by the batch's rows: a small last one no more than they do.
+    """
     grads = [torch.zeros_like(torch.cat(site.weights())) for site in sites]
     model.eval()  # no dropout
     for module in model.modules():
@@ -110,7 +119,7 @@ def entry_saliency(task: Task, model: nn.Module, sites: list[Site], fraction: fl
 
         return read
 
-    read_batches = 0
+    weights: list[float] = []
     for number, batch in enumerate(task.tracked_batches("train", "scoring entries", seed)):
         if math.ceil((number + 1) * fraction) == math.ceil(number * fraction):
             continue
@@ -120,12 +129,12 @@ def entry_saliency(task: Task, model: nn.Module, sites: list[Site], fraction: fl
         found = torch.autograd.grad(loss, [leaf for *_, leaf in leaves], allow_unused=True)
         for (site, rows_U, _), grad_UD in zip(leaves, found, strict=True):
             if grad_UD is not None:
-                grads[site].index_add_(0, rows_U.long(), grad_UD)
-        read_batches += 1
-    if not read_batches:
+                grads[site].index_add_(0, rows_U.long(), grad_UD, alpha=loss_weight(batch))
+        weights.append(loss_weight(batch))
+    if not weights:
         raise EmbtrimError("there are no training batches to read the saliency on; raise search_fraction or give more")
     return [
-        (weight_VD * grad_VD).abs()  # (saliency, SNIP)
+        (weight_VD * grad_VD).abs() * (len(weights) / sum(weights))  # (saliency, SNIP)
         for site, grad in zip(sites, grads, strict=True)
         for weight_VD, grad_VD in zip(site.weights(), grad.split(site.num_rows), strict=True)
     ]
@@ -150,11 +159,12 @@ def buckets(width: int) -> list[int]:
     return [*(2**k for k in range(width.bit_length()) if 2**k < width), width]
 
 
-def fill_sizes(full: SizePlan, ranked: list[np.ndarray], limit: int) -> list[np.ndarray]:
+def fill_sizes(full: SizePlan, ranked: list[np.ndarray], limit: int, row_cost: int = 0) -> list[np.ndarray]:
     """The size of each value (V,), by table: the entries above the lowest threshold that fits, bucketed down.
 
     A value reaches bucket s when its s-th largest entry passes the threshold; these steps are taken in order of their
-    thresholds. What the last steps leave over goes to the next ones that still fit.
+    thresholds. What the last steps leave over goes to the next ones that still fit. A compact row costs its size, and
+    `row_cost` beside it.
     """
     levels_of = [np.array([0, *buckets(t.width)]) for t in full.tables]
     # (capacity): d_v >= s where v's s-th largest entry is among the top K.
@@ -173,7 +183,8 @@ def fill_sizes(full: SizePlan, ranked: list[np.ndarray], limit: int) -> list[np.
         return [b[part] for b, part in zip(levels_of, np.split(level_R, first_row[1:-1]), strict=True)]
 
     def count(level_R: np.ndarray) -> int:
-        return sized_plan(full, sizes_of(level_R), with_rows=False).num_params
+        plan = sized_plan(full, sizes_of(level_R), with_rows=False)
+        return plan.num_params + row_cost * sum(t.num_compact_rows for t in plan.tables)
 
     def keep_few(level_R: np.ndarray) -> np.ndarray:
         """Values of size 0 get their table's smallest size where that takes less than the vector they would share."""
@@ -225,7 +236,7 @@ def fill_sizes(full: SizePlan, ranked: list[np.ndarray], limit: int) -> list[np.
         step = later[level_of[later] == target_TL[table_R, level_R][row_of[later]]]
         row = row_of[step]
         cost = size_TL[table_R[row], level_of[step]] - size_TL[table_R[row], level_R[row]]
-        cost += np.where(level_R[row] == 0, wider_map(level_R)[table_R[row]], 0)
+        cost += np.where(level_R[row] == 0, wider_map(level_R)[table_R[row]] + row_cost, 0)
         step, row, cost = (part[cost <= left] for part in (step, row, cost))
 
         fitting = np.cumsum(cost) <= left

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from embtrim.budget import Budget
 from embtrim.errors import BudgetError
 from embtrim.plan import Alignment, Block, SizePlan, TablePlan, map_params
 
@@ -192,6 +193,40 @@ def rows_cost(full: SizePlan, table: TablePlan, count: int, width: int, first: b
     """
     mapped = full.standalone and not first
     return (count + 1) * width + (map_params(table.num_rows, count + 1) if mapped else 0)
+
+
+def full_limit(full: SizePlan, budget: Budget) -> int:
+    """Parameters that a budget leaves beside the first-order weights of all rows; 0 where these alone exceed it."""
+    try:
+        return full.max_params(budget)
+    except BudgetError:
+        return 0
+
+
+def filled(full: SizePlan, budget: Budget, make: Callable[[int], SizePlan]) -> SizePlan:
+    """The plan that `make` gives for as many parameters as a budget allows.
+
+    A number of bytes counts first-order weights, and a plan that drops rows has fewer: how many parameters that leaves
+    shows in the plan only.
+
+    Args:
+        full: the plan that keeps everything.
+        budget: percent, parameters or bytes.
+        make: limit of parameters -> a plan within it; a larger limit gives no smaller plan.
+
+    Raises:
+        BudgetError: the first-order weights alone exceed a number of bytes.
+    """
+    if budget.kind != "bytes" or not full.first_order:
+        return make(full.max_params(budget))
+
+    def fits(limit: int) -> bool:
+        plan = make(limit)
+        return plan.num_params <= full_limit(plan, budget)
+
+    plan = make(largest(full.num_full_params, fits))
+    plan.max_params(budget)  # raises where nothing fits
+    return plan
 
 
 def largest(most: int, fits: Callable[[int], bool]) -> int:

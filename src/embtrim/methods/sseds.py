@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from embtrim.budget import Budget
 from embtrim.config import Config
@@ -29,7 +29,7 @@ from embtrim.errors import EmbtrimError
 from embtrim.methods.registry import register
 from embtrim.methods.selection import field_plan, slot_costs
 from embtrim.plan import SizePlan
-from embtrim.sites import Task, alignment_of, gate_sites, num_slots
+from embtrim.sites import Task, alignment_of, gate_sites, loss_weight, num_slots
 
 
 class SSEDSConfig(Config):
@@ -39,7 +39,8 @@ class SSEDSConfig(Config):
         score: "abs" ranks by |g|, "signed" by -g (a slot whose removal would raise the loss is useful).
         data: batches that the gradient is read on.
         batches: how many (0: all of the split).
-        average: "sum" adds the signed gradients of the batches before the score; "abs" adds their absolute values.
+        average: "sum" adds the signed gradients of the batches before the score; "abs", for score = "abs", adds their
+            absolute values.
         cost_aware: rank by score per parameter.
         pretrain: "early_stop" scores the given, trained model; "epochs:k" trains a fresh one for k epochs first.
         min_dim: columns that every table keeps.
@@ -56,6 +57,14 @@ class SSEDSConfig(Config):
     pretrain: str = Field(default="early_stop", pattern=r"^(early_stop|epochs:[1-9][0-9]*)$")
     min_dim: int = Field(default=0, ge=0)
     align: Literal["scatter", "project"] = "scatter"
+
+    @model_validator(mode="after")
+    def _check(self) -> SSEDSConfig:
+        if self.average == "abs" and self.score != "abs":
+            raise ValueError(
+                "average = 'abs' leaves no signs to rank by; give score = 'abs' with it, or average = 'sum'"
+            )
+        return self
 
 
 @register("sseds", SSEDSConfig, needs="trained")
@@ -78,12 +87,15 @@ def search_sseds(task: Task, config: SSEDSConfig, budget: Budget, seed: int) -> 
 
 
 def slot_gradients(task: Task, model: torch.nn.Module, config: SSEDSConfig, seed: int) -> np.ndarray:
-    """float64 (S,): gradient of the loss by the gate of each slot, all sites in order; the model stays as it is."""
+    """float64 (S,): gradient of the mean loss by the gate of each slot, all sites in order; the model stays as it is.
+
+    Batches count by their rows: the last one of a split, which may be small, weighs no more than its rows do.
+    """
     sites = task.sites(model)
     was_training = model.training
     model.eval()  # running statistics and dropout as at inference: scoring must not change the model
     total_S = np.zeros(sum(num_slots(site) for site in sites))
-    scored = 0
+    scored = 0.0
     try:
         for number, batch in enumerate(task.tracked_batches(config.data, "scoring slots", seed)):
             if config.batches and number == config.batches:
@@ -95,8 +107,9 @@ def slot_gradients(task: Task, model: torch.nn.Module, config: SSEDSConfig, seed
             # (one backward); a table that the batch does not use has gradient 0
             gradients = torch.autograd.grad(loss, gates, allow_unused=True, materialize_grads=True)
             gradient = torch.cat([g.flatten() for g in gradients]).double().cpu().numpy()
-            total_S += gradient if config.average == "sum" else np.abs(gradient)
-            scored += 1
+            weight = loss_weight(batch)
+            total_S += weight * (gradient if config.average == "sum" else np.abs(gradient))
+            scored += weight
     finally:
         model.train(was_training)
     if not scored:

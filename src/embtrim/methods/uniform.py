@@ -13,7 +13,7 @@ import numpy as np
 from embtrim.budget import Budget
 from embtrim.config import Config
 from embtrim.methods.registry import register
-from embtrim.methods.selection import columns_cost, field_plan, largest, row_plan
+from embtrim.methods.selection import columns_cost, field_plan, filled, full_limit, largest, row_plan
 from embtrim.plan import Alignment, SizePlan
 from embtrim.sites import Task, alignment_of
 
@@ -32,12 +32,12 @@ class UniformConfig(Config):
 def search_uniform(task: Task, config: UniformConfig, budget: Budget, seed: int) -> SizePlan:
     """Give every table the same width."""
     full = task.full_plan()
-    limit, alignment = full.max_params(budget), alignment_of(task, config.align)
+    alignment = alignment_of(task, config.align)
     details = {"config": config.model_dump(), "budget": str(budget), "seed": seed}
-    plan = equal_widths(full, limit, alignment, seed)
+    plan = equal_widths(full, full_limit(full, budget), alignment, seed)
     if plan is None:
-        columns = {t.name: range(min(1, t.width)) for t in full.tables}
-        plan = row_plan(full, task.row_counts(), columns, limit, alignment)
+        counts, columns = task.row_counts(), {t.name: range(min(1, t.width)) for t in full.tables}
+        plan = filled(full, budget, lambda limit: row_plan(full, counts, columns, limit, alignment))
     return plan.made_by("uniform", details)
 
 
