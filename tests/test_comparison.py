@@ -625,8 +625,28 @@ def test_results_and_cost_by_hand(by_hand: list[RunRecord]) -> None:
     assert [row[:2] for row in results] == [
         ["", "full"], ["50%", "sseds"], ["10%", "sseds"], ["10%", "random"], ["10%", "uniform"],
     ]  # fmt: skip
-    assert results[0] == ["", "full", "0.7500 ± 0.0500", "0.5000 ± 0.0000", "8,000", "36.0 KB", "-", "3"]
-    assert results[2] == ["10%", "sseds", "0.7000 ± 0.1000", "0.5000 ± 0.0000", "800", "7.2 KB", "0.50", "3"]
+    assert results[0] == [
+        "",
+        "full",
+        "0.7500 ± 0.0500",
+        "0.7400 ± 0.0500",
+        "0.5000 ± 0.0000",
+        "8,000",
+        "36.0 KB",
+        "-",
+        "3",
+    ]
+    assert results[2] == [
+        "10%",
+        "sseds",
+        "0.7000 ± 0.1000",
+        "0.6900 ± 0.1000",
+        "0.5000 ± 0.0000",
+        "800",
+        "7.2 KB",
+        "0.50",
+        "3",
+    ]
     cost = {row[0]: row[1:] for row in tables["Search cost"]}
     assert cost["sseds"] == ["1.5 s", "1.5 s", "1.50", "4.50", "2.0 MB", "2.0 MB", "4"]
 
@@ -664,7 +684,10 @@ def test_markdown_of_several_data_sets(by_hand: list[RunRecord]) -> None:
     assert titles == ["Results: deepfm on logs", "Results: deepfm on more \\| less", "Differences: deepfm on logs",
                       "Differences: deepfm on more \\| less", "Ranks", "Search cost"]  # fmt: skip
     assert "over the 4 of 6 cells" in text
-    assert text.count("| 10% | sseds | 0.7000 ± 0.1000 | 0.5000 ± 0.0000 | 800 | 7.2 KB | 0.50 | 3 |") == 2
+    assert (
+        text.count("| 10% | sseds | 0.7000 ± 0.1000 | 0.6900 ± 0.1000 | 0.5000 ± 0.0000 | 800 | 7.2 KB | 0.50 | 3 |")
+        == 2
+    )
     for block in re.findall(r"(?:^\|.*\|\n)+", text, flags=re.MULTILINE):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
 
@@ -743,7 +766,7 @@ def test_page_without_searches_or_test_split(by_hand: list[RunRecord]) -> None:
     figures = json.loads(Page(render_comparison(by_hand[:3])).scripts["figures"])
     assert not any(figure["data"] for name, figure in list(figures.items())[2:])
     bare = [r.replace(test={}, search_peak_bytes=None) for r in by_hand]
-    assert "| 10% | sseds | - | - | 800 |" in comparison_tables(bare)
+    assert "| 10% | sseds | - | - | - | 800 |" in comparison_tables(bare)
     assert [s.rows for s in sheets(bare) if s.title == "Ranks"] == [[]]
     render_comparison(bare)
 
