@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -277,6 +279,41 @@ def test_saving_needs_a_vocabulary_and_keeps_what_is_there(saved, data, tmp_path
     with pytest.raises(BundleError, match="made in memory"):
         save(DeepFM(data.schema, embedding_dim=4, hidden_units=(4,)), tmp_path / "b", data)
     assert not list(tmp_path.iterdir())
+
+
+def test_overwriting_replaces_bundles_and_empty_folders_alone(saved, tmp_path):
+    _, model, data = saved
+    out = tmp_path / "out"
+    (out / "logs").mkdir(parents=True)
+    (out / "logs" / "thesis.tex").touch()
+    with pytest.raises(BundleError, match="out is no bundle, so it is not overwritten"):
+        save(model, out, data, overwrite=True)
+    (out / "logs" / "thesis.tex").unlink()
+    (out / "logs").rmdir()
+    for seed in (1, 2):
+        save(model, out, data, seed=seed, overwrite=True)
+        assert load_bundle(out).info["seed"] == seed
+    (tmp_path / "link").symlink_to(out)
+    save(model, tmp_path / "link", data, seed=3, overwrite=True)
+    assert load_bundle(out).info["seed"] == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "link"}
+
+
+def test_a_bundle_that_cannot_be_replaced_stays(saved, tmp_path, monkeypatch):
+    _, model, data = saved
+    save(model, tmp_path / "out", data, seed=1)
+    rename = os.replace
+
+    def refuse(source, target):
+        if str(source).endswith(".tmp") and Path(source).is_dir():
+            raise OSError("the disk went away")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(BundleError, match="out could not be written: the disk went away"):
+        save(model, tmp_path / "out", data, seed=2, overwrite=True)
+    assert load_bundle(tmp_path / "out").info["seed"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_saved_plan_is_layout_only(saved):

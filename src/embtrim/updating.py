@@ -33,7 +33,7 @@ import polars as pl
 import torch
 from pydantic import Field, field_validator
 
-from embtrim.bundle import Bundle, file_digest, folder_bytes, load_bundle, save
+from embtrim.bundle import Bundle, check_out, file_digest, folder_bytes, load_bundle, save
 from embtrim.checkpoint import unfinished
 from embtrim.config import Config
 from embtrim.dataset import EncodedDataset
@@ -177,7 +177,7 @@ def update(
         progress: show progress bars on stderr.
 
     Raises:
-        BundleError: `bundle` is none or is of a newer version; `out` exists, or is `bundle`.
+        BundleError: `bundle` is none or is of a newer version; `out` exists, or is or holds `bundle`.
         DataError: the log lacks a column, has no training rows, or rows of one class only.
 
     Example:
@@ -251,10 +251,10 @@ def update(
 
 def _check_out(bundle: Path, out: Path, overwrite: bool) -> None:
     """Raise BundleError if an update of `bundle` may not be written to `out`."""
-    if out.exists() and out.resolve() == bundle.resolve():
-        raise BundleError(f"{out} is the bundle to update, which stays as it is; choose another --out")
-    if out.exists() and not overwrite:
-        raise BundleError(f"{out} exists; choose another --out or pass overwrite=True (--overwrite)")
+    if out.exists() and bundle.resolve().is_relative_to(out.resolve()):
+        what = "is" if out.resolve() == bundle.resolve() else "holds"
+        raise BundleError(f"{out} {what} the bundle to update, which stays as it is; choose another --out")
+    check_out(out, overwrite)
 
 
 def extend(parent: Bundle, frequent: Mapping[str, pl.DataFrame], folder: Path, renumber: bool = False) -> Encoder:
