@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -61,9 +61,12 @@ def compact(
 
     Raises:
         PlanError: the plan was made for something else, or lists counts where `init` needs columns.
-        EmbtrimError: the model's tables are quantised; a weight that the plan stores in pieces is also kept where they
-            cannot replace it; or `reads` names no such Linear or embedding, or parts that do not add up to its input.
+        EmbtrimError: `init` is none of these; the model's tables are quantised; a weight that the plan stores in pieces
+            is also kept where they cannot replace it; or `reads` names no such Linear or embedding, or parts that do not
+            add up to its input.
     """
+    if init not in get_args(Init):
+        raise EmbtrimError(f"init must be 'scratch', 'initial' or 'inherit', given {init!r}")
     if not isinstance(model, CTRModel):
         small = _compact_module(model, plan, init, seed)
         if reads is not None:
@@ -83,8 +86,6 @@ def compact(
         inherit_weights(type(model)(model.schema, **hparams).to(like.device, like.dtype), small)
     elif init == "inherit":
         inherit_weights(model, small)
-    elif init != "scratch":
-        raise EmbtrimError(f"init must be 'scratch', 'initial' or 'inherit', given {init!r}")
     return small
 
 
