@@ -721,6 +721,14 @@ class TestVerify:
         assert verify(task.model, plan_for(task.model, "rows"), task, max_rows=3).num_rows == 4
         assert torch.equal(torch.get_rng_state(), state)
 
+    def test_nothing_compared_is_no_pass(self):
+        task = self.task()
+        plan = plan_for(task.model, "rows")
+        for batches in (iter(()), [], [PAIRS[:0]]):
+            nothing = Task(task.model, lambda m, ids: m(ids)["out"][0].square().mean(), batches)
+            with pytest.raises(EmbtrimError, match="verify compared no row: the Task's train batches are empty or spent"):
+                verify(task.model, plan, nothing, split="train")
+
     @pytest.mark.parametrize("wrong", [1e-3, float("nan")])
     def test_sees_a_wrong_compact_model(self, wrong: float, monkeypatch):
         task = self.task()

@@ -213,7 +213,8 @@ def verify(
 
     Raises:
         PlanError: the plan was made for something else.
-        EmbtrimError: something reads the embeddings that `reads` narrows besides its Linears, or in another order.
+        EmbtrimError: something reads the embeddings that `reads` narrows besides its Linears, or in another order; or the
+            Task has no batches to compare on.
     """
     if not isinstance(model, CTRModel):
         if not isinstance(data, Task):
@@ -493,6 +494,10 @@ def _verify_module(
         rows += len(expected[0]) if expected[0].ndim else 1
         if rows >= max_rows:
             break
+    if not rows:
+        raise EmbtrimError(
+            f"verify compared no row: the Task's {split} batches are empty or spent; give some that can be read again"
+        )
     if reads is not None and worst > MODULE_TOLERANCE:
         raise EmbtrimError(f"{_misread(reads)}; outputs differ by {worst:.2e}")
     if counts_only:
