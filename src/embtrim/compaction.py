@@ -399,6 +399,8 @@ def _narrow(small: nn.Module, reads: Reads) -> None:
         # In place: a list of the model, as for a penalty, may hold this weight.
         linear.weight.data = linear.weight.data[:, columns_S.to(linear.weight.device)]
         linear.in_features = len(columns_S)
+        # An export says what the full model takes.
+        linear.full_in_features = width  # type: ignore[assignment]
     for module in narrowed:
         module.narrow()
 

@@ -120,7 +120,7 @@ def export(
             sizes = table_sizes(model, format)
             more_bytes = network_bytes(full_network(model)) - network_bytes(model)
         else:
-            sizes, more_bytes = module_sizes(model), 0
+            sizes, more_bytes = module_sizes(model), narrowed_bytes(model)
         more_bytes += sizes["full_table_bytes"] - sizes["table_bytes"]
         model_bytes = folder_bytes(folder)
         manifest |= {**sizes, "model_bytes": model_bytes, "full_model_bytes": model_bytes + more_bytes}
@@ -172,10 +172,20 @@ def module_sizes(model: nn.Module) -> dict[str, int]:
     for module in model.modules():
         if isinstance(module, CompactEmbedding):
             stored += sum(value.nbytes for value in module.state_dict().values())
-            full += module.num_embeddings * module.embedding_dim * module.weights[0].element_size()
+            full += module.num_full_bytes
         elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
             weights[id(module.weight)] = module.weight.nbytes
     return {"table_bytes": stored + sum(weights.values()), "full_table_bytes": full + sum(weights.values())}
+
+
+def narrowed_bytes(model: nn.Module) -> int:
+    """Bytes of the input columns that `compact(reads=)` took from Linears of a model that is none of embtrim.models."""
+    total = 0
+    for linear in model.modules():
+        if isinstance(linear, nn.Linear):
+            columns = getattr(linear, "full_in_features", linear.in_features) - linear.in_features
+            total += columns * linear.out_features * linear.weight.element_size()
+    return total
 
 
 def full_network(model: CTRModel) -> CTRModel:

@@ -51,6 +51,8 @@ class CompactEmbedding(Replacement):
     Attributes:
         weights: rows of each width, while they are fp32; none once they are quantised.
         packed: None, or the rows of each width, by the width as text; see `quantize`.
+        embedding_dim: columns given out: D, or those stored after `narrow`.
+        full_width: D.
 
     Args:
         table: plan of the table, with its rows.
@@ -74,7 +76,7 @@ class CompactEmbedding(Replacement):
     ) -> None:
         super().__init__()
         self.path = table.name
-        self.embedding_dim = table.width
+        self.embedding_dim = self.full_width = table.width
         self.num_embeddings = table.num_rows
         self.segments, self.bits = table.segments, table.bits
         self.padding_idx, self.max_norm, self.norm_type, self.sparse = padding_idx, max_norm, norm_type, sparse
@@ -118,6 +120,12 @@ class CompactEmbedding(Replacement):
     def stores_columns(self) -> bool:
         """Whether any column is kept; else all that is given out is zero."""
         return any(width for _, width in self.segments)
+
+    @property
+    def num_full_bytes(self) -> int:
+        """Bytes of the table that this one stands in for, in the type of its values."""
+        dtype = self.weights[0].dtype if self.packed is None else self.value_dtype
+        return self.num_embeddings * self.full_width * dtype.itemsize
 
     def rows_of(self, ids: Tensor) -> Tensor:
         """Compact ids of ids (...)."""
