@@ -264,8 +264,14 @@ def serve_module(module: nn.Module, example: Any) -> Served:
     """A module of somebody else's, with an example of its inputs.
 
     Raises:
-        ConfigError: see `export`.
+        ConfigError, EmbtrimError: see `export`.
     """
+    for table in module.modules():
+        if isinstance(table, CompactEmbedding) and table.bits < 32 and table.stores_columns and table.packed is None:
+            raise EmbtrimError(
+                f"the plan says {table.bits} bits for the table of {table.path!r}, which is fp32 still; call "
+                "embtrim.quantize(model) once it is trained, or compact with plan.with_bits(32)"
+            )
     args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
     args = args if isinstance(args, tuple) else (args,)
     sizes = [leaf.shape[0] for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
