@@ -48,7 +48,9 @@ def compact(
         plan: made for the model's schema (or for the foreign module's sites).
         init: "scratch" draws new weights; "initial" takes what is kept of the full model's *initial* weights (zoo
             models only: drawn again from their seed); "inherit" takes what is kept of the weights the model has now.
-            A projection starts as the selection of the kept columns under "initial" and "inherit".
+            A projection starts as the selection of the kept columns under "initial" and "inherit". Of a foreign module
+            only the tables that the plan names are drawn; dense layers, batch-norm statistics and tables that were left
+            alone are kept as given: for a training from scratch pass a fresh module, not the one that was searched.
         seed: of new weights; None takes the model's own.
         reads: of a foreign module, by the path of each nn.Linear that reads nothing but a concatenation: its parts in
             order, paths of embeddings or numbers of other columns, such as `{"head.0": ["user", "item", "item", 13]}`.
