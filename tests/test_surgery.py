@@ -67,6 +67,13 @@ def blocks_of(kind: str, num_rows: int) -> tuple[Block, ...]:
     return (Block(len(part), columns, "scatter", part),)
 
 
+def ordered_sizes(table: TablePlan) -> TablePlan:
+    """The table with all rows in their order, the first ones wider: ids need no map."""
+    rows = np.arange(table.num_rows, dtype=np.int32)
+    parts = [(4, rows[:2]), (2, rows[2:])]
+    return dataclasses.replace(table, blocks=tuple(Block(len(part), size, "project", part) for size, part in parts))
+
+
 def plan_for(model: nn.Module, kind: str, fields: dict[str, dict[str, int]] | None = None) -> SizePlan:
     full = site_plan(find_sites(model, fields=fields))
     tables = tuple(dataclasses.replace(t, blocks=blocks_of(kind, t.num_rows)) for t in full.tables)
@@ -206,6 +213,22 @@ class TestReplacements:
             for wrong in (-1, ROWS):
                 with pytest.raises(IndexError):
                     small(torch.tensor([wrong]))
+
+    @pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Embedding(ROWS, WIDTH)), bag])
+    @pytest.mark.parametrize("flat", [False, True])
+    @pytest.mark.parametrize("kind", ["first", "sizes", "ordered sizes", "nothing"])
+    def test_an_id_of_no_row_is_refused_where_no_lookup_would(self, kind: str, flat: bool, make):
+        model = make()
+        plan = plan_for(model, "nothing" if kind == "ordered sizes" else kind, {"0": FIELDS} if flat else None)
+        if kind == "ordered sizes":
+            plan = dataclasses.replace(plan, tables=tuple(map(ordered_sizes, plan.tables)))
+        small = compact(model, plan)
+        small(PAIRS)
+        for wrong, local in ((-1, -1), (ROWS, 5 if flat else ROWS)):
+            message = None if kind == "sizes" else rf"id {local} is of no row of '0.*'; allowed: 0 to \d+$"
+            for ids in ([[0, wrong, 3]], [[wrong]]):
+                with pytest.raises(IndexError, match=message):
+                    small(torch.tensor(ids))
 
 
 class TestWhereElseTheModelKeepsThem:

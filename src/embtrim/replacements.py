@@ -96,6 +96,7 @@ class CompactEmbedding(Replacement):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., D) embeddings of ids (...)."""
+        self.check_ids(input)
         if not self.stores_columns:
             return self.weights[0].new_zeros(*input.shape, self.embedding_dim)
         if self.packed is not None and self.training and torch.is_grad_enabled():
@@ -115,6 +116,20 @@ class CompactEmbedding(Replacement):
             norms = found.detach().norm(self.norm_type, dim=-1, keepdim=True)
             found = found * (self.max_norm / (norms + 1e-7)).clamp(max=1.0)
         return found.masked_fill((input == self.padding_idx)[..., None], 0.0) if self.zeroes_padding else found
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Raise IndexError for an id of no row, as nn.Embedding does, where no lookup of this table would.
+
+        On the CPU: elsewhere the answer would have to be waited for, and nn.Embedding raises no IndexError either.
+        """
+        fails_itself = self.id_map is not None or (len(self.segments) == 1 and self.last_row is None)
+        if (fails_itself and self.stores_columns) or is_exporting() or not ids.is_cpu or not ids.numel():
+            return
+        low, high = (int(end) for end in ids.aminmax())
+        if low < 0 or high >= self.num_embeddings:
+            raise IndexError(
+                f"id {low if low < 0 else high} is of no row of {self.path!r}; allowed: 0 to {self.num_embeddings - 1:,}"
+            )
 
     @property
     def stores_columns(self) -> bool:
@@ -284,6 +299,7 @@ class CompactEmbeddingBag(Replacement):
             or entries.max_norm is not None
         ):
             return pool_entries(self, entries(input), input, offsets, per_sample_weights)
+        entries.check_ids(input)
         pooled = nn.functional.embedding_bag(  # at the stored width, which widens linearly
             entries.rows_of(input),
             entries.weights[0],
