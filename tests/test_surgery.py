@@ -569,6 +569,20 @@ class TestGates:
         with site.gated(gate_BS[:, :WIDTH]):
             assert torch.allclose(single(sequences), single[0].weight[sequences] * gate_BS[:, None, :WIDTH])
 
+    @pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Embedding(ROWS, WIDTH, sparse=True)), lambda: bag(sparse=True)])
+    def test_sparse_gradients_stay_sparse_under_a_gate(self, make):
+        model = make()
+        optimizer = torch.optim.SparseAdam(model.parameters(), lr=0.1)
+        before = model[0].weight.detach().clone()
+        for fields, gates in ((None, {"rows": lambda _, found: found}), ({"0": FIELDS}, {"slots": torch.ones(2 * WIDTH)})):
+            (site,) = find_sites(model, fields=fields)
+            optimizer.zero_grad()
+            with site.gated(**gates):
+                model(PAIRS).sum().backward()
+            optimizer.step()
+        changed = (model[0].weight.detach() != before).any(1)
+        assert changed.nonzero().flatten().tolist() == PAIRS.unique().tolist()
+
     def test_flat_rows_are_counted_by_field(self):
         task = pooled_task()
         counts = task.row_counts()
