@@ -894,6 +894,25 @@ class TestBits:
         tables = [t for name, t in small.state_dict().items() if not name.startswith("head") and "recent" not in name]
         assert sum(t.nbytes for t in tables) == plan.num_bytes()
 
+    @pytest.mark.parametrize("saved_is_zero", [False, True])
+    def test_loaded_padding_reads_what_was_saved(self, saved_is_zero: bool):
+        """Whatever the padding row of the module that the state is loaded into holds."""
+        torch.manual_seed(0)
+        zero, other = (nn.Sequential(nn.Embedding(ROWS, WIDTH, padding_idx=3)) for _ in range(2))
+        with torch.no_grad():
+            other[0].weight.normal_()
+        plan = plan_for(zero, "columns").with_bits(8)
+        small, into, quantized = (compact(m, plan, "inherit").eval() for m in (zero, other, other))
+        if not saved_is_zero:
+            small, into, quantized = into, small, compact(zero, plan, "inherit").eval()
+        quantize(small)
+        quantize(quantized)
+        assert bool(small(torch.tensor(3)).any()) != saved_is_zero
+        for again in (into, quantized):
+            again.load_state_dict(small.state_dict())
+            assert torch.equal(again(PAIRS), small(PAIRS))
+        assert sum(v.nbytes for v in small.state_dict().values()) == plan.num_bytes()
+
     def test_is_for_inference_and_once(self):
         model = nn.Sequential(nn.Embedding(ROWS, WIDTH))
         small = compact(model, plan_for(model, "rows").with_bits(8), "inherit")

@@ -65,6 +65,7 @@ class CompactEmbedding(Replacement):
     columns: Tensor
     id_map: Tensor | None
     packed: nn.ModuleDict | None
+    zero_padding: Tensor | None
 
     def __init__(
         self,
@@ -90,6 +91,7 @@ class CompactEmbedding(Replacement):
         self.last_row = table.dropped_id if dtype is None else None
         self.weights = nn.ParameterList([torch.zeros(rows, width) for rows, width in table.segments])
         self.packed = None
+        self.register_buffer("zero_padding", None)
         widths = [table.output_width] if projects(table) else table.mixed_widths
         self.projections = nn.ParameterDict({str(s): torch.zeros(s, table.width) for s in widths})
         self.register_buffer("columns", torch.tensor(table.columns, dtype=torch.int64), persistent=False)
@@ -182,7 +184,10 @@ class CompactEmbedding(Replacement):
         stored = list(self.weights)
         if self.bits == 32 or self.packed is not None or not self.stores_columns:
             return
+        # Zero is no code of every column.
+        zeroes = self.padding_row is not None and not self(torch.tensor(self.padding_idx, device=stored[0].device)).any()
         self._take_packed()
+        self._zero_padding(zeroes)
         for store in self.packed.values():  # type: ignore[union-attr]
             values_NW = torch.cat([weight for weight in stored if weight.shape[1] == store.width])
             store.store(0, torch.arange(len(values_NW), device=values_NW.device), values_NW)
@@ -196,15 +201,21 @@ class CompactEmbedding(Replacement):
         for num_rows, width in self.segments:
             rows_by_width[width] = rows_by_width.get(width, 0) + num_rows
         packed = {str(width): PackedRows(rows, width, self.bits, 1) for width, rows in rows_by_width.items()}
-        if self.padding_row is not None:  # zero is no code of every column
-            self.zeroes_padding = not self(torch.tensor(self.padding_idx, device=like.device)).any()
         self.value_dtype = like.dtype
         self.packed = nn.ModuleDict(packed).to(like.device)
         self.weights = nn.ParameterList()
 
+    def _zero_padding(self, zeroes: bool) -> None:
+        """Give out zeros for the padding id, or what its row holds; an empty tensor in the state says that it is zeros."""
+        if self.padding_row is not None:
+            self.zeroes_padding = zeroes
+            self.register_buffer("zero_padding", torch.empty(0) if zeroes else None)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.packed is None and any(key.startswith(f"{prefix}packed.") for key in state_dict):
-            self._take_packed()
+        if any(key.startswith(f"{prefix}packed.") for key in state_dict):
+            if self.packed is None:
+                self._take_packed()
+            self._zero_padding(f"{prefix}zero_padding" in state_dict)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _read(self, local: Tensor, segment: int, start: int) -> Tensor:
