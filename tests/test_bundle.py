@@ -249,6 +249,29 @@ def test_bytes_of_the_fields_add_up_to_those_of_the_plan(encoded, tmp_path):
         assert ("shared projections" in card) == (name == "mixed")
 
 
+def test_bytes_are_those_of_the_target_of_the_search(encoded, raw, tmp_path):
+    full = DeepFM(encoded.schema, embedding_dim=8, hidden_units=(8,))
+    plan = search(CTRTask(full, encoded), UniformConfig(), "50%", target="fbgemm")
+    assert plan.num_bytes("fbgemm") > plan.num_bytes()  # first-order weights are padded
+    save(compact(full, plan), tmp_path / "b", encoded)
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "| bytes as stored by | fbgemm |" in card
+    assert plan.summary().splitlines()[0] in card.splitlines()
+    found = re.findall(r"^\| (?:user|item) .* \| 32 \| ([\d,]+) \| ([\d,]+) \|", card, re.M)
+    sizes, full_sizes = ([int(text.replace(",", "")) for text in column] for column in zip(*found, strict=True))
+    assert sum(sizes) == plan.num_bytes("fbgemm")
+    assert sum(full_sizes) == SizePlan.full(encoded.schema, 8, first_order=True).num_bytes("fbgemm")
+
+    report = embtrim.update(tmp_path / "b", raw, out=tmp_path / "new", retrain=False)
+    assert report.table_bytes_before == plan.num_bytes("fbgemm")
+    assert report.table_bytes_after == load_bundle(tmp_path / "new").model.tables.plan.num_bytes("fbgemm")
+    # fbgemm has no tables of 8 bits: such a plan is for others, and its model can be saved.
+    small = compact(full, plan.with_bits(8))
+    small.tables.quantize()
+    save(small, tmp_path / "8 bits", encoded)
+    assert load_bundle(tmp_path / "8 bits").model.tables.plan.target == "torch"
+
+
 WITHOUT_SEARCH = """
 import sys
 blocked = {"embtrim." + name for name in ("methods", "sites", "compaction", "experiment", "precision", "exporting")}

@@ -46,7 +46,7 @@ from embtrim.train import EVAL_BATCH_SIZE, check_data
 # 1 had no digest of bundle.json itself, and said less of where a model comes from; it still opens.
 BUNDLE_VERSION = 2
 # Of what a search wants remembered, what a bundle keeps; scores and the like may be as large as the tables.
-KEPT_DETAILS = ("config", "budget", "seed")
+KEPT_DETAILS = ("config", "budget", "seed", "target")
 
 
 class Contents(Config):

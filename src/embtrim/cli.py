@@ -509,10 +509,11 @@ def update(
         loaded = load_bundle(bundle)
         opened = open_log(log, settings.read)
         opened.require([loaded.model.schema.label, *loaded.encoder.columns])
+        plan = loaded.model.tables.plan
         facts = {
             "model": loaded.info["model"],
             "version": loaded.info["version"] + 1,
-            "table_bytes_before": loaded.model.tables.plan.num_bytes(),
+            "table_bytes_before": plan.num_bytes(plan.target),
             "log": opened.describe(),
         }
         show_dry_run(settings, facts, as_json)

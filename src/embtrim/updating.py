@@ -118,7 +118,8 @@ class UpdateReport:
         plan_before, plan_after: digests of the layouts.
         renumbered: whether values that stay got new ids.
         tables: one entry a table.
-        table_bytes_before, table_bytes_after: of embedding tables, projections and first-order weights.
+        table_bytes_before, table_bytes_after: of embedding tables, projections and first-order weights, as the plan's
+            target stores them.
         bundle_bytes_before, bundle_bytes_after: of the folders, vocabulary included.
         num_rows: rows of the new log, by split.
         epochs: passes over the training rows.
@@ -237,8 +238,8 @@ def update(
         plan_after=plan.digest,
         renumbered=config.renumber,
         tables=changes,
-        table_bytes_before=parent.model.tables.plan.num_bytes(),
-        table_bytes_after=plan.num_bytes(),
+        table_bytes_before=parent.model.tables.plan.num_bytes(plan.target),
+        table_bytes_after=plan.num_bytes(plan.target),
         bundle_bytes_before=folder_bytes(folder),
         bundle_bytes_after=folder_bytes(target),
         num_rows=step["num_rows"],
