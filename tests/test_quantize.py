@@ -283,6 +283,13 @@ def test_a_budget_that_scales_alone_exceed(task):
         search(task, UniformConfig(align="project"), "40 b", bits=4)
 
 
+def test_an_error_quotes_the_budget_that_was_given(task):
+    with pytest.raises(BudgetError, match=r"^budget of 100 bytes for tables of 8 bits for torch, .* within 400 bytes: "):
+        search(task, UniformConfig(), "100 b", bits=8)
+    with pytest.raises(BudgetError, match=r"^budget of 100 bytes is below the first-order weights alone"):
+        search(task, UniformConfig(), "100 b")
+
+
 def test_bits_go_where_they_save_most_loss_a_byte(task):
     plan, budget = SizePlan.full(task.data.schema, 8, first_order=True), Budget.parse("20%")
     names = [t.name for t in plan.tables]

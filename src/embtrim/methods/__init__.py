@@ -103,7 +103,13 @@ def _search_stored(task: Task, config: Config, budget: Budget, seed: int, bits: 
     plan = full
     while plan.num_params:
         amount = amount if budget.kind == "bytes" else min(amount, 1.0)
-        plan = method.search(task, config, Budget(budget.kind, amount), seed)
+        within = Budget(budget.kind, amount)
+        try:
+            plan = method.search(task, config, within, seed)
+        except BudgetError as error:
+            raise BudgetError(
+                f"budget of {budget} for tables of {bits} bits for {target}, searched in fp32 within {within}: {error}"
+            ) from None
         plan = mixed_bits(task, plan, budget) if bits == "mixed" else plan.with_bits(bits)
         if target == "fbgemm":
             plan = plan.with_free_columns()
