@@ -456,6 +456,14 @@ class TestWeightsReadOutside:
 class TestTask:
     """What a Task makes of what it is given."""
 
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+    def test_tables_that_are_not_fp32_are_refused_before_the_search(self, dtype: torch.dtype):
+        task = foreign_task()
+        task.model.item.to(dtype)
+        name = str(dtype).removeprefix("torch.")
+        with pytest.raises(EmbtrimError, match=rf"'item' is {name}, but plans count 4 bytes a value; .*float\(\)"):
+            search(task, RandomConfig(), "50%")
+
     @pytest.mark.parametrize("name", ["frequency", "random", "sseds"])
     def test_a_search_undoes_what_max_norm_does(self, name: str):
         config = {"frequency": FrequencyConfig(), "random": RandomConfig(), "sseds": SSEDSConfig()}[name]
