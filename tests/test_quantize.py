@@ -284,7 +284,9 @@ def test_a_budget_that_scales_alone_exceed(task):
 
 
 def test_an_error_quotes_the_budget_that_was_given(task):
-    with pytest.raises(BudgetError, match=r"^budget of 100 bytes for tables of 8 bits for torch, .* within 400 bytes: "):
+    with pytest.raises(
+        BudgetError, match=r"^budget of 100 bytes for tables of 8 bits for torch, .* within 400 bytes: "
+    ):
         search(task, UniformConfig(), "100 b", bits=8)
     with pytest.raises(BudgetError, match=r"^budget of 100 bytes is below the first-order weights alone"):
         search(task, UniformConfig(), "100 b")

@@ -577,12 +577,17 @@ class TestGates:
         with site.gated(gate_BS[:, :WIDTH]):
             assert torch.allclose(single(sequences), single[0].weight[sequences] * gate_BS[:, None, :WIDTH])
 
-    @pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Embedding(ROWS, WIDTH, sparse=True)), lambda: bag(sparse=True)])
+    @pytest.mark.parametrize(
+        "make", [lambda: nn.Sequential(nn.Embedding(ROWS, WIDTH, sparse=True)), lambda: bag(sparse=True)]
+    )
     def test_sparse_gradients_stay_sparse_under_a_gate(self, make):
         model = make()
         optimizer = torch.optim.SparseAdam(model.parameters(), lr=0.1)
         before = model[0].weight.detach().clone()
-        for fields, gates in ((None, {"rows": lambda _, found: found}), ({"0": FIELDS}, {"slots": torch.ones(2 * WIDTH)})):
+        for fields, gates in (
+            (None, {"rows": lambda _, found: found}),
+            ({"0": FIELDS}, {"slots": torch.ones(2 * WIDTH)}),
+        ):
             (site,) = find_sites(model, fields=fields)
             optimizer.zero_grad()
             with site.gated(**gates):
@@ -771,7 +776,9 @@ class TestVerify:
         plan = plan_for(task.model, "rows")
         for batches in (iter(()), [], [PAIRS[:0]]):
             nothing = Task(task.model, lambda m, ids: m(ids)["out"][0].square().mean(), batches)
-            with pytest.raises(EmbtrimError, match="verify compared no row: the Task's train batches are empty or spent"):
+            with pytest.raises(
+                EmbtrimError, match="verify compared no row: the Task's train batches are empty or spent"
+            ):
                 verify(task.model, plan, nothing, split="train")
 
     @pytest.mark.parametrize("wrong", [1e-3, float("nan")])

@@ -185,7 +185,9 @@ class CompactEmbedding(Replacement):
         if self.bits == 32 or self.packed is not None or not self.stores_columns:
             return
         # Zero is no code of every column.
-        zeroes = self.padding_row is not None and not self(torch.tensor(self.padding_idx, device=stored[0].device)).any()
+        zeroes = (
+            self.padding_row is not None and not self(torch.tensor(self.padding_idx, device=stored[0].device)).any()
+        )
         self._take_packed()
         self._zero_padding(zeroes)
         for store in self.packed.values():  # type: ignore[union-attr]
