@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -247,6 +249,29 @@ def test_bytes_of_the_fields_add_up_to_those_of_the_plan(encoded, tmp_path):
         assert ("shared projections" in card) == (name == "mixed")
 
 
+def test_bytes_are_those_of_the_target_of_the_search(encoded, raw, tmp_path):
+    full = DeepFM(encoded.schema, embedding_dim=8, hidden_units=(8,))
+    plan = search(CTRTask(full, encoded), UniformConfig(), "50%", target="fbgemm")
+    assert plan.num_bytes("fbgemm") > plan.num_bytes()  # first-order weights are padded
+    save(compact(full, plan), tmp_path / "b", encoded)
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "| bytes as stored by | fbgemm |" in card
+    assert plan.summary().splitlines()[0] in card.splitlines()
+    found = re.findall(r"^\| (?:user|item) .* \| 32 \| ([\d,]+) \| ([\d,]+) \|", card, re.M)
+    sizes, full_sizes = ([int(text.replace(",", "")) for text in column] for column in zip(*found, strict=True))
+    assert sum(sizes) == plan.num_bytes("fbgemm")
+    assert sum(full_sizes) == SizePlan.full(encoded.schema, 8, first_order=True).num_bytes("fbgemm")
+
+    report = embtrim.update(tmp_path / "b", raw, out=tmp_path / "new", retrain=False)
+    assert report.table_bytes_before == plan.num_bytes("fbgemm")
+    assert report.table_bytes_after == load_bundle(tmp_path / "new").model.tables.plan.num_bytes("fbgemm")
+    # fbgemm has no tables of 8 bits: such a plan is for others, and its model can be saved.
+    small = compact(full, plan.with_bits(8))
+    small.tables.quantize()
+    save(small, tmp_path / "8 bits", encoded)
+    assert load_bundle(tmp_path / "8 bits").model.tables.plan.target == "torch"
+
+
 WITHOUT_SEARCH = """
 import sys
 blocked = {"embtrim." + name for name in ("methods", "sites", "compaction", "experiment", "precision", "exporting")}
@@ -277,6 +302,41 @@ def test_saving_needs_a_vocabulary_and_keeps_what_is_there(saved, data, tmp_path
     with pytest.raises(BundleError, match="made in memory"):
         save(DeepFM(data.schema, embedding_dim=4, hidden_units=(4,)), tmp_path / "b", data)
     assert not list(tmp_path.iterdir())
+
+
+def test_overwriting_replaces_bundles_and_empty_folders_alone(saved, tmp_path):
+    _, model, data = saved
+    out = tmp_path / "out"
+    (out / "logs").mkdir(parents=True)
+    (out / "logs" / "thesis.tex").touch()
+    with pytest.raises(BundleError, match="out is no bundle, so it is not overwritten"):
+        save(model, out, data, overwrite=True)
+    (out / "logs" / "thesis.tex").unlink()
+    (out / "logs").rmdir()
+    for seed in (1, 2):
+        save(model, out, data, seed=seed, overwrite=True)
+        assert load_bundle(out).info["seed"] == seed
+    (tmp_path / "link").symlink_to(out)
+    save(model, tmp_path / "link", data, seed=3, overwrite=True)
+    assert load_bundle(out).info["seed"] == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "link"}
+
+
+def test_a_bundle_that_cannot_be_replaced_stays(saved, tmp_path, monkeypatch):
+    _, model, data = saved
+    save(model, tmp_path / "out", data, seed=1)
+    rename = os.replace
+
+    def refuse(source, target):
+        if str(source).endswith(".tmp") and Path(source).is_dir():
+            raise OSError("the disk went away")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(BundleError, match="out could not be written: the disk went away"):
+        save(model, tmp_path / "out", data, seed=2, overwrite=True)
+    assert load_bundle(tmp_path / "out").info["seed"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_saved_plan_is_layout_only(saved):

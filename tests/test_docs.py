@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
+from torch import nn
 
 import embtrim
 from embtrim.config import read_toml
@@ -18,6 +21,7 @@ from embtrim.experiment import RunConfig
 from embtrim.grid import CompareConfig, resolve
 from embtrim.methods import method_named
 from embtrim.models import MODELS
+from embtrim.testing import planted_data
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -50,6 +54,42 @@ def test_the_python_example_runs(logs):
     exec(compile(code, "README.md", "exec"), names)
     assert len(names["scores"]) == 50
     assert names["plan"].num_params <= 0.1 * names["plan"].num_full_params
+
+
+def test_the_examples_train_their_small_model_from_scratch(monkeypatch, capsys):
+    """On planted data: the bundled ones take longer."""
+    data = planted_data(noise_vocab=50)
+    monkeypatch.setattr(embtrim, "load", lambda name: data)
+    monkeypatch.setattr(sys, "argv", [__file__])
+    spec = importlib.util.spec_from_file_location("flights", ROOT / "examples" / "flights.py")
+    flights = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(flights)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tables = nn.ModuleList(nn.Embedding(rows, flights.WIDTH) for rows in flights.SIZES.values())
+            self.head = nn.Linear(len(flights.SIZES) * flights.WIDTH, 1)
+
+    def make_model(seed: int) -> Model:
+        torch.manual_seed(seed)
+        return Model()
+
+    def probability(model: Model, ids_BF: torch.Tensor) -> torch.Tensor:
+        parts = [table(ids_B) for table, ids_B in zip(model.tables, ids_BF.T, strict=True)]
+        return model.head(torch.cat(parts, 1)).squeeze(1).sigmoid()
+
+    heads = []
+
+    def compact(*args):
+        small = embtrim.compaction.compact(*args)
+        heads.append(small.head.weight.detach().clone())
+        return small
+
+    monkeypatch.setattr(embtrim, "compact", compact)
+    flights.trim("toy 1.0", make_model, probability)
+    assert [torch.equal(head, make_model(0).head.weight) for head in heads] == [True]
+    assert "compact against masked" in capsys.readouterr().out
 
 
 def test_the_example_of_a_model_of_ones_own_runs():

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import embtrim
 from embtrim import exporting
 from embtrim.bundle import load_bundle, save
-from embtrim.compaction import compact
+from embtrim.compaction import compact, quantize
 from embtrim.encoder import Encoder
 from embtrim.errors import ConfigError, DataError, EmbtrimError, PlanError
 from embtrim.exporting import export
@@ -439,6 +439,26 @@ def test_a_module_of_ones_own_agrees(model_class, format, tmp_path):
     small.train()
 
 
+@pytest.mark.parametrize("reads", [None, {"head.0": ["user", "item", "item"]}], ids=["full width", "narrowed"])
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+def test_a_quantised_module_says_its_bytes(bits, reads, tmp_path):
+    task = foreign_task()
+    plan = task.full_plan().with_columns({"user": (1, 4, 5), "item": (0, 3)}).with_bits(bits)
+    small = compact(task.model, plan, "inherit", reads=reads).eval()
+    if bits < 32:
+        quantize(small)
+    batches = [ids for ids, _ in foreign_batches()]
+    manifest = export(small, "pt2", tmp_path / "out", example=batches[0])
+    served = torch.export.load(str(tmp_path / "out" / "model.pt2")).module()
+    assert torch.allclose(served(batches[1]), small(batches[1]), atol=TOLERANCE)
+    biases = 4 * 40
+    assert manifest["table_bytes"] == plan.num_bytes() + biases
+    assert manifest["full_table_bytes"] == 4 * (40 * 6 + 25 * 4) + biases
+    columns = 0 if reads is None else 4 * 8 * (14 - 3 - 2 - 2)  # of the Linear that reads 6 + 4 + 4
+    saved = manifest["full_table_bytes"] - manifest["table_bytes"] + columns
+    assert manifest["full_model_bytes"] - manifest["model_bytes"] == saved
+
+
 @pytest.mark.parametrize("format", ["pt2", "onnx"])
 def test_a_module_may_take_what_it_likes(format, tmp_path):
     ids, price = {name: torch.randint(0, 30, (9,)) for name in ("user", "item")}, torch.randn(9)
@@ -565,6 +585,10 @@ def test_it_refuses_models_that_are_not_ready(tmp_path):
     for example, given in ((None, "none"), (torch.zeros(1, 3), "one of 1")):
         with pytest.raises(ConfigError, match=f"a Linear does not say what it reads: .* two rows, .*; given {given}"):
             export(nn.Linear(3, 1), "pt2", tmp_path / "out", example=example)
+    task = foreign_task()
+    small = compact(task.model, task.full_plan().with_bits({"item": 8}))
+    with pytest.raises(EmbtrimError, match=r"8 bits for the table of 'item', which is fp32 still; .*quantize\(model\)"):
+        export(small, "pt2", tmp_path / "out", example=next(foreign_batches())[0])
     with pytest.raises(ConfigError, match=r"format .torchrec. describes models of embtrim\.models, not a Linear"):
         export(nn.Linear(3, 1), "torchrec", tmp_path / "out", example=torch.zeros(2, 3))
     with pytest.raises(ConfigError, match="fnn says itself what it reads; leave out example"):

@@ -29,7 +29,7 @@ from embtrim.packing import CLIPS, PackedRows
 from embtrim.plan import BITS, Block, SizePlan, TablePlan
 from embtrim.precision import code_loss, mixed_bits
 from embtrim.schema import Schema
-from embtrim.sites import CTRTask
+from embtrim.sites import CTRTask, Task
 from embtrim.tables import EmbeddingTables
 from embtrim.testing import foreign_task, planted_data
 from embtrim.train import TrainConfig, evaluate, fit
@@ -283,6 +283,15 @@ def test_a_budget_that_scales_alone_exceed(task):
         search(task, UniformConfig(align="project"), "40 b", bits=4)
 
 
+def test_an_error_quotes_the_budget_that_was_given(task):
+    with pytest.raises(
+        BudgetError, match=r"^budget of 100 bytes for tables of 8 bits for torch, .* within 400 bytes: "
+    ):
+        search(task, UniformConfig(), "100 b", bits=8)
+    with pytest.raises(BudgetError, match=r"^budget of 100 bytes is below the first-order weights alone"):
+        search(task, UniformConfig(), "100 b")
+
+
 def test_bits_go_where_they_save_most_loss_a_byte(task):
     plan, budget = SizePlan.full(task.data.schema, 8, first_order=True), Budget.parse("20%")
     names = [t.name for t in plan.tables]
@@ -320,6 +329,22 @@ def test_bits_go_where_they_save_most_loss_a_byte(task):
     assert sum(losses[t.name, t.bits] for t in found.tables) <= 1.1 * least
     everything = mixed_bits(task, plan, Budget.parse("100%"))
     assert {t.bits for t in everything.tables} == {16}
+
+
+def test_padding_loses_nothing_whatever_its_bits():
+    """Two tables alike, but that one is padded: bits go to the other, whose rows are all read."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({name: torch.nn.Embedding(200, 8, padding_idx=0) for name in ("padded", "full")})
+    with torch.no_grad():
+        for table in model.values():
+            table.weight[1:].uniform_(1, 2)  # the code of zero is far off
+    rows = torch.arange(1, 200)
+    batches = [(torch.cat([torch.zeros(100_000, dtype=torch.int64), rows]), rows.repeat(2))]
+    task = Task(model, lambda m, b: m["padded"](b[0]).mean() + m["full"](b[1]).mean(), batches)
+    plan = task.full_plan()
+    assert task.row_counts()["padded"][0] == 100_000
+    budget = Budget("bytes", plan.with_bits({"padded": 4, "full": 8}).num_bytes())
+    assert [t.bits for t in mixed_bits(task, plan, budget).tables] == [4, 8]
 
 
 def test_a_table_of_few_rows_is_smallest_in_16_bits(task):

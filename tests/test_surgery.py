@@ -67,6 +67,13 @@ def blocks_of(kind: str, num_rows: int) -> tuple[Block, ...]:
     return (Block(len(part), columns, "scatter", part),)
 
 
+def ordered_sizes(table: TablePlan) -> TablePlan:
+    """The table with all rows in their order, the first ones wider: ids need no map."""
+    rows = np.arange(table.num_rows, dtype=np.int32)
+    parts = [(4, rows[:2]), (2, rows[2:])]
+    return dataclasses.replace(table, blocks=tuple(Block(len(part), size, "project", part) for size, part in parts))
+
+
 def plan_for(model: nn.Module, kind: str, fields: dict[str, dict[str, int]] | None = None) -> SizePlan:
     full = site_plan(find_sites(model, fields=fields))
     tables = tuple(dataclasses.replace(t, blocks=blocks_of(kind, t.num_rows)) for t in full.tables)
@@ -206,6 +213,22 @@ class TestReplacements:
             for wrong in (-1, ROWS):
                 with pytest.raises(IndexError):
                     small(torch.tensor([wrong]))
+
+    @pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Embedding(ROWS, WIDTH)), bag])
+    @pytest.mark.parametrize("flat", [False, True])
+    @pytest.mark.parametrize("kind", ["first", "sizes", "ordered sizes", "nothing"])
+    def test_an_id_of_no_row_is_refused_where_no_lookup_would(self, kind: str, flat: bool, make):
+        model = make()
+        plan = plan_for(model, "nothing" if kind == "ordered sizes" else kind, {"0": FIELDS} if flat else None)
+        if kind == "ordered sizes":
+            plan = dataclasses.replace(plan, tables=tuple(map(ordered_sizes, plan.tables)))
+        small = compact(model, plan)
+        small(PAIRS)
+        for wrong, local in ((-1, -1), (ROWS, 5 if flat else ROWS)):
+            message = None if kind == "sizes" else rf"id {local} is of no row of '0.*'; allowed: 0 to \d+$"
+            for ids in ([[0, wrong, 3]], [[wrong]]):
+                with pytest.raises(IndexError, match=message):
+                    small(torch.tensor(ids))
 
 
 class TestWhereElseTheModelKeepsThem:
@@ -433,6 +456,14 @@ class TestWeightsReadOutside:
 class TestTask:
     """What a Task makes of what it is given."""
 
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+    def test_tables_that_are_not_fp32_are_refused_before_the_search(self, dtype: torch.dtype):
+        task = foreign_task()
+        task.model.item.to(dtype)
+        name = str(dtype).removeprefix("torch.")
+        with pytest.raises(EmbtrimError, match=rf"'item' is {name}, but plans count 4 bytes a value; .*float\(\)"):
+            search(task, RandomConfig(), "50%")
+
     @pytest.mark.parametrize("name", ["frequency", "random", "sseds"])
     def test_a_search_undoes_what_max_norm_does(self, name: str):
         config = {"frequency": FrequencyConfig(), "random": RandomConfig(), "sseds": SSEDSConfig()}[name]
@@ -545,6 +576,25 @@ class TestGates:
         (site,) = find_sites(single)
         with site.gated(gate_BS[:, :WIDTH]):
             assert torch.allclose(single(sequences), single[0].weight[sequences] * gate_BS[:, None, :WIDTH])
+
+    @pytest.mark.parametrize(
+        "make", [lambda: nn.Sequential(nn.Embedding(ROWS, WIDTH, sparse=True)), lambda: bag(sparse=True)]
+    )
+    def test_sparse_gradients_stay_sparse_under_a_gate(self, make):
+        model = make()
+        optimizer = torch.optim.SparseAdam(model.parameters(), lr=0.1)
+        before = model[0].weight.detach().clone()
+        for fields, gates in (
+            (None, {"rows": lambda _, found: found}),
+            ({"0": FIELDS}, {"slots": torch.ones(2 * WIDTH)}),
+        ):
+            (site,) = find_sites(model, fields=fields)
+            optimizer.zero_grad()
+            with site.gated(**gates):
+                model(PAIRS).sum().backward()
+            optimizer.step()
+        changed = (model[0].weight.detach() != before).any(1)
+        assert changed.nonzero().flatten().tolist() == PAIRS.unique().tolist()
 
     def test_flat_rows_are_counted_by_field(self):
         task = pooled_task()
@@ -721,6 +771,16 @@ class TestVerify:
         assert verify(task.model, plan_for(task.model, "rows"), task, max_rows=3).num_rows == 4
         assert torch.equal(torch.get_rng_state(), state)
 
+    def test_nothing_compared_is_no_pass(self):
+        task = self.task()
+        plan = plan_for(task.model, "rows")
+        for batches in (iter(()), [], [PAIRS[:0]]):
+            nothing = Task(task.model, lambda m, ids: m(ids)["out"][0].square().mean(), batches)
+            with pytest.raises(
+                EmbtrimError, match="verify compared no row: the Task's train batches are empty or spent"
+            ):
+                verify(task.model, plan, nothing, split="train")
+
     @pytest.mark.parametrize("wrong", [1e-3, float("nan")])
     def test_sees_a_wrong_compact_model(self, wrong: float, monkeypatch):
         task = self.task()
@@ -848,6 +908,25 @@ class TestBits:
         assert torch.equal(torch.load(tmp_path / "module.pt", weights_only=False)(ids), small(ids))
         tables = [t for name, t in small.state_dict().items() if not name.startswith("head") and "recent" not in name]
         assert sum(t.nbytes for t in tables) == plan.num_bytes()
+
+    @pytest.mark.parametrize("saved_is_zero", [False, True])
+    def test_loaded_padding_reads_what_was_saved(self, saved_is_zero: bool):
+        """Whatever the padding row of the module that the state is loaded into holds."""
+        torch.manual_seed(0)
+        zero, other = (nn.Sequential(nn.Embedding(ROWS, WIDTH, padding_idx=3)) for _ in range(2))
+        with torch.no_grad():
+            other[0].weight.normal_()
+        plan = plan_for(zero, "columns").with_bits(8)
+        small, into, quantized = (compact(m, plan, "inherit").eval() for m in (zero, other, other))
+        if not saved_is_zero:
+            small, into, quantized = into, small, compact(zero, plan, "inherit").eval()
+        quantize(small)
+        quantize(quantized)
+        assert bool(small(torch.tensor(3)).any()) != saved_is_zero
+        for again in (into, quantized):
+            again.load_state_dict(small.state_dict())
+            assert torch.equal(again(PAIRS), small(PAIRS))
+        assert sum(v.nbytes for v in small.state_dict().values()) == plan.num_bytes()
 
     def test_is_for_inference_and_once(self):
         model = nn.Sequential(nn.Embedding(ROWS, WIDTH))

@@ -46,7 +46,7 @@ from embtrim.train import EVAL_BATCH_SIZE, check_data
 # 1 had no digest of bundle.json itself, and said less of where a model comes from; it still opens.
 BUNDLE_VERSION = 2
 # Of what a search wants remembered, what a bundle keeps; scores and the like may be as large as the tables.
-KEPT_DETAILS = ("config", "budget", "seed")
+KEPT_DETAILS = ("config", "budget", "seed", "target")
 
 
 class Contents(Config):
@@ -211,15 +211,14 @@ def save(
         seed: of training, noted likewise.
         version: of plan and schema, noted likewise; 1 unless this is an update.
         update: what the update changed, noted likewise; see `embtrim.update`.
-        overwrite: replace an existing bundle.
+        overwrite: replace an existing bundle; anything else there is never touched.
 
     Raises:
         BundleError: the folder exists, or the data were made in memory and have no vocabulary.
         EmbtrimError: the plan says fewer than 32 bits and the tables are fp32.
     """
     folder = Path(folder)
-    if folder.exists() and not overwrite:
-        raise BundleError(f"{folder} exists; choose another name or pass overwrite=True")
+    check_out(folder, overwrite)
     if data.folder is None:
         raise BundleError("these data were made in memory and have no vocabulary on disk; encode a log first")
     model.tables.check_quantized()
@@ -250,6 +249,16 @@ def save(
         (temporary / "README.md").write_text(model_card(model.schema, layout, info), "utf-8")
         info["files"] = {name: file_digest(temporary / name) for name in files_of(temporary)}
         (temporary / "bundle.json").write_text(_with_digest(info), "utf-8")
+
+
+def check_out(folder: Path, overwrite: bool) -> None:
+    """Raise BundleError if no bundle may be written to `folder`: only another one is replaced, or an empty folder."""
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise BundleError(f"{folder} exists; choose another name or pass overwrite=True (--overwrite)")
+    if not (folder / "bundle.json").exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise BundleError(f"{folder} is no bundle, so it is not overwritten; choose another name")
 
 
 def note_spread(folder: str | Path, metrics: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> None:
@@ -286,17 +295,26 @@ def note_spread(folder: str | Path, metrics: Mapping[int, Mapping[str, Mapping[s
 def write_folder(folder: Path, what: str) -> Iterator[Path]:
     """A folder under a temporary name, to be filled inside a `with` block; it then takes the place of `folder`.
 
+    Killed in between, it leaves what was there as `.<name of folder>.<process>.old` beside it.
+
     Raises:
         BundleError: it could not be written; `folder` is as it was.
     """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    place = folder.resolve()  # of a link, what it leads to
+    temporary, aside = (place.with_name(f".{place.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
+        try:
+            if place.exists():
+                os.replace(place, aside)
+            os.replace(temporary, place)
+        except BaseException:
+            if aside.exists() and not place.exists():
+                os.replace(aside, place)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
     except (OSError, SafetensorError, pl.exceptions.PolarsError) as error:
         # safetensors and polars write from Rust, and wrap a full disk in errors of their own.
         raise BundleError(

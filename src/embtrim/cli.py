@@ -267,7 +267,7 @@ def train(
     """Train the full model and save it as a bundle."""
     start_log(quiet)
     settings = _run_config(data, config, overrides, {"model": model, "seed": seed})
-    from embtrim.bundle import folder_bytes, save
+    from embtrim.bundle import check_out, folder_bytes, save
     from embtrim.checkpoint import unfinished
     from embtrim.experiment import train_full
     from embtrim.models import build
@@ -280,7 +280,8 @@ def train(
         facts = {"table_bytes": full.tables.plan.num_bytes(), **_time_at_most(full, encoded, settings.train)}
         show_dry_run(settings, facts, as_json)
         return
-    target = _free(out, overwrite)
+    target = _needed(out)
+    check_out(target, overwrite)  # now: hours of training are not to end in its message
     with unfinished(target) as work:
         trained = train_full(encoded, settings, settings.seed, wants_progress(quiet), work / "full.safetensors")
         record = trained.record
@@ -336,7 +337,8 @@ def search(
     path = _needed(out)
     if path.suffix != ".json":
         raise ConfigError(f"a plan is written as .json, --out is {path}")
-    _free(path, overwrite)
+    if path.exists() and not overwrite:  # now: hours of searching are not to end in this message
+        raise DataError(f"{path} exists; choose another --out or pass --overwrite")
     task = CTRTask(full, encoded, settings.train.replace(seed=settings.seed))
     task.progress = wants_progress(quiet)
     wanted = (task, method_settings, settings.budget, settings.seed, settings.bits, settings.target)
@@ -373,7 +375,7 @@ def compact(
     """Apply a plan: verify that compact equals masked, build the smaller model, retrain, quantise and save it."""
     start_log(quiet)
     settings = _run_config(data, config, overrides, {"init": init, "seed": seed})
-    from embtrim.bundle import folder_bytes, save
+    from embtrim.bundle import check_out, folder_bytes, save
     from embtrim.checkpoint import unfinished
     from embtrim.plan import SizePlan
     from embtrim.train import evaluate, fit
@@ -392,7 +394,8 @@ def compact(
         }
         show_dry_run(settings, facts, as_json)
         return
-    target = _free(out, overwrite)
+    target = _needed(out)
+    check_out(target, overwrite)  # now: hours of training are not to end in its message
     checked = embtrim.verify(full, sizes, encoded, split="valid" if "valid" in encoded.splits else "train")
     checked.require()
     log_line(
@@ -506,10 +509,11 @@ def update(
         loaded = load_bundle(bundle)
         opened = open_log(log, settings.read)
         opened.require([loaded.model.schema.label, *loaded.encoder.columns])
+        plan = loaded.model.tables.plan
         facts = {
             "model": loaded.info["model"],
             "version": loaded.info["version"] + 1,
-            "table_bytes_before": loaded.model.tables.plan.num_bytes(),
+            "table_bytes_before": plan.num_bytes(plan.target),
             "log": opened.describe(),
         }
         show_dry_run(settings, facts, as_json)
@@ -865,14 +869,6 @@ def _needed(out: Path | None) -> Path:
     if out is None:
         raise ConfigError("--out is needed: where to write (or --dry-run)")
     return out
-
-
-def _free(out: Path | None, overwrite: bool) -> Path:
-    """--out, which must not exist: hours of training are not to end in this message."""
-    target = _needed(out)
-    if target.exists() and not overwrite:
-        raise DataError(f"{target} exists; choose another --out or pass --overwrite")
-    return target
 
 
 def _load_full(folder: Path, data: EncodedDataset) -> Bundle:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -48,7 +48,9 @@ def compact(
         plan: made for the model's schema (or for the foreign module's sites).
         init: "scratch" draws new weights; "initial" takes what is kept of the full model's *initial* weights (zoo
             models only: drawn again from their seed); "inherit" takes what is kept of the weights the model has now.
-            A projection starts as the selection of the kept columns under "initial" and "inherit".
+            A projection starts as the selection of the kept columns under "initial" and "inherit". Of a foreign module
+            only the tables that the plan names are drawn; dense layers, batch-norm statistics and tables that were left
+            alone are kept as given: for a training from scratch pass a fresh module, not the one that was searched.
         seed: of new weights; None takes the model's own.
         reads: of a foreign module, by the path of each nn.Linear that reads nothing but a concatenation: its parts in
             order, paths of embeddings or numbers of other columns, such as `{"head.0": ["user", "item", "item", 13]}`.
@@ -61,9 +63,12 @@ def compact(
 
     Raises:
         PlanError: the plan was made for something else, or lists counts where `init` needs columns.
-        EmbtrimError: the model's tables are quantised; a weight that the plan stores in pieces is also kept where they
-            cannot replace it; or `reads` names no such Linear or embedding, or parts that do not add up to its input.
+        EmbtrimError: `init` is none of these; the model's tables are quantised; a weight that the plan stores in pieces
+            is also kept where they cannot replace it; or `reads` names no such Linear or embedding, or parts that do not
+            add up to its input.
     """
+    if init not in get_args(Init):
+        raise EmbtrimError(f"init must be 'scratch', 'initial' or 'inherit', given {init!r}")
     if not isinstance(model, CTRModel):
         small = _compact_module(model, plan, init, seed)
         if reads is not None:
@@ -83,8 +88,6 @@ def compact(
         inherit_weights(type(model)(model.schema, **hparams).to(like.device, like.dtype), small)
     elif init == "inherit":
         inherit_weights(model, small)
-    elif init != "scratch":
-        raise EmbtrimError(f"init must be 'scratch', 'initial' or 'inherit', given {init!r}")
     return small
 
 
@@ -212,7 +215,8 @@ def verify(
 
     Raises:
         PlanError: the plan was made for something else.
-        EmbtrimError: something reads the embeddings that `reads` narrows besides its Linears, or in another order.
+        EmbtrimError: something reads the embeddings that `reads` narrows besides its Linears, or in another order; or the
+            Task has no batches to compare on.
     """
     if not isinstance(model, CTRModel):
         if not isinstance(data, Task):
@@ -397,6 +401,8 @@ def _narrow(small: nn.Module, reads: Reads) -> None:
         # In place: a list of the model, as for a penalty, may hold this weight.
         linear.weight.data = linear.weight.data[:, columns_S.to(linear.weight.device)]
         linear.in_features = len(columns_S)
+        # An export says what the full model takes.
+        linear.full_in_features = width  # type: ignore[assignment]
     for module in narrowed:
         module.narrow()
 
@@ -492,6 +498,10 @@ def _verify_module(
         rows += len(expected[0]) if expected[0].ndim else 1
         if rows >= max_rows:
             break
+    if not rows:
+        raise EmbtrimError(
+            f"verify compared no row: the Task's {split} batches are empty or spent; give some that can be read again"
+        )
     if reads is not None and worst > MODULE_TOLERANCE:
         raise EmbtrimError(f"{_misread(reads)}; outputs differ by {worst:.2e}")
     if counts_only:

@@ -120,7 +120,7 @@ def export(
             sizes = table_sizes(model, format)
             more_bytes = network_bytes(full_network(model)) - network_bytes(model)
         else:
-            sizes, more_bytes = module_sizes(model), 0
+            sizes, more_bytes = module_sizes(model), narrowed_bytes(model)
         more_bytes += sizes["full_table_bytes"] - sizes["table_bytes"]
         model_bytes = folder_bytes(folder)
         manifest |= {**sizes, "model_bytes": model_bytes, "full_model_bytes": model_bytes + more_bytes}
@@ -172,10 +172,20 @@ def module_sizes(model: nn.Module) -> dict[str, int]:
     for module in model.modules():
         if isinstance(module, CompactEmbedding):
             stored += sum(value.nbytes for value in module.state_dict().values())
-            full += module.num_embeddings * module.embedding_dim * module.weights[0].element_size()
+            full += module.num_full_bytes
         elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
             weights[id(module.weight)] = module.weight.nbytes
     return {"table_bytes": stored + sum(weights.values()), "full_table_bytes": full + sum(weights.values())}
+
+
+def narrowed_bytes(model: nn.Module) -> int:
+    """Bytes of the input columns that `compact(reads=)` took from Linears of a model that is none of embtrim.models."""
+    total = 0
+    for linear in model.modules():
+        if isinstance(linear, nn.Linear):
+            columns = getattr(linear, "full_in_features", linear.in_features) - linear.in_features
+            total += columns * linear.out_features * linear.weight.element_size()
+    return total
 
 
 def full_network(model: CTRModel) -> CTRModel:
@@ -254,8 +264,14 @@ def serve_module(module: nn.Module, example: Any) -> Served:
     """A module of somebody else's, with an example of its inputs.
 
     Raises:
-        ConfigError: see `export`.
+        ConfigError, EmbtrimError: see `export`.
     """
+    for table in module.modules():
+        if isinstance(table, CompactEmbedding) and table.bits < 32 and table.stores_columns and table.packed is None:
+            raise EmbtrimError(
+                f"the plan says {table.bits} bits for the table of {table.path!r}, which is fp32 still; call "
+                "embtrim.quantize(model) once it is trained, or compact with plan.with_bits(32)"
+            )
     args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
     args = args if isinstance(args, tuple) else (args,)
     sizes = [leaf.shape[0] for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from embtrim.budget import BYTES_PER_PARAM
-from embtrim.plan import SizePlan, TablePlan, projects
+from embtrim.plan import SizePlan, TablePlan, Target
 from embtrim.schema import Schema
 
 CARD = """# {model} ({method})
@@ -47,6 +48,7 @@ def model_card(schema: Schema, plan: SizePlan, info: Mapping[str, Any]) -> str:
         "seed of training": "unknown" if info["seed"] is None else info["seed"],
         "budget": plan.details["budget"] if searched else "none",
         **({"seed of the search": plan.details["seed"]} if searched else {}),
+        **({"bytes as stored by": plan.target} if plan.target != "torch" else {}),
     }
     if update is not None:
         facts["update"] = (
@@ -92,6 +94,8 @@ def _metrics_table(metrics: Mapping[str, Mapping[str, Any]], spread: Mapping[str
 def _bytes_table(schema: Schema, plan: SizePlan) -> str:
     """A line a field: what its table stores, first-order weights and a projection of its own included."""
     tables = {table.name: table for table in plan.tables}
+    full = SizePlan.full(schema, plan.width, plan.first_order)
+    full_bytes = {table.name: _table_bytes(full, table, plan.target) for table in full.tables}
     lines = ["| field | rows | columns | bits | bytes | full bytes |", "|---|---|---|---|---|---|"]
     shown: dict[str, str] = {}
     for field in schema.id_fields:
@@ -101,21 +105,21 @@ def _bytes_table(schema: Schema, plan: SizePlan) -> str:
             lines.append(f"| {_cell(field.name)} | those of {_cell(first)} | | | | |")
             continue
         columns = ", ".join(dict.fromkeys(str(width) for _, width in table.segments))
-        full = BYTES_PER_PARAM * table.num_rows * (table.width + plan.first_order)
         lines.append(
             f"| {_cell(field.name)} | {table.num_compact_rows:,} of {table.num_rows:,} | {columns} of {table.width} "
-            f"| {table.bits} | {_table_bytes(plan, table):,} | {full:,} |"
+            f"| {table.bits} | {_table_bytes(plan, table, plan.target):,} | {full_bytes[table.name]:,} |"
         )
-    shared = plan.num_bytes() - sum(_table_bytes(plan, table) for table in plan.tables)
+    shared = plan.num_bytes(plan.target) - sum(_table_bytes(plan, table, plan.target) for table in plan.tables)
     if shared:
         lines.append(f"| shared projections | | | 32 | {shared:,} | 0 |")
     return "\n".join(lines)
 
 
-def _table_bytes(plan: SizePlan, table: TablePlan) -> int:
-    """Bytes of one table: values with their scales, first-order weights, a projection of its own."""
-    projection = BYTES_PER_PARAM * table.output_width * table.width if projects(table) else 0
-    return table.num_value_bytes + (table.num_first_order_bytes if plan.first_order else 0) + projection
+def _table_bytes(plan: SizePlan, table: TablePlan, target: Target) -> int:
+    """Bytes of one table: values with their scales and padding, first-order weights, a projection of its own."""
+    alone = dataclasses.replace(plan, tables=(table,))
+    shared = sum(width * table.width for width in table.mixed_widths)
+    return alone.num_bytes(target) - BYTES_PER_PARAM * shared
 
 
 def _cell(name: str) -> str:

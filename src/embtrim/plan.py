@@ -370,7 +370,8 @@ class SizePlan:
         """The same rows and columns at another precision.
 
         Args:
-            bits: 32, 16, 8 or 4, of all tables; or by table name, and a table that is not named keeps its own.
+            bits: 32, 16, 8 or 4, of all tables; or by table name, and a table that is not named keeps its own. With fewer
+                than 32 the target fbgemm, which has no such tables, is forgotten.
 
         Raises:
             PlanError: another number, or a name that is no table's.
@@ -386,7 +387,10 @@ class SizePlan:
         if unknown:
             raise PlanError(f"with_bits names table {unknown[0]!r}, the plan has {', '.join(names)}")
         tables = tuple(dataclasses.replace(t, bits=by_name.get(t.name, t.bits)) for t in self.tables)
-        return dataclasses.replace(self, tables=tables)
+        found = dataclasses.replace(self, tables=tables)
+        if found.target == "fbgemm" and found.is_quantized:  # which stores 32 bits only
+            found = found.made_by(self.method, {k: v for k, v in self.details.items() if k != "target"})
+        return found
 
     def made_by(self, method: str, details: dict[str, Any]) -> SizePlan:
         """The same plan under the name of a search, with what it wants remembered."""

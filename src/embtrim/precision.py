@@ -17,7 +17,7 @@ from torch import Tensor
 from embtrim.budget import Budget
 from embtrim.packing import codes_of, fit_codes
 from embtrim.plan import SizePlan, TablePlan
-from embtrim.sites import Task
+from embtrim.sites import ModuleSite, Task
 
 # Precisions that a search can be told: bits of every table, or by table.
 Bits = Literal[32, 16, 8, 4, "mixed"]
@@ -39,8 +39,14 @@ def mixed_bits(task: Task, plan: SizePlan, budget: Budget) -> SizePlan:
         plan: rows and columns; a number of columns means the first ones.
         budget: a percentage or bytes; if the fewest bytes exceed it, so does the plan that comes back.
     """
-    weights = {name: w for site in task.sites(task.model) for name, w in zip(site.names, site.weights(), strict=True)}
+    sites = task.sites(task.model)
+    weights = {name: w for site in sites for name, w in zip(site.names, site.weights(), strict=True)}
     counts = task.row_counts()
+    for site in sites:
+        if isinstance(site, ModuleSite):
+            for name, row in zip(site.names, site.reserved_rows, strict=True):
+                if row is not None:
+                    counts[name][row] = 0  # padding reads zeros, or is left out of its bag, at any bits
     # Of each table (bits, bytes of the plan, loss): the first two ascending and the last descending.
     steps: dict[str, list[tuple[int, int, float]]] = {}
     for table in plan.tables:

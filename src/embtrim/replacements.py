@@ -51,6 +51,8 @@ class CompactEmbedding(Replacement):
     Attributes:
         weights: rows of each width, while they are fp32; none once they are quantised.
         packed: None, or the rows of each width, by the width as text; see `quantize`.
+        embedding_dim: columns given out: D, or those stored after `narrow`.
+        full_width: D.
 
     Args:
         table: plan of the table, with its rows.
@@ -63,6 +65,7 @@ class CompactEmbedding(Replacement):
     columns: Tensor
     id_map: Tensor | None
     packed: nn.ModuleDict | None
+    zero_padding: Tensor | None
 
     def __init__(
         self,
@@ -74,7 +77,7 @@ class CompactEmbedding(Replacement):
     ) -> None:
         super().__init__()
         self.path = table.name
-        self.embedding_dim = table.width
+        self.embedding_dim = self.full_width = table.width
         self.num_embeddings = table.num_rows
         self.segments, self.bits = table.segments, table.bits
         self.padding_idx, self.max_norm, self.norm_type, self.sparse = padding_idx, max_norm, norm_type, sparse
@@ -88,12 +91,14 @@ class CompactEmbedding(Replacement):
         self.last_row = table.dropped_id if dtype is None else None
         self.weights = nn.ParameterList([torch.zeros(rows, width) for rows, width in table.segments])
         self.packed = None
+        self.register_buffer("zero_padding", None)
         widths = [table.output_width] if projects(table) else table.mixed_widths
         self.projections = nn.ParameterDict({str(s): torch.zeros(s, table.width) for s in widths})
         self.register_buffer("columns", torch.tensor(table.columns, dtype=torch.int64), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., D) embeddings of ids (...)."""
+        self.check_ids(input)
         if not self.stores_columns:
             return self.weights[0].new_zeros(*input.shape, self.embedding_dim)
         if self.packed is not None and self.training and torch.is_grad_enabled():
@@ -114,10 +119,30 @@ class CompactEmbedding(Replacement):
             found = found * (self.max_norm / (norms + 1e-7)).clamp(max=1.0)
         return found.masked_fill((input == self.padding_idx)[..., None], 0.0) if self.zeroes_padding else found
 
+    def check_ids(self, ids: Tensor) -> None:
+        """Raise IndexError for an id of no row, as nn.Embedding does, where no lookup of this table would.
+
+        On the CPU: elsewhere the answer would have to be waited for, and nn.Embedding raises no IndexError either.
+        """
+        fails_itself = self.id_map is not None or (len(self.segments) == 1 and self.last_row is None)
+        if (fails_itself and self.stores_columns) or is_exporting() or not ids.is_cpu or not ids.numel():
+            return
+        low, high = (int(end) for end in ids.aminmax())
+        if low < 0 or high >= self.num_embeddings:
+            raise IndexError(
+                f"id {low if low < 0 else high} is of no row of {self.path!r}; allowed: 0 to {self.num_embeddings - 1:,}"
+            )
+
     @property
     def stores_columns(self) -> bool:
         """Whether any column is kept; else all that is given out is zero."""
         return any(width for _, width in self.segments)
+
+    @property
+    def num_full_bytes(self) -> int:
+        """Bytes of the table that this one stands in for, in the type of its values."""
+        dtype = self.weights[0].dtype if self.packed is None else self.value_dtype
+        return self.num_embeddings * self.full_width * dtype.itemsize
 
     def rows_of(self, ids: Tensor) -> Tensor:
         """Compact ids of ids (...)."""
@@ -159,7 +184,12 @@ class CompactEmbedding(Replacement):
         stored = list(self.weights)
         if self.bits == 32 or self.packed is not None or not self.stores_columns:
             return
+        # Zero is no code of every column.
+        zeroes = (
+            self.padding_row is not None and not self(torch.tensor(self.padding_idx, device=stored[0].device)).any()
+        )
         self._take_packed()
+        self._zero_padding(zeroes)
         for store in self.packed.values():  # type: ignore[union-attr]
             values_NW = torch.cat([weight for weight in stored if weight.shape[1] == store.width])
             store.store(0, torch.arange(len(values_NW), device=values_NW.device), values_NW)
@@ -173,15 +203,21 @@ class CompactEmbedding(Replacement):
         for num_rows, width in self.segments:
             rows_by_width[width] = rows_by_width.get(width, 0) + num_rows
         packed = {str(width): PackedRows(rows, width, self.bits, 1) for width, rows in rows_by_width.items()}
-        if self.padding_row is not None:  # zero is no code of every column
-            self.zeroes_padding = not self(torch.tensor(self.padding_idx, device=like.device)).any()
         self.value_dtype = like.dtype
         self.packed = nn.ModuleDict(packed).to(like.device)
         self.weights = nn.ParameterList()
 
+    def _zero_padding(self, zeroes: bool) -> None:
+        """Give out zeros for the padding id, or what its row holds; an empty tensor in the state says that it is zeros."""
+        if self.padding_row is not None:
+            self.zeroes_padding = zeroes
+            self.register_buffer("zero_padding", torch.empty(0) if zeroes else None)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if self.packed is None and any(key.startswith(f"{prefix}packed.") for key in state_dict):
-            self._take_packed()
+        if any(key.startswith(f"{prefix}packed.") for key in state_dict):
+            if self.packed is None:
+                self._take_packed()
+            self._zero_padding(f"{prefix}zero_padding" in state_dict)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _read(self, local: Tensor, segment: int, start: int) -> Tensor:
@@ -276,6 +312,7 @@ class CompactEmbeddingBag(Replacement):
             or entries.max_norm is not None
         ):
             return pool_entries(self, entries(input), input, offsets, per_sample_weights)
+        entries.check_ids(input)
         pooled = nn.functional.embedding_bag(  # at the stored width, which widens linearly
             entries.rows_of(input),
             entries.weights[0],

@@ -177,7 +177,9 @@ class ModuleSite:
             if rows is not None or by_entry is not None:
                 ids, offsets, weights = read_call(args, kwargs)
                 rows_U, inverse = torch.unique(ids, return_inverse=True)
-                found_UD = nn.functional.embedding(rows_U, module.weight, padding_idx=module.padding_idx)
+                found_UD = nn.functional.embedding(
+                    rows_U, module.weight, padding_idx=module.padding_idx, sparse=module.sparse
+                )
                 entries = (found_UD if rows is None else rows(rows_U, found_UD))[inverse]
                 if by_entry is not None:
                     entries = entries * self._entry_gates(by_entry, ids, offsets)

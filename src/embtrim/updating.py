@@ -33,7 +33,7 @@ import polars as pl
 import torch
 from pydantic import Field, field_validator
 
-from embtrim.bundle import Bundle, file_digest, folder_bytes, load_bundle, save
+from embtrim.bundle import Bundle, check_out, file_digest, folder_bytes, load_bundle, save
 from embtrim.checkpoint import unfinished
 from embtrim.config import Config
 from embtrim.dataset import EncodedDataset
@@ -118,7 +118,8 @@ class UpdateReport:
         plan_before, plan_after: digests of the layouts.
         renumbered: whether values that stay got new ids.
         tables: one entry a table.
-        table_bytes_before, table_bytes_after: of embedding tables, projections and first-order weights.
+        table_bytes_before, table_bytes_after: of embedding tables, projections and first-order weights, as the plan's
+            target stores them.
         bundle_bytes_before, bundle_bytes_after: of the folders, vocabulary included.
         num_rows: rows of the new log, by split.
         epochs: passes over the training rows.
@@ -177,7 +178,7 @@ def update(
         progress: show progress bars on stderr.
 
     Raises:
-        BundleError: `bundle` is none or is of a newer version; `out` exists, or is `bundle`.
+        BundleError: `bundle` is none or is of a newer version; `out` exists, or is or holds `bundle`.
         DataError: the log lacks a column, has no training rows, or rows of one class only.
 
     Example:
@@ -237,8 +238,8 @@ def update(
         plan_after=plan.digest,
         renumbered=config.renumber,
         tables=changes,
-        table_bytes_before=parent.model.tables.plan.num_bytes(),
-        table_bytes_after=plan.num_bytes(),
+        table_bytes_before=parent.model.tables.plan.num_bytes(plan.target),
+        table_bytes_after=plan.num_bytes(plan.target),
         bundle_bytes_before=folder_bytes(folder),
         bundle_bytes_after=folder_bytes(target),
         num_rows=step["num_rows"],
@@ -251,10 +252,10 @@ def update(
 
 def _check_out(bundle: Path, out: Path, overwrite: bool) -> None:
     """Raise BundleError if an update of `bundle` may not be written to `out`."""
-    if out.exists() and out.resolve() == bundle.resolve():
-        raise BundleError(f"{out} is the bundle to update, which stays as it is; choose another --out")
-    if out.exists() and not overwrite:
-        raise BundleError(f"{out} exists; choose another --out or pass overwrite=True (--overwrite)")
+    if out.exists() and bundle.resolve().is_relative_to(out.resolve()):
+        what = "is" if out.resolve() == bundle.resolve() else "holds"
+        raise BundleError(f"{out} {what} the bundle to update, which stays as it is; choose another --out")
+    check_out(out, overwrite)
 
 
 def extend(parent: Bundle, frequent: Mapping[str, pl.DataFrame], folder: Path, renumber: bool = False) -> Encoder:

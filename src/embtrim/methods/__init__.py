@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+import torch
+
 from embtrim.budget import BYTES_PER_PARAM, Budget
 from embtrim.compaction import check_compactable
 from embtrim.config import Config
@@ -65,7 +67,8 @@ def search(
         BudgetError: the budget cannot be parsed or is below the smallest plan of the method.
         ConfigError: `config` belongs to no method; or mixed bits for a number of parameters.
         PlanError: the target cannot store what the method found.
-        EmbtrimError: the model has nothing to shrink, or reads an embedding's weight otherwise than through its module.
+        EmbtrimError: the model has nothing to shrink, reads an embedding's weight otherwise than through its module, or is
+            a module of one's own whose tables are not fp32.
     """
     budget = Budget.parse(budget)
     full = task.full_plan()
@@ -77,8 +80,16 @@ def search(
     if not full.num_full_params:
         raise EmbtrimError(f"{type(task.model).__name__} has no embedding tables to shrink, only first-order weights")
     method = method_of(config)
+    sites = task.sites(task.model)
+    for site in sites:
+        if isinstance(site, ModuleSite) and site.module.weight.dtype != torch.float32:
+            kind = str(site.module.weight.dtype).removeprefix("torch.")
+            raise EmbtrimError(
+                f"the table of {site.path!r} is {kind}, but plans count {BYTES_PER_PARAM} bytes a value; search in "
+                "model.float(), or leave it alone with the Task's keep="
+            )
     with weights_kept(task.model):
-        if all(isinstance(site, ModuleSite) for site in task.sites(task.model)):
+        if all(isinstance(site, ModuleSite) for site in sites):
             check_compactable(task)
         if bits != 32 or target == "fbgemm":
             plan = _search_stored(task, config, budget, seed, bits, target)
@@ -103,7 +114,13 @@ def _search_stored(task: Task, config: Config, budget: Budget, seed: int, bits: 
     plan = full
     while plan.num_params:
         amount = amount if budget.kind == "bytes" else min(amount, 1.0)
-        plan = method.search(task, config, Budget(budget.kind, amount), seed)
+        within = Budget(budget.kind, amount)
+        try:
+            plan = method.search(task, config, within, seed)
+        except BudgetError as error:
+            raise BudgetError(
+                f"budget of {budget} for tables of {bits} bits for {target}, searched in fp32 within {within}: {error}"
+            ) from None
         plan = mixed_bits(task, plan, budget) if bits == "mixed" else plan.with_bits(bits)
         if target == "fbgemm":
             plan = plan.with_free_columns()
