@@ -551,8 +551,9 @@ class Task:
             return float(self.score(model))
         total = rows = 0.0
         for batch in self.batches("valid"):
-            total, rows = total + loss_weight(batch) * float(self.loss(model, batch)), rows + loss_weight(batch)
-        return -total / max(1.0, rows)
+            weight = loss_weight(batch)
+            total, rows = total + weight * float(self.loss(model, batch)), rows + weight
+        return -total / (rows or 1.0)
 
     @torch.no_grad()
     def gated_scores(self, model: nn.Module, gates: Sequence[Sequence[SlotGate]], max_rows: int = 0) -> list[float]:
@@ -575,11 +576,12 @@ class Task:
             return scores
         totals, rows = [0.0] * len(gates), 0.0
         for batch in self.batches("valid"):
-            rows += loss_weight(batch)
+            weight = loss_weight(batch)
+            rows += weight
             for number, gating in enumerate(gates):
                 with gate_sites(sites, gating):
-                    totals[number] -= loss_weight(batch) * float(self.loss(model, batch))
-        return [total / max(1.0, rows) for total in totals]
+                    totals[number] -= weight * float(self.loss(model, batch))
+        return [total / (rows or 1.0) for total in totals]
 
     def row_counts(self) -> dict[str, np.ndarray]:
         """Occurrences of each row in the training data, int64 (V,) by table; one forward pass over the batches."""
@@ -619,7 +621,7 @@ class Task:
 def loss_weight(batch: Any) -> float:
     """What the mean loss of a batch counts among those of others: its rows, or the sum of their sample weights.
 
-    Of a batch of a loader's own making the rows are those of the first tensor in it; 1 if there is none.
+    Of a batch of a loader's own making the rows are those of its first part; 1 if that is no tensor and holds none first.
     """
     if isinstance(batch, Batch):
         return float(len(batch) if batch.weights_B is None else batch.weights_B.sum())

@@ -49,10 +49,9 @@ __all__ = [
 # OpenMP first, of which a process has one where torch brings libgomp: numba then has torch's threads. Those of another
 # layer wait for torch's, which spin for a while after each operator: an update of Adam took 1.8 ms instead of 0.8.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "workqueue", "tbb"]  # pyright: ignore[reportAttributeAccessIssue]
-# Where they share OpenMP, numba also sets torch's number of threads when it starts its own, which the first call does.
-_threads, _numba_threads = torch.get_num_threads(), numba.get_num_threads()
-numba.set_num_threads(1)
-numba.set_num_threads(_numba_threads)
+# Where they share OpenMP, numba also sets torch's number of threads when it starts its own, which to ask for theirs does.
+_threads = torch.get_num_threads()
+numba.get_num_threads()
 torch.set_num_threads(_threads)
 
 
