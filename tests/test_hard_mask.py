@@ -15,12 +15,10 @@ from embtrim.methods import HardMaskConfig, search
 from embtrim.methods.hard_mask import (
     MaskedSupernet,
     column_correlation,
-    lowest_threshold,
-    rank_slots,
     straight_through,
     updated_cost_weight,
 )
-from embtrim.methods.selection import slot_costs
+from embtrim.methods.selection import lowest_threshold, rank_slots, slot_costs
 from embtrim.models import FNN, DeepFM
 from embtrim.optim import RowAdam
 from embtrim.sites import CTRTask, Task

@@ -43,7 +43,7 @@ from embtrim.budget import Budget
 from embtrim.config import Config
 from embtrim.errors import EmbtrimError
 from embtrim.methods.registry import register
-from embtrim.methods.selection import field_plan, slot_costs
+from embtrim.methods.selection import field_plan, lowest_threshold, rank_slots, slot_costs
 from embtrim.plan import SizePlan
 from embtrim.sites import RowGate, Task, alignment_of, gate_sites, num_slots
 from embtrim.train import Hooks
@@ -259,18 +259,6 @@ def updated_cost_weight(cost_weight: float, eta: float, cost: float, target: flo
     return max(0.0, cost_weight + eta * (cost - target))
 
 
-def lowest_threshold(a_S: Tensor, share_S: Tensor, target: float) -> float:
-    """tau_B: the lowest value of a such that the slots with a >= tau take at most `target` of the parameters.
-
-    Above them all if not even the best, perhaps tied, fit.
-    """
-    values, place_S = torch.unique(a_S, return_inverse=True)
-    share_of_value = torch.zeros(len(values), dtype=share_S.dtype, device=a_S.device).index_add(0, place_S, share_S)
-    kept = share_of_value.flip(0).cumsum(0)
-    num_fit = int((kept <= target + 1e-12).sum())
-    return float(values[-num_fit]) if num_fit else float(torch.nextafter(values[-1], values.new_tensor(math.inf)))
-
-
 def column_correlation(emb_UD: Tensor, active_D: Tensor, num_rows: int) -> Tensor:
     """Equation (orth) for one table, on some of its rows: how far its active columns are from orthogonal; a scalar.
 
@@ -283,17 +271,3 @@ def column_correlation(emb_UD: Tensor, active_D: Tensor, num_rows: int) -> Tenso
     gram = columns.T @ columns
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return (gram - identity).square().sum() / min(emb_UD.shape[1], num_rows) ** 2
-
-
-def rank_slots(margin_S: np.ndarray, costs_S: np.ndarray, mask_S: np.ndarray, by: str) -> np.ndarray:
-    """Slots (S,), best first: those in use, then the others.
-
-    Args:
-        margin_S: a above its threshold.
-        costs_S: parameters that each slot costs.
-        mask_S: bool, slots in use.
-        by: "plain" ranks by a; "per_cost" divides the margin by the cost, or multiplies by it where the slot is not in
-            use: there a quotient would put the dearest first.
-    """
-    key_S = np.where(mask_S, margin_S / costs_S, margin_S * costs_S) if by == "per_cost" else margin_S
-    return np.lexsort((-key_S, ~mask_S))

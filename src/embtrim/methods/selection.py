@@ -7,9 +7,12 @@ what SizePlan counts.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from embtrim.budget import Budget
 from embtrim.errors import BudgetError
@@ -24,6 +27,32 @@ def slot_costs(plan: SizePlan, alignment: Alignment, kept: Mapping[str, np.ndarr
         rows = len(kept[t.name]) + 1 if t.name in kept else t.num_rows
         costs.append(np.full(t.width, rows + (t.width if alignment == "project" else 0), np.int64))
     return np.concatenate(costs)
+
+
+def rank_slots(margin_S: np.ndarray, costs_S: np.ndarray, mask_S: np.ndarray, by: str) -> np.ndarray:
+    """Slots (S,), best first: those in use, then the others.
+
+    Args:
+        margin_S: a above its threshold.
+        costs_S: parameters that each slot costs.
+        mask_S: bool, slots in use.
+        by: "plain" ranks by a; "per_cost" divides the margin by the cost, or multiplies by it where the slot is not in
+            use: there a quotient would put the dearest first.
+    """
+    key_S = np.where(mask_S, margin_S / costs_S, margin_S * costs_S) if by == "per_cost" else margin_S
+    return np.lexsort((-key_S, ~mask_S))
+
+
+def lowest_threshold(a_S: Tensor, share_S: Tensor, target: float) -> float:
+    """tau_B: the lowest value of a such that the slots with a >= tau take at most `target` of the parameters.
+
+    Above them all if not even the best, perhaps tied, fit.
+    """
+    values, place_S = torch.unique(a_S, return_inverse=True)
+    share_of_value = torch.zeros(len(values), dtype=share_S.dtype, device=a_S.device).index_add(0, place_S, share_S)
+    kept = share_of_value.flip(0).cumsum(0)
+    num_fit = int((kept <= target + 1e-12).sum())
+    return float(values[-num_fit]) if num_fit else float(torch.nextafter(values[-1], values.new_tensor(math.inf)))
 
 
 def columns_by_table(plan: SizePlan, accepted: np.ndarray) -> Mapping[str, Sequence[int]]:
