@@ -30,10 +30,11 @@ from embtrim.experiment import RunConfig, RunRecord, run
 from embtrim.grid import CompareConfig
 from embtrim.methods import HardMaskConfig, OptEmbedConfig, PMEConfig, SSEDSConfig
 from embtrim.methods.guided import GuidedConfig
+from embtrim.methods.hard_mask import MaskedSupernet
 from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan import SizePlan
-from embtrim.sites import Task
+from embtrim.sites import CTRTask, Task
 from embtrim.testing import foreign_task, planted_data, planted_task
 from embtrim.train import FitResult, Hooks, TrainConfig, fit
 from tests.bad_inputs import TINY, call, write_log
@@ -209,9 +210,10 @@ def test_checkpoint_waits_for_its_interval(data, tmp_path: Path, monkeypatch) ->
 SEARCHES = [
     SSEDSConfig(pretrain="epochs:2"),
     HardMaskConfig(),
-    OptEmbedConfig(epochs=2, generations=1, population=4, mutations=2, crossovers=2, finalists=2),
+    OptEmbedConfig(epochs=2, generations=4, population=4, mutations=2, crossovers=2, finalists=2),
     PMEConfig(warmup_epochs=1),
     GuidedConfig(trial_steps=4, trial_epochs=0.01),
+    HardMaskConfig(mode="quantile", start="initial", single_level=True, epochs=1.5, mask_every=2),
 ]
 
 
@@ -244,10 +246,84 @@ def test_search_ends_as_if_it_had_not_been_interrupted(
         except KeyboardInterrupt:
             continue
     assert plan_text(plan, tmp_path / "a.json") == plan_text(expected, tmp_path / "b.json")
-    if isinstance(config, HardMaskConfig):
-        assert not saved, "its masks are in no checkpoint: it starts anew"
-    else:
-        assert task.checkpoints.spent_seconds > 0
+    assert len(saved) > 3
+    assert task.checkpoints.spent_seconds > 0
+
+
+def interrupted_after(num_calls: int, call: Callable[..., Any], seen: list[Any]) -> Callable[..., Any]:
+    """The function, which notes its last argument; Ctrl-C comes after so many calls."""
+
+    def watched(*args: Any) -> Any:
+        if len(seen) == num_calls:
+            raise KeyboardInterrupt
+        seen.append(args[-1])
+        return call(*args)
+
+    return watched
+
+
+@pytest.mark.parametrize("mode", ["penalty", "quantile"])
+def test_hard_mask_goes_on_with_its_masks(mode: Any, tmp_path: Path, monkeypatch) -> None:
+    config = HardMaskConfig(mode=mode, min_steps=16)
+    expected = embtrim.search(planted_task(), config, "40%", seed=3)
+    steps, step = [], MaskedSupernet._mask_step
+    task, again = planted_task(), planted_task()
+    task.checkpoints, again.checkpoints = (CheckpointFolder(tmp_path / "state", interval=0) for _ in range(2))
+    monkeypatch.setattr(MaskedSupernet, "_mask_step", interrupted_after(9, step, steps))
+    with pytest.raises(KeyboardInterrupt):
+        embtrim.search(task, config, "40%", seed=3)
+    monkeypatch.setattr(MaskedSupernet, "_mask_step", interrupted_after(-1, step, steps))
+    plan = embtrim.search(again, config, "40%", seed=3)
+    assert len(steps) == expected.details["mask_steps"] > 9, "no step is taken twice"
+    assert plan_text(plan, tmp_path / "a.json") == plan_text(expected, tmp_path / "b.json")
+
+
+@pytest.mark.parametrize("num_calls", [1, 3, 4, 5], ids=["evolution", "later", "finalists", "filling"])
+def test_evolution_goes_on_with_its_scores(num_calls: int, tmp_path: Path, monkeypatch) -> None:
+    config = SEARCHES[2].replace(fitness_rows=1000)
+    expected = embtrim.search(planted_task(), config, "40%", seed=3)
+    scored: list[tuple[Any, int]] = []
+    score = CTRTask.gated_scores
+
+    def noted(task: CTRTask, model: nn.Module, gates: Any, max_rows: int) -> list[float]:
+        scored.extend((tuple(gating[0].tolist()), max_rows) for gating in gates)
+        return score(task, model, gates, max_rows)
+
+    task, again = planted_task(), planted_task()
+    task.checkpoints, again.checkpoints = (CheckpointFolder(tmp_path / "state", interval=0) for _ in range(2))
+    monkeypatch.setattr(CTRTask, "gated_scores", interrupted_after(num_calls, noted, []))
+    with pytest.raises(KeyboardInterrupt):
+        embtrim.search(task, config, "40%", seed=3)
+    monkeypatch.setattr(train, "logloss_of_batch", None)  # would raise in the first step: the supernet has ended
+    monkeypatch.setattr(CTRTask, "gated_scores", interrupted_after(-1, noted, []))
+    before = len(scored)
+    plan = embtrim.search(again, config, "40%", seed=3)
+    assert len(scored) > before > 0
+    assert len(scored) == len(set(scored)), "no candidate is scored twice"
+    assert plan_text(plan, tmp_path / "a.json") == plan_text(expected, tmp_path / "b.json")
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (HardMaskConfig(), {"config": HardMaskConfig(eta=9.0)}, '"eta": 2.0'),
+        (HardMaskConfig(), {"budget": "30%"}, "cost_target"),
+        (HardMaskConfig(), {"seed": 4}, "seed = 3"),
+        (SEARCHES[2], {"config": SEARCHES[2].replace(threshold_lr=0.2)}, "threshold_lr = 0.1"),
+        (SEARCHES[2], {"config": SEARCHES[2].replace(generations=5)}, '"generations": 4'),
+        (SEARCHES[2], {"budget": "30%"}, 'budget = "40%"'),
+        (SEARCHES[4], {"config": SEARCHES[4].replace(trial_steps=5)}, "steps = 4"),
+    ],
+)
+def test_state_of_another_search_is_refused(config: Any, change: Any, message: str, tmp_path: Path) -> None:
+    def search(**settings: Any) -> None:
+        task = planted_task()
+        task.checkpoints = CheckpointFolder(tmp_path / "state", interval=0)
+        embtrim.search(task, **{"config": config, "budget": "40%", "seed": 3, **settings})
+
+    search()
+    with pytest.raises(DataError, match=message):
+        search(**change)
 
 
 def test_foreign_loader_that_shuffles_goes_on_in_its_order(tmp_path: Path) -> None:
@@ -281,6 +357,31 @@ def test_foreign_loader_that_shuffles_goes_on_in_its_order(tmp_path: Path) -> No
     assert same_weights(resumed, whole)
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 8, 9, 13])
+def test_masks_go_on_in_the_order_of_a_loader_that_shuffles(num_steps: int, tmp_path: Path, monkeypatch) -> None:
+    """Weights and masks read one loader, each in an order of its own; an epoch has 8 batches."""
+    torch.manual_seed(1)
+    users, items = torch.randint(40, (60, 1)), torch.randint(25, (60, 2))
+    table = torch.utils.data.TensorDataset(torch.cat([users, items], 1), (users[:, 0] % 2).float())
+
+    def task() -> Task:
+        made = foreign_task()
+        loader = torch.utils.data.DataLoader(table, batch_size=8, shuffle=True)
+        return Task(made.model, made.loss, train=loader, optimizer=made._optimizer, fresh=made._fresh)
+
+    config = HardMaskConfig(mode="quantile", single_level=True, min_steps=20)
+    expected = embtrim.search(task(), config, "40%", seed=3)
+    steps, step = [], MaskedSupernet._mask_step
+    for stop in (num_steps, -1):
+        monkeypatch.setattr(MaskedSupernet, "_mask_step", interrupted_after(stop, step, steps))
+        again = task()
+        again.checkpoints = CheckpointFolder(tmp_path / "state", interval=0)
+        with suppress(KeyboardInterrupt):
+            plan = embtrim.search(again, config, "40%", seed=3)
+    assert len(steps) == 20
+    assert plan_text(plan, tmp_path / "a.json") == plan_text(expected, tmp_path / "b.json")
+
+
 # --- kill -9 --------------------------------------------------------------------------------------------------------
 
 
@@ -289,7 +390,7 @@ RUN = RunConfig(
     train=TRAIN.replace(epochs=3),
     method="optembed",
     search=SEARCHES[2].model_dump(mode="json", exclude_none=True),
-    controls=("sseds",),
+    controls=("sseds", "hard_mask"),
     budget="40%",
 )
 COMPARE = CompareConfig(
@@ -342,7 +443,7 @@ def outcome(what: str, out: Path) -> dict[str, Any]:
     if what == "search":
         return {"plan": out.read_text(), "rows": {k: v.tolist() for k, v in np.load(out.with_suffix(".npz")).items()}}
     records = [RunRecord.load(path) for path in sorted(out.glob("records/*.json"))]
-    assert len(records) == (3 if what == "run" else 5)
+    assert len(records) == (4 if what == "run" else 5)
     volatile = ("seconds", "epochs", "memory", "peak", "rows_per_second")
     return {
         f"{r.variant} {r.budget} {r.seed}": {

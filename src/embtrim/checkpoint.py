@@ -118,7 +118,7 @@ def _with_tensors(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 
 class CheckpointFolder:
-    """Checkpoints of the trainings of one search, numbered in the order in which it starts them.
+    """Checkpoints of the trainings of one search, and of what else it keeps, numbered in the order of their start.
 
     A search that is started again makes the same trainings in the same order; those that had ended give their result at
     once.
@@ -128,7 +128,7 @@ class CheckpointFolder:
         interval: see Checkpoint.
 
     Attributes:
-        spent_seconds: what the trainings that were found here had taken before.
+        spent_seconds: what the work that was found here had taken before.
     """
 
     def __init__(self, folder: str | Path, interval: float = 300.0) -> None:
@@ -137,7 +137,7 @@ class CheckpointFolder:
         self._count = 0
 
     def next_path(self) -> Path:
-        """The file of the next training."""
+        """The file of the next training, or other piece of work."""
         self._count += 1
         return self.folder / f"training-{self._count}.safetensors"
 

@@ -420,8 +420,8 @@ class Task:
 
     Attributes:
         progress: whether searches show progress bars on stderr.
-        checkpoints: where the trainings of a search keep their state, if anywhere: an interrupted search that is started
-            again with the same folder goes on in the training that was interrupted.
+        checkpoints: where a search keeps the state of its trainings, and of other work that takes long, if anywhere: an
+            interrupted search that is started again with the same folder goes on where it was.
     """
 
     needs_aligned = True  # a foreign module's forward expects the full width
@@ -503,7 +503,9 @@ class Task:
         """
         if self._optimizer is None:
             raise EmbtrimError("this search trains; give the Task `optimizer=` (model -> optimiser)")
-        settings = {"epochs": epochs, "seed": seed, "sizes": [tuple(p.shape) for p in model.parameters()]}
+        hooks = hooks or Hooks()
+        sizes = [tuple(p.shape) for p in model.parameters()]
+        depends_on = {"epochs": epochs, "seed": seed, "sizes": sizes, **hooks.settings}
 
         def batches(epoch: int, skip: int) -> Iterator[Any]:
             found = iter(self.batches("train", seed * 100_003 + epoch))
@@ -511,9 +513,6 @@ class Task:
                 next(found)
             return found
 
-        checkpoint = None
-        if self.checkpoints is not None:
-            checkpoint = Checkpoint(self.checkpoints.next_path(), self.checkpoints.interval, settings, model)
         result = train_loop(
             model,
             loss=self.loss,
@@ -522,11 +521,17 @@ class Task:
             optimizers=[self._optimizer(model)],
             score=None,
             config=TrainConfig(epochs=epochs, seed=seed, precision="fp32"),
-            hooks=hooks or Hooks(),
+            hooks=hooks,
             progress=self.progress,
-            checkpoint=checkpoint,
+            checkpoint=self.next_checkpoint(depends_on, model),
         )
         return self._noted(result)
+
+    def next_checkpoint(self, settings: Mapping[str, Any], model: nn.Module) -> Checkpoint | None:
+        """Where the next piece of work of a search keeps its state, if anywhere; see Checkpoint for the arguments."""
+        if self.checkpoints is None:
+            return None
+        return Checkpoint(self.checkpoints.next_path(), self.checkpoints.interval, settings, model)
 
     def _noted(self, result: FitResult) -> FitResult:
         """The result of a training; what it took before it was interrupted is added up."""

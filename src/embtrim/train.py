@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +93,13 @@ class TrainConfig(Config):
     checkpoint_seconds: float = Field(default=300.0, ge=0)
 
 
+class Stateful(Protocol):
+    """What changes while a model trains, and can be put back."""
+
+    def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...  # noqa: D102
+
+
 @dataclass
 class Hooks:
     """What a search may add to the loop.
@@ -102,15 +109,17 @@ class Hooks:
         extra_loss: added to the loss of each batch.
         on_step: called after each optimiser step with the number of steps done; True ends the training there.
         generators: random sources of the method's own; checkpoints hold their states.
-        resumable: whether all that the hooks change is in what they train and in `generators`. Other trainings get no
-            checkpoint, and start anew.
+        state: what the hooks change beside what they train and `generators`; checkpoints hold its `state_dict()`, of
+            tensors and JSON-able values, and give it back before the first step.
+        settings: what the hooks depend on, as JSON-able values; a checkpoint of other ones is refused.
     """
 
     param_groups: Callable[[nn.Module], Sequence[torch.optim.Optimizer]] | None = None
     extra_loss: Callable[[nn.Module, Any], Tensor] | None = None
     on_step: Callable[[int], bool | None] | None = None
     generators: Sequence[torch.Generator] = ()
-    resumable: bool = True
+    state: Stateful | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Optimizer(Protocol):
@@ -187,9 +196,10 @@ def fit(
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         return logloss_of_batch(model, batch.to(device))
 
-    state = None
+    state, hooks = None, hooks or Hooks()
     if checkpoint is not None:
-        state = Checkpoint(checkpoint, config.checkpoint_seconds, training_settings(model, data, config), model)
+        depends_on = {**training_settings(model, data, config), **hooks.settings}
+        state = Checkpoint(checkpoint, config.checkpoint_seconds, depends_on, model)
     with compiled(model) if config.compile else nullcontext():
         return train_loop(
             model,
@@ -199,7 +209,7 @@ def fit(
             optimizers=make_optimizers(model, config),
             score=score if valid else None,
             config=config,
-            hooks=hooks or Hooks(),
+            hooks=hooks,
             progress=progress,
             checkpoint=state,
         )
@@ -312,8 +322,6 @@ def train_loop(
     optimizers = [*optimizers, *(hooks.param_groups(model) if hooks.param_groups else ())]
     result, at = FitResult(), _Position()
     best_state: dict[str, Tensor] | None = None
-    if not hooks.resumable:
-        checkpoint = None
     started, compiles = time.perf_counter(), config.compile
     device = next(iter(model.parameters())).device
     forked = [device] if device.type == "cuda" else []
@@ -331,6 +339,8 @@ def train_loop(
             started -= result.seconds
             set_weights(model, saved["weights"])
             set_own_values(optimizers, model, saved["own_values"])
+            if hooks.state is not None:
+                hooks.state.load_state_dict(saved["hooks_state"])
             if not saved["ended"]:
                 set_optimizer_states(optimizers, saved["optimizers"])
                 epoch_random = saved["epoch_random"]
@@ -345,6 +355,7 @@ def train_loop(
                 "result": vars(result),
                 "position": vars(at),
                 "best_state": None if ended else best_state,
+                "hooks_state": None if hooks.state is None else hooks.state.state_dict(),
             }
             if not ended:
                 state["optimizers"] = optimizer_states(optimizers)

@@ -118,7 +118,7 @@ class Trial:
     def train(self, steps: int, seed: int) -> float:
         """Train on for some steps, and return the validation score."""
         epochs = math.ceil(steps / max(1, self.task.num_batches("train")))
-        self.task.fit(self.model, epochs, seed, Hooks(on_step=lambda step: step >= steps))
+        self.task.fit(self.model, epochs, seed, Hooks(on_step=lambda step: step >= steps, settings={"steps": steps}))
         return self.task.valid_score(self.model)
 
 

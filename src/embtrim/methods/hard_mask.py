@@ -32,6 +32,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -40,6 +41,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from embtrim.budget import Budget
+from embtrim.checkpoint import random_states, set_random_states
 from embtrim.config import Config
 from embtrim.errors import EmbtrimError
 from embtrim.methods.registry import register
@@ -127,6 +129,11 @@ class MaskedSupernet:
         weight_steps, mask_steps: steps done.
     """
 
+    # What steps change, and checkpoints hold.
+    CHANGES = (
+        "a_S", "mask_S", "threshold", "cost", "cost_weight", "unit", "weight_steps", "mask_steps", "_place", "_order_from"
+    )  # fmt: skip
+
     def __init__(
         self, task: Task, model: nn.Module, config: HardMaskConfig, costs_S: np.ndarray, limit: int, seed: int
     ) -> None:
@@ -145,21 +152,42 @@ class MaskedSupernet:
         self.weight_steps = self.mask_steps = 0
         self._gates = ExitStack()
         self._rows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.sites]
-        self._mask_batches = self._endless("train" if config.single_level else "valid")
+        self._place, self._order_from = [0, 0], []  # in the mask's batches: epoch, batches read of it; random states
+        self._mask_batches = self._endless(0)
 
     def train(self) -> None:
         """Alternate weights steps and mask steps as often as planned, or until the price has done its work."""
-        hooks = Hooks(extra_loss=self._extra_loss, on_step=self._on_step, resumable=False)  # no checkpoint holds masks
+        depends_on = {"search": self.config.model_dump(mode="json"), "cost_target": self.target}
+        hooks = Hooks(extra_loss=self._extra_loss, on_step=self._on_step, state=self, settings=depends_on)
         with self._gates:
             self._open_gates()
             self.task.fit(self.model, epochs=self.epochs, seed=self.seed, hooks=hooks)
 
-    def _endless(self, split: str) -> Iterator[Any]:
-        for epoch in itertools.count():
-            number = -1
-            for number, batch in enumerate(self.task.batches(split, self.seed * 100_003 + epoch)):  # noqa: B007
+    def state_dict(self) -> dict[str, Any]:
+        """What the search has changed so far, beside the model."""
+        return {name: getattr(self, name) for name in self.CHANGES}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        vars(self).update(state)
+        self.a_S, self.mask_S = self.a_S.to(self.device), self.mask_S.to(self.device)
+        epoch, num_read = self._place
+        if num_read:
+            set_random_states(self._order_from, self.device)
+            self._mask_batches = self._endless(epoch)
+            for _ in range(num_read):
+                next(self._mask_batches)
+        self._gates.close()
+        self._open_gates()
+
+    def _endless(self, first_epoch: int) -> Iterator[Any]:
+        split = "train" if self.config.single_level else "valid"
+        for epoch in itertools.count(first_epoch):
+            self._place, self._order_from = [epoch, 0], random_states(self.device)  # which a loader may draw from
+            for batch in self.task.batches(split, self.seed * 100_003 + epoch):
+                self._place[1] += 1
                 yield batch
-            if number < 0:
+            if not self._place[1]:
                 raise EmbtrimError(f"there are no {split} batches to learn masks on; give some that can be read again")
 
     # ---- weights steps ----------------------------------------------------------------------------------------
@@ -167,16 +195,14 @@ class MaskedSupernet:
     def _open_gates(self) -> None:
         """Mask the sites for the next weights step, and read its rows where the regulariser needs them."""
         reads = self.config.orthogonality > 0 and self.weight_steps % self.config.orthogonality_every == 0
-        rows = [self._reader(number) for number in range(len(self.sites))] if reads else None
+        rows = [partial(self._read, found) for found in self._rows] if reads else None
         slots = self.mask_S.float().split(self.slots)
         self._gates.enter_context(gate_sites(self.sites, slots, rows))
 
-    def _reader(self, number: int) -> RowGate:
-        def read(rows_U: Tensor, found_UD: Tensor) -> Tensor:
-            self._rows[number].append((rows_U, found_UD))
-            return found_UD
-
-        return read
+    @staticmethod
+    def _read(found: list[tuple[Tensor, Tensor]], rows_U: Tensor, found_UD: Tensor) -> Tensor:
+        found.append((rows_U, found_UD))
+        return found_UD
 
     def _extra_loss(self, _model: nn.Module, _batch: Any) -> Tensor:
         """lambda_o R on the rows that this weights step read, zero where it read none."""

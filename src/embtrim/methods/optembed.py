@@ -31,6 +31,7 @@ Axes: B batch, F fields or 1, D width, U distinct rows, V rows of a table, T tab
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -40,6 +41,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from embtrim.budget import Budget
+from embtrim.checkpoint import Checkpoint
 from embtrim.config import Config
 from embtrim.errors import BudgetError
 from embtrim.methods.evolution import Space, Widths, evolve, fill, fits, kept_rows, raise_thresholds
@@ -113,8 +115,9 @@ def search_optembed(task: Task, config: OptEmbedConfig, budget: Budget, seed: in
     parts = iter(torch.from_numpy(rows) for rows in kept)
     for site in sites:
         site.drop_rows([next(parts) for _ in site.names])
-    sampled = Fitness(task, model, config.fitness_rows)
-    exact = Fitness(task, model, 0) if config.fitness_rows else sampled
+    searched = {"search": config.model_dump(mode="json"), "budget": str(budget), "seed": seed}
+    sampled = Fitness(task, model, config.fitness_rows, task.next_checkpoint(searched, model))
+    exact = Fitness(task, model, 0, task.next_checkpoint(searched, model)) if config.fitness_rows else sampled
     rng = np.random.default_rng(seed)
     generations = tracked(range(config.generations), "evolution", config.generations, task.progress)
     finalists = evolve(space, sampled, config, rng, generations)[: config.finalists]  # (evolution)
@@ -175,6 +178,7 @@ def train_supernet(task: Task, config: OptEmbedConfig, seed: int) -> tuple[nn.Mo
         # (loss), its second term
         extra_loss=lambda _model, _batch: config.threshold_weight * torch.exp(-torch.cat(list(thresholds))).sum(),
         generators=(generator,),
+        settings={"threshold_lr": config.threshold_lr, "threshold_weight": config.threshold_weight},
     )
     rows = [row_gate(site, t) for site, t in zip(sites, thresholds, strict=True)]
     slots = [width_gate(site, model, generator) for site in sites]
@@ -222,25 +226,38 @@ def width_gate(site: Site, model: nn.Module, generator: torch.Generator) -> Slot
 class Fitness:
     """Validation scores of a supernet under candidate widths, each computed once.
 
+    Nothing else in an evolution takes long, and all else follows from them and the seed: one that starts again with the
+    scores of its last checkpoint comes to the same population and draws, at once, and goes on from there.
+
     Args:
         task: of the supernet.
         model: the supernet, its dropped rows zero.
         max_rows: see Task.gated_scores.
+        checkpoint: where the scores are kept, if anywhere.
 
     Attributes:
         scores: by candidate.
+        seconds: what scoring took.
     """
 
-    def __init__(self, task: Task, model: nn.Module, max_rows: int) -> None:
-        self.task, self.model, self.max_rows = task, model, max_rows
-        self.scores: dict[Widths, float] = {}
+    def __init__(self, task: Task, model: nn.Module, max_rows: int, checkpoint: Checkpoint | None = None) -> None:
+        self.task, self.model, self.max_rows, self.checkpoint = task, model, max_rows, checkpoint
+        saved = None if checkpoint is None else checkpoint.load()
+        self.scores: dict[Widths, float] = {tuple(c): score for c, score in saved["scores"]} if saved else {}
+        self.seconds: float = saved["seconds"] if saved else 0.0
+        if task.checkpoints is not None:
+            task.checkpoints.spent_seconds += self.seconds
 
     def __call__(self, candidates: Sequence[Widths]) -> list[float]:
         """Scores of candidates; those not seen before are scored together."""
         new = [c for c in dict.fromkeys(candidates) if c not in self.scores]
         if new:
+            started = time.perf_counter()
             gates = [width_masks(self.task.sites(self.model), c) for c in new]
             self.scores.update(zip(new, self.task.gated_scores(self.model, gates, self.max_rows), strict=True))
+            self.seconds += time.perf_counter() - started
+            if self.checkpoint is not None and self.checkpoint.is_due:
+                self.checkpoint.save({"scores": list(self.scores.items()), "seconds": self.seconds})
         return [self.scores[c] for c in candidates]
 
 
