@@ -28,7 +28,7 @@ from embtrim.dataset import EncodedDataset
 from embtrim.errors import DataError
 from embtrim.experiment import RunConfig, RunRecord, run
 from embtrim.grid import CompareConfig
-from embtrim.methods import HardMaskConfig, OptEmbedConfig, PMEConfig, SSEDSConfig
+from embtrim.methods import HardMaskConfig, OptEmbedConfig, PMEConfig, SSEDSConfig, guided
 from embtrim.methods.guided import GuidedConfig
 from embtrim.methods.hard_mask import MaskedSupernet
 from embtrim.models import build
@@ -300,6 +300,22 @@ def test_evolution_goes_on_with_its_scores(num_calls: int, tmp_path: Path, monke
     plan = embtrim.search(again, config, "40%", seed=3)
     assert len(scored) > before > 0
     assert len(scored) == len(set(scored)), "no candidate is scored twice"
+    assert plan_text(plan, tmp_path / "a.json") == plan_text(expected, tmp_path / "b.json")
+
+
+def test_race_goes_on_with_its_scores(tmp_path: Path, monkeypatch) -> None:
+    expected = embtrim.search(planted_task(), SEARCHES[4], "40%", seed=3)
+    score, gradients, scored = Task.valid_score, guided.slot_gradients, []
+    task, again = planted_task(), planted_task()
+    task.checkpoints, again.checkpoints = (CheckpointFolder(tmp_path / "state", interval=0) for _ in range(2))
+    monkeypatch.setattr(Task, "valid_score", interrupted_after(5, score, scored))
+    monkeypatch.setattr(guided, "slot_gradients", interrupted_after(1, gradients, []))
+    for searched in (task, again):
+        with suppress(KeyboardInterrupt):
+            plan = embtrim.search(searched, SEARCHES[4], "40%", seed=3)
+            break
+        monkeypatch.setattr(Task, "valid_score", interrupted_after(-1, score, scored))
+    assert len(scored) == sum(map(len, expected.details["scores"].values())) > 5, "no trial is scored twice"
     assert plan_text(plan, tmp_path / "a.json") == plan_text(expected, tmp_path / "b.json")
 
 

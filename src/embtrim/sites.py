@@ -17,6 +17,7 @@ import copy
 import hashlib
 import inspect
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -532,6 +533,26 @@ class Task:
         if self.checkpoints is None:
             return None
         return Checkpoint(self.checkpoints.next_path(), self.checkpoints.interval, settings, model)
+
+    def kept(self, what: str, model: nn.Module, make: Callable[[], Any]) -> Any:
+        """What `make` gives, or in a search that goes on what it gave before.
+
+        Args:
+            what: name of the work and of its settings; the result of other work is refused.
+            model: what it is done on.
+            make: work that changes nothing, with a tensor or a JSON-able value as its result.
+        """
+        checkpoint = self.next_checkpoint({"work": what}, model)
+        if checkpoint is None or self.checkpoints is None:
+            return make()
+        saved = checkpoint.load()
+        if saved is not None:
+            self.checkpoints.spent_seconds += saved["seconds"]
+            return saved["value"]
+        started = time.perf_counter()
+        value = make()
+        checkpoint.save({"value": value, "seconds": time.perf_counter() - started})
+        return value
 
     def _noted(self, result: FitResult) -> FitResult:
         """The result of a training; what it took before it was interrupted is added up."""

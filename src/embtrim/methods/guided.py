@@ -119,14 +119,16 @@ class Trial:
         """Train on for some steps, and return the validation score."""
         epochs = math.ceil(steps / max(1, self.task.num_batches("train")))
         self.task.fit(self.model, epochs, seed, Hooks(on_step=lambda step: step >= steps, settings={"steps": steps}))
-        return self.task.valid_score(self.model)
+        return self.task.kept("validation score", self.model, lambda: self.task.valid_score(self.model))
 
 
 def propose(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> dict[str, SizePlan]:
     """Distinct plans within the budget, by name."""
     full, alignment = task.full_plan(), alignment_of(task, config.align)
     limit = full_limit(full, budget)
-    gradient_S = slot_gradients(task, task.model, SSEDSConfig(), seed)
+    gradient_S = np.array(
+        task.kept("slot gradients", task.model, lambda: slot_gradients(task, task.model, SSEDSConfig(), seed).tolist())
+    )
     found = {EQUAL: search_uniform(task, UniformConfig(align=config.align), budget, seed)}
 
     def by_importance(power: float, limit: int, kept: dict[str, np.ndarray] | None = None) -> SizePlan:
