@@ -195,7 +195,7 @@ def predict(source: int | str, layout: str, batch_sizes: list[int], seconds: flo
     """Latency of the model's forward pass as `predict` runs it."""
     model = deepfm(source, layout).eval()
     latency = {}
-    with torch.no_grad(), fast_matmul("fp32", measure.device):
+    with torch.no_grad(), fast_matmul("fp32", measure.device), freed_pages_kept():
         for size in batch_sizes:
             turns = itertools.cycle(make_batches(source, size, 20))
             latency[str(size)] = measure.time_calls(lambda turns=turns: model(next(turns).ids_BC), seconds)

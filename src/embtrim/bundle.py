@@ -34,6 +34,7 @@ from embtrim.config import Config
 from embtrim.dataset import EncodedDataset, read_json
 from embtrim.encoder import Encoder
 from embtrim.errors import BundleError, ConfigError, DataError, EmbtrimError
+from embtrim.memory import freed_pages_kept
 from embtrim.model_card import model_card
 from embtrim.models import MODELS
 from embtrim.models.ctr_model import CTRModel
@@ -114,8 +115,9 @@ class Bundle:
 
     def predict_chunks(self, source: str | Path, options: ReadOptions | None = None) -> Iterator[np.ndarray]:
         """Probabilities of a log on disk chunk by chunk, in bounded memory."""
-        for chunk in open_log(source, options).chunks(self.encoder.columns):
-            yield self.predict_chunk(chunk)
+        with freed_pages_kept():
+            for chunk in open_log(source, options).chunks(self.encoder.columns):
+                yield self.predict_chunk(chunk)
 
     @torch.no_grad()
     def predict_chunk(self, rows: pl.DataFrame | Chunk) -> np.ndarray:
@@ -165,7 +167,11 @@ def write_predictions(
     log.require([*bundle.encoder.columns, *keep])
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = 0
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder, progress_bar(progress) as bar:
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder,
+        progress_bar(progress) as bar,
+        freed_pages_kept(),
+    ):
         task = bar.add_task("predict", total=None)
         parts: list[Path] = []
         try:

@@ -1,76 +1,222 @@
-"""The bits of each table of a plan, by what storing its values in so many loses.
+"""The bits of each table by what storing its values in so many loses; or rows, columns and bits together.
 
     loss_f(b) = sum_r n_r ||e_r - stored_b(e_r)||^2 over the kept rows and columns of a table
 
 n_r is how often row r occurs in the training data, e_r its embedding in the trained model: the squared length that the
 embedded training data lose, as in the row energies of the guided search.
+
+    loss_f(n, w, b) = sum_r q_r - (1 - rho_b) * part(n, w) * sum_{n rows of most q} q_r,    q_r = n_r ||e_r - mean||^2
+    part(n, w) = sum_{j <= w} lambda_j^p / sum_j lambda_j^p
+
+for n rows, w columns and b bits. lambda_j, descending, are the eigenvalues of sum n_r e_r e_r^T over the n rows, all about
+the mean row, which the DROPPED row can hold: at p = 1 the part of their energy that the best w directions keep (Eckart and
+Young 1936). Training finds those directions again, whatever columns a table has. A trained model of D columns has energy in
+more directions than it needs; p = 2 counts on fewer of them. rho_b is the part that codes of b bits lose of the whole table.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from embtrim.budget import Budget
+from embtrim.budget import BYTES_PER_PARAM, Budget
 from embtrim.packing import codes_of, fit_codes
-from embtrim.plan import SizePlan, TablePlan
+from embtrim.plan import Alignment, Block, SizePlan, TablePlan
 from embtrim.sites import ModuleSite, Task
 
 # Precisions that a search can be told: bits of every table, or by table.
 Bits = Literal[32, 16, 8, 4, "mixed"]
-# Bits that a search with bits by table counts for a value: between the 4 and the 8 that large tables get.
+# Bits that a search with bits by table counts for a value, where it does not try several: see methods/guided.py.
 MIXED_BITS = 6
 # What a table may have then; 32 would gain nothing that can be measured over 16.
 LEVELS = (4, 8, 16)
+# Numbers of rows that are looked at: so many to each doubling. Of columns: all of the first eight, then likewise.
+CHOICES_PER_DOUBLING = 4
+
+
+class Choice(NamedTuple):
+    """One way to store a table: its bytes, what it loses, and its plan, which lists no rows yet."""
+
+    num_bytes: int
+    loss: float
+    table: TablePlan
 
 
 def mixed_bits(task: Task, plan: SizePlan, budget: Budget) -> SizePlan:
-    """The plan with the bits of each table that lose least within the budget, by greedy steps.
+    """The plan with the bits of each table that lose least within the budget; see `spend`.
 
     Every table starts where it takes fewest bytes. That is not always 4 bits: a scale and an offset a column cost more
-    than a few rows in 16 save. Then the step to more bits that saves most loss a byte is taken, again and again, of
-    those that fit.
+    than a few rows in 16 save.
 
     Args:
         task: of the trained full model.
         plan: rows and columns; a number of columns means the first ones.
         budget: a percentage or bytes; if the fewest bytes exceed it, so does the plan that comes back.
     """
-    sites = task.sites(task.model)
-    weights = {name: w for site in sites for name, w in zip(site.names, site.weights(), strict=True)}
-    counts = task.row_counts()
+    weights, counts = trained_rows(task)
+    choices = []
+    for table in plan.tables:
+        of_table = []
+        for bits in LEVELS:
+            stored = dataclasses.replace(table, bits=bits)
+            loss = code_loss(table, weights[table.name], counts[table.name], bits)
+            of_table.append(Choice(table_bytes(stored, plan, budget), loss, stored))
+        choices.append(of_table)
+    chosen = spend(choices, bytes_for_tables(plan, budget))
+    return plan.with_bits({choice.table.name: choice.table.bits for choice in chosen})
+
+
+def least_loss_plan(task: Task, budget: Budget, power: float, alignment: Alignment) -> SizePlan:
+    """Rows, columns and bits of every table, chosen together so that the least is lost; see the module docstring.
+
+    Args:
+        task: of the trained full model.
+        budget: a percentage or bytes.
+        power: p, of the eigenvalues.
+        alignment: how narrow tables reach the full width; "scatter" or "concat".
+    """
+    full = task.full_plan()
+    weights, counts = trained_rows(task)
+    choices, orders = [], {}
+    for table in full.tables:
+        of_table, orders[table.name] = table_choices(
+            table,
+            weights[table.name],
+            counts[table.name],
+            power,
+            alignment,
+            lambda stored: table_bytes(stored, full, budget),
+        )
+        choices.append(of_table)
+    tables = []
+    for choice in spend(choices, bytes_for_tables(full, budget)):
+        table = choice.table
+        if 0 < table.num_kept < table.num_rows:
+            rows = np.sort(orders[table.name][: table.num_kept]).astype(np.int32)
+            table = dataclasses.replace(table, blocks=(dataclasses.replace(table.blocks[0], rows=rows),))
+        tables.append(table)
+    return dataclasses.replace(full, tables=tuple(tables))
+
+
+def table_choices(
+    table: TablePlan,
+    weight_VD: Tensor,
+    count_V: np.ndarray,
+    power: float,
+    alignment: Alignment,
+    size: Callable[[TablePlan], int],
+) -> tuple[list[Choice], np.ndarray]:
+    """Ways to store a table, from nothing to all of it in 16 bits, and its rows (V,), those of most energy first."""
+    count = torch.from_numpy(count_V).double()
+    centred_VD = weight_VD.double().cpu()
+    centred_VD = centred_VD - (count @ centred_VD) / count.sum().clamp(min=1)
+    energy_V = count * centred_VD.square().sum(1)
+    total = float(energy_V.sum())
+    order_V = torch.argsort(energy_V, descending=True, stable=True)
+    scaled_VD = centred_VD[order_V] * count[order_V].sqrt()[:, None]
+    numbers, widths = some_numbers(table.num_rows), some_numbers(table.width)
+    parts_VD = torch.tensor_split(scaled_VD, numbers[:-1])
+    gram_NDD = torch.stack([part.T @ part for part in parts_VD]).cumsum(0)
+    spectrum_ND = torch.linalg.eigvalsh(gram_NDD).flip(1).clamp(min=0)
+    kept_N = spectrum_ND.sum(1)
+    raised_ND = spectrum_ND**power
+    part_ND = raised_ND.cumsum(1) / raised_ND.sum(1, keepdim=True).clamp(min=1e-300)
+    retained_ND = (part_ND * kept_N[:, None]).numpy()
+    nothing = dataclasses.replace(table, blocks=(), bits=min(LEVELS))
+    choices = [Choice(size(nothing), total, nothing)]
+    for bits in LEVELS:
+        lost = min(1.0, code_loss(table, weight_VD, count_V, bits) / max(total, 1e-300))
+        for n, retained_D in zip(numbers, retained_ND, strict=True):
+            for width in widths:
+                block = Block(n, tuple(range(width)), alignment)
+                stored = dataclasses.replace(table, blocks=(block,), bits=bits)
+                choices.append(Choice(size(stored), total - (1 - lost) * float(retained_D[width - 1]), stored))
+    return choices, order_V.numpy()
+
+
+def some_numbers(most: int) -> list[int]:
+    """Numbers from 1 to `most`, ascending: each up to eight, then some to each doubling."""
+    steps = range(3 * CHOICES_PER_DOUBLING, int(np.log2(most) * CHOICES_PER_DOUBLING) + 1)
+    return sorted({*range(1, min(8, most) + 1), *(round(2 ** (k / CHOICES_PER_DOUBLING)) for k in steps), most})
+
+
+def spend(choices: Sequence[Sequence[Choice]], allowed: float) -> list[Choice]:
+    """One choice of each table, so that their losses add up to little within so many bytes.
+
+    Each starts with its smallest one. Then the step that saves most loss a byte is taken, again and again, along the lower
+    convex hull of each table's choices: no other choices of as many bytes lose less (Everett 1963). Where a step does not fit
+    any more, the table gets its best choice that does.
+
+    Args:
+        choices: of each table; any order.
+        allowed: bytes of all together. If the smallest choices exceed it, these come back.
+    """
+    hulls = [lower_hull(of_table) for of_table in choices]
+    place, chosen = [0] * len(hulls), [hull[0] for hull in hulls]
+    left = allowed - sum(choice.num_bytes for choice in chosen)
+
+    def gain(number: int) -> float:
+        now, after = hulls[number][place[number] : place[number] + 2]
+        return (now.loss - after.loss) / (after.num_bytes - now.num_bytes)
+
+    while ahead := [number for number, hull in enumerate(hulls) if place[number] + 1 < len(hull)]:
+        number = max(ahead, key=gain)
+        now, after = chosen[number], hulls[number][place[number] + 1]
+        if after.num_bytes - now.num_bytes <= left:
+            place[number] += 1
+        else:
+            place[number] = len(hulls[number])
+            fitting = [choice for choice in choices[number] if choice.num_bytes - now.num_bytes <= left]
+            after = min([now, *fitting], key=lambda choice: (choice.loss, choice.num_bytes))
+        chosen[number] = after
+        left -= after.num_bytes - now.num_bytes
+    return chosen
+
+
+def lower_hull(choices: Sequence[Choice]) -> list[Choice]:
+    """The choices on the lower convex hull of loss over bytes: bytes ascend, losses descend, by less and less a byte."""
+    hull: list[Choice] = []
+    for choice in sorted(choices, key=lambda choice: (choice.num_bytes, choice.loss)):
+        if hull and choice.loss >= hull[-1].loss:
+            continue
+        while len(hull) > 1 and _saved(hull[-2], hull[-1]) <= _saved(hull[-1], choice):
+            hull.pop()
+        hull.append(choice)
+    return hull
+
+
+def _saved(smaller: Choice, larger: Choice) -> float:
+    """Loss that a larger choice saves a byte."""
+    return (smaller.loss - larger.loss) / (larger.num_bytes - smaller.num_bytes)
+
+
+def table_bytes(table: TablePlan, plan: SizePlan, budget: Budget) -> int:
+    """Bytes of one table that count against a budget: first-order weights where it is one of bytes, see `max_bytes`."""
+    maps = table.num_map_bytes if plan.standalone else 0
+    first_order = table.num_first_order_bytes if plan.first_order and budget.kind == "bytes" else 0
+    return table.num_value_bytes + maps + first_order
+
+
+def bytes_for_tables(plan: SizePlan, budget: Budget) -> float:
+    """Bytes of a budget for what `table_bytes` counts, beside the plan's projections."""
+    allowed = budget.amount if budget.kind == "bytes" else budget.amount * BYTES_PER_PARAM * plan.num_full_params
+    return allowed - BYTES_PER_PARAM * plan.num_projection_params
+
+
+def trained_rows(task: Task) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
+    """Weights of each table (V, D) and how often its rows occur in the training data (V,); rows of padding never do."""
+    sites, counts = task.sites(task.model), task.row_counts()
     for site in sites:
         if isinstance(site, ModuleSite):
             for name, row in zip(site.names, site.reserved_rows, strict=True):
                 if row is not None:
                     counts[name][row] = 0  # padding reads zeros, or is left out of its bag, at any bits
-    # Of each table (bits, bytes of the plan, loss): the first two ascending and the last descending.
-    steps: dict[str, list[tuple[int, int, float]]] = {}
-    for table in plan.tables:
-        kept: list[tuple[int, int, float]] = []
-        for bits in reversed(LEVELS):
-            size = plan.with_bits({table.name: bits}).num_bytes()
-            if not kept or size < kept[0][1]:
-                kept.insert(0, (bits, size, code_loss(table, weights[table.name], counts[table.name], bits)))
-        steps[table.name] = kept
-    plan = plan.with_bits({name: kept[0][0] for name, kept in steps.items()})
-
-    def gain(name: str) -> float:
-        (_, size, loss), (_, next_size, next_loss), *_ = steps[name]
-        return (loss - next_loss) / (next_size - size)
-
-    while ahead := [name for name, kept in steps.items() if len(kept) > 1]:
-        name = max(ahead, key=gain)
-        wider = plan.with_bits({name: steps[name][1][0]})
-        if wider.num_bytes() <= wider.max_bytes(budget):
-            plan = wider
-            del steps[name][0]
-        else:
-            del steps[name][1:]
-    return plan
+    return {name: w for site in sites for name, w in zip(site.names, site.weights(), strict=True)}, counts
 
 
 def code_loss(table: TablePlan, weight_VD: Tensor, count_V: np.ndarray, bits: int) -> float:

@@ -124,8 +124,7 @@ class EmbeddingViews:
         tables, concat = self.tables, self.concat
         projection_SD = None if tables.is_equal_width else tables.projection_SD()
         gram_PP = tables.gram_PP() if tables.has_projections else None
-        # What is exported, compiled or needs no gradient is left to torch, operator by operator.
-        if torch.is_grad_enabled() and concat.requires_grad and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():  # what is exported or compiled is left to torch, operator by operator
             projected = None if gram_PP is None or len(gram_PP) == concat.shape[1] else tables.projected_outputs
             return FMTerm.apply(concat, tables.num_fields, projection_SD, projected, gram_PP)
         if projection_SD is None:

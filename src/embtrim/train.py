@@ -540,7 +540,7 @@ def predict_logits(
     model.to(device).eval()
     logits = np.empty(data.num_rows(split), np.float32)
     start = 0
-    with fast_matmul("fp32", device):
+    with fast_matmul("fp32", device), freed_pages_kept():
         for batch in data.batches(split, EVAL_BATCH_SIZE):
             batch = batch.to(device)
             logits[start : start + len(batch)] = model(batch.ids_BC, batch.dense_BE).float().cpu().numpy()

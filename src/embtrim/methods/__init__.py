@@ -11,7 +11,7 @@ from embtrim.compaction import check_compactable
 from embtrim.config import Config
 from embtrim.errors import BudgetError, ConfigError, EmbtrimError
 from embtrim.methods.frequency import FrequencyConfig
-from embtrim.methods.guided import GuidedConfig
+from embtrim.methods.guided import GuidedConfig, search_mixed
 from embtrim.methods.hard_mask import HardMaskConfig
 from embtrim.methods.magnitude import MagnitudeConfig
 from embtrim.methods.mde import MDEConfig
@@ -60,7 +60,8 @@ def search(
             shuffles on its own does not give the same batches).
         bits: precision that the tables are to be stored in: 32, 16, 8 or 4, see plan.py, or "mixed" for 16, 8 or 4
             by table, see precision.py. The search itself works in fp32; within a percentage or a number of bytes fewer bits
-            leave room for more parameters.
+            leave room for more parameters. With "mixed" `guided` chooses rows, columns and bits together; for the other
+            methods bits are chosen for the rows and columns that they find.
         target: what will store the tables, and how many bytes it takes for them; see SizePlan.num_bytes.
 
     Raises:
@@ -106,6 +107,8 @@ def _search_stored(task: Task, config: Config, budget: Budget, seed: int, bits: 
         if bits == "mixed":
             raise ConfigError(f"mixed bits need a budget in percent or bytes, given {budget}")
         return method.search(task, config, budget, seed).with_bits(bits)
+    if bits == "mixed" and isinstance(config, GuidedConfig) and target != "fbgemm":
+        return search_mixed(task, config, budget, seed)
     # What is stored beside the values, scales or padding, shows in a plan only: the first is over by that, the next one
     # fits unless padding grew.
     ratio = 32 / (MIXED_BITS if bits == "mixed" else bits)

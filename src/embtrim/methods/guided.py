@@ -24,19 +24,23 @@ search
 Early scores favour few, wide rows, and the lead of such plans melts away where a model needs twenty epochs (MovieLens).
 The plan of the uniform control therefore stays in the race to the end, so that the search loses to it only by what the
 longest trial cannot tell. The test split is never read. The plan may be smaller than the budget.
+
+Where tables may have fewer bits, by table, rows, columns and bits are chosen together: `search_mixed`.
 """
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
-from embtrim.budget import Budget
-from embtrim.compaction import compact
+from embtrim.budget import BYTES_PER_PARAM, Budget
+from embtrim.compaction import compact, quantize
 from embtrim.config import Config
 from embtrim.methods.mde import MDEConfig, search_mde
 from embtrim.methods.registry import register
@@ -44,6 +48,7 @@ from embtrim.methods.selection import field_plan, filled, full_limit, row_plan, 
 from embtrim.methods.sseds import SSEDSConfig, slot_gradients
 from embtrim.methods.uniform import UniformConfig, search_uniform
 from embtrim.plan import SizePlan
+from embtrim.precision import least_loss_plan, mixed_bits
 from embtrim.progress import tracked
 from embtrim.sites import Task, alignment_of
 from embtrim.train import Hooks
@@ -52,6 +57,7 @@ from embtrim.train import Hooks
 KEPT_PART = 1 / 3
 FINALISTS = 3
 EQUAL = "equal widths"
+MOST_ENERGY = "rows of most energy"
 # The first round is no longer than this many epochs, however few steps they have.
 MOST_EPOCHS = 4
 
@@ -61,6 +67,7 @@ class GuidedConfig(Config):
 
     Attributes:
         width_factors: by how much larger than equal widths of all rows those of the rows of most energy are.
+        spectrum_powers: powers p of the plans of least loss, where bits are chosen by table; see precision.py.
         cost_powers: gammas: 0 ranks slots by importance, 1 by importance per parameter.
         budget_parts: parts of the budget that are filled by importance.
         trial_epochs: epochs of a candidate's training in the first round, twice that in the next; may be a fraction.
@@ -70,6 +77,7 @@ class GuidedConfig(Config):
     """
 
     width_factors: tuple[float, ...] = (4 / 3, 5 / 3, 5 / 2)
+    spectrum_powers: tuple[float, ...] = (1.0, 2.0)
     cost_powers: tuple[float, ...] = (0.0, 0.5)
     budget_parts: tuple[float, ...] = (1.0, 0.5, 0.25)
     trial_epochs: float = Field(default=0.5, gt=0)
@@ -81,7 +89,61 @@ class GuidedConfig(Config):
 @register("guided", GuidedConfig, needs="trained", adds=())
 def search_guided(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> SizePlan:
     """Propose plans by several rules and keep the one that short trainings favour."""
-    candidates = propose(task, config, budget, seed)
+    gradient_S = importance(task, seed)
+    return race(task, propose(task, config, budget, seed, gradient_S), config, budget, seed)
+
+
+def search_mixed(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> SizePlan:
+    """Rows, columns and bits of every table together, within a percentage or a number of bytes.
+
+    The race is among what `propose` finds for values of 4 bits; fewer values of 8 bits, of all rows or those of most energy,
+    and equal widths between the two; and plans of least loss (precision.py). Bytes that are left raise the bits of some tables.
+    Scores are those of the quantised candidates.
+
+    Raises:
+        BudgetError: not even 4 bits fit.
+    """
+    gradient_S = importance(task, seed)
+    candidates = stored_proposals(task, config, budget, seed, gradient_S, 4)
+    for bits in (6, 8):
+        for name, plan in stored_proposals(task, config, budget, seed, gradient_S, bits).items():
+            if name == EQUAL or (bits == 8 and name.endswith(MOST_ENERGY)):
+                candidates[f"{name}, {bits} bits"] = plan
+    for power in config.spectrum_powers:
+        plan = least_loss_plan(task, budget, power, alignment_of(task, config.align))
+        candidates[f"least loss, spectrum^{power:g}"] = plan
+    return race(task, distinct_of(candidates), config, budget, seed)
+
+
+def importance(task: Task, seed: int) -> np.ndarray:
+    """g of each slot of the trained model, (S,), on the validation split."""
+    found = task.kept(
+        "slot gradients", task.model, lambda: slot_gradients(task, task.model, SSEDSConfig(), seed).tolist()
+    )
+    return np.array(found)
+
+
+def stored_proposals(
+    task: Task, config: GuidedConfig, budget: Budget, seed: int, gradient_S: np.ndarray, bits: int
+) -> dict[str, SizePlan]:
+    """What `propose` finds for so many bits a value, with the bits of each table that fit the budget best."""
+    unit = 1 if budget.kind == "bytes" else BYTES_PER_PARAM * task.full_plan().num_full_params
+    most = math.inf if budget.kind == "bytes" else 1.0
+    amount = budget.amount * 32 / bits
+    while True:
+        within = Budget(budget.kind, min(amount, most))
+        found = {
+            name: mixed_bits(task, plan, budget)
+            for name, plan in propose(task, config, within, seed, gradient_S).items()
+        }
+        excess = max(plan.num_bytes() - plan.max_bytes(budget) for plan in found.values())
+        if excess <= 1e-6:  # of a byte: the percentage was rounded
+            return found
+        amount = max(min(amount, most) - excess * 32 / bits / unit, amount / 2)  # scales come beside the values
+
+
+def race(task: Task, candidates: dict[str, SizePlan], config: GuidedConfig, budget: Budget, seed: int) -> SizePlan:
+    """The candidate that short trainings favour; `EQUAL` is among them, and stays to the end."""
     epoch_steps = max(1, task.num_batches("train"))
     steps = max(config.trial_steps, math.ceil(config.trial_epochs * epoch_steps))
     steps = min(steps, MOST_EPOCHS * epoch_steps)
@@ -114,21 +176,34 @@ class Trial:
     def __init__(self, task: Task, plan: SizePlan, seed: int) -> None:
         self.task = task.recoded(plan)
         self.model = compact(task.fresh(seed), plan, init="scratch", seed=seed)
+        self.is_quantized = plan.is_quantized
 
     def train(self, steps: int, seed: int) -> float:
-        """Train on for some steps, and return the validation score."""
+        """Train on for some steps, and return the validation score, in the plan's bits."""
         epochs = math.ceil(steps / max(1, self.task.num_batches("train")))
         self.task.fit(self.model, epochs, seed, Hooks(on_step=lambda step: step >= steps, settings={"steps": steps}))
-        return self.task.kept("validation score", self.model, lambda: self.task.valid_score(self.model))
+        return self.task.kept("validation score", self.model, self._score)
+
+    def _score(self) -> float:
+        if not self.is_quantized:
+            return self.task.valid_score(self.model)
+        stored = copy.deepcopy(self.model)
+        quantize(stored)
+        return self.task.valid_score(stored)
 
 
-def propose(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> dict[str, SizePlan]:
-    """Distinct plans within the budget, by name."""
+def propose(task: Task, config: GuidedConfig, budget: Budget, seed: int, gradient_S: np.ndarray) -> dict[str, SizePlan]:
+    """Distinct plans within the budget, by name; of fp32.
+
+    Args:
+        task: of the trained full model.
+        config: which rules.
+        budget: not exceeded by any.
+        seed: of equal widths: which tables get one more column.
+        gradient_S: g of each slot.
+    """
     full, alignment = task.full_plan(), alignment_of(task, config.align)
     limit = full_limit(full, budget)
-    gradient_S = np.array(
-        task.kept("slot gradients", task.model, lambda: slot_gradients(task, task.model, SSEDSConfig(), seed).tolist())
-    )
     found = {EQUAL: search_uniform(task, UniformConfig(align=config.align), budget, seed)}
 
     def by_importance(power: float, limit: int, kept: dict[str, np.ndarray] | None = None) -> SizePlan:
@@ -148,8 +223,13 @@ def propose(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> dict
         columns = {t.name: range(min(width, t.width)) for t in full.tables}
         fewer = filled(full, budget, partial(row_plan, full, energies, columns, alignment=alignment))
         kept = {t.name: t.blocks[0].rows for t in fewer.tables if t.blocks and t.blocks[0].rows is not None}
-        found[f"width {width}, rows of most energy"] = fewer
+        found[f"width {width}, {MOST_ENERGY}"] = fewer
         found[f"importance, rows as of width {width}"] = filled(full, budget, partial(by_importance, 0.0, kept=kept))
+    return distinct_of(found)
+
+
+def distinct_of(found: Mapping[str, SizePlan]) -> dict[str, SizePlan]:
+    """The plans that keep something and differ from those before them; equal widths always."""
     distinct: dict[str, SizePlan] = {}
     for name, plan in found.items():
         if (plan.num_params or name == EQUAL) and all(plan.diff(other) for other in distinct.values()):
