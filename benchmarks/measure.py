@@ -120,17 +120,19 @@ def worker(kinds: dict[str, Callable[..., dict[str, Any]]]) -> None:
 
 
 def run_alone(command: Sequence[str], env: dict[str, str]) -> dict[str, Any]:
-    """Run a worker; its result with `peak_bytes`, the peak anonymous memory of it and its descendants, sampled.
+    """Run a worker; its result with the peaks of the memory of it and its descendants, sampled.
 
-    Memory maps of files do not count, nor does shared memory. A process that dies or takes over JOB_SECONDS gives an
-    "error".
+    `peak_bytes` is anonymous memory: memory maps of files do not count, nor does shared memory. `peak_file_bytes` is what is
+    resident of mapped files, libraries included; what processes share counts in each. A process that dies or takes over
+    JOB_SECONDS gives an "error".
     """
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, env=env, stdout=output, stderr=errors, start_new_session=True)
-        peak, until = 0, time.monotonic() + JOB_SECONDS
+        peak, peak_mapped, until = 0, 0, time.monotonic() + JOB_SECONDS
         try:
             while process.poll() is None and time.monotonic() < until:
-                peak = max(peak, sum(map(anonymous_bytes, family(process.pid))))
+                anonymous, mapped = map(sum, zip(*map(resident_bytes, family(process.pid)), strict=True))
+                peak, peak_mapped = max(peak, anonymous), max(peak_mapped, mapped)
                 time.sleep(SAMPLE_SECONDS)
         finally:
             late = process.poll() is None
@@ -142,7 +144,7 @@ def run_alone(command: Sequence[str], env: dict[str, str]) -> dict[str, Any]:
         errors.seek(0)
         lines = [line for line in output.read().splitlines() if line.startswith(RESULT)]
         if lines and not late:
-            return {**json.loads(lines[-1][len(RESULT) :]), "peak_bytes": peak}
+            return {**json.loads(lines[-1][len(RESULT) :]), "peak_bytes": peak, "peak_file_bytes": peak_mapped}
         why = f"took over {JOB_SECONDS} s" if late else f"ended with {process.returncode}, without a result"
         last = [line for line in errors.read().splitlines() if line.strip()][-1:]
         return {"error": "; ".join([why, *last])}
@@ -160,12 +162,12 @@ def family(pid: int) -> list[int]:
     return found
 
 
-def anonymous_bytes(pid: int) -> int:
-    """Anonymous resident memory of a process; 0 once it has ended."""
-    try:
+def resident_bytes(pid: int) -> tuple[int, int]:
+    """Resident memory of a process, anonymous and of mapped files; zeros once it has ended."""
+    found = {"RssAnon": 0, "RssFile": 0}
+    with suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
+            name, _, value = line.partition(":")
+            if name in found:
+                found[name] = 1024 * int(value.split()[0])
+    return found["RssAnon"], found["RssFile"]

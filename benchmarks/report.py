@@ -306,6 +306,10 @@ def _memory(entry: Mapping[str, Any]) -> str:
     return f"{entry.get('device_peak_bytes', entry['peak_bytes']) / GB:.2f}"
 
 
+def _mapped(entry: Mapping[str, Any]) -> str:
+    return f"{entry['peak_file_bytes'] / GB:.2f}" if "peak_file_bytes" in entry else ""
+
+
 def _bandwidth(entry: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     """Share of the memory bandwidth that the tables' part of a step takes."""
     peak = summary.get("floors", {}).get("copied_bytes_per_s")
@@ -399,11 +403,12 @@ def _encoding(summary: Mapping[str, Any]) -> str:
             f"{e['log_bytes'] / GB:.2f}",
             f"{e['rows_per_s']:,.0f}",
             _memory(e),
+            _mapped(e),
             f"{e['vocabulary']:,.0f}",
         )
         for name, e in _good(summary, "encode/").items()
     ]
-    head = ("contender", "rows", "GB", "rows/s", "peak anonymous GB", "vocabulary")
+    head = ("contender", "rows", "GB", "rows/s", "peak anonymous GB", "peak GB of files", "vocabulary")
     return f"## Encoding a log\n\n{table(head, rows)}" if rows else ""
 
 
@@ -415,10 +420,11 @@ def _reading(summary: Mapping[str, Any]) -> str:
             e.get("kernels", ""),
             f"{e['rows_per_s']:,.0f}",
             f"{e['peak_bytes'] / GB:.3f}",
+            _mapped(e),
         )
         for name, e in _good(summary, "read/").items()
     ]
-    head = ("job", "rows", "kernels", "rows/s", "peak anonymous GB")
+    head = ("job", "rows", "kernels", "rows/s", "peak anonymous GB", "peak GB of files")
     return f"## Reading and training from disk\n\n{table(head, rows)}" if rows else ""
 
 
