@@ -144,6 +144,10 @@ GOALS = (
          _step("middle", f"{_MIXED} [fast]"), at_least=0.6),
     Goal("step at middle tables: full over compact at 10%", _step("middle", "embtrim width 16 auto"),
          _step("middle", "embtrim compact 10% auto"), at_least=1.3),
+    *(
+        Goal(f"minor page faults a step at middle tables, {same}", (f"profile/embtrim {same}", "page_faults"), at_most=100)
+        for same in ("width 16 auto", "width 16 auto [fast]", "mixed widths auto", "mixed widths auto [fast]")
+    ),
     Goal("encoding, rows/s: embtrim over FuxiCTR", (_ENCODE, "rows_per_s"), (_ENCODE_PEER, "rows_per_s"), at_least=8),
     Goal("encoding, rows/s: embtrim over FuxiCTR, with [fast], which changes nothing in it", (_ENCODE, "rows_per_s"),
          (_ENCODE_PEER, "rows_per_s"), at_least=10),
@@ -475,7 +479,8 @@ def _profiles(summary: Mapping[str, Any]) -> str:
         sections += [
             f"## Profile of a step: {name}, {entry['precision']}",
             table(head, rows),
-            f"Outside of torch's own operators, in Python, autograd and the fused kernels: {entry['outside']:.0%} of {entry['step_ms']:.2f} ms.",
+            f"Outside of torch's own operators, in Python, autograd and the fused kernels: {entry['outside']:.0%} of {entry['step_ms']:.2f} ms."
+            + (f" Minor page faults a step: {entry['page_faults']:,.0f}." if "page_faults" in entry else ""),
             table(("allocates most", "own MB a step", "calls a step"), allocations),
         ]
     return "\n\n".join(sections)

@@ -68,6 +68,9 @@ def results():
             *runs("encode/embtrim, big log", rows=[1000], rows_per_s=[100], peak_bytes=[1e9], vocabulary=[7], log_bytes=[1e10]),
             *runs("read/fit/smallest log", rows=[10], rows_per_s=[1], peak_bytes=[5e8], kernels=["torch"]),
             *runs("read/fit/largest log", rows=[99], rows_per_s=[1], peak_bytes=[6e8], peak_file_bytes=[9e8], kernels=["torch"]),
+            *runs("profile/embtrim width 16 auto", page_faults=[50], step_ms=[3], outside=[0.1], precision=["bf16"],
+                  top=[[{"operator": "aten::mm", "self_ms": 2, "share": 0.7, "calls": 8}]],
+                  allocations=[[{"operator": "aten::mm", "bytes": 2e6, "calls": 8}]]),
             *runs("export/full", latency_ms=[{"eager": {"1": 0.5}, "onnxruntime": {"1": 0.4}}]),
             *runs("export/compact 10%", latency_ms=[{"eager": {"1": 0.5}, "onnxruntime": {"1": 0.5}}]),
             *accuracy("dense fp32", [0.80, 0.82]), *accuracy("lazy fp32", [0.82, 0.84]), *accuracy("lazy auto", [0.83, 0.85]),
@@ -96,6 +99,7 @@ def test_goals_are_judged_by_medians(results):
     assert found[f"{encoding}, with [fast], which changes nothing in it"]["margin"] == pytest.approx(1)
     memory = found["encoding: peak anonymous memory, GB"]
     assert (memory["value"], memory["verdict"]) == (2.5, "missed")
+    assert found["minor page faults a step at middle tables, width 16 auto"]["margin"] == 2
     assert found["inference at batch 1: full over compact"]["verdict"] == "met"
     assert found["inference at batch 4096: full over compact"]["value"] == pytest.approx(1.25)
 
@@ -147,6 +151,7 @@ def test_the_page_has_the_figures_and_what_makes_them_doubtful(results):
     assert "| train/middle/FBGEMM width 16 auto | ImportError: no fbgemm |" in page
     assert "| embtrim | 100 | 1.00 | 1,000 | 2.50 | 0.30 | 7 |" in page
     assert "| FuxiCTR preprocessing | 100 | 1.00 | 100 | 6.00 |  | 7 |" in page
+    assert "fused kernels: 10% of 3.00 ms. Minor page faults a step: 50." in page
     assert "| an epoch of fit, largest log | 99 | torch | 1 | 0.600 | 0.90 |" in page
     for doubt in ("OMP_WAIT_POLICY was passive", "The load was 2.0", "tree was modified", "3 repeats"):
         assert doubt in page
@@ -276,6 +281,16 @@ def test_our_step_learns(layout):
     assert found["last_loss"] < 0.9 * found["first_loss"]
     parts = ("forward_ms", "backward_ms", "update_ms")
     assert all(found[part] > 0 for part in parts)
+
+
+def test_page_faults_of_a_profile_are_those_of_its_steps(monkeypatch):
+    before = ours.page_faults()
+    touched = bytearray(64_000_000)
+    assert ours.page_faults() - before > len(touched) / 4096 / 600  # a page may be a large one
+    monkeypatch.setattr(ours, "page_faults", iter([100, 108]).__next__)
+    found = ours.profile(ROWS, "mixed", batch_size=64, warmup=1, steps=4)
+    assert found["page_faults"] == 2
+    assert sum(entry["share"] for entry in found["top"]) > 0.5
 
 
 @pytest.mark.parametrize("optimizer", ["dense", "fused", "sparse"])
