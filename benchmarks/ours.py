@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from embtrim.models import DeepFM
 from embtrim.optim import RowAdagrad, RowAdam
 from embtrim.reading import ReadOptions
 from embtrim.tables import EmbeddingTables
-from embtrim.train import fast_matmul, fit, logloss_of_batch, make_optimizers
+from embtrim.train import compiled, fast_matmul, fit, logloss_of_batch, make_optimizers
 
 CPU = torch.device("cpu")
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -97,18 +98,34 @@ def use_kernels(name: str) -> str:
 
 
 def train(
-    source: int | str, layout: str, precision: str, batch_size: int, warmup: int, steps: int, kernels: str = "torch"
+    source: int | str,
+    layout: str,
+    precision: str,
+    batch_size: int,
+    warmup: int,
+    steps: int,
+    kernels: str = "torch",
+    compile: bool = False,
 ) -> dict[str, Any]:
-    """Whole training steps of a DeepFM."""
-    result = {"kernels": use_kernels(kernels)}
+    """Whole training steps of a DeepFM; compiled with an empty cache, `compile_seconds` are those of the first step."""
+    result: dict[str, Any] = {"kernels": use_kernels(kernels)}
     config = embtrim.TrainConfig(precision=precision, batch_size=batch_size)  # type: ignore[arg-type]
     model = deepfm(source, layout)
     widths = [len(table.columns) for table in model.tables.plan.tables]
     result["table_bytes"] = synthetic.step_bytes(source, batch_size, widths)
-    with fast_matmul(precision, measure.device) as (autocast, words), freed_pages_kept():
+    batches = make_batches(source, batch_size, warmup + steps)
+    with (
+        fast_matmul(precision, measure.device) as (autocast, result["precision"]),
+        freed_pages_kept(),
+        ExitStack() as stack,
+    ):
         step = make_step(model, autocast, config)
-        batches = make_batches(source, batch_size, warmup + steps)
-        return {**result, **measure.time_steps(step, batches, warmup), "precision": words}
+        if compile:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = stack.enter_context(tempfile.TemporaryDirectory())
+            stack.enter_context(compiled(model))
+            _, times = step(batches[0])
+            result["compile_seconds"] = times[-1] - times[0]
+        return {**result, **measure.time_steps(step, batches, warmup)}
 
 
 def page_faults() -> int:

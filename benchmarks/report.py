@@ -363,7 +363,10 @@ def _step_table(title: str, prefix: str, summary: Mapping[str, Any], scale: Mapp
     ]
     head = ("contender", "precision", "ms a step", "range", "rows/s", "share of bandwidth", "forward", "backward", "update",
             "peak GB", "times FuxiCTR's speed")  # fmt: skip
-    return f"{title}\n\n{table(head, rows)}" if rows else ""
+    compiled = [
+        f"\n\n{n}: {e['compile_seconds']:.0f} s for its first step." for n, e in found.items() if "compile_seconds" in e
+    ]
+    return f"{title}\n\n{table(head, rows)}{''.join(compiled)}" if rows else ""
 
 
 def _embedding(summary: Mapping[str, Any]) -> str:

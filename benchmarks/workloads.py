@@ -147,10 +147,16 @@ def _train(scale: Scale, precisions: Mapping[str, Mapping[str, Any]]) -> list[Jo
         stepping = _stepping(scale, table_rows)
 
         def ours(
-            contender: str, layout: str, precision: str, name: str = name, stepping: dict = stepping, **more: Any
+            contender: str,
+            layout: str,
+            precision: str,
+            max_repeats: int = 1000,
+            name: str = name,
+            stepping: dict = stepping,
+            **more: Any,
         ) -> Job:
             settings = {"layout": layout, "precision": precision, **stepping, **more}
-            return Job(f"train/{name}/{contender}", "ours.py", "train", settings)
+            return Job(f"train/{name}/{contender}", "ours.py", "train", settings, "own", max_repeats)
 
         def peer(
             label: str, contender: str, name: str = name, stepping: dict = stepping, own: bool = False, **more: Any
@@ -181,6 +187,8 @@ def _train(scale: Scale, precisions: Mapping[str, Mapping[str, Any]]) -> list[Jo
             peer("nn.Embedding, dense Adam", "one_table", optimizer="dense", own=True),
             peer("nn.Embedding, fused Adam", "one_table", optimizer="fused", own=True),
         ]
+        if name == "middle":
+            found.append(ours("embtrim mixed widths auto, compiled", "mixed", "auto", max_repeats=1, compile=True))
     return found
 
 
