@@ -21,6 +21,8 @@ import torch
 RESULT = "RESULT "
 SAMPLE_SECONDS = 0.1
 JOB_SECONDS = 3600
+# Parts that timed calls are split into, and those before them that warm up.
+BLOCKS, WARMUP_BLOCKS = 10, 2
 
 Times = tuple[float, ...]
 
@@ -87,15 +89,18 @@ def time_calls(call: Callable[[], Any], seconds: float) -> float:
 
 
 def time_in_turn(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """The same of several calls, each for about `seconds`; what else the machine does falls on all of them."""
-    for budget in (len(calls) * seconds / 5, len(calls) * seconds):
-        found: dict[str, list[float]] = {name: [] for name in calls}
-        until = time.perf_counter() + budget
-        while not all(found.values()) or time.perf_counter() < until:
-            for name, call in calls.items():
+    """The same of several calls, each for about `seconds`, in turn in blocks of a tenth of that: what else the machine does
+    falls on all of them, and within its block a call finds the caches as it left them itself."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for block in range(WARMUP_BLOCKS + BLOCKS):
+        for name, call in calls.items():
+            until, times = time.perf_counter() + seconds / BLOCKS, []
+            while not times or time.perf_counter() < until:
                 started = now()
                 call()
-                found[name].append(now() - started)
+                times.append(now() - started)
+            if block >= WARMUP_BLOCKS:
+                found[name] += times
     return {name: 1000 * statistics.median(values) for name, values in found.items()}
 
 

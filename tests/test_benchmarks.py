@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -370,6 +371,22 @@ def test_logs_have_the_shape_they_should(tmp_path):
     ours.write_dataset(tmp_path / "made", 500, ROWS)
     made = EncodedDataset.load(tmp_path / "made")
     assert (made.num_rows("train"), made.num_rows("valid")) == (500, ours.VALID_ROWS)
+
+
+def test_calls_are_timed_in_turn_in_blocks_the_first_two_of_which_warm_up(monkeypatch):
+    clock, called = [0.0], []
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+
+    def call(name, seconds):
+        called.append(name)
+        clock[0] += seconds
+
+    calls = {"a": lambda: call("a", 0.25), "b": lambda: call("b", 1.5)}
+    assert measure.time_in_turn(calls, 10.0) == {"a": 250, "b": 1500}
+    in_blocks = [(name, len(list(group))) for name, group in itertools.groupby(called)]
+    assert in_blocks == [("a", 4), ("b", 1)] * 12
+    monkeypatch.setattr(measure.statistics, "median", len)
+    assert measure.time_in_turn(calls, 10.0) == {"a": 1000 * 40, "b": 1000 * 10}
 
 
 def test_memory_of_children_counts_and_a_death_is_an_error():
