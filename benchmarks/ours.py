@@ -62,9 +62,12 @@ def kept_columns(source: int | str, layout: str) -> list[list[int]]:
     return [list(table.columns) for table in plan.tables]
 
 
-def deepfm(source: int | str, layout: str, **hparams: Any) -> DeepFM:
+def deepfm(source: int | str, layout: str, bits: int = 32, **hparams: Any) -> DeepFM:
     schema = embtrim.Schema.from_sizes(synthetic.table_sizes(source))
-    return DeepFM(schema, plan=plan_of(schema, layout), batch_norm=False, **hparams).to(measure.device)
+    model = DeepFM(schema, plan=plan_of(schema, layout).with_bits(bits), batch_norm=False, **hparams).to(measure.device)
+    if bits < 32:
+        model.tables.quantize()
+    return model
 
 
 def make_batches(source: int | str, batch_size: int, num_batches: int) -> list[Batch]:
@@ -231,14 +234,17 @@ def predict(source: int | str, layout: str, batch_sizes: list[int], seconds: flo
 
 
 @torch.no_grad()
-def export(source: int | str, layout: str, batch_sizes: list[int], seconds: float) -> dict[str, Any]:
-    """Latency of the forward pass on the CPU, by runtime: eager, torch.export's program, and ONNX in onnxruntime, in turn."""
+def export(source: int | str, layout: str, batch_sizes: list[int], seconds: float, bits: int = 32) -> dict[str, Any]:
+    """Latency of the forward pass on the CPU, by runtime: eager, torch.export's program, and ONNX in onnxruntime, in turn;
+    and the bytes of the files of the exported ones."""
     import onnxruntime
 
-    model, latency = deepfm(source, layout).to(CPU).eval(), {}
+    model, latency = deepfm(source, layout, bits).to(CPU).eval(), {}
     with tempfile.TemporaryDirectory() as folder, fast_matmul("fp32", CPU):
-        embtrim.export(model, "pt2", f"{folder}/pt2")
-        embtrim.export(model, "onnx", f"{folder}/onnx")
+        file_bytes = {
+            name: embtrim.export(model, format, f"{folder}/{format}")["model_bytes"]
+            for name, format in (("torch.export", "pt2"), ("onnxruntime", "onnx"))
+        }
         exported = torch.export.load(f"{folder}/pt2/model.pt2").module()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -252,7 +258,7 @@ def export(source: int | str, layout: str, batch_sizes: list[int], seconds: floa
             }
             for name, milliseconds in measure.time_in_turn(calls, seconds).items():
                 latency.setdefault(name, {})[str(size)] = milliseconds
-    return {"latency_ms": latency}
+    return {"latency_ms": latency, "file_bytes": file_bytes}
 
 
 def score(log: str, out: str, layout: str) -> dict[str, Any]:

@@ -449,15 +449,25 @@ def _inference(summary: Mapping[str, Any]) -> str:
 
 
 def _exports(summary: Mapping[str, Any]) -> str:
-    rows = [
-        (name, runtime, *(f"{ms:.3f}" for ms in latency.values()))
-        for name, entry in _good(summary, "export/").items()
-        for runtime, latency in entry["latency_ms"].items()
-    ]
+    found, rows = _good(summary, "export/"), []
+    full = found.get("full", {}).get("file_bytes", {})
+    for name, entry in found.items():
+        files = entry.get("file_bytes", {})
+        for runtime, latency in entry["latency_ms"].items():
+            size, full_size = files.get(runtime), full.get(runtime)
+            rows.append(
+                (
+                    name,
+                    runtime,
+                    *(f"{ms:.3f}" for ms in latency.values()),
+                    f"{size / 1e6:.2f}" if size else "",
+                    f"{size / full_size:.1%}" if size and full_size else "",
+                )
+            )
     if not rows:
         return ""
-    sizes = next(iter(next(iter(_good(summary, "export/").values()))["latency_ms"].values()))
-    head = ("model", "runtime", *(f"ms at batch {size}" for size in sizes))
+    sizes = next(iter(next(iter(found.values()))["latency_ms"].values()))
+    head = ("model", "runtime", *(f"ms at batch {size}" for size in sizes), "MB of files", "of the full model's")
     return f"## Exported models on the CPU, middle tables\n\n{table(head, rows)}"
 
 

@@ -280,8 +280,14 @@ def _predict(scale: Scale, folder: Path, matmul: str) -> list[Job]:
         found.append(Job(f"predict/embtrim {label}", "ours.py", "predict", {"layout": layout, **calls}))
         settings = {"columns": ours.kept_columns(source, layout), "matmul": matmul, **calls}
         found.append(Job(f"predict/nn.Embedding a field {label}", "peers.py", "predict", settings))
-    for label, layout in (("full", "full"), ("mixed widths", "mixed"), ("compact 10%", "compact")):
-        found.append(Job(f"export/{label}", "ours.py", "export", {"layout": layout, **calls}))
+    for label, layout, bits in (
+        ("full", "full", 32),
+        ("mixed widths", "mixed", 32),
+        ("compact 10%", "compact", 32),
+        ("compact 10%, 8 bits", "compact", 8),
+        ("compact 10%, 4 bits", "compact", 4),
+    ):
+        found.append(Job(f"export/{label}", "ours.py", "export", {"layout": layout, "bits": bits, **calls}))
     log = folder / "log.tsv"
     for label, layout in (("full", "full"), ("compact 10%", "compact")):
         settings = {"log": str(log), "out": str(folder / layout), "layout": layout}

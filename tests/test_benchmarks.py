@@ -73,7 +73,9 @@ def results():
             *runs("profile/embtrim width 16 auto", page_faults=[50], step_ms=[3], outside=[0.1], precision=["bf16"],
                   top=[[{"operator": "aten::mm", "self_ms": 2, "share": 0.7, "calls": 8}]],
                   allocations=[[{"operator": "aten::mm", "bytes": 2e6, "calls": 8}]]),
-            *runs("export/full", latency_ms=[{"eager": {"1": 0.5}, "onnxruntime": {"1": 0.4}}]),
+            *runs("export/full", latency_ms=[{"eager": {"1": 0.5}, "onnxruntime": {"1": 0.4}}], file_bytes=[{"onnxruntime": 8e6}]),
+            *runs("export/compact 10%, 4 bits", latency_ms=[{"eager": {"1": 0.7}, "onnxruntime": {"1": 0.6}}],
+                  file_bytes=[{"onnxruntime": 1e6}]),
             *runs("export/compact 10%", latency_ms=[{"eager": {"1": 0.5}, "onnxruntime": {"1": 0.5}}]),
             *accuracy("dense fp32", [0.80, 0.82]), *accuracy("lazy fp32", [0.82, 0.84]), *accuracy("lazy auto", [0.83, 0.85]),
             *runs("predict/embtrim full", latency_ms=[{"1": 1.0, "4096": 30.0}]),
@@ -155,6 +157,9 @@ def test_the_page_has_the_figures_and_what_makes_them_doubtful(results):
     assert "| FuxiCTR preprocessing | 100 | 1.00 | 100 | 6.00 |  | 7 |" in page
     assert "fused kernels: 10% of 3.00 ms. Minor page faults a step: 50." in page
     assert "\n\nembtrim mixed widths auto, compiled: 41 s for its first step.\n\n" in page
+    assert "| full | onnxruntime | 0.400 | 8.00 | 100.0% |" in page
+    assert "| compact 10%, 4 bits | eager | 0.700 |  |  |" in page
+    assert "| compact 10%, 4 bits | onnxruntime | 0.600 | 1.00 | 12.5% |" in page
     assert "| an epoch of fit, largest log | 99 | torch | 1 | 0.600 | 0.90 |" in page
     for doubt in ("OMP_WAIT_POLICY was passive", "The load was 2.0", "tree was modified", "3 repeats"):
         assert doubt in page
@@ -312,6 +317,18 @@ def test_a_job_that_compiles_runs_compiled_and_says_how_long_that_took(monkeypat
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] != "unlike"
     assert "compile_seconds" not in ours.train(**settings)
     assert len(modes) == 5
+
+
+def test_exports_of_fewer_bits_are_quantised_and_smaller():
+    pytest.importorskip("onnxruntime")
+    rows = 500_000
+    found = ours.export(rows, "compact", [2], seconds=0.001, bits=4)
+    assert found["latency_ms"].keys() == {"eager", *found["file_bytes"]}
+    model, quantised = ours.deepfm(rows, "compact"), ours.deepfm(rows, "compact", bits=4).tables
+    assert sum(value.nbytes for value in quantised.state_dict().values()) == quantised.plan.num_bytes()
+    network = sum(p.nbytes for p in model.mlp.parameters())
+    for size in found["file_bytes"].values():
+        assert network + quantised.plan.num_bytes() < size < network + model.tables.plan.num_bytes() / 2
 
 
 @pytest.mark.parametrize("optimizer", ["dense", "fused", "sparse"])
