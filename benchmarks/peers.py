@@ -120,7 +120,7 @@ def one_table(sizes: list[int], optimizer: str) -> tuple[Callable[[Any], Any], P
 
 
 def fuxictr(sizes: list[int]) -> tuple[Callable[[Any], Any], Prepare]:
-    """DeepFM of FuxiCTR's layers, trained by its own `train_step` (dense Adam, gradients clipped)."""
+    """DeepFM of FuxiCTR's layers, trained by its own `train_step` (dense Adam, gradients clipped, which counts as backward)."""
     from fuxictr.features import FeatureMap
     from fuxictr.pytorch.layers import FactorizationMachine, FeatureEmbedding, MLP_Block
     from fuxictr.pytorch.models import BaseModel
@@ -144,6 +144,13 @@ def fuxictr(sizes: list[int]) -> tuple[Callable[[Any], Any], Prepare]:
             self.reset_parameters()
             self.model_to_device()
             self._max_gradient_norm = 10.0  # the default of its fit
+            self.times: list[float] = []
+            self.optimizer.register_step_pre_hook(lambda *_: self.times.append(measure.now()))
+
+        def compute_loss(self, *outputs: Any) -> Tensor:
+            loss = super().compute_loss(*outputs)
+            self.times.append(measure.now())
+            return loss
 
         def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
             ids = self.get_inputs(inputs)
@@ -155,9 +162,9 @@ def fuxictr(sizes: list[int]) -> tuple[Callable[[Any], Any], Prepare]:
     model.train()
 
     def step(batch: dict[str, Tensor]) -> tuple[Tensor, measure.Times]:
-        started = measure.now()
+        model.times = [measure.now()]
         loss = model.train_step(batch)
-        return loss, (started, measure.now())
+        return loss, (*model.times, measure.now())
 
     def prepare(ids: np.ndarray, labels: np.ndarray) -> dict[str, Tensor]:
         columns = on_device(*(torch.from_numpy(column) for column in ids.T.astype(np.int64)))
@@ -166,9 +173,9 @@ def fuxictr(sizes: list[int]) -> tuple[Callable[[Any], Any], Prepare]:
     return step, prepare
 
 
-def rounded_widths(layout: str) -> list[int]:
+def rounded_widths(layout: str, num_fields: int) -> list[int]:
     """FBGEMM's widths are multiples of four."""
-    return [-(-width // 4) * 4 for width in synthetic.widths_of(layout)]
+    return [-(-width // 4) * 4 for width in synthetic.widths_of(layout, num_fields)]
 
 
 def batched_tables(sizes: list[int], widths: list[int]) -> Any:
@@ -201,7 +208,7 @@ def bags_of(ids: np.ndarray) -> tuple[Tensor, Tensor]:
 
 def fbgemm(sizes: list[int], layout: str, autocast: Callable[[], Any]) -> tuple[Callable[[Any], Any], Prepare]:
     """FBGEMM's tables and the plain head; a first-order weight is a row of width 4, its sum."""
-    widths = rounded_widths(layout)
+    widths = rounded_widths(layout, len(sizes))
     tables, first_order = batched_tables(sizes, widths), batched_tables(sizes, [4] * len(sizes))
     head = Head([range(width) for width in widths], projected=layout == "mixed").to(measure.device)
     optimizers = [torch.optim.Adam(head.parameters(), LEARNING_RATE, fused=True)]
@@ -291,7 +298,8 @@ def train(
 
 def embedding(source: int | str, layout: str, batch_size: int, warmup: int, steps: int) -> dict[str, Any]:
     """FBGEMM's embeddings alone: lookup, then backward with a given gradient, which updates."""
-    sizes, widths = synthetic.table_sizes(source), rounded_widths(layout)
+    sizes = synthetic.table_sizes(source)
+    widths = rounded_widths(layout, len(sizes))
     tables = batched_tables(sizes, widths)
     grad_BS = torch.randn(batch_size, sum(widths), generator=torch.Generator().manual_seed(0)).to(measure.device)
 

@@ -115,7 +115,7 @@ def jobs(
     makers = {
         "floors": _floors,
         "train": lambda scale, _: _train(scale, precisions),
-        "real": lambda scale, folder: _real(scale, folder, data),
+        "real": lambda scale, folder: _real(scale, folder, data, precisions),
         "embedding": _embedding,
         "encode": _encode,
         "big_log": _big_log,
@@ -197,7 +197,7 @@ def _encode_real(name: str, data: Path, out: Path) -> None:
         encode_known(name, data / REAL[name][0], out, progress=False)
 
 
-def _real(scale: Scale, folder: Path, data: Path) -> list[Job]:
+def _real(scale: Scale, folder: Path, data: Path, precisions: Mapping[str, Mapping[str, Any]]) -> list[Job]:
     found = []
     for name in REAL:
         stepping = _stepping(scale, str(folder / name))
@@ -207,12 +207,16 @@ def _real(scale: Scale, folder: Path, data: Path) -> list[Job]:
                 settings = {"layout": layout, "precision": precision, **stepping}
                 key = f"real/{name}/embtrim {label} {precision}"
                 found.append(Job(key, "ours.py", "train", settings, prepare=prepare))
-        found += [
-            Job(f"real/{name}/FuxiCTR DeepFM as shipped", "peers.py", "train", {"contender": "fuxictr", **stepping},
-                "peers", prepare=prepare),
-            Job(f"real/{name}/nn.Embedding, dense Adam", "peers.py", "train",
-                {"contender": "one_table", "optimizer": "dense", **stepping}, prepare=prepare),
-        ]  # fmt: skip
+        for label, contender, python, settings in (
+            ("FuxiCTR DeepFM as shipped", "fuxictr", "peers", {}),
+            ("FBGEMM width 16 fp32", "fbgemm", "peers", {"layout": "full", **precisions["fp32"]}),
+            ("FBGEMM width 16 auto", "fbgemm", "peers", {"layout": "full", **precisions["auto"]}),
+            ("nn.Embedding, dense Adam", "one_table", "own", {"optimizer": "dense"}),
+            ("nn.Embedding, fused Adam", "one_table", "own", {"optimizer": "fused"}),
+            ("nn.Embedding sparse, SparseAdam", "one_table", "own", {"optimizer": "sparse"}),
+        ):
+            settings = {"contender": contender, **settings, **stepping}
+            found.append(Job(f"real/{name}/{label}", "peers.py", "train", settings, python, prepare=prepare))
     return found
 
 

@@ -26,6 +26,7 @@ from embtrim.dataset import EncodedDataset, SplitArrays
 ROWS = 2000
 PRECISIONS = {"fp32": {"matmul": "medium", "bf16": False}, "auto": {"matmul": "medium", "bf16": True}}
 SMALL = {"hidden_units": (8, 8)}
+PEERS_PYTHON = bench.HERE / ".peers-venv" / "bin" / "python"
 
 
 @pytest.fixture(autouse=True)
@@ -250,6 +251,29 @@ def test_real_data_that_are_not_there_are_not_measured(tmp_path):
     results = {"settings": SETTINGS, "runs": []}
     bench.run_once(listed[0], 0, results, None, "")
     assert "nowhere/frappe_x1 lacks train.csv, valid.csv, test.csv" in results["runs"][0]["error"]
+
+
+def test_real_data_have_peers_of_width_16_in_both_precisions(tmp_path):
+    listed = workloads.jobs("real", workloads.QUICK, tmp_path, tmp_path, PRECISIONS)
+    found = {job.key: job for job in listed}
+    for precision, here in PRECISIONS.items():
+        fbgemm = found[f"real/frappe/FBGEMM width 16 {precision}"]
+        assert fbgemm.python == "peers"
+        assert fbgemm.settings.items() >= {"layout": "full", "source": str(tmp_path / "frappe"), **here}.items()
+    plain = [job.settings["optimizer"] for key, job in found.items() if key.startswith("real/frappe/nn.Embedding")]
+    assert plain == ["dense", "fused", "sparse"]
+    assert peers.rounded_widths("mixed", 9) == [8, 4, 8, 4, 4, 4, 4, 4, 8]
+
+
+@pytest.mark.skipif(not PEERS_PYTHON.exists(), reason="the peers' environment is made by benchmarks/bench.py")
+def test_the_step_of_fuxictr_has_its_parts():
+    settings = {"contender": "fuxictr", "source": ROWS, "batch_size": 64, "warmup": 1, "steps": 4}
+    order = json.dumps(["train", 1, "cpu", settings])
+    found = measure.run_alone([str(PEERS_PYTHON), str(bench.HERE / "peers.py"), order], dict(os.environ))
+    assert "error" not in found
+    parts = [found[part] for part in ("forward_ms", "backward_ms", "update_ms")]
+    assert min(parts) > 0
+    assert max(parts) < found["step_ms"]
 
 
 def test_batches_of_real_data_are_its_rows(tmp_path):
