@@ -265,6 +265,16 @@ def test_real_data_have_peers_of_width_16_in_both_precisions(tmp_path):
     assert peers.rounded_widths("mixed", 9) == [8, 4, 8, 4, 4, 4, 4, 4, 8]
 
 
+def test_what_is_compiled_once_and_what_is_exported_in_fewer_bits(tmp_path):
+    train, predict = (
+        workloads.jobs(name, workloads.QUICK, tmp_path, tmp_path, PRECISIONS) for name in ("train", "predict")
+    )
+    compiled = [(job.key, job.max_repeats) for job in train if job.settings.get("compile")]
+    assert compiled == [("train/middle/embtrim mixed widths auto, compiled", 1)]
+    exported = {job.key: job.settings["bits"] for job in predict if job.kind == "export" and job.settings["bits"] < 32}
+    assert exported == {"export/compact 10%, 8 bits": 8, "export/compact 10%, 4 bits": 4}
+
+
 @pytest.mark.skipif(not PEERS_PYTHON.exists(), reason="the peers' environment is made by benchmarks/bench.py")
 def test_the_step_of_fuxictr_has_its_parts():
     settings = {"contender": "fuxictr", "source": ROWS, "batch_size": 64, "warmup": 1, "steps": 4}
