@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def main() -> None:
     for name in args.only:
         with tempfile.TemporaryDirectory(prefix="embtrim-bench-") as folder:
             listed = workloads.jobs(name, scale, Path(folder), args.data, machine["precisions"])
+            check_commits(path, listed, results)
             for repeat in range(args.repeats):
                 for job in listed:
                     run_once(job, repeat, results, peers_python, why_not)
@@ -128,7 +130,7 @@ def run_once(job: workloads.Job, repeat: int, results: dict[str, Any], peers_pyt
             result = measure.run_alone([str(python), str(HERE / job.script), order], env)
         except (embtrim.EmbtrimError, OSError) as error:  # no data, no room for them
             result = {"error": str(error)}
-    results["runs"].append({"key": job.key, "repeat": repeat, **result})
+    results["runs"].append({"key": job.key, "repeat": repeat, "commit": results["machine"]["commit"], **result})
     figures = [f"{k} {v:,.4g}" for k, v in result.items() if k in ("step_ms", "rows_per_s", "peak_bytes")]
     say(f"{job.key}, run {repeat + 1}: {result.get('error') or ', '.join(figures) or 'done'}")
 
@@ -139,18 +141,29 @@ def save(path: Path, results: dict[str, Any]) -> None:
 
 
 def started_results(path: Path, machine: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Results to go on with: those on disk without their errors, or new ones."""
+    """Results to go on with: those on disk without their errors, or new ones; with this machine's load and commit."""
     fresh = {"machine": machine, "settings": settings, "runs": []}
     if not path.exists():
         return fresh
     found = json.loads(path.read_text("utf-8"))
-    passing = ("started", "load")
+    passing = ("started", "load", "commit")  # every run has its commit
     same_machine = all(found["machine"].get(k) == v for k, v in machine.items() if k not in passing)
     if not same_machine or found["settings"] != settings:
-        sys.exit(f"{path} holds results of another machine, commit or settings; move it away or choose another --out")
+        sys.exit(f"{path} holds results of another machine or settings; move it away or choose another --out")
     found["runs"] = [run for run in found["runs"] if "error" not in run]
     say(f"going on with {len(found['runs'])} runs of {path}")
-    return found
+    return {**found, "machine": machine}
+
+
+def check_commits(path: Path, listed: Sequence[workloads.Job], results: Mapping[str, Any]) -> None:
+    """Leave the suite where a workload has results of another commit: contenders of two would be compared."""
+    keys, now = {job.key for job in listed}, results["machine"]["commit"]
+    others = sorted({run["commit"] for run in results["runs"] if run["key"] in keys and run["commit"] != now})
+    if others:
+        sys.exit(
+            f"{path} has results of {listed[0].key.partition('/')[0]!r} of commit {', '.join(others)}, this is {now}; move it "
+            "away, or choose another --out or other workloads (--only)"
+        )
 
 
 # ---- the machine and the peers' environment --------------------------------------------------------------------------------

@@ -240,7 +240,7 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
         found.append(
             f"OMP_WAIT_POLICY was {machine['env']['OMP_WAIT_POLICY']}, which slows contenders unequally; unset it."
         )
-    if "modified" in machine["commit"]:
+    if any("modified" in run["commit"] for run in results["runs"]):
         found.append("The working tree was modified.")
     repeats = settings["repeats"]
     counts = Counter(run["key"] for run in results["runs"] if "error" not in run)
@@ -265,7 +265,7 @@ def _machine(results: Mapping[str, Any]) -> str:
         ("memory", f"{machine['memory_bytes'] / GB:.0f} GB"),
         ("system", machine["system"]),
         ("versions", ", ".join(f"{k} {v}" for k, v in machine["versions"].items())),
-        ("embtrim commit", machine["commit"]),
+        ("embtrim commit", _commits(results["runs"])),
         ("thread settings", env),
         *(
             (f"embtrim's {name}", f"{'bf16 autocast' if here['bf16'] else 'fp32'}, float32 matmuls {here['matmul']!r}")
@@ -276,6 +276,15 @@ def _machine(results: Mapping[str, Any]) -> str:
     ]
     notes = "".join(f"\n- **{text}**" for text in warnings(results))
     return table(("machine", ""), rows) + (f"\n{notes}" if notes else "")
+
+
+def _commits(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Each commit with what was measured on it."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        of_commit, workload = found.setdefault(run["commit"], []), run["key"].partition("/")[0]
+        of_commit.extend([workload] * (workload not in of_commit))
+    return "; ".join(f"{commit}: {', '.join(of_commit)}" for commit, of_commit in found.items())
 
 
 def _goals(summary: Mapping[str, Any], scale: Mapping[str, Any]) -> str:

@@ -36,7 +36,10 @@ def _kernels_chosen_by_a_job_are_forgotten(monkeypatch):
 
 def runs(key, **series):
     names, columns = list(series), zip(*series.values(), strict=True)
-    return [{"key": key, "repeat": i, **dict(zip(names, values, strict=True))} for i, values in enumerate(columns)]
+    return [
+        {"key": key, "repeat": i, "commit": "0123 modified", **dict(zip(names, values, strict=True))}
+        for i, values in enumerate(columns)
+    ]
 
 
 def accuracy(cell, auc):
@@ -162,10 +165,13 @@ def test_the_page_has_the_figures_and_what_makes_them_doubtful(results):
     assert "| compact 10%, 4 bits | eager | 0.700 |  |  |" in page
     assert "| compact 10%, 4 bits | onnxruntime | 0.600 | 1.00 | 12.5% |" in page
     assert "| an epoch of fit, largest log | 99 | torch | 1 | 0.600 | 0.90 |" in page
+    assert "| embtrim commit | 0123 modified: train, encode, read, " in page
     for doubt in ("OMP_WAIT_POLICY was passive", "The load was 2.0", "tree was modified", "3 repeats"):
         assert doubt in page
-    results["machine"] |= {"env": {}, "load": 0.1, "commit": "0123"}
+    results["machine"] |= {"env": {}, "load": 0.1}
     results["settings"]["repeats"] = 5
+    for run in results["runs"]:
+        run["commit"] = "0123"
     results["runs"] = [run for run in results["runs"] if run["key"].startswith("train/middle/")]
     (few,) = report.warnings(results)
     assert "train/middle (1), train/middle (3)" in few
@@ -195,7 +201,8 @@ SETTINGS = {"threads": 1, "device": "cpu"}
 def test_interrupted_results_go_on_without_their_errors(tmp_path, machine, monkeypatch):
     path = tmp_path / "bench.json"
     assert bench.started_results(path, machine, SETTINGS)["runs"] == []
-    done, failed = {"key": "a", "repeat": 0, "step_ms": 1.0}, {"key": "b", "repeat": 0, "error": "no peers"}
+    done = {"key": "a", "repeat": 0, "commit": "0123", "step_ms": 1.0}
+    failed = {"key": "b", "repeat": 0, "commit": "0123", "error": "no peers"}
     path.write_text(json.dumps({"machine": machine, "settings": SETTINGS, "runs": [done, failed]}))
     results = bench.started_results(path, {**machine, "load": 2.0, "started": "later"}, SETTINGS)
     assert results["runs"] == [done]
@@ -209,11 +216,23 @@ def test_interrupted_results_go_on_without_their_errors(tmp_path, machine, monke
     assert json.loads(ran[0][2]) == ["train", 1, "cpu", {}]
 
 
-@pytest.mark.parametrize("changed", ["commit", "threads"])
+def test_results_of_two_commits_are_not_mixed_within_a_workload(tmp_path, machine):
+    path, job = tmp_path / "bench.json", workloads.Job("train/small/a", "ours.py", "train")
+    done = {"key": "train/small/a", "repeat": 0, "commit": "0123", "step_ms": 1.0}
+    path.write_text(json.dumps({"machine": machine, "settings": SETTINGS, "runs": [done]}))
+    results = bench.started_results(path, machine | {"commit": "4567", "load": 0.3}, SETTINGS)
+    assert (results["runs"], results["machine"]["commit"]) == ([done], "4567")
+    bench.check_commits(path, [workloads.Job("read/a", "ours.py", "read")], results)
+    with pytest.raises(SystemExit, match="has results of 'train' of commit 0123, this is 4567; move it away"):
+        bench.check_commits(path, [job], results)
+    bench.check_commits(path, [job], bench.started_results(path, machine, SETTINGS))
+
+
+@pytest.mark.parametrize("changed", ["processor", "threads"])
 def test_results_of_another_machine_or_with_other_settings_are_not_mixed(tmp_path, machine, changed):
     path = tmp_path / "bench.json"
     path.write_text(json.dumps({"machine": machine, "settings": SETTINGS, "runs": []}))
-    with pytest.raises(SystemExit, match="another machine, commit or settings"):
+    with pytest.raises(SystemExit, match="another machine or settings"):
         bench.started_results(path, *({**d, changed: 7} if changed in d else d for d in (machine, SETTINGS)))
 
 
@@ -225,7 +244,7 @@ def test_without_an_environment_peers_are_not_measured(tmp_path, monkeypatch):
     python, why = bench.peers_environment(tmp_path / "venv", "cpu")
     assert python is None
     assert "No matching distribution" in why
-    results = {"settings": SETTINGS, "runs": []}
+    results = {"settings": SETTINGS, "runs": [], "machine": {"commit": "0123"}}
     key = "train/middle/FBGEMM width 16 auto"
     for repeat in range(2):
         bench.run_once(workloads.Job(key, "peers.py", "train", {}, "peers"), repeat, results, python, why)
@@ -248,7 +267,7 @@ def test_another_device_needs_an_environment_that_is_there(tmp_path):
 
 def test_real_data_that_are_not_there_are_not_measured(tmp_path):
     listed = workloads.jobs("real", workloads.QUICK, tmp_path, tmp_path / "nowhere", PRECISIONS)
-    results = {"settings": SETTINGS, "runs": []}
+    results = {"settings": SETTINGS, "runs": [], "machine": {"commit": "0123"}}
     bench.run_once(listed[0], 0, results, None, "")
     assert "nowhere/frappe_x1 lacks train.csv, valid.csv, test.csv" in results["runs"][0]["error"]
 
