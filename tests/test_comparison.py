@@ -40,6 +40,7 @@ from embtrim.errors import ConfigError, DataError, EmbtrimError
 from embtrim.experiment import RunRecord
 from embtrim.grid import Cell, CompareConfig, Skipped, grid, read_skipped, resolve, run_config, settings_by_label
 from embtrim.methods import METHODS
+from embtrim.plan import SizePlan
 from embtrim.processes import in_processes
 from embtrim.progress import grid_bar, seconds_left
 from embtrim.report import read_records
@@ -108,6 +109,8 @@ def test_a_variant_of_fewer_bits(small: EncodedDataset, tmp_path: Path) -> None:
     for record_ in quantised:
         assert record_.num_params > 2 * plain.num_params
         assert record_.table_bytes < 1.1 * plain.table_bytes
+    plans = [SizePlan.load(path) for path in sorted((tmp_path / "out" / "plans").glob("*.json"))]
+    assert sorted(plan.num_bytes() for plan in plans) == sorted(r.table_bytes for r in (plain, *quantised))
     assert compare(small, config, tmp_path / "out").records == [_, plain, *quantised]
     changed = config.replace(variants={**variants, "uniform-8": {"method": "uniform", "bits": 4}})
     with pytest.raises(DataError, match=r"uniform-8.* was made with bits = 8, now it is 4;"):

@@ -517,6 +517,9 @@ def test_a_run_trains_in_fp32_and_keeps_the_quantised_model(raw, tmp_path):
     done = shrink(full, data, config, "pme", {}, "8%", seed=0)
     assert done.plan is not None
     assert any(t.mixed for t in done.plan.tables)
+    for table in done.plan.tables:
+        stored = sum(rows * width for rows, width in table.segments)
+        assert done.record.widths[table.name] * table.num_compact_rows == pytest.approx(stored)
     assert done.record.verification["passed"]
     assert (full.record.bits, done.record.bits) == (32, 4)
     assert full.record.model_params == sum(p.numel() for p in full.model.parameters())

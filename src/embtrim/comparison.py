@@ -84,6 +84,8 @@ class Worker:
                 )  # fmt: skip
         except EmbtrimError as error:
             return cell, _skip(cell, str(error))
+        if trained.plan is not None:
+            trained.plan.save(self.out / "plans" / f"{cell.name}.json")
         trained.record.save(record_path(self.out, cell))
         shutil.rmtree(unfinished, ignore_errors=True)
         return cell, trained.record
@@ -123,8 +125,8 @@ def compare(
 ) -> Comparison:
     """Make the cells of a grid that have no record yet.
 
-    Writes into `out`: config.toml (of the latest start), records/*.json, full/*.safetensors, skipped.json. The tables
-    and the page are comparison_report.py's.
+    Writes into `out`: config.toml (of the latest start), records/*.json, plans/*.json, full/*.safetensors, skipped.json.
+    The tables and the page are comparison_report.py's.
 
     Args:
         data: encoded data with splits train, valid and test.

@@ -111,7 +111,7 @@ class RunRecord(Config):
         table_bytes: bytes of embedding tables and first-order weights, as the target of the run stores them.
         bundle_bytes: bytes of the saved bundle on disk, vocabulary included.
         vocabulary_bytes: of these those of the encoder; 0 where no bundle was saved.
-        widths: output columns of each field.
+        widths: columns that each field's rows store; their mean over the compact rows where these have several.
         kept_rows: compact rows of each table.
         search_seconds: of the search alone, its own pretraining included; 0 for the full model.
         search_peak_bytes: peak anonymous memory of the search alone, above what was resident at its start.
@@ -146,7 +146,7 @@ class RunRecord(Config):
     model_params: int
     bundle_bytes: int
     vocabulary_bytes: int = 0
-    widths: dict[str, int]
+    widths: dict[str, int | float]
     full_width: int
     kept_rows: dict[str, int]
     num_rows: dict[str, int]
@@ -541,7 +541,7 @@ def make_record(
 ) -> RunRecord:
     """Evaluate a trained model and write down everything about it."""
     plan = model.tables.plan
-    fields = [f.name for f in data.schema.id_fields]
+    stored_widths = {t.name: t.mean_width for t in plan.tables}
     versions = {"embtrim": embtrim.__version__, "torch": torch.__version__, "python": platform.python_version()}
     kernels = kernels_used(model.tables, config.train)
     if kernels is not None:
@@ -573,7 +573,7 @@ def make_record(
         + plan.num_first_order_params
         + sum(p.numel() for name, p in model.named_parameters() if not name.startswith("tables.")),
         bundle_bytes=0,
-        widths=dict(zip(fields, model.tables.widths, strict=True)),
+        widths={f.name: stored_widths[f.table_name] for f in data.schema.id_fields},
         full_width=plan.width,
         kept_rows={t.name: t.num_compact_rows for t in plan.tables},
         num_rows={t.name: t.num_rows for t in plan.tables},

@@ -226,6 +226,13 @@ class TablePlan:
         )
 
     @property
+    def mean_width(self) -> int | float:
+        """Columns that a stored row has: on average, where rows have several widths."""
+        if not self.mixed:
+            return self.output_width
+        return sum(rows * width for rows, width in self.segments) / max(1, self.num_compact_rows)
+
+    @property
     def num_value_bytes(self) -> int:
         """Bytes of the stored values, with the scales and offsets of 8- and 4-bit codes: one each a column."""
         rows = sum(rows * -(-width * self.bits // 8) for rows, width in self.segments)
