@@ -5,19 +5,21 @@
 n_r is how often row r occurs in the training data, e_r its embedding in the trained model: the squared length that the
 embedded training data lose, as in the row energies of the guided search.
 
-    loss_f(n, w, b) = sum_r q_r - (1 - rho_b) * part(n, w) * sum_{n rows of most q} q_r,    q_r = n_r ||e_r - mean||^2
-    part(n, w) = sum_{j <= w} lambda_j^p / sum_j lambda_j^p
+    loss_f(n, w, b) = sum_{other rows} q_r + (g(w) + rho_b) sum_{n rows of most q} q_r,    q_r = n_r ||e_r - mean||^2
+    g(w) = 0.75 (w^-1.25 - D^-1.25)
 
-for n rows, w columns and b bits. lambda_j, descending, are the eigenvalues of sum n_r e_r e_r^T over the n rows, all about
-the mean row, which the DROPPED row can hold: at p = 1 the part of their energy that the best w directions keep (Eckart and
-Young 1936). Training finds those directions again, whatever columns a table has. A trained model of D columns has energy in
-more directions than it needs; p = 2 counts on fewer of them. rho_b is the part that codes of b bits lose of the whole table.
+for n rows, w columns and b bits of a table, all about the mean row, which the DROPPED row can hold. rho_b is the part that
+codes of b bits lose of the whole table, measured. g is what a table of w columns lacks once it is trained again: no spectrum
+of the trained model tells, since that has energy in more directions than it needs. Reconstructed from the validation AUC of equal
+widths (docs/results.md): on Frappe, MovieLens and flights it falls behind the full model's as w^-1.25, w^-1.31 and w^-0.97; the
+factor makes a loss of columns and one of bits that cost the same AUC equal, and lies between that of Frappe (1.5) and of
+MovieLens (0.36). All tables get one width, as products of embeddings are worth no more than the narrower one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -37,6 +39,8 @@ MIXED_BITS = 6
 LEVELS = (4, 8, 16)
 # Numbers of rows that are looked at: so many to each doubling. Of columns: all of the first eight, then likewise.
 CHOICES_PER_DOUBLING = 4
+# Of the energy of a table, what w columns lose: COLUMN_LOSS / w^COLUMN_POWER, less that of all columns.
+COLUMN_LOSS, COLUMN_POWER = 0.75, 1.25
 
 
 class Choice(NamedTuple):
@@ -71,72 +75,72 @@ def mixed_bits(task: Task, plan: SizePlan, budget: Budget) -> SizePlan:
     return plan.with_bits({choice.table.name: choice.table.bits for choice in chosen})
 
 
-def least_loss_plan(task: Task, budget: Budget, power: float, alignment: Alignment) -> SizePlan:
+def least_loss_plan(task: Task, budget: Budget, alignment: Alignment) -> SizePlan:
     """Rows, columns and bits of every table, chosen together so that the least is lost; see the module docstring.
 
     Args:
         task: of the trained full model.
         budget: a percentage or bytes.
-        power: p, of the eigenvalues.
         alignment: how narrow tables reach the full width; "scatter" or "concat".
     """
     full = task.full_plan()
     weights, counts = trained_rows(task)
-    choices, orders = [], {}
-    for table in full.tables:
-        of_table, orders[table.name] = table_choices(
-            table,
-            weights[table.name],
-            counts[table.name],
-            power,
-            alignment,
-            lambda stored: table_bytes(stored, full, budget),
-        )
-        choices.append(of_table)
+    energies = {t.name: energy_of_rows(weights[t.name], counts[t.name]) for t in full.tables}
+    lost = {
+        (t.name, bits): code_loss(t, weights[t.name], counts[t.name], bits) / max(energies[t.name].sum(), 1e-300)
+        for t in full.tables
+        for bits in LEVELS
+    }
+    best: list[Choice] = []
+    for width in some_numbers(full.width):
+        choices = []
+        for table in full.tables:
+            columns = min(width, table.width)
+            missing = COLUMN_LOSS * (columns**-COLUMN_POWER - table.width**-COLUMN_POWER)
+            block = Block(0, tuple(range(columns)), alignment)
+            parts = [(bits, min(1.0, missing + lost[table.name, bits])) for bits in LEVELS]
+            tables = row_choices(table, energies[table.name], block, parts)
+            choices.append([Choice(table_bytes(stored, full, budget), loss, stored) for loss, stored in tables])
+        chosen = spend(choices, bytes_for_tables(full, budget))
+        if not best or sum(c.loss for c in chosen) < sum(c.loss for c in best):
+            best = chosen
     tables = []
-    for choice in spend(choices, bytes_for_tables(full, budget)):
+    for choice in best:
         table = choice.table
         if 0 < table.num_kept < table.num_rows:
-            rows = np.sort(orders[table.name][: table.num_kept]).astype(np.int32)
+            order = np.argsort(-energies[table.name], kind="stable")
+            rows = np.sort(order[: table.num_kept]).astype(np.int32)
             table = dataclasses.replace(table, blocks=(dataclasses.replace(table.blocks[0], rows=rows),))
         tables.append(table)
     return dataclasses.replace(full, tables=tuple(tables))
 
 
-def table_choices(
-    table: TablePlan,
-    weight_VD: Tensor,
-    count_V: np.ndarray,
-    power: float,
-    alignment: Alignment,
-    size: Callable[[TablePlan], int],
-) -> tuple[list[Choice], np.ndarray]:
-    """Ways to store a table, from nothing to all of it in 16 bits, and its rows (V,), those of most energy first."""
-    count = torch.from_numpy(count_V).double()
-    centred_VD = weight_VD.double().cpu()
-    centred_VD = centred_VD - (count @ centred_VD) / count.sum().clamp(min=1)
-    energy_V = count * centred_VD.square().sum(1)
-    total = float(energy_V.sum())
-    order_V = torch.argsort(energy_V, descending=True, stable=True)
-    scaled_VD = centred_VD[order_V] * count[order_V].sqrt()[:, None]
-    numbers, widths = some_numbers(table.num_rows), some_numbers(table.width)
-    parts_VD = torch.tensor_split(scaled_VD, numbers[:-1])
-    gram_NDD = torch.stack([part.T @ part for part in parts_VD]).cumsum(0)
-    spectrum_ND = torch.linalg.eigvalsh(gram_NDD).flip(1).clamp(min=0)
-    kept_N = spectrum_ND.sum(1)
-    raised_ND = spectrum_ND**power
-    part_ND = raised_ND.cumsum(1) / raised_ND.sum(1, keepdim=True).clamp(min=1e-300)
-    retained_ND = (part_ND * kept_N[:, None]).numpy()
-    nothing = dataclasses.replace(table, blocks=(), bits=min(LEVELS))
-    choices = [Choice(size(nothing), total, nothing)]
-    for bits in LEVELS:
-        lost = min(1.0, code_loss(table, weight_VD, count_V, bits) / max(total, 1e-300))
-        for n, retained_D in zip(numbers, retained_ND, strict=True):
-            for width in widths:
-                block = Block(n, tuple(range(width)), alignment)
-                stored = dataclasses.replace(table, blocks=(block,), bits=bits)
-                choices.append(Choice(size(stored), total - (1 - lost) * float(retained_D[width - 1]), stored))
-    return choices, order_V.numpy()
+def energy_of_rows(weight_VD: Tensor, count_V: np.ndarray) -> np.ndarray:
+    """n_r ||e_r - mean||^2 of each row, (V,); the mean is weighted by n_r, too."""
+    count, weight_VD = torch.from_numpy(count_V).double(), weight_VD.double().cpu()
+    mean_D = (count @ weight_VD) / count.sum().clamp(min=1)
+    return (count * (weight_VD - mean_D).square().sum(1)).numpy()
+
+
+def row_choices(
+    table: TablePlan, energy_V: np.ndarray, block: Block, parts: Sequence[tuple[int, float]]
+) -> list[tuple[float, TablePlan]]:
+    """What a table loses by how it is stored, from nothing to all of its rows; plans that keep some rows do not list them.
+
+    Args:
+        table: of the full plan.
+        energy_V: of each row.
+        block: columns of the rows that are kept.
+        parts: (bits, part of a kept row's energy that is lost then).
+    """
+    total, kept_V = float(energy_V.sum()), np.cumsum(np.sort(energy_V)[::-1])
+    found = [(total, dataclasses.replace(table, blocks=(), bits=min(LEVELS)))]
+    for n in some_numbers(table.num_rows):
+        blocks = (dataclasses.replace(block, num_rows=n),)
+        for bits, part in parts:
+            kept = float(kept_V[n - 1])
+            found.append((total - (1 - part) * kept, dataclasses.replace(table, blocks=blocks, bits=bits)))
+    return found
 
 
 def some_numbers(most: int) -> list[int]:

@@ -48,7 +48,7 @@ from embtrim.methods.selection import field_plan, filled, full_limit, row_plan, 
 from embtrim.methods.sseds import SSEDSConfig, slot_gradients
 from embtrim.methods.uniform import UniformConfig, search_uniform
 from embtrim.plan import SizePlan
-from embtrim.precision import least_loss_plan, mixed_bits
+from embtrim.precision import LEVELS, least_loss_plan, mixed_bits
 from embtrim.progress import tracked
 from embtrim.sites import Task, alignment_of
 from embtrim.train import Hooks
@@ -57,7 +57,7 @@ from embtrim.train import Hooks
 KEPT_PART = 1 / 3
 FINALISTS = 3
 EQUAL = "equal widths"
-MOST_ENERGY = "rows of most energy"
+LEAST_LOSS = "least loss"
 # The first round is no longer than this many epochs, however few steps they have.
 MOST_EPOCHS = 4
 
@@ -67,17 +67,16 @@ class GuidedConfig(Config):
 
     Attributes:
         width_factors: by how much larger than equal widths of all rows those of the rows of most energy are.
-        spectrum_powers: powers p of the plans of least loss, where bits are chosen by table; see precision.py.
         cost_powers: gammas: 0 ranks slots by importance, 1 by importance per parameter.
         budget_parts: parts of the budget that are filled by importance.
         trial_epochs: epochs of a candidate's training in the first round, twice that in the next; may be a fraction.
         trial_steps: least number of steps in the first round, for sets with few batches.
-        most_rounds: rounds after which the leader wins, however small its lead: each round costs twice the one before.
+        most_rounds: rounds after which the leader wins, however small its lead; with mixed bits the plan of least loss. Each
+            round costs twice the one before.
         align: how narrow fields reach the full width in models that need it: "scatter" or "project".
     """
 
     width_factors: tuple[float, ...] = (4 / 3, 5 / 3, 5 / 2)
-    spectrum_powers: tuple[float, ...] = (1.0, 2.0)
     cost_powers: tuple[float, ...] = (0.0, 0.5)
     budget_parts: tuple[float, ...] = (1.0, 0.5, 0.25)
     trial_epochs: float = Field(default=0.5, gt=0)
@@ -89,30 +88,34 @@ class GuidedConfig(Config):
 @register("guided", GuidedConfig, needs="trained", adds=())
 def search_guided(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> SizePlan:
     """Propose plans by several rules and keep the one that short trainings favour."""
-    gradient_S = importance(task, seed)
-    return race(task, propose(task, config, budget, seed, gradient_S), config, budget, seed)
+    candidates = propose(task, config, budget, seed, importance(task, seed))
+    scores, _ = race(task, candidates, EQUAL, config, seed)
+    leader = max(scores, key=lambda name: (len(scores[name]), scores[name][-1]))
+    return noted(candidates[leader], config, budget, seed, leader, scores)
 
 
 def search_mixed(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> SizePlan:
     """Rows, columns and bits of every table together, within a percentage or a number of bytes.
 
-    The race is among what `propose` finds for values of 4 bits; fewer values of 8 bits, of all rows or those of most energy,
-    and equal widths between the two; and plans of least loss (precision.py). Bytes that are left raise the bits of some tables.
-    Scores are those of the quantised candidates.
+    The plan of least loss (precision.py), unless one of those that `propose` finds for values of 4 bits, whose tables get more
+    bits where bytes are left, proves to be better, quantised: early scores alone favour plans that learn fast.
 
     Raises:
         BudgetError: not even 4 bits fit.
     """
-    gradient_S = importance(task, seed)
-    candidates = stored_proposals(task, config, budget, seed, gradient_S, 4)
-    for bits in (6, 8):
-        for name, plan in stored_proposals(task, config, budget, seed, gradient_S, bits).items():
-            if name == EQUAL or (bits == 8 and name.endswith(MOST_ENERGY)):
-                candidates[f"{name}, {bits} bits"] = plan
-    for power in config.spectrum_powers:
-        plan = least_loss_plan(task, budget, power, alignment_of(task, config.align))
-        candidates[f"least loss, spectrum^{power:g}"] = plan
-    return race(task, distinct_of(candidates), config, budget, seed)
+    candidates = {LEAST_LOSS: least_loss_plan(task, budget, alignment_of(task, config.align))}
+    candidates = distinct_of(candidates | stored_proposals(task, config, budget, seed, min(LEVELS)))
+    scores, proved = race(task, candidates, LEAST_LOSS, config, seed)
+    leader = proved or LEAST_LOSS
+    return noted(candidates[leader], config, budget, seed, leader, scores)
+
+
+def noted(
+    plan: SizePlan, config: GuidedConfig, budget: Budget, seed: int, chosen: str, scores: dict[str, list[float]]
+) -> SizePlan:
+    """The plan with how it was found."""
+    details = {"config": config.model_dump(mode="json"), "budget": str(budget), "seed": seed, "chosen": chosen}
+    return plan.made_by("guided", {**details, "scores": scores})
 
 
 def importance(task: Task, seed: int) -> np.ndarray:
@@ -123,10 +126,9 @@ def importance(task: Task, seed: int) -> np.ndarray:
     return np.array(found)
 
 
-def stored_proposals(
-    task: Task, config: GuidedConfig, budget: Budget, seed: int, gradient_S: np.ndarray, bits: int
-) -> dict[str, SizePlan]:
+def stored_proposals(task: Task, config: GuidedConfig, budget: Budget, seed: int, bits: int) -> dict[str, SizePlan]:
     """What `propose` finds for so many bits a value, with the bits of each table that fit the budget best."""
+    gradient_S = importance(task, seed)
     unit = 1 if budget.kind == "bytes" else BYTES_PER_PARAM * task.full_plan().num_full_params
     most = math.inf if budget.kind == "bytes" else 1.0
     amount = budget.amount * 32 / bits
@@ -142,8 +144,13 @@ def stored_proposals(
         amount = max(min(amount, most) - excess * 32 / bits / unit, amount / 2)  # scales come beside the values
 
 
-def race(task: Task, candidates: dict[str, SizePlan], config: GuidedConfig, budget: Budget, seed: int) -> SizePlan:
-    """The candidate that short trainings favour; `EQUAL` is among them, and stays to the end."""
+def race(
+    task: Task, candidates: dict[str, SizePlan], control: str, config: GuidedConfig, seed: int
+) -> tuple[dict[str, list[float]], str | None]:
+    """Scores of the candidates after each round that they were in, and the one that proved to be the best, if one did.
+
+    The control, one of the candidates, stays to the end.
+    """
     epoch_steps = max(1, task.num_batches("train"))
     steps = max(config.trial_steps, math.ceil(config.trial_epochs * epoch_steps))
     steps = min(steps, MOST_EPOCHS * epoch_steps)
@@ -153,21 +160,19 @@ def race(task: Task, candidates: dict[str, SizePlan], config: GuidedConfig, budg
         for name, trial in tracked(trials.items(), f"round {number + 1}", len(trials), task.progress):
             scores[name].append(trial.train(steps * 2**number, seed * 1_009 + number))
         best = sorted(trials, key=lambda name: -scores[name][-1])
-        if len(best) <= FINALISTS and is_decided(scores[best[0]], scores[EQUAL]):
-            break
-        others = [name for name in best if name != EQUAL]
-        trials = {name: trials[name] for name in (EQUAL, *others[: math.ceil(len(others) * KEPT_PART)])}
-    winner = best[0]
-    details = {"config": config.model_dump(mode="json"), "budget": str(budget), "seed": seed, "chosen": winner}
-    return candidates[winner].made_by("guided", {**details, "scores": scores})
+        if len(best) <= FINALISTS and is_decided(scores[best[0]], scores[control]):
+            return scores, best[0]
+        others = [name for name in best if name != control]
+        trials = {name: trials[name] for name in (control, *others[: math.ceil(len(others) * KEPT_PART)])}
+    return scores, None
 
 
-def is_decided(leader: list[float], equal: list[float]) -> bool:
-    """Whether the leader, by its scores of all rounds, is ahead of equal widths by what its last round brought.
+def is_decided(leader: list[float], control: list[float]) -> bool:
+    """Whether the leader, by its scores of all rounds, is ahead of the control by what its last round brought.
 
-    That is so where it was a round ago where equal widths are now.
+    That is so where it was a round ago where the control is now.
     """
-    return leader is equal or (len(leader) > 1 and leader[-2] >= equal[-1])
+    return leader is control or (len(leader) > 1 and leader[-2] >= control[-1])
 
 
 class Trial:
@@ -223,16 +228,16 @@ def propose(task: Task, config: GuidedConfig, budget: Budget, seed: int, gradien
         columns = {t.name: range(min(width, t.width)) for t in full.tables}
         fewer = filled(full, budget, partial(row_plan, full, energies, columns, alignment=alignment))
         kept = {t.name: t.blocks[0].rows for t in fewer.tables if t.blocks and t.blocks[0].rows is not None}
-        found[f"width {width}, {MOST_ENERGY}"] = fewer
+        found[f"width {width}, rows of most energy"] = fewer
         found[f"importance, rows as of width {width}"] = filled(full, budget, partial(by_importance, 0.0, kept=kept))
     return distinct_of(found)
 
 
 def distinct_of(found: Mapping[str, SizePlan]) -> dict[str, SizePlan]:
-    """The plans that keep something and differ from those before them; equal widths always."""
+    """The plans that keep something and differ from those before them; the first always."""
     distinct: dict[str, SizePlan] = {}
     for name, plan in found.items():
-        if (plan.num_params or name == EQUAL) and all(plan.diff(other) for other in distinct.values()):
+        if (plan.num_params or not distinct) and all(plan.diff(other) for other in distinct.values()):
             distinct[name] = plan
     return distinct
 
