@@ -459,6 +459,19 @@ def test_a_quantised_module_says_its_bytes(bits, reads, tmp_path):
     assert manifest["full_model_bytes"] - manifest["model_bytes"] == saved
 
 
+def test_the_rows_of_the_example_do_not_leave_with_the_model(tmp_path):
+    task = foreign_task()
+    small = compact(task.model, task.full_plan().with_columns({"user": (1, 4, 5)}))
+    many = torch.stack([torch.randint(1, size, (50_000,)) for size in (40, 25, 25)], 1)
+    manifest = export(small, "pt2", tmp_path / "out", example=many[:9])
+    assert manifest["model_bytes"] < many.nbytes / 2
+    program = torch.export.load(str(tmp_path / "out" / "model.pt2"))
+    (ids,), _ = program.example_inputs
+    assert ids.shape == (9, 3)
+    assert not ids.any()
+    assert program.module()(ids).shape == (9,)
+
+
 @pytest.mark.parametrize("format", ["pt2", "onnx"])
 def test_a_module_may_take_what_it_likes(format, tmp_path):
     ids, price = {name: torch.randint(0, 30, (9,)) for name in ("user", "item")}, torch.randn(9)

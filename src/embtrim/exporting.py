@@ -486,7 +486,12 @@ def write_pt2(served: Served, folder: Path) -> None:
     """model.pt2: torch.export.load(..).module()(ids=ids, dense=dense) -> logits, without embtrim."""
     written = io.BytesIO()  # torch's own writer takes the whole process down where the disk is full
     with quiet_exporter():
-        torch.export.save(traced(served), written)
+        program = traced(served)
+        # torch keeps the example: somebody's rows, and all of the tensor that they are a slice of. Its shapes are enough.
+        program._example_inputs = tree_map(
+            lambda x: x.new_zeros(()).expand(x.shape) if isinstance(x, Tensor) else x, program.example_inputs
+        )
+        torch.export.save(program, written)
     (folder / "model.pt2").write_bytes(written.getbuffer())
 
 
