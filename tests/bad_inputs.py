@@ -498,9 +498,8 @@ def _search_module(module: str = "ForeignModel", budget: str = "50%", **changes:
     from embtrim import testing
 
     made = testing.ForeignModel() if module == "ForeignModel" else torch.nn.Linear(3, 1)
-    given = {"train": list(testing.foreign_batches()), **changes}
-    task = embtrim.Task(made, lambda model, batch: model(batch[0]).sum(), **given)
-    return embtrim.search(task, embtrim.FrequencyConfig(), budget)
+    given = {"loss": lambda model, batch: model(batch[0]).sum(), "train": list(testing.foreign_batches()), **changes}
+    return embtrim.search(embtrim.Task(made, **given), embtrim.FrequencyConfig(), budget)
 
 
 def _compact_other() -> object:
@@ -511,6 +510,27 @@ def _compact_other() -> object:
     return embtrim.compact(testing.PooledModel(), plan, init="inherit")
 
 
+def _of_module(call: Callable[[Any, Any], object]) -> Callable[[], object]:
+    """A call with embtrim and a Task of a module."""
+
+    def made() -> object:
+        import embtrim
+        from embtrim import testing
+
+        return call(embtrim, testing.foreign_task())
+
+    return made
+
+
+def _search_compact(embtrim: Any, task: Any) -> object:
+    plan = embtrim.search(task, embtrim.UniformConfig(), "50%")
+    return embtrim.search(
+        embtrim.Task(embtrim.compact(task.model, plan), task.loss, task.batches("train")),
+        embtrim.UniformConfig(),
+        "50%",
+    )
+
+
 BAD_CALLS = (
     BadCall("module without embeddings", lambda: _search_module("Linear"), ("no embedding to shrink", "Linear")),
     BadCall("module of which nothing may shrink", lambda: _search_module(keep=lambda name: False), ("no embedding to shrink", "user")),
@@ -519,7 +539,32 @@ BAD_CALLS = (
             ("fields of 'user'", "30 (a) + 5 (b) = 35 rows, the table has 40")),
     BadCall("search without the batches it reads", lambda: _search_module(train=None), ("reads train batches", "`train=`")),
     BadCall("module and a budget of nothing", lambda: _search_module(budget="0%"), ("must be a positive number",)),
-    BadCall("plan of another module", _compact_other, ("plan was made for embeddings", "search again")),
+    BadCall("plan of another module", _compact_other,
+            ("plan was made for embeddings", "'user' is 40 x 6 in the plan, here missing", "search again")),
+    BadCall("compact module searched", _of_module(_search_compact),
+            ("no embedding to shrink", "compact already; search and compact the full")),
+    BadCall("loss of a value a row", lambda: _search_module(loss=lambda model, batch: model(batch[0])),
+            ("scalar tensor", "shape (64,)")),
+    BadCall("loss that is no tensor", lambda: _search_module(loss=lambda model, batch: 0.5), ("scalar tensor", "a float")),
+    BadCall("loss without a gradient", _of_module(lambda e, task: e.search(
+        e.Task(task.model, lambda *given: task.loss(*given).detach(), task.batches("train"), task.batches("valid")),
+        e.SSEDSConfig(), "50%")),
+            ("loss has no gradient by the embeddings",)),
+    BadCall("module where a Task belongs", _of_module(lambda e, task: e.search(task.model, e.SSEDSConfig(), "50%")),
+            ("search takes a Task, given a ForeignModel", "Task(model, loss=..")),
+    BadCall("class of settings", _of_module(lambda e, task: e.search(task, e.SSEDSConfig, "50%")),
+            ("SSEDSConfig'> is not", "SSEDSConfig()")),
+    BadCall("module trained as one of ours", _of_module(lambda e, task: e.fit(task.model, e.load("flights"))),
+            ("for the models of embtrim.models, given a ForeignModel", "a Task")),
+    BadCall("module evaluated as one of ours", _of_module(lambda e, task: e.evaluate(task.model, e.load("flights"))),
+            ("given a ForeignModel",)),
+    BadCall("one of our models trained on a Task",
+            _of_module(lambda e, task: e.fit(e.models.LR(e.Schema.from_sizes([9])), task)),
+            ("a lr is trained, evaluated and saved on encoded data, given a Task",)),
+    BadCall("module saved as a bundle", _of_module(lambda e, task: e.save(task.model, "none", e.load("flights"))),
+            ("a bundle holds a model of embtrim.models, given a ForeignModel", "state_dict()")),
+    BadCall("module in a CTRTask", _of_module(lambda e, task: e.CTRTask(task.model, e.load("flights"))),
+            ("given a ForeignModel", "a Task(model")),
 )  # fmt: skip
 
 # Of all these what docs/bad_inputs.md shows.

@@ -356,6 +356,17 @@ class TestSurvey:
         with pytest.raises(EmbtrimError, match=r"no embedding to shrink .* max: EmbeddingBag 9 x 4, left \(mode 'max'"):
             find_sites(nn.ModuleDict({"max": model["max"]}))
 
+    def test_compact_tables_are_named_once(self):
+        task = pooled_task()
+        small = compact(task.model, search(task, RandomConfig(), "50%"))
+        assert [(f.name, f.num_rows, f.width, f.found) for f in survey(small)] == [
+            ("flat", 52, 6, False),
+            ("history", 25, 4, False),
+        ]
+        assert sum(f.num_bytes for f in survey(small)) == sum(
+            p.nbytes for module in (small.flat, small.history) for p in module.parameters()
+        )
+
     def test_bytes_are_counted_once(self):
         sizes = {f.name: f.num_bytes for f in survey(PooledModel())}
         assert sizes == {"flat": 4 * 52 * 6, "history": 4 * 25 * 4, "recent": 0}
@@ -455,6 +466,12 @@ class TestWeightsReadOutside:
 
 class TestTask:
     """What a Task makes of what it is given."""
+
+    def test_a_search_where_gradients_are_off_turns_them_on(self):
+        plan = search(foreign_task(), SSEDSConfig(), "50%")
+        with torch.no_grad():
+            assert search(foreign_task(), SSEDSConfig(), "50%").details == plan.details
+            assert not torch.is_grad_enabled()
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
     def test_tables_that_are_not_fp32_are_refused_before_the_search(self, dtype: torch.dtype):

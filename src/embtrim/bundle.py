@@ -221,8 +221,13 @@ def save(
 
     Raises:
         BundleError: the folder exists, or the data were made in memory and have no vocabulary.
-        EmbtrimError: the plan says fewer than 32 bits and the tables are fp32.
+        EmbtrimError: the model is none of embtrim.models; or the plan says fewer than 32 bits and the tables are fp32.
     """
+    if not isinstance(model, CTRModel):
+        raise EmbtrimError(
+            f"a bundle holds a model of embtrim.models, given a {type(model).__name__}; keep its state_dict() and plan.save(), "
+            "and load them into compact(model, plan)"
+        )
     folder = Path(folder)
     check_out(folder, overwrite)
     if data.folder is None:

@@ -309,9 +309,14 @@ def module_sites(model: nn.Module, plan: SizePlan) -> list[ModuleSite]:
     names = {table.name for table in plan.tables}
     flat = {path: fields for path, fields in fields_of(model, plan).items() if fields}
     sites = [s for s in find_sites(model, fields=flat) if isinstance(s, ModuleSite) and s.names[0] in names]
-    fingerprint = site_plan(sites).fingerprint
-    if fingerprint != plan.fingerprint:
-        raise PlanError(f"plan was made for embeddings {plan.fingerprint}, this model has {fingerprint}; search again")
+    found = site_plan(sites)
+    if found.fingerprint != plan.fingerprint:
+        ours, theirs = ({t.name: f"{t.num_rows:,} x {t.width}" for t in p.tables} for p in (found, plan))
+        name = next((name for name in theirs if ours.get(name) != theirs[name]), None)
+        what = "" if name is None else f" ({name!r} is {theirs[name]} in the plan, here {ours.get(name, 'missing')})"
+        raise PlanError(
+            f"plan was made for embeddings {plan.fingerprint}, this model has {found.fingerprint}{what}; search again"
+        )
     return sites
 
 
@@ -420,14 +425,22 @@ def check_compactable(task: Task) -> None:
     """Run a batch through a copy of a foreign model with compact tables: a search for one that fails would be in vain.
 
     Raises:
-        EmbtrimError: the model, or its loss, reads the weight of an embedding that was found by other means than its module.
+        EmbtrimError: the model, or its loss, reads the weight of an embedding that was found by other means than its module;
+            or the loss is no scalar tensor.
     """
     full = task.full_plan()
     plan = full.with_columns({table.name: (0,) for table in full.tables})
     small = compact(task.model, plan, init="inherit").eval()
     with torch.random.fork_rng([]):  # a loader may draw its order from the global generator
         for batch in task.probe():
-            task.loss(small, batch)
+            loss = task.loss(small, batch)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                given = (
+                    f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+                )
+                raise EmbtrimError(
+                    f"the Task's loss= must give the mean loss of a batch as a scalar tensor, it gave {given}"
+                )
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ from embtrim.metrics import compute_metrics
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan import Alignment, Block, SizePlan, TablePlan
 from embtrim.progress import tracked
-from embtrim.replacements import pool_entries
+from embtrim.replacements import Replacement, pool_entries
 from embtrim.schema import OOV
 from embtrim.tables import EmbeddingTables
 from embtrim.train import (
@@ -310,7 +310,12 @@ def _look(
         return sum(new.values())
 
     for name, module in model.named_modules():
-        if isinstance(module, EmbeddingTables):
+        if isinstance(module, Replacement):
+            note = "compact already; search and compact the full model"
+            if not any(name.startswith(f"{f.name}.") for f in findings if f.note == note):  # else a part of one
+                rows, width = module.num_embeddings, module.embedding_dim
+                findings.append(Finding(name, type(module).__name__, rows, width, False, note, num_bytes(module)))  # type: ignore[arg-type]
+        elif isinstance(module, EmbeddingTables):
             sites.append(TableSite(module))
             rows = sum(sites[-1].num_rows)
             findings.append(Finding(name, type(module).__name__, rows, module.width, True, "", num_bytes(module)))
@@ -411,7 +416,8 @@ class Task:
         loss: (model, batch) -> mean loss, a scalar tensor.
         train: training batches: an iterable that starts anew at each `iter`, such as a DataLoader.
         valid: validation batches, likewise; needed by searches that score on validation data.
-        score: model -> validation score, higher is better; needed for early stopping and evolution.
+        score: model -> validation score, higher is better, by which searches compare models; without one it is minus the
+            mean validation loss.
         optimizer: model -> optimiser; needed by searches that train.
         fresh: seed -> a model with initial weights; needed by searches that start from them. It may also take no
             argument: torch's generator is then seeded around the call.
@@ -670,9 +676,17 @@ class CTRTask(Task):
         model: zoo model; trained already, for searches that need one.
         data: encoded data with a "train" and, for most searches, a "valid" split.
         config: how `fit` trains; batch size, L2 and so on of the search's own training.
+
+    Raises:
+        EmbtrimError: the model is none of embtrim.models.
     """
 
     def __init__(self, model: CTRModel, data: EncodedDataset, config: TrainConfig | None = None) -> None:
+        if not isinstance(model, CTRModel):
+            raise EmbtrimError(
+                f"a CTRTask is of a model of embtrim.models, given a {type(model).__name__}; give that one to a "
+                "Task(model, loss=.., train=.., valid=..)"
+            )
         self.data = data
         self.config = config or TrainConfig()
         model.to(device_of(self.config))  # in place, as `fit` does: batches go there too

@@ -594,7 +594,21 @@ def rarest_value_counts(data: EncodedDataset, split: str) -> np.ndarray:
 
 
 def check_data(model: CTRModel, data: EncodedDataset) -> None:
-    """Raise DataError unless the data carry the ids that the model reads."""
+    """Raise DataError unless the data carry the ids that the model reads.
+
+    Raises:
+        EmbtrimError: the model is none of embtrim.models, or the data are not encoded.
+    """
+    if not isinstance(model, CTRModel):
+        raise EmbtrimError(
+            f"this is for the models of embtrim.models, given a {type(model).__name__}; train, evaluate and save it as "
+            "before, by its own means, and search it through a Task"
+        )
+    if not isinstance(data, EncodedDataset):
+        raise EmbtrimError(
+            f"a {model.name} is trained, evaluated and saved on encoded data, given a {type(data).__name__}; make them "
+            "with embtrim.encode"
+        )
     if data.schema.fingerprint != model.schema.fingerprint:
         raise DataError(
             f"model was made for schema {model.schema.describe()}, this dataset is {data.schema.describe()}"

@@ -71,6 +71,11 @@ def search(
         EmbtrimError: the model has nothing to shrink, reads an embedding's weight otherwise than through its module, or is
             a module of one's own whose tables are not fp32.
     """
+    if not isinstance(task, Task):
+        raise EmbtrimError(
+            f"search takes a Task, given a {type(task).__name__}; wrap a model of your own as Task(model, loss=.., train=.., "
+            "valid=..), one of embtrim.models as CTRTask(model, data)"
+        )
     budget = Budget.parse(budget)
     full = task.full_plan()
     if full.standalone:
@@ -89,7 +94,7 @@ def search(
                 f"the table of {site.path!r} is {kind}, but plans count {BYTES_PER_PARAM} bytes a value; search in "
                 "model.float(), or leave it alone with the Task's keep="
             )
-    with weights_kept(task.model):
+    with weights_kept(task.model), torch.enable_grad():  # whoever calls from torch.no_grad() means the model's own use
         if all(isinstance(site, ModuleSite) for site in sites):
             check_compactable(task)
         if bits != 32 or target == "fbgemm":

@@ -84,5 +84,5 @@ def method_of(config: Config) -> Method:
     for method in METHODS.values():
         if type(config) is method.config:
             return method
-    names = ", ".join(m.config.__name__ for m in METHODS.values())
-    raise ConfigError(f"{type(config).__name__} is not the config of a search method; there are {names}")
+    names = ", ".join(f"{m.config.__name__}()" for m in METHODS.values())
+    raise ConfigError(f"{config!r} is not the config of a search method; there are {names}")

@@ -104,6 +104,10 @@ def slot_gradients(task: Task, model: torch.nn.Module, config: SSEDSConfig, seed
             gates = [torch.ones(num_slots(site), device=device, requires_grad=True) for site in sites]  # (gate): alpha
             with gate_sites(sites, gates):
                 loss = task.loss(model, batch)
+            if not loss.requires_grad:
+                raise EmbtrimError(
+                    "the Task's loss has no gradient by the embeddings: it detaches them, or this runs in torch.inference_mode()"
+                )
             # (one backward); a table that the batch does not use has gradient 0
             gradients = torch.autograd.grad(loss, gates, allow_unused=True, materialize_grads=True)
             gradient = torch.cat([g.flatten() for g in gradients]).double().cpu().numpy()
