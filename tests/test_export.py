@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 import embtrim
 from embtrim import exporting
@@ -398,6 +399,21 @@ class NestedModel(nn.Module):
         return self.head(torch.cat([pair, price[:, None]], 1)).squeeze(1), pair.sum(1)
 
 
+class Jagged:
+    """A container that looks into the tensors it is made of."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values, self.size = values, values.numel()
+
+
+register_pytree_node(
+    Jagged,
+    lambda x: ([x.values], None),
+    lambda parts, _: Jagged(*parts),
+    flatten_with_keys_fn=lambda x: ([(GetAttrKey("values"), x.values)], None),
+)
+
+
 def foreign_plan(task, layouts: dict[str, tuple[Block, ...]]) -> SizePlan:
     full = task.full_plan()
     tables = [dataclasses.replace(t, blocks=layouts.get(t.name, t.blocks)) for t in full.tables]
@@ -604,6 +620,8 @@ def test_it_refuses_models_that_are_not_ready(tmp_path):
         export(small, "pt2", tmp_path / "out", example=next(foreign_batches())[0])
     with pytest.raises(ConfigError, match=r"format .torchrec. describes models of embtrim\.models, not a Linear"):
         export(nn.Linear(3, 1), "torchrec", tmp_path / "out", example=torch.zeros(2, 3))
+    with pytest.raises(ConfigError, match=r"\(Jagged: .*'numel'\); export a module whose forward takes tensors"):
+        export(nn.Linear(3, 1), "pt2", tmp_path / "out", example=Jagged(torch.zeros(2, 3)))
     with pytest.raises(ConfigError, match="fnn says itself what it reads; leave out example"):
         export(model_of("fnn", schema_of()), "pt2", tmp_path / "out", example=torch.zeros(2, 3))
     assert not list(tmp_path.iterdir())

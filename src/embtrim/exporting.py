@@ -81,7 +81,7 @@ def export(
 
     Raises:
         ConfigError: the format is unknown, knows no external data, or describes no such model; the example is missing,
-            has one row, or is for a model that needs none.
+            has one row, holds what is no tensor, list or dict, or is for a model that needs none.
         DataError: `out` exists.
         EmbtrimError: the model is masked by a gate, or has a row optimiser attached; its plan says fewer than 32 bits and
             its tables are fp32; or the packages of the format are not installed.
@@ -289,7 +289,15 @@ def serve_module(module: nn.Module, example: Any) -> Served:
         return {0: batch if leaf.shape[0] == sizes[0] else torch.export.Dim.AUTO}
 
     args, kwargs = tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, (args, kwargs))
-    return Served(copy_for_export(module), args, kwargs, tree_map(free, kwargs or args))
+    try:
+        shapes = tree_map(free, kwargs or args)
+    except Exception as error:  # a container of somebody's own, such as a KeyedJaggedTensor, may want tensors inside
+        kinds = ", ".join(sorted({type(value).__name__ for value in (*args, *kwargs.values())}))
+        raise ConfigError(
+            f"torch.export cannot be told which dimensions of these inputs may vary ({kinds}: {error}); export a module whose "
+            "forward takes tensors, or lists or dicts of them, and makes the rest of them"
+        ) from error
+    return Served(copy_for_export(module), args, kwargs, shapes)
 
 
 def copy_for_export(model: Any) -> Any:
