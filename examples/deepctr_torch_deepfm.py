@@ -1,4 +1,4 @@
-"""DeepFM of deepctr-torch (pip install deepctr-torch)."""
+"""DeepFM of deepctr-torch (pip install deepctr-torch requests, which it forgets to ask for)."""
 
 from importlib.metadata import version
 

@@ -56,14 +56,21 @@ def test_the_python_example_runs(logs):
     assert names["plan"].num_params <= 0.1 * names["plan"].num_full_params
 
 
-def test_the_examples_train_their_small_model_from_scratch(monkeypatch, capsys):
-    """On planted data: the bundled ones take longer."""
+@pytest.fixture
+def flights(monkeypatch):
+    """What the examples share, on planted data: the bundled ones take longer."""
     data = planted_data(noise_vocab=50)
     monkeypatch.setattr(embtrim, "load", lambda name: data)
     monkeypatch.setattr(sys, "argv", [__file__])
     spec = importlib.util.spec_from_file_location("flights", ROOT / "examples" / "flights.py")
-    flights = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(flights)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_examples_train_their_small_model_from_scratch(flights, monkeypatch, capsys):
+    monkeypatch.setattr(flights, "SEEDS", (0, 1))
+    monkeypatch.setattr(flights, "MOST_EPOCHS", 2)
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -81,15 +88,36 @@ def test_the_examples_train_their_small_model_from_scratch(monkeypatch, capsys):
 
     heads = []
 
-    def compact(*args):
-        small = embtrim.compaction.compact(*args)
+    def compact(*args, **settings):
+        small = embtrim.compaction.compact(*args, **settings)
         heads.append(small.head.weight.detach().clone())
         return small
 
     monkeypatch.setattr(embtrim, "compact", compact)
     flights.trim("toy 1.0", make_model, probability)
-    assert [torch.equal(head, make_model(0).head.weight) for head in heads] == [True]
-    assert "compact against masked" in capsys.readouterr().out
+    for head, seed in zip(heads, (0, 0, 1, 1), strict=True):
+        assert torch.equal(head, make_model(seed).head.weight)
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| toy 1.0 | Model |")]
+    assert [row[4].strip() for row in rows] == ["sseds 10%", "uniform 10%"]
+    headings = next(
+        line for line in (ROOT / "examples" / "README.md").read_text("utf-8").splitlines() if line.startswith("| ")
+    )
+    assert {len(row) for row in rows} == {len(headings.split("|"))}
+
+
+def test_the_examples_stop_early_and_keep_the_best_epoch(flights, monkeypatch):
+    model = nn.Linear(1, 1, bias=False)
+    weights, scores = [], [0.5, 0.7, 0.6, 0.7, 0.6, 0.9]
+
+    def evaluate(*_):
+        weights.append(model.weight.detach().clone())
+        return scores[len(weights) - 1]
+
+    monkeypatch.setattr(flights, "evaluate", evaluate)
+    flights.train(model, lambda model, batch: (model.weight - 3).square().sum(), lambda *_: None)
+    assert len(weights) == 2 + flights.PATIENCE
+    assert torch.equal(model.weight, weights[1])
+    assert not torch.equal(weights[1], weights[-1])
 
 
 def test_the_example_of_a_model_of_ones_own_runs():
