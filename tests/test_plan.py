@@ -243,6 +243,7 @@ def test_diff_and_summary():
     assert [line.split(":")[0] for line in lines] == ["f0", "f1", "f2"]
     gone = SizePlan(plan.fingerprint, 3, (*plan.tables[:2], TablePlan("g", 3, 4, (Block(3, 4),))))
     assert plan.diff(gone).splitlines() == ["f2: 3 rows x 0 of 3 x 4 -> gone", "g: new"]
+    assert repr(plan) == "<SizePlan by manual: 48 of 76 embedding parameters, 3 tables>"
     assert plan.summary().startswith("manual: 48 of 76 embedding parameters (63.16%), 38.3% of the slots, 264 bytes")
     assert describe_table(plan.tables[1]) == "5 rows x 2 of 6 x 4 (columns [0, 3])"
 

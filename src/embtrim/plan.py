@@ -320,7 +320,7 @@ class TablePlan:
         return mask
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SizePlan:
     """What survives of every table, and where the plan came from.
 
@@ -623,6 +623,10 @@ class SizePlan:
             elif difference := describe_difference(table, theirs[table.name]):
                 lines.append(f"{table.name}: {difference}")
         return "\n".join(lines + [f"{name}: new" for name in theirs if name not in {t.name for t in self.tables}])
+
+    def __repr__(self) -> str:
+        kept = f"{self.num_params:,} of {self.num_full_params:,} embedding parameters"
+        return f"<SizePlan by {self.method}: {kept}, {len(self.tables)} tables>"
 
     def summary(self) -> str:
         """What the plan keeps, a line a table, for people."""

@@ -295,6 +295,10 @@ def _look(
     model: nn.Module, keep: Callable[[str], bool] | None, fields: Fields | None
 ) -> tuple[list[Finding], list[Site]]:
     """One pass for `survey` and `find_sites`, so that what is said is what is done."""
+    if keep is not None and not callable(keep):
+        raise EmbtrimError(
+            f"keep= is a function of a module's path, such as lambda path: path != 'user'; given {keep!r}"
+        )
     findings: list[Finding] = []
     sites: list[Site] = []
     holders: dict[int, list[tuple[str, nn.Module]]] = {}
