@@ -12,9 +12,10 @@ import polars as pl
 import pytest
 
 import embtrim
-from embtrim import experiment, memory
-from embtrim.bundle import load_bundle
+from embtrim import experiment, memory, train
+from embtrim.bundle import Bundle, load_bundle, write_predictions
 from embtrim.compaction import verify
+from embtrim.encoder import Encoder
 from embtrim.errors import ConfigError, DataError, EmbtrimError
 from embtrim.experiment import RunConfig, RunRecord, dry_run, run, shrink, smallest_within, train_full
 from embtrim.memory import peak_memory
@@ -181,6 +182,23 @@ def test_thresholds_are_put_back_after_the_last_of_several_trainings(monkeypatch
     with memory.freed_pages_kept():
         pass
     assert called == []
+
+
+def test_scoring_keeps_freed_pages(encoded, tmp_path, monkeypatch):
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    keeping = []
+    model = build(CONFIG.model, encoded.schema, **CONFIG.hparams)
+    model.register_forward_hook(lambda *_: keeping.append(memory._num_keeping))
+    train.predict_logits(model, encoded, "test")
+    bundle = Bundle(model, Encoder.load(encoded.folder), {})
+    log = tmp_path / "log.parquet"
+    pl.DataFrame({"user": ["1", "2"], "item": ["3", "4"]}).write_parquet(log)
+    list(bundle.predict_chunks(log))
+    write_predictions(bundle, log, tmp_path / "scores.parquet")
+    assert len(keeping) >= 3
+    assert set(keeping) == {1}
+    assert memory._num_keeping == 0
 
 
 def test_search_memory_is_what_the_search_alone_needs(data, monkeypatch):
