@@ -554,8 +554,7 @@ class TestGuided:
 
     def test_candidates_keep_to_the_budget_and_differ(self, planted: CTRTask):
         config = GuidedConfig()
-        gradient_S = slot_gradients(planted, planted.model, SSEDSConfig(), 0)
-        found = propose(planted, config, Budget.parse("10%"), 0, gradient_S)
+        found = propose(planted, config, Budget.parse("10%"), seed=0)
         limit = planted.full_plan().max_params(Budget.parse("10%"))
         assert all(plan.num_params <= limit for plan in found.values())
         assert "equal widths" in found

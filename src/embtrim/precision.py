@@ -5,15 +5,18 @@
 n_r is how often row r occurs in the training data, e_r its embedding in the trained model: the squared length that the
 embedded training data lose, as in the row energies of the guided search.
 
-    loss_f(n, w, b) = sum_{other rows} q_r + (g(w) + rho_b) sum_{n rows of most q} q_r,    q_r = n_r ||e_r - mean||^2
+    loss_f(n, w, b) = 4 sum_{other rows} q_r + (g(w) + rho_b) sum_{n rows of most q} q_r,    q_r = n_r ||e_r - mean||^2
     g(w) = 0.75 (w^-1.25 - D^-1.25)
 
 for n rows, w columns and b bits of a table, all about the mean row, which the DROPPED row can hold. rho_b is the part that
 codes of b bits lose of the whole table, measured. g is what a table of w columns lacks once it is trained again: no spectrum
-of the trained model tells, since that has energy in more directions than it needs. Reconstructed from the validation AUC of equal
-widths (docs/results.md): on Frappe, MovieLens and flights it falls behind the full model's as w^-1.25, w^-1.31 and w^-0.97; the
-factor makes a loss of columns and one of bits that cost the same AUC equal, and lies between that of Frappe (1.5) and of
-MovieLens (0.36). All tables get one width, as products of embeddings are worth no more than the narrower one.
+of the trained model tells, since that has energy in more directions than it needs. All tables get one width, as products of
+embeddings are worth no more than the narrower one.
+
+The three numbers are ours, set by validation AUC (docs/results.md). Equal widths fall behind the full model as w^-1.25 on
+Frappe, w^-1.31 on MovieLens and w^-0.97 on flights; the factor of g makes a loss of columns and one of bits that cost the same
+AUC equal, and lies between that of Frappe (1.5) and of MovieLens (0.36). A dropped row's energy is lost whole, that of a coarse row is
+noise that the layers above average out: counted alike, tables of 32 bits were left too few rows.
 """
 
 from __future__ import annotations
@@ -39,8 +42,8 @@ MIXED_BITS = 6
 LEVELS = (4, 8, 16)
 # Numbers of rows that are looked at: so many to each doubling. Of columns: all of the first eight, then likewise.
 CHOICES_PER_DOUBLING = 4
-# Of the energy of a table, what w columns lose: COLUMN_LOSS / w^COLUMN_POWER, less that of all columns.
-COLUMN_LOSS, COLUMN_POWER = 0.75, 1.25
+# Of the energy of a table, what w columns lose: COLUMN_LOSS / w^COLUMN_POWER, less that of all columns; and a dropped row.
+COLUMN_LOSS, COLUMN_POWER, ROW_LOSS = 0.75, 1.25, 4.0
 
 
 class Choice(NamedTuple):
@@ -134,12 +137,14 @@ def row_choices(
         parts: (bits, part of a kept row's energy that is lost then).
     """
     total, kept_V = float(energy_V.sum()), np.cumsum(np.sort(energy_V)[::-1])
-    found = [(total, dataclasses.replace(table, blocks=(), bits=min(LEVELS)))]
+    found = [(ROW_LOSS * total, dataclasses.replace(table, blocks=(), bits=min(LEVELS)))]
     for n in some_numbers(table.num_rows):
         blocks = (dataclasses.replace(block, num_rows=n),)
         for bits, part in parts:
             kept = float(kept_V[n - 1])
-            found.append((total - (1 - part) * kept, dataclasses.replace(table, blocks=blocks, bits=bits)))
+            found.append(
+                (ROW_LOSS * (total - kept) + part * kept, dataclasses.replace(table, blocks=blocks, bits=bits))
+            )
     return found
 
 
