@@ -13,10 +13,10 @@ codes of b bits lose of the whole table, measured. g is what a table of w column
 of the trained model tells, since that has energy in more directions than it needs. All tables get one width, as products of
 embeddings are worth no more than the narrower one.
 
-The three numbers are ours, set by validation AUC (docs/results.md). Equal widths fall behind the full model as w^-1.25 on
-Frappe, w^-1.31 on MovieLens and w^-0.97 on flights; the factor of g makes a loss of columns and one of bits that cost the same
-AUC equal, and lies between that of Frappe (1.5) and of MovieLens (0.36). A dropped row's energy is lost whole, that of a coarse row is
-noise that the layers above average out: counted alike, tables of 32 bits were left too few rows.
+The numbers are ours, set by validation AUC (docs/results.md). Equal widths fall behind the full model as w^-1.25 on Frappe,
+w^-1.31 on MovieLens and w^-0.97 on flights; the factor of g makes a loss of columns and one of bits that cost the same AUC
+equal, and lies between that of Frappe (1.5) and of MovieLens (0.36). A dropped row counts four times: counted as noise is,
+fp32 tables on Frappe and quantised ones on MovieLens were left too few rows.
 """
 
 from __future__ import annotations
