@@ -36,7 +36,7 @@ from embtrim.sites import ModuleSite, Task
 
 # Precisions that a search can be told: bits of every table, or by table.
 Bits = Literal[32, 16, 8, 4, "mixed"]
-# Bits that a search with bits by table counts for a value, where it does not try several: see methods/guided.py.
+# Bits that a search of other methods than guided counts for a value, where bits are by table.
 MIXED_BITS = 6
 # What a table may have then; 32 would gain nothing that can be measured over 16.
 LEVELS = (4, 8, 16)
