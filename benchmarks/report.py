@@ -296,7 +296,7 @@ def _goals(summary: Mapping[str, Any], scale: Mapping[str, Any]) -> str:
         bound = f"≥ {goal.at_least:g}" if goal.at_least is not None else f"≤ {goal.at_most:g}"
         verdict = found["verdict"]
         if found["value"] is not None:
-            verdict += f" by {abs(found['margin'] - 1):.0%}"
+            verdict += f" by {abs(found['margin'] - 1):.0%}" if math.isfinite(found["margin"]) else ""
         rows.append((goal.text, bound, _figure(found["value"]) or found["why"], verdict))
     return f"## Goals\n\n{sizes}\n\n{table(('goal', 'asked', 'measured', 'verdict'), rows)}"
 
