@@ -553,5 +553,5 @@ def test_graph_fits_any_batch_size(name):
     rows = torch.export.Dim("rows", min=33, max=4096)
     program = torch.export.export(model, make_batch(schema, 64), dynamic_shapes=({0: rows}, {0: rows}))
     batch = make_batch(schema, 77, seed=3)
-    with torch.no_grad():  # with gradients FM sums in another order
-        assert torch.equal(program.module()(*batch), model(*batch))
+    with torch.no_grad():  # the graph's FM sums in another order
+        torch.testing.assert_close(program.module()(*batch), model(*batch), rtol=1e-12, atol=1e-12)
