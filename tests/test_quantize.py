@@ -414,7 +414,8 @@ def test_what_a_choice_of_rows_loses_by_hand():
     energy_V = energy_of_rows(weight_VD, count_V)
     mean_D = np.average(weight_VD.numpy(), axis=0, weights=count_V)
     assert energy_V == pytest.approx(count_V * ((weight_VD.numpy() - mean_D) ** 2).sum(1))
-    choices = row_choices(table, energy_V, Block(0, (0, 1)), [(4, 0.25), (16, 0.1)])
+    kept_V = np.cumsum(np.sort(energy_V)[::-1])
+    choices = row_choices(table, kept_V, Block(0, (0, 1)), [(4, 0.25), (16, 0.1)])
     assert {stored.num_kept for _, stored in choices} == {0, *some_numbers(30)}
     for loss, stored in choices:
         kept = np.sort(energy_V)[::-1][: stored.num_kept].sum()

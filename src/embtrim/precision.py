@@ -94,6 +94,8 @@ def least_loss_plan(task: Task, budget: Budget, alignment: Alignment) -> SizePla
         for t in full.tables
         for bits in LEVELS
     }
+    orders = {name: np.argsort(-energy_V, kind="stable") for name, energy_V in energies.items()}
+    kept = {name: np.cumsum(energy_V[orders[name]]) for name, energy_V in energies.items()}
     best: list[Choice] = []
     for width in some_numbers(full.width):
         choices = []
@@ -102,7 +104,7 @@ def least_loss_plan(task: Task, budget: Budget, alignment: Alignment) -> SizePla
             missing = COLUMN_LOSS * (columns**-COLUMN_POWER - table.width**-COLUMN_POWER)
             block = Block(0, tuple(range(columns)), alignment)
             parts = [(bits, min(1.0, missing + lost[table.name, bits])) for bits in LEVELS]
-            tables = row_choices(table, energies[table.name], block, parts)
+            tables = row_choices(table, kept[table.name], block, parts)
             choices.append([Choice(table_bytes(stored, full, budget), loss, stored) for loss, stored in tables])
         chosen = spend(choices, bytes_for_tables(full, budget))
         if not best or sum(c.loss for c in chosen) < sum(c.loss for c in best):
@@ -111,8 +113,7 @@ def least_loss_plan(task: Task, budget: Budget, alignment: Alignment) -> SizePla
     for choice in best:
         table = choice.table
         if 0 < table.num_kept < table.num_rows:
-            order = np.argsort(-energies[table.name], kind="stable")
-            rows = np.sort(order[: table.num_kept]).astype(np.int32)
+            rows = np.sort(orders[table.name][: table.num_kept]).astype(np.int32)
             table = dataclasses.replace(table, blocks=(dataclasses.replace(table.blocks[0], rows=rows),))
         tables.append(table)
     return dataclasses.replace(full, tables=tuple(tables))
@@ -126,17 +127,17 @@ def energy_of_rows(weight_VD: Tensor, count_V: np.ndarray) -> np.ndarray:
 
 
 def row_choices(
-    table: TablePlan, energy_V: np.ndarray, block: Block, parts: Sequence[tuple[int, float]]
+    table: TablePlan, kept_V: np.ndarray, block: Block, parts: Sequence[tuple[int, float]]
 ) -> list[tuple[float, TablePlan]]:
     """What a table loses by how it is stored, from nothing to all of its rows; plans that keep some rows do not list them.
 
     Args:
         table: of the full plan.
-        energy_V: of each row.
+        kept_V: energy of the first row, the first two and so on, those of most energy first.
         block: columns of the rows that are kept.
         parts: (bits, part of a kept row's energy that is lost then).
     """
-    total, kept_V = float(energy_V.sum()), np.cumsum(np.sort(energy_V)[::-1])
+    total = float(kept_V[-1])
     found = [(ROW_LOSS * total, dataclasses.replace(table, blocks=(), bits=min(LEVELS)))]
     for n in some_numbers(table.num_rows):
         blocks = (dataclasses.replace(block, num_rows=n),)
@@ -170,8 +171,7 @@ def spend(choices: Sequence[Sequence[Choice]], allowed: float) -> list[Choice]:
     left = allowed - sum(choice.num_bytes for choice in chosen)
 
     def gain(number: int) -> float:
-        now, after = hulls[number][place[number] : place[number] + 2]
-        return (now.loss - after.loss) / (after.num_bytes - now.num_bytes)
+        return _saved(*hulls[number][place[number] : place[number] + 2])
 
     while ahead := [number for number, hull in enumerate(hulls) if place[number] + 1 < len(hull)]:
         number = max(ahead, key=gain)
