@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from unittest import mock
 
 import numpy as np
@@ -161,6 +162,21 @@ def all_paths(tables: EmbeddingTables, ids: Tensor):
     exported = copy.deepcopy(tables).eval()
     exported.split_by_width()
     yield "split by width", exported(ids)
+
+
+def test_the_form_that_is_exported_has_the_fm_term_of_projected_and_whole_tables():
+    """Its indices are int32, which not every operator takes."""
+    schema = Schema.from_sizes([4, 3, 5])
+    tables = [
+        TablePlan(name, rows, 2, (Block(rows, tuple(range(width)), "project"),))
+        for (name, rows), width in zip(schema.tables.items(), (2, 1, 2), strict=True)
+    ]
+    plan = dataclasses.replace(SizePlan.full(schema, 2), tables=tuple(tables))
+    tables = EmbeddingTables(schema, plan, init_std=1.0, generator=torch.Generator().manual_seed(0)).double()
+    ids = torch.tensor([[1, 2, 3], [3, 0, 4]], dtype=torch.int32)
+    expected = tables(ids).fm().detach()
+    tables.eval().split_by_width()
+    torch.testing.assert_close(tables(ids).fm().detach(), expected)
 
 
 @settings(max_examples=150, deadline=None)

@@ -58,7 +58,7 @@ class FMTerm(autograd.Function):
                 projected_low_BP = concat_low_BS if projected_P is None else concat_low_BS.index_select(1, projected_P)
                 own_BS = (projected_low_BP @ gram_PP.to(low)).to(dtype)
                 if projected_P is not None:
-                    own_BS = concat_BS.index_copy(1, projected_P, own_BS)
+                    own_BS = concat_BS.index_copy(1, projected_P.long(), own_BS)  # it takes no int32
             ctx.save_for_backward(concat_BS, sum_BD, concat_low_BS, projection_SD, projected_low_BP, own_BS)
             return 0.5 * (
                 sum_BD.square().sum(1) - torch.linalg.vecdot(concat_BS if own_BS is None else own_BS, concat_BS)
