@@ -460,7 +460,7 @@ BAD_INPUTS = (
     BadInput("report of a damaged record", _damaged_record, 1, ("full-seed0.json is no run record",)),
     # full disk
     BadInput("disk full: encode", lambda s: ["encode", s.log, "--label", "click", "--out", s.new("out")], 1, ("out", "File too large"),
-             limit=20_000, leaves=True),
+             limit=20_000),
     BadInput("disk full: run", _run(), 1, ("full-seed0", "could not be written"), limit=10_000, leaves=True),
     BadInput("disk full: predict", _predict(lambda s: s.log), 1, ("scores.parquet could not be written", "File too large"), limit=4_000),
 )  # fmt: skip

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from embtrim.dataset import EncodedDataset
+from embtrim.encoding_state import Work
 from embtrim.testing import planted_data
 
 
@@ -23,3 +26,15 @@ def wide_data() -> EncodedDataset:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+def interrupt_encoding(patch: pytest.MonkeyPatch) -> None:
+    """Have encode() save a checkpoint after its first chunk, and be interrupted then."""
+    save = Work.save
+
+    def interrupt(work: Work, **changes: Any) -> None:
+        save(work, **changes)
+        raise KeyboardInterrupt
+
+    patch.setattr(Work, "save", interrupt)
+    patch.setattr(Work, "save_if_due", lambda work, changes: work.save(**changes()))

@@ -32,6 +32,7 @@ from tests.bad_inputs import (
     table_row,
     write_log,
 )
+from tests.conftest import interrupt_encoding
 
 PAGE = (Path(__file__).parents[1] / "docs" / "bad_inputs.md").read_text("utf-8").splitlines()
 REWRITE = "docs/bad_inputs.md says something else: python -m tests.bad_inputs > docs/bad_inputs.md"
@@ -347,11 +348,8 @@ def test_interrupt_leaves_nothing_half_written(shop: Workshop) -> None:
 def test_interrupted_encode_goes_on(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["encode", shop.log, "--label", "click", "--out", shop.new("data-interrupted")]
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr("embtrim.encoding._ArrayFile.append", interrupt)
+        interrupt_encoding(patch)
         done = call(*command)
     assert done.code == 130
     assert done.err.strip().splitlines()[-1] == "embtrim: interrupted; the same command goes on from where it was"

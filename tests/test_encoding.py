@@ -20,6 +20,7 @@ from embtrim.dataset import EncodedDataset
 from embtrim.encoder import Encoder, hash_values
 from embtrim.encoding import Split, encode, infer_schema, iter_chunks, open_log, quantile_edges
 from embtrim.errors import ConfigError, DataError
+from embtrim.numbering import Numbering
 from embtrim.reading import ReadOptions
 from embtrim.schema import FieldSpec, Schema
 from embtrim.splitting import random_bits
@@ -203,6 +204,41 @@ class TestCanonicalValues:
             FieldSpec(name="size", column="a", type="numeric", transform="log2"),
         )
         assert ids(run(frame, schema_of(*fields))) == [[2, 1], [1, 2]]
+
+    @pytest.mark.parametrize("nulls", [(), ("-1",)])
+    def test_numbers_are_the_same_whether_a_chunk_parses_as_numbers_or_not(self, run, write, nulls):
+        cells = [
+            "5",
+            " 5",
+            "5 ",
+            "+5",
+            "5.",
+            ".5",
+            "1e1",
+            "-1",
+            "-1.0",
+            "nan",
+            "NaN",
+            "",
+            "007",
+            "3.5",
+            "1000000",
+            "-7.25",
+        ]
+        fields = (
+            FieldSpec(name="n", type="numeric", transform="log2", nulls=nulls),
+            FieldSpec(name="q", column="n", type="numeric", transform="quantile:4", nulls=nulls),
+            FieldSpec(name="d", column="n", type="dense", transform="log1p", nulls=nulls),
+        )
+        frame = pl.DataFrame({"y": ["0", "1"] * 32, "n": [cells[i % 16] for i in range(64)]})
+        expected = run(frame, schema_of(*fields))
+        path = write("log.tsv", "y\tn\n" + "\n".join("\t".join(row) for row in frame.rows()))
+        parsed = [chunk.frame["n"].dtype for chunk in open_log(path).chunks(chunk_bytes=20, numbers=["n"])]
+        assert set(parsed) == {pl.Float64, pl.String}
+        for chunk_bytes in (20, 1 << 24):
+            data = run(path, schema_of(*fields), chunk_bytes=chunk_bytes)
+            assert ids(data) == ids(expected)
+            assert data.split("train").dense.tolist() == expected.split("train").dense.tolist()
 
     def test_lists_need_a_multi_field(self, run):
         with pytest.raises(DataError, match="column 'a' holds lists; declare field 'a' as type = 'multi'"):
@@ -638,15 +674,16 @@ class TestEncoder:
     def test_any_text_round_trips(self, values, min_count):
         frame = pl.DataFrame({"a": pl.Series(values, dtype=pl.String)})
         draft = schema_of(FieldSpec(name="a", min_count=min_count))
-        counter = encoding.ValueCounter(draft)
-        counter.add(frame)
-        vocabularies = counter.vocabularies()
+        numbering = Numbering(draft, {})
+        codes = numbering.codes(next(open_log(frame).chunks()))
+        vocabularies = numbering.vocabularies([codes])
         encoder = Encoder(draft.replace(fields=(draft.fields[0].replace(vocab_size=99),)), vocabularies)
         found = encoder.encode_chunk(frame).ids[:, 0]
         clean = [None if value in (None, "") else value for value in values]
         value_of = {i: v for v, i, _ in vocabularies["a"].rows()}
         for value, i in zip(clean, found, strict=True):
             assert (value_of[i] == value) if clean.count(value) >= min_count else i == 0
+        assert numbering.encoded_by(encoder)(codes)[:, 0].tolist() == found.tolist()
 
 
 class TestFolder:
@@ -792,7 +829,7 @@ class TestInference:
         price = [f"{n / 7:.2f}" for n in range(500)]
         price[3], price[77], price[78] = "$12.30", "1,200", "$12.30"
         frame = pl.DataFrame({"click": [0, 1] * 250, "price": price, "word": ["a", "7"] * 250})
-        with caplog.at_level(logging.INFO):
+        with caplog.at_level(logging.INFO, logger="embtrim"):
             assert [field.type for field in infer_schema(frame, "click").fields] == ["categorical"] * 2
         (said,) = [r.getMessage() for r in caplog.records if "categorical" in r.getMessage()]
         assert "'price'" in said
@@ -892,7 +929,8 @@ def test_interrupt_by_signal_leaves_what_is_done(tmp_path):
     code = (
         "import sys, polars as pl\nfrom embtrim.encoding import encode\nfrom embtrim.schema import *\n"
         "print('ready', flush=True)\n"
-        "encode(sys.argv[1], Schema(label='y', fields=(FieldSpec(name='a'),)), out=sys.argv[2], chunk_bytes=20_000)\n"
+        "encode(sys.argv[1], Schema(label='y', fields=(FieldSpec(name='a'),)), out=sys.argv[2], chunk_bytes=20_000,\n"
+        "       checkpoint_seconds=0.0)\n"
     )
     (tmp_path / "log.csv").write_text("y,a\n" + "0,u\n1,v\n" * 400_000)
     process = subprocess.Popen(
@@ -904,7 +942,7 @@ def test_interrupt_by_signal_leaves_what_is_done(tmp_path):
     process.stdout.readline()
     timer = threading.Timer(30, process.kill)
     timer.start()
-    while not list(tmp_path.glob(".data.encoding/data/train/ids.npy")) and process.poll() is None:
+    while not list(tmp_path.glob(".data.encoding/checkpoint.json")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(2)
     _, errors = process.communicate()

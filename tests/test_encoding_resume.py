@@ -16,7 +16,7 @@ from embtrim import encoding, encoding_state
 from embtrim.encoding import encode
 from embtrim.encoding_state import CHEAP_SECONDS, Work, working_folder
 from embtrim.errors import DataError
-from embtrim.reading import RawLog, ReadOptions, open_log
+from embtrim.reading import ReadOptions, open_log
 from embtrim.schema import FieldSpec, Schema
 
 SCHEMA = Schema(
@@ -101,34 +101,38 @@ class Job:
 
 
 class Interrupts:
-    """Runs that end in KeyboardInterrupt where a chunk should come."""
+    """Runs that end in KeyboardInterrupt after a chunk that was read, or a block that was written."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.count = lambda: False, 0
-        chunks = RawLog.chunks
+        update = encoding._Bar.update
 
-        def interrupted(log, *arguments, **options):
-            for chunk in chunks(log, *arguments, **options):
-                if self.now():
-                    raise KeyboardInterrupt
-                self.count += 1
-                yield chunk
+        def interrupted(bar, stage, done):
+            update(bar, stage, done)
+            self.count += 1
+            if self.now():
+                raise KeyboardInterrupt
 
-        monkeypatch.setattr(RawLog, "chunks", interrupted)
+        monkeypatch.setattr(encoding._Bar, "update", interrupted)
+        monkeypatch.setattr(encoding, "COUNTED_ROWS", 90)
+        monkeypatch.setattr(encoding, "WRITTEN_ROWS", 90)
 
     def run(self, job: Job, after: int = sys.maxsize) -> dict[str, bytes] | None:
-        """The files; or None, interrupted after so many chunks, those of all passes."""
+        """The files; or None, interrupted after so many chunks and blocks, those of all passes, and one more."""
         self.count = 0
-        return self._run(job, lambda: self.count >= after)
+        return self._run(job, lambda: self.count > after)
 
     def into(self, stage: str, job: Job) -> None:
-        """Run until a checkpoint says that a stage, "counted" or "written", has begun."""
+        """Run until a checkpoint says that a stage, "coded" or "written", has begun."""
         path = job.folder / ".data.encoding/checkpoint.json"
-        begun = f'"{stage}": {{"{"log" if stage == "written" else "position"}": '
-        first = begun + '0, "position": {"file": 0, "offset": 0'
-        assert (
-            self._run(job, lambda: path.exists() and begun in (text := path.read_text()) and first not in text) is None
-        )
+
+        def begun() -> bool:
+            if not path.exists():
+                return False
+            checkpoint = json.loads(path.read_text().partition("\n")[2])["checkpoint"]
+            return bool(checkpoint["num_bytes"] if stage == "written" else checkpoint["coded"]["num_bytes"])
+
+        assert self._run(job, begun) is None
 
     def _run(self, job: Job, now: Callable[[], bool]) -> dict[str, bytes] | None:
         self.now = now
@@ -175,9 +179,9 @@ class TestSameBytes:
             files = files or interrupts.run(job, after=num_chunks // 4 + 2)
             num_read += interrupts.count
             interrupts.count = 0
-            assert len(list(tmp_path.glob(".data.encoding/counts-*"))) <= 1
+            assert len(list(tmp_path.glob(".data.encoding/texts-*"))) <= 1
         assert files == whole
-        # Neither a finished stage nor a counted or written chunk comes twice; times and numbers have no checkpoint within.
+        # Neither a finished stage nor a read or written chunk comes twice; times, numbers and counts have no checkpoint within.
         assert num_chunks <= num_read < 1.5 * num_chunks
 
     @pytest.mark.parametrize("call", range(3, 30, 6))
@@ -248,7 +252,7 @@ class TestStartsAnew:
         assert files == whole
         assert job.left() == {"data"}
 
-    @pytest.mark.parametrize("stage", ["counted", "written"])
+    @pytest.mark.parametrize("stage", ["coded", "written"])
     def test_changed_source(self, tmp_path, interrupts, caplog, stage):
         job = Job(tmp_path)
         interrupts.into(stage, job)
@@ -283,7 +287,7 @@ class TestStartsAnew:
 
     def test_other_release(self, tmp_path, interrupts, caplog, monkeypatch):
         job = Job(tmp_path)
-        interrupts.into("counted", job)
+        interrupts.into("coded", job)
         monkeypatch.setattr(encoding, "CHECKPOINT_VERSION", 0)
         self.anew(job, caplog, "made with other versions", job.whole())
 
@@ -298,8 +302,8 @@ class TestStartsAnew:
     @pytest.mark.parametrize(
         "stage, name",
         [
-            ("counted", "checkpoint.json"),
-            ("counted", "counts-*.parquet"),
+            ("coded", "checkpoint.json"),
+            ("coded", "texts-*.parquet"),
             ("written", "data/vocab.parquet"),
             ("written", "data/transforms.json"),
             ("written", "data/schema.json"),

@@ -20,6 +20,7 @@ from embtrim.plan import Block, SizePlan, TablePlan
 from embtrim.schema import FieldSpec, Schema
 from embtrim.updating import UpdateConfig, added_ids, update
 from tests.bad_inputs import call
+from tests.conftest import interrupt_encoding
 
 KINDS = ("full", "columns", "rows", "rows_without_oov", "mixed")
 TRAIN = {"epochs": 1, "batch_size": 32, "learning_rate": 0.05, "precision": "fp32"}
@@ -300,16 +301,12 @@ def test_interrupted_it_leaves_nothing_half_written_and_goes_on(bundles, tmp_pat
     assert weights[0] == weights[1]
 
 
-def test_what_was_interrupted_is_not_taken_for_an_update_that_renumbers(bundles, tmp_path, monkeypatch):
+def test_what_was_interrupted_is_not_taken_for_an_update_that_renumbers(bundles, tmp_path):
     log = tmp_path / "log.parquet"
     NEW.write_parquet(log)
     update(bundles["full"], log, out=tmp_path / "whole", retrain=False, renumber=True)
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("embtrim.encoding._ArrayFile.append", interrupt)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_encoding(patch)
         with pytest.raises(KeyboardInterrupt):
             update(bundles["full"], log, out=tmp_path / "new", retrain=False)
     assert (tmp_path / ".new.unfinished" / ".data.encoding" / "checkpoint.json").exists()

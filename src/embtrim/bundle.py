@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 import embtrim
 from embtrim.config import Config
 from embtrim.dataset import EncodedDataset, read_json
-from embtrim.encoder import Encoder
+from embtrim.encoder import Encoder, number_columns
 from embtrim.errors import BundleError, ConfigError, DataError, EmbtrimError
 from embtrim.memory import freed_pages_kept
 from embtrim.model_card import model_card
@@ -40,7 +40,7 @@ from embtrim.models import MODELS
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan import Block, SizePlan, write_then_rename
 from embtrim.progress import progress_bar
-from embtrim.reading import Chunk, ReadOptions, open_log
+from embtrim.reading import Chunk, ReadOptions, open_log, read_ahead
 from embtrim.schema import Schema
 from embtrim.train import EVAL_BATCH_SIZE, check_data
 
@@ -116,7 +116,8 @@ class Bundle:
     def predict_chunks(self, source: str | Path, options: ReadOptions | None = None) -> Iterator[np.ndarray]:
         """Probabilities of a log on disk chunk by chunk, in bounded memory."""
         with freed_pages_kept():
-            for chunk in open_log(source, options).chunks(self.encoder.columns):
+            log = open_log(source, options)
+            for chunk in read_ahead(log.chunks(self.encoder.columns, numbers=number_columns(self.encoder.schema))):
                 yield self.predict_chunk(chunk)
 
     @torch.no_grad()
@@ -175,7 +176,8 @@ def write_predictions(
         task = bar.add_task("predict", total=None)
         parts: list[Path] = []
         try:
-            for chunk in log.chunks(list(dict.fromkeys([*bundle.encoder.columns, *keep]))):
+            numbers = set(number_columns(bundle.encoder.schema)) - set(keep)
+            for chunk in read_ahead(log.chunks([*bundle.encoder.columns, *keep], numbers=numbers)):
                 scores = pl.Series("score", bundle.predict_chunk(chunk))
                 part = pl.DataFrame([*(chunk.frame[name] for name in keep), scores])
                 parts.append(Path(folder) / f"{len(parts):06d}.parquet")

@@ -4,8 +4,9 @@ Conventions:
 
 - A categorical value is its text. Whole-numbered floats are written without a fraction (`5.0` in parquet is `5`),
   booleans as `true` / `false`, dates in ISO form; text is taken as it stands (`05` is not `5`).
-- A numeric field becomes the number of a bucket. log2: v > 2 -> floor(ln(v)^2), else floor(v), so negative numbers
-  keep one bucket per unit. quantile:k: bucket i holds edge[i-1] <= v < edge[i]; equal edges are merged.
+- A numeric field becomes the number of a bucket, an int32. log2: v > 2 -> floor(ln(v)^2), else floor(v), so negative
+  numbers keep one bucket per unit; all below -2^31 + 1 share the last. quantile:k: bucket i holds edge[i-1] <= v <
+  edge[i]; equal edges are merged.
 - Missing (null, NaN in a number, or a text in `nulls`) is a value of its own: null in vocab.parquet. In a multi field a
   missing cell is an empty list and missing or empty elements are left out; in a dense field it is 0 after the
   transform, which for `standard` is the mean.
@@ -25,6 +26,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,8 @@ from embtrim.schema import OOV, PAD, FieldSpec, Schema
 
 HASH_KEY = b"embtrim"
 MISSING_TOKEN = "\0missing"
+MISSING_BUCKET = -(2**31)
+MAX_PLACES = 1 << 22  # of buckets that are looked up by place, in 16 MB, and not by a search
 
 # A vocabulary is looked up through a polars Enum, whose index is built once, when the expression is made; each chunk
 # then costs one hash probe a cell. Codes beyond the vocabulary's stand for "not in it" and "missing".
@@ -85,7 +89,6 @@ class Encoder:
         self.unseen_ids = dict(unseen_ids or {})
         self.hash_maps = dict(hash_maps or {})
         self.columns = needed_columns(schema)
-        self._lookups: dict[str, _Lookup] | None = None
         for field in schema.id_fields:
             if not field.hash_size and field.table_name not in self.vocabularies:
                 raise DataError(f"vocabulary of table {field.table_name!r} is missing; encode again")
@@ -153,31 +156,23 @@ class Encoder:
         """
         frame, locate = (rows.frame, rows.locate) if isinstance(rows, Chunk) else (rows, _row_number)
         require_columns(frame, self.columns)
-        if self._lookups is None:
-            self._lookups = self._build_lookups()
-        values = id_values(frame, self.schema, self.transforms, locate)
-        single = [f.name for f in self.schema.id_fields if f.type != "multi" and not f.hash_size]
-        codes = values.select(self._lookups[name].code for name in single)
-        ids_NC = np.full((frame.height, self.schema.num_id_columns), PAD, np.int32)
-        for field, columns in zip(self.schema.id_fields, self.schema.column_slices, strict=True):
-            column = values[field.name]
-            if field.type != "multi":
-                if field.hash_size:
-                    ids_NC[:, columns.start] = self._hash(column, field)
-                else:
-                    ids_NC[:, columns.start] = self._lookups[field.name].ids(codes[field.name], column)
-                continue
-            length_N = column.list.len().fill_null(0).to_numpy().astype(np.int64)
-            flat = flatten(column)
-            if field.hash_size:
-                flat_ids = self._hash(flat, field)
-            else:
-                lookup = self._lookups[field.name]
-                flat_ids = lookup.ids(flat.to_frame().select(lookup.code)[field.name], flat)
-            row = np.repeat(np.arange(frame.height), length_N)
-            place = np.arange(len(flat)) - np.repeat(np.cumsum(length_N) - length_N, length_N)
-            ids_NC[row, columns.start + place] = flat_ids
-        return EncodedChunk(ids_NC, self._dense(frame, locate))
+        codes = {name: lookup.code for name, lookup in self._text_lookups.items()}
+        ids_NC = number_cells(frame, self.schema, self.transforms, locate, codes, self.ids)
+        return EncodedChunk(ids_NC, dense_values(frame, self.schema, self.transforms, locate))
+
+    def ids(self, field: FieldSpec, code_N: np.ndarray) -> np.ndarray:
+        """Ids of a field's cells: int32 (N,), from hashes, from buckets, or from the codes of texts in its vocabulary."""
+        if field.hash_size:
+            hash_map = self.hash_maps.get(field.table_name)
+            return code_N if hash_map is None else hash_map[code_N]
+        if field.type == "numeric":
+            return self._bucket_lookups[field.name].ids(code_N)
+        return self._text_lookups[field.name].ids_V[code_N]
+
+    def text_ids(self, field: FieldSpec, values: pl.Series) -> np.ndarray:
+        """Ids of texts (or nulls) as cells of a listed categorical or multi field: int32 (N,)."""
+        code = self._text_lookups[field.name].code
+        return self.ids(field, values.to_frame(field.name).select(code).to_series().to_numpy())
 
     def with_id_maps(self, id_maps: Mapping[str, np.ndarray]) -> Encoder:
         """The same encoder with ids re-numbered: `id_maps[table][id]` is given out instead of id.
@@ -209,22 +204,13 @@ class Encoder:
             vocabularies[name] = frame.filter(pl.col("id") != unseen)
         return Encoder(self.schema, vocabularies, self.transforms, unseen_ids, hash_maps)
 
-    def _hash(self, values: pl.Series, field: FieldSpec) -> np.ndarray:
-        assert field.hash_size is not None
-        ids = hash_values(values, field.hash_size)
-        hash_map = self.hash_maps.get(field.table_name)
-        return ids if hash_map is None else hash_map[ids]
-
-    def _build_lookups(self) -> dict[str, _Lookup]:
+    @cached_property
+    def _text_lookups(self) -> dict[str, _TextLookup]:
         lookups = {}
         for field in self.schema.id_fields:
-            if field.hash_size:
+            if field.hash_size or field.type == "numeric":
                 continue
-            frame = self.vocabularies[field.table_name]
-            unseen = self.unseen_ids.get(field.table_name, OOV)
-            missing = frame.filter(pl.col("value").is_null())["id"]
-            missing_id = int(missing[0]) if len(missing) else unseen
-            listed = frame.filter(pl.col("value").is_not_null())
+            listed, unseen, missing_id = self._listed(field)
             ids_V, texts = listed["id"].to_numpy(), listed["value"]
             if field.type == "categorical":
                 # Texts that mean "missing" become codes too, so that no pass over the cells has to replace them.
@@ -234,39 +220,70 @@ class Encoder:
                 ids_V = np.where(is_null.to_numpy(), missing_id, ids_V)
                 ids_V = np.concatenate([ids_V, np.full(len(extra), missing_id)])
                 texts = pl.concat([texts, pl.Series("value", extra, pl.String)])
-            code = pl.col(field.name).cast(pl.Enum(texts), strict=False).to_physical().cast(pl.UInt32)
-            ids_V = np.concatenate([ids_V, [unseen, missing_id]]).astype(np.int32)
-            lookups[field.name] = _Lookup(code.fill_null(len(texts)), ids_V)
+            text = pl.col(field.name)
+            code = text.cast(pl.Enum(texts), strict=False).to_physical().cast(pl.UInt32).fill_null(len(texts))
+            code = pl.when(text.is_null()).then(pl.lit(len(texts) + 1, pl.UInt32)).otherwise(code).alias(field.name)
+            lookups[field.name] = _TextLookup(code, np.concatenate([ids_V, [unseen, missing_id]]).astype(np.int32))
         return lookups
 
-    def _dense(self, frame: pl.DataFrame, locate: Callable[[int], str]) -> np.ndarray | None:
-        if not self.schema.dense_fields:
-            return None
-        numbers = to_numbers(frame, self.schema.dense_fields, self.schema, locate)
-        dense_NE = np.empty((frame.height, len(self.schema.dense_fields)), np.float32)
-        for e, field in enumerate(self.schema.dense_fields):
-            value_N = numbers[field.name].to_numpy()  # null becomes NaN
-            if field.transform == "log1p":
-                value_N = np.sign(value_N) * np.log1p(np.abs(value_N))
-            elif field.transform == "standard":
-                fitted = self.transforms[field.name]
-                value_N = (value_N - fitted["mean"]) / fitted["std"]
-            dense_NE[:, e] = np.nan_to_num(value_N, nan=0.0)
-        return dense_NE
+    @cached_property
+    def _bucket_lookups(self) -> dict[str, _BucketLookup]:
+        lookups = {}
+        for field in self.schema.id_fields:
+            if field.hash_size or field.type != "numeric":
+                continue
+            listed, unseen, missing_id = self._listed(field)
+            number = pl.col("value").cast(pl.Int32, strict=False)
+            # A table shared with texts may hold some, "05" among them, that are no bucket's name.
+            listed = listed.with_columns(number=number).filter(pl.col("number").cast(pl.String) == pl.col("value"))
+            lookups[field.name] = _BucketLookup(
+                listed["number"].to_numpy(), listed["id"].to_numpy(), unseen, missing_id
+            )
+        return lookups
+
+    def _listed(self, field: FieldSpec) -> tuple[pl.DataFrame, int, int]:
+        """The vocabulary of a field without its missing value, the id of values not in it, and that of the missing one."""
+        frame = self.vocabularies[field.table_name]
+        unseen = self.unseen_ids.get(field.table_name, OOV)
+        missing = frame.filter(pl.col("value").is_null())["id"]
+        return frame.filter(pl.col("value").is_not_null()), unseen, int(missing[0]) if len(missing) else unseen
 
 
 @dataclass(frozen=True)
-class _Lookup:
-    """A table as one field reads it: `code` numbers the values, `ids_V` holds their ids, then unseen, then missing."""
+class _TextLookup:
+    """A table as one field reads it: `code` numbers the texts, `ids_V` holds their ids, then unseen, then missing."""
 
     code: pl.Expr
     ids_V: np.ndarray
 
-    def ids(self, codes: pl.Series, values: pl.Series) -> np.ndarray:
-        code_N = codes.to_numpy()
-        if values.null_count():
-            code_N = np.where(values.is_null().to_numpy(), len(self.ids_V) - 1, code_N)
-        return self.ids_V[code_N]
+
+class _BucketLookup:
+    """A table as one numeric field reads it: its buckets, rising, and their ids."""
+
+    def __init__(self, bucket_V: np.ndarray, ids_V: np.ndarray, unseen: int, missing_id: int) -> None:
+        order_V = np.argsort(bucket_V)
+        self._bucket_V, self._ids_V = bucket_V[order_V], ids_V[order_V]
+        self._unseen, self._missing_id = unseen, missing_id
+        # One place a bucket from the first to the last, and one at either end for all that lie beyond.
+        self._start = int(self._bucket_V[0]) - 1 if len(bucket_V) else 0
+        self._end = int(self._bucket_V[-1]) + 1 if len(bucket_V) else 0
+        self._by_place = None
+        if self._end - self._start < MAX_PLACES:
+            self._by_place = self._searched(np.arange(self._start, self._end + 1))
+
+    def ids(self, bucket_N: np.ndarray) -> np.ndarray:
+        if self._by_place is None:
+            ids_N = self._searched(bucket_N)
+        else:
+            ids_N = self._by_place[np.clip(bucket_N, self._start, self._end) - self._start]
+        ids_N[bucket_N == MISSING_BUCKET] = self._missing_id
+        return ids_N
+
+    def _searched(self, bucket_N: np.ndarray) -> np.ndarray:
+        if not len(self._bucket_V):
+            return np.full(bucket_N.shape, self._unseen, np.int32)
+        place_N = np.minimum(np.searchsorted(self._bucket_V, bucket_N), len(self._bucket_V) - 1)
+        return np.where(self._bucket_V[place_N] == bucket_N, self._ids_V[place_N], np.int32(self._unseen))
 
 
 def needed_columns(schema: Schema) -> tuple[str, ...]:
@@ -284,16 +301,72 @@ def require_columns(frame: pl.DataFrame, columns: Sequence[str]) -> None:
         )
 
 
-def id_values(
-    frame: pl.DataFrame, schema: Schema, transforms: Mapping[str, Mapping[str, Any]], locate: Callable[[int], str]
-) -> pl.DataFrame:
-    """The canonical values of each id field, as one column a field: text, or lists of text for a multi field.
+def number_columns(schema: Schema) -> tuple[str, ...]:
+    """The raw columns that only fields of numbers read and in which no number means "missing", each once."""
+    others = {field.raw_column for field in schema.fields if field.type not in ("numeric", "dense")}
+    others |= {field.raw_column for field in schema.fields if _has_numeric_nulls(schema, field)}
+    others |= {name for name in (schema.label, schema.weight, schema.time) if name is not None}
+    return tuple(name for name in needed_columns(schema) if name not in others)
 
-    Texts that mean "missing" are null in numeric, multi and hashed fields; in a listed categorical field they are left as
-    they stand, and counting and lookup treat them.
+
+def number_cells(
+    frame: pl.DataFrame,
+    schema: Schema,
+    transforms: Mapping[str, Mapping[str, Any]],
+    locate: Callable[[int], str],
+    codes: Mapping[str, pl.Expr],
+    finish: Callable[[FieldSpec, np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """The id fields of raw rows as a matrix: int32 (N, C), PAD where a multi field has no more values.
+
+    Args:
+        frame: the rows.
+        schema: their fields.
+        transforms: of the numeric fields.
+        locate: says where a row lies.
+        codes: by listed categorical or multi field, an integer for each text of the column of its name.
+        finish: makes what is stored of a field's codes, or of its hashed ids, or of its buckets (MISSING_BUCKET where missing).
 
     Raises:
         DataError: a value or a column's type does not fit its field.
+    """
+    texts, buckets = _id_values(frame, schema, transforms, locate)
+    # One select runs its columns in parallel.
+    coded = texts.select(codes[f.name] for f in schema.id_fields if f.name in codes and f.type != "multi")
+    stored_NC = np.full((frame.height, schema.num_id_columns), PAD, np.int32)
+    for field, columns in zip(schema.id_fields, schema.column_slices, strict=True):
+        if field.type == "multi":
+            length_N = texts[field.name].list.len().fill_null(0).to_numpy().astype(np.int64)
+            flat = flatten(texts[field.name])
+            if field.hash_size:
+                code = hash_values(flat, field.hash_size)
+            else:
+                code = flat.to_frame().select(codes[field.name]).to_series().to_numpy()
+            row = np.repeat(np.arange(frame.height), length_N)
+            place = np.arange(len(flat)) - np.repeat(np.cumsum(length_N) - length_N, length_N)
+            stored_NC[row, columns.start + place] = finish(field, code)
+            continue
+        if field.hash_size:
+            values = bucket_texts(pl.Series(buckets[field.name])) if field.type == "numeric" else texts[field.name]
+            code = hash_values(values, field.hash_size)
+        else:
+            code = buckets[field.name] if field.type == "numeric" else coded[field.name].to_numpy()
+        stored_NC[:, columns.start] = finish(field, code)
+    return stored_NC
+
+
+def bucket_texts(buckets: pl.Series) -> pl.Series:
+    """Buckets as values of a vocabulary; null where missing."""
+    return buckets.set(buckets == MISSING_BUCKET, None).cast(pl.String)
+
+
+def _id_values(
+    frame: pl.DataFrame, schema: Schema, transforms: Mapping[str, Mapping[str, Any]], locate: Callable[[int], str]
+) -> tuple[pl.DataFrame, dict[str, np.ndarray]]:
+    """Canonical values by field: texts (lists of them for a multi field) as columns, buckets int32 (N,).
+
+    Texts that mean "missing" are null in multi and hashed fields; in a listed categorical field they are left as they
+    stand, and counting and lookup treat them.
     """
     numeric = [field for field in schema.id_fields if field.type == "numeric"]
     numbers = to_numbers(frame, numeric, schema, locate)
@@ -314,9 +387,7 @@ def id_values(
         if field.hash_size:
             text = pl.when(~text.is_in(nulls)).then(text)
         texts.append(text.alias(field.name))
-    # Each select runs its columns in parallel.
-    buckets = numbers.select(_bucket(field, transforms).cast(pl.String) for field in numeric)
-    return pl.concat([frame.select(texts), buckets], how="horizontal")
+    return frame.select(texts), {f.name: _buckets(numbers[f.name].to_numpy(), f, transforms) for f in numeric}
 
 
 def to_numbers(
@@ -346,8 +417,11 @@ def to_numbers(
     is_infinite = numbers.select(pl.all().is_infinite().any())
     repaired = []
     for f in fields:
-        numeric_nulls = any(_is_finite(text) for text in (*schema.nulls, *f.nulls))
-        if numeric_nulls or is_infinite[f.name][0] or num_null[f.name][0] > num_null_raw[f.raw_column][0]:
+        if (
+            _has_numeric_nulls(schema, f)
+            or is_infinite[f.name][0]
+            or num_null[f.name][0] > num_null_raw[f.raw_column][0]
+        ):
             repaired.append(_repair(numbers[f.name], frame[f.raw_column], f, schema, locate))
     return numbers.with_columns(repaired)
 
@@ -367,20 +441,48 @@ def _repair(
         row = bad[0]
         what = "no number" if numbers[row] is None else "not finite"
         raise DataError(
-            f"{locate(row)}: column {field.raw_column!r} holds {raw[row]!r}, which is {what}; declare it categorical or "
+            f"{locate(row)}: column {field.raw_column!r} holds {texts[row]!r}, which is {what}; declare it categorical or "
             f"add {texts[row]!r} to nulls"
         )
     return numbers
 
 
-def _bucket(field: FieldSpec, transforms: Mapping[str, Mapping[str, Any]]) -> pl.Expr:
-    """The number of a numeric value's bucket, as an integer."""
-    v = pl.col(field.name)
+def _buckets(value_N: np.ndarray, field: FieldSpec, transforms: Mapping[str, Mapping[str, Any]]) -> np.ndarray:
+    """The bucket of each float64 value, MISSING_BUCKET for NaN: int32 (N,)."""
     if field.transform == "log2":
-        log = v.log()
-        return pl.when(v > 2).then((log * log).floor()).otherwise(v.clip(lower_bound=-1e15).floor()).cast(pl.Int64)
-    edges = pl.Series("edges", transforms[field.name]["edges"], pl.Float64)
-    return pl.when(v.is_not_null()).then(pl.lit(edges).search_sorted(v, side="right").cast(pl.Int64)).alias(field.name)
+        bucket_N = np.log(np.maximum(value_N, 2.0))
+        bucket_N *= bucket_N
+        np.copyto(bucket_N, np.maximum(value_N, MISSING_BUCKET + 1), where=value_N <= 2)
+        np.floor(bucket_N, out=bucket_N)
+    else:
+        bucket_N = np.searchsorted(np.array(transforms[field.name]["edges"], float), value_N, side="right").astype(
+            float
+        )
+    bucket_N[np.isnan(value_N)] = MISSING_BUCKET
+    return bucket_N.astype(np.int32)
+
+
+def dense_values(
+    frame: pl.DataFrame, schema: Schema, transforms: Mapping[str, Mapping[str, Any]], locate: Callable[[int], str]
+) -> np.ndarray | None:
+    """The dense fields of raw rows: float32 (N, E), or None if there is none.
+
+    Raises:
+        DataError: a cell holds no finite number.
+    """
+    if not schema.dense_fields:
+        return None
+    numbers = to_numbers(frame, schema.dense_fields, schema, locate)
+    dense_NE = np.empty((frame.height, len(schema.dense_fields)), np.float32)
+    for e, field in enumerate(schema.dense_fields):
+        value_N = numbers[field.name].to_numpy()  # null becomes NaN
+        if field.transform == "log1p":
+            value_N = np.sign(value_N) * np.log1p(np.abs(value_N))
+        elif field.transform == "standard":
+            fitted = transforms[field.name]
+            value_N = (value_N - fitted["mean"]) / fitted["std"]
+        dense_NE[:, e] = np.nan_to_num(value_N, nan=0.0)
+    return dense_NE
 
 
 def _is_category(dtype: pl.DataType) -> bool:
@@ -436,71 +538,6 @@ def hash_values(values: pl.Series, hash_size: int) -> np.ndarray:
     return texts.replace_strict(distinct, ids, return_dtype=pl.Int32).to_numpy()
 
 
-class ValueCounter:
-    """Counts the values of every listed table, chunk by chunk; holds one row a distinct value, and at times twice that."""
-
-    def __init__(self, schema: Schema) -> None:
-        self.schema = schema
-        self._fields = [field for field in schema.id_fields if not field.hash_size]
-        self._parts: dict[str, list[pl.DataFrame]] = {field.table_name: [] for field in self._fields}
-        self._merged: dict[str, pl.DataFrame] = {}
-
-    def add(self, values: pl.DataFrame) -> None:
-        """Count one chunk of `id_values`."""
-        counts = pl.collect_all([self._count(values, field) for field in self._fields])
-        for field, count in zip(self._fields, counts, strict=True):
-            parts = self._parts[field.table_name]
-            parts.append(count)
-            merged = self._merged.get(field.table_name)
-            if sum(part.height for part in parts) > max(200_000, 0 if merged is None else merged.height):
-                self._merge(field.table_name)
-
-    def _count(self, values: pl.DataFrame, field: FieldSpec) -> pl.LazyFrame:
-        if field.type == "multi":
-            frame = flatten(values[field.name]).to_frame().lazy()
-        else:
-            frame = values.lazy()
-        value = pl.col(field.name)
-        counted = frame.group_by(value.alias("value")).agg(pl.len().cast(pl.Int64).alias("count"))
-        if field.type != "categorical":
-            return counted
-        nulls = [*self.schema.nulls, *field.nulls]
-        return counted.with_columns(pl.when(~pl.col("value").is_in(nulls)).then("value").alias("value"))
-
-    def _merge(self, table: str) -> pl.DataFrame:
-        empty = pl.DataFrame(schema={"value": pl.String, "count": pl.Int64})
-        merged = pl.concat([self._merged.get(table, empty), *self._parts[table]])
-        self._merged[table] = merged.group_by("value").agg(pl.col("count").sum())
-        self._parts[table] = []
-        return self._merged[table]
-
-    def counts(self) -> pl.DataFrame:
-        """What was counted so far: columns table, value, count."""
-        tables = pl.Enum(list(self._parts))
-        empty = pl.DataFrame(schema={"table": tables, "value": pl.String, "count": pl.Int64})
-        merged = [
-            self._merge(name).select(pl.lit(name, tables).alias("table"), "value", "count") for name in self._parts
-        ]
-        return pl.concat([empty, *merged])
-
-    def restore(self, counts: pl.DataFrame) -> None:
-        """Go on from `counts`."""
-        for key, part in counts.partition_by("table", as_dict=True, include_key=False).items():
-            self._merged[str(key[0])] = part
-
-    def vocabularies(self) -> dict[str, pl.DataFrame]:
-        """By table, the values kept with their ids and counts, in the order of ids."""
-        result = {}
-        for field in self._fields:
-            if field.table_name in result:
-                continue
-            kept = self._merge(field.table_name).filter(pl.col("count") >= field.min_count)
-            kept = kept.sort("count", "value", descending=[True, False], nulls_last=True)
-            ids = pl.int_range(1, kept.height + 1, dtype=pl.Int32, eager=True).alias("id")
-            result[field.table_name] = kept.with_columns(ids).select("value", "id", "count")
-        return result
-
-
 def digest(vocabularies: Mapping[str, pl.DataFrame], transforms: Mapping[str, Mapping[str, Any]]) -> str:
     """Sixteen hex digits over the values in the order of their ids, and over what the transforms learned."""
     state = hashlib.sha256(json.dumps(transforms, sort_keys=True).encode())
@@ -510,6 +547,10 @@ def digest(vocabularies: Mapping[str, pl.DataFrame], transforms: Mapping[str, Ma
             state.update("\x1f".join(part["value"]).encode())
             state.update(b"\x1f")
     return state.hexdigest()[:16]
+
+
+def _has_numeric_nulls(schema: Schema, field: FieldSpec) -> bool:
+    return any(_is_finite(text) for text in (*schema.nulls, *field.nulls))
 
 
 def _is_finite(text: str) -> bool:

@@ -1,14 +1,15 @@
 """Encode a raw log into an EncodedDataset: schema, splits, vocabulary from the training rows, ids on disk.
 
-The log is read in passes, chunk by chunk: (0) the time column, if a split by quantiles of time asks for it; (1) columns
-whose transform is learned (quantile edges, mean and std); (2) all fields, counting values; (3) all fields again, writing
-ids. Passes 1 and 2 learn from training rows only. The writer appends, so nothing but the chunk at hand and the vocabulary is in
-memory.
+All fields are read once, chunk by chunk, each by another thread while the one before it is in use. Their values get
+codes in the order in which they come (numbering.py), and rows go to disk with these codes, 4 bytes a value. Then the codes of the
+training rows are counted, which gives the vocabulary and its ids, and the codes are written again as ids. Before that are
+passes over single columns, where they are needed: over the time column if a split by quantiles of time asks for it, and over
+those whose transform is learned (quantile edges, mean and std). Only training rows are learned from.
 
-Memory: bounded whatever the number of rows, by about 400 MB for 16 MB chunks of text or slices of parquet, plus what
-distinct values take: about 250 bytes for each distinct value of the training rows (those below min_count included), or
-none for a hashed field. Quantiles (of fields and of time) are exact up to SAMPLE_ROWS values, and beyond that come from a
-seeded sample of that many rows.
+Memory: bounded whatever the number of rows, by about 600 MB for 16 MB chunks of text or slices of parquet, plus what
+distinct values take: about 150 bytes for each distinct text, or none for a hashed field. Quantiles (of fields and of time) are
+exact up to SAMPLE_ROWS values, and beyond that come from a seeded sample of that many rows. Disk: twice the ids, until
+the end.
 
 Splits do not depend on the size of chunks: a row's part is a hash (splitmix64) of the seed and of its index in the log.
 
@@ -37,9 +38,10 @@ import polars as pl
 import embtrim
 from embtrim.dataset import FORMAT_VERSION, SPLITS, EncodedDataset
 from embtrim.drafting import draft_schema, infer_schema
-from embtrim.encoder import Encoder, ValueCounter, digest, id_values, needed_columns, to_numbers
-from embtrim.encoding_state import CHECKPOINT_VERSION, Counted, Work, Written, check_target, working_folder
+from embtrim.encoder import Encoder, dense_values, digest, needed_columns, number_columns, to_numbers
+from embtrim.encoding_state import CHECKPOINT_VERSION, Coded, Work, check_target, flush_file, working_folder
 from embtrim.errors import DataError
+from embtrim.numbering import Numbering
 from embtrim.reading import (
     CHUNK_BYTES,
     START,
@@ -51,11 +53,15 @@ from embtrim.reading import (
     Source,
     iter_chunks,
     open_log,
+    read_ahead,
 )
 from embtrim.schema import Schema
 from embtrim.splitting import Sample, Split, Splitter, choose_split
 
 __all__ = ["Encoder", "ReadOptions", "Split", "encode", "infer_schema", "iter_chunks", "open_log"]
+
+COUNTED_ROWS = 500_000
+WRITTEN_ROWS = 50_000
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +156,7 @@ def encode(
     schema = _as_draft(schema)
     _check_logs(logs, schema, chosen)
     data = _encode_logs(
-        target, logs, schema, chosen, seed, options, partial(_fit_encoder, schema, seed=seed), {}, overwrite=overwrite,
+        target, logs, schema, None, chosen, seed, options, partial(_fit_encoder, schema), {}, overwrite=overwrite,
         progress=progress, chunk_bytes=chunk_bytes, checkpoint_seconds=checkpoint_seconds,
     )  # fmt: skip
     if draft_path is not None:
@@ -203,7 +209,8 @@ def encode_further(
         counted = counted.replace(fields=tuple(fields))
     _check_logs(logs, counted, chosen)
     return _encode_logs(
-        target, logs, counted, chosen, seed, options, partial(_extend_encoder, counted, encoder, extend), inputs,
+        target, logs, counted, encoder.transforms, chosen, seed, options,
+        lambda vocabularies, _, folder: extend(vocabularies, folder), inputs,
         overwrite=True, progress=progress, chunk_bytes=CHUNK_BYTES, checkpoint_seconds=60.0,
     )  # fmt: skip
 
@@ -221,10 +228,11 @@ def _encode_logs(
     target: Path,
     logs: Mapping[str, RawLog],
     schema: Schema,
+    transforms: Mapping[str, Mapping[str, Any]] | None,
     chosen: Split | None,
     seed: int,
     options: ReadOptions,
-    fit: Callable[[_TrainingRows, Work], Encoder],
+    fit: Callable[[dict[str, pl.DataFrame], Mapping[str, Mapping[str, Any]], Path], Encoder],
     more_inputs: Mapping[str, Any],
     *,
     overwrite: bool,
@@ -232,7 +240,8 @@ def _encode_logs(
     chunk_bytes: int,
     checkpoint_seconds: float | None,
 ) -> EncodedDataset:
-    """Make the encoder from the training rows by `fit`, which saves it, and write all rows as ids."""
+    """Make the encoder by `fit`, of the vocabularies and transforms of the training rows (None: to be learned), and write all
+    rows as its ids."""
     started = time.perf_counter()
     sources = {name: log.identity() for name, log in logs.items()}
     if None in sources.values():
@@ -252,13 +261,24 @@ def _encode_logs(
         seconds_before = work.checkpoint.seconds
         splitter = Splitter(chosen, schema, seed)
         _learn_cuts(splitter, logs["train"], chunk_bytes, bar, work)
+        if transforms is None:
+            transforms = work.checkpoint.transforms
+        if transforms is None:
+            transforms = _fit_transforms(schema, logs["train"], splitter, seed, chunk_bytes, bar)
+            if transforms:
+                work.save(transforms=transforms)
+        numbering = Numbering(schema, transforms)
+        parts = {name: (log, splitter if name == "train" else SPLITS.index(name)) for name, log in logs.items()}
+        coded = _write_codes(numbering, parts, chunk_bytes, bar, work)
+        num_rows = {name: coded.splits[name][0] for name in SPLITS if name in coded.splits}
+        positives = {name: coded.splits[name][1] for name in num_rows}
+        _check_splits(num_rows, positives, schema.label, chosen, list(logs))
         if work.checkpoint.is_fitted:
             encoder = Encoder.load(work.folder)
         else:
-            encoder = fit(_TrainingRows(logs["train"], splitter, chunk_bytes, bar), work)
-        parts = {name: (log, splitter if name == "train" else SPLITS.index(name)) for name, log in logs.items()}
-        num_rows, positives = _write_splits(encoder, parts, chunk_bytes, bar, work)
-        _check_splits(num_rows, positives, schema.label, chosen, list(logs))
+            encoder = fit(numbering.vocabularies(_training_codes(work, bar)), transforms, work.folder)
+            encoder.save(work.folder)
+        _write_ids(numbering, encoder, coded, bar, work)
         seconds = seconds_before + time.perf_counter() - started
         meta = {
             "format_version": FORMAT_VERSION,
@@ -279,24 +299,6 @@ def _encode_logs(
 # --- fitting ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _TrainingRows:
-    """The training rows of the main log, as often as they are asked for."""
-
-    log: RawLog
-    splitter: Splitter
-    chunk_bytes: int
-    bar: _Bar
-
-    def chunks(self, columns: Sequence[str], stage: str, start: Position = START) -> Iterator[tuple[Chunk, np.ndarray]]:
-        """Yield (chunk, bool (N,) is a training row)."""
-        if self.splitter.column is not None:
-            columns = [*columns, self.splitter.column]
-        for chunk in self.log.chunks(columns, self.chunk_bytes, start):
-            yield chunk, self.splitter.assign(chunk) == 0
-            self.bar.update(stage, chunk.done)
-
-
 def _learn_cuts(splitter: Splitter, log: RawLog, chunk_bytes: int, bar: _Bar, work: Work) -> None:
     """Find the moments at which to cut, if the split is by time."""
     if splitter.column is None:
@@ -308,86 +310,28 @@ def _learn_cuts(splitter: Splitter, log: RawLog, chunk_bytes: int, bar: _Bar, wo
     work.save(cuts=splitter.cuts, times_are_text=splitter.is_text)
 
 
-def _fit_encoder(schema: Schema, training: _TrainingRows, work: Work, seed: int) -> Encoder:
-    """Learn transforms and vocabularies from the training rows, and save the encoder."""
-    transforms = work.checkpoint.transforms
-    if transforms is None:
-        transforms = _fit_transforms(schema, training, seed)
-        if transforms:
-            work.save(transforms=transforms)
-    vocabularies = _count_values(schema, transforms, training, work)
-    fields = []
-    for field_spec in schema.fields:
-        if field_spec.type != "dense":
-            kept = field_spec.hash_size or vocabularies[field_spec.table_name].height
-            field_spec = field_spec.replace(vocab_size=1 + kept)
-        fields.append(field_spec)
-    encoded = schema.replace(fields=tuple(fields), vocabulary_digest=digest(vocabularies, transforms))
-    return _saved(Encoder(encoded, vocabularies, transforms), work)
-
-
-def _extend_encoder(
-    schema: Schema,
-    encoder: Encoder,
-    extend: Callable[[dict[str, pl.DataFrame], Path], Encoder],
-    training: _TrainingRows,
-    work: Work,
-) -> Encoder:
-    """Extend an encoder by the values of the training rows that the schema's min_count lets in, and save it."""
-    return _saved(extend(_count_values(schema, encoder.transforms, training, work), work.folder), work)
-
-
-def _count_values(
-    schema: Schema, transforms: Mapping[str, Mapping[str, Any]], training: _TrainingRows, work: Work
-) -> dict[str, pl.DataFrame]:
-    """The vocabularies of the training rows."""
-    counter = ValueCounter(schema)
-    start, num_rows, positives = START, 0, 0
-    if work.checkpoint.counted is not None:
-        counted = work.checkpoint.counted
-        start, num_rows, positives = counted.position, counted.num_rows, counted.positives
-        counter.restore(work.counts())
-    for chunk, is_train_N in training.chunks([schema.label, *needed_columns(schema)], "counting values", start):
-        labels_N = read_labels(chunk, schema.label)[is_train_N]
-        values = id_values(chunk.frame, schema, transforms, chunk.locate)
-        counter.add(values.filter(pl.Series(is_train_N)))
-        num_rows += len(labels_N)
-        positives += int(labels_N.sum())
-        counted = Counted(position=chunk.end, num_rows=num_rows, positives=positives)
-        work.save_if_due(partial(_counts_so_far, counter, counted, work))
-    _check_split("train", num_rows, positives, schema.label, training.splitter.split)
-    return counter.vocabularies()
-
-
-def _saved(encoder: Encoder, work: Work) -> Encoder:
-    """The encoder, saved with the state of the work."""
-    encoder.save(work.folder)
-    work.save(files=[path for path in work.folder.iterdir() if path.is_file()], counted=None, is_fitted=True)
-    return encoder
-
-
-def _counts_so_far(counter: ValueCounter, counted: Counted, work: Work) -> dict[str, Any]:
-    """What a checkpoint of the counting holds."""
-    path = work.new_counts()
-    counter.counts().write_parquet(path, compression="lz4")
-    return {"counted": counted, "files": [path]}
-
-
-def _fit_transforms(schema: Schema, training: _TrainingRows, seed: int) -> dict[str, dict[str, Any]]:
+def _fit_transforms(
+    schema: Schema, log: RawLog, splitter: Splitter, seed: int, chunk_bytes: int, bar: _Bar
+) -> dict[str, dict[str, Any]]:
     """Quantile edges, and mean and std, from the training rows."""
     fitted = [f for f in schema.fields if f.transform == "standard" or (f.transform or "").startswith("quantile:")]
     if not fitted:
         return {}
     samples = {f.name: Sample(seed) for f in fitted if f.transform != "standard"}
     moments = {f.name: _Moments() for f in fitted if f.transform == "standard"}
-    columns = list(dict.fromkeys(f.raw_column for f in fitted))
-    for chunk, is_train_N in training.chunks(columns, "reading numbers"):
-        numbers = to_numbers(chunk.frame, fitted, schema, chunk.locate)
+    columns = [f.raw_column for f in fitted]
+    numbers = set(columns) & set(number_columns(schema))
+    if splitter.column is not None:
+        columns.append(splitter.column)
+    for chunk in read_ahead(log.chunks(columns, chunk_bytes, numbers=numbers)):
+        is_train_N = splitter.assign(chunk) == 0
+        values = to_numbers(chunk.frame, fitted, schema, chunk.locate)
         for name in samples:
-            rows = np.flatnonzero(is_train_N & numbers[name].is_not_null().to_numpy())
-            samples[name].add(chunk.first_row, numbers[name].gather(rows), rows)
+            rows = np.flatnonzero(is_train_N & values[name].is_not_null().to_numpy())
+            samples[name].add(chunk.first_row, values[name].gather(rows), rows)
         for name, moment in moments.items():
-            moment.add(numbers[name].filter(pl.Series(is_train_N)).drop_nulls().to_numpy())
+            moment.add(values[name].filter(pl.Series(is_train_N)).drop_nulls().to_numpy())
+        bar.update("reading numbers", chunk.done)
     transforms: dict[str, dict[str, Any]] = {}
     for f in fitted:
         if f.transform == "standard":
@@ -396,6 +340,23 @@ def _fit_transforms(schema: Schema, training: _TrainingRows, seed: int) -> dict[
             num_buckets = int((f.transform or "").partition(":")[2])
             transforms[f.name] = {"edges": quantile_edges(samples[f.name].values().to_numpy(), num_buckets)}
     return transforms
+
+
+def _fit_encoder(
+    schema: Schema,
+    vocabularies: dict[str, pl.DataFrame],
+    transforms: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+) -> Encoder:
+    """The encoder of a new dataset."""
+    fields = []
+    for field_spec in schema.fields:
+        if field_spec.type != "dense":
+            kept = field_spec.hash_size or vocabularies[field_spec.table_name].height
+            field_spec = field_spec.replace(vocab_size=1 + kept)
+        fields.append(field_spec)
+    encoded = schema.replace(fields=tuple(fields), vocabulary_digest=digest(vocabularies, transforms))
+    return Encoder(encoded, vocabularies, transforms)
 
 
 def quantile_edges(values: np.ndarray, num_buckets: int) -> list[float]:
@@ -494,7 +455,7 @@ class _ArrayFile:
         self.dtype = np.dtype(dtype)
         self.num_columns = num_columns
         self.num_rows = num_rows
-        self.file: IO[bytes] = open(path, "r+b" if num_rows else "wb", buffering=1 << 20)  # noqa: SIM115 - closed by close()
+        self.file: IO[bytes] = open(path, "r+b" if num_rows else "wb", buffering=1 << 20)  # noqa: SIM115 - closed by _closed_at_the_end
         if num_rows:
             self.file.seek(0, os.SEEK_END)
         else:
@@ -510,7 +471,8 @@ class _ArrayFile:
         os.fsync(self.file.fileno())
         return self.file.tell()
 
-    def close(self) -> None:
+    def complete(self) -> None:
+        """Write the header and close the file."""
         shape = (self.num_rows,) if self.num_columns is None else (self.num_rows, self.num_columns)
         text = repr({"descr": self.dtype.str, "fortran_order": False, "shape": shape}).encode()
         room = self.HEADER_BYTES - 10
@@ -520,77 +482,147 @@ class _ArrayFile:
 
 
 class _SplitWriter:
-    def __init__(self, folder: Path, schema: Schema, num_rows: int = 0, positives: int = 0) -> None:
+    """The files of one split that are written while the log is read: all but the ids."""
+
+    def __init__(self, work: Work, name: str, schema: Schema, num_rows: int = 0, positives: int = 0) -> None:
+        folder = work.folder / name
         folder.mkdir(exist_ok=True)
         self.positives = positives
         array_file = partial(_ArrayFile, num_rows=num_rows)
-        self.ids = array_file(folder / "ids.npy", "<i4", schema.num_id_columns)
+        self.codes = array_file(work.codes / f"{name}.npy", "<i4", schema.num_id_columns)
         self.labels = array_file(folder / "labels.npy", "<f4", None)
         self.dense = array_file(folder / "dense.npy", "<f4", len(schema.dense_fields)) if schema.dense_fields else None
         self.weights = array_file(folder / "weights.npy", "<f4", None) if schema.weight else None
 
     def files(self) -> list[_ArrayFile]:
-        return [file for file in (self.ids, self.labels, self.dense, self.weights) if file is not None]
+        return [file for file in (self.codes, self.labels, self.dense, self.weights) if file is not None]
 
 
-def _write_splits(
-    encoder: Encoder,
+def _write_codes(
+    numbering: Numbering,
     parts: Mapping[str, tuple[RawLog, Splitter | int]],
     chunk_bytes: int,
     bar: _Bar,
     work: Work,
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Encode every log once more and append its rows to their splits; rows and positives by split."""
-    schema, done = encoder.schema, work.checkpoint.written
+) -> Coded:
+    """Read every log and append its rows to their splits, values as codes."""
+    schema, done = numbering.schema, work.checkpoint.coded
+    if (texts := work.texts()) is not None:
+        numbering.restore(pl.read_parquet(texts))
+    if work.checkpoint.is_fitted:
+        return done
     writers: dict[str, _SplitWriter] = {}
-    try:
+    with _closed_at_the_end() as files:
         for name, (num_rows, positives) in done.splits.items():
-            writers[name] = _SplitWriter(work.folder / name, schema, num_rows, positives)
+            writers[name] = _SplitWriter(work, name, schema, num_rows, positives)
+            files.extend(writers[name].files())
         for index, (log, splitter) in enumerate(parts.values()):
             if index < done.log:
                 continue
             start = done.position if index == done.log else START
             by_time = isinstance(splitter, Splitter) and splitter.column is not None
-            for chunk in log.chunks(_raw_columns(schema, with_time=by_time), chunk_bytes, start):
+            columns = _raw_columns(schema, with_time=by_time)
+            for chunk in read_ahead(log.chunks(columns, chunk_bytes, start, number_columns(schema))):
                 labels_N = read_labels(chunk, schema.label)
                 weights_N = None if schema.weight is None else read_weights(chunk, schema.weight)
-                encoded = encoder.encode_chunk(chunk)
+                codes_NC = numbering.codes(chunk)
+                dense_NE = dense_values(chunk.frame, schema, numbering.transforms, chunk.locate)
                 part_N = splitter.assign(chunk) if isinstance(splitter, Splitter) else None
                 present = [splitter] if part_N is None else np.unique(part_N)
                 for part in present:
                     name = SPLITS[part]  # type: ignore[call-overload]
                     if name not in writers:
-                        writers[name] = _SplitWriter(work.folder / name, schema)
+                        writers[name] = _SplitWriter(work, name, schema)
+                        files.extend(writers[name].files())
                     writer, rows = writers[name], slice(None) if part_N is None else part_N == part
-                    writer.ids.append(encoded.ids[rows])
+                    writer.codes.append(codes_NC[rows])
                     writer.labels.append(labels_N[rows])
                     writer.positives += int(labels_N[rows].sum())
-                    if writer.dense is not None and encoded.dense is not None:
-                        writer.dense.append(encoded.dense[rows])
+                    if writer.dense is not None and dense_NE is not None:
+                        writer.dense.append(dense_NE[rows])
                     if writer.weights is not None and weights_N is not None:
                         writer.weights.append(weights_N[rows])
-                work.save_if_due(partial(_written_so_far, writers, index, chunk.end))
-                bar.update("writing ids", chunk.done)
-        for writer in writers.values():
-            for file in writer.files():
-                file.close()
-    except BaseException:
-        for writer in writers.values():
-            for file in writer.files():
-                with contextlib.suppress(OSError):
-                    file.file.close()
-        raise
-    found = [name for name in SPLITS if name in writers]
-    return {name: writers[name].labels.num_rows for name in found}, {name: writers[name].positives for name in found}
+                work.save_if_due(partial(_coded_so_far, numbering, writers, index, chunk.end, work))
+                bar.update("reading", chunk.done)
+    return Coded(
+        splits={name: (writer.labels.num_rows, writer.positives) for name, writer in writers.items()},
+        num_bytes={_within(file.path, work): file.path.stat().st_size for file in files},
+    )
 
 
-def _written_so_far(writers: Mapping[str, _SplitWriter], log: int, position: Position) -> dict[str, Any]:
-    """What a checkpoint of the writing holds, once all of it is on the disk."""
+def _coded_so_far(
+    numbering: Numbering, writers: Mapping[str, _SplitWriter], log: int, position: Position, work: Work
+) -> dict[str, Any]:
+    """What a checkpoint of the reading holds, once all of it is on the disk."""
     splits = {name: (writer.labels.num_rows, writer.positives) for name, writer in writers.items()}
-    num_bytes = {
-        f"{name}/{file.path.name}": file.flush() for name, writer in writers.items() for file in writer.files()
-    }
-    return {"written": Written(log=log, position=position, splits=splits, num_bytes=num_bytes)}
+    num_bytes = {_within(file.path, work): file.flush() for writer in writers.values() for file in writer.files()}
+    coded = Coded(log=log, position=position, splits=splits, num_bytes=num_bytes)
+    return {"coded": coded, "files": [_write_texts(numbering, work)]}
+
+
+def _write_texts(numbering: Numbering, work: Work) -> Path:
+    path = work.new_texts()
+    numbering.state().write_parquet(path, compression="lz4")
+    return path
+
+
+def _training_codes(work: Work, bar: _Bar) -> Iterator[np.ndarray]:
+    codes = np.load(work.codes / "train.npy", mmap_mode="r")
+    for start in range(0, len(codes), COUNTED_ROWS):
+        yield codes[start : start + COUNTED_ROWS]
+        bar.update("counting values", min(1.0, (start + COUNTED_ROWS) / len(codes)))
+
+
+def _write_ids(numbering: Numbering, encoder: Encoder, coded: Coded, bar: _Bar, work: Work) -> None:
+    """Write the codes of all splits once more, as ids."""
+    encoded_by = numbering.encoded_by(encoder)
+    num_bytes = dict(work.checkpoint.num_bytes)
+    total, written = sum(num_rows for num_rows, _ in coded.splits.values()), 0
+    for name in coded.splits:
+        codes = np.load(work.codes / f"{name}.npy", mmap_mode="r")
+        path = work.folder / name / "ids.npy"
+        row_bytes = codes.itemsize * codes.shape[1]
+        start = max(0, num_bytes.get(_within(path, work), 0) - _ArrayFile.HEADER_BYTES) // row_bytes
+        with _closed_at_the_end() as files:
+            ids = _ArrayFile(path, "<i4", codes.shape[1], start)
+            files.append(ids)
+            for first in range(start, len(codes), WRITTEN_ROWS):
+                ids.append(encoded_by(codes[first : first + WRITTEN_ROWS]))
+                num_bytes[_within(path, work)] = _ArrayFile.HEADER_BYTES + ids.num_rows * row_bytes
+                work.save_if_due(partial(_written_so_far, numbering, coded, ids, num_bytes, work))
+                bar.update("writing ids", (written + ids.num_rows) / total)
+        written += len(codes)
+
+
+def _written_so_far(
+    numbering: Numbering, coded: Coded, ids: _ArrayFile, num_bytes: Mapping[str, int], work: Work
+) -> dict[str, Any]:
+    """What a checkpoint of the writing holds, once all of it is on the disk."""
+    ids.flush()
+    if work.checkpoint.is_fitted:
+        return {"num_bytes": num_bytes}
+    for name in [*coded.num_bytes, *num_bytes]:
+        flush_file(work.root / name)
+    files = [_write_texts(numbering, work), *(path for path in work.folder.iterdir() if path.is_file())]
+    return {"coded": coded, "is_fitted": True, "num_bytes": num_bytes, "files": files}
+
+
+def _within(path: Path, work: Work) -> str:
+    return path.relative_to(work.root).as_posix()
+
+
+@contextlib.contextmanager
+def _closed_at_the_end() -> Iterator[list[_ArrayFile]]:
+    """A list of files to be completed at the end; after an error they are only closed."""
+    files: list[_ArrayFile] = []
+    try:
+        yield files
+        for file in files:
+            file.complete()
+    finally:
+        for file in files:
+            with contextlib.suppress(OSError):
+                file.file.close()
 
 
 def _check_splits(

@@ -1,7 +1,8 @@
 """Checkpoints of an encoding: how far it is, kept beside its target, so that an interrupted run can go on.
 
     .<target>.encoding/checkpoint.json       the SHA-256 of what follows it: the inputs and a `Checkpoint`
-    .<target>.encoding/counts-<0|1>.parquet  the values counted so far
+    .<target>.encoding/texts-<0|1>.parquet   the texts numbered so far
+    .<target>.encoding/codes/                the numbers of the values of all rows, by split
     .<target>.encoding/data/                 the folder that takes the target's place at the end
     .<target>.encoding.lock                  locked by the run at work; the system unlocks it when that run dies
     .<target>.replaced                       the dataset being replaced, between two renames
@@ -43,34 +44,20 @@ try:
 except ImportError:  # pragma: no cover - not a Unix
     fcntl = None
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 CHEAP_SECONDS = 0.6  # a checkpoint that takes longer comes less often: with one a minute, one percent of the time
 
 logger = logging.getLogger(__name__)
 
 
-class Counted(Config):
-    """How far counting values is.
-
-    Attributes:
-        position: where the training log goes on.
-        num_rows: training rows before it.
-        positives: those with label 1.
-    """
-
-    position: Position
-    num_rows: int
-    positives: int
-
-
-class Written(Config):
-    """How far writing ids is.
+class Coded(Config):
+    """How far writing codes is.
 
     Attributes:
         log: index of the log being read.
         position: where it goes on.
         splits: rows and positives written, by split.
-        num_bytes: length of each array file, by its path within the folder.
+        num_bytes: length of each array file, by its path within the working folder.
     """
 
     log: int = 0
@@ -87,9 +74,9 @@ class Checkpoint(Config):
         cuts: of the split by time.
         times_are_text: how times are compared with them.
         transforms: what was learned, by field.
-        counted: of the values, not yet made into vocabularies.
-        is_fitted: whether the encoder is saved, which ends the counting.
-        written: of the arrays.
+        coded: how far the log is read, and its rows written as codes.
+        is_fitted: whether all is read, and the encoder saved.
+        num_bytes: length of each file of ids, by its path within the working folder.
         crcs: of the files that belong to this checkpoint, by path within the working folder.
     """
 
@@ -97,9 +84,9 @@ class Checkpoint(Config):
     cuts: tuple[str | float, ...] | None = None
     times_are_text: bool | None = None
     transforms: dict[str, dict[str, Any]] | None = None
-    counted: Counted | None = None
+    coded: Coded = Coded()
     is_fitted: bool = False
-    written: Written = Written()
+    num_bytes: dict[str, int] = Field(default_factory=dict)
     crcs: dict[str, int] = Field(default_factory=dict)
 
 
@@ -109,12 +96,14 @@ class Work:
     Attributes:
         root: the working folder.
         folder: the folder in it that becomes the target.
+        codes: the folder in it with the codes.
         checkpoint: the last one; that of an interrupted run to begin with, if there is one that can be used.
     """
 
     def __init__(self, root: Path, inputs: Mapping[str, Any], checkpoint_seconds: float | None) -> None:
         self.root = root
         self.folder = root / "data"
+        self.codes = root / "codes"
         self._inputs = dict(inputs)
         self._seconds = checkpoint_seconds
         self._path = root / "checkpoint.json"
@@ -138,14 +127,14 @@ class Work:
             return
         if files is not None:
             for file in files:
-                _flush(file)
+                flush_file(file)
             changes["crcs"] = {file.relative_to(self.root).as_posix(): _crc(file) for file in files}
         changes["seconds"] = self._before + time.monotonic() - self._started
         self.checkpoint = self.checkpoint.replace(**changes)
         body = json.dumps({"inputs": self._inputs, "checkpoint": self.checkpoint.model_dump()})
         text = f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}"
         write_then_rename(self._path, lambda file: (file.write(text.encode()), file.flush(), os.fsync(file.fileno())))
-        for path in self.root.glob("counts-*.parquet"):
+        for path in self.root.glob("texts-*.parquet"):
             if path.name not in self.checkpoint.crcs:
                 path.unlink()
         self._next = time.monotonic() + self._seconds
@@ -159,14 +148,13 @@ class Work:
         took = time.monotonic() - started
         self._next = started + took + self._seconds * max(1.0, took / CHEAP_SECONDS)
 
-    def new_counts(self) -> Path:
-        """A file for the counts of the next checkpoint, beside that of the last one."""
-        return self.root / ("counts-1.parquet" if "counts-0.parquet" in self.checkpoint.crcs else "counts-0.parquet")
+    def new_texts(self) -> Path:
+        """A file for the texts of the next checkpoint, beside that of the last one."""
+        return self.root / ("texts-1.parquet" if "texts-0.parquet" in self.checkpoint.crcs else "texts-0.parquet")
 
-    def counts(self) -> pl.DataFrame:
-        """The counts of the last checkpoint."""
-        (name,) = self.checkpoint.crcs
-        return pl.read_parquet(self.root / name)
+    def texts(self) -> Path | None:
+        """The file with the texts of the last checkpoint, if it has one."""
+        return next((self.root / name for name in self.checkpoint.crcs if name.startswith("texts-")), None)
 
     def _adopt(self) -> Checkpoint | None:
         """The checkpoint that an interrupted run has left, the folder set back to it; None and an empty folder if there is none."""
@@ -180,6 +168,7 @@ class Work:
         if self.root.exists():
             shutil.rmtree(self.root)
         self.folder.mkdir(parents=True)
+        self.codes.mkdir()
         return None
 
     def _read(self) -> Checkpoint:
@@ -197,10 +186,10 @@ class Work:
         for name, crc in checkpoint.crcs.items():
             if not (self.root / name).is_file() or _crc(self.root / name) != crc:
                 raise DataError(f"{name} is damaged")
-        for name, length in checkpoint.written.num_bytes.items():
-            path = self.folder / name
+        for name, length in {**checkpoint.coded.num_bytes, **checkpoint.num_bytes}.items():
+            path = self.root / name
             if not path.is_file() or path.stat().st_size < length:
-                raise DataError(f"data/{name} is damaged")
+                raise DataError(f"{name} is damaged")
             os.truncate(path, length)
         return checkpoint
 
@@ -308,7 +297,7 @@ def _is_at(path: Path, file: IO[bytes]) -> bool:
         return False
 
 
-def _flush(path: Path) -> None:
+def flush_file(path: Path) -> None:
     """Wait until the content of a file is on the disk."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())

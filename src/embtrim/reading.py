@@ -25,8 +25,10 @@ import gzip
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias, cast
 
@@ -146,7 +148,11 @@ class RawLog:
                 )
 
     def chunks(
-        self, columns: Sequence[str] | None = None, chunk_bytes: int = CHUNK_BYTES, start: Position = START
+        self,
+        columns: Sequence[str] | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+        start: Position = START,
+        numbers: Collection[str] = (),
     ) -> Iterator[Chunk]:
         """Yield the rows in order, `columns` only (None: all).
 
@@ -154,6 +160,8 @@ class RawLog:
             columns: names; asked twice is given once.
             chunk_bytes: bytes of text a chunk; parquet and frames are cut by rows, fewer than usual for small values.
             start: the `end` of a chunk of the same size; what lies before is not parsed again (a gz is unzipped again).
+            numbers: those of `columns` that text may give as float64, which saves a pass over the cells; chunks in which a
+                cell is no number give them as text still.
 
         Raises:
             DataError: a file lacks a column, has lines of another length, or cannot be read.
@@ -164,7 +172,7 @@ class RawLog:
         first_row = start.row
         size_before = sum(file.size for file in self.files[: start.file])
         for index, file in enumerate(self.files[start.file :], start.file):
-            for chunk in file.chunks(wanted, chunk_bytes, start if index == start.file else START):
+            for chunk in file.chunks(wanted, chunk_bytes, start if index == start.file else START, numbers):
                 done = (size_before + chunk.done * file.size) / total
                 end = chunk.end.replace(file=index, row=first_row + chunk.frame.height)
                 yield Chunk(chunk.frame, first_row, chunk.locate, done, end)
@@ -229,6 +237,15 @@ def open_log(source: Source, options: ReadOptions | None = None) -> RawLog:
     return RawLog(name, files)
 
 
+def read_ahead(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """Yield the chunks, each read by another thread while the one before it is in use."""
+    with ThreadPoolExecutor(1, "read_ahead") as pool:
+        coming = pool.submit(next, chunks, None)
+        while (chunk := coming.result()) is not None:
+            coming = pool.submit(next, chunks, None)
+            yield chunk
+
+
 def iter_chunks(
     source: Source, columns: Sequence[str] | None = None, options: ReadOptions | None = None
 ) -> Iterator[pl.DataFrame]:
@@ -244,7 +261,9 @@ class _File:
     size: int
     columns: tuple[str, ...]
 
-    def chunks(self, columns: list[str], chunk_bytes: int, start: Position) -> Iterator[Chunk]:
+    def chunks(
+        self, columns: list[str], chunk_bytes: int, start: Position, numbers: Collection[str]
+    ) -> Iterator[Chunk]:
         raise NotImplementedError
 
     def missing(self, columns: Sequence[str]) -> list[str]:
@@ -264,7 +283,9 @@ class _Frame(_File):
         self.size = frame.height
         self.columns = tuple(frame.columns)
 
-    def chunks(self, columns: list[str], chunk_bytes: int, start: Position) -> Iterator[Chunk]:
+    def chunks(
+        self, columns: list[str], chunk_bytes: int, start: Position, numbers: Collection[str]
+    ) -> Iterator[Chunk]:
         step = _slice_rows(len(columns), chunk_bytes)
         for first in range(start.offset, self.frame.height, step):
             part = self.frame.select(columns).slice(first, step)
@@ -283,7 +304,9 @@ class _Parquet(_File):
         except (pl.exceptions.PolarsError, OSError) as error:
             raise DataError(f"{path} is no readable parquet file ({_first_line(error)})") from None
 
-    def chunks(self, columns: list[str], chunk_bytes: int, start: Position) -> Iterator[Chunk]:
+    def chunks(
+        self, columns: list[str], chunk_bytes: int, start: Position, numbers: Collection[str]
+    ) -> Iterator[Chunk]:
         # Slices of a scan, not the streaming engine's batches: those read ahead by several hundred megabytes.
         step = _slice_rows(len(columns), chunk_bytes)
         scan = pl.scan_parquet(self.path).select(columns)
@@ -334,7 +357,9 @@ class _Text(_File):
             return f"; is {self.separator.decode()!r} the separator?"
         return ""
 
-    def chunks(self, columns: list[str], chunk_bytes: int, start: Position) -> Iterator[Chunk]:
+    def chunks(
+        self, columns: list[str], chunk_bytes: int, start: Position, numbers: Collection[str]
+    ) -> Iterator[Chunk]:
         schema = dict.fromkeys(self.columns, pl.String)
         separator = self.separator if len(self.separator) == 1 else _CELL_SEPARATOR
         blocks = _blocks(self.path, chunk_bytes, self.quoted, skip_lines=int(self.header), start=start)
@@ -350,15 +375,19 @@ class _Text(_File):
                 rows = rows.decode("latin-1").encode()
             if len(self.separator) > 1:
                 rows = rows.replace(self.separator, _CELL_SEPARATOR)
+            parse = partial(
+                pl.read_csv,
+                rows,
+                has_header=False,
+                columns=[self.columns.index(name) for name in columns],
+                separator=separator.decode(),
+                quote_char='"' if self.quoted else None,
+            )
             try:
-                frame = pl.read_csv(
-                    rows,
-                    has_header=False,
-                    schema=schema,
-                    columns=[self.columns.index(name) for name in columns],
-                    separator=separator.decode(),
-                    quote_char='"' if self.quoted else None,
-                )
+                try:
+                    frame = parse(schema={**schema, **dict.fromkeys(numbers, pl.Float64)})
+                except pl.exceptions.PolarsError:
+                    frame = parse(schema=schema)
             except pl.exceptions.PolarsError as error:
                 raise self._fault(block, first_line, _first_line(error)) from None
             yield Chunk(frame.select(columns), 0, self._locator(block, first_line), done, end)
@@ -448,7 +477,9 @@ class SparseText(_File):
                 plain = plain and value in ("0", "1", "1.0", "0.0")
         return [] if plain else sorted(names, key=lambda text: (len(text), text))
 
-    def chunks(self, columns: list[str], chunk_bytes: int, start: Position) -> Iterator[Chunk]:
+    def chunks(
+        self, columns: list[str], chunk_bytes: int, start: Position, numbers: Collection[str]
+    ) -> Iterator[Chunk]:
         """Yield the columns; blocks are smaller than of other text, since exploded pairs take several times more."""
         for block, first_line, done, end in _blocks(self.path, max(1, chunk_bytes // 4), quoted=False, start=start):
             lines = [
@@ -458,10 +489,10 @@ class SparseText(_File):
             ]
             if not lines:
                 continue
-            numbers = [first_line + number for number, _ in lines]
+            line_numbers = [first_line + number for number, _ in lines]
 
-            def locate(row: int, numbers: list[int] = numbers) -> str:
-                return f"{self.path} line {numbers[row]:,}"
+            def locate(row: int, line_numbers: list[int] = line_numbers) -> str:
+                return f"{self.path} line {line_numbers[row]:,}"
 
             frame = self._parse([line.partition("#")[0] for _, line in lines], columns, locate)
             yield Chunk(frame, 0, locate, done, end)
