@@ -459,7 +459,8 @@ def test_planted_noise_of_many_values_goes_first(name: str):
         return
     said = planted_cell(name, config)
     assert said.startswith("fails as expected, noise is kept: ")
-    mended = {"magnitude": "cost_aware = True", "sseds-faithful": "score = 'signed', data = 'valid', batches = 0"}
+    signed = "score = 'signed', data = 'valid', batches = 0"
+    mended = {"magnitude": "cost_aware = True", "sseds": "min_dim = 0", "sseds-faithful": signed}
     assert said.endswith(f"; holds with {mended[name]}" if name in mended else f"({KEEPS_NOISE[name][0]})")
 
 
@@ -515,6 +516,20 @@ def test_warming_up_mends_pme_a_little(planted: CTRTask):
     assert lead(PMEConfig(warmup_epochs=1)) > 1.2 * lead(PMEConfig())
 
 
+def test_sseds_keeps_a_column_of_every_table_where_the_budget_has_room_for_it(planted: CTRTask):
+    full = planted.full_plan()
+    rows = sum(table.num_rows for table in full.tables)
+
+    def least_width(config: SSEDSConfig, budget: int) -> int:
+        return min(table.output_width for table in search(planted, config, f"{budget} params").tables)
+
+    assert least_width(SSEDSConfig(), rows) == 1
+    assert least_width(SSEDSConfig(min_dim=0), rows) == 0
+    assert least_width(SSEDSConfig(), rows - 1) == 0
+    with pytest.raises(BudgetError, match="set min_dim = 0"):
+        search(planted, SSEDSConfig(min_dim=1), f"{rows - 1} params")
+
+
 @pytest.mark.parametrize("more_epochs", [2, 6])
 def test_faithful_sseds_overrates_memorised_noise(more_epochs: int):
     """Past its best epoch a model has learned the noise by heart, and |g| on training data calls it important.
@@ -540,7 +555,7 @@ def test_faithful_sseds_overrates_memorised_noise(more_epochs: int):
 
 def test_presets(planted: CTRTask):
     assert method_named("sseds").parse({"preset": "faithful", "batches": 3}) == SSEDSConfig(
-        score="abs", data="train", batches=3
+        score="abs", data="train", batches=3, min_dim=0
     )
     assert method_named("sseds").parse({}) == SSEDSConfig()
     with pytest.raises(ConfigError, match=r"preset 'papers' is not known; method 'sseds' has 'faithful'"):

@@ -394,7 +394,8 @@ KEEPS_NOISE: Mapping[str, tuple[str, Config | None]] = {
     "random": ("it looks at nothing", None),
     "mde": ("it knows the size of a field, not its worth", None),
     "magnitude": ("a column of many rows has a large norm", MagnitudeConfig(cost_aware=True)),
-    "sseds-faithful": ("|g| of training data takes what was learned by heart for useful", SSEDSConfig()),
+    "sseds": ("every table keeps a column, so that no score takes the last one of an id", SSEDSConfig(min_dim=0)),
+    "sseds-faithful": ("|g| of training data takes what was learned by heart for useful", SSEDSConfig(min_dim=0)),
     "optembed": ("rows learned by heart have large norms, and a table that keeps rows keeps a column", None),
     "optembed-faithful": (
         "its thresholds hardly move in so few steps, and a table that keeps rows keeps a column",

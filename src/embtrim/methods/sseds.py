@@ -27,7 +27,7 @@ from embtrim.budget import Budget
 from embtrim.config import Config
 from embtrim.errors import EmbtrimError
 from embtrim.methods.registry import register
-from embtrim.methods.selection import field_plan, slot_costs
+from embtrim.methods.selection import columns_cost, field_plan, slot_costs
 from embtrim.plan import SizePlan
 from embtrim.sites import Task, alignment_of, gate_sites, loss_weight, num_slots
 
@@ -43,11 +43,12 @@ class SSEDSConfig(Config):
             absolute values.
         cost_aware: rank by score per parameter.
         pretrain: "early_stop" scores the given, trained model; "epochs:k" trains a fresh one for k epochs first.
-        min_dim: columns that every table keeps.
+        min_dim: columns that every table keeps; None keeps one if the budget has room for it, else none. By their signs alone
+            scores may take the last column of an id that matters (MovieLens, docs/results.md); 0 lets useless tables go.
         align: how narrow fields reach the full width in models that need it: "scatter" or "project".
     """
 
-    faithful: ClassVar[dict[str, Any]] = {"score": "abs", "data": "train", "batches": 1}
+    faithful: ClassVar[dict[str, Any]] = {"score": "abs", "data": "train", "batches": 1, "min_dim": 0}
 
     score: Literal["abs", "signed"] = "signed"
     data: Literal["train", "valid"] = "valid"
@@ -55,7 +56,7 @@ class SSEDSConfig(Config):
     average: Literal["sum", "abs"] = "sum"
     cost_aware: bool = False
     pretrain: str = Field(default="early_stop", pattern=r"^(early_stop|epochs:[1-9][0-9]*)$")
-    min_dim: int = Field(default=0, ge=0)
+    min_dim: int | None = Field(default=None, ge=0)
     align: Literal["scatter", "project"] = "scatter"
 
     @model_validator(mode="after")
@@ -83,7 +84,10 @@ def search_sseds(task: Task, config: SSEDSConfig, budget: Budget, seed: int) -> 
     key_S = score_S / slot_costs(full, alignment) if config.cost_aware else score_S
     ranking = np.argsort(-key_S, kind="stable")
     details = {"config": config.model_dump(), "budget": str(budget), "seed": seed, "scores": score_S.tolist()}
-    return field_plan(full, ranking, full.max_params(budget), alignment, config.min_dim).made_by("sseds", details)
+    limit, min_dim = full.max_params(budget), config.min_dim
+    if min_dim is None:
+        min_dim = int(sum(columns_cost(full, table, 1, alignment) for table in full.tables) <= limit)
+    return field_plan(full, ranking, limit, alignment, min_dim).made_by("sseds", details)
 
 
 def slot_gradients(task: Task, model: torch.nn.Module, config: SSEDSConfig, seed: int) -> np.ndarray:
