@@ -113,3 +113,16 @@ def test_goes_on_from_its_state():
     twice = pl.concat([before.state(), before.state()])
     with pytest.raises(DataError, match="values of table 't' cannot be numbered as before"):
         Numbering(draft, {}).restore(twice)
+
+
+def test_ids_of_an_encoder_with_id_maps():
+    draft = schema(1)
+    frame = frame_of(draft, [("a", "b", 1.0, "g", ["x"], "h"), (None, "b", None, "g", ["x", "y"], None)])
+    numbering = Numbering(draft, {})
+    codes = numbering.codes(next(open_log(frame).chunks()))
+    encoder = encoder_of(draft, numbering.vocabularies([codes]))
+    maps = {name: np.arange(size)[::-1].copy() for name, size in encoder.schema.tables.items()}
+    mapped = encoder.with_id_maps(maps)
+    ids = numbering.encoded_by(mapped)(codes)
+    assert ids.tolist() == mapped.encode_chunk(frame).ids.tolist()
+    assert ids[0, -1] == PAD
