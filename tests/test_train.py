@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -265,6 +266,43 @@ def test_large_splits_are_shuffled_in_windows(monkeypatch):
     assert order != sorted(order)
     assert abs(np.mean(order[:64]) - 500) < 250, "a window draws chunks from the whole split"
     assert order == [i for b in data.batches("train", 33, shuffle_seed=1) for i in b.ids_BC[:, 0].tolist()]
+
+
+@pytest.mark.parametrize("rows, batch", [(64, 33), (999, 33), (1000, 16), (1000, 100)])
+def test_the_order_of_a_seed_is_the_one_that_resumed_trainings_rely_on(monkeypatch, rows, batch):
+    monkeypatch.setattr("embtrim.dataset.WINDOW_ROWS", 64)
+    monkeypatch.setattr("embtrim.dataset.CHUNK_ROWS", 16)
+    ids = np.arange(rows, dtype=np.int32)[:, None]
+    data = EncodedDataset(Schema.from_sizes([rows]), {"train": SplitArrays(ids, np.zeros(rows, np.float32))})
+    rng, expected = np.random.default_rng(7), []
+    if rows == 64:
+        expected = rng.permutation(64).tolist()
+    else:
+        starts = 16 * rng.permutation(-(-rows // 16))
+        for first in range(0, len(starts), 4):
+            chunks = [np.arange(start, min(start + 16, rows)) for start in sorted(starts[first : first + 4])]
+            expected += rng.permutation(np.concatenate(chunks)).tolist()
+    for skip in (0, 1, 5):
+        read = [b.ids_BC[:, 0].tolist() for b in data.batches("train", batch, shuffle_seed=7, skip=skip)]
+        assert read == [expected[i : i + batch] for i in range(skip * batch, rows, batch)]
+
+
+def test_shuffled_reading_holds_row_numbers_and_no_window_of_rows(monkeypatch):
+    monkeypatch.setattr("embtrim.dataset.WINDOW_ROWS", 4096)
+    monkeypatch.setattr("embtrim.dataset.CHUNK_ROWS", 256)
+    num_rows, num_columns = 20_000, 64
+    arrays = SplitArrays(np.zeros((num_rows, num_columns), np.int32), np.zeros(num_rows, np.float32))
+    data = EncodedDataset(Schema.from_sizes([1] * num_columns), {"train": arrays})
+    tracemalloc.start()
+    try:
+        for _ in data.batches(
+            "train", 30, shuffle_seed=1
+        ):  # holds the last batch while the next is made, as `fit` does
+            pass
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4096 * num_columns * 4 / 4
 
 
 def test_rarest_value_counts(data):
