@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import tracemalloc
 from fractions import Fraction
 
 import numpy as np
@@ -157,6 +158,38 @@ def test_bad_frequencies_are_named():
         auc_by_frequency_decile([0, 1], [0.1, 0.2], [1, np.nan])
     with pytest.raises(DataError, match="1 of 2 scores are NaN"):
         auc_by_frequency_decile([0, 1], [0.1, np.nan], [1, 2])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows_go_by_chunks(weighted, monkeypatch):
+    labels, scores, weights = random_rows(5000, 300)
+    weights = weights if weighted else None
+    at_once = compute_metrics(labels, scores, weights)
+    monkeypatch.setattr("embtrim.metrics.CHUNK_ROWS", 999)
+    by_chunks = compute_metrics(labels, scores, weights)
+    assert (by_chunks.auc, by_chunks.num_rows) == (at_once.auc, at_once.num_rows)
+    assert by_chunks.logloss == pytest.approx(at_once.logloss, rel=1e-14)
+    assert by_chunks.calibration == pytest.approx(at_once.calibration, rel=1e-14)
+
+
+def test_float32_scores_take_a_few_bytes_a_row(monkeypatch):
+    monkeypatch.setattr("embtrim.metrics.CHUNK_ROWS", 1000)
+    labels, scores, _ = random_rows(100_000, 10**6)
+    tracemalloc.start()
+    try:
+        compute_metrics(labels, scores)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8 * 100_000  # a byte for the label, four for the sorted score, one in passing
+
+
+def test_other_numbers_than_float32_are_taken():
+    labels, scores = [0, 1, 1, 0], [1, 3, 2, 2]
+    expected = compute_metrics(np.array(labels, np.float32), np.array(scores, np.float64))
+    assert compute_metrics(np.array(labels, bool), np.array(scores, np.uint8)) == expected
+    assert compute_metrics(np.array(labels, object), np.array(scores, object)) == expected
+    assert compute_metrics(labels, np.array(scores, np.float16)) == expected
 
 
 def test_a_million_rows_take_about_a_second():

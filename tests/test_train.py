@@ -305,12 +305,13 @@ def test_shuffled_reading_holds_row_numbers_and_no_window_of_rows(monkeypatch):
     assert peak < 4096 * num_columns * 4 / 4
 
 
-def test_rarest_value_counts(data):
-    counts = data.value_counts("train")
-    rows = rarest_value_counts(data, "test")
-    ids = data.split("test").ids
-    expected = [min(counts[f.name][ids[7, i]] for i, f in enumerate(data.schema.id_fields))]
-    assert rows[7] == expected[0]
+@pytest.mark.parametrize("window", [7, WINDOW_ROWS])
+def test_rarest_value_counts(window, data, monkeypatch):
+    monkeypatch.setattr("embtrim.train.WINDOW_ROWS", window)
+    counts, ids = data.value_counts("train"), data.split("test").ids
+    names = [field.name for field in data.schema.id_fields]
+    expected = [min(counts[name][i] for name, i in zip(names, row, strict=True)) for row in ids]
+    assert rarest_value_counts(data, "test").tolist() == expected
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """Exact metrics over a whole split: AUC, logloss, calibration, and AUC by how often a row's values were seen.
 
-All are computed at once from all rows, in float64; none is an average over batches.
+All are of all rows, in float64; none is an average over batches. Memory: a byte a row for labels and, for AUC, a sorted copy
+of the scores in the precision they come in (with sample weights some 50 bytes a row); the rest goes by CHUNK_ROWS.
 
 Shapes: N rows.
 """
@@ -8,6 +9,7 @@ Shapes: N rows.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +19,13 @@ from numpy.typing import ArrayLike, NDArray
 from embtrim.errors import DataError
 
 Floats = NDArray[np.float64]
+# In the precision they come in: float32 scores are compared as such.
+Numbers = NDArray[Any]
+Bools = NDArray[np.bool_]
 
 NUM_DECILES = 10
+# Rows whose values in float64 are at hand at a time.
+CHUNK_ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,7 @@ def auc_by_frequency_decile(
         DataError: no rows, NaN, or lengths that differ.
     """
     labels_N, scores_N, _ = _check(labels, scores, None, both_classes=False)
-    frequency_N = np.asarray(frequency, np.float64)
+    frequency_N = _numbers(frequency)
     if frequency_N.shape != labels_N.shape or np.isnan(frequency_N).any():
         raise DataError(
             f"metrics: frequencies must be {len(labels_N)} numbers, one a row; given shape {frequency_N.shape}"
@@ -158,67 +165,100 @@ def auc_by_frequency_decile(
 
 def _check(
     labels: ArrayLike, scores: ArrayLike, weights: ArrayLike | None, both_classes: bool = True
-) -> tuple[Floats, Floats, Floats | None]:
-    """The arrays in float64, or DataError."""
-    labels_N = np.asarray(labels, np.float64)
-    scores_N = np.asarray(scores, np.float64)
-    weights_N = None if weights is None else np.asarray(weights, np.float64)
+) -> tuple[Bools, Numbers, Numbers | None]:
+    """Which labels are 1, the scores and the weights; or DataError."""
+    labels_N, scores_N = _numbers(labels), _numbers(scores)
+    weights_N = None if weights is None else _numbers(weights)
     if labels_N.ndim != 1 or labels_N.shape != scores_N.shape:
         raise DataError(f"metrics: labels {labels_N.shape} and scores {scores_N.shape} must be two equal columns")
     if len(labels_N) == 0:
         raise DataError("metrics: there are no rows to score")
-    num_nan = int(np.isnan(scores_N).sum())
+    num_nan = np.count_nonzero(np.isnan(scores_N))
     if num_nan:
         raise DataError(f"metrics: {num_nan:,} of {len(scores_N):,} scores are NaN; did training diverge?")
-    is_label_N = (labels_N == 0) | (labels_N == 1)
-    if not is_label_N.all():
-        raise DataError(f"metrics: labels must be 0 or 1, found {labels_N[~is_label_N][0]:g}")
+    positive_N = labels_N == 1
+    if np.count_nonzero(positive_N) + np.count_nonzero(labels_N == 0) < len(labels_N):
+        raise DataError(f"metrics: labels must be 0 or 1, found {labels_N[~positive_N & (labels_N != 0)][0]:g}")
     if weights_N is not None:
         if weights_N.shape != labels_N.shape:
             raise DataError(f"metrics: {len(labels_N)} labels, but weights of shape {weights_N.shape}")
-        if not (np.isfinite(weights_N).all() and weights_N.min() >= 0 and weights_N.sum() > 0):
+        if not (np.isfinite(weights_N).all() and weights_N.min() >= 0 and weights_N.any()):
             raise DataError("metrics: weights must be finite, none negative and not all zero")
     if both_classes:
-        counted_N = labels_N if weights_N is None else labels_N[weights_N > 0]
-        if counted_N.min() == counted_N.max():
+        counted_N = positive_N if weights_N is None else positive_N[weights_N > 0]
+        if counted_N.all() or not counted_N.any():
             only = "positive" if counted_N[0] else "negative"
             raise DataError(
                 f"metrics: all {len(counted_N):,} rows are {only}; AUC needs both classes (is the split too small, or "
                 "ordered by label?)"
             )
-    return labels_N, scores_N, weights_N
+    return positive_N, scores_N, weights_N
 
 
-def _auc(labels_N: Floats, scores_N: Floats, weights_N: Floats | None) -> float:
+def _numbers(values: ArrayLike) -> Numbers:
+    """An array of real numbers as it is, without a copy; others in float64."""
+    array = np.asarray(values)
+    return array if array.dtype.kind in "biuf" else array.astype(np.float64)
+
+
+def _auc(positive_N: Bools, scores_N: Numbers, weights_N: Numbers | None) -> float:
+    if weights_N is not None:
+        return _weighted_auc(positive_N, scores_N, weights_N)
+    positives, negatives = scores_N[positive_N], scores_N[~positive_N]
+    positives.sort()
+    negatives.sort()
+    # Twice the negatives below each positive: those below it, and those not above it. In whole numbers, without rounding.
+    beaten = 0
+    for start in range(0, len(positives), CHUNK_ROWS):
+        part = positives[start : start + CHUNK_ROWS]
+        beaten += sum(int(np.searchsorted(negatives, part, side).sum()) for side in ("left", "right"))
+    return beaten / (2 * len(positives) * len(negatives))
+
+
+def _weighted_auc(positive_N: Bools, scores_N: Numbers, weights_N: Numbers) -> float:
     order = np.argsort(scores_N)
     sorted_N = scores_N[order]
     # Last row of each run of equal scores; running sums there are all that ties leave of the order.
     ends = np.append(np.flatnonzero(sorted_N[1:] != sorted_N[:-1]), len(sorted_N) - 1)
-    labels_N = labels_N[order]
-    if weights_N is None:
-        positives = np.cumsum(labels_N)[ends]
-        negatives = ends + 1.0 - positives
-    else:
-        weights_N = weights_N[order]
-        positives = np.cumsum(labels_N * weights_N)[ends]
-        negatives = np.cumsum((1.0 - labels_N) * weights_N)[ends]
+    positive_N, sorted_weights_N = positive_N[order], weights_N[order].astype(np.float64)
+    positives = np.cumsum(positive_N * sorted_weights_N)[ends]
+    negatives = np.cumsum(~positive_N * sorted_weights_N)[ends]
     # Trapezoids: a run's positives beat all negatives before it, and half of those in it.
     gained = np.diff(positives, prepend=0.0)
     below = np.append(0.0, negatives[:-1]) + negatives
     return float(0.5 * (gained @ below) / (positives[-1] * negatives[-1]))
 
 
-def _auc_or_none(labels_N: Floats, scores_N: Floats) -> float | None:
-    return _auc(labels_N, scores_N, None) if 0 < labels_N.sum() < len(labels_N) else None
+def _auc_or_none(positive_N: Bools, scores_N: Numbers) -> float | None:
+    return _auc(positive_N, scores_N, None) if 0 < positive_N.sum() < len(positive_N) else None
 
 
-def _logloss(labels_N: Floats, logits_N: Floats, weights_N: Floats | None) -> float:
-    # log(1 + e^z) - y z, written as log(1 + e^s) with s = -z for positives, z for negatives: exact for infinite z too.
-    losses_N = np.logaddexp(0.0, np.where(labels_N > 0, -logits_N, logits_N))
-    return float(np.average(losses_N, weights=weights_N))
+def _logloss(positive_N: Bools, logits_N: Numbers, weights_N: Numbers | None) -> float:
+    def losses(rows: slice) -> Floats:
+        # log(1 + e^z) - y z, written as log(1 + e^s) with s = -z for positives, z for negatives: exact for infinite z too.
+        logits = logits_N[rows].astype(np.float64)
+        return np.logaddexp(0.0, np.where(positive_N[rows], -logits, logits))
+
+    return _average(losses, len(logits_N), weights_N)
 
 
-def _calibration(labels_N: Floats, logits_N: Floats, weights_N: Floats | None) -> float:
-    # sigmoid(z) = (1 + tanh(z / 2)) / 2 overflows nowhere.
-    predicted = np.average(0.5 * (1.0 + np.tanh(0.5 * logits_N)), weights=weights_N)
-    return float(predicted / np.average(labels_N, weights=weights_N))
+def _calibration(positive_N: Bools, logits_N: Numbers, weights_N: Numbers | None) -> float:
+    def probabilities(rows: slice) -> Floats:
+        # sigmoid(z) = (1 + tanh(z / 2)) / 2 overflows nowhere.
+        return 0.5 * (1.0 + np.tanh(0.5 * logits_N[rows].astype(np.float64)))
+
+    predicted = _average(probabilities, len(logits_N), weights_N)
+    return predicted / _average(lambda rows: positive_N[rows].astype(np.float64), len(logits_N), weights_N)
+
+
+def _average(values: Callable[[slice], Floats], num_rows: int, weights_N: Numbers | None) -> float:
+    """The mean of what `values` gives for some rows, over all rows."""
+    total, total_weight = 0.0, 0.0
+    for start in range(0, num_rows, CHUNK_ROWS):
+        rows = slice(start, min(start + CHUNK_ROWS, num_rows))
+        if weights_N is None:
+            total, total_weight = total + float(values(rows).sum()), total_weight + rows.stop - rows.start
+        else:
+            weights = weights_N[rows].astype(np.float64)
+            total, total_weight = total + float((values(rows) * weights).sum()), total_weight + float(weights.sum())
+    return total / total_weight

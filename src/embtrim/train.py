@@ -33,7 +33,7 @@ from embtrim.checkpoint import (
     weights_of,
 )
 from embtrim.config import Config
-from embtrim.dataset import Batch, EncodedDataset
+from embtrim.dataset import WINDOW_ROWS, Batch, EncodedDataset
 from embtrim.errors import ConfigError, DataError, EmbtrimError
 from embtrim.kernels import kernels_name
 from embtrim.memory import freed_pages_kept
@@ -584,12 +584,14 @@ def rarest_value_counts(data: EncodedDataset, split: str) -> np.ndarray:
     """int64 (N,): for each row, how often its rarest feature value occurs in the training rows."""
     stored = EncodedDataset(data.schema, data.splits)
     counts = stored.value_counts("train")
-    ids = np.asarray(data.split(split).ids)
-    rarest = np.full(len(ids), np.iinfo(np.int64).max)
-    for spec, columns in zip(data.schema.id_fields, data.schema.column_slices, strict=True):
-        for column in range(columns.start, columns.stop):
-            found = counts[spec.table_name][np.maximum(ids[:, column], 0)]
-            rarest = np.where(ids[:, column] >= 0, np.minimum(rarest, found), rarest)
+    rarest = np.full(data.num_rows(split), np.iinfo(np.int64).max)
+    for start in range(0, len(rarest), WINDOW_ROWS):
+        rows = slice(start, start + WINDOW_ROWS)
+        ids, rarest_here = np.asarray(data.split(split).ids[rows]), rarest[rows]
+        for spec, columns in zip(data.schema.id_fields, data.schema.column_slices, strict=True):
+            for column in range(columns.start, columns.stop):
+                found = counts[spec.table_name][np.maximum(ids[:, column], 0)]
+                np.minimum(rarest_here, found, out=rarest_here, where=ids[:, column] >= 0)
     return rarest
 
 
