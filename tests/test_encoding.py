@@ -676,14 +676,14 @@ class TestEncoder:
         draft = schema_of(FieldSpec(name="a", min_count=min_count))
         numbering = Numbering(draft, {})
         codes = numbering.codes(next(open_log(frame).chunks()))
-        vocabularies = numbering.vocabularies([codes])
+        vocabularies = numbering.vocabularies([[codes]])
         encoder = Encoder(draft.replace(fields=(draft.fields[0].replace(vocab_size=99),)), vocabularies)
         found = encoder.encode_chunk(frame).ids[:, 0]
         clean = [None if value in (None, "") else value for value in values]
         value_of = {i: v for v, i, _ in vocabularies["a"].rows()}
         for value, i in zip(clean, found, strict=True):
             assert (value_of[i] == value) if clean.count(value) >= min_count else i == 0
-        assert numbering.encoded_by(encoder)(codes)[:, 0].tolist() == found.tolist()
+        assert numbering.encoded_by(encoder)(codes)[0].tolist() == found.tolist()
 
 
 class TestFolder:

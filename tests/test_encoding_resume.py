@@ -115,7 +115,6 @@ class Interrupts:
 
         monkeypatch.setattr(encoding._Bar, "update", interrupted)
         monkeypatch.setattr(encoding, "COUNTED_ROWS", 90)
-        monkeypatch.setattr(encoding, "WRITTEN_ROWS", 90)
 
     def run(self, job: Job, after: int = sys.maxsize) -> dict[str, bytes] | None:
         """The files; or None, interrupted after so many chunks and blocks, those of all passes, and one more."""

@@ -157,8 +157,8 @@ class Encoder:
         frame, locate = (rows.frame, rows.locate) if isinstance(rows, Chunk) else (rows, _row_number)
         require_columns(frame, self.columns)
         codes = {name: lookup.code for name, lookup in self._text_lookups.items()}
-        ids_NC = number_cells(frame, self.schema, self.transforms, locate, codes, self.ids)
-        return EncodedChunk(ids_NC, dense_values(frame, self.schema, self.transforms, locate))
+        ids_CN = number_cells(frame, self.schema, self.transforms, locate, codes, self.ids)
+        return EncodedChunk(np.ascontiguousarray(ids_CN.T), dense_values(frame, self.schema, self.transforms, locate))
 
     def ids(self, field: FieldSpec, code_N: np.ndarray) -> np.ndarray:
         """Ids of a field's cells: int32 (N,), from hashes, from buckets, or from the codes of texts in its vocabulary."""
@@ -317,7 +317,7 @@ def number_cells(
     codes: Mapping[str, pl.Expr],
     finish: Callable[[FieldSpec, np.ndarray], np.ndarray],
 ) -> np.ndarray:
-    """The id fields of raw rows as a matrix: int32 (N, C), PAD where a multi field has no more values.
+    """The id fields of raw rows as a matrix: int32 (C, N), PAD where a multi field has no more values.
 
     Args:
         frame: the rows.
@@ -333,7 +333,7 @@ def number_cells(
     texts, buckets = _id_values(frame, schema, transforms, locate)
     # One select runs its columns in parallel.
     coded = texts.select(codes[f.name] for f in schema.id_fields if f.name in codes and f.type != "multi")
-    stored_NC = np.full((frame.height, schema.num_id_columns), PAD, np.int32)
+    stored_CN = np.full((schema.num_id_columns, frame.height), PAD, np.int32)
     for field, columns in zip(schema.id_fields, schema.column_slices, strict=True):
         if field.type == "multi":
             length_N = texts[field.name].list.len().fill_null(0).to_numpy().astype(np.int64)
@@ -344,15 +344,15 @@ def number_cells(
                 code = flat.to_frame().select(codes[field.name]).to_series().to_numpy()
             row = np.repeat(np.arange(frame.height), length_N)
             place = np.arange(len(flat)) - np.repeat(np.cumsum(length_N) - length_N, length_N)
-            stored_NC[row, columns.start + place] = finish(field, code)
+            stored_CN[columns.start + place, row] = finish(field, code)
             continue
         if field.hash_size:
             values = bucket_texts(pl.Series(buckets[field.name])) if field.type == "numeric" else texts[field.name]
             code = hash_values(values, field.hash_size)
         else:
             code = buckets[field.name] if field.type == "numeric" else coded[field.name].to_numpy()
-        stored_NC[:, columns.start] = finish(field, code)
-    return stored_NC
+        stored_CN[columns.start] = finish(field, code)
+    return stored_CN
 
 
 def bucket_texts(buckets: pl.Series) -> pl.Series:

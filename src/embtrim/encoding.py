@@ -60,8 +60,8 @@ from embtrim.splitting import Sample, Split, Splitter, choose_split
 
 __all__ = ["Encoder", "ReadOptions", "Split", "encode", "infer_schema", "iter_chunks", "open_log"]
 
-COUNTED_ROWS = 500_000
-WRITTEN_ROWS = 50_000
+# Training rows whose codes are counted together: a pass over all counts pays for that many, and a column of them is in memory.
+COUNTED_ROWS = 2_000_000
 
 logger = logging.getLogger(__name__)
 
@@ -270,13 +270,15 @@ def _encode_logs(
         numbering = Numbering(schema, transforms)
         parts = {name: (log, splitter if name == "train" else SPLITS.index(name)) for name, log in logs.items()}
         coded = _write_codes(numbering, parts, chunk_bytes, bar, work)
-        num_rows = {name: coded.splits[name][0] for name in SPLITS if name in coded.splits}
-        positives = {name: coded.splits[name][1] for name in num_rows}
+        num_rows = {name: sum(coded.blocks[name]) for name in SPLITS if name in coded.blocks}
+        positives = {name: coded.positives[name] for name in num_rows}
         _check_splits(num_rows, positives, schema.label, chosen, list(logs))
         if work.checkpoint.is_fitted:
             encoder = Encoder.load(work.folder)
         else:
-            encoder = fit(numbering.vocabularies(_training_codes(work, bar)), transforms, work.folder)
+            encoder = fit(
+                numbering.vocabularies(_groups_of_training_codes(coded, schema, bar, work)), transforms, work.folder
+            )
             encoder.save(work.folder)
         _write_ids(numbering, encoder, coded, bar, work)
         seconds = seconds_before + time.perf_counter() - started
@@ -482,14 +484,14 @@ class _ArrayFile:
 
 
 class _SplitWriter:
-    """The files of one split that are written while the log is read: all but the ids."""
+    """The files of one split that are written while the log is read: all but the ids. Codes come in blocks (C, N)."""
 
-    def __init__(self, work: Work, name: str, schema: Schema, num_rows: int = 0, positives: int = 0) -> None:
+    def __init__(self, work: Work, name: str, schema: Schema, blocks: Sequence[int] = (), positives: int = 0) -> None:
         folder = work.folder / name
         folder.mkdir(exist_ok=True)
-        self.positives = positives
-        array_file = partial(_ArrayFile, num_rows=num_rows)
-        self.codes = array_file(work.codes / f"{name}.npy", "<i4", schema.num_id_columns)
+        self.blocks, self.positives = list(blocks), positives
+        array_file = partial(_ArrayFile, num_rows=sum(blocks))
+        self.codes = _ArrayFile(work.codes / f"{name}.npy", "<i4", None, sum(blocks) * schema.num_id_columns)
         self.labels = array_file(folder / "labels.npy", "<f4", None)
         self.dense = array_file(folder / "dense.npy", "<f4", len(schema.dense_fields)) if schema.dense_fields else None
         self.weights = array_file(folder / "weights.npy", "<f4", None) if schema.weight else None
@@ -513,8 +515,8 @@ def _write_codes(
         return done
     writers: dict[str, _SplitWriter] = {}
     with _closed_at_the_end() as files:
-        for name, (num_rows, positives) in done.splits.items():
-            writers[name] = _SplitWriter(work, name, schema, num_rows, positives)
+        for name, blocks in done.blocks.items():
+            writers[name] = _SplitWriter(work, name, schema, blocks, done.positives[name])
             files.extend(writers[name].files())
         for index, (log, splitter) in enumerate(parts.values()):
             if index < done.log:
@@ -525,7 +527,7 @@ def _write_codes(
             for chunk in read_ahead(log.chunks(columns, chunk_bytes, start, number_columns(schema))):
                 labels_N = read_labels(chunk, schema.label)
                 weights_N = None if schema.weight is None else read_weights(chunk, schema.weight)
-                codes_NC = numbering.codes(chunk)
+                codes_CN = numbering.codes(chunk)
                 dense_NE = dense_values(chunk.frame, schema, numbering.transforms, chunk.locate)
                 part_N = splitter.assign(chunk) if isinstance(splitter, Splitter) else None
                 present = [splitter] if part_N is None else np.unique(part_N)
@@ -535,7 +537,9 @@ def _write_codes(
                         writers[name] = _SplitWriter(work, name, schema)
                         files.extend(writers[name].files())
                     writer, rows = writers[name], slice(None) if part_N is None else part_N == part
-                    writer.codes.append(codes_NC[rows])
+                    block_CN = codes_CN[:, rows]
+                    writer.codes.append(block_CN.ravel())
+                    writer.blocks.append(block_CN.shape[1])
                     writer.labels.append(labels_N[rows])
                     writer.positives += int(labels_N[rows].sum())
                     if writer.dense is not None and dense_NE is not None:
@@ -545,7 +549,8 @@ def _write_codes(
                 work.save_if_due(partial(_coded_so_far, numbering, writers, index, chunk.end, work))
                 bar.update("reading", chunk.done)
     return Coded(
-        splits={name: (writer.labels.num_rows, writer.positives) for name, writer in writers.items()},
+        blocks={name: tuple(writer.blocks) for name, writer in writers.items()},
+        positives={name: writer.positives for name, writer in writers.items()},
         num_bytes={_within(file.path, work): file.path.stat().st_size for file in files},
     )
 
@@ -554,9 +559,10 @@ def _coded_so_far(
     numbering: Numbering, writers: Mapping[str, _SplitWriter], log: int, position: Position, work: Work
 ) -> dict[str, Any]:
     """What a checkpoint of the reading holds, once all of it is on the disk."""
-    splits = {name: (writer.labels.num_rows, writer.positives) for name, writer in writers.items()}
+    blocks = {name: tuple(writer.blocks) for name, writer in writers.items()}
+    positives = {name: writer.positives for name, writer in writers.items()}
     num_bytes = {_within(file.path, work): file.flush() for writer in writers.values() for file in writer.files()}
-    coded = Coded(log=log, position=position, splits=splits, num_bytes=num_bytes)
+    coded = Coded(log=log, position=position, blocks=blocks, positives=positives, num_bytes=num_bytes)
     return {"coded": coded, "files": [_write_texts(numbering, work)]}
 
 
@@ -566,32 +572,52 @@ def _write_texts(numbering: Numbering, work: Work) -> Path:
     return path
 
 
-def _training_codes(work: Work, bar: _Bar) -> Iterator[np.ndarray]:
-    codes = np.load(work.codes / "train.npy", mmap_mode="r")
-    for start in range(0, len(codes), COUNTED_ROWS):
-        yield codes[start : start + COUNTED_ROWS]
-        bar.update("counting values", min(1.0, (start + COUNTED_ROWS) / len(codes)))
+def _blocks_of_codes(name: str, coded: Coded, schema: Schema, work: Work) -> Iterator[np.ndarray]:
+    """The codes of a split, block by block: int32 (C, N), mapped."""
+    codes = np.load(work.codes / f"{name}.npy", mmap_mode="r")
+    start = 0
+    for num_rows in coded.blocks[name]:
+        end = start + num_rows * schema.num_id_columns
+        yield codes[start:end].reshape(schema.num_id_columns, num_rows)
+        start = end
+
+
+def _groups_of_training_codes(coded: Coded, schema: Schema, bar: _Bar, work: Work) -> Iterator[list[np.ndarray]]:
+    """The blocks of the training rows, of COUNTED_ROWS or more together."""
+    group: list[np.ndarray] = []
+    counted = 0
+    for block in _blocks_of_codes("train", coded, schema, work):
+        group.append(block)
+        if sum(codes.shape[1] for codes in group) >= COUNTED_ROWS:
+            yield group
+            counted, group = counted + sum(codes.shape[1] for codes in group), []
+            bar.update("counting values", counted / sum(coded.blocks["train"]))
+    if group:
+        yield group
 
 
 def _write_ids(numbering: Numbering, encoder: Encoder, coded: Coded, bar: _Bar, work: Work) -> None:
     """Write the codes of all splits once more, as ids."""
-    encoded_by = numbering.encoded_by(encoder)
+    schema, encoded = numbering.schema, numbering.encoded_by(encoder)
+    row_bytes = 4 * schema.num_id_columns
     num_bytes = dict(work.checkpoint.num_bytes)
-    total, written = sum(num_rows for num_rows, _ in coded.splits.values()), 0
-    for name in coded.splits:
-        codes = np.load(work.codes / f"{name}.npy", mmap_mode="r")
+    total, seen = sum(map(sum, coded.blocks.values())), 0
+    for name in coded.blocks:
         path = work.folder / name / "ids.npy"
-        row_bytes = codes.itemsize * codes.shape[1]
-        start = max(0, num_bytes.get(_within(path, work), 0) - _ArrayFile.HEADER_BYTES) // row_bytes
+        written = max(0, num_bytes.get(_within(path, work), 0) - _ArrayFile.HEADER_BYTES) // row_bytes
         with _closed_at_the_end() as files:
-            ids = _ArrayFile(path, "<i4", codes.shape[1], start)
+            ids = _ArrayFile(path, "<i4", schema.num_id_columns, written)
             files.append(ids)
-            for first in range(start, len(codes), WRITTEN_ROWS):
-                ids.append(encoded_by(codes[first : first + WRITTEN_ROWS]))
+            read = 0
+            for codes_CN in _blocks_of_codes(name, coded, schema, work):
+                read += codes_CN.shape[1]
+                if read <= written:
+                    continue
+                ids.append(encoded(codes_CN).T)
                 num_bytes[_within(path, work)] = _ArrayFile.HEADER_BYTES + ids.num_rows * row_bytes
                 work.save_if_due(partial(_written_so_far, numbering, coded, ids, num_bytes, work))
-                bar.update("writing ids", (written + ids.num_rows) / total)
-        written += len(codes)
+                bar.update("writing ids", (seen + read) / total)
+        seen += read
 
 
 def _written_so_far(

@@ -56,13 +56,15 @@ class Coded(Config):
     Attributes:
         log: index of the log being read.
         position: where it goes on.
-        splits: rows and positives written, by split.
+        blocks: rows of each block of codes written, by split.
+        positives: rows with label 1 written, by split.
         num_bytes: length of each array file, by its path within the working folder.
     """
 
     log: int = 0
     position: Position = START
-    splits: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    blocks: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    positives: dict[str, int] = Field(default_factory=dict)
     num_bytes: dict[str, int] = Field(default_factory=dict)
 
 

@@ -10,7 +10,7 @@ Shapes: N rows, C id columns, V values of a table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ class Numbering:
         }
 
     def codes(self, chunk: Chunk) -> np.ndarray:
-        """The id fields of a chunk: int32 (N, C), PAD where a multi field has no more values.
+        """The id fields of a chunk: int32 (C, N), PAD where a multi field has no more values.
 
         Raises:
             DataError: a value or a column's type does not fit its field.
@@ -80,27 +80,28 @@ class Numbering:
                 raise DataError(f"the values of table {key[0]!r} cannot be numbered as before")
             self._num_texts[str(key[0])] = len(part)
 
-    def vocabularies(self, blocks: Iterable[np.ndarray]) -> dict[str, pl.DataFrame]:
+    def vocabularies(self, groups: Iterable[Sequence[np.ndarray]]) -> dict[str, pl.DataFrame]:
         """By table, the values kept with their ids and counts, in the order of ids: columns value, id, count.
 
         Args:
-            blocks: the codes of all training rows, in any order; of hundreds of thousands of rows each, since a block costs a
-                pass over the counts.
+            groups: the codes of all training rows, (C, N) each, in any order; some at a time, since a group costs a pass over
+                the counts.
         """
         counts = {f.name: np.zeros(1 + len(self.texts(f.table_name)), np.int64) for f in self._texts}
         none = pl.DataFrame(schema={"bucket": pl.Int32, "count": pl.Int64})
         buckets = {f.name: none for f in self.schema.id_fields if f.type == "numeric" and not f.hash_size}
-        for codes_NC in blocks:
-            codes_CN = np.ascontiguousarray(codes_NC.T)
+        for group in groups:
             for field, columns in zip(self.schema.id_fields, self.schema.column_slices, strict=True):
-                code = codes_CN[columns].ravel()
-                if field.name in counts:
-                    code = code[code != PAD] if field.type == "multi" else code
-                    counts[field.name] += np.bincount(code, minlength=len(counts[field.name]))
-                elif field.name in buckets:
+                if field.hash_size:
+                    continue
+                code = np.concatenate([codes_CN[columns].ravel() for codes_CN in group])
+                if field.type == "numeric":
                     new = pl.DataFrame({"bucket": code}).group_by("bucket").agg(pl.len().cast(pl.Int64).alias("count"))
                     merged = pl.concat([buckets[field.name], new]).group_by("bucket")
                     buckets[field.name] = merged.agg(pl.col("count").sum())
+                    continue
+                code = code[code != PAD] if field.type == "multi" else code
+                counts[field.name] += np.bincount(code, minlength=len(counts[field.name]))
         result = {}
         for field in self.schema.id_fields:
             if field.hash_size or field.table_name in result:
@@ -127,7 +128,7 @@ class Numbering:
         return frame.with_columns(pl.when(~pl.col("value").is_in(nulls)).then("value").alias("value"))
 
     def encoded_by(self, encoder: Encoder) -> Callable[[np.ndarray], np.ndarray]:
-        """What turns codes into an encoder's ids: both int32 (N, C)."""
+        """What turns codes into an encoder's ids: both int32 (C, N)."""
         missing = pl.Series("value", [None], pl.String)
         # PAD, which is -1, reads the last place.
         ids_of = {
@@ -135,9 +136,7 @@ class Numbering:
             for f in self._texts
         }
 
-        def encoded(codes_NC: np.ndarray) -> np.ndarray:
-            # Column by column is twice as fast where columns are contiguous.
-            codes_CN = np.ascontiguousarray(codes_NC.T)
+        def encoded(codes_CN: np.ndarray) -> np.ndarray:
             ids_CN = np.empty_like(codes_CN)
             for field, columns in zip(self.schema.id_fields, self.schema.column_slices, strict=True):
                 codes = codes_CN[columns]
@@ -147,6 +146,6 @@ class Numbering:
                 ids_CN[columns] = encoder.ids(field, codes)
                 if field.type == "multi":
                     ids_CN[columns][codes == PAD] = PAD
-            return ids_CN.T
+            return ids_CN
 
         return encoded
