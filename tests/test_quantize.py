@@ -19,17 +19,27 @@ import embtrim
 from embtrim.budget import Budget
 from embtrim.bundle import load_bundle, save
 from embtrim.compaction import compact
+from embtrim.config import Config
 from embtrim.errors import BudgetError, ConfigError, EmbtrimError, PlanError
 from embtrim.experiment import RunConfig, shrink, train_full
 from embtrim.exporting import export
-from embtrim.methods import FrequencyConfig, GuidedConfig, MDEConfig, PMEConfig, RandomConfig, UniformConfig, search
+from embtrim.methods import (
+    METHODS,
+    FrequencyConfig,
+    GuidedConfig,
+    MDEConfig,
+    PMEConfig,
+    RandomConfig,
+    UniformConfig,
+    search,
+)
+from embtrim.methods.registry import register
 from embtrim.models import DeepFM
 from embtrim.optim import RowSGD
 from embtrim.packing import CLIPS, PackedRows
 from embtrim.plan import BITS, Block, SizePlan, TablePlan
 from embtrim.precision import (
     Choice,
-    bytes_for_tables,
     code_loss,
     energy_of_rows,
     least_loss_plan,
@@ -268,6 +278,41 @@ def test_limits_of_fewer_bits_by_hand():
     assert plan.with_bits(16).max_bytes(Budget.parse("38 params")) == (76 + 19)
 
 
+def test_bytes_of_one_table_by_hand():
+    """A table of 8 bits with first-order weights and a projection of its own, and one of two widths."""
+    rows = [np.array(ids, np.int32) for ids in ([0, 2], [1, 4, 5])]
+    plan = SizePlan(SCHEMA.fingerprint, 2, (
+        TablePlan("f0", 10, 4, (Block(10, (0, 2), "project"),), bits=8),
+        TablePlan("f1", 6, 4, (Block(2, (0, 1, 2, 3), "project", rows[0]), Block(3, (0,), "project", rows[1]))),
+    ), first_order=True)  # fmt: skip
+    one, two = plan.tables
+    values, projection, first_order = 10 * 2 + 2 * 8, 4 * 2 * 4, 10 + 8
+    assert (
+        plan.table_bytes(one) == plan.table_bytes(one, budget=Budget.parse("80b")) == values + projection + first_order
+    )
+    assert plan.table_bytes(one, budget=Budget.parse("80%")) == values + projection
+    assert plan.table_bytes(two) == 4 * (3 * 4 + 3 * 1) + 4 * 6
+    assert plan.num_bytes() == plan.table_bytes(one) + plan.table_bytes(two) + 4 * 1 * 4
+    foreign = dataclasses.replace(plan, standalone=True)  # W_1 is the table's own, and so is a map of a byte an id
+    assert foreign.table_bytes(two) == plan.table_bytes(two) + 4 * 1 * 4 + 6
+    assert foreign.num_bytes() == foreign.table_bytes(one) + foreign.table_bytes(two)
+    narrow = TablePlan("f1", 6, 4, (Block(6, (0,), "concat"),))
+    assert plan.table_bytes(narrow, "fbgemm") == 4 * 6 * (4 + 4)
+    assert plan.table_bytes(narrow, "fbgemm", Budget.parse("80%")) == 4 * 6 * 4
+
+
+@pytest.mark.parametrize("budget", ["220 b", "60%", "64.5%"])
+def test_a_plan_is_within_a_budget_where_its_tables_are(budget):
+    full, limit = SizePlan.full(SCHEMA, 4, first_order=True), Budget.parse(budget)
+    within = {True: 0, False: 0}
+    for bits in itertools.product(BITS, repeat=3):
+        plan = full.with_bits(dict(zip(("f0", "f1", "f2"), bits, strict=True)))
+        fits = sum(full.table_bytes(table, budget=limit) for table in plan.tables) <= full.counted_bytes(limit)
+        assert fits == (plan.num_bytes() <= plan.max_bytes(limit))
+        within[fits] += 1
+    assert min(within.values()) > 0
+
+
 @pytest.fixture(scope="module")
 def task() -> CTRTask:
     data = planted_data(num_rows=1000, noise_vocab=200)
@@ -451,7 +496,6 @@ def test_a_plan_of_least_loss_fills_its_budget(budget):
             if table.blocks and table.blocks[0].rows is not None:
                 dropped = np.setdiff1d(np.arange(table.num_rows), table.blocks[0].rows)
                 assert energy[table.blocks[0].rows].min() >= energy[dropped].max()
-    assert bytes_for_tables(plan, limit) == pytest.approx(plan.max_bytes(limit))
 
 
 @pytest.mark.parametrize("budget", ["1500 b", "5%", "20%"])
@@ -464,6 +508,29 @@ def test_guided_chooses_rows_columns_and_bits_together(budget):
         assert plan.num_bytes() <= plan.max_bytes(Budget.parse(budget)) + 1e-6
         assert plan.method == "guided"
         assert not plan.diff(least_loss_plan(task, Budget.parse(budget), plan.tables[0].alignment))
+
+
+@pytest.mark.parametrize("plans_bits", [True, False])
+def test_a_method_of_anyones_may_choose_bits_itself(task, plans_bits):
+    class HalvesConfig(Config):
+        bits: int = 8
+
+    def by_table(task: Task, config: HalvesConfig, budget: Budget, seed: int) -> SizePlan:
+        return rows_and_columns(task, config, budget, seed).with_bits({"strong": 16, "noise": config.bits})
+
+    def rows_and_columns(task: Task, config: HalvesConfig, budget: Budget, seed: int) -> SizePlan:
+        return search(task, FrequencyConfig(), budget, seed).made_by("halves", {"budget": str(budget), "seed": seed})
+
+    register("halves", HalvesConfig, "nothing", ("rows",), by_table if plans_bits else None)(rows_and_columns)
+    try:
+        plan = search(task, HalvesConfig(), "30%", seed=3, bits="mixed")
+        assert (plan.method, plan.details) == ("halves", {"budget": "30%", "seed": 3})
+        assert ([t.bits for t in plan.tables] == [16, 32, 8]) == plans_bits
+        assert (plan.num_params > 0.3 * plan.num_full_params) != plans_bits  # else what bits free buys rows
+        everywhere = search(task, HalvesConfig(), "30%", seed=3, bits=8)  # one precision is not the method's to choose
+        assert {t.bits for t in everywhere.tables} == {8}
+    finally:
+        del METHODS["halves"]
 
 
 def test_bytes_of_fbgemm_by_hand():

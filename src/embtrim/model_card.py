@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from embtrim.budget import BYTES_PER_PARAM
-from embtrim.plan import SizePlan, TablePlan, Target
+from embtrim.plan import SizePlan
 from embtrim.schema import Schema
 
 CARD = """# {model} ({method})
@@ -95,7 +94,7 @@ def _bytes_table(schema: Schema, plan: SizePlan) -> str:
     """A line a field: what its table stores, first-order weights and a projection of its own included."""
     tables = {table.name: table for table in plan.tables}
     full = SizePlan.full(schema, plan.width, plan.first_order)
-    full_bytes = {table.name: _table_bytes(full, table, plan.target) for table in full.tables}
+    full_bytes = {table.name: full.table_bytes(table, plan.target) for table in full.tables}
     lines = ["| field | rows | columns | bits | bytes | full bytes |", "|---|---|---|---|---|---|"]
     shown: dict[str, str] = {}
     for field in schema.id_fields:
@@ -107,19 +106,11 @@ def _bytes_table(schema: Schema, plan: SizePlan) -> str:
         columns = ", ".join(dict.fromkeys(str(width) for _, width in table.segments))
         lines.append(
             f"| {_cell(field.name)} | {table.num_compact_rows:,} of {table.num_rows:,} | {columns} of {table.width} "
-            f"| {table.bits} | {_table_bytes(plan, table, plan.target):,} | {full_bytes[table.name]:,} |"
+            f"| {table.bits} | {plan.table_bytes(table, plan.target):,} | {full_bytes[table.name]:,} |"
         )
-    shared = plan.num_bytes(plan.target) - sum(_table_bytes(plan, table, plan.target) for table in plan.tables)
-    if shared:
+    if shared := BYTES_PER_PARAM * plan.num_shared_projection_params:
         lines.append(f"| shared projections | | | 32 | {shared:,} | 0 |")
     return "\n".join(lines)
-
-
-def _table_bytes(plan: SizePlan, table: TablePlan, target: Target) -> int:
-    """Bytes of one table: values with their scales and padding, first-order weights, a projection of its own."""
-    alone = dataclasses.replace(plan, tables=(table,))
-    shared = sum(width * table.width for width in table.mixed_widths)
-    return alone.num_bytes(target) - BYTES_PER_PARAM * shared
 
 
 def _cell(name: str) -> str:

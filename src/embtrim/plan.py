@@ -414,12 +414,20 @@ class SizePlan:
         return tuple(sorted({w for t in self.tables for w in t.mixed_widths}))
 
     @property
+    def num_shared_projection_params(self) -> int:
+        """Parameters of the matrices W_s; none where each table stands alone and has its own."""
+        return 0 if self.standalone else sum(s * self.width for s in self.shared_projection_widths)
+
+    @property
     def num_projection_params(self) -> int:
         """Parameters of all projections to the full width."""
-        own = sum(t.output_width * t.width for t in self.tables if projects(t))
-        if self.standalone:
-            return own + sum(s * t.width for t in self.tables for s in t.mixed_widths)
-        return own + sum(s * self.width for s in self.shared_projection_widths)
+        return sum(map(self._own_projection_params, self.tables)) + self.num_shared_projection_params
+
+    def _own_projection_params(self, table: TablePlan) -> int:
+        """Parameters of the projections that are one table's alone."""
+        if projects(table):
+            return table.output_width * table.width
+        return sum(s * table.width for s in table.mixed_widths) if self.standalone else 0
 
     @property
     def num_map_params(self) -> int:
@@ -496,20 +504,37 @@ class SizePlan:
         Raises:
             PlanError: fbgemm has no such tables: rows of several widths, or fewer than 32 bits.
         """
-        total = sum(t.num_value_bytes for t in self.tables) + BYTES_PER_PARAM * self.num_projection_params
-        total += self.num_first_order_bytes + (sum(t.num_map_bytes for t in self.tables) if self.standalone else 0)
-        if target != "fbgemm":
-            return total
-        for table in self.tables:
-            if table.mixed or table.bits != 32:
-                what = "stores rows of several widths" if table.mixed else f"has {table.bits} bits"
-                raise PlanError(
-                    f"table {table.name!r} {what}, which fbgemm's tables cannot; choose target torch or onnx"
-                )
-            widths = [table.output_width, 1] if self.first_order else [table.output_width]
-            padding = sum(padded_width(width) - width for width in widths)
+        shared = BYTES_PER_PARAM * self.num_shared_projection_params
+        return shared + sum(self.table_bytes(table, target) for table in self.tables)
+
+    def table_bytes(self, table: TablePlan, target: Target = "torch", budget: Budget | None = None) -> int:
+        """What one table adds to `num_bytes`: all but the projections that it shares with others.
+
+        Args:
+            table: of this plan, or one that might stand in its place.
+            target: see `num_bytes`.
+            budget: count only what counts against it, which of a percentage first-order weights do not.
+
+        Raises:
+            PlanError: see `num_bytes`.
+        """
+        if target == "fbgemm" and (table.mixed or table.bits != 32):
+            what = "stores rows of several widths" if table.mixed else f"has {table.bits} bits"
+            raise PlanError(f"table {table.name!r} {what}, which fbgemm's tables cannot; choose target torch or onnx")
+        total = table.num_value_bytes + BYTES_PER_PARAM * self._own_projection_params(table)
+        if self.standalone:
+            total += table.num_map_bytes
+        if budget is None or budget.kind == "bytes":
+            total += self._first_order_bytes(table, target)
+        if target == "fbgemm":
+            padding = padded_width(table.output_width) - table.output_width
             total += BYTES_PER_PARAM * padding * table.num_compact_rows
         return total
+
+    def _first_order_bytes(self, table: TablePlan, target: Target) -> int:
+        if not self.first_order:
+            return 0
+        return table.num_first_order_bytes * (padded_width(1) if target == "fbgemm" else 1)
 
     def with_free_columns(self) -> SizePlan:
         """The plan with the columns that fbgemm's padding has room for: of each table the first that it does not keep.
@@ -533,13 +558,15 @@ class SizePlan:
         A percentage is one of the full tables' fp32 bytes: it counts values, scales, projections and padding, and
         first-order weights not. Of a number of parameters each takes what it does on average in this plan.
         """
-        if budget.kind == "bytes":
-            return budget.amount
         if budget.kind == "params":
             return self.num_bytes(target) * budget.amount / max(1, self.num_params)
-        padded = FBGEMM_COLUMNS if target == "fbgemm" else 1
-        first_order = self.num_first_order_bytes * padded
-        return budget.amount * BYTES_PER_PARAM * self.num_full_params + first_order
+        first_order = 0 if budget.kind == "bytes" else sum(self._first_order_bytes(t, target) for t in self.tables)
+        return self.counted_bytes(budget) + first_order
+
+    def counted_bytes(self, budget: Budget) -> float:
+        """Bytes, of a budget that is no number of parameters, for what counts against it: see `table_bytes`."""
+        assert budget.kind != "params", "how many bytes a parameter takes is a plan's to say"
+        return budget.amount if budget.kind == "bytes" else budget.amount * BYTES_PER_PARAM * self.num_full_params
 
     def check_schema(self, schema: Schema) -> None:
         """Raise PlanError if the plan was made for another schema."""

@@ -32,7 +32,7 @@ from torch import Tensor
 from embtrim.budget import BYTES_PER_PARAM, Budget
 from embtrim.packing import codes_of, fit_codes
 from embtrim.plan import Alignment, Block, SizePlan, TablePlan
-from embtrim.sites import ModuleSite, Task
+from embtrim.sites import ModuleSite, Task, weights_by_table
 
 # Precisions that a search can be told: bits of every table, or by table.
 Bits = Literal[32, 16, 8, 4, "mixed"]
@@ -72,9 +72,9 @@ def mixed_bits(task: Task, plan: SizePlan, budget: Budget) -> SizePlan:
         for bits in LEVELS:
             stored = dataclasses.replace(table, bits=bits)
             loss = code_loss(table, weights[table.name], counts[table.name], bits)
-            of_table.append(Choice(table_bytes(stored, plan, budget), loss, stored))
+            of_table.append(Choice(plan.table_bytes(stored, budget=budget), loss, stored))
         choices.append(of_table)
-    chosen = spend(choices, bytes_for_tables(plan, budget))
+    chosen = spend(choices, plan.counted_bytes(budget) - BYTES_PER_PARAM * plan.num_shared_projection_params)
     return plan.with_bits({choice.table.name: choice.table.bits for choice in chosen})
 
 
@@ -105,8 +105,8 @@ def least_loss_plan(task: Task, budget: Budget, alignment: Alignment) -> SizePla
             block = Block(0, tuple(range(columns)), alignment)
             parts = [(bits, min(1.0, missing + lost[table.name, bits])) for bits in LEVELS]
             tables = row_choices(table, kept[table.name], block, parts)
-            choices.append([Choice(table_bytes(stored, full, budget), loss, stored) for loss, stored in tables])
-        chosen = spend(choices, bytes_for_tables(full, budget))
+            choices.append([Choice(full.table_bytes(stored, budget=budget), loss, stored) for loss, stored in tables])
+        chosen = spend(choices, full.counted_bytes(budget))
         if not best or sum(c.loss for c in chosen) < sum(c.loss for c in best):
             best = chosen
     tables = []
@@ -204,19 +204,6 @@ def _saved(smaller: Choice, larger: Choice) -> float:
     return (smaller.loss - larger.loss) / (larger.num_bytes - smaller.num_bytes)
 
 
-def table_bytes(table: TablePlan, plan: SizePlan, budget: Budget) -> int:
-    """Bytes of one table that count against a budget: first-order weights where it is one of bytes, see `max_bytes`."""
-    maps = table.num_map_bytes if plan.standalone else 0
-    first_order = table.num_first_order_bytes if plan.first_order and budget.kind == "bytes" else 0
-    return table.num_value_bytes + maps + first_order
-
-
-def bytes_for_tables(plan: SizePlan, budget: Budget) -> float:
-    """Bytes of a budget for what `table_bytes` counts, beside the plan's projections."""
-    allowed = budget.amount if budget.kind == "bytes" else budget.amount * BYTES_PER_PARAM * plan.num_full_params
-    return allowed - BYTES_PER_PARAM * plan.num_projection_params
-
-
 def trained_rows(task: Task) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
     """Weights of each table (V, D) and how often its rows occur in the training data (V,); rows of padding never do."""
     sites, counts = task.sites(task.model), task.row_counts()
@@ -225,7 +212,7 @@ def trained_rows(task: Task) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
             for name, row in zip(site.names, site.reserved_rows, strict=True):
                 if row is not None:
                     counts[name][row] = 0  # padding reads zeros, or is left out of its bag, at any bits
-    return {name: w for site in sites for name, w in zip(site.names, site.weights(), strict=True)}, counts
+    return weights_by_table(sites), counts
 
 
 def code_loss(table: TablePlan, weight_VD: Tensor, count_V: np.ndarray, bits: int) -> float:

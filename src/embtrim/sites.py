@@ -789,6 +789,11 @@ def gate_sites(
         yield
 
 
+def weights_by_table(sites: Sequence[Site]) -> dict[str, Tensor]:
+    """The embeddings (V, D) of every table by its name; see `Site.weights`."""
+    return {name: weight_VD for site in sites for name, weight_VD in zip(site.names, site.weights(), strict=True)}
+
+
 def num_slots(site: Site) -> int:
     """Slots of a site, S."""
     return sum(site.widths)

@@ -22,8 +22,8 @@ from embtrim.methods.registry import METHODS, Method, method_named, method_of
 from embtrim.methods.sseds import SSEDSConfig
 from embtrim.methods.uniform import UniformConfig
 from embtrim.plan import SizePlan, Target
-from embtrim.precision import MIXED_BITS, Bits, least_loss_plan, mixed_bits
-from embtrim.sites import ModuleSite, Task, alignment_of, weights_kept
+from embtrim.precision import MIXED_BITS, Bits, mixed_bits
+from embtrim.sites import ModuleSite, Task, weights_kept
 
 __all__ = [
     "METHODS",
@@ -60,8 +60,8 @@ def search(
             shuffles on its own does not give the same batches).
         bits: precision that the tables are to be stored in: 32, 16, 8 or 4, see plan.py, or "mixed" for 16, 8 or 4
             by table, see precision.py. The search itself works in fp32; within a percentage or a number of bytes fewer bits
-            leave room for more parameters. With "mixed" `guided` chooses rows, columns and bits together, without its race;
-            for the other methods bits are chosen for the rows and columns that they find.
+            leave room for more parameters. With "mixed" a method that can, such as `guided`, which then has no race, chooses rows,
+            columns and bits together; for the other methods bits are chosen for the rows and columns that they find.
         target: what will store the tables, and how many bytes it takes for them; see SizePlan.num_bytes.
 
     Raises:
@@ -112,11 +112,8 @@ def _search_stored(task: Task, config: Config, budget: Budget, seed: int, bits: 
         if bits == "mixed":
             raise ConfigError(f"mixed bits need a budget in percent or bytes, given {budget}")
         return method.search(task, config, budget, seed).with_bits(bits)
-    if bits == "mixed" and isinstance(config, GuidedConfig) and target != "fbgemm":
-        plan = least_loss_plan(task, budget, alignment_of(task, config.align))
-        return plan.made_by(
-            method.name, {"config": config.model_dump(mode="json"), "budget": str(budget), "seed": seed}
-        )
+    if bits == "mixed" and method.search_mixed is not None and target != "fbgemm":
+        return method.search_mixed(task, config, budget, seed)
     # What is stored beside the values, scales or padding, shows in a plan only: the first is over by that, the next one
     # fits unless padding grew.
     ratio = 32 / (MIXED_BITS if bits == "mixed" else bits)

@@ -46,8 +46,9 @@ from embtrim.methods.selection import field_plan, filled, full_limit, row_plan, 
 from embtrim.methods.sseds import SSEDSConfig, slot_gradients
 from embtrim.methods.uniform import UniformConfig, search_uniform
 from embtrim.plan import SizePlan
+from embtrim.precision import least_loss_plan
 from embtrim.progress import tracked
-from embtrim.sites import Task, alignment_of
+from embtrim.sites import Task, alignment_of, weights_by_table
 from embtrim.train import Hooks
 
 # Of the candidates of a round this part goes on, beside the plan of the uniform control, until this many are left.
@@ -80,7 +81,13 @@ class GuidedConfig(Config):
     align: Literal["scatter", "project"] = "scatter"
 
 
-@register("guided", GuidedConfig, needs="trained", adds=())
+def search_mixed(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> SizePlan:
+    """Choose rows, columns and bits of every table together."""
+    details = {"config": config.model_dump(mode="json"), "budget": str(budget), "seed": seed}
+    return least_loss_plan(task, budget, alignment_of(task, config.align)).made_by("guided", details)
+
+
+@register("guided", GuidedConfig, needs="trained", adds=(), search_mixed=search_mixed)
 def search_guided(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> SizePlan:
     """Propose plans by several rules and keep the one that short trainings favour."""
     candidates = propose(task, config, budget, seed)
@@ -163,7 +170,6 @@ def row_energies(task: Task) -> dict[str, np.ndarray]:
     """n_r ||e_r||^2 of each row of the trained model, (V,) by table."""
     counts = task.row_counts()
     return {
-        name: counts[name] * weight.double().square().sum(1).cpu().numpy()
-        for site in task.sites(task.model)
-        for name, weight in zip(site.names, site.weights(), strict=True)
+        name: counts[name] * weight_VD.double().square().sum(1).cpu().numpy()
+        for name, weight_VD in weights_by_table(task.sites(task.model)).items()
     }

@@ -14,7 +14,7 @@ from embtrim.config import Config
 from embtrim.methods.registry import register
 from embtrim.methods.selection import field_plan, filled, row_plan, slot_costs
 from embtrim.plan import SizePlan
-from embtrim.sites import Task, alignment_of
+from embtrim.sites import Task, alignment_of, weights_by_table
 
 
 class MagnitudeConfig(Config):
@@ -35,11 +35,7 @@ class MagnitudeConfig(Config):
 def search_magnitude(task: Task, config: MagnitudeConfig, budget: Budget, seed: int) -> SizePlan:
     """Keep the slots, or the rows, of the largest norm."""
     full = task.full_plan()
-    weights = {
-        name: weight_VD.double()
-        for site in task.sites(task.model)
-        for name, weight_VD in zip(site.names, site.weights(), strict=True)
-    }
+    weights = {name: weight_VD.double() for name, weight_VD in weights_by_table(task.sites(task.model)).items()}
     alignment = alignment_of(task, config.align)
     details = {"config": config.model_dump(), "budget": str(budget), "seed": seed}
     if config.unit == "rows":

@@ -27,6 +27,8 @@ class Method:
         needs: whether it reads a "trained" model, an "initial" one, or "nothing".
         adds: units that it fills a budget with to the last that fits: one more column of a table, one more row, or the
             next size of a row; empty for a rule that may leave room.
+        search_mixed: (task, config, budget, seed) -> plan that also says the bits of each table, for `bits="mixed"` and a
+            budget in percent or bytes; None where bits are chosen for the rows and columns that `search` finds.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Method:
     search: Callable[[Any, Any, Budget, int], SizePlan]
     needs: Literal["trained", "initial", "nothing"]
     adds: tuple[Unit, ...]
+    search_mixed: Callable[[Any, Any, Budget, int], SizePlan] | None = None
 
     def parse(self, values: Mapping[str, Any], where: str = "search") -> Config:
         """Settings of this method; `preset = "faithful"` among them starts from the paper's instead of our defaults.
@@ -60,11 +63,12 @@ def register(
     config: type[Config],
     needs: Literal["trained", "initial", "nothing"],
     adds: tuple[Unit, ...] = ("columns",),
+    search_mixed: Callable[[Any, Any, Budget, int], SizePlan] | None = None,
 ) -> Callable[[SearchT], SearchT]:
-    """Decorator that lists a search function under a name and a config type."""
+    """Decorator that lists a search function under a name and a config type; for the other arguments see Method."""
 
     def add(search: SearchT) -> SearchT:
-        METHODS[name] = Method(name, config, search, needs, adds)
+        METHODS[name] = Method(name, config, search, needs, adds, search_mixed)
         return search
 
     return add
