@@ -16,7 +16,7 @@ from embtrim import experiment, memory, train
 from embtrim.bundle import Bundle, load_bundle, write_predictions
 from embtrim.compaction import verify
 from embtrim.encoder import Encoder
-from embtrim.errors import ConfigError, DataError, EmbtrimError
+from embtrim.errors import BudgetError, ConfigError, DataError, EmbtrimError
 from embtrim.experiment import RunConfig, RunRecord, dry_run, run, shrink, smallest_within, train_full
 from embtrim.memory import peak_memory
 from embtrim.models import build
@@ -103,6 +103,19 @@ def test_max_loss_finds_a_small_plan_within_the_tolerance(encoded, monkeypatch):
         smallest_within(full, encoded, config, 0, 1e-9)
 
 
+def test_a_share_that_buys_no_slot_is_too_small_for_any_loss(encoded, monkeypatch):
+    """Of shares 1% and 10% the first buys no column of either table: the search for the smallest plan goes on above it."""
+    monkeypatch.setattr("embtrim.experiment.SMALLEST_SHARE", 0.0001)
+    monkeypatch.setattr("embtrim.experiment.BISECTIONS", 2)
+    config = CONFIG.replace(method="random", max_loss=0.4)
+    full = train_full(encoded, config, 0)
+    with pytest.raises(
+        BudgetError, match=r"'random' keeps no row of any table within a budget of 1%; 1\.\d+% is enough"
+    ):
+        shrink(full, encoded, config, "random", {}, "1%", 0)
+    assert smallest_within(full, encoded, config, 0, 0.4).record.budget == "10.0000%"
+
+
 def test_dry_run_says_what_would_happen(encoded):
     facts = dry_run(encoded, CONFIG)
     assert facts["config"]["budget"] == "30%"
@@ -126,6 +139,9 @@ def test_it_refuses_early(encoded, data, tmp_path):
     without_test = embtrim.dataset.EncodedDataset(
         data.schema, {"train": data.split("train"), "valid": data.split("valid")}
     )
+    for bits in (32, 8, "mixed", "auto"):
+        with pytest.raises(BudgetError, match="budget of 1 params is below the smallest plan of any method, 2 params"):
+            run(encoded, CONFIG.replace(budget="1 params", bits=bits), out)
     with pytest.raises(DataError, match="no split 'test'"):
         run(without_test, CONFIG, out)
     assert not out.exists()

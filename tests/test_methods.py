@@ -47,6 +47,7 @@ from embtrim.testing import (
     KEEPS_NOISE,
     TASKS,
     ForeignModel,
+    check_filled,
     check_planted,
     conformance_matrix,
     foreign_batches,
@@ -175,10 +176,15 @@ class TestTheChecksCanFail:
             return dataclasses.replace(full, tables=tuple(dataclasses.replace(t, blocks=blocks) for t in full.tables))
 
         try:
+            plan = search_empty(task, EmptyConfig(), Budget.parse("80%"), 0)
             with pytest.raises(
                 AssertionError, match=f"80%: the first of the {adds[0] if len(adds) == 1 else ''}.* fit"
             ):
-                CHECKS["budget holds and is full"](task, EmptyConfig())
+                check_filled(plan, EmptyConfig(), Budget.parse("80%"))
+            with pytest.raises(
+                BudgetError, match=r"^method 'empty' keeps no row of any table within a budget of 80%; "
+            ):
+                search(task, EmptyConfig(), "80%")
         finally:
             del METHODS["empty"]
 
@@ -235,8 +241,51 @@ def test_bytes_of_first_order_weights_that_go_buy_rows(config: Config):
     assert full.num_first_order_bytes > 900
     plan = search(task, config, budget)
     assert 0.9 * 900 < plan.num_bytes() <= 900
-    with pytest.raises(BudgetError, match="first-order weights alone"):
+    # The least is an entry and its DROPPED row, and a first-order weight of each of these and of the other tables' two.
+    with pytest.raises(BudgetError, match=r"^budget of 8 bytes is below the smallest plan of any method, 24 bytes; "):
         search(task, config, "8 bytes")
+
+
+TINY = ("8 bytes", "1 params", "0.01%")
+
+
+@pytest.mark.parametrize("bits", [32, 8, "mixed"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_budget_that_allows_nothing_is_refused_before_the_search(name, bits, monkeypatch):
+    """Whatever the method: what it would train for nothing is not trained."""
+    monkeypatch.setitem(METHODS, name, dataclasses.replace(METHODS[name], search=None, search_mixed=None))
+    for task in (zoo_task(), foreign_task()):
+        for budget in TINY:
+            if task.full_plan().standalone and budget == "8 bytes" and bits != 8:
+                continue  # two entries, or more at fewer bits, where no scales are stored
+            with pytest.raises(
+                BudgetError, match=r"below the smallest plan of any method, [\d.]+( bytes| params|%); give"
+            ):
+                search(task, METHODS[name].config(), budget, bits=bits)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("kind", ["bytes", "params", "%"])
+@pytest.mark.parametrize("config", [
+    UniformConfig(), FrequencyConfig(), RandomConfig(), MagnitudeConfig(), PMEConfig(), SSEDSConfig(), OptEmbedConfig()
+])  # fmt: skip
+def test_no_plan_is_empty_and_a_budget_that_is_named_is_enough(config, kind, bits):
+    """Budgets are doubled from far too little: a method refuses them until it keeps something, and names one that does."""
+    task = foreign_task() if kind == "params" else zoo_task()
+    named, refused = [], 0
+    for amount in (2**k * 0.02 for k in range(20)):
+        try:
+            plan = search(task, config, f"{amount:.6f} {kind}", bits=bits)
+        except BudgetError as error:
+            found = re.search(r"keeps no row .*; ([\d.,]+) ?(bytes|params|%) is enough", str(error))
+            named += [" ".join(found.groups())] if found else []
+            refused += 1
+            continue
+        assert not plan.keeps_nothing
+        break
+    assert refused > 1
+    for budget in set(named):
+        assert not search(task, config, budget, bits=bits).keeps_nothing
 
 
 def test_shared_table_is_one_slot_for_both_fields():

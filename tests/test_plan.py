@@ -296,6 +296,15 @@ def test_limits_by_hand():
         Budget.parse("396b").max_params(1000, 100)
 
 
+@pytest.mark.parametrize(("budget", "amount", "words"), [
+    ("1%", 2 / 1600, "0.125%"), ("1%", 1 / 3, "33.4%"), ("1%", 1.25, "125%"), ("1%", 0.1, "10.0%"), ("1%", 0.0123, "1.23%"),
+    ("1%", 3.01e-7, "0.0000301%"), ("8 b", 24, "24 bytes"), ("8 b", 1080.5, "1,081 bytes"), ("1 params", 2, "2 params"),
+])  # fmt: skip
+def test_another_amount_in_words(budget, amount, words):
+    assert Budget.parse(budget).words_for(amount) == words
+    assert amount > 1 or Budget.parse(words).amount >= amount * (1 - 1e-9)
+
+
 def test_a_plan_knows_its_limit():
     plan = SizePlan.full(SCHEMA, 4, first_order=True)
     assert plan.max_params(Budget.parse("50%")) == 38

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -508,6 +509,14 @@ def test_guided_chooses_rows_columns_and_bits_together(budget):
         assert plan.num_bytes() <= plan.max_bytes(Budget.parse(budget)) + 1e-6
         assert plan.method == "guided"
         assert not plan.diff(least_loss_plan(task, Budget.parse(budget), plan.tables[0].alignment))
+
+
+def test_guided_refuses_bytes_that_its_smallest_choices_exceed(task):
+    with pytest.raises(BudgetError, match="smallest plan of method 'guided' with mixed bits, ") as caught:
+        search(task, GuidedConfig(), "14 bytes", bits="mixed")
+    least = re.search(r"\d+ bytes(?=; give)", str(caught.value))
+    assert least is not None
+    assert search(task, GuidedConfig(), least[0], bits="mixed").num_bytes() == int(least[0].split()[0])
 
 
 @pytest.mark.parametrize("plans_bits", [True, False])

@@ -97,6 +97,13 @@ class Budget:
             )
         return left
 
+    def words_for(self, amount: float) -> str:
+        """Another amount of this kind, rounded up to what a budget can say: one of as much allows it."""
+        if self.kind != "percent":
+            return str(Budget(self.kind, math.ceil(amount - 1e-6)))
+        places = 2 - math.floor(math.log10(100 * amount))
+        return f"{math.ceil(100 * amount * 10**places - 1e-6) / 10**places:.{max(0, places)}f}%"
+
     def __str__(self) -> str:
         if self.kind == "percent":
             return f"{self.amount * 100:g}%"

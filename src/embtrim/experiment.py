@@ -25,9 +25,9 @@ from embtrim.checkpoint import CheckpointFolder, checksum, claim
 from embtrim.compaction import Init, Verification, compact, verify
 from embtrim.config import Config, describe_errors, first_change, read_toml, to_toml
 from embtrim.dataset import EncodedDataset
-from embtrim.errors import ConfigError, DataError, EmbtrimError
+from embtrim.errors import BudgetError, ConfigError, DataError, EmbtrimError
 from embtrim.memory import peak_memory
-from embtrim.methods import method_named, method_of, search
+from embtrim.methods import check_budget, method_named, method_of, search
 from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel, HyperParameters
 from embtrim.plan import SizePlan, Target, write_then_rename
@@ -319,8 +319,14 @@ def check_run(data: EncodedDataset, config: RunConfig) -> None:
         raise ConfigError(
             f"model {config.model!r} has no embedding tables to shrink, only first-order weights; choose another"
         )
-    if config.bits == 32:
-        model.tables.plan.max_params(Budget.parse(config.budget))
+    plan, budget = model.tables.plan, Budget.parse(config.budget)
+    if config.max_loss is None:
+        if config.bits == 32:
+            plan.max_params(budget)
+        width = config.hparams.get("embedding_dim", plan.width)
+        bits: Bits = "mixed" if config.bits == "auto" else config.bits
+        if bits == 32 or config.target != "fbgemm":
+            check_budget(SizePlan.full(data.schema, width, plan.first_order), budget, bits, config.target)
 
 
 def train_full(
@@ -503,10 +509,15 @@ def smallest_within(
     for _ in range(BISECTIONS):
         share = (low * high) ** 0.5
         budget = f"{share:.4%}"
-        trained = shrink(
-            full, data, config, config.method, config.search, budget, seed, progress,
-            unfinished=None if unfinished is None else unfinished / budget,
-        )  # fmt: skip
+        try:
+            trained = shrink(
+                full, data, config, config.method, config.search, budget, seed, progress,
+                unfinished=None if unfinished is None else unfinished / budget,
+            )  # fmt: skip
+        except BudgetError as error:  # so small that the method keeps nothing
+            log.info("budget %.2f%%: %s", share * 100, error)
+            low = share
+            continue
         seconds += trained.record.search_seconds + trained.record.train_seconds
         log.info("budget %.2f%%: validation AUC %.4f, wanted %.4f", share * 100, trained.record.valid["auc"], wanted)
         if trained.record.valid["auc"] >= wanted:

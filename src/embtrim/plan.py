@@ -457,6 +457,11 @@ class SizePlan:
         return sum(t.num_rows * t.width for t in self.tables)
 
     @property
+    def keeps_nothing(self) -> bool:
+        """Whether no table keeps a row with a column."""
+        return not any(block.num_rows and block.width for table in self.tables for block in table.blocks)
+
+    @property
     def is_quantized(self) -> bool:
         """Whether a table has fewer than 32 bits."""
         return any(t.bits < 32 for t in self.tables)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -76,6 +77,15 @@ def mixed_bits(task: Task, plan: SizePlan, budget: Budget) -> SizePlan:
         choices.append(of_table)
     chosen = spend(choices, plan.counted_bytes(budget) - BYTES_PER_PARAM * plan.num_shared_projection_params)
     return plan.with_bits({choice.table.name: choice.table.bits for choice in chosen})
+
+
+def in_fewest_bytes(plan: SizePlan, budget: Budget) -> SizePlan:
+    """The plan with the bits of each table that take fewest bytes of a budget."""
+
+    def num_bytes(table: TablePlan, bits: int) -> int:
+        return plan.table_bytes(dataclasses.replace(table, bits=bits), budget=budget)
+
+    return plan.with_bits({t.name: min(LEVELS, key=partial(num_bytes, t)) for t in plan.tables})
 
 
 def least_loss_plan(task: Task, budget: Budget, alignment: Alignment) -> SizePlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Literal
 
 import torch
 
@@ -19,10 +20,11 @@ from embtrim.methods.optembed import OptEmbedConfig
 from embtrim.methods.pme import PMEConfig
 from embtrim.methods.random import RandomConfig
 from embtrim.methods.registry import METHODS, Method, method_named, method_of
+from embtrim.methods.selection import least_plans
 from embtrim.methods.sseds import SSEDSConfig
 from embtrim.methods.uniform import UniformConfig
 from embtrim.plan import SizePlan, Target
-from embtrim.precision import MIXED_BITS, Bits, mixed_bits
+from embtrim.precision import MIXED_BITS, Bits, in_fewest_bytes, mixed_bits
 from embtrim.sites import ModuleSite, Task, weights_kept
 
 __all__ = [
@@ -46,6 +48,9 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+# What a percentage may lack for having been rounded.
+ROUNDED = 1 + 1e-9
+
 
 def search(
     task: Task, config: Config, budget: str | Budget, seed: int = 0, bits: Bits = 32, target: Target = "torch"
@@ -65,7 +70,7 @@ def search(
         target: what will store the tables, and how many bytes it takes for them; see SizePlan.num_bytes.
 
     Raises:
-        BudgetError: the budget cannot be parsed or is below the smallest plan of the method.
+        BudgetError: the budget cannot be parsed, or is so small that the method keeps nothing of any table.
         ConfigError: `config` belongs to no method; or mixed bits for a number of parameters.
         PlanError: the target cannot store what the method found.
         EmbtrimError: the model has nothing to shrink, reads an embedding's weight otherwise than through its module, or is
@@ -94,6 +99,7 @@ def search(
                 f"the table of {site.path!r} is {kind}, but plans count {BYTES_PER_PARAM} bytes a value; search in "
                 "model.float(), or leave it alone with the Task's keep="
             )
+    check_budget(full, budget, bits, target)
     with weights_kept(task.model), torch.enable_grad():  # whoever calls from torch.no_grad() means the model's own use
         if all(isinstance(site, ModuleSite) for site in sites):
             check_compactable(task)
@@ -102,6 +108,11 @@ def search(
         else:
             plan = method.search(task, config, budget, seed)
             assert plan.num_params <= plan.max_params(budget), "a search exceeded its budget"
+    if plan.keeps_nothing:
+        # What takes sizes looks at the best ones only, and fewer bits are searched in fp32: these may ask for more.
+        enough = max((least_amount(full, budget, bits, target, u) for u in method.adds if u != "sizes"), default=0.0)
+        advice = f"{budget.words_for(enough)} is enough" if enough > budget.amount and bits == 32 else "give more"
+        raise BudgetError(f"method {method.name!r} keeps no row of any table within a budget of {budget}; {advice}")
     return plan if target == "torch" else plan.made_by(plan.method, {**plan.details, "target": target})
 
 
@@ -113,7 +124,13 @@ def _search_stored(task: Task, config: Config, budget: Budget, seed: int, bits: 
             raise ConfigError(f"mixed bits need a budget in percent or bytes, given {budget}")
         return method.search(task, config, budget, seed).with_bits(bits)
     if bits == "mixed" and method.search_mixed is not None and target != "fbgemm":
-        return method.search_mixed(task, config, budget, seed)
+        plan = method.search_mixed(task, config, budget, seed)
+        if (least := amount_of(plan, budget, target)) > budget.amount * ROUNDED:
+            raise BudgetError(
+                f"budget of {budget} is below the smallest plan of method {method.name!r} with mixed bits, "
+                f"{budget.words_for(least)}; give at least that"
+            )
+        return plan
     # What is stored beside the values, scales or padding, shows in a plan only: the first is over by that, the next one
     # fits unless padding grew.
     ratio = 32 / (MIXED_BITS if bits == "mixed" else bits)
@@ -136,6 +153,31 @@ def _search_stored(task: Task, config: Config, budget: Budget, seed: int, bits: 
         if excess <= 1e-6:  # of a byte: the percentage was rounded
             return plan.made_by(plan.method, {**plan.details, "budget": str(budget)})
         amount = max(amount - excess * ratio / unit, amount / 2)
-    raise BudgetError(
-        f"budget of {budget} is below what tables of {bits} bits for {target} take beside their values; give more"
+    return plan
+
+
+def check_budget(full: SizePlan, budget: Budget, bits: Bits = 32, target: Target = "torch") -> None:
+    """Raise BudgetError for a budget that no search can keep anything within; arguments as in `search`."""
+    least = least_amount(full, budget, bits, target)
+    if least > budget.amount * ROUNDED:
+        raise BudgetError(
+            f"budget of {budget} is below the smallest plan of any method, {budget.words_for(least)}; give at least that"
+        )
+
+
+def least_amount(
+    full: SizePlan, budget: Budget, bits: Bits, target: Target, unit: Literal["columns", "rows"] | None = None
+) -> float:
+    """The smallest budget of a kind that allows to keep one unit; see `least_plans`, and `amount_of`."""
+    return min(
+        amount_of(in_fewest_bytes(plan, budget) if bits == "mixed" else plan.with_bits(bits), budget, target)
+        for plan in least_plans(full, unit)
     )
+
+
+def amount_of(plan: SizePlan, budget: Budget, target: Target) -> float:
+    """The smallest budget, of the kind of this one, that allows a plan; a percentage as a share."""
+    if budget.kind == "params":
+        return plan.num_params
+    unit = 1 if budget.kind == "bytes" else BYTES_PER_PARAM * plan.num_full_params
+    return budget.amount + (plan.num_bytes(target) - plan.max_bytes(budget, target)) / unit
