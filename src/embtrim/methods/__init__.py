@@ -109,9 +109,10 @@ def search(
             plan = method.search(task, config, budget, seed)
             assert plan.num_params <= plan.max_params(budget), "a search exceeded its budget"
     if plan.keeps_nothing:
-        # What takes sizes looks at the best ones only, and fewer bits are searched in fp32: these may ask for more.
+        # What takes sizes looks at the best ones only; fewer bits, and padding, are searched in fp32: these may ask for more.
         enough = max((least_amount(full, budget, bits, target, u) for u in method.adds if u != "sizes"), default=0.0)
-        advice = f"{budget.words_for(enough)} is enough" if enough > budget.amount and bits == 32 else "give more"
+        is_exact = bits == 32 and target != "fbgemm" and enough > budget.amount
+        advice = f"{budget.words_for(enough)} is enough" if is_exact else "give more"
         raise BudgetError(f"method {method.name!r} keeps no row of any table within a budget of {budget}; {advice}")
     return plan if target == "torch" else plan.made_by(plan.method, {**plan.details, "target": target})
 
