@@ -342,14 +342,19 @@ def test_state_of_another_search_is_refused(config: Any, change: Any, message: s
         search(**change)
 
 
-def test_foreign_loader_that_shuffles_goes_on_in_its_order(tmp_path: Path) -> None:
-    """A DataLoader draws its order from torch's random state at the start of each epoch."""
+@pytest.mark.parametrize("patience", [None, 1])
+def test_foreign_loader_that_shuffles_goes_on_in_its_order(tmp_path: Path, patience: int | None) -> None:
+    """A DataLoader draws its order from torch's random state at the start of each epoch; one of valid draws, too."""
     table = torch.utils.data.TensorDataset(torch.arange(60) % 10, (torch.arange(60) % 10 > 4).float())
 
     def task() -> Task:
         loader = torch.utils.data.DataLoader(table, batch_size=8, shuffle=True)
         return Task(
-            nn.Embedding(10, 2), loss, train=loader, optimizer=lambda m: torch.optim.Adam(m.parameters(), lr=0.1)
+            nn.Embedding(10, 2),
+            loss,
+            train=loader,
+            valid=torch.utils.data.DataLoader(table, batch_size=30),
+            optimizer=lambda m: torch.optim.Adam(m.parameters(), lr=0.1),
         )
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -361,16 +366,19 @@ def test_foreign_loader_that_shuffles_goes_on_in_its_order(tmp_path: Path) -> No
         return nn.Embedding(10, 2)
 
     whole = model()
-    task().fit(whole, epochs=3, seed=5)
+    expected = task().fit(whole, epochs=3, seed=5, patience=patience)
     for step in (3, 11, 12, 19):
         interrupted = task()
         interrupted.checkpoints = CheckpointFolder(tmp_path, interval=0)
         with pytest.raises(KeyboardInterrupt):
-            interrupted.fit(model(), epochs=3, seed=5, hooks=stop_at(step))
+            interrupted.fit(model(), epochs=3, seed=5, hooks=stop_at(step), patience=patience)
     resumed, again = model(), task()
     again.checkpoints = CheckpointFolder(tmp_path, interval=0)
-    again.fit(resumed, epochs=3, seed=5)
+    assert told(again.fit(resumed, epochs=3, seed=5, patience=patience)) == told(expected)
     assert same_weights(resumed, whole)
+    again.checkpoints = CheckpointFolder(tmp_path, interval=0)
+    with pytest.raises(DataError, match="patience"):
+        again.fit(model(), epochs=3, seed=5, patience=2)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 8, 9, 13])

@@ -19,7 +19,7 @@ from embtrim.errors import ConfigError, DataError, EmbtrimError
 from embtrim.methods import METHODS, PMEConfig, SSEDSConfig, search
 from embtrim.models import LR, MODELS, DeepFM, arguments, build
 from embtrim.schema import Schema
-from embtrim.sites import CTRTask
+from embtrim.sites import CTRTask, Task
 from embtrim.testing import CHECKS, foreign_task, zoo_task
 from embtrim.train import Hooks, TrainConfig, evaluate, fit, predict_logits, rarest_value_counts
 
@@ -76,6 +76,63 @@ def test_monitor_logloss(data):
     result = fit(model_of(data), data, QUICK, monitor="logloss")
     assert result.best_score is not None
     assert result.best_score < 0
+
+
+class TestTasks:
+    """A model of one's own stops early, too, by the score of its Task."""
+
+    SCORES = (0.5, 0.7, 0.6, 0.7, 0.6, 0.9)
+
+    def task(self) -> tuple[Task, list[torch.Tensor]]:
+        """A task of scripted scores, and the weights that were scored."""
+        weights = []
+
+        def score(model: torch.nn.Module) -> float:
+            assert not model.training
+            weights.append(model.user.weight.detach().clone())
+            return self.SCORES[len(weights) - 1]
+
+        task = foreign_task()
+        task.score = score
+        return task, weights
+
+    @pytest.mark.parametrize(("patience", "epochs", "best"), [(1, 3, 2), (3, 5, 2), (4, 6, 6), (0, 6, 6)])
+    def test_it_stops_after_so_many_epochs_without_a_better_score(self, patience, epochs, best):
+        task, weights = self.task()
+        result = task.fit(task.model, epochs=6, seed=0, patience=patience)
+        assert [record["score"] for record in result.history] == list(self.SCORES[:epochs])
+        assert {record["lr_factor"] for record in result.history} == {1.0}
+        assert (result.best_epoch, result.best_score) == (best, self.SCORES[best - 1])
+        assert torch.equal(task.model.user.weight, weights[best - 1])
+        assert not torch.equal(weights[0], weights[best - 1])
+
+    def test_without_patience_no_score_is_looked_at(self):
+        task, weights = self.task()
+        result = task.fit(task.model, epochs=6, seed=0)
+        assert (result.best_epoch, result.best_score, weights) == (6, None, [])
+
+    def test_without_a_score_the_validation_loss_counts(self):
+        task = foreign_task()
+        result = task.fit(task.model, epochs=3, seed=0, patience=1)
+        assert result.best_score == pytest.approx(task.valid_score(task.model))
+        assert result.best_score < 0
+
+    def test_it_says_what_patience_needs(self):
+        task = foreign_task()
+        task._valid = None
+        with pytest.raises(EmbtrimError, match="patience watches a validation score; give the Task `valid=` or"):
+            task.fit(task.model, epochs=2, seed=0, patience=1)
+        task._valid = iter(list(task.batches("train")))  # once only
+        with pytest.raises(EmbtrimError, match="no valid batches to score on"):
+            task.fit(task.model, epochs=2, seed=0, patience=1)
+
+    def test_a_task_of_the_zoo_does_the_same(self, data):
+        model, epochs = model_of(data, init_std=0.05), 30
+        result = CTRTask(model, data, QUICK).fit(model, epochs=epochs, seed=0, patience=1)
+        scores = [record["score"] for record in result.history]
+        assert len(scores) == result.best_epoch + 1 < epochs
+        assert evaluate(model, data, "valid").auc == pytest.approx(max(scores), abs=1e-12)
+        assert CTRTask(model, data, QUICK).fit(model, epochs=1, seed=0).best_score is None
 
 
 def test_hooks_are_called_and_extra_loss_counts(data):

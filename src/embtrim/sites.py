@@ -501,22 +501,41 @@ class Task:
             torch.manual_seed(seed)
             return self._fresh()
 
-    def fit(self, model: nn.Module, epochs: int, seed: int, hooks: Hooks | None = None, **settings: Any) -> FitResult:
-        """Train a model of this task for a number of epochs, without early stopping.
+    def fit(
+        self,
+        model: nn.Module,
+        epochs: int,
+        seed: int,
+        hooks: Hooks | None = None,
+        patience: int | None = None,
+        **settings: Any,
+    ) -> FitResult:
+        """Train a model of this task, full or compact; with `patience` stop early and restore the best weights.
 
         Args:
             model: trained in place.
-            epochs: passes over the training batches.
+            epochs: passes over the training batches, at most.
             seed: of shuffling and dropout.
             hooks: additions of a search method.
+            patience: epochs without a better validation score (`valid_score`) after which training stops; 0 never stops
+                early, but restores the best weights. None looks at no score.
             settings: fields of TrainConfig that a method asks for, such as `tables="dense"`; they have no effect on a
                 task with an `optimizer=` of its own.
+
+        Raises:
+            EmbtrimError: the task has no `optimizer=`, or for `patience` neither `valid=` nor `score=`.
+
+        Example:
+            >>> task.fit(small, epochs=40, seed=0, patience=3)  # doctest: +SKIP
         """
         if self._optimizer is None:
-            raise EmbtrimError("this search trains; give the Task `optimizer=` (model -> optimiser)")
+            raise EmbtrimError("this trains; give the Task `optimizer=` (model -> optimiser)")
+        if patience is not None and self.score is None and self._valid is None:
+            raise EmbtrimError("patience watches a validation score; give the Task `valid=` or `score=`")
         hooks = hooks or Hooks()
         sizes = [tuple(p.shape) for p in model.parameters()]
-        depends_on = {"epochs": epochs, "seed": seed, "sizes": sizes, **hooks.settings}
+        depends_on = {"epochs": epochs, "seed": seed, "patience": patience, "sizes": sizes, **hooks.settings}
+        config = TrainConfig(epochs=epochs, seed=seed, precision="fp32", patience=patience or 0, reduce_lr=1.0)
 
         def batches(epoch: int, skip: int) -> Iterator[Any]:
             found = iter(self.batches("train", seed * 100_003 + epoch))
@@ -530,8 +549,8 @@ class Task:
             batches=batches,
             num_rows=None,
             optimizers=[self._optimizer(model)],
-            score=None,
-            config=TrainConfig(epochs=epochs, seed=seed, precision="fp32"),
+            score=None if patience is None else lambda: self.valid_score(model),
+            config=config,
             hooks=hooks,
             progress=self.progress,
             checkpoint=self.next_checkpoint(depends_on, model),
@@ -589,7 +608,9 @@ class Task:
         for batch in self.batches("valid"):
             weight = loss_weight(batch)
             total, rows = total + weight * float(self.loss(model, batch)), rows + weight
-        return -total / (rows or 1.0)
+        if not rows:
+            raise EmbtrimError("there are no valid batches to score on; give some that can be read again")
+        return -total / rows
 
     @torch.no_grad()
     def gated_scores(self, model: nn.Module, gates: Sequence[Sequence[SlotGate]], max_rows: int = 0) -> list[float]:
@@ -725,16 +746,28 @@ class CTRTask(Task):
         model = type(self.model)(self.model.schema, **{**self.model.hparams, "seed": seed})
         return model.to(self.config.device)
 
-    def fit(self, model: nn.Module, epochs: int, seed: int, hooks: Hooks | None = None, **settings: Any) -> FitResult:
-        """See Task."""
+    def fit(
+        self,
+        model: nn.Module,
+        epochs: int,
+        seed: int,
+        hooks: Hooks | None = None,
+        patience: int | None = None,
+        **settings: Any,
+    ) -> FitResult:
+        """See Task; the score is the AUC."""
         assert isinstance(model, CTRModel)
-        train_only = EncodedDataset(self.data.schema, {"train": self.data.split("train")}, id_maps=self.data.id_maps)
+        splits = {"train": self.data.split("train")}
+        if patience is not None:
+            splits["valid"] = self.data.split("valid")
+            settings |= {"patience": patience, "monitor": "auc"}
+        data = EncodedDataset(self.data.schema, splits, id_maps=self.data.id_maps)
         config = self.config.replace(epochs=epochs, seed=seed, compile=False, **settings)  # they are short, and many
         checkpoint = None
         if self.checkpoints is not None:
             config = config.replace(checkpoint_seconds=self.checkpoints.interval)
             checkpoint = self.checkpoints.next_path()
-        return self._noted(fit(model, train_only, config, hooks=hooks, progress=self.progress, checkpoint=checkpoint))
+        return self._noted(fit(model, data, config, hooks=hooks, progress=self.progress, checkpoint=checkpoint))
 
     @torch.no_grad()
     def gated_scores(self, model: nn.Module, gates: Sequence[Sequence[SlotGate]], max_rows: int = 0) -> list[float]:

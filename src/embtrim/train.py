@@ -210,6 +210,7 @@ def fit(
             score=score if valid else None,
             config=config,
             hooks=hooks,
+            monitor=config.monitor,
             progress=progress,
             checkpoint=state,
         )
@@ -302,6 +303,7 @@ def train_loop(
     score: Callable[[], float] | None,
     config: TrainConfig,
     hooks: Hooks,
+    monitor: str = "score",
     progress: bool = False,
     checkpoint: Checkpoint | None = None,
 ) -> FitResult:
@@ -316,6 +318,7 @@ def train_loop(
         score: validation score, higher is better; None trains all epochs.
         config: epochs, patience, reduce_lr, precision and seed are read here; and whether the first step compiles.
         hooks: see Hooks.
+        monitor: what the score is, for the progress bar.
         progress: show a progress bar.
         checkpoint: where the state is kept, if anywhere.
     """
@@ -372,8 +375,11 @@ def train_loop(
                 bar.reset(task, total=num_rows, completed=at.rows)
                 epoch_started = time.perf_counter() - at.epoch_seconds
                 total_loss = torch.full((), at.total_loss, device=device)
+                # Here, not where the last epoch ended: a loader of the validation rows may draw, too.
                 if saved is not None:
                     set_random_states(epoch_random, device)
+                else:
+                    epoch_random = random_states(device)
                 found = iter(batches(at.epoch, at.batches))
                 if saved is not None:
                     set_random_states(saved["random"], device, hooks.generators)
@@ -416,12 +422,11 @@ def train_loop(
                 result.history.append(record)
                 epoch = at.epoch
                 at.next_epoch()
-                epoch_random = random_states(device)
                 if score is None:
                     result.best_epoch = epoch
                     continue
                 record["score"] = score()
-                bar.update(task, description=f"epoch {epoch + 1} (valid {config.monitor} {abs(record['score']):.4f})")
+                bar.update(task, description=f"epoch {epoch + 1} (valid {monitor} {abs(record['score']):.4f})")
                 if result.best_score is None or record["score"] > result.best_score:
                     result.best_score, result.best_epoch, at.bad_epochs = record["score"], epoch, 0
                     best_state = {name: value.detach().clone() for name, value in model.state_dict().items()}

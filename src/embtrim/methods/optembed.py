@@ -182,7 +182,7 @@ def train_supernet(task: Task, config: OptEmbedConfig, seed: int) -> tuple[nn.Mo
     )
     rows = [row_gate(site, t) for site, t in zip(sites, thresholds, strict=True)]
     slots = [width_gate(site, model, generator) for site in sites]
-    settings = {} if config.l2 is None else {"embedding_l2": config.l2}
+    settings: dict[str, Any] = {} if config.l2 is None else {"embedding_l2": config.l2}
     with gate_sites(sites, slots, rows):
         task.fit(
             model, config.epochs, seed, hooks,
