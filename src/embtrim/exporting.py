@@ -14,12 +14,14 @@ Axes: B batch, C id columns, E dense fields.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import inspect
 import io
 import json
 import logging
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,8 +43,10 @@ from embtrim.encoder import Encoder
 from embtrim.errors import ConfigError, DataError, EmbtrimError, PlanError
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan import SizePlan, Target, padded_width
-from embtrim.replacements import CompactEmbedding
+from embtrim.replacements import CompactEmbedding, Replacement
 from embtrim.schema import PAD, Schema
+
+log = logging.getLogger(__name__)
 
 EXPORT_VERSION = 1
 # Values that constant folding may add to an ONNX graph for each constant: what it folds is stored beside the tables.
@@ -76,8 +80,8 @@ def export(
 
     Returns:
         What manifest.json holds; among it, in bytes: `table_bytes` as `SizePlan.num_bytes` counts them for the format's
-        target, `model_bytes` of the files that hold the model, both with `full_` for the full model (its files are
-        computed, from these and the sizes of its tables and network), and `vocabulary_bytes` of the encoder.
+        target, `model_bytes` of the files that hold the model, both with `full_` for the full model (its files are computed:
+        from these and the sizes of its tables and network, of any module from its graph and the sizes of its tables), and `vocabulary_bytes` of the encoder.
 
     Raises:
         ConfigError: the format is unknown, knows no external data, or describes no such model; the example is missing,
@@ -116,13 +120,14 @@ def export(
     write = partial(write_onnx, external_data=True) if external_data else FORMATS[format]
     with write_folder(out, what="export") as folder:
         write(served, folder)
+        model_bytes = folder_bytes(folder)
         if isinstance(model, CTRModel):
             sizes = table_sizes(model, format)
             more_bytes = network_bytes(full_network(model)) - network_bytes(model)
+            more_bytes += sizes["full_table_bytes"] - sizes["table_bytes"]
         else:
-            sizes, more_bytes = module_sizes(model), narrowed_bytes(model)
-        more_bytes += sizes["full_table_bytes"] - sizes["table_bytes"]
-        model_bytes = folder_bytes(folder)
+            sizes = module_sizes(model)
+            more_bytes = full_module_bytes(served, write, folder) - model_bytes
         manifest |= {**sizes, "model_bytes": model_bytes, "full_model_bytes": model_bytes + more_bytes}
         if encoder is not None:
             encoder.save(folder / "encoder")
@@ -178,14 +183,49 @@ def module_sizes(model: nn.Module) -> dict[str, int]:
     return {"table_bytes": stored + sum(weights.values()), "full_table_bytes": full + sum(weights.values())}
 
 
-def narrowed_bytes(model: nn.Module) -> int:
-    """Bytes of the input columns that `compact(reads=)` took from Linears of a model that is none of embtrim.models."""
-    total = 0
-    for linear in model.modules():
-        if isinstance(linear, nn.Linear):
-            columns = getattr(linear, "full_in_features", linear.in_features) - linear.in_features
-            total += columns * linear.out_features * linear.weight.element_size()
-    return total
+def full_module_bytes(served: Served, write: Callable[[Served, Path], None], folder: Path) -> int:
+    """Bytes of the files of the full model that a model is the compact one of, where that is none of embtrim.models.
+
+    Compact tables are more than fewer numbers: a graph also says how they are read. So the full model's is exported, with
+    tables of a few rows, and the rows that these lack are added. Where it has none (torch exports some bags as replacements
+    only) the graph of the compact model stands for it.
+
+    Args:
+        served: the compact model.
+        write: writes one into a folder.
+        folder: of the compact model's files; what is written there beside them is removed.
+    """
+    if not any(isinstance(module, Replacement) for module in served.module.modules()):
+        return folder_bytes(folder)
+    module, missing = full_module(served.module)
+    with tempfile.TemporaryDirectory(dir=folder) as full:
+        try:
+            write(dataclasses.replace(served, module=module), Path(full))
+            return folder_bytes(Path(full)) + missing
+        except Exception as error:  # exporters raise what they like
+            log.warning("the full %s cannot be exported (%s); its bytes are estimated", type(module).__name__, error)
+    before, after = (sum(p.nbytes for p in m.state_dict().values()) for m in (served.module, module))
+    return folder_bytes(folder) + after - before + missing
+
+
+def full_module(compact: nn.Module) -> tuple[nn.Module, int]:
+    """The full model that a compact one stands for, with tables of a few rows, and how many bytes these lack."""
+    memo: dict[int, Any] = {id(value): value for value in (*compact.parameters(), *compact.buffers())}
+    inside: set[int] = set()
+    missing = 0
+    generator = torch.Generator().manual_seed(0)  # equal tables would be stored once
+    for module in compact.modules():
+        if isinstance(module, Replacement) and id(module) not in inside:
+            inside.update(map(id, module.modules()))
+            memo[id(module)] = table = module.full_table(generator)
+            missing += (table.num_embeddings - len(table.weight)) * table.weight[0].nbytes
+    full = copy.deepcopy(compact, memo)
+    for linear in full.modules():
+        if isinstance(linear, nn.Linear) and getattr(linear, "full_in_features", 0) > linear.in_features:
+            linear.in_features = linear.full_in_features  # type: ignore[assignment]
+            shape = (linear.out_features, linear.in_features)
+            linear.weight = nn.Parameter(torch.rand(shape, generator=generator).to(linear.weight))
+    return full.eval().requires_grad_(False), missing
 
 
 def full_network(model: CTRModel) -> CTRModel:

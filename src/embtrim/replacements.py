@@ -29,9 +29,13 @@ class Replacement(nn.Module):
 
     Attributes:
         path: of the module that it stands in for.
+        num_embeddings: rows of that module.
+        padding_idx: of that module.
     """
 
     path = ""
+    num_embeddings: int
+    padding_idx: int | None
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
@@ -40,6 +44,25 @@ class Replacement(nn.Module):
                 "call the module instead, or leave it alone with the Task's keep="
             )
         return super().__getattr__(name)
+
+    def full_table(self, generator: torch.Generator) -> nn.Embedding | nn.EmbeddingBag:
+        """A module like the one that this stands in for, with few rows, though it says the number of that one's."""
+        raise NotImplementedError
+
+    def _few_rows(self, table: CompactEmbedding, generator: torch.Generator) -> nn.Embedding:
+        """Such an nn.Embedding, made like one of its compact tables; the padding row is among the few."""
+        num_rows = min(max(2, 1 + (self.padding_idx or 0)), self.num_embeddings)
+        found = nn.Embedding(
+            num_rows,
+            table.full_width,
+            padding_idx=self.padding_idx,
+            max_norm=table.max_norm,
+            norm_type=table.norm_type,
+            sparse=table.sparse,
+            _weight=torch.rand(num_rows, table.full_width, generator=generator).to(table.dtype),
+        )
+        found.num_embeddings = self.num_embeddings
+        return found
 
 
 class CompactEmbedding(Replacement):
@@ -141,8 +164,16 @@ class CompactEmbedding(Replacement):
     @property
     def num_full_bytes(self) -> int:
         """Bytes of the table that this one stands in for, in the type of its values."""
-        dtype = self.weights[0].dtype if self.packed is None else self.value_dtype
-        return self.num_embeddings * self.full_width * dtype.itemsize
+        return self.num_embeddings * self.full_width * self.dtype.itemsize
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the values given out."""
+        return self.weights[0].dtype if self.packed is None else self.value_dtype
+
+    def full_table(self, generator: torch.Generator) -> nn.Embedding:
+        """See Replacement."""
+        return self._few_rows(self, generator)
 
     def rows_of(self, ids: Tensor) -> Tensor:
         """Compact ids of ids (...)."""
@@ -271,6 +302,10 @@ class CompactFlatEmbedding(Replacement):
         found_ND = torch.cat(parts)[torch.argsort(order)]
         return found_ND.view(*input.shape, self.embedding_dim)
 
+    def full_table(self, generator: torch.Generator) -> nn.Embedding:
+        """See Replacement."""
+        return self._few_rows(self.tables[0], generator)  # type: ignore[arg-type]
+
     def _forward_fixed(self, input: Tensor) -> Tensor:
         """The same with shapes that depend on no values, for exporters: every table looks up every id."""
         found, start = None, 0
@@ -324,6 +359,23 @@ class CompactEmbeddingBag(Replacement):
             padding_idx=entries.padding_row,
         )
         return entries.widen(pooled)
+
+    def full_table(self, generator: torch.Generator) -> nn.EmbeddingBag:
+        """See Replacement."""
+        entries = self.entries.full_table(generator)
+        bag = nn.EmbeddingBag(
+            len(entries.weight),
+            entries.embedding_dim,
+            max_norm=entries.max_norm,
+            norm_type=entries.norm_type,
+            mode=self.mode,
+            sparse=entries.sparse,
+            _weight=entries.weight.detach(),
+            include_last_offset=self.include_last_offset,
+            padding_idx=self.padding_idx,
+        )
+        bag.num_embeddings = self.num_embeddings
+        return bag
 
     def narrow(self) -> None:
         """Give out the stored columns alone from now on; see CompactEmbedding."""
