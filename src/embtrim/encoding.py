@@ -608,12 +608,12 @@ def _write_ids(numbering: Numbering, encoder: Encoder, coded: Coded, bar: _Bar, 
         with _closed_at_the_end() as files:
             ids = _ArrayFile(path, "<i4", schema.num_id_columns, written)
             files.append(ids)
-            read = 0
-            for codes_CN in _blocks_of_codes(name, coded, schema, work):
-                read += codes_CN.shape[1]
-                if read <= written:
-                    continue
-                ids.append(encoded(codes_CN).T)
+            blocks, read = _blocks_of_codes(name, coded, schema, work), 0
+            while read < written:
+                read += next(blocks).shape[1]
+            for ids_NC in read_ahead(np.ascontiguousarray(encoded(codes_CN).T) for codes_CN in blocks):
+                ids.append(ids_NC)
+                read += len(ids_NC)
                 num_bytes[_within(path, work)] = _ArrayFile.HEADER_BYTES + ids.num_rows * row_bytes
                 work.save_if_due(partial(_written_so_far, numbering, coded, ids, num_bytes, work))
                 bar.update("writing ids", (seen + read) / total)

@@ -30,13 +30,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeAlias, cast
+from typing import Any, BinaryIO, Literal, TypeAlias, TypeVar, cast
 
 import numpy as np
 import polars as pl
 
 from embtrim.config import Config
 from embtrim.errors import DataError
+
+T = TypeVar("T")
 
 CHUNK_BYTES = 16 << 20
 MAX_LINE_BYTES = 256 << 20
@@ -237,13 +239,13 @@ def open_log(source: Source, options: ReadOptions | None = None) -> RawLog:
     return RawLog(name, files)
 
 
-def read_ahead(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-    """Yield the chunks, each read by another thread while the one before it is in use."""
+def read_ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield the items, such as chunks, each made by another thread while the one before it is in use."""
     with ThreadPoolExecutor(1, "read_ahead") as pool:
-        coming = pool.submit(next, chunks, None)
-        while (chunk := coming.result()) is not None:
-            coming = pool.submit(next, chunks, None)
-            yield chunk
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
 
 
 def iter_chunks(
