@@ -1,4 +1,4 @@
-"""What the examples share: the bundled flights data, and the way to a smaller model."""
+"""What the examples share: the bundled flights data, a training with early stopping, and the way to a smaller model."""
 
 from __future__ import annotations
 
@@ -46,6 +46,25 @@ def evaluate(model: nn.Module, probability: Probability, split: str) -> float:
     return auc(labels_N, found_N)
 
 
+def train(model: nn.Module, loss: Callable[[nn.Module, list[Tensor]], Tensor], probability: Probability) -> None:
+    """Train until the validation AUC has not risen for some epochs, and restore the best one."""
+    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    best, best_epoch, best_state = 0.0, 0, {}
+    for epoch in range(MOST_EPOCHS):
+        model.train()
+        for batch in loader("train"):
+            optimizer.zero_grad()
+            loss(model, batch).backward()
+            optimizer.step()
+        score = evaluate(model, probability, "valid")
+        if score > best:
+            best, best_epoch = score, epoch
+            best_state = {name: value.clone() for name, value in model.state_dict().items()}
+        elif epoch - best_epoch == PATIENCE:
+            break
+    model.load_state_dict(best_state)
+
+
 def trim(library: str, make_model: Callable[[int], nn.Module], probability: Probability) -> None:
     """Train a model, search it with each method, compact, retrain, and print the rows of the table in README.md.
 
@@ -61,24 +80,17 @@ def trim(library: str, make_model: Callable[[int], nn.Module], probability: Prob
     found: dict[str, list[tuple[float, ...]]] = {name: [] for name in METHODS}
     for seed in SEEDS:
         model = make_model(seed)
-        task = embtrim.Task(
-            model,
-            loss,
-            loader("train"),
-            loader("valid"),
-            score=lambda model: evaluate(model, probability, "valid"),
-            optimizer=lambda model: torch.optim.Adam(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY),
-        )
-        task.fit(model, MOST_EPOCHS, seed, patience=PATIENCE)
+        train(model, loss, probability)
         full_auc, full_bytes = evaluate(model, probability, "test"), num_bytes(model)
 
+        task = embtrim.Task(model, loss, loader("train"), loader("valid"))
         for name, config in METHODS.items():
             plan = embtrim.search(task, config, BUDGET, seed)
             verified = embtrim.verify(model, plan, task)
             small = embtrim.compact(
                 make_model(seed), plan, seed=seed
             )  # of a fresh model: dense layers are kept as given
-            task.fit(small, MOST_EPOCHS, seed, patience=PATIENCE)
+            train(small, loss, probability)
 
             verified.require()
             sizes = (4 * plan.num_full_params, num_bytes(*compact_tables(small, plan)), full_bytes, num_bytes(small))

@@ -68,8 +68,9 @@ def flights(monkeypatch):
     return module
 
 
-def toy(flights):
-    """How a script of the examples makes its model, and how that reads a batch."""
+def test_the_examples_train_their_small_model_from_scratch(flights, monkeypatch, capsys):
+    monkeypatch.setattr(flights, "SEEDS", (0, 1))
+    monkeypatch.setattr(flights, "MOST_EPOCHS", 2)
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -85,14 +86,6 @@ def toy(flights):
         parts = [table(ids_B) for table, ids_B in zip(model.tables, ids_BF.T, strict=True)]
         return model.head(torch.cat(parts, 1)).squeeze(1).sigmoid()
 
-    return make_model, probability
-
-
-def test_the_examples_train_their_small_model_from_scratch(flights, monkeypatch, capsys):
-    monkeypatch.setattr(flights, "SEEDS", (0, 1))
-    monkeypatch.setattr(flights, "MOST_EPOCHS", 2)
-
-    make_model, probability = toy(flights)
     heads = []
 
     def compact(*args, **settings):
@@ -112,19 +105,19 @@ def test_the_examples_train_their_small_model_from_scratch(flights, monkeypatch,
     assert {len(row) for row in rows} == {len(headings.split("|"))}
 
 
-def test_the_examples_stop_early(flights, monkeypatch):
-    """The full model and the two small ones, here once no epoch is better than the first."""
-    monkeypatch.setattr(flights, "SEEDS", (0,))
-    scored: dict[nn.Module, int] = {}
+def test_the_examples_stop_early_and_keep_the_best_epoch(flights, monkeypatch):
+    model = nn.Linear(1, 1, bias=False)
+    weights, scores = [], [0.5, 0.7, 0.6, 0.7, 0.6, 0.9]
 
-    def evaluate(model: nn.Module, _: object, split: str) -> float:
-        if split == "valid":
-            scored[model] = scored.get(model, 0) + 1
-        return 1 / scored[model]
+    def evaluate(*_):
+        weights.append(model.weight.detach().clone())
+        return scores[len(weights) - 1]
 
     monkeypatch.setattr(flights, "evaluate", evaluate)
-    flights.trim("toy 1.0", *toy(flights))
-    assert list(scored.values()) == [1 + flights.PATIENCE] * 3
+    flights.train(model, lambda model, batch: (model.weight - 3).square().sum(), lambda *_: None)
+    assert len(weights) == 2 + flights.PATIENCE
+    assert torch.equal(model.weight, weights[1])
+    assert not torch.equal(weights[1], weights[-1])
 
 
 def test_the_example_of_a_model_of_ones_own_runs():
