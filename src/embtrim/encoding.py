@@ -548,22 +548,24 @@ def _write_codes(
                         writer.weights.append(weights_N[rows])
                 work.save_if_due(partial(_coded_so_far, numbering, writers, index, chunk.end, work))
                 bar.update("reading", chunk.done)
-    return Coded(
-        blocks={name: tuple(writer.blocks) for name, writer in writers.items()},
-        positives={name: writer.positives for name, writer in writers.items()},
-        num_bytes={_within(file.path, work): file.path.stat().st_size for file in files},
-    )
+    return _coded(writers, {_within(file.path, work): file.path.stat().st_size for file in files})
 
 
 def _coded_so_far(
     numbering: Numbering, writers: Mapping[str, _SplitWriter], log: int, position: Position, work: Work
 ) -> dict[str, Any]:
     """What a checkpoint of the reading holds, once all of it is on the disk."""
-    blocks = {name: tuple(writer.blocks) for name, writer in writers.items()}
-    positives = {name: writer.positives for name, writer in writers.items()}
     num_bytes = {_within(file.path, work): file.flush() for writer in writers.values() for file in writer.files()}
-    coded = Coded(log=log, position=position, blocks=blocks, positives=positives, num_bytes=num_bytes)
+    coded = _coded(writers, num_bytes).replace(log=log, position=position)
     return {"coded": coded, "files": [_write_texts(numbering, work)]}
+
+
+def _coded(writers: Mapping[str, _SplitWriter], num_bytes: Mapping[str, int]) -> Coded:
+    return Coded(
+        blocks={name: tuple(writer.blocks) for name, writer in writers.items()},
+        positives={name: writer.positives for name, writer in writers.items()},
+        num_bytes=dict(num_bytes),
+    )
 
 
 def _write_texts(numbering: Numbering, work: Work) -> Path:
@@ -585,12 +587,13 @@ def _blocks_of_codes(name: str, coded: Coded, schema: Schema, work: Work) -> Ite
 def _groups_of_training_codes(coded: Coded, schema: Schema, bar: _Bar, work: Work) -> Iterator[list[np.ndarray]]:
     """The blocks of the training rows, of COUNTED_ROWS or more together."""
     group: list[np.ndarray] = []
-    counted = 0
+    counted, before = 0, 0
     for block in _blocks_of_codes("train", coded, schema, work):
         group.append(block)
-        if sum(codes.shape[1] for codes in group) >= COUNTED_ROWS:
+        counted += block.shape[1]
+        if counted - before >= COUNTED_ROWS:
             yield group
-            counted, group = counted + sum(codes.shape[1] for codes in group), []
+            group, before = [], counted
             bar.update("counting values", counted / sum(coded.blocks["train"]))
     if group:
         yield group
@@ -608,16 +611,15 @@ def _write_ids(numbering: Numbering, encoder: Encoder, coded: Coded, bar: _Bar, 
         with _closed_at_the_end() as files:
             ids = _ArrayFile(path, "<i4", schema.num_id_columns, written)
             files.append(ids)
-            blocks, read = _blocks_of_codes(name, coded, schema, work), 0
-            while read < written:
-                read += next(blocks).shape[1]
+            blocks, skipped = _blocks_of_codes(name, coded, schema, work), 0
+            while skipped < written:
+                skipped += next(blocks).shape[1]
             for ids_NC in read_ahead(np.ascontiguousarray(encoded(codes_CN).T) for codes_CN in blocks):
                 ids.append(ids_NC)
-                read += len(ids_NC)
                 num_bytes[_within(path, work)] = _ArrayFile.HEADER_BYTES + ids.num_rows * row_bytes
                 work.save_if_due(partial(_written_so_far, numbering, coded, ids, num_bytes, work))
-                bar.update("writing ids", (seen + read) / total)
-        seen += read
+                bar.update("writing ids", (seen + ids.num_rows) / total)
+        seen += ids.num_rows
 
 
 def _written_so_far(

@@ -58,6 +58,10 @@ class Numbering:
             pl.col("value").cat.to(pl.Categorical(self._categories[table])).cast(pl.String)
         ).to_series()
 
+    def _values(self, table: str) -> pl.Series:
+        """The values of a table by their codes: the missing one, then the texts."""
+        return pl.concat([pl.Series("value", [None], pl.String), self.texts(table)])
+
     def state(self) -> pl.DataFrame:
         """What was seen so far: columns table, value."""
         tables = pl.Enum(list(self._categories))
@@ -87,7 +91,7 @@ class Numbering:
             groups: the codes of all training rows, (C, N) each, in any order; some at a time, since a group costs a pass over
                 the counts.
         """
-        counts = {f.name: np.zeros(1 + len(self.texts(f.table_name)), np.int64) for f in self._texts}
+        counts = {f.name: np.zeros(1 + self._num_texts[f.table_name], np.int64) for f in self._texts}
         none = pl.DataFrame(schema={"bucket": pl.Int32, "count": pl.Int64})
         buckets = {f.name: none for f in self.schema.id_fields if f.type == "numeric" and not f.hash_size}
         for group in groups:
@@ -122,19 +126,14 @@ class Numbering:
 
     def _texts_counted(self, field: FieldSpec, count_V: np.ndarray) -> pl.DataFrame:
         """The values of a field of texts that occur, and how often; null where missing."""
-        values = pl.concat([pl.Series("value", [None], pl.String), self.texts(field.table_name)])
         nulls = [*self.schema.nulls, *field.nulls] if field.type == "categorical" else []
-        frame = pl.DataFrame({"value": values, "count": count_V}).filter(pl.col("count") > 0)
+        frame = pl.DataFrame({"value": self._values(field.table_name), "count": count_V}).filter(pl.col("count") > 0)
         return frame.with_columns(pl.when(~pl.col("value").is_in(nulls)).then("value").alias("value"))
 
     def encoded_by(self, encoder: Encoder) -> Callable[[np.ndarray], np.ndarray]:
         """What turns codes into an encoder's ids: both int32 (C, N)."""
-        missing = pl.Series("value", [None], pl.String)
         # PAD, which is -1, reads the last place.
-        ids_of = {
-            f.name: np.append(encoder.text_ids(f, pl.concat([missing, self.texts(f.table_name)])), PAD)
-            for f in self._texts
-        }
+        ids_of = {f.name: np.append(encoder.text_ids(f, self._values(f.table_name)), PAD) for f in self._texts}
 
         def encoded(codes_CN: np.ndarray) -> np.ndarray:
             ids_CN = np.empty_like(codes_CN)
