@@ -25,6 +25,7 @@ import gzip
 import os
 import re
 import zlib
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -240,11 +241,14 @@ def open_log(source: Source, options: ReadOptions | None = None) -> RawLog:
 
 
 def read_ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yield the items, such as chunks, each made by another thread while the one before it is in use."""
+    """Yield the items, such as chunks, made by another thread while the ones before them are in use.
+
+    Two are on their way: with one, that thread would wait whenever making an item is quicker than using the one before.
+    """
     with ThreadPoolExecutor(1, "read_ahead") as pool:
-        coming = pool.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, items, None)
+        coming = deque(pool.submit(next, items, None) for _ in range(2))
+        while (item := coming.popleft().result()) is not None:
+            coming.append(pool.submit(next, items, None))
             yield item
 
 
