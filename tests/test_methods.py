@@ -33,7 +33,7 @@ from embtrim.methods import (
     method_named,
     search,
 )
-from embtrim.methods.guided import propose, row_energies
+from embtrim.methods.guided import Trial, propose, row_energies
 from embtrim.methods.pme import entry_saliency, fill_sizes, reassign, sized_plan
 from embtrim.methods.registry import register
 from embtrim.methods.selection import field_plan, largest, row_plan
@@ -59,7 +59,7 @@ from embtrim.testing import (
     planted_task,
     zoo_task,
 )
-from embtrim.train import TrainConfig, fit
+from embtrim.train import Hooks, TrainConfig, fit
 
 CONFIGS = {
     **{name: method.config() for name, method in METHODS.items()},
@@ -448,7 +448,7 @@ class TestPME:
 
             with model.tables.gated(slot_gate=masked):
                 task.loss(model, batch).backward()
-        np.testing.assert_allclose(found.numpy(), mask.grad.abs().numpy(), rtol=1e-3, atol=1e-7)
+        np.testing.assert_allclose(found.numpy(), mask.grad.abs().numpy(), rtol=1e-3, atol=1e-6)
         assert found.max() > 0
 
     def test_sizes_are_counts_of_the_largest_entries_bucketed_down(self):
@@ -665,13 +665,18 @@ class TestGuided:
         assert sorted(set(trained)) == [7 * 2**number for number in range(rounds)]
 
     @pytest.mark.parametrize(
-        ("gain", "most_rounds", "rounds", "equal_wins"),
-        [(0.001, 5, 3, False), (0.1, 5, 4, True), (0.1, 3, 3, False)],
+        ("leads", "most_rounds", "rounds", "equal_wins"),
+        [
+            ([0.05, 0.04, 0.02, 0.0], 5, 3, False),
+            ([0.08, 0.04, 0.01, -0.01], 5, 4, True),
+            ([0.08, 0.04, 0.01, 0.01], 5, 4, False),
+            ([0.08, 0.04, 0.01, -0.01], 3, 3, False),
+        ],
     )
-    def test_a_small_lead_over_equal_widths_is_proved(
-        self, planted: CTRTask, monkeypatch, gain: float, most_rounds: int, rounds: int, equal_wins: bool
+    def test_a_lead_over_equal_widths_that_melts_is_proved(
+        self, planted: CTRTask, monkeypatch, leads: list[float], most_rounds: int, rounds: int, equal_wins: bool
     ):
-        """One candidate's lead goes from .035 by .015 a round to -.01; it wins at once where little is still gained."""
+        """One candidate is ahead by `leads`, round by round; it wins once a round has left it half of its lead."""
         equal = search(planted, UniformConfig(), "10%")
         ahead: list[SizePlan] = []
 
@@ -684,14 +689,41 @@ class TestGuided:
 
             def train(self, steps, seed):
                 self.rounds += 1
-                lead = 0.05 - 0.015 * self.rounds if self.is_ahead else -1.0
-                return gain * self.rounds + (0.0 if self.is_equal else lead)
+                lead = leads[self.rounds - 1] if self.is_ahead else -1.0
+                return 0.1 * self.rounds + (0.0 if self.is_equal else lead)
 
         monkeypatch.setattr("embtrim.methods.guided.Trial", FakeTrial)
         plan = search(planted, GuidedConfig(trial_steps=7, most_rounds=most_rounds), "10%")
         assert max(map(len, plan.details["scores"].values())) == rounds
         assert bool(plan.diff(ahead[0])) == equal_wins
         assert bool(plan.diff(equal)) != equal_wins
+
+    def test_a_round_ends_with_steps_at_a_lower_learning_rate(self, planted: CTRTask, monkeypatch):
+        fits: list[tuple[int, float]] = []
+
+        def fit(self, model, epochs, seed, hooks, lr_factor):
+            fits.append((hooks.settings["steps"], lr_factor))
+
+        monkeypatch.setattr(CTRTask, "fit", fit)
+        epoch = planted.num_batches("train")
+        trial = Trial(planted, search(planted, UniformConfig(), "10%"), seed=0)
+        trial.train(4, seed=0)
+        trial.train(8 * epoch, seed=0)
+        assert fits == [(4, 1.0), (1, 0.1), (8 * epoch, 1.0), (epoch, 0.1)]
+
+
+@pytest.mark.parametrize("make", [foreign_task, zoo_task])
+def test_fit_scales_the_learning_rates(make):
+    """Adam's first step is proportional to the learning rate."""
+    steps = []
+    for factor in (1.0, 0.1):
+        task = make()
+        before = {name: p.detach().clone() for name, p in task.model.named_parameters()}
+        task.fit(task.model, 1, 0, Hooks(on_step=lambda step: True), lr_factor=factor)
+        steps.append({name: p.detach() - before[name] for name, p in task.model.named_parameters()})
+    assert any(step.abs().max() > 1e-6 for step in steps[0].values())
+    for name, step in steps[0].items():
+        torch.testing.assert_close(steps[1][name], 0.1 * step, rtol=1e-3, atol=1e-6)
 
 
 def test_find_sites_says_what_it_left():

@@ -47,6 +47,7 @@ from embtrim.train import (
     fast_matmul,
     fit,
     logloss_of_batch,
+    scale_learning_rates,
     train_loop,
 )
 
@@ -508,6 +509,7 @@ class Task:
         seed: int,
         hooks: Hooks | None = None,
         patience: int | None = None,
+        lr_factor: float = 1.0,
         **settings: Any,
     ) -> FitResult:
         """Train a model of this task, full or compact; with `patience` stop early and restore the best weights.
@@ -519,6 +521,7 @@ class Task:
             hooks: additions of a search method.
             patience: epochs without a better validation score (`valid_score`) after which training stops; 0 never stops
                 early, but restores the best weights. None looks at no score.
+            lr_factor: on the learning rates of the task.
             settings: fields of TrainConfig that a method asks for, such as `tables="dense"`; they have no effect on a
                 task with an `optimizer=` of its own.
 
@@ -534,7 +537,12 @@ class Task:
             raise EmbtrimError("patience watches a validation score; give the Task `valid=` or `score=`")
         hooks = hooks or Hooks()
         sizes = [tuple(p.shape) for p in model.parameters()]
-        depends_on = {"epochs": epochs, "seed": seed, "patience": patience, "sizes": sizes, **hooks.settings}
+        depends_on = {
+            "epochs": epochs, "seed": seed, "patience": patience, "lr_factor": lr_factor, "sizes": sizes, **hooks.settings
+        }  # fmt: skip
+        optimizer = self._optimizer(model)
+        if lr_factor != 1:
+            scale_learning_rates([optimizer], lr_factor)
         config = TrainConfig(epochs=epochs, seed=seed, precision="fp32", patience=patience or 0, reduce_lr=1.0)
 
         def batches(epoch: int, skip: int) -> Iterator[Any]:
@@ -548,7 +556,7 @@ class Task:
             loss=self.loss,
             batches=batches,
             num_rows=None,
-            optimizers=[self._optimizer(model)],
+            optimizers=[optimizer],
             score=None if patience is None else lambda: self.valid_score(model),
             config=config,
             hooks=hooks,
@@ -753,6 +761,7 @@ class CTRTask(Task):
         seed: int,
         hooks: Hooks | None = None,
         patience: int | None = None,
+        lr_factor: float = 1.0,
         **settings: Any,
     ) -> FitResult:
         """See Task; the score is the AUC."""
@@ -763,6 +772,7 @@ class CTRTask(Task):
             settings |= {"patience": patience, "monitor": "auc"}
         data = EncodedDataset(self.data.schema, splits, id_maps=self.data.id_maps)
         config = self.config.replace(epochs=epochs, seed=seed, compile=False, **settings)  # they are short, and many
+        config = config.replace(learning_rate=config.learning_rate * lr_factor)
         checkpoint = None
         if self.checkpoints is not None:
             config = config.replace(checkpoint_seconds=self.checkpoints.interval)

@@ -17,9 +17,11 @@ search
                 the same rows; with all rows also importance per parameter, importance within a part of the budget, and
                 mixed widths by cardinality
     race        train the compact candidates from scratch for some steps, keep the best third by validation score, train
-                these on for twice as long, and so on (successive halving, Jamieson & Talwalkar 2016)
-    prove       a leader that is ahead of the plan of the uniform control by less than its own last round brought is not
-                ahead for certain: these two train on, until it is, or is no leader any more
+                these on for twice as long, and so on (successive halving, Jamieson & Talwalkar 2016). Every round ends with
+                some steps at a lower learning rate: before these, scores are mostly the noise of the last steps, and plans
+                that end up .002 apart in AUC pass each other (docs/results.md)
+    prove       a leader whose lead over the plan of the uniform control has more than halved in a round is not ahead for
+                certain: the race goes on
 
 Early scores favour few, wide rows, and the lead of such plans melts away where a model needs twenty epochs (MovieLens).
 The plan of the uniform control therefore stays in the race to the end, so that the search loses to it only by what the
@@ -57,6 +59,10 @@ FINALISTS = 3
 EQUAL = "equal widths"
 # The first round is no longer than this many epochs, however few steps they have.
 MOST_EPOCHS = 4
+# Of a round's steps this many more follow at a lower learning rate, an epoch of them at most: where a longer one would
+# overfit, early stopping ends the training proper.
+ANNEALED_PART = 1 / 4
+ANNEALED_RATE = 0.1
 
 
 class GuidedConfig(Config):
@@ -68,7 +74,7 @@ class GuidedConfig(Config):
         budget_parts: parts of the budget that are filled by importance.
         trial_epochs: epochs of a candidate's training in the first round, twice that in the next; may be a fraction.
         trial_steps: least number of steps in the first round, for sets with few batches.
-        most_rounds: rounds after which the leader wins, however small its lead: each round costs twice the one before.
+        most_rounds: rounds after which the leader wins, however its lead has shrunk: each costs twice the one before.
         align: how narrow fields reach the full width in models that need it: "scatter" or "project".
     """
 
@@ -98,7 +104,7 @@ def search_guided(task: Task, config: GuidedConfig, budget: Budget, seed: int) -
     trials = {name: Trial(task, plan, seed) for name, plan in candidates.items()}
     for number in range(config.most_rounds):
         for name, trial in tracked(trials.items(), f"round {number + 1}", len(trials), task.progress):
-            scores[name].append(trial.train(steps * 2**number, seed * 1_009 + number))
+            scores[name].append(trial.train(steps * 2**number, seed * 1_009 + 2 * number))
         best = sorted(trials, key=lambda name: -scores[name][-1])
         if len(best) <= FINALISTS and is_decided(scores[best[0]], scores[EQUAL]):
             break
@@ -110,11 +116,10 @@ def search_guided(task: Task, config: GuidedConfig, budget: Budget, seed: int) -
 
 
 def is_decided(leader: list[float], equal: list[float]) -> bool:
-    """Whether the leader, by its scores of all rounds, is ahead of equal widths by what its last round brought.
-
-    That is so where it was a round ago where equal widths are now.
-    """
-    return leader is equal or (len(leader) > 1 and leader[-2] >= equal[-1])
+    """Whether the leader, by its scores of all rounds, is equal widths, or has kept half of its lead over them or more."""
+    if leader is equal:
+        return True
+    return len(leader) > 1 and leader[-1] - equal[-1] >= (leader[-2] - equal[-2]) / 2
 
 
 class Trial:
@@ -122,13 +127,19 @@ class Trial:
 
     def __init__(self, task: Task, plan: SizePlan, seed: int) -> None:
         self.task = task.recoded(plan)
+        self.epoch_steps = max(1, task.num_batches("train"))
         self.model = compact(task.fresh(seed), plan, init="scratch", seed=seed)
 
     def train(self, steps: int, seed: int) -> float:
-        """Train on for some steps, and return the validation score."""
-        epochs = math.ceil(steps / max(1, self.task.num_batches("train")))
-        self.task.fit(self.model, epochs, seed, Hooks(on_step=lambda step: step >= steps, settings={"steps": steps}))
+        """Train on for some steps, then for fewer at a lower learning rate, and return the validation score."""
+        self._fit(steps, seed)
+        annealed = min(math.ceil(steps * ANNEALED_PART), self.epoch_steps)
+        self._fit(annealed, seed + 1, lr_factor=ANNEALED_RATE)
         return self.task.kept("validation score", self.model, lambda: self.task.valid_score(self.model))
+
+    def _fit(self, steps: int, seed: int, lr_factor: float = 1.0) -> None:
+        hooks = Hooks(on_step=lambda step: step >= steps, settings={"steps": steps})
+        self.task.fit(self.model, math.ceil(steps / self.epoch_steps), seed, hooks, lr_factor=lr_factor)
 
 
 def propose(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> dict[str, SizePlan]:
