@@ -411,6 +411,26 @@ def test_setting_that_is_newer_than_a_record_had_its_default(
         compare(small, CONFIG.replace(train=CONFIG.train.replace(patience=3)), out)
 
 
+def test_records_of_other_code_are_kept_and_told(
+    first: tuple[Path, Comparison],
+    small: EncodedDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    out = copy_of(first, tmp_path / "old")
+    monkeypatch.setattr(comparison, "shrink", never)
+    compare(small, CONFIG, out)
+    assert "records of embtrim" not in caplog.text
+    path = out / "records" / "fm-uniform-30pct-seed0.json"
+    values = json.loads(path.read_text())
+    assert re.fullmatch(r"0\.1\.0\+[0-9a-f]{8}", values["versions"]["embtrim"])
+    values["versions"]["embtrim"] = "0.0.9"
+    path.write_text(json.dumps(values))
+    assert len(compare(small, CONFIG, out).records) == 14
+    assert f"{out} has records of embtrim 0.0.9, this is 0.1.0+" in caplog.text
+
+
 # --- cells that cannot be made --------------------------------------------------------------------------------------
 
 

@@ -246,6 +246,14 @@ def test_bytes_of_first_order_weights_that_go_buy_rows(config: Config):
         search(task, config, "8 bytes")
 
 
+def test_guided_finds_rows_within_few_bytes():
+    """Where some tables keep no row: importance for the rows of the others would count all their first-order weights."""
+    for budget in ("60 bytes", "300 bytes"):
+        plan = search(zoo_task(), CONFIGS["guided"], budget)
+        assert any(not t.blocks for t in plan.tables)
+        assert 0 < plan.num_bytes() <= Budget.parse(budget).amount
+
+
 TINY = ("8 bytes", "1 params", "0.01%")
 
 

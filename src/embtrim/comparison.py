@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from embtrim.config import to_toml
 from embtrim.dataset import EncodedDataset
 from embtrim.errors import DataError, EmbtrimError
-from embtrim.experiment import RunRecord, Trained, seconds_per_step, shrink, train_full
+from embtrim.experiment import RunRecord, Trained, code_version, seconds_per_step, shrink, train_full
 from embtrim.grid import (
     Cell,
     CompareConfig,
@@ -147,6 +147,12 @@ def compare(
     check_compare(data, config)
     cells = grid(config)
     records = finished(cells, data, config, out)
+    others = sorted({record.versions["embtrim"] for record in records.values()} - {code_version()})
+    if others:
+        log.warning(
+            "%s has records of embtrim %s, this is %s: what changed between them may show in a comparison",
+            out, ", ".join(others), code_version(),
+        )  # fmt: skip
     write_then_rename(out / "config.toml", lambda file: file.write(to_toml(config).encode()))
     skipped = {s.cell.name: s for s in read_skipped(out)}
     pending = [cell for cell in cells if cell.budget is not None and cell not in records]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -122,6 +124,8 @@ class RunRecord(Config):
         peak_memory_bytes: peak anonymous memory of the process over search and training; None where the system does
             not tell.
         verification: compact against masked, see Verification; None for the full model.
+        versions: of embtrim, see `code_version`, torch, Python, and the kernels.
+        hardware: processor, threads and device.
     """
 
     record_version: int = RECORD_VERSION
@@ -189,6 +193,14 @@ class RunRecord(Config):
             raise DataError(
                 f"{path} is a damaged run record: {describe_errors(cls, error, '').splitlines()[0]}"
             ) from None
+
+
+@cache
+def code_version() -> str:
+    """The release, and a digest of the sources that run: what a change of the code may have changed shows in a record."""
+    files = sorted(Path(embtrim.__file__).parent.rglob("*.py"))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return f"{embtrim.__version__}+{digest[:8]}"
 
 
 @dataclass
@@ -321,12 +333,11 @@ def check_run(data: EncodedDataset, config: RunConfig) -> None:
         )
     plan, budget = model.tables.plan, Budget.parse(config.budget)
     if config.max_loss is None:
-        if config.bits == 32:
-            plan.max_params(budget)
         width = config.hparams.get("embedding_dim", plan.width)
         bits: Bits = "mixed" if config.bits == "auto" else config.bits
         if bits == 32 or config.target != "fbgemm":
-            check_budget(SizePlan.full(data.schema, width, plan.first_order), budget, bits, config.target)
+            full = SizePlan.full(data.schema, width, plan.first_order)
+            check_budget(full, budget, bits, config.target, method_named(config.method).adds)
 
 
 def train_full(
@@ -553,7 +564,7 @@ def make_record(
     """Evaluate a trained model and write down everything about it."""
     plan = model.tables.plan
     stored_widths = {t.name: t.mean_width for t in plan.tables}
-    versions = {"embtrim": embtrim.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    versions = {"embtrim": code_version(), "torch": torch.__version__, "python": platform.python_version()}
     kernels = kernels_used(model.tables, config.train)
     if kernels is not None:
         versions["kernels"] = kernels

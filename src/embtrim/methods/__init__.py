@@ -19,7 +19,7 @@ from embtrim.methods.mde import MDEConfig
 from embtrim.methods.optembed import OptEmbedConfig
 from embtrim.methods.pme import PMEConfig
 from embtrim.methods.random import RandomConfig
-from embtrim.methods.registry import METHODS, Method, method_named, method_of
+from embtrim.methods.registry import METHODS, Method, Unit, method_named, method_of
 from embtrim.methods.selection import least_plans
 from embtrim.methods.sseds import SSEDSConfig
 from embtrim.methods.uniform import UniformConfig
@@ -157,12 +157,19 @@ def _search_stored(task: Task, config: Config, budget: Budget, seed: int, bits: 
     return plan
 
 
-def check_budget(full: SizePlan, budget: Budget, bits: Bits = 32, target: Target = "torch") -> None:
-    """Raise BudgetError for a budget that no search can keep anything within; arguments as in `search`."""
-    least = least_amount(full, budget, bits, target)
+def check_budget(
+    full: SizePlan, budget: Budget, bits: Bits = 32, target: Target = "torch", adds: tuple[Unit, ...] = ()
+) -> None:
+    """Raise BudgetError for a budget that no search can keep anything within, or none that adds these units alone.
+
+    Arguments are those of `search` otherwise.
+    """
+    units: list[Literal["columns", "rows"]] = [unit for unit in adds if unit != "sizes"]
+    least = min(least_amount(full, budget, bits, target, unit) for unit in units or (None,))
     if least > budget.amount * ROUNDED:
+        whose = f"a method that keeps {' or '.join(units)}" if units else "any method"
         raise BudgetError(
-            f"budget of {budget} is below the smallest plan of any method, {budget.words_for(least)}; give at least that"
+            f"budget of {budget} is below the smallest plan of {whose}, {budget.words_for(least)}; give at least that"
         )
 
 

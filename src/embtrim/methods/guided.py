@@ -33,6 +33,7 @@ Where bits may differ by table there is no race: rows, columns and bits come of 
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from functools import partial
 from typing import Literal
 
@@ -42,6 +43,7 @@ from pydantic import Field
 from embtrim.budget import Budget
 from embtrim.compaction import compact
 from embtrim.config import Config
+from embtrim.errors import BudgetError
 from embtrim.methods.mde import MDEConfig, search_mde
 from embtrim.methods.registry import register
 from embtrim.methods.selection import field_plan, filled, full_limit, row_plan, slot_costs
@@ -169,7 +171,10 @@ def propose(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> dict
         fewer = filled(full, budget, partial(row_plan, full, energies, columns, alignment=alignment))
         kept = {t.name: t.blocks[0].rows for t in fewer.tables if t.blocks and t.blocks[0].rows is not None}
         found[f"width {width}, rows of most energy"] = fewer
-        found[f"importance, rows as of width {width}"] = filled(full, budget, partial(by_importance, 0.0, kept=kept))
+        with suppress(BudgetError):  # tables of which no row is left count all first-order weights here
+            found[f"importance, rows as of width {width}"] = filled(
+                full, budget, partial(by_importance, 0.0, kept=kept)
+            )
     distinct: dict[str, SizePlan] = {}
     for name, plan in found.items():
         if (plan.num_params or name == EQUAL) and all(plan.diff(other) for other in distinct.values()):
