@@ -563,3 +563,28 @@ def until(condition: Callable[..., bool], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, "timed out"
         time.sleep(0.005)
+
+
+def test_weights_that_share_memory_are_kept(tmp_path: Path) -> None:
+    """As where a head was made of a part of the embedding's weight."""
+    base = torch.arange(12.0).view(4, 3)
+    model = nn.Linear(2, 1)
+    checkpoint = Checkpoint(tmp_path / "state.safetensors", 0, {}, model)
+    checkpoint.save({"weights": {"whole": base, "part": base[:2], "again": base}})
+    restored = checkpoint.load()
+    assert restored is not None
+    assert torch.equal(restored["weights"]["whole"], base)
+    assert torch.equal(restored["weights"]["part"], base[:2])
+    assert torch.equal(restored["weights"]["again"], base)
+
+
+def test_an_interrupted_training_leaves_the_model_to_others(data) -> None:
+    model = model_of(data)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, data, TRAIN, hooks=stop_at(3))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    before = model.tables.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    model(next(data.batches("train", 64)).ids_BC).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.tables.weight, before), "the tables belong to no row optimiser any more"

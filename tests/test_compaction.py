@@ -262,3 +262,10 @@ def test_uniform_and_compact_agree_on_bytes(data):
     small = compact(model, plan)
     stored = 4 * (small.tables.weight.numel() + small.tables.first_order.numel())
     assert stored == plan.num_bytes() <= 20_000
+
+
+def test_a_compact_model_is_not_compacted_again(data):
+    model = small_model("fnn", data.schema)
+    for plan in (row_plan(model), search(CTRTask(model, data), UniformConfig(), "50%")):
+        with pytest.raises(EmbtrimError, match="this fnn is compact already; compact the full model"):
+            compact(compact(model, plan), plan, init="inherit")

@@ -159,6 +159,13 @@ def test_cells_and_names() -> None:
     }  # fmt: skip
 
 
+def test_budgets_that_are_nearly_the_same_have_names_of_their_own() -> None:
+    budgets = ("10%", "10.00001%", "10.000011%", "1000000 params", "1000000.5 params", "1e12 bytes")
+    names = {Cell("fm", 0, "pme", budget).name for budget in budgets}
+    assert len(names) == len(budgets)
+    assert "fm-pme-1000000000000bytes-seed0" in names
+
+
 def test_settings_are_resolved() -> None:
     every = resolve(CompareConfig(budgets=("10%", "10.0%", "5%")))
     assert every.methods == tuple(METHODS)
@@ -302,6 +309,25 @@ def test_unfinished_state_of_other_settings_is_not_taken(
     found = compare(small, changed, tmp_path / "x").records
     assert outcome(found) == outcome(expected)
     assert "fm-x-30pct-seed0 was begun with search.threshold_weight = 0.0, now it is 0.1; this work" in caplog.text
+
+
+def test_unfinished_full_model_of_other_settings_is_not_taken(
+    small: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = FM_ONLY.replace(methods=("uniform",), variants={}, budgets=("30%",))
+    config = config.replace(train=CONFIG.train.replace(epochs=3, checkpoint_seconds=0))
+    save = Checkpoint.save
+
+    def interrupting(self: Checkpoint, state: Any) -> None:
+        save(self, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", interrupting)
+        interrupted(compare, small, config, tmp_path / "x")
+    made = compare(small, config.replace(train=config.train.replace(epochs=2)), tmp_path / "x")
+    assert [record.variant for record in made.records] == ["full", "uniform"]
+    assert "fm-full-seed0 was begun with train = " in caplog.text
 
 
 def test_unfinished_state_of_the_same_settings_is_taken(

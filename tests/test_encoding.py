@@ -555,6 +555,7 @@ class TestBadValues:
             ({"y": [[0], [1], [1]]}, "label column 'y' holds List"),
             ({"w": [1.0, -1.0, 1.0]}, "row 2: weight 'w' is -1.0"),
             ({"w": [1.0, None, 1.0]}, "row 2: weight 'w' is None"),
+            ({"w": [1.0, 1.0, 1e39]}, r"row 3: weight 'w' is 1e[+]?39; a weight is a finite number"),
             ({"price": [[1], [2], [3]]}, "column 'price' holds List.* no number"),
         ],
     )
@@ -562,6 +563,17 @@ class TestBadValues:
         frame = pl.DataFrame({"y": [0, 1, 1], "a": ["u"] * 3, "price": [1, 2, 3], "w": [1, 1, 1], **column})
         with pytest.raises(DataError, match=message):
             run(frame, PRICED.replace(weight="w"))
+
+    def test_numbers_beyond_float32(self, run):
+        """They would be infinite in what is written, and every loss from then on no number."""
+        dense = schema_of(FieldSpec(name="a"), FieldSpec(name="price", type="dense", transform="none"))
+        frame = pl.DataFrame({"y": [0, 1, 1], "a": ["u"] * 3, "price": [1.0, -1e39, 3.0]})
+        with pytest.raises(
+            DataError, match=r"row 2: column 'price' gives -1e[+]39, which float32 cannot hold; declare"
+        ):
+            run(frame, dense)
+        fields = (dense.fields[0], dense.fields[1].replace(transform="log1p"))
+        assert np.isfinite(run(frame, dense.replace(fields=fields)).split("train").dense).all()
 
     def test_words_for_labels(self, run, write):
         data = run(write("log.csv", "y,a\nTrue,u\nfalse,v\n 1,u\n0.0,u\n"), ONE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,31 @@ def test_kept_mask_by_hand():
 def test_contradictions(make, message):
     with pytest.raises(PlanError, match=message):
         make()
+
+
+@pytest.mark.parametrize(("block", "message"), [
+    (Block(10, -1, "project"), "a block keeps 10 rows and -1 columns; 0 or more are allowed"),
+    (Block(-5, (0,)), "a block keeps -5 rows and (0,) columns; 0 or more are allowed"),
+    (Block(10, (0,), "bogus"), "alignment must be concat, scatter or project, given 'bogus'"),  # type: ignore[arg-type]
+])  # fmt: skip
+def test_impossible_blocks(block, message):
+    with pytest.raises(PlanError, match=re.escape(message)):
+        TablePlan("f0", 10, 4, (block,))
+
+
+def test_rows_of_another_plan_are_refused(tmp_path):
+    """What a plan saved over another leaves if it is killed between its two files."""
+    full = SizePlan.full(SCHEMA, 4)
+    for name, kept in (("old", rows(0, 1, 2)), ("new", rows(7, 8, 9))):
+        tables = (TablePlan("f0", 10, 4, (Block(3, (0, 1), "concat", kept),)), *full.tables[1:])
+        dataclasses.replace(full, tables=tables).save(tmp_path / f"{name}.json")
+    (tmp_path / "new.npz").rename(tmp_path / "old.npz")
+    with pytest.raises(PlanError, match=r"old.npz holds the rows of another plan; save or copy both again"):
+        SizePlan.load(tmp_path / "old.json")
+    text = json.loads((tmp_path / "old.json").read_text())
+    del text["rows_crc32"]  # as older releases wrote it
+    (tmp_path / "old.json").write_text(json.dumps(text))
+    assert SizePlan.load(tmp_path / "old.json").tables[0].blocks[0].rows.tolist() == [7, 8, 9]
 
 
 def test_another_schema():

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -209,6 +210,19 @@ class TestDataset:
             EncodedDataset(schema, {"train": SplitArrays(np.zeros((2, 3), np.int64), np.zeros(2, np.float32))})
         with pytest.raises(DataError, match="has no split 'test'; it has train"):
             make().split("test")
+
+    @pytest.mark.parametrize(("column", "value", "message"), [
+        (0, 4, "ids of field 'a' lie in 0..4, its table has rows 0..3"),
+        (0, -1, "ids of field 'a' lie in -1..3, its table has rows 0..3"),
+        (2, 3, "its table has rows -1..2, -1 where there is no value"),
+        (2, -2, "its table has rows -1..2, -1 where there is no value"),
+    ])  # fmt: skip
+    def test_ids_lie_in_their_tables(self, column, value, message):
+        """An id beyond its table would read another table's row."""
+        schema, ids = make(10).schema, np.array(make(10).split("train").ids)
+        ids[5, column] = value
+        with pytest.raises(DataError, match=re.escape(message)):
+            EncodedDataset(schema, {"train": SplitArrays(ids, np.zeros(10, np.float32))})
 
     def test_damaged_folders(self, tmp_path):
         import polars as pl

@@ -1213,3 +1213,64 @@ assert torch.equal(tables["flat"](ids), torch.load(sys.argv[1] + "/expected.pt")
 tables["history"](ids)
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+
+
+# --- modules that are called in unusual ways -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["register_forward_hook", "register_forward_pre_hook"])
+def test_an_embedding_with_hooks_is_left_alone(where: str) -> None:
+    """A replacement would compute something else: hooks are bound to the module."""
+    model = ForeignModel()
+    name, module = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Embedding))
+    hook = getattr(module, where)(lambda *_: None)
+    finding = next(f for f in survey(model) if f.name == name)
+    assert (finding.found, finding.note) == (False, "it has forward hooks, which a replacement would not call")
+    hook.remove()
+    assert next(f for f in survey(model) if f.name == name).found
+
+
+class WithGlobalVector(nn.Module):
+    """A sequence field, and an embedding that is read by one id alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.item, self.task = nn.Embedding(40, WIDTH), nn.Embedding(6, WIDTH)
+        self.head = nn.Linear(WIDTH, 1)
+
+    def forward(self, ids_BL: Tensor) -> Tensor:
+        return self.head(self.item(ids_BL).sum(1) + self.task(torch.tensor(2))).squeeze(1)
+
+
+@pytest.mark.parametrize(
+    "config", [OptEmbedConfig(epochs=1, generations=1), SSEDSConfig(), GuidedConfig(trial_steps=2)]
+)
+def test_an_id_alone_is_searched(config) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(40, (16, 3), generator=generator) for _ in range(3)]
+    task = Task(
+        WithGlobalVector(),
+        lambda model, ids_BL: binary_cross_entropy_with_logits(model(ids_BL), (ids_BL[:, 0] % 2).float()),
+        batches,
+        batches,
+        optimizer=lambda model: torch.optim.Adam(model.parameters(), 1e-2),
+        fresh=lambda _seed: WithGlobalVector(),
+    )
+    plan = search(task, config, "50%")
+    assert 0 < plan.num_params <= plan.num_full_params // 2
+    verify(task.model, plan, task).require()
+
+
+def test_validation_batches_that_can_be_read_once_only_are_an_error() -> None:
+    """Candidates that were scored on nothing would win over all that were scored."""
+    batches = foreign_batches()
+    task = Task(
+        ForeignModel(),
+        lambda model, batch: binary_cross_entropy_with_logits(model(batch[0]), batch[1]),
+        batches,
+        iter(batches),
+        optimizer=lambda model: torch.optim.Adam(model.parameters(), 1e-2),
+        fresh=lambda _seed: ForeignModel(),
+    )
+    with pytest.raises(EmbtrimError, match="there are no valid batches to score on; give some that can be read again"):
+        search(task, OptEmbedConfig(epochs=1, population=4, generations=2), "50%")

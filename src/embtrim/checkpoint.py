@@ -97,7 +97,10 @@ def _without_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """The value as JSON, its tensors put into `tensors` and named in their place."""
     if isinstance(value, torch.Tensor):
         name = str(len(tensors))
-        tensors[name] = value.detach().cpu().contiguous()
+        value = value.detach().cpu().contiguous()
+        if any(value.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() for other in tensors.values()):
+            value = value.clone()  # such as a weight tied to a part of another: the file has none that share memory
+        tensors[name] = value
         return {"tensor": name}
     if isinstance(value, Mapping):
         return {"items": [[key, _without_tensors(v, tensors)] for key, v in value.items()]}

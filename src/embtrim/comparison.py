@@ -20,6 +20,7 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError
 
+from embtrim.checkpoint import claim
 from embtrim.config import to_toml
 from embtrim.dataset import EncodedDataset
 from embtrim.errors import DataError, EmbtrimError
@@ -69,6 +70,8 @@ class Worker:
         config, unfinished = run_config(self.config, cell.model), self.out / "unfinished" / cell.name
         try:
             if cell.budget is None:
+                train = config.train.model_dump(mode="json", exclude={"checkpoint_seconds"})
+                claim(unfinished, {"train": train, "hparams": config.hparams})
                 trained = train_full(self.data, config, cell.seed, checkpoint=unfinished / "full.safetensors")
                 state = {name: value.detach().cpu().contiguous() for name, value in trained.model.state_dict().items()}
                 weights = safetensors.torch.save(state)

@@ -239,6 +239,16 @@ def _check_split(schema: Schema, name: str, arrays: SplitArrays) -> None:
             f"split {name!r}: ids are {arrays.ids.dtype} {arrays.ids.shape}, "
             f"schema {schema.describe()} needs int32 ({len(arrays)}, {schema.num_id_columns})"
         )
+    # What `encode` wrote is mapped and right; an id beyond its table would read another table's row.
+    if len(arrays) and not isinstance(arrays.ids, np.memmap):
+        for field, columns in zip(schema.id_fields, schema.column_slices, strict=True):
+            least, rows = PAD if field.type == "multi" else 0, schema.tables[field.table_name]
+            found = arrays.ids[:, columns]
+            if found.min() < least or found.max() >= rows:
+                raise DataError(
+                    f"split {name!r}: ids of field {field.name!r} lie in {found.min()}..{found.max()}, its table has rows "
+                    f"{least}..{rows - 1}" + (", -1 where there is no value" if least == PAD else "")
+                )
     if (arrays.dense is None) != (not schema.dense_fields):
         raise DataError(f"split {name!r}: the schema has {len(schema.dense_fields)} dense fields, but dense values are "
                         f"{'missing' if arrays.dense is None else 'given'}")  # fmt: skip

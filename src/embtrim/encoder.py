@@ -468,7 +468,7 @@ def dense_values(
     """The dense fields of raw rows: float32 (N, E), or None if there is none.
 
     Raises:
-        DataError: a cell holds no finite number.
+        DataError: a cell holds no finite number, or one whose value is none in float32.
     """
     if not schema.dense_fields:
         return None
@@ -481,7 +481,14 @@ def dense_values(
         elif field.transform == "standard":
             fitted = transforms[field.name]
             value_N = (value_N - fitted["mean"]) / fitted["std"]
-        dense_NE[:, e] = np.nan_to_num(value_N, nan=0.0)
+        with np.errstate(over="ignore"):
+            dense_NE[:, e] = np.nan_to_num(value_N, nan=0.0)
+        too_large = np.flatnonzero(~np.isfinite(dense_NE[:, e]))
+        if len(too_large):
+            raise DataError(
+                f"{locate(too_large[0])}: column {field.raw_column!r} gives {value_N[too_large[0]]:g}, which float32 cannot "
+                "hold; declare transform = 'log1p' for it"
+            )
     return dense_NE
 
 

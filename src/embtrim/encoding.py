@@ -429,19 +429,19 @@ def read_labels(chunk: Chunk, column: str) -> np.ndarray:
 
 
 def read_weights(chunk: Chunk, column: str) -> np.ndarray:
-    """Sample weights of a chunk: float32 (N,), finite, not negative.
+    """Sample weights of a chunk: float32 (N,), finite in it, not negative.
 
     Raises:
         DataError: a weight is missing, no number, infinite or negative; names file and line.
     """
     raw = chunk.frame[column]
-    weights = raw.cast(pl.Float64, strict=False)
+    weights = raw.cast(pl.Float64, strict=False).cast(pl.Float32)
     bad = (~(weights.is_finite() & (weights >= 0))).fill_null(True).arg_true()
     if len(bad):
         raise DataError(
             f"{chunk.locate(bad[0])}: weight {column!r} is {raw[bad[0]]!r}; a weight is a finite number, 0 or more"
         )
-    return weights.cast(pl.Float32).to_numpy()
+    return weights.to_numpy()
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

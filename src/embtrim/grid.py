@@ -78,8 +78,8 @@ class Cell:
         parts = [self.model, self.label, f"seed{self.seed}"]
         if self.budget is not None:
             budget = Budget.parse(self.budget)
-            percent = budget.kind == "percent"
-            parts.insert(2, f"{budget.amount * 100:g}pct" if percent else f"{budget.amount:.0f}{budget.kind}")
+            amount, unit = (100 * budget.amount, "pct") if budget.kind == "percent" else (budget.amount, budget.kind)
+            parts.insert(2, f"{amount:.15g}{unit}")
         return "-".join(parts)
 
     @property

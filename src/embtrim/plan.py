@@ -27,10 +27,11 @@ import hashlib
 import itertools
 import json
 import os
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
 
@@ -102,6 +103,12 @@ class TablePlan:
         if self.num_kept > self.num_rows:
             raise PlanError(f"{where}: its blocks hold {self.num_kept:,} rows, the table {self.num_rows:,}")
         for block in self.blocks:
+            if block.alignment not in get_args(Alignment):
+                raise PlanError(f"{where}: alignment must be concat, scatter or project, given {block.alignment!r}")
+            if block.num_rows < 0 or (isinstance(block.columns, int) and block.columns < 0):
+                raise PlanError(
+                    f"{where}: a block keeps {block.num_rows} rows and {block.columns} columns; 0 or more are allowed"
+                )
             columns = block.kept_columns
             if any(b <= a for a, b in itertools.pairwise(columns)) or any(not 0 <= c < self.width for c in columns):
                 raise PlanError(f"{where}: columns must ascend within 0..{self.width - 1}, given {block.columns}")
@@ -282,6 +289,13 @@ class TablePlan:
                 )
             id_map[rows] = np.arange(start, start + block.num_rows, dtype=np.int32)
         return id_map
+
+    def reads(self, id_map: np.ndarray) -> bool:
+        """Whether ids that this map gives are the table's compact ids; of a plan without its rows, whether they may be."""
+        if any(block.rows is None and block.num_rows < self.num_rows for block in self.blocks):
+            return int(id_map.max(initial=-1)) < self.num_compact_rows
+        expected = self.id_map()
+        return expected is not None and np.array_equal(id_map, expected)
 
     def grown(self, num_new: int, num_returned: int) -> TablePlan:
         """The layout with rows for more values, behind those that it has and of their width: the narrowest, if mixed.
@@ -549,13 +563,34 @@ class SizePlan:
         tables = []
         for table in self.tables:
             free = padded_width(table.output_width) - table.output_width
-            if free and not table.mixed and table.alignment != "project":
-                left = [column for column in range(table.width) if column not in table.columns]
-                columns = tuple(sorted((*table.columns, *left[:free])))
-                blocks = tuple(dataclasses.replace(block, columns=columns) for block in table.blocks)
-                table = dataclasses.replace(table, blocks=blocks)
-            tables.append(table)
+            fixed = not free or table.mixed or table.alignment == "project"
+            tables.append(table if fixed else _with_columns(table, free))
         return dataclasses.replace(self, tables=tuple(tables))
+
+    def with_padded_columns(self, budget: Budget, wanted: Mapping[str, int]) -> SizePlan:
+        """The plan with further groups of four columns, as many as a budget has room for in fbgemm's tables.
+
+        Args:
+            budget: in percent or bytes.
+            wanted: columns of each table in a plan that takes no notice of padding: tables that have fewer get theirs first,
+                then those where a group takes the fewest bytes.
+        """
+        tables = list(self.tables)
+        room = (
+            self.max_bytes(budget, "fbgemm") - self.num_bytes("fbgemm") + 1e-6
+        )  # of a byte: the percentage was rounded
+        while True:
+            fitting = []
+            for number, t in enumerate(tables):
+                if t.blocks and not t.mixed and t.alignment != "project" and t.output_width < t.width:
+                    wider = _with_columns(t, FBGEMM_COLUMNS)
+                    more = self.table_bytes(wider, "fbgemm") - self.table_bytes(t, "fbgemm")
+                    if more <= room:
+                        fitting.append((t.output_width >= wanted[t.name], more, number, wider))
+            if not fitting:
+                return dataclasses.replace(self, tables=tuple(tables))
+            _, more, number, tables[number] = min(fitting, key=lambda choice: choice[:3])
+            room -= more
 
     def max_bytes(self, budget: Budget, target: Target = "torch") -> float:
         """Bytes that `budget` allows a plan with this one's bits and first-order weights, for a target.
@@ -610,6 +645,8 @@ class SizePlan:
             if table.bits != 32:
                 tables[-1]["bits"] = table.bits
         head = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "tables"}
+        if arrays:
+            head["rows_crc32"] = _crc32(arrays)
         text = json.dumps({"plan_version": PLAN_VERSION, **head, "tables": tables}, indent=1)
         if arrays:
             write_then_rename(path.with_suffix(".npz"), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
@@ -632,6 +669,10 @@ class SizePlan:
                 raise PlanError(f"plan version {version}, this release reads {PLAN_VERSION}; upgrade embtrim")
             named = any("rows" in b for t in values["tables"] for b in t["blocks"])
             arrays = dict(np.load(path.with_suffix(".npz"), allow_pickle=False)) if rows and named else {}
+            if values.pop("rows_crc32", None) not in (None, _crc32(arrays)) and arrays:
+                raise PlanError(
+                    f"{path.with_suffix('.npz').name} holds the rows of another plan; save or copy both again"
+                )
             values["tables"] = tuple(_read_table(t, arrays, rows) for t in values["tables"])
             return cls(**values)
         except FileNotFoundError as error:
@@ -668,6 +709,13 @@ class SizePlan:
             f"{self.num_bytes(self.target):,} bytes with {self.num_first_order_params:,} first-order weights"
         )
         return "\n".join([head, *(f"  {t.name}: {describe_table(t)}" for t in self.tables)])
+
+
+def _with_columns(table: TablePlan, number: int) -> TablePlan:
+    """A table whose blocks keep further columns, the first that it does not keep."""
+    left = [column for column in range(table.width) if column not in table.columns]
+    columns = tuple(sorted((*table.columns, *left[:number])))
+    return dataclasses.replace(table, blocks=tuple(dataclasses.replace(b, columns=columns) for b in table.blocks))
 
 
 def padded_width(width: int) -> int:
@@ -711,6 +759,14 @@ def describe_difference(left: TablePlan, right: TablePlan) -> str:
     return "" if same else f"{change}, other rows"
 
 
+def _crc32(arrays: Mapping[str, np.ndarray]) -> int:
+    """Of the rows of a plan, to tell that its two files belong together."""
+    found = 0
+    for _, array in sorted(arrays.items()):
+        found = zlib.crc32(np.ascontiguousarray(array).data, found)
+    return found
+
+
 def _read_table(entry: dict[str, Any], arrays: Mapping[str, np.ndarray], with_rows: bool) -> TablePlan:
     _check_keys(entry, ("name", "num_rows", "width", "blocks", "bits"), f"table {entry.get('name')!r}")
     blocks = tuple(_read_block(block, arrays, with_rows) for block in entry["blocks"])
@@ -727,8 +783,6 @@ def _check_keys(entry: dict[str, Any], allowed: Sequence[str], where: str) -> No
 def _read_block(entry: dict[str, Any], arrays: Mapping[str, np.ndarray], with_rows: bool) -> Block:
     _check_keys(entry, ("num_rows", "columns", "alignment", "rows"), "a block")
     columns = entry["columns"] if isinstance(entry["columns"], int) else tuple(entry["columns"])
-    if entry["alignment"] not in ("concat", "scatter", "project"):
-        raise PlanError(f"alignment must be concat, scatter or project, given {entry['alignment']!r}")
     rows = arrays[entry["rows"]] if with_rows and "rows" in entry else None
     return Block(int(entry["num_rows"]), columns, entry["alignment"], rows)
 

@@ -360,6 +360,8 @@ def _why_left(name: str, module: nn.Module, keep: Callable[[str], bool] | None) 
         return f"{name or type(module).__name__}, a {type(module).__name__}, reads its weight too"
     if type(module).forward not in (nn.Embedding.forward, nn.EmbeddingBag.forward):
         return f"{type(module).__name__} has a forward of its own"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has forward hooks, which a replacement would not call"
     if "weight" not in module._parameters:
         return "its weight is computed from others"
     if module.embedding_dim == 1:
@@ -616,9 +618,7 @@ class Task:
         for batch in self.batches("valid"):
             weight = loss_weight(batch)
             total, rows = total + weight * float(self.loss(model, batch)), rows + weight
-        if not rows:
-            raise EmbtrimError("there are no valid batches to score on; give some that can be read again")
-        return -total / rows
+        return -total / self._scored(rows)
 
     @torch.no_grad()
     def gated_scores(self, model: nn.Module, gates: Sequence[Sequence[SlotGate]], max_rows: int = 0) -> list[float]:
@@ -646,7 +646,14 @@ class Task:
             for number, gating in enumerate(gates):
                 with gate_sites(sites, gating):
                     totals[number] -= weight * float(self.loss(model, batch))
-        return [total / (rows or 1.0) for total in totals]
+        return [total / self._scored(rows) for total in totals]
+
+    @staticmethod
+    def _scored(rows: float) -> float:
+        """Validation rows that were scored; without any no score means anything."""
+        if not rows:
+            raise EmbtrimError("there are no valid batches to score on; give some that can be read again")
+        return rows
 
     def row_counts(self) -> dict[str, np.ndarray]:
         """Occurrences of each row in the training data, int64 (V,) by table; one forward pass over the batches."""

@@ -39,7 +39,7 @@ from embtrim.kernels import kernels_name
 from embtrim.memory import freed_pages_kept
 from embtrim.metrics import Metrics, auc_by_frequency_decile, compute_metrics
 from embtrim.models.ctr_model import CTRModel
-from embtrim.optim import RowAdagrad, RowAdam, RowSGD
+from embtrim.optim import RowAdagrad, RowAdam, RowOptimizer, RowSGD
 from embtrim.progress import progress_bar
 from embtrim.tables import EmbeddingTables
 
@@ -333,6 +333,7 @@ def train_loop(
         fast_matmul(config.precision, device) as (autocast, result.precision),
         freed_pages_kept(),
         torch.random.fork_rng(forked),
+        released(optimizers, model),
     ):
         torch.manual_seed(config.seed)
         epoch_random = random_states(device)  # a loader may draw the order of its batches from these
@@ -436,15 +437,9 @@ def train_loop(
                     break
                 at.factor *= config.reduce_lr
                 scale_learning_rates(optimizers, config.reduce_lr)
-    for optimizer in optimizers:
-        detach = getattr(optimizer, "detach", None)
-        if detach is not None:
-            detach()
     if best_state is not None:
         model.load_state_dict(best_state)
     model.eval()
-    for parameter in model.parameters():
-        parameter.grad = None
     if saved is not None:  # it had ended before
         return result
     result.seconds = time.perf_counter() - started
@@ -455,6 +450,19 @@ def train_loop(
     level = logging.DEBUG if score is None else logging.INFO
     log.log(level, "trained %d epochs in %.1f s (%s)", len(result.history), result.seconds, result.precision)
     return result
+
+
+@contextmanager
+def released(optimizers: Sequence[Optimizer], model: nn.Module) -> Iterator[None]:
+    """Leave the model to others after a `with` block, also where it was interrupted: no table is owned, no gradient kept."""
+    try:
+        yield
+    finally:
+        for optimizer in optimizers:
+            if isinstance(optimizer, RowOptimizer):
+                optimizer.detach()
+        for parameter in model.parameters():
+            parameter.grad = None
 
 
 def device_of(config: TrainConfig) -> torch.device:
@@ -626,6 +634,10 @@ def check_data(model: CTRModel, data: EncodedDataset) -> None:
             raise DataError(
                 f"ids of table {table.name!r} are {'re-coded, but the model reads the stored ones' if mapped else 'as stored, but the model is compact'};"
                 " give a compact model data.recode(plan), a full one the data as they are"
+            )
+        if mapped and not table.reads(data.id_maps[table.name]):
+            raise DataError(
+                f"ids of table {table.name!r} are re-coded by another plan than the model's; give data.recode(plan) of its own"
             )
 
 

@@ -123,7 +123,9 @@ def _search_stored(task: Task, config: Config, budget: Budget, seed: int, bits: 
     if budget.kind == "params":
         if bits == "mixed":
             raise ConfigError(f"mixed bits need a budget in percent or bytes, given {budget}")
-        return method.search(task, config, budget, seed).with_bits(bits)
+        plan = method.search(task, config, budget, seed).with_bits(bits)
+        plan.num_bytes(target)  # raises where the target cannot store it
+        return plan
     if bits == "mixed" and method.search_mixed is not None and target != "fbgemm":
         plan = method.search_mixed(task, config, budget, seed)
         if (least := amount_of(plan, budget, target)) > budget.amount * ROUNDED:
@@ -137,7 +139,7 @@ def _search_stored(task: Task, config: Config, budget: Budget, seed: int, bits: 
     ratio = 32 / (MIXED_BITS if bits == "mixed" else bits)
     unit = 1 if budget.kind == "bytes" else BYTES_PER_PARAM * full.num_full_params
     amount = budget.amount * ratio
-    plan = full
+    plan, wanted = full, None
     while plan.num_params:
         amount = amount if budget.kind == "bytes" else min(amount, 1.0)
         within = Budget(budget.kind, amount)
@@ -149,9 +151,12 @@ def _search_stored(task: Task, config: Config, budget: Budget, seed: int, bits: 
             ) from None
         plan = mixed_bits(task, plan, budget) if bits == "mixed" else plan.with_bits(bits)
         if target == "fbgemm":
+            wanted = wanted or {t.name: t.output_width for t in plan.tables}
             plan = plan.with_free_columns()
         excess = plan.num_bytes(target) - plan.max_bytes(budget, target)
         if excess <= 1e-6:  # of a byte: the percentage was rounded
+            if wanted and "columns" in method.adds:
+                plan = plan.with_padded_columns(budget, wanted)
             return plan.made_by(plan.method, {**plan.details, "budget": str(budget)})
         amount = max(amount - excess * ratio / unit, amount / 2)
     return plan

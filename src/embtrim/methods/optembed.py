@@ -31,6 +31,7 @@ Axes: B batch, F fields or 1, D width, U distinct rows, V rows of a table, T tab
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -216,8 +217,9 @@ def width_gate(site: Site, model: nn.Module, generator: torch.Generator) -> Slot
         if not model.training:
             return output
         fields = output.shape[-1] // width  # a site's tables are equally wide
-        drawn = torch.randint(width, (len(output) * fields,), generator=generator)  # (supernet): d - 1
-        mask = prefixes_DD[drawn].view(len(output), *[1] * (output.ndim - 2), -1)
+        lead = (len(output), *[1] * (output.ndim - 2)) if output.ndim > 1 else ()  # a scalar id is one sample
+        drawn = torch.randint(width, (math.prod(lead) * fields,), generator=generator)  # (supernet): d - 1
+        mask = prefixes_DD[drawn].view(*lead, -1)
         return output * mask.to(output)
 
     return gate
