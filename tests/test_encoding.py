@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from embtrim import encoding
 from embtrim.dataset import EncodedDataset
 from embtrim.encoder import Encoder, hash_values
-from embtrim.encoding import Split, encode, infer_schema, iter_chunks, open_log, quantile_edges
+from embtrim.encoding import Split, encode, infer_schema, open_log, quantile_edges
 from embtrim.errors import ConfigError, DataError
 from embtrim.numbering import Numbering
 from embtrim.reading import ReadOptions
@@ -482,7 +482,6 @@ class TestReading:
             line = int(chunk.locate(1).split("line ")[1])
             assert text.split("\n")[line - 1].endswith("," + chunk.frame["a"][1])
         assert chunks[-1].done == 1.0
-        assert [frame.height for frame in iter_chunks(log.files[0].name, ["y"])] == [100]
 
     @pytest.mark.parametrize(
         "name, content, message",

@@ -380,8 +380,8 @@ def compact(
     from embtrim.plan import SizePlan
     from embtrim.train import evaluate, fit
 
-    if no_train and settings.init == "scratch":
-        raise ConfigError("--no-train would save the untrained weights of --init scratch; add --init inherit")
+    if no_train and settings.init != "inherit":
+        raise ConfigError(f"--no-train would save the untrained weights of --init {settings.init}; add --init inherit")
     encoded = embtrim.load(data)
     full = _load_full(bundle, encoded).model
     sizes = SizePlan.load(plan)

@@ -51,14 +51,13 @@ from embtrim.reading import (
     RawLog,
     ReadOptions,
     Source,
-    iter_chunks,
     open_log,
     read_ahead,
 )
 from embtrim.schema import Schema
 from embtrim.splitting import Sample, Split, Splitter, choose_split
 
-__all__ = ["Encoder", "ReadOptions", "Split", "encode", "infer_schema", "iter_chunks", "open_log"]
+__all__ = ["Encoder", "ReadOptions", "Split", "encode", "infer_schema", "open_log"]
 
 # Training rows whose codes are counted together: a pass over all counts pays for that many, and a column of them is in memory.
 COUNTED_ROWS = 2_000_000
@@ -185,7 +184,7 @@ def encode_further(
         source: the log, as for `encode`.
         encoder: its fields, labels and transforms are taken as they are.
         extend: makes the encoder from the values that occur at least `min_count` times in the training rows - by table a
-            frame of value, id and count, as `ValueCounter.vocabularies` gives them - and from the folder, in which files
+            frame of value, id and count, as `Numbering.vocabularies` gives them - and from the folder, in which files
             that it writes stay with the data.
         out: folder to write; an encoded dataset there is replaced.
         split: as for `encode`.

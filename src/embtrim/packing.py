@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 # The share of the way from the mean to the largest and to the smallest value that the codes span: 1 clips nothing.
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-# Rows whose error is summed at a time.
+# Rows that are coded at a time.
 CHUNK_ROWS = 65_536
 
 
@@ -62,12 +62,13 @@ class PackedRows(nn.Module):
         values_NW = values_NW.float()
         scale_W, offset_W = fit_codes(values_NW, self.bits)
         self.scale[stretch], self.offset[stretch] = scale_W, offset_W
-        codes_NW = codes_of(values_NW, scale_W, offset_W, self.bits).to(torch.uint8)
-        if self.bits == 4:
-            low, high = codes_NW.split([self.values.shape[1], self.width // 2], 1)
-            codes_NW = low
-            codes_NW[:, : high.shape[1]] += high << 4
-        self.values[rows_N] = codes_NW
+        for place_N, part_NW in zip(rows_N.split(CHUNK_ROWS), values_NW.split(CHUNK_ROWS), strict=True):
+            codes_NW = codes_of(part_NW, scale_W, offset_W, self.bits).to(torch.uint8)
+            if self.bits == 4:
+                low, high = codes_NW.split([self.values.shape[1], self.width // 2], 1)
+                codes_NW = low
+                codes_NW[:, : high.shape[1]] += high << 4
+            self.values[place_N] = codes_NW
 
     def forward(self, index: Tensor, stretch_C: Tensor) -> Tensor:
         """fp32 rows (.., C, W) of places `index` (.., C), whose columns are of the stretches `stretch_C`."""

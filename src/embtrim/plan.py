@@ -461,11 +461,6 @@ class SizePlan:
         return sum(t.num_compact_rows for t in self.tables) if self.first_order else 0
 
     @property
-    def num_first_order_bytes(self) -> int:
-        """Bytes of the first-order weights, if the model has them."""
-        return sum(t.num_first_order_bytes for t in self.tables) if self.first_order else 0
-
-    @property
     def num_full_params(self) -> int:
         """Embedding parameters of the full tables, which a percentage refers to."""
         return sum(t.num_rows * t.width for t in self.tables)

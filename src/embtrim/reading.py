@@ -252,14 +252,6 @@ def read_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def iter_chunks(
-    source: Source, columns: Sequence[str] | None = None, options: ReadOptions | None = None
-) -> Iterator[pl.DataFrame]:
-    """Yield the rows of a raw log as frames of bounded size; see `open_log` and `RawLog.chunks`."""
-    for chunk in open_log(source, options).chunks(columns):
-        yield chunk.frame
-
-
 class _File:
     """One file of a log. Its chunks count within the file: `done`, offset and line of `end`; their row numbers are not set."""
 
