@@ -543,6 +543,30 @@ def test_a_method_of_anyones_may_choose_bits_itself(task, plans_bits):
         del METHODS["halves"]
 
 
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_large_tables_are_read_in_parts(bits, monkeypatch):
+    """Energies, losses and codes of ten rows, in parts of three, are those of all at once."""
+    generator = torch.Generator().manual_seed(0)
+    weight_VD, count_V = torch.randn(10, 4, generator=generator), np.arange(10)
+    table = TablePlan("f0", 10, 4, (Block(7, (0, 2, 3), "concat", np.arange(7, dtype=np.int32)),))
+
+    def found() -> tuple[np.ndarray, float, Tensor]:
+        packed = PackedRows(10, 4, bits, 1)
+        packed.store(0, torch.arange(10).flip(0), weight_VD)
+        loss = code_loss(table, weight_VD, count_V, bits)
+        return energy_of_rows(weight_VD, count_V), loss, packed(torch.arange(10)[:, None], torch.zeros(1).long())
+
+    energies, loss, stored = found()
+    for module in ("packing", "precision"):
+        monkeypatch.setattr(f"embtrim.{module}.CHUNK_ROWS", 3)
+    in_parts = found()
+    np.testing.assert_allclose(in_parts[0], energies, rtol=1e-12)
+    assert in_parts[1] == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(in_parts[2], stored)
+    mean_D = np.average(weight_VD.double(), axis=0, weights=count_V)
+    np.testing.assert_allclose(energies, count_V * ((weight_VD.numpy() - mean_D) ** 2).sum(1), rtol=1e-6)
+
+
 def test_bytes_of_fbgemm_by_hand():
     rows = np.array([0, 2, 5], np.int32)
     plan = SizePlan(SCHEMA.fingerprint, 3, (

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from embtrim.budget import BYTES_PER_PARAM, Budget
-from embtrim.packing import codes_of, fit_codes
+from embtrim.packing import CHUNK_ROWS, codes_of, fit_codes
 from embtrim.plan import Alignment, Block, SizePlan, TablePlan
 from embtrim.sites import ModuleSite, Task, weights_by_table
 
@@ -131,9 +131,14 @@ def least_loss_plan(task: Task, budget: Budget, alignment: Alignment) -> SizePla
 
 def energy_of_rows(weight_VD: Tensor, count_V: np.ndarray) -> np.ndarray:
     """n_r ||e_r - mean||^2 of each row, (V,); the mean is weighted by n_r, too."""
-    count, weight_VD = torch.from_numpy(count_V).double(), weight_VD.double().cpu()
-    mean_D = (count @ weight_VD) / count.sum().clamp(min=1)
-    return (count * (weight_VD - mean_D).square().sum(1)).numpy()
+    # In parts: in float64 a large table would take twice its memory, and its squares as much again.
+    parts = list(zip(torch.from_numpy(count_V).double().split(CHUNK_ROWS), weight_VD.split(CHUNK_ROWS), strict=True))
+    total_D = sum(
+        (count @ part_VD.double().cpu() for count, part_VD in parts), torch.zeros(weight_VD.shape[1]).double()
+    )
+    mean_D = total_D / max(1, count_V.sum())
+    energies = [count * (part_VD.double().cpu() - mean_D).square().sum(1) for count, part_VD in parts]
+    return torch.cat(energies).numpy()
 
 
 def row_choices(
@@ -232,10 +237,11 @@ def code_loss(table: TablePlan, weight_VD: Tensor, count_V: np.ndarray, bits: in
         kept = weight_VD if block.rows is None else weight_VD[torch.from_numpy(block.rows).to(weight_VD.device)]
         counts = torch.from_numpy(count_V if block.rows is None else count_V[block.rows]).to(weight_VD.device)
         values = kept[:, list(block.kept_columns)].float()
-        if bits == 16:
-            stored = values.half().float()
-        else:
-            scale, offset = fit_codes(values, bits)
-            stored = codes_of(values, scale, offset, bits) * scale + offset
-        total += float(((stored - values).double().square().sum(1) * counts).sum())
+        scale, offset = (None, None) if bits == 16 else fit_codes(values, bits)
+        for part, count in zip(values.split(CHUNK_ROWS), counts.split(CHUNK_ROWS), strict=True):
+            if scale is None or offset is None:
+                stored = part.half().float()
+            else:
+                stored = codes_of(part, scale, offset, bits) * scale + offset
+            total += float(((stored - part).double().square().sum(1) * count).sum())
     return total

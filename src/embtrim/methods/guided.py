@@ -38,6 +38,7 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
+import torch
 from pydantic import Field
 
 from embtrim.budget import Budget
@@ -49,6 +50,7 @@ from embtrim.methods.registry import register
 from embtrim.methods.selection import field_plan, filled, full_limit, row_plan, slot_costs
 from embtrim.methods.sseds import SSEDSConfig, slot_gradients
 from embtrim.methods.uniform import UniformConfig, search_uniform
+from embtrim.packing import CHUNK_ROWS
 from embtrim.plan import SizePlan
 from embtrim.precision import least_loss_plan
 from embtrim.progress import tracked
@@ -186,6 +188,7 @@ def row_energies(task: Task) -> dict[str, np.ndarray]:
     """n_r ||e_r||^2 of each row of the trained model, (V,) by table."""
     counts = task.row_counts()
     return {
-        name: counts[name] * weight_VD.double().square().sum(1).cpu().numpy()
+        name: counts[name]
+        * torch.cat([part.double().square().sum(1).cpu() for part in weight_VD.split(CHUNK_ROWS)]).numpy()
         for name, weight_VD in weights_by_table(task.sites(task.model)).items()
     }
