@@ -35,6 +35,10 @@ VERSION = 1
 SETTINGS = "settings.json"
 
 
+class OtherTrainingError(DataError):
+    """A checkpoint is of a training with other settings."""
+
+
 class Checkpoint:
     """The file of one training.
 
@@ -54,7 +58,7 @@ class Checkpoint:
         """What was saved last; None if nothing was, or if the file is damaged (then a warning says so).
 
         Raises:
-            DataError: the file is of another training.
+            OtherTrainingError: the file is of another training.
         """
         if not self.path.exists():
             return None
@@ -74,7 +78,9 @@ class Checkpoint:
         # A setting that came after the file was written is not known of its training.
         change = first_change(settings, {name: value for name, value in self.settings.items() if name in settings})
         if change is not None:
-            raise DataError(f"{self.path} is of a training with {change}; remove it, or give the settings of before")
+            raise OtherTrainingError(
+                f"{self.path} is of a training with {change}; remove it, or give the settings of before"
+            )
         return _with_tensors(head["values"], tensors)
 
     @property

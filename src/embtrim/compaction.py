@@ -63,9 +63,9 @@ def compact(
 
     Raises:
         PlanError: the plan was made for something else, or lists counts where `init` needs columns.
-        EmbtrimError: `init` is none of these; the model's tables are compact already, or quantised; a weight that the plan stores in pieces
-            is also kept where they cannot replace it; or `reads` names no such Linear or embedding, or parts that do not
-            add up to its input.
+        EmbtrimError: `init` is none of these; the model's tables are compact already, or quantised; a weight that the plan
+            stores in pieces is also kept where they cannot replace it; or `reads` names no such Linear or embedding, or
+            parts that do not add up to its input.
     """
     if init not in get_args(Init):
         raise EmbtrimError(f"init must be 'scratch', 'initial' or 'inherit', given {init!r}")
@@ -78,10 +78,9 @@ def compact(
         raise EmbtrimError("reads= is for foreign modules: the models of embtrim.models know what reads their tables")
     model.tables.check_fp32()
     plan.check_schema(model.schema)
-    full = SizePlan.full(model.schema, model.tables.width)
-    if any(table.renumbers or table.output_width < table.width for table in model.tables.plan.tables):
+    if not model.tables.plan.keeps_all:
         raise EmbtrimError(f"this {model.name} is compact already; compact the full model")
-    plan.check_tables(full)
+    plan.check_tables(SizePlan.full(model.schema, model.tables.width))
     if plan.first_order != model.has_first_order:
         plan = dataclasses.replace(plan, first_order=model.has_first_order)
     hparams = dict(model.hparams) if seed is None else {**model.hparams, "seed": seed}

@@ -20,7 +20,7 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError
 
-from embtrim.checkpoint import claim
+from embtrim.checkpoint import OtherTrainingError
 from embtrim.config import to_toml
 from embtrim.dataset import EncodedDataset
 from embtrim.errors import DataError, EmbtrimError
@@ -70,9 +70,13 @@ class Worker:
         config, unfinished = run_config(self.config, cell.model), self.out / "unfinished" / cell.name
         try:
             if cell.budget is None:
-                train = config.train.model_dump(mode="json", exclude={"checkpoint_seconds"})
-                claim(unfinished, {"train": train, "hparams": config.hparams})
-                trained = train_full(self.data, config, cell.seed, checkpoint=unfinished / "full.safetensors")
+                checkpoint = unfinished / "full.safetensors"
+                try:
+                    trained = train_full(self.data, config, cell.seed, checkpoint=checkpoint)
+                except OtherTrainingError as error:
+                    log.warning("%s: this training starts anew", error)
+                    checkpoint.unlink()
+                    trained = train_full(self.data, config, cell.seed, checkpoint=checkpoint)
                 state = {name: value.detach().cpu().contiguous() for name, value in trained.model.state_dict().items()}
                 weights = safetensors.torch.save(state)
                 # Weights before the record: whoever finds the record may rely on them.

@@ -466,6 +466,11 @@ class SizePlan:
         return sum(t.num_rows * t.width for t in self.tables)
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether every table keeps all its rows, in their order, and all its columns: whether a model of it is a full one."""
+        return not any(table.renumbers or table.output_width < table.width for table in self.tables)
+
+    @property
     def keeps_nothing(self) -> bool:
         """Whether no table keeps a row with a column."""
         return not any(block.num_rows and block.width for table in self.tables for block in table.blocks)
@@ -571,9 +576,8 @@ class SizePlan:
                 then those where a group takes the fewest bytes.
         """
         tables = list(self.tables)
-        room = (
-            self.max_bytes(budget, "fbgemm") - self.num_bytes("fbgemm") + 1e-6
-        )  # of a byte: the percentage was rounded
+        rounding = 1e-6  # of a byte, that of the percentage
+        room = self.max_bytes(budget, "fbgemm") - self.num_bytes("fbgemm") + rounding
         while True:
             fitting = []
             for number, t in enumerate(tables):
@@ -664,7 +668,8 @@ class SizePlan:
                 raise PlanError(f"plan version {version}, this release reads {PLAN_VERSION}; upgrade embtrim")
             named = any("rows" in b for t in values["tables"] for b in t["blocks"])
             arrays = dict(np.load(path.with_suffix(".npz"), allow_pickle=False)) if rows and named else {}
-            if values.pop("rows_crc32", None) not in (None, _crc32(arrays)) and arrays:
+            crc32 = values.pop("rows_crc32", None)
+            if arrays and crc32 not in (None, _crc32(arrays)):
                 raise PlanError(
                     f"{path.with_suffix('.npz').name} holds the rows of another plan; save or copy both again"
                 )

@@ -100,7 +100,7 @@ class TableSite:
     """The full EmbeddingTables of a zoo model; fields that share a table share its slots."""
 
     def __init__(self, tables: EmbeddingTables) -> None:
-        if tables.plan.num_params < tables.plan.num_full_params:
+        if not tables.plan.keeps_all:
             raise EmbtrimError("these tables are compact already; search in the full model")
         self.tables = tables
         plans = tables.plan.tables
