@@ -216,6 +216,17 @@ def test_fm_and_its_gradient_by_hand_are_those_of_autograd(case):
 
 
 @pytest.mark.parametrize("align", ["full", "scatter", "project"])
+def test_to_the_gradient_of_fm_others_can_be_added_in_place(align):
+    schema = Schema.from_sizes([20, 30])
+    plan = SizePlan.full(schema, width=6)
+    if align != "full":
+        plan = plan.with_columns({"f0": [0, 2, 5], "f1": [1, 2]}, align)
+    views = EmbeddingTables(schema, plan, init_std=1.0)(torch.randint(0, 10, (64, 2)))
+    (grad_BS,) = torch.autograd.grad(views.fm().sum(), views.concat)
+    assert not grad_BS._is_view()  # autograd copies those
+
+
+@pytest.mark.parametrize("align", ["full", "scatter", "project"])
 def test_fm_under_autocast_stays_near_that_in_fp32(align):
     schema = Schema.from_sizes([20, 30, 10])
     plan = SizePlan.full(schema, width=6)

@@ -72,8 +72,11 @@ class FMTerm(autograd.Function):
         concat_BS, sum_BD, *saved = ctx.saved_tensors
         weighted_BD = grad_B1 * sum_BD
         if not saved:
-            grad_BFD = torch.addcmul(weighted_BD[:, None], concat_BS.view(ctx.shape), grad_B1[:, None], value=-1)
-            return grad_BFD.view_as(concat_BS), None, None, None, None
+            # No view: to one that is, autograd adds the gradients of the other readers out of place.
+            grad_BS = torch.empty_like(concat_BS)
+            parts = weighted_BD[:, None], concat_BS.view(ctx.shape), grad_B1[:, None]
+            torch.addcmul(*parts, value=-1, out=grad_BS.view(ctx.shape))
+            return grad_BS, None, None, None, None
         concat_low_BS, projection_SD, projected_low_BP, own_BS = saved
         weighted_BD = weighted_BD.to(projection_SD.dtype)
         grad_BS = (weighted_BD @ projection_SD.T).to(concat_BS.dtype)
