@@ -166,7 +166,9 @@ def _train(scale: Scale, precisions: Mapping[str, Mapping[str, Any]]) -> list[Jo
 
         found += [
             ours("embtrim width 16 fp32", "full", "fp32"),
+            ours("embtrim width 16 fp32 [fast]", "full", "fp32", kernels="fused"),
             ours("embtrim width 16 auto", "full", "auto"),
+            ours("embtrim width 16 auto [fast]", "full", "auto", kernels="fused"),
             ours("embtrim mixed widths auto", "mixed", "auto"),
             ours("embtrim mixed widths auto [fast]", "mixed", "auto", kernels="fused"),
             peer("FBGEMM width 16 fp32", "fbgemm", layout="full", **precisions["fp32"]),
