@@ -82,7 +82,10 @@ BitsName = Annotated[
     str | None, typer.Option("--bits", metavar="32|16|8|4|mixed|auto", help="Of a stored value of the compact tables.")
 ]
 TargetName = Annotated[
-    str | None, typer.Option("--target", metavar="torch|onnx|fbgemm", help="What will store the tables: bytes are its.")
+    str | None,
+    typer.Option(
+        "--target", metavar="torch|onnx|fbgemm", help="What will store the tables: bytes are its, vocabulary included."
+    ),
 ]
 FormatName = Annotated[str | None, typer.Option("--format", metavar="csv|parquet|libsvm|libfm", help="Of the log.")]
 NoHeader = Annotated[bool | None, typer.Option("--no-header", help="The first line of the log holds data.")]
@@ -329,7 +332,7 @@ def search(
         plan = full.tables.plan
         facts = {
             "table_bytes_before": plan.num_bytes(settings.target),
-            "table_bytes_allowed": allowed_bytes(plan, settings, settings.budget),
+            "table_bytes_allowed": allowed_bytes(plan, encoded, settings, settings.budget),
             "seconds_per_epoch": _time_at_most(full, encoded, settings.train.replace(epochs=1))["seconds_at_most"],
         }
         show_dry_run(settings, facts, as_json)

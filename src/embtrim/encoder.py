@@ -131,13 +131,15 @@ class Encoder:
         (folder / "schema.json").write_text(json.dumps(self.schema.model_dump(mode="json"), indent=1), "utf-8")
         state = {"fields": self.transforms, "unseen_ids": self.unseen_ids}
         (folder / "transforms.json").write_text(json.dumps(state, indent=1), "utf-8")
+        # In the order of ids, which then pack as well where a plan gave them out anew.
         parts = [
-            frame.select(pl.lit(name).alias("table"), *_VOCABULARY_SCHEMA) for name, frame in self.vocabularies.items()
+            frame.sort("id", maintain_order=True).select(pl.lit(name).alias("table"), *_VOCABULARY_SCHEMA)
+            for name, frame in self.vocabularies.items()
         ]
         empty = pl.DataFrame(schema={"table": pl.String, **_VOCABULARY_SCHEMA})
         pl.concat([empty, *parts]).write_parquet(folder / "vocab.parquet", compression="zstd")
         if self.hash_maps:
-            np.savez(folder / "hash_maps.npz", **self.hash_maps)  # type: ignore[arg-type]
+            np.savez_compressed(folder / "hash_maps.npz", **self.hash_maps)  # type: ignore[arg-type]
 
     def encode_chunk(self, rows: Chunk | pl.DataFrame) -> EncodedChunk:
         """Encode rows; a value that the training rows did not hold gets its table's OOV id.

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -22,14 +22,14 @@ from pydantic import Field, ValidationError
 
 import embtrim
 from embtrim.budget import Budget
-from embtrim.bundle import folder_bytes, note_spread, save
+from embtrim.bundle import folder_bytes, note_spread, save, vocabulary_bytes
 from embtrim.checkpoint import CheckpointFolder, checksum, claim
 from embtrim.compaction import Init, Verification, compact, verify
 from embtrim.config import Config, describe_errors, first_change, read_toml, to_toml
 from embtrim.dataset import EncodedDataset
 from embtrim.errors import BudgetError, ConfigError, DataError, EmbtrimError
 from embtrim.memory import peak_memory
-from embtrim.methods import check_budget, method_named, method_of, search
+from embtrim.methods import budget_of_tables, check_budget, method_named, method_of, search
 from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel, HyperParameters
 from embtrim.plan import SizePlan, Target, write_then_rename
@@ -76,7 +76,8 @@ class RunConfig(Config):
         bits: precision that compact tables are stored in: 32, 16, 8 or 4, see plan.py, or "mixed" for 16, 8 or 4 by
             table, see precision.py. They are trained in fp32 and quantised after that; the same budget then has room for more
             parameters. "auto" trains with 8, mixed and 4 and keeps what has the best validation AUC.
-        target: what will store the tables, whose bytes the budget counts; see SizePlan.num_bytes.
+        target: what will store the tables, whose bytes the budget counts, and the vocabulary if it is one in bytes; see
+            `search`. None counts the tables' bytes of "torch" alone.
         controls: methods run at the same budget for comparison, with their default settings.
         seed: first seed.
         seeds: how many seeds.
@@ -91,7 +92,7 @@ class RunConfig(Config):
     max_loss: float | None = Field(default=None, gt=0, lt=0.5)
     init: Init = "scratch"
     bits: Literal[Bits, "auto"] = 32
-    target: Target = "torch"
+    target: Target | None = None
     controls: tuple[str, ...] = ("uniform",)
     seed: int = Field(default=0, ge=0)
     seeds: int = Field(default=1, ge=1)
@@ -108,6 +109,7 @@ class RunRecord(Config):
         valid, test: metrics of the splits, see Metrics; empty where the split is missing.
         num_params: embedding parameters, projections included, without first-order weights.
         target: of the run, see RunConfig.
+        counted_vocabulary_bytes: what the vocabulary took of the budget; see SizePlan.vocabulary_bytes.
         bits: of the stored values, "mixed" if tables may differ; metrics and bytes are those of the quantised model, if there
             are fewer than 32.
         table_bytes: bytes of embedding tables and first-order weights, as the target of the run stores them.
@@ -145,11 +147,12 @@ class RunRecord(Config):
     num_full_params: int
     num_first_order_params: int
     bits: Bits = 32
-    target: Target = "torch"
+    target: Target | None = None
     table_bytes: int
     model_params: int
     bundle_bytes: int
     vocabulary_bytes: int = 0
+    counted_vocabulary_bytes: int = 0
     widths: dict[str, int | float]
     full_width: int
     kept_rows: dict[str, int]
@@ -337,6 +340,7 @@ def check_run(data: EncodedDataset, config: RunConfig) -> None:
         bits: Bits = "mixed" if config.bits == "auto" else config.bits
         if bits == 32 or config.target != "fbgemm":
             full = SizePlan.full(data.schema, width, plan.first_order)
+            budget = budget_of_tables(budget, config.target, partial(vocabulary_bytes, data))
             check_budget(full, budget, bits, config.target, method_named(config.method).adds)
 
 
@@ -425,11 +429,14 @@ def shrink(
     return Trained(small, record, plan)
 
 
-def allowed_bytes(full: SizePlan, config: RunConfig, budget: str | None) -> int:
+def allowed_bytes(full: SizePlan, data: EncodedDataset, config: RunConfig, budget: str | None) -> int:
     """Bytes that compact tables may take within a budget, or without one: at the fewest bits that a table may get."""
     stored = full.with_bits(4 if config.bits in ("mixed", "auto") else config.bits)
     most = stored.num_bytes(config.target)
-    return most if budget is None else int(min(most, stored.max_bytes(Budget.parse(budget), config.target)))
+    if budget is None:
+        return most
+    for_tables = budget_of_tables(Budget.parse(budget), config.target, partial(vocabulary_bytes, data))
+    return int(min(most, stored.max_bytes(for_tables, config.target)))
 
 
 def best_precision(shrink_to: Callable[[Bits], Trained]) -> Trained:
@@ -452,7 +459,7 @@ def with_search_seconds(best: Trained, seconds: float) -> Trained:
 
 
 def search_settings(
-    task: CTRTask, config: Config, budget: str, seed: int, bits: Bits, target: Target
+    task: CTRTask, config: Config, budget: str, seed: int, bits: Bits, target: Target | None
 ) -> dict[str, Any]:
     """What a search depends on: of its unfinished state, to tell it by."""
     return {
@@ -468,7 +475,7 @@ def search_settings(
 
 
 def _searched(
-    task: CTRTask, config: Config, budget: str, seed: int, bits: Bits, target: Target, unfinished: Path | None
+    task: CTRTask, config: Config, budget: str, seed: int, bits: Bits, target: Target | None, unfinished: Path | None
 ) -> tuple[SizePlan, float, int | None]:
     """A plan, the seconds of its search, and the peak memory above the start's; out of `unfinished` if it is there."""
     if unfinished is not None:
@@ -591,6 +598,7 @@ def make_record(
         bits=bits,
         target=config.target,
         table_bytes=plan.num_bytes(config.target),
+        counted_vocabulary_bytes=plan.vocabulary_bytes,
         model_params=plan.num_params
         + plan.num_first_order_params
         + sum(p.numel() for name, p in model.named_parameters() if not name.startswith("tables.")),
@@ -668,7 +676,9 @@ def dry_run(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
     return {
         "config": config.model_dump(mode="json"),
         "table_bytes_before": plan.num_bytes(config.target),
-        "table_bytes_allowed": allowed_bytes(plan, config, None if config.max_loss is not None else config.budget),
+        "table_bytes_allowed": allowed_bytes(
+            plan, data, config, None if config.max_loss is not None else config.budget
+        ),
         "seconds_per_step": step_seconds,
         "seconds_at_most": step_seconds * steps * models * config.seeds,
     }

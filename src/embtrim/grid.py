@@ -58,7 +58,7 @@ class CompareConfig(Config):
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
     budgets: tuple[str, ...] = Field(default=("50%", "20%", "10%", "5%", "2%", "1%"), min_length=1)
     init: Init = "scratch"
-    target: Target = "torch"
+    target: Target | None = None
     seed: int = Field(default=0, ge=0)
     seeds: int = Field(default=3, ge=1)
 
@@ -250,7 +250,8 @@ def check_settings(
         "method": variant.method,
         "bits": variant.bits,
         "init": variant.init,
-        "target": config.target,
+        "target": config.target or "torch",
+        "vocabulary in the budget": config.target is not None and _is_of_bytes(cell.budget),
         **_under("train", config.train.model_dump(mode="json")),
         **_under("hparams", HyperParameters.parse(hparams).model_dump(mode="json", include=set(hparams))),
         **_under("search", variant.search),
@@ -263,7 +264,8 @@ def check_settings(
         "method": record.method or record.variant,
         "bits": record.bits,
         "init": record.init,
-        "target": record.target,
+        "target": record.target or "torch",
+        "vocabulary in the budget": record.counted_vocabulary_bytes > 0,
         **_under("train", {**TrainConfig().model_dump(mode="json"), **record.train}),
         **_under("hparams", record.hparams),
         **_under("search", {**default, **record.search}),
@@ -274,6 +276,10 @@ def check_settings(
     change = first_change(made, expected)
     if change is not None:
         raise DataError(f"{path} was made with {change}; choose another --out, or give the settings of before")
+
+
+def _is_of_bytes(budget: str | None) -> bool:
+    return budget is not None and Budget.parse(budget).kind == "bytes"
 
 
 def _under(section: str, values: dict[str, Any]) -> dict[str, Any]:

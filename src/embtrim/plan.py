@@ -510,12 +510,17 @@ class SizePlan:
         """What the search was told will store the tables."""
         return self.details.get("target", "torch")
 
-    def num_bytes(self, target: Target = "torch") -> int:
-        """Bytes of the tables as a target stores them, which an export for it holds within 1%.
+    @property
+    def vocabulary_bytes(self) -> int:
+        """Bytes of the vocabulary that the budget of the search had to hold, beside `num_bytes`; 0 where it had not to."""
+        return self.details.get("vocabulary_bytes", 0)
+
+    def num_bytes(self, target: Target | None = None) -> int:
+        """Bytes of the tables as a target stores them, which an export for it holds within 1%; None is "torch".
 
         Counted are the values at their bits with their scales, projections, first-order weights, and the id maps of a
-        foreign model. Not counted are the vocabulary, which belongs to the encoder, and what the graph of an export says
-        of the layout: some dozen bytes a column of ids.
+        foreign model. Not counted are the vocabulary, which belongs to the encoder (see `vocabulary_bytes`), and what the
+        graph of an export says of the layout: some dozen bytes a column of ids.
 
         "torch" (bundles, pt2) and "onnx" store the same. "fbgemm" (TorchRec) fills every row up to a multiple of four
         columns, which its kernels ask for, first-order weights as tables of their own among them; `export` does it too.
@@ -526,7 +531,7 @@ class SizePlan:
         shared = BYTES_PER_PARAM * self.num_shared_projection_params
         return shared + sum(self.table_bytes(table, target) for table in self.tables)
 
-    def table_bytes(self, table: TablePlan, target: Target = "torch", budget: Budget | None = None) -> int:
+    def table_bytes(self, table: TablePlan, target: Target | None = None, budget: Budget | None = None) -> int:
         """What one table adds to `num_bytes`: all but the projections that it shares with others.
 
         Args:
@@ -550,7 +555,7 @@ class SizePlan:
             total += BYTES_PER_PARAM * padding * table.num_compact_rows
         return total
 
-    def _first_order_bytes(self, table: TablePlan, target: Target) -> int:
+    def _first_order_bytes(self, table: TablePlan, target: Target | None) -> int:
         if not self.first_order:
             return 0
         return table.num_first_order_bytes * (padded_width(1) if target == "fbgemm" else 1)
@@ -591,7 +596,7 @@ class SizePlan:
             _, more, number, tables[number] = min(fitting, key=lambda choice: choice[:3])
             room -= more
 
-    def max_bytes(self, budget: Budget, target: Target = "torch") -> float:
+    def max_bytes(self, budget: Budget, target: Target | None = None) -> float:
         """Bytes that `budget` allows a plan with this one's bits and first-order weights, for a target.
 
         A percentage is one of the full tables' fp32 bytes: it counts values, scales, projections and padding, and
@@ -707,6 +712,7 @@ class SizePlan:
             f"{self.method}: {self.num_params:,} of {self.num_full_params:,} embedding parameters "
             f"({self.num_params / max(1, self.num_full_params):.2%}), {self.slot_ratio:.1%} of the slots, "
             f"{self.num_bytes(self.target):,} bytes with {self.num_first_order_params:,} first-order weights"
+            + (f", beside {self.vocabulary_bytes:,} of the vocabulary" if self.vocabulary_bytes else "")
         )
         return "\n".join([head, *(f"  {t.name}: {describe_table(t)}" for t in self.tables)])
 

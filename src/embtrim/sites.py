@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from embtrim.bundle import vocabulary_bytes
 from embtrim.checkpoint import Checkpoint, CheckpointFolder
 from embtrim.dataset import Batch, EncodedDataset, SplitArrays
 from embtrim.errors import EmbtrimError
@@ -599,6 +600,10 @@ class Task:
             self.checkpoints.spent_seconds += result.restored_seconds
         return result
 
+    def vocabulary_bytes(self, plan: SizePlan | None = None) -> int:
+        """Bytes of the vocabulary that goes along with a model of a plan, or with the full one; 0 where none is known of."""
+        return 0
+
     def recoded(self, plan: SizePlan) -> Task:
         """This task for a compact model: its batches carry the ids of the plan, where the task can re-number them.
 
@@ -745,6 +750,10 @@ class CTRTask(Task):
     def batches(self, split: str, seed: int | None = None) -> Iterable[Any]:
         """See Task."""
         return (b.to(self.config.device) for b in self.data.batches(split, self.config.batch_size, seed))
+
+    def vocabulary_bytes(self, plan: SizePlan | None = None) -> int:
+        """See Task."""
+        return vocabulary_bytes(self.data, plan)
 
     def recoded(self, plan: SizePlan) -> CTRTask:
         """See Task."""
