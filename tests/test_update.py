@@ -14,6 +14,7 @@ import embtrim
 from embtrim import updating
 from embtrim.bundle import file_digest, load_bundle, save
 from embtrim.dataset import EncodedDataset
+from embtrim.encoder import digest
 from embtrim.errors import BundleError, ConfigError, DataError
 from embtrim.models import DeepFM
 from embtrim.plan import Block, SizePlan, TablePlan
@@ -197,6 +198,16 @@ def test_new_and_returned_values_learn_and_a_second_update_goes_on(bundles, tmp_
     card = (tmp_path / "two" / "README.md").read_text()
     assert "Version 3 of plan and schema" in card
     assert f"version 2: schema {schemas[1]} -> {schemas[2]}, plan {plans[1]} -> {plans[2]} |" in card
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_that_brings_nothing_new_keeps_the_schema(bundles, kind, tmp_path):
+    update(bundles[kind], NEW, out=tmp_path / "one", retrain=False)
+    encoder = load_bundle(tmp_path / "one").encoder
+    assert digest(encoder.vocabularies, encoder.transforms) == encoder.schema.vocabulary_digest
+    report = update(tmp_path / "one", NEW, out=tmp_path / "two", retrain=False)
+    assert {(table.new, table.returned) for table in report.tables} == {(0, 0)}
+    assert report.schema_after == report.schema_before
 
 
 @pytest.mark.parametrize("kind", KINDS)

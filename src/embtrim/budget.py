@@ -2,15 +2,16 @@
 
 `10%` is a share of the full embedding tables without first-order weights. `1.5M params` counts the same parameters
 absolutely. `200MB` counts bytes of the embedding tables and of the first-order tables, and of the vocabulary where a
-target is named. Projections and shared rows of the compact tables count against all three, at the precision that tables
-are stored in where that is a percentage or bytes. Counting plans is plan.py's work; here is only the limit.
+search is told what will store them. Projections and shared rows of the compact tables count against all three, at the
+precision that tables are stored in where that is a percentage or bytes. Counting plans is plan.py's work; here is only
+the limit.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from embtrim.errors import BudgetError
@@ -38,7 +39,6 @@ class Budget:
     Attributes:
         kind: "percent" (amount is a share in (0, 1]), "params" or "bytes" (amount is a count).
         amount: the limit, in the unit of `kind`.
-        vocabulary_bytes: what the vocabulary takes beside `amount`, of a limit in bytes for both; see `with_vocabulary`.
 
     Example:
         >>> Budget.parse("10%").max_params(full_params=1000, first_order_params=100)
@@ -47,7 +47,6 @@ class Budget:
 
     kind: Literal["percent", "params", "bytes"]
     amount: float
-    vocabulary_bytes: int = 0
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.amount) or self.amount <= 0:
@@ -77,22 +76,6 @@ class Budget:
             return cls("bytes", number * _BYTE_UNITS[unit])
         raise BudgetError(f"budget {text!r} has no unit that is known; {_FORMS}")
 
-    def with_vocabulary(self, num_bytes: int) -> Budget:
-        """What this many bytes of a vocabulary leave of a budget in bytes for the tables; another budget counts none.
-
-        Raises:
-            BudgetError: they leave nothing.
-        """
-        if self.kind != "bytes":
-            return self
-        left = self.amount + self.vocabulary_bytes - num_bytes
-        if left <= 0:
-            raise BudgetError(
-                f"budget of {self} is below what is set aside for the vocabulary alone ({num_bytes:,} bytes), which counts where a target is "
-                "named; give more, or leave out the target"
-            )
-        return Budget(self.kind, left, num_bytes)
-
     def max_params(self, full_params: int, first_order_params: int = 0) -> int:
         """The number of embedding parameters allowed (fp32), first-order weights not counted in.
 
@@ -118,7 +101,7 @@ class Budget:
     def words_for(self, amount: float) -> str:
         """Another amount of this kind, rounded up to what a budget can say: one of as much allows it."""
         if self.kind != "percent":
-            return str(replace(self, amount=math.ceil(amount - 1e-6)))
+            return str(Budget(self.kind, math.ceil(amount - 1e-6)))
         places = 2 - math.floor(math.log10(100 * amount))
         return f"{math.ceil(100 * amount * 10**places - 1e-6) / 10**places:.{max(0, places)}f}%"
 
@@ -127,6 +110,4 @@ class Budget:
             return f"{self.amount * 100:g}%"
         if self.kind == "params":
             return f"{self.amount:,.0f} params"
-        if self.vocabulary_bytes:
-            return f"{self.amount + self.vocabulary_bytes:,.0f} bytes ({self.vocabulary_bytes:,} of them for the vocabulary)"
         return f"{self.amount:,.0f} bytes"

@@ -47,7 +47,7 @@ from embtrim.train import EVAL_BATCH_SIZE, check_data
 # 1 had no digest of bundle.json itself, and said less of where a model comes from; it still opens.
 BUNDLE_VERSION = 2
 # Of what a search wants remembered, what a bundle keeps; scores and the like may be as large as the tables.
-KEPT_DETAILS = ("config", "budget", "seed", "target", "vocabulary_bytes")
+KEPT_DETAILS = ("config", "budget", "seed", "target")
 
 
 class Contents(Config):
@@ -259,24 +259,11 @@ def save(
             "spread": None,
             "update": update,
         }
-        (temporary / "README.md").write_text(model_card(model.schema, layout, info), "utf-8")
+        (temporary / "README.md").write_text(
+            model_card(model.schema, layout, info, folder_bytes(temporary / "encoder")), "utf-8"
+        )
         info["files"] = {name: file_digest(temporary / name) for name in files_of(temporary)}
         (temporary / "bundle.json").write_text(_with_digest(info), "utf-8")
-
-
-def vocabulary_bytes(data: EncodedDataset, plan: SizePlan | None = None) -> int:
-    """Bytes of the encoder that a bundle or an export of a model holds; none of data that were made in memory.
-
-    Args:
-        data: with the stored ids.
-        plan: of the model; None for the full one.
-    """
-    if data.folder is None:
-        return 0
-    id_maps = data.recode(plan).id_maps if plan is not None else {}
-    with tempfile.TemporaryDirectory(prefix="embtrim-") as folder:
-        Encoder.load(data.folder).with_id_maps(id_maps).save(folder)
-        return folder_bytes(folder)
 
 
 def check_out(folder: Path, overwrite: bool) -> None:
@@ -313,7 +300,8 @@ def note_spread(folder: str | Path, metrics: Mapping[int, Mapping[str, Mapping[s
         }
     info["spread"] = spread
     schema = Schema.parse(read_json(folder / "encoder" / "schema.json"))
-    card = model_card(schema, SizePlan.load(folder / "plan.json", rows=False), info).encode()
+    plan = SizePlan.load(folder / "plan.json", rows=False)
+    card = model_card(schema, plan, info, folder_bytes(folder / "encoder")).encode()
     info["files"]["README.md"] = hashlib.sha256(card).hexdigest()
     write_then_rename(folder / "README.md", lambda file: file.write(card))
     write_then_rename(folder / "bundle.json", lambda file: file.write(_with_digest(info).encode()))

@@ -84,7 +84,9 @@ BitsName = Annotated[
 TargetName = Annotated[
     str | None,
     typer.Option(
-        "--target", metavar="torch|onnx|fbgemm", help="What will store the tables: bytes are its, vocabulary included."
+        "--target",
+        metavar="torch|onnx|fbgemm",
+        help="What will store the tables: bytes are its, and a budget in bytes holds the vocabulary too.",
     ),
 ]
 FormatName = Annotated[str | None, typer.Option("--format", metavar="csv|parquet|libsvm|libfm", help="Of the log.")]
@@ -332,7 +334,7 @@ def search(
         plan = full.tables.plan
         facts = {
             "table_bytes_before": plan.num_bytes(settings.target),
-            "table_bytes_allowed": allowed_bytes(plan, encoded, settings, settings.budget),
+            "table_bytes_allowed": allowed_bytes(plan, settings, settings.budget),
             "seconds_per_epoch": _time_at_most(full, encoded, settings.train.replace(epochs=1))["seconds_at_most"],
         }
         show_dry_run(settings, facts, as_json)

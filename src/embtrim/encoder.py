@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,8 +34,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from embtrim.dataset import read_json
+from embtrim.dataset import EncodedDataset, read_json
 from embtrim.errors import DataError
+from embtrim.plan import SizePlan
 from embtrim.reading import Chunk
 from embtrim.schema import OOV, PAD, FieldSpec, Schema
 
@@ -131,13 +133,14 @@ class Encoder:
         (folder / "schema.json").write_text(json.dumps(self.schema.model_dump(mode="json"), indent=1), "utf-8")
         state = {"fields": self.transforms, "unseen_ids": self.unseen_ids}
         (folder / "transforms.json").write_text(json.dumps(state, indent=1), "utf-8")
-        # In the order of ids, which then pack as well where a plan gave them out anew.
+        # In the order of ids, which then pack as well where a plan gave them out anew; in one chunk, which packs the same
+        # for any number of threads.
         parts = [
             frame.sort("id", maintain_order=True).select(pl.lit(name).alias("table"), *_VOCABULARY_SCHEMA)
             for name, frame in self.vocabularies.items()
         ]
         empty = pl.DataFrame(schema={"table": pl.String, **_VOCABULARY_SCHEMA})
-        pl.concat([empty, *parts]).write_parquet(folder / "vocab.parquet", compression="zstd")
+        pl.concat([empty, *parts]).rechunk().write_parquet(folder / "vocab.parquet", compression="zstd")
         if self.hash_maps:
             np.savez_compressed(folder / "hash_maps.npz", **self.hash_maps)  # type: ignore[arg-type]
 
@@ -249,6 +252,32 @@ class Encoder:
         unseen = self.unseen_ids.get(field.table_name, OOV)
         missing = frame.filter(pl.col("value").is_null())["id"]
         return frame.filter(pl.col("value").is_not_null()), unseen, int(missing[0]) if len(missing) else unseen
+
+
+def vocabulary_bytes(data: EncodedDataset, plan: SizePlan | None = None) -> int:
+    """Bytes of the encoder's files in a bundle or an export of a model; 0 of data made in memory, which have none.
+
+    Args:
+        data: with the stored ids.
+        plan: of the model; None for the full one.
+
+    Raises:
+        DataError: the encoder cannot be read, or there is no room to write it to.
+    """
+    if data.folder is None:
+        return 0
+    encoder = Encoder.load(data.folder)
+    if plan is not None:
+        encoder = encoder.with_id_maps(data.recode(plan).id_maps)
+    try:
+        with tempfile.TemporaryDirectory(prefix="embtrim-") as folder:
+            encoder.save(folder)
+            return sum(path.stat().st_size for path in Path(folder).iterdir())
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise DataError(
+            f"the vocabulary could not be written to {tempfile.gettempdir()}, where its bytes are counted ({error}); make room "
+            "there, or name another folder in TMPDIR"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -22,14 +22,14 @@ from pydantic import Field, ValidationError
 
 import embtrim
 from embtrim.budget import Budget
-from embtrim.bundle import folder_bytes, note_spread, save, vocabulary_bytes
+from embtrim.bundle import folder_bytes, note_spread, save
 from embtrim.checkpoint import CheckpointFolder, checksum, claim
 from embtrim.compaction import Init, Verification, compact, verify
 from embtrim.config import Config, describe_errors, first_change, read_toml, to_toml
 from embtrim.dataset import EncodedDataset
 from embtrim.errors import BudgetError, ConfigError, DataError, EmbtrimError
 from embtrim.memory import peak_memory
-from embtrim.methods import budget_of_tables, check_budget, method_named, method_of, search
+from embtrim.methods import check_budget, counts_vocabulary, method_named, method_of, search
 from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel, HyperParameters
 from embtrim.plan import SizePlan, Target, write_then_rename
@@ -109,7 +109,7 @@ class RunRecord(Config):
         valid, test: metrics of the splits, see Metrics; empty where the split is missing.
         num_params: embedding parameters, projections included, without first-order weights.
         target: of the run, see RunConfig.
-        counted_vocabulary_bytes: what the vocabulary took of the budget; see SizePlan.vocabulary_bytes.
+        counted_vocabulary_bytes: what the vocabulary takes of the budget; None where that need not hold it, see `search`.
         bits: of the stored values, "mixed" if tables may differ; metrics and bytes are those of the quantised model, if there
             are fewer than 32.
         table_bytes: bytes of embedding tables and first-order weights, as the target of the run stores them.
@@ -152,7 +152,7 @@ class RunRecord(Config):
     model_params: int
     bundle_bytes: int
     vocabulary_bytes: int = 0
-    counted_vocabulary_bytes: int = 0
+    counted_vocabulary_bytes: int | None = None
     widths: dict[str, int | float]
     full_width: int
     kept_rows: dict[str, int]
@@ -251,7 +251,7 @@ def run(
     records = []
     for seed in range(config.seed, config.seed + config.seeds):
         variants = ("full", *dict.fromkeys((config.method, *config.controls)))
-        found = {name: _finished(out, name, seed, data) for name in variants}
+        found = {name: _finished(out, name, seed, data, config.target) for name in variants}
         if all(found.values()):
             records += found.values()
             continue
@@ -293,7 +293,10 @@ def _check_folder(out: Path, config: RunConfig) -> None:
         raise DataError(f"output folder {out} exists and is not empty; choose another or remove it")
 
     def told(config: RunConfig) -> dict[str, Any]:
-        return config.model_dump(mode="json", exclude={"train": {"checkpoint_seconds"}})
+        values = config.model_dump(mode="json", exclude={"train": {"checkpoint_seconds"}})
+        counted = counts_vocabulary(None if config.max_loss else config.budget, config.target)
+        # Earlier releases said "torch" where no target was named.
+        return {**values, "target": config.target or "torch", "vocabulary in the budget": counted}
 
     change = first_change(told(RunConfig.parse(values, where=str(settings))), told(config))
     if change is not None:
@@ -302,8 +305,8 @@ def _check_folder(out: Path, config: RunConfig) -> None:
         )
 
 
-def _finished(out: Path, variant: str, seed: int, data: EncodedDataset) -> RunRecord | None:
-    """The record of a model that an earlier start has finished; DataError if it is of other data."""
+def _finished(out: Path, variant: str, seed: int, data: EncodedDataset, target: Target | None) -> RunRecord | None:
+    """The record of a model that an earlier start has finished; DataError if it is of other data, or of another budget."""
     path = out / "records" / f"{variant}-seed{seed}.json"
     if not path.exists():
         return None
@@ -311,6 +314,10 @@ def _finished(out: Path, variant: str, seed: int, data: EncodedDataset) -> RunRe
     if record.data["fingerprint"] != data.schema.fingerprint:
         raise DataError(
             f"{path} was made on data {record.data['fingerprint']}, these are {data.schema.fingerprint}; choose another --out"
+        )
+    if counts_vocabulary(record.budget, target) and record.counted_vocabulary_bytes is None:
+        raise DataError(
+            f"{path} was made with the vocabulary beside its budget of {record.budget}; choose another --out"
         )
     return record
 
@@ -340,7 +347,6 @@ def check_run(data: EncodedDataset, config: RunConfig) -> None:
         bits: Bits = "mixed" if config.bits == "auto" else config.bits
         if bits == 32 or config.target != "fbgemm":
             full = SizePlan.full(data.schema, width, plan.first_order)
-            budget = budget_of_tables(budget, config.target, partial(vocabulary_bytes, data))
             check_budget(full, budget, bits, config.target, method_named(config.method).adds)
 
 
@@ -429,14 +435,11 @@ def shrink(
     return Trained(small, record, plan)
 
 
-def allowed_bytes(full: SizePlan, data: EncodedDataset, config: RunConfig, budget: str | None) -> int:
+def allowed_bytes(full: SizePlan, config: RunConfig, budget: str | None) -> int:
     """Bytes that compact tables may take within a budget, or without one: at the fewest bits that a table may get."""
     stored = full.with_bits(4 if config.bits in ("mixed", "auto") else config.bits)
     most = stored.num_bytes(config.target)
-    if budget is None:
-        return most
-    for_tables = budget_of_tables(Budget.parse(budget), config.target, partial(vocabulary_bytes, data))
-    return int(min(most, stored.max_bytes(for_tables, config.target)))
+    return most if budget is None else int(min(most, stored.max_bytes(Budget.parse(budget), config.target)))
 
 
 def best_precision(shrink_to: Callable[[Bits], Trained]) -> Trained:
@@ -468,7 +471,9 @@ def search_settings(
         "budget": budget,
         "search_seed": seed,
         "bits": bits,
-        "target": target,
+        "target": target or "torch",
+        # Earlier releases counted none, and did not say so.
+        **({"vocabulary in the budget": True} if counts_vocabulary(budget, target) else {}),
         **training_settings(task.model, task.data, task.config),
         "weights": checksum(task.model),
     }
@@ -598,7 +603,7 @@ def make_record(
         bits=bits,
         target=config.target,
         table_bytes=plan.num_bytes(config.target),
-        counted_vocabulary_bytes=plan.vocabulary_bytes,
+        counted_vocabulary_bytes=plan.details.get("vocabulary_bytes"),
         model_params=plan.num_params
         + plan.num_first_order_params
         + sum(p.numel() for name, p in model.named_parameters() if not name.startswith("tables.")),
@@ -676,9 +681,7 @@ def dry_run(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
     return {
         "config": config.model_dump(mode="json"),
         "table_bytes_before": plan.num_bytes(config.target),
-        "table_bytes_allowed": allowed_bytes(
-            plan, data, config, None if config.max_loss is not None else config.budget
-        ),
+        "table_bytes_allowed": allowed_bytes(plan, config, None if config.max_loss is not None else config.budget),
         "seconds_per_step": step_seconds,
         "seconds_at_most": step_seconds * steps * models * config.seeds,
     }

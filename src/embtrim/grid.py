@@ -22,7 +22,7 @@ from embtrim.config import Config, first_change, read_toml
 from embtrim.dataset import EncodedDataset
 from embtrim.errors import BudgetError, ConfigError, DataError
 from embtrim.experiment import RunConfig, RunRecord, check_run
-from embtrim.methods import METHODS, method_named
+from embtrim.methods import METHODS, counts_vocabulary, method_named
 from embtrim.models import MODELS, arguments
 from embtrim.models.ctr_model import HyperParameters
 from embtrim.plan import Target, write_then_rename
@@ -251,7 +251,7 @@ def check_settings(
         "bits": variant.bits,
         "init": variant.init,
         "target": config.target or "torch",
-        "vocabulary in the budget": config.target is not None and _is_of_bytes(cell.budget),
+        "vocabulary in the budget": counts_vocabulary(cell.budget, config.target),
         **_under("train", config.train.model_dump(mode="json")),
         **_under("hparams", HyperParameters.parse(hparams).model_dump(mode="json", include=set(hparams))),
         **_under("search", variant.search),
@@ -265,7 +265,7 @@ def check_settings(
         "bits": record.bits,
         "init": record.init,
         "target": record.target or "torch",
-        "vocabulary in the budget": record.counted_vocabulary_bytes > 0,
+        "vocabulary in the budget": record.counted_vocabulary_bytes is not None,
         **_under("train", {**TrainConfig().model_dump(mode="json"), **record.train}),
         **_under("hparams", record.hparams),
         **_under("search", {**default, **record.search}),
@@ -276,10 +276,6 @@ def check_settings(
     change = first_change(made, expected)
     if change is not None:
         raise DataError(f"{path} was made with {change}; choose another --out, or give the settings of before")
-
-
-def _is_of_bytes(budget: str | None) -> bool:
-    return budget is not None and Budget.parse(budget).kind == "bytes"
 
 
 def _under(section: str, values: dict[str, Any]) -> dict[str, Any]:

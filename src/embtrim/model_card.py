@@ -30,13 +30,14 @@ Saved by embtrim {embtrim}. Version {version} of plan and schema. Score a raw lo
 """
 
 
-def model_card(schema: Schema, plan: SizePlan, info: Mapping[str, Any]) -> str:
+def model_card(schema: Schema, plan: SizePlan, info: Mapping[str, Any], vocabulary_bytes: int) -> str:
     """The card as text.
 
     Args:
         schema: of the bundle's encoder.
         plan: layout of its tables.
         info: what bundle.json holds, see `embtrim.bundle.Contents`; digests are not read.
+        vocabulary_bytes: of the bundle's encoder.
     """
     data, update, searched = info["data"], info["update"], "budget" in plan.details
     rows = ", ".join(f"{name} {count:,}" for name, count in data["num_rows"].items())
@@ -49,6 +50,7 @@ def model_card(schema: Schema, plan: SizePlan, info: Mapping[str, Any]) -> str:
         **({"seed of the search": plan.details["seed"]} if searched else {}),
         **({"bytes as stored by": plan.target} if plan.target != "torch" else {}),
     }
+    facts["bytes of the vocabulary"] = f"{vocabulary_bytes:,}"
     if update is not None:
         facts["update"] = (
             f"of the bundle {update['of'][:12]}, version {info['version'] - 1}: schema {update['schema_before']} -> "

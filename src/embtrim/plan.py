@@ -512,7 +512,7 @@ class SizePlan:
 
     @property
     def vocabulary_bytes(self) -> int:
-        """Bytes of the vocabulary that the budget of the search had to hold, beside `num_bytes`; 0 where it had not to."""
+        """Bytes of the vocabulary that the budget of the search holds, beside `num_bytes`; 0 where it does not."""
         return self.details.get("vocabulary_bytes", 0)
 
     def num_bytes(self, target: Target | None = None) -> int:

@@ -28,9 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embtrim.bundle import vocabulary_bytes
 from embtrim.checkpoint import Checkpoint, CheckpointFolder
 from embtrim.dataset import Batch, EncodedDataset, SplitArrays
+from embtrim.encoder import vocabulary_bytes
 from embtrim.errors import EmbtrimError
 from embtrim.metrics import compute_metrics
 from embtrim.models.ctr_model import CTRModel

@@ -291,7 +291,7 @@ def extend(parent: Bundle, frequent: Mapping[str, pl.DataFrame], folder: Path, r
                 )
                 if unseen == table.dropped_id:
                     unseen_ids[table.name] = grown.dropped_id
-            vocabularies[table.name] = pl.concat([stays, added.select(stays.columns)])
+            vocabularies[table.name] = pl.concat([stays, added.select(stays.columns)]).sort("id", maintain_order=True)
         if renumber:
             vocabularies[table.name] = renumbered(grown, vocabularies[table.name], frequent[table.name])
     schema = _grown_schema(encoder, vocabularies, {table.name: table.num_rows for table in tables})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -52,8 +51,10 @@ log = logging.getLogger(__name__)
 
 # What a percentage may lack for having been rounded.
 ROUNDED = 1 + 1e-9
-# Bytes of a vocabulary with the ids of a plan that drops rows, over those before: 1.003 at most on three data sets.
-REPACKED = 1.005
+# Bytes of a vocabulary whose ids a plan gives out anew over those before: 1.003 on three data sets, unless values leave it.
+VOCABULARY_MARGIN = 1.005
+# Part of a budget that is not worth another search, and the number of searches.
+VOCABULARY_SPARE, MOST_SEARCHES = 0.02, 5
 
 
 def search(
@@ -72,8 +73,8 @@ def search(
             leave room for more parameters. With "mixed" a method that can, such as `guided`, which then has no race, chooses rows,
             columns and bits together; for the other methods bits are chosen for the rows and columns that they find.
         target: what will store the tables, and how many bytes it takes for them; see SizePlan.num_bytes. Where one is named,
-            a budget in bytes has to hold the vocabulary too, if the task is of encoded data: see SizePlan.vocabulary_bytes.
-            None counts the bytes of "torch", without it.
+            a budget in bytes has to hold the vocabulary too, if the task is of encoded data (see SizePlan.vocabulary_bytes): the
+            search is then made up to five times, where the rows that it drops change what the vocabulary takes. None counts the bytes of "torch", without it.
 
     Raises:
         BudgetError: the budget cannot be parsed, or is so small that the method keeps nothing of any table.
@@ -105,29 +106,19 @@ def search(
                 f"the table of {site.path!r} is {kind}, but plans count {BYTES_PER_PARAM} bytes a value; search in "
                 "model.float(), or leave it alone with the Task's keep="
             )
-    budget = budget_of_tables(budget, target, task.vocabulary_bytes)
     check_budget(full, budget, bits, target)
     with weights_kept(task.model), torch.enable_grad():  # whoever calls from torch.no_grad() means the model's own use
         if all(isinstance(site, ModuleSite) for site in sites):
             check_compactable(task)
-        plan = _search_within(task, config, budget, seed, bits, target)
-        # Such as the map of a hashed table that loses rows.
-        while budget.vocabulary_bytes and (excess := _excess_with_vocabulary(task, plan, budget, target)) > 0:
-            budget = budget.with_vocabulary(budget.vocabulary_bytes + excess)
-            log.info("with its vocabulary the plan is %s bytes over the budget; searching within %s", excess, budget)
-            plan = _search_within(task, config, budget, seed, bits, target)
+        within = _search_with_vocabulary if counts_vocabulary(budget, target) else _search_within
+        plan = within(task, config, budget, seed, bits, target)
     if plan.keeps_nothing:
         # What takes sizes looks at the best ones only; fewer bits, and padding, are searched in fp32: these may ask for more.
         enough = max((least_amount(full, budget, bits, target, u) for u in method.adds if u != "sizes"), default=0.0)
         is_exact = bits == 32 and target != "fbgemm" and enough > budget.amount
         advice = f"{budget.words_for(enough)} is enough" if is_exact else "give more"
         raise BudgetError(f"method {method.name!r} keeps no row of any table within a budget of {budget}; {advice}")
-    details = dict(plan.details)
-    if target is not None:
-        details["target"] = target
-    if budget.vocabulary_bytes:
-        details["vocabulary_bytes"] = task.vocabulary_bytes(plan)
-    return plan.made_by(plan.method, details)
+    return plan if target is None else plan.made_by(plan.method, {**plan.details, "target": target})
 
 
 def _search_within(
@@ -141,10 +132,48 @@ def _search_within(
     return plan
 
 
-def _excess_with_vocabulary(task: Task, plan: SizePlan, budget: Budget, target: Target | None) -> int:
-    """Bytes by which a plan and its vocabulary together exceed a budget for both."""
-    allowed = math.floor(budget.amount + budget.vocabulary_bytes)
-    return plan.num_bytes(target) + task.vocabulary_bytes(plan) - allowed
+def _search_with_vocabulary(
+    task: Task, config: Config, budget: Budget, seed: int, bits: Bits, target: Target | None
+) -> SizePlan:
+    """Search within what the vocabulary leaves of a budget in bytes for both.
+
+    How much it takes shows in a plan only: values that are dropped with OOV leave it, and a hashed table that loses rows
+    needs a map. So the search is made again where the first guess was too little, or set much more aside than was needed.
+    """
+    allowed, of_full = math.floor(budget.amount), VOCABULARY_MARGIN * task.vocabulary_bytes()
+    for_tables = allowed - of_full if of_full <= 0.75 * allowed else allowed / 2
+    best, found = None, []
+    for _ in range(MOST_SEARCHES):
+        within = Budget("bytes", for_tables)
+        try:
+            plan = _search_within(task, config, within, seed, bits, target)
+        except BudgetError as error:
+            if found:
+                break
+            raise BudgetError(
+                f"budget of {budget} for tables and vocabulary, searched within {within} for the tables: {error}"
+            ) from None
+        if plan.keeps_nothing:
+            break
+        vocabulary = task.vocabulary_bytes(plan)
+        plan = plan.made_by(plan.method, {**plan.details, "budget": str(budget), "vocabulary_bytes": vocabulary})
+        found.append(f"{plan.num_bytes(target):,} + {vocabulary:,}")
+        if plan.num_bytes(target) + vocabulary > allowed:
+            left = allowed - VOCABULARY_MARGIN * vocabulary
+            for_tables = left if left > 0 else for_tables / 2
+            continue
+        if best is None or plan.num_params > best.num_params:
+            best = plan
+        if for_tables + vocabulary >= (1 - VOCABULARY_SPARE) * allowed:
+            break
+        for_tables *= allowed / (for_tables + vocabulary)  # both grow with the rows
+    if best is None:
+        tried = f"bytes of tables + vocabulary were {', '.join(found)}" if found else "no row of any table was kept"
+        raise BudgetError(
+            f"method {method_of(config).name!r} found no plan that is within a budget of {budget} together with its vocabulary: "
+            f"{tried}; give more, or leave out the target, which counts the vocabulary"
+        )
+    return best
 
 
 def _search_stored(
@@ -194,19 +223,9 @@ def _search_stored(
     return plan
 
 
-def budget_of_tables(budget: Budget, target: Target | None, vocabulary_bytes: Callable[[], int]) -> Budget:
-    """The budget less what the vocabulary takes of it, which it does where it is one in bytes for a named target.
-
-    Args:
-        budget: for both.
-        target: see `search`.
-        vocabulary_bytes: of the full model; set aside is a little more.
-
-    Raises:
-        BudgetError: the vocabulary leaves nothing.
-    """
-    counts = target is not None and budget.kind == "bytes"
-    return budget.with_vocabulary(math.ceil(REPACKED * vocabulary_bytes())) if counts else budget
+def counts_vocabulary(budget: str | Budget | None, target: Target | None) -> bool:
+    """Whether the vocabulary has to be within a budget: one in bytes for a target that is named."""
+    return target is not None and budget is not None and Budget.parse(budget).kind == "bytes"
 
 
 def check_budget(
