@@ -133,8 +133,7 @@ class Encoder:
         (folder / "schema.json").write_text(json.dumps(self.schema.model_dump(mode="json"), indent=1), "utf-8")
         state = {"fields": self.transforms, "unseen_ids": self.unseen_ids}
         (folder / "transforms.json").write_text(json.dumps(state, indent=1), "utf-8")
-        # In the order of ids, which then pack as well where a plan gave them out anew; in one chunk, which packs the same
-        # for any number of threads.
+        # In the order of ids, whoever gave them out; in one chunk, which packs the same for any number of threads.
         parts = [
             frame.sort("id", maintain_order=True).select(pl.lit(name).alias("table"), *_VOCABULARY_SCHEMA)
             for name, frame in self.vocabularies.items()
