@@ -29,7 +29,7 @@ from embtrim.config import Config, describe_errors, first_change, read_toml, to_
 from embtrim.dataset import EncodedDataset
 from embtrim.errors import BudgetError, ConfigError, DataError, EmbtrimError
 from embtrim.memory import peak_memory
-from embtrim.methods import check_budget, counts_vocabulary, method_named, method_of, search
+from embtrim.methods import check_budget, counts_vocabulary, method_named, method_of, search, target_settings
 from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel, HyperParameters
 from embtrim.plan import SizePlan, Target, write_then_rename
@@ -294,9 +294,7 @@ def _check_folder(out: Path, config: RunConfig) -> None:
 
     def told(config: RunConfig) -> dict[str, Any]:
         values = config.model_dump(mode="json", exclude={"train": {"checkpoint_seconds"}})
-        counted = counts_vocabulary(None if config.max_loss else config.budget, config.target)
-        # Earlier releases said "torch" where no target was named.
-        return {**values, "target": config.target or "torch", "vocabulary in the budget": counted}
+        return {**values, **target_settings(None if config.max_loss else config.budget, config.target)}
 
     change = first_change(told(RunConfig.parse(values, where=str(settings))), told(config))
     if change is not None:
@@ -471,9 +469,8 @@ def search_settings(
         "budget": budget,
         "search_seed": seed,
         "bits": bits,
-        "target": target or "torch",
-        # Earlier releases counted none, and did not say so.
-        **({"vocabulary in the budget": True} if counts_vocabulary(budget, target) else {}),
+        # What earlier releases left says nothing of a vocabulary, and counted none.
+        **{name: value for name, value in target_settings(budget, target).items() if value},
         **training_settings(task.model, task.data, task.config),
         "weights": checksum(task.model),
     }

@@ -22,7 +22,7 @@ from embtrim.config import Config, first_change, read_toml
 from embtrim.dataset import EncodedDataset
 from embtrim.errors import BudgetError, ConfigError, DataError
 from embtrim.experiment import RunConfig, RunRecord, check_run
-from embtrim.methods import METHODS, counts_vocabulary, method_named
+from embtrim.methods import METHODS, method_named, target_settings
 from embtrim.models import MODELS, arguments
 from embtrim.models.ctr_model import HyperParameters
 from embtrim.plan import Target, write_then_rename
@@ -250,8 +250,7 @@ def check_settings(
         "method": variant.method,
         "bits": variant.bits,
         "init": variant.init,
-        "target": config.target or "torch",
-        "vocabulary in the budget": counts_vocabulary(cell.budget, config.target),
+        **target_settings(cell.budget, config.target),
         **_under("train", config.train.model_dump(mode="json")),
         **_under("hparams", HyperParameters.parse(hparams).model_dump(mode="json", include=set(hparams))),
         **_under("search", variant.search),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -227,6 +227,11 @@ def _search_stored(
 def counts_vocabulary(budget: str | Budget | None, target: Target | None) -> bool:
     """Whether the vocabulary has to be within a budget: one in bytes for a target that is named."""
     return target is not None and budget is not None and Budget.parse(budget).kind == "bytes"
+
+
+def target_settings(budget: str | None, target: Target | None) -> dict[str, Any]:
+    """What depends on a target, to tell work by that goes on. Earlier releases said "torch" where none was named."""
+    return {"target": target or "torch", "vocabulary in the budget": counts_vocabulary(budget, target)}
 
 
 def check_budget(
