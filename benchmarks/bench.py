@@ -30,10 +30,10 @@ import embtrim
 import measure
 import report
 import workloads
-from embtrim.experiment import processor_name
-from embtrim.plan import write_then_rename
-from embtrim.processes import available_cores
-from embtrim.train import fast_matmul
+from embtrim.experiments.run import processor_name
+from embtrim.plan.plan import write_then_rename
+from embtrim.system.processes import available_cores
+from embtrim.training.fitting import fast_matmul
 
 HERE = Path(__file__).parent
 REQUIREMENTS = HERE / "peers-requirements.txt"

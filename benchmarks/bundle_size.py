@@ -17,13 +17,13 @@ import numpy as np
 import polars as pl
 
 import embtrim
-from embtrim.bundle import folder_bytes
-from embtrim.sites import CTRTask
+from embtrim.serving.bundle import folder_bytes
+from embtrim.tasks.sites import CTRTask
 
 LOAD = """
 import sys
-from embtrim.bundle import load_bundle
-from embtrim.memory import peak_memory
+from embtrim.serving.bundle import load_bundle
+from embtrim.system.memory import peak_memory
 with peak_memory(0.002) as peak:
     bundle = load_bundle(sys.argv[1]) if len(sys.argv) > 1 else None
 print(peak.bytes)

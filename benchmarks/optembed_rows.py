@@ -13,13 +13,13 @@ import numpy as np
 
 import embtrim
 from embtrim.config import read_toml
-from embtrim.experiment import RunConfig
+from embtrim.experiments.run import RunConfig
 from embtrim.methods import OptEmbedConfig
 from embtrim.methods.optembed import row_margins, train_supernet
 from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel
-from embtrim.sites import CTRTask
-from embtrim.train import evaluate
+from embtrim.tasks.sites import CTRTask
+from embtrim.training.fitting import evaluate
 
 
 def main() -> None:

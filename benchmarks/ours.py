@@ -25,18 +25,18 @@ import torch
 import embtrim
 import measure
 import synthetic
-from embtrim.bundle import load_bundle, write_predictions
 from embtrim.config import read_toml
-from embtrim.dataset import FORMAT_VERSION, Batch, EncodedDataset, SplitArrays
-from embtrim.experiment import RunConfig, train_full
-from embtrim.kernels import kernels_name
-from embtrim.memory import freed_pages_kept
+from embtrim.data.dataset import FORMAT_VERSION, Batch, EncodedDataset, SplitArrays
+from embtrim.data.reading import ReadOptions
+from embtrim.experiments.run import RunConfig, train_full
 from embtrim.methods.uniform import equal_widths
 from embtrim.models import DeepFM
-from embtrim.optim import RowAdagrad, RowAdam
-from embtrim.reading import ReadOptions
-from embtrim.tables import EmbeddingTables
-from embtrim.train import compiled, fast_matmul, fit, logloss_of_batch, make_optimizers
+from embtrim.serving.bundle import load_bundle, write_predictions
+from embtrim.system.memory import freed_pages_kept
+from embtrim.tables.embedding_tables import EmbeddingTables
+from embtrim.tables.kernels import kernels_name
+from embtrim.tables.row_optimizers import RowAdagrad, RowAdam
+from embtrim.training.fitting import compiled, fast_matmul, fit, logloss_of_batch, make_optimizers
 
 CPU = torch.device("cpu")
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -93,7 +93,7 @@ def use_kernels(name: str) -> str:
     if name == "torch":
         os.environ["EMBTRIM_KERNELS"] = name
     else:
-        importlib.import_module(f"embtrim.kernels.{name}")
+        importlib.import_module(f"embtrim.tables.kernels.{name}")
     taken = kernels_name(torch.empty(0, device=measure.device))
     if taken != name:
         raise RuntimeError(f"on {measure.device} embtrim takes the kernels {taken!r}, not {name!r}")

@@ -16,10 +16,10 @@ import torch
 
 import embtrim
 from embtrim.config import read_toml
-from embtrim.experiment import peak_memory, train_full
-from embtrim.grid import CompareConfig, resolve, run_config, settings_by_label
+from embtrim.experiments.grid import CompareConfig, resolve, run_config, settings_by_label
+from embtrim.experiments.run import peak_memory, train_full
 from embtrim.methods import method_named
-from embtrim.sites import CTRTask
+from embtrim.tasks.sites import CTRTask
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ours
-from embtrim.catalog import encode_known
+from embtrim.data.catalog import encode_known
 
 NAMES = ("floors", "train", "real", "embedding", "encode", "big_log", "read", "predict", "profile", "accuracy")
 

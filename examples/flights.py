@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
 import embtrim
-from embtrim.compaction import compact_tables
-from embtrim.metrics import auc
+from embtrim.compaction.compacting import compact_tables
+from embtrim.training.metrics import auc
 
 WIDTH = 16
 SEEDS = (0, 1, 2)

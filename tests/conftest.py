@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from embtrim.dataset import EncodedDataset
-from embtrim.encoding_state import Work
-from embtrim.testing import planted_data
+from embtrim.data.dataset import EncodedDataset
+from embtrim.data.encoding_state import Work
+from embtrim.testing.checks import planted_data
 
 
 @pytest.fixture(scope="session")

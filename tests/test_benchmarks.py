@@ -21,7 +21,7 @@ import peers
 import report
 import synthetic
 import workloads
-from embtrim.dataset import EncodedDataset, SplitArrays
+from embtrim.data.dataset import EncodedDataset, SplitArrays
 
 ROWS = 2000
 PRECISIONS = {"fp32": {"matmul": "medium", "bf16": False}, "auto": {"matmul": "medium", "bf16": True}}
@@ -485,4 +485,4 @@ def test_a_contender_that_is_not_there_is_an_error(monkeypatch, capsys):
                           "kernels": "nothing"}]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["ours.py", json.dumps(order)])
     measure.worker(ours.KINDS)
-    assert "ModuleNotFoundError: No module named 'embtrim.kernels.nothing'" in capsys.readouterr().out
+    assert "ModuleNotFoundError: No module named 'embtrim.tables.kernels.nothing'" in capsys.readouterr().out

@@ -17,11 +17,11 @@ from torch import nn
 
 import embtrim
 from embtrim.config import read_toml
-from embtrim.experiment import RunConfig
-from embtrim.grid import CompareConfig, resolve
+from embtrim.experiments.grid import CompareConfig, resolve
+from embtrim.experiments.run import RunConfig
 from embtrim.methods import method_named
 from embtrim.models import MODELS
-from embtrim.testing import planted_data
+from embtrim.testing.checks import planted_data
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -89,7 +89,7 @@ def test_the_examples_train_their_small_model_from_scratch(flights, monkeypatch,
     heads = []
 
     def compact(*args, **settings):
-        small = embtrim.compaction.compact(*args, **settings)
+        small = embtrim.compaction.compacting.compact(*args, **settings)
         heads.append(small.head.weight.detach().clone())
         return small
 
@@ -132,7 +132,7 @@ def test_the_compare_example_parses(tmp_path):
     (script,) = [block for block in blocks("sh") if "embtrim compare" in block]
     line = next(line for line in script.splitlines() if line.startswith("embtrim compare"))
     words = [*shlex.split(line)[1:], "--dry-run", "--json", "--set", "hparams.embedding_dim=4"]
-    command = [sys.executable, "-m", "embtrim.cli", *words]
+    command = [sys.executable, "-m", "embtrim", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert '"deepfm"' in done.stdout
@@ -145,7 +145,7 @@ def test_the_csv_example_runs(logs):
         words = shlex.split(line, comments=True)
         if words[:1] != ["embtrim"]:
             continue
-        command = [sys.executable, "-m", "embtrim.cli", *words[1:]]
+        command = [sys.executable, "-m", "embtrim", *words[1:]]
         done = subprocess.run(command, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         ran.append(words[1])

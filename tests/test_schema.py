@@ -6,10 +6,10 @@ import pytest
 import torch
 from pydantic import Field
 
-from embtrim import dataset as dataset_module
 from embtrim.config import Config, apply_overrides, read_toml, to_toml
-from embtrim.dataset import EncodedDataset, SplitArrays
-from embtrim.encoding import encode
+from embtrim.data import dataset as dataset_module
+from embtrim.data.dataset import EncodedDataset, SplitArrays
+from embtrim.data.encoding import encode
 from embtrim.errors import ConfigError, DataError
 from embtrim.schema import PAD, FieldSpec, Schema
 

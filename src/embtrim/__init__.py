@@ -8,17 +8,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from embtrim._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from embtrim import models
-    from embtrim.budget import Budget
-    from embtrim.bundle import load_bundle, save
-    from embtrim.catalog import load
-    from embtrim.compaction import compact, quantize, verify
-    from embtrim.encoding import encode
+    from embtrim.compaction.compacting import compact, quantize, verify
+    from embtrim.data.catalog import load
+    from embtrim.data.encoding import encode
     from embtrim.errors import EmbtrimError
-    from embtrim.exporting import export
     from embtrim.methods import (
         FrequencyConfig,
         GuidedConfig,
@@ -32,15 +29,18 @@ if TYPE_CHECKING:
         UniformConfig,
         search,
     )
-    from embtrim.plan import SizePlan
+    from embtrim.plan.budget import Budget
+    from embtrim.plan.plan import SizePlan
     from embtrim.schema import FieldSpec, Schema
-    from embtrim.sites import CTRTask, Task
-    from embtrim.train import TrainConfig, evaluate, fit
-    from embtrim.updating import update
+    from embtrim.serving.bundle import load_bundle, save
+    from embtrim.serving.exporting import export
+    from embtrim.serving.updating import update
+    from embtrim.tasks.sites import CTRTask, Task
+    from embtrim.training.fitting import TrainConfig, evaluate, fit
 
 _HOMES = {
-    "Budget": "budget",
-    "CTRTask": "sites",
+    "Budget": "plan.budget",
+    "CTRTask": "tasks.sites",
     "EmbtrimError": "errors",
     "FieldSpec": "schema",
     "FrequencyConfig": "methods",
@@ -53,23 +53,23 @@ _HOMES = {
     "RandomConfig": "methods",
     "SSEDSConfig": "methods",
     "Schema": "schema",
-    "SizePlan": "plan",
-    "Task": "sites",
-    "TrainConfig": "train",
+    "SizePlan": "plan.plan",
+    "Task": "tasks.sites",
+    "TrainConfig": "training.fitting",
     "UniformConfig": "methods",
-    "compact": "compaction",
-    "encode": "encoding",
-    "evaluate": "train",
-    "export": "exporting",
-    "fit": "train",
-    "load": "catalog",
-    "load_bundle": "bundle",
+    "compact": "compaction.compacting",
+    "encode": "data.encoding",
+    "evaluate": "training.fitting",
+    "export": "serving.exporting",
+    "fit": "training.fitting",
+    "load": "data.catalog",
+    "load_bundle": "serving.bundle",
     "models": "models",
-    "quantize": "compaction",
-    "save": "bundle",
+    "quantize": "compaction.compacting",
+    "save": "serving.bundle",
     "search": "methods",
-    "update": "updating",
-    "verify": "compaction",
+    "update": "serving.updating",
+    "verify": "compaction.compacting",
 }
 
 __all__ = [  # noqa: RUF022 (in the order of the way through the house)

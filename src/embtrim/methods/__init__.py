@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from embtrim.budget import BYTES_PER_PARAM, Budget
-from embtrim.compaction import check_compactable
+from embtrim.compaction.compacting import check_compactable
 from embtrim.config import Config
 from embtrim.errors import BudgetError, ConfigError, EmbtrimError
 from embtrim.methods.frequency import FrequencyConfig
@@ -19,14 +18,15 @@ from embtrim.methods.magnitude import MagnitudeConfig
 from embtrim.methods.mde import MDEConfig
 from embtrim.methods.optembed import OptEmbedConfig
 from embtrim.methods.pme import PMEConfig
+from embtrim.methods.precision import MIXED_BITS, Bits, in_fewest_bytes, mixed_bits
 from embtrim.methods.random import RandomConfig
 from embtrim.methods.registry import METHODS, Method, Unit, method_named, method_of
 from embtrim.methods.selection import least_plans
 from embtrim.methods.sseds import SSEDSConfig
 from embtrim.methods.uniform import UniformConfig
-from embtrim.plan import SizePlan, Target
-from embtrim.precision import MIXED_BITS, Bits, in_fewest_bytes, mixed_bits
-from embtrim.sites import ModuleSite, Task, weights_kept
+from embtrim.plan.budget import BYTES_PER_PARAM, Budget
+from embtrim.plan.plan import SizePlan, Target
+from embtrim.tasks.sites import ModuleSite, Task, weights_kept
 
 __all__ = [
     "METHODS",

@@ -15,9 +15,9 @@ from typing import Protocol
 
 import numpy as np
 
-from embtrim.budget import Budget
 from embtrim.errors import BudgetError
-from embtrim.plan import Alignment, Block, SizePlan, TablePlan
+from embtrim.plan.budget import Budget
+from embtrim.plan.plan import Alignment, Block, SizePlan, TablePlan
 
 Widths = tuple[int, ...]
 Score = Callable[[Sequence[Widths]], list[float]]

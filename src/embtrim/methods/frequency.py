@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from embtrim.budget import Budget
 from embtrim.config import Config
 from embtrim.methods.registry import register
 from embtrim.methods.selection import filled, row_plan
-from embtrim.plan import SizePlan
-from embtrim.sites import Task, alignment_of
+from embtrim.plan.budget import Budget
+from embtrim.plan.plan import SizePlan
+from embtrim.tasks.sites import Task, alignment_of
 
 
 class FrequencyConfig(Config):

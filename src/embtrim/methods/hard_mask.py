@@ -40,15 +40,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from embtrim.budget import Budget
-from embtrim.checkpoint import random_states, set_random_states
 from embtrim.config import Config
 from embtrim.errors import EmbtrimError
 from embtrim.methods.registry import register
 from embtrim.methods.selection import field_plan, lowest_threshold, rank_slots, slot_costs
-from embtrim.plan import SizePlan
-from embtrim.sites import RowGate, Task, alignment_of, gate_sites, num_slots
-from embtrim.train import Hooks
+from embtrim.plan.budget import Budget
+from embtrim.plan.plan import SizePlan
+from embtrim.tasks.sites import RowGate, Task, alignment_of, gate_sites, num_slots
+from embtrim.training.checkpoint import random_states, set_random_states
+from embtrim.training.fitting import Hooks
 
 
 class HardMaskConfig(Config):

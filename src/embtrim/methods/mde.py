@@ -13,12 +13,12 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from embtrim.budget import Budget
 from embtrim.config import Config
 from embtrim.methods.registry import register
 from embtrim.methods.selection import field_plan
-from embtrim.plan import SizePlan
-from embtrim.sites import Task, alignment_of
+from embtrim.plan.budget import Budget
+from embtrim.plan.plan import SizePlan
+from embtrim.tasks.sites import Task, alignment_of
 
 
 class MDEConfig(Config):

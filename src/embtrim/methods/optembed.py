@@ -41,16 +41,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from embtrim.budget import Budget
-from embtrim.checkpoint import Checkpoint
 from embtrim.config import Config
 from embtrim.errors import BudgetError
 from embtrim.methods.evolution import Space, Widths, evolve, fill, fits, kept_rows, raise_thresholds
 from embtrim.methods.registry import register
-from embtrim.plan import SizePlan
-from embtrim.progress import tracked
-from embtrim.sites import RowGate, Site, SlotGate, Task, alignment_of, gate_sites
-from embtrim.train import Hooks
+from embtrim.plan.budget import Budget
+from embtrim.plan.plan import SizePlan
+from embtrim.system.progress import tracked
+from embtrim.tasks.sites import RowGate, Site, SlotGate, Task, alignment_of, gate_sites
+from embtrim.training.checkpoint import Checkpoint
+from embtrim.training.fitting import Hooks
 
 
 class OptEmbedConfig(Config):

@@ -29,13 +29,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from embtrim.budget import BYTES_PER_PARAM, Budget
 from embtrim.config import Config
 from embtrim.errors import EmbtrimError
 from embtrim.methods.registry import register
 from embtrim.methods.selection import largest
-from embtrim.plan import Block, SizePlan, TablePlan, map_params
-from embtrim.sites import Site, Task, gate_sites, loss_weight
+from embtrim.plan.budget import BYTES_PER_PARAM, Budget
+from embtrim.plan.plan import Block, SizePlan, TablePlan, map_params
+from embtrim.tasks.sites import Site, Task, gate_sites, loss_weight
 
 
 class PMEConfig(Config):

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from embtrim.budget import Budget
 from embtrim.config import Config
 from embtrim.errors import ConfigError
-from embtrim.plan import SizePlan
+from embtrim.plan.budget import Budget
+from embtrim.plan.plan import SizePlan
 
 Unit = Literal["columns", "rows", "sizes"]
 SearchT = TypeVar("SearchT", bound=Callable[..., SizePlan])

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embtrim.budget import Budget
 from embtrim.errors import BudgetError
-from embtrim.plan import Alignment, Block, SizePlan, TablePlan, map_params
+from embtrim.plan.budget import Budget
+from embtrim.plan.plan import Alignment, Block, SizePlan, TablePlan, map_params
 
 
 def slot_costs(plan: SizePlan, alignment: Alignment, kept: Mapping[str, np.ndarray] | None = None) -> np.ndarray:

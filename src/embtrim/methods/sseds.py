@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
-from embtrim.budget import Budget
 from embtrim.config import Config
 from embtrim.errors import EmbtrimError
 from embtrim.methods.registry import register
 from embtrim.methods.selection import columns_cost, field_plan, slot_costs
-from embtrim.plan import SizePlan
-from embtrim.sites import Task, alignment_of, gate_sites, loss_weight, num_slots
+from embtrim.plan.budget import Budget
+from embtrim.plan.plan import SizePlan
+from embtrim.tasks.sites import Task, alignment_of, gate_sites, loss_weight, num_slots
 
 
 class SSEDSConfig(Config):

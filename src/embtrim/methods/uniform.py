@@ -10,12 +10,12 @@ from typing import Literal
 
 import numpy as np
 
-from embtrim.budget import Budget
 from embtrim.config import Config
 from embtrim.methods.registry import register
 from embtrim.methods.selection import columns_cost, field_plan, filled, full_limit, largest, row_plan
-from embtrim.plan import Alignment, SizePlan
-from embtrim.sites import Task, alignment_of
+from embtrim.plan.budget import Budget
+from embtrim.plan.plan import Alignment, SizePlan
+from embtrim.tasks.sites import Task, alignment_of
 
 
 class UniformConfig(Config):

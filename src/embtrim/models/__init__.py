@@ -17,7 +17,7 @@ from embtrim.models.fnn import FNN
 from embtrim.models.ipnn import IPNN
 from embtrim.models.lr import LR
 from embtrim.models.widedeep import WideDeep
-from embtrim.plan import SizePlan
+from embtrim.plan.plan import SizePlan
 from embtrim.schema import Schema
 
 MODELS: dict[str, type[CTRModel]] = {

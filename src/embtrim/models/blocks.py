@@ -16,8 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from embtrim.plan import projects
-from embtrim.tables import EmbeddingTables, EmbeddingViews
+from embtrim.plan.plan import projects
+from embtrim.tables.embedding_tables import EmbeddingTables, EmbeddingViews
 
 Units = tuple[Annotated[int, Field(ge=1, strict=True)], ...]
 

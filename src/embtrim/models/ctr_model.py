@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from embtrim.config import Config
 from embtrim.errors import DataError, PlanError
 from embtrim.models.blocks import Units
-from embtrim.plan import SizePlan
+from embtrim.plan.plan import SizePlan
 from embtrim.schema import Schema
-from embtrim.tables import EmbeddingTables, EmbeddingViews
+from embtrim.tables.embedding_tables import EmbeddingTables, EmbeddingViews
 
 
 class HyperParameters(Config):

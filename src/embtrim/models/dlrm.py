@@ -17,7 +17,7 @@ from torch import Tensor
 from embtrim.errors import DataError
 from embtrim.models.blocks import MLP, PairProducts, side_by_side
 from embtrim.models.ctr_model import CTRModel, Reads
-from embtrim.plan import SizePlan
+from embtrim.plan.plan import SizePlan
 from embtrim.schema import Schema
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from embtrim.models.blocks import MLP, side_by_side
 from embtrim.models.ctr_model import CTRModel, Reads
-from embtrim.plan import SizePlan
+from embtrim.plan.plan import SizePlan
 from embtrim.schema import Schema
 
 

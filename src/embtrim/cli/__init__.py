@@ -1,0 +1,1 @@
+"""The command line: `embtrim COMMAND`, or `python -m embtrim COMMAND`."""

@@ -1,0 +1,200 @@
+"""What commands print: results on stdout, logs on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from embtrim.config import Config, to_toml
+
+if TYPE_CHECKING:  # as in cli.py
+    from embtrim.experiments.grid import Skipped
+    from embtrim.experiments.run import RunRecord
+    from embtrim.serving.updating import UpdateReport
+
+# Columns of a table that goes to a file or a pipe, which has no width of its own.
+PIPE_WIDTH = 160
+
+
+class _LogLines(logging.Handler):
+    """Log lines on whatever stderr is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(self.format(record), err=True)
+
+
+def start_log(quiet: bool) -> None:
+    """Log to stderr; only warnings, if quiet."""
+    logger = logging.getLogger("embtrim")
+    if not any(isinstance(handler, _LogLines) for handler in logger.handlers):
+        logger.addHandler(_LogLines())
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def wants_progress(quiet: bool) -> bool:
+    """Whether to show progress bars: on a terminal, unless quiet."""
+    return not quiet and sys.stderr.isatty()
+
+
+def log_line(text: str) -> None:
+    """One line of the log."""
+    logging.getLogger("embtrim.cli.commands").info(text)
+
+
+def log_record(record: RunRecord) -> None:
+    """The log's line about a model of a run."""
+    _log_trained(record.variant, record)
+
+
+def log_cell(record: RunRecord, done: int, total: int) -> None:
+    """The log's line about a cell of a grid."""
+    words = [record.model, record.variant, *([] if record.budget is None else [record.budget])]
+    _log_trained(f"{done} of {total}: {' '.join(words)}", record)
+
+
+def _log_trained(what: str, record: RunRecord) -> None:
+    from embtrim.reports.run_page import format_bytes, format_seconds
+
+    log_line(
+        f"{what}, seed {record.seed}: test AUC {record.test['auc']:.4f}, tables {format_bytes(record.table_bytes)}, "
+        f"search {format_seconds(record.search_seconds)}, training {format_seconds(record.train_seconds)}"
+    )
+
+
+def print_text(text: str) -> None:
+    """Print a text as it is."""
+    typer.echo(text.rstrip("\n"))
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON."""
+    typer.echo(json.dumps(value, indent=1))
+
+
+def _print_table(table: Table) -> None:
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False).print(table)
+
+
+def show_records(records: Sequence[RunRecord], as_json: bool, many: bool = True) -> None:
+    """Print records as JSON, as a list if there may be many, or as a table."""
+    if as_json:
+        dumped = [record.model_dump(mode="json") for record in records]
+        print_json(dumped if many else dumped[0])
+        return
+    from embtrim.reports.run_page import terminal_table
+
+    _print_table(terminal_table(records))
+
+
+def show_comparison(records: Sequence[RunRecord], skipped: Sequence[Skipped]) -> None:
+    """Print the tables of a grid."""
+    from embtrim.reports.comparison_report import comparison_terminal
+
+    for table in comparison_terminal(records, skipped):
+        _print_table(table)
+
+
+def show_update(report: UpdateReport) -> None:
+    """What an update changed: a table of tables, a table of metrics, the facts."""
+    facts = report.to_dict()
+    show_rows(
+        [{k.replace("_", " "): f"{v:,}" if isinstance(v, int) else v for k, v in t.items()} for t in facts["tables"]],
+        as_json=False,
+    )
+    print_text(
+        f"version {report.version} of plan and schema: schema {report.schema_before} -> {report.schema_after}, "
+        f"plan {report.plan_before} -> {report.plan_after}"
+        + (", values re-numbered by frequency" if report.renumbered else "")
+    )
+    for split, before in report.before.items():
+        pairs = [f"{key} {before[key]:.4f} -> {report.after[split][key]:.4f}" for key in ("auc", "logloss")]
+        print_text(f"{split}: {', '.join(pairs)}")
+    for name in ("table_bytes", "bundle_bytes"):
+        show_facts({f"{name}_{when}": facts[f"{name}_{when}"] for when in ("before", "after")}, as_json=False)
+    show_facts({name: facts[name] for name in ("num_rows", "epochs", "seconds")}, as_json=False)
+
+
+def show_dry_run(settings: Config, facts: Mapping[str, Any], as_json: bool) -> None:
+    """Print the settings that would be used, and facts."""
+    if as_json:
+        print_json({"config": settings.model_dump(mode="json"), **facts})
+        return
+    print_text(to_toml(settings))
+    print_text("")
+    show_facts(facts, as_json=False)
+
+
+def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
+    """Facts line by line; the unit is in the name."""
+    if as_json:
+        print_json(facts)
+        return
+    from embtrim.reports.run_page import format_bytes, format_count, format_seconds
+
+    for name, value in facts.items():
+        words = name.replace("_", " ")
+        if "bytes" in name:
+            print_text(f"{words}: {format_bytes(value)}")
+        elif name.startswith("seconds"):
+            print_text(f"{words.replace('seconds', 'time')}: {format_seconds(value)}")
+        elif isinstance(value, dict):
+            parts = (f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items() if v is not None)
+            print_text(f"{words}: {', '.join(parts)}")
+        elif isinstance(value, list):
+            print_text(f"{words}: {', '.join(str(v) for v in value)}")
+        else:
+            print_text(f"{words}: {format_count(value) if isinstance(value, int) else value}")
+
+
+def show_schema(schema: Any, as_json: bool) -> None:
+    """Print the fields of a schema."""
+    if as_json:
+        print_json(schema.model_dump(mode="json"))
+        return
+    rows = []
+    for field in schema.fields:
+        row = {
+            "field": field.name,
+            "type": field.type,
+            "transform": field.transform or "",
+            "min_count": field.min_count,
+        }
+        if field.vocab_size is not None:
+            row["rows"] = f"{field.vocab_size:,}"
+        rows.append({**row, "table": field.table_name if field.table else ""})
+    show_rows(rows, as_json=False, shown=list(dict.fromkeys(key for row in rows for key in row)))
+
+
+def show_rows(rows: Sequence[Mapping[str, Any]], as_json: bool, shown: Sequence[str] | None = None) -> None:
+    """Print rows as JSON or as a table of the columns `shown`, by default those of the first row."""
+    if as_json:
+        print_json(rows)
+        return
+    names = list(shown or rows[0])
+    table = Table(box=None, pad_edge=False)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_cell(row.get(name, ""))) for name in names))
+    _print_table(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} = {json.dumps(v)}" for key, v in value.items())
+    return str(value)
+
+
+def first_line(doc: str | None) -> str:
+    """What a module's docstring says first, without the name before the colon."""
+    return (doc or "").strip().partition("\n")[0].partition(": ")[2]

@@ -1,0 +1,311 @@
+"""EncodedDataset: a folder of memory-mapped arrays, read in batches.
+
+    folder/schema.json          the Schema, sizes filled in
+    folder/meta.json            format version, rows by split, sources, encode settings
+    folder/vocab.parquet        columns table, value, id, count (no rows for hashed tables)
+    folder/transforms.json      edges of quantile buckets, mean and std of dense fields
+    folder/<split>/ids.npy      int32 (N, C), row-major, ids local to their table, PAD = -1
+    folder/<split>/labels.npy   float32 (N,)
+    folder/<split>/dense.npy    float32 (N, number of dense fields), only if there are any
+    folder/<split>/weights.npy  float32 (N,), only if the schema has a weight column
+
+Shapes: N rows of a split, B batch, C id columns, F fields.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embtrim.errors import DataError
+from embtrim.plan.plan import SizePlan
+from embtrim.schema import PAD, Schema
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "valid", "test")
+
+# Rows are shuffled in windows: random chunks of CHUNK_ROWS consecutive rows, WINDOW_ROWS in all, whose row numbers are
+# shuffled fully. A split no larger than a window gets a full shuffle. Only the numbers of a window's rows are in memory,
+# 8 bytes each: the rows themselves are copied out of the map batch by batch.
+CHUNK_ROWS = 4_096
+WINDOW_ROWS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of examples.
+
+    Attributes:
+        ids_BC: int32 ids local to their table, PAD = -1.
+        labels_B: float32, 0 or 1.
+        dense_BE: float32 values of the dense fields, or None if the schema has none.
+        weights_B: float32 sample weights, or None.
+    """
+
+    ids_BC: Tensor
+    labels_B: Tensor
+    dense_BE: Tensor | None = None
+    weights_B: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch on `device`."""
+        if self.ids_BC.device == torch.device(device):
+            return self
+        move = [None if t is None else t.to(device, non_blocking=True) for t in self.tensors()]
+        return Batch(*move)  # type: ignore[arg-type]
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The four tensors, in the order of the attributes."""
+        return (self.ids_BC, self.labels_B, self.dense_BE, self.weights_B)
+
+    def __len__(self) -> int:
+        return self.ids_BC.shape[0]
+
+
+@dataclass(frozen=True)
+class SplitArrays:
+    """The arrays of one split, memory-mapped or in memory; see the module docstring for shapes."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    dense: np.ndarray | None = None
+    weights: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class EncodedDataset:
+    """An encoded log: a schema and up to three splits of ids, labels, dense values and weights.
+
+    Attributes:
+        schema: the fields and vocabulary sizes of the *stored* ids.
+        splits: arrays by split name.
+        folder: where it lies on disk, or None for data made in memory.
+        id_maps: per table, an int32 map from stored ids to the ids that batches carry (see `recode`).
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        splits: Mapping[str, SplitArrays],
+        folder: Path | None = None,
+        id_maps: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        self.schema = schema
+        self.splits = dict(splits)
+        self.folder = folder
+        self.id_maps = dict(id_maps or {})
+        for name, arrays in self.splits.items():
+            _check_split(schema, name, arrays)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> EncodedDataset:
+        """Open a folder written by `embtrim.encode`; arrays are memory-mapped, nothing is read yet.
+
+        Raises:
+            DataError: the folder is missing, incomplete, truncated or of another format version.
+        """
+        folder = Path(folder)
+        meta = read_json(folder / "meta.json", hint="is this a folder written by `embtrim encode`?")
+        if meta.get("format_version") != FORMAT_VERSION:
+            raise DataError(
+                f"{folder} has dataset format {meta.get('format_version')!r}, this release reads {FORMAT_VERSION}; encode again"
+            )
+        schema = Schema.parse(read_json(folder / "schema.json"), where=str(folder / "schema.json"))
+        splits = {}
+        for name in SPLITS:
+            if name not in meta["num_rows"]:
+                continue
+            arrays = SplitArrays(
+                ids=_open_array(folder / name / "ids.npy"),
+                labels=_open_array(folder / name / "labels.npy"),
+                dense=_open_array(folder / name / "dense.npy") if schema.dense_fields else None,
+                weights=_open_array(folder / name / "weights.npy") if schema.weight else None,
+            )
+            if len(arrays) != meta["num_rows"][name]:
+                raise DataError(
+                    f"{folder / name} holds {len(arrays)} rows, meta.json says {meta['num_rows'][name]}; encode again"
+                )
+            splits[name] = arrays
+        return cls(schema, splits, folder)
+
+    def split(self, name: str) -> SplitArrays:
+        """The arrays of a split; DataError names the splits there are."""
+        if name not in self.splits:
+            raise DataError(f"dataset has no split {name!r}; it has {', '.join(self.splits) or 'none'}")
+        return self.splits[name]
+
+    def num_rows(self, split: str) -> int:
+        """Rows of a split."""
+        return len(self.split(split))
+
+    def num_batches(self, split: str, batch_size: int) -> int:
+        """Batches that `batches` yields for a split."""
+        return -(-self.num_rows(split) // batch_size)
+
+    def batches(self, split: str, batch_size: int, shuffle_seed: int | None = None, skip: int = 0) -> Iterator[Batch]:
+        """Yield a split in batches; the last may be smaller.
+
+        Args:
+            split: "train", "valid" or "test".
+            batch_size: rows a batch.
+            shuffle_seed: None keeps the stored order; an int gives that seed's order (see CHUNK_ROWS).
+            skip: leave out this many batches at the start, without reading them.
+        """
+        arrays = self.split(split)
+        for rows in islice(_rows_of_batches(len(arrays), batch_size, shuffle_seed), skip, None):
+            yield self._batch(_take(arrays, rows))
+
+    def value_counts(self, split: str = "train") -> dict[str, np.ndarray]:
+        """How often each row of each table occurs in a split: int64 (rows,) by table name. PAD is not counted."""
+        sizes = self.schema.tables
+        counts = {name: np.zeros(n, np.int64) for name, n in sizes.items()}
+        ids = self.split(split).ids
+        for start in range(0, len(ids), WINDOW_ROWS):
+            block = np.asarray(ids[start : start + WINDOW_ROWS])
+            for field, columns in zip(self.schema.id_fields, self.schema.column_slices, strict=True):
+                used = block[:, columns].ravel()
+                counts[field.table_name] += np.bincount(used[used != PAD], minlength=sizes[field.table_name])
+        for name, id_map in self.id_maps.items():
+            counts[name] = np.bincount(id_map, weights=counts[name], minlength=int(id_map.max()) + 1).astype(np.int64)
+        return counts
+
+    def recode(self, plan: SizePlan) -> EncodedDataset:
+        """The same data with the ids of a compact model; a field-level plan changes none.
+
+        Raises:
+            PlanError: the plan was made for another schema.
+        """
+        plan.check_schema(self.schema)
+        id_maps = {table.name: table.id_map() for table in plan.tables}
+        return self.with_id_maps({name: id_map for name, id_map in id_maps.items() if id_map is not None})
+
+    def with_id_maps(self, id_maps: Mapping[str, np.ndarray]) -> EncodedDataset:
+        """The same data with ids re-numbered while reading: `id_maps[table][stored id]` is the id batches carry."""
+        for name, id_map in id_maps.items():
+            if len(id_map) != self.schema.tables.get(name, -1):
+                raise DataError(
+                    f"id map for table {name!r} has {len(id_map)} rows, the table {self.schema.tables.get(name)}"
+                )
+        return EncodedDataset(self.schema, self.splits, self.folder, id_maps)
+
+    def _batch(self, arrays: SplitArrays) -> Batch:
+        ids = np.ascontiguousarray(arrays.ids)
+        if self.id_maps:
+            ids = ids.copy()
+            for field, columns in zip(self.schema.id_fields, self.schema.column_slices, strict=True):
+                id_map = self.id_maps.get(field.table_name)
+                if id_map is not None:
+                    stored = ids[:, columns]
+                    ids[:, columns] = np.where(stored == PAD, PAD, id_map[np.maximum(stored, 0)])
+        return Batch(
+            ids_BC=_tensor(ids),
+            labels_B=_tensor(arrays.labels),
+            dense_BE=None if arrays.dense is None else _tensor(arrays.dense),
+            weights_B=None if arrays.weights is None else _tensor(arrays.weights),
+        )
+
+
+def read_json(path: Path, hint: str = "encode again") -> dict:
+    """Read a JSON object; DataError if the file is missing or broken."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; {hint}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError) as error:
+        raise DataError(f"{path} cannot be read ({error}); {hint}") from None
+
+
+def _open_array(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; encode again") from None
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path} is damaged ({error}); encode again") from None
+
+
+def _check_split(schema: Schema, name: str, arrays: SplitArrays) -> None:
+    if arrays.ids.shape != (len(arrays), schema.num_id_columns) or arrays.ids.dtype != np.int32:
+        raise DataError(
+            f"split {name!r}: ids are {arrays.ids.dtype} {arrays.ids.shape}, "
+            f"schema {schema.describe()} needs int32 ({len(arrays)}, {schema.num_id_columns})"
+        )
+    # What `encode` wrote is mapped and right; an id beyond its table would read another table's row.
+    if len(arrays) and not isinstance(arrays.ids, np.memmap):
+        for field, columns in zip(schema.id_fields, schema.column_slices, strict=True):
+            least, rows = PAD if field.type == "multi" else 0, schema.tables[field.table_name]
+            found = arrays.ids[:, columns]
+            if found.min() < least or found.max() >= rows:
+                raise DataError(
+                    f"split {name!r}: ids of field {field.name!r} lie in {found.min()}..{found.max()}, its table has rows "
+                    f"{least}..{rows - 1}" + (", -1 where there is no value" if least == PAD else "")
+                )
+    if (arrays.dense is None) != (not schema.dense_fields):
+        raise DataError(f"split {name!r}: the schema has {len(schema.dense_fields)} dense fields, but dense values are "
+                        f"{'missing' if arrays.dense is None else 'given'}")  # fmt: skip
+
+
+def _rows_of_batches(num_rows: int, batch_size: int, shuffle_seed: int | None) -> Iterator[np.ndarray | slice]:
+    """The rows of each batch in turn. Shuffled ones are valid until the next is asked for."""
+    if shuffle_seed is None:
+        yield from (slice(start, start + batch_size) for start in range(0, num_rows, batch_size))
+        return
+    carried = np.empty(0, np.int64)
+    for window in _shuffled_windows(num_rows, np.random.default_rng(shuffle_seed)):
+        start = batch_size - len(carried)
+        if len(window) < start:
+            carried = np.concatenate([carried, window])
+            continue
+        yield np.concatenate([carried, window[:start]])
+        while start + batch_size <= len(window):
+            yield window[start : start + batch_size]
+            start += batch_size
+        carried = window[start:].copy()
+        del window  # before the next one is made
+    if len(carried):
+        yield carried
+
+
+def _shuffled_windows(num_rows: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    if num_rows <= WINDOW_ROWS:
+        yield rng.permutation(num_rows)
+        return
+    starts = rng.permutation(-(-num_rows // CHUNK_ROWS)) * CHUNK_ROWS
+    per_window = WINDOW_ROWS // CHUNK_ROWS
+    for first in range(0, len(starts), per_window):
+        yield _shuffled_chunks(np.sort(starts[first : first + per_window]), num_rows, rng)
+
+
+def _shuffled_chunks(starts: np.ndarray, num_rows: int, rng: np.random.Generator) -> np.ndarray:
+    rows = (starts[:, None] + np.arange(CHUNK_ROWS)).ravel()
+    rows = rows[: np.searchsorted(rows, num_rows)]  # the last chunk of the split may be smaller
+    rng.shuffle(rows)
+    return rows
+
+
+def _take(arrays: SplitArrays, rows: np.ndarray | slice) -> SplitArrays:
+    """A view of consecutive rows; a copy of others, so that a batch holds no memory but its own."""
+
+    def part(array: np.ndarray) -> np.ndarray:
+        # `take` copies rows twice as fast as indexing.
+        return array[rows] if isinstance(rows, slice) else np.asarray(array).take(rows, axis=0)
+
+    return SplitArrays(*(None if a is None else part(a) for a in _fields(arrays)))  # type: ignore[arg-type]
+
+
+def _fields(arrays: SplitArrays) -> tuple[np.ndarray | None, ...]:
+    return (arrays.ids, arrays.labels, arrays.dense, arrays.weights)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    # A memory-mapped slice is read-only; torch wants a writable array, and a batch must outlive the map.
+    return torch.from_numpy(array if array.flags.writeable else array.copy())

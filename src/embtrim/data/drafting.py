@@ -1,0 +1,196 @@
+"""Draft a schema from the first rows of a raw log, for the user to edit."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+
+import polars as pl
+
+from embtrim.data.reading import RawLog, ReadOptions, Source, SparseText, open_log
+from embtrim.errors import DataError
+from embtrim.schema import FieldSpec, Schema
+
+logger = logging.getLogger(__name__)
+
+INFER_ROWS = 100_000
+
+_LABEL_NAMES = ("label", "click", "clicked", "is_click", "clk", "target", "y", "conversion", "is_clicked")
+_TIME_NAMES = ("timestamp", "time", "datetime", "date", "ts", "time_stamp", "event_time", "created_at")
+_ID_NAME = re.compile(r"(^|_)(id|ids|code|zip|zipcode|user|item|ad|hash|category|cate|brand|site|app)($|_)|[a-z]Id$")
+
+
+def infer_schema(source: Source, label: str | None = None, options: ReadOptions | None = None) -> Schema:
+    """Draft a schema from the first rows of a log (up to INFER_ROWS), for the user to edit.
+
+    Text, booleans and integers are categorical; integers with many values of which the most frequent is -1..2 are
+    counts: numeric log2; numbers with fractions are numeric (log2 if very skewed, else quantile:20); lists, and text
+    whose parts around `|`, `;`, `^` or `,` recur, are multi. Dates and times become the schema's time column and no field;
+    columns that are empty, or different in every row, are left out. min_count grows with the log: 1, 2 from 50,000
+    rows, 4 from 500,000, 10 from 5,000,000.
+
+    Raises:
+        DataError: no label column, or no usable field.
+
+    Example:
+        >>> import polars as pl
+        >>> log = pl.DataFrame({"click": [0, 1], "user": ["a", "b"], "tags": [["x"], ["x", "y"]]})
+        >>> [(field.name, field.type) for field in infer_schema(log, "click").fields]
+        [('user', 'categorical'), ('tags', 'multi')]
+    """
+    return draft_schema(open_log(source, options), label)
+
+
+def draft_schema(log: RawLog, label: str | None) -> Schema:
+    """`infer_schema` of a log that is open already."""
+    names = list(log.columns)
+    label = label or next((name for name in names if name.lower() in _LABEL_NAMES), None)
+    if label is None or label not in names:
+        given = "no label column is named" if label is None else f"there is no column {label!r}"
+        near = difflib.get_close_matches(label or "", names, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise DataError(
+            f"{log.name}: {given}; {hint}label takes one of: {', '.join(names[:40])}{log.files[0].hint([label or ''])}"
+        )
+    if log.is_sparse:
+        return _infer_sparse(log, label)
+    frames, num_rows, done = [], 0, 1.0
+    for chunk in log.chunks(None):
+        frames.append(chunk.frame)
+        num_rows, done = num_rows + chunk.frame.height, chunk.done
+        if num_rows >= INFER_ROWS:
+            break
+    if not num_rows:
+        raise DataError(f"{log.name} holds no rows")
+    min_count = _min_count(num_rows / max(done, 1e-9))
+    sample = pl.concat(frames).head(INFER_ROWS)
+    time_column, fields = None, []
+    for name in names:
+        if name == label:
+            continue
+        found = _infer_field(sample[name], min_count)
+        if found == "time" and time_column is None:
+            time_column = name
+        elif isinstance(found, FieldSpec):
+            fields.append(found)
+        else:
+            logger.info("column %r is left out of the schema: %s", name, found)
+    if not fields:
+        raise DataError(
+            f"{log.name} has no column that could be a field beside label {label!r}; write a schema by hand"
+        )
+    return Schema(label=label, time=time_column, fields=tuple(fields))
+
+
+def _min_count(num_rows: float) -> int:
+    for least, min_count in ((5_000_000, 10), (500_000, 4), (50_000, 2)):
+        if num_rows >= least:
+            return min_count
+    return 1
+
+
+def _infer_field(column: pl.Series, min_count: int) -> FieldSpec | str:
+    """The field for a column; or "time"; or why there is none."""
+    name, values = column.name, column.drop_nulls()
+    if not len(values):
+        return "it is empty"
+    if isinstance(column.dtype, (pl.List, pl.Array)):
+        longest = (
+            int(values.list.len().quantile(0.99, "higher") or 1)
+            if isinstance(column.dtype, pl.List)
+            else column.dtype.size
+        )
+        return FieldSpec(name=name, type="multi", max_len=max(1, min(longest, 50)), min_count=min_count)
+    if column.dtype.is_temporal():
+        return "time"
+    num_distinct = values.n_unique()
+    categorical = FieldSpec(name=name, min_count=1 if num_distinct <= 1000 else min_count)
+    if column.dtype == pl.String:
+        numbers = values.cast(pl.Float64, strict=False)
+        if numbers.null_count() or values.str.contains(r"^[+-]?0\d").any():
+            if values.str.contains(r"^\d{4}-\d{2}-\d{2}").all():
+                return "time"
+            _say_if_nearly_numbers(values, numbers)
+            if len(values) >= 1000 and num_distinct > 0.995 * len(values):
+                return "its values differ from row to row"
+            return _infer_multi(values, min_count) or categorical
+        values = numbers
+    elif not column.dtype.is_numeric():
+        return categorical
+    values = values.cast(pl.Float64).drop_nans()
+    if name.lower() in _TIME_NAMES and num_distinct > 50:
+        return "time"
+    is_whole = bool((values == values.floor()).all())
+    if num_distinct <= 50 or (is_whole and _ID_NAME.search(name)):
+        return categorical
+    middle, top = values.abs().median(), values.abs().max()
+    is_skewed = isinstance(top, float) and isinstance(middle, float) and top > 20 * max(middle, 1e-9)
+    if is_whole:
+        most_frequent = values.value_counts().sort("count", name, descending=True)[name][0]
+        if is_skewed and -1 <= most_frequent <= 2:
+            return FieldSpec(name=name, type="numeric", transform="log2")
+        if len(values) >= 1000 and num_distinct > 0.995 * len(values):
+            return "its values differ from row to row"
+        return categorical
+    transform = "log2" if is_skewed and isinstance(top, float) and top > 100 else "quantile:20"
+    return FieldSpec(name=name, type="numeric", transform=transform)
+
+
+def _say_if_nearly_numbers(values: pl.Series, numbers: pl.Series) -> None:
+    """A few dirty cells make a column of numbers categorical: say which, so that a user can null them."""
+    words = values.filter(numbers.is_null())
+    if 0 < len(words) <= 0.05 * len(values):
+        listed = ", ".join(map(repr, words.unique(maintain_order=True).head(10)))
+        logger.info(
+            "column %r is taken as categorical: %.2g%% of its values are no numbers, such as %s; if they mean nothing, "
+            'list them in the draft: type = "numeric", nulls = [..]',
+            values.name, 100 * len(words) / len(values), listed,
+        )  # fmt: skip
+
+
+def _infer_multi(values: pl.Series, min_count: int) -> FieldSpec | None:
+    """A multi field if one separator occurs in a tenth of the rows and the parts recur more than the wholes do."""
+    for separator in ("|", ";", "^", ","):
+        if (values.str.contains(separator, literal=True)).mean() < 0.1:  # type: ignore[operator]
+            continue
+        parts = values.str.split(separator)
+        num_parts = parts.list.len()
+        distinct = parts.explode().n_unique()
+        if distinct < values.n_unique() and int(num_parts.sum()) >= 2 * distinct:
+            longest = min(int(num_parts.quantile(0.99, "higher") or 1), 50)
+            return FieldSpec(name=values.name, type="multi", separator=separator, max_len=longest, min_count=min_count)
+    return None
+
+
+def _infer_sparse(log: RawLog, label: str) -> Schema:
+    """libsvm or libfm: lists of indices where all values are 0 or 1, else one numeric field an index."""
+    file = log.files[0]
+    assert isinstance(file, SparseText)
+    fields = []
+    for column in log.columns:
+        if column == label:
+            continue
+        numbered = file.valued_indices(column)
+        if len(numbered) > 500:
+            raise DataError(
+                f"{log.name}: column {column!r} has values other than 0 and 1 at {len(numbered)} indices; write a schema with "
+                f"the fields to keep, such as name = 'x', column = {numbered[0]!r}, type = 'dense', transform = 'log1p'"
+            )
+        if numbered:
+            fields += [
+                FieldSpec(name=f"f{index}", column=index, type="numeric", transform="quantile:20") for index in numbered
+            ]
+            continue
+        chunk = next(log.chunks([column]), None)
+        if chunk is None:
+            raise DataError(f"{log.name} holds no rows")
+        longest = int(chunk.frame[column].list.len().max() or 1)  # type: ignore[arg-type]
+        name = column if column == "features" else f"field_{column}"
+        min_count = _min_count(chunk.frame.height / max(chunk.done, 1e-9))
+        fields.append(
+            FieldSpec(
+                name=name, column=column, type="multi", max_len=min(longest, 200), pooling="sum", min_count=min_count
+            )
+        )
+    return Schema(label=label, fields=tuple(fields))

@@ -1,0 +1,601 @@
+"""Encoder: the frozen transformation from raw rows to ids, made once from the training rows and kept with the model.
+
+Conventions:
+
+- A categorical value is its text. Whole-numbered floats are written without a fraction (`5.0` in parquet is `5`),
+  booleans as `true` / `false`, dates in ISO form; text is taken as it stands (`05` is not `5`).
+- A numeric field becomes the number of a bucket, an int32. log2: v > 2 -> floor(ln(v)^2), else floor(v), so negative
+  numbers keep one bucket per unit; all below -2^31 + 1 share the last. quantile:k: bucket i holds edge[i-1] <= v <
+  edge[i]; equal edges are merged.
+- Missing (null, NaN in a number, or a text in `nulls`) is a value of its own: null in vocab.parquet. In a multi field a
+  missing cell is an empty list and missing or empty elements are left out; in a dense field it is 0 after the
+  transform, which for `standard` is the mean.
+- dense log1p is sign(v) ln(1 + |v|); standard is (v - mean) / std over the training rows that have a value, std 1 if
+  all are equal.
+- Ids of a table: 0 is OOV; 1.. are the values kept, by descending count in the training rows, ties by value (missing
+  last). A value needs `min_count` occurrences.
+- Hashed table: id = 1 + blake2b-64(UTF-8 text, key "embtrim") mod hash_size, so vocab_size = hash_size + 1 and row 0 stays
+  unused; missing is hashed as the text "\\0missing". The same in every process, version and machine.
+
+Shapes: N rows, C id columns, E dense fields, V values of a table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from embtrim.data.dataset import EncodedDataset, read_json
+from embtrim.data.reading import Chunk
+from embtrim.errors import DataError
+from embtrim.plan.plan import SizePlan
+from embtrim.schema import OOV, PAD, FieldSpec, Schema
+
+HASH_KEY = b"embtrim"
+MISSING_TOKEN = "\0missing"
+MISSING_BUCKET = -(2**31)
+MAX_PLACES = 1 << 22  # of buckets that are looked up by place, in 16 MB, and not by a search
+
+# A vocabulary is looked up through a polars Enum, whose index is built once, when the expression is made; each chunk
+# then costs one hash probe a cell. Codes beyond the vocabulary's stand for "not in it" and "missing".
+_VOCABULARY_SCHEMA = {"value": pl.String, "id": pl.Int32, "count": pl.Int64}
+
+
+@dataclass(frozen=True)
+class EncodedChunk:
+    """Rows as models read them.
+
+    Attributes:
+        ids: int32 (N, C), ids local to their table, PAD = -1.
+        dense: float32 (N, E), or None if the schema has no dense field.
+    """
+
+    ids: np.ndarray
+    dense: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Encoder:
+    """Turns raw rows into ids and dense values; needs no label.
+
+    Attributes:
+        schema: the encoded schema, sizes filled in.
+        vocabularies: by table, a frame with columns value, id, count (none for a hashed table).
+        transforms: by field, {"edges": [..]} of quantile buckets, {"mean": .., "std": ..} of standardised fields.
+        unseen_ids: by table, the id of a value that is not in the vocabulary, where it is not OOV (0).
+        hash_maps: by hashed table, an int32 map from hashed ids to the ids given out (see `with_id_maps`).
+    """
+
+    def __init__(
+        self,
+        schema: Schema,
+        vocabularies: Mapping[str, pl.DataFrame],
+        transforms: Mapping[str, Mapping[str, Any]] | None = None,
+        unseen_ids: Mapping[str, int] | None = None,
+        hash_maps: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        self.schema = schema
+        self.vocabularies = dict(vocabularies)
+        self.transforms = {name: dict(values) for name, values in (transforms or {}).items()}
+        self.unseen_ids = dict(unseen_ids or {})
+        self.hash_maps = dict(hash_maps or {})
+        self.columns = needed_columns(schema)
+        for field in schema.id_fields:
+            if not field.hash_size and field.table_name not in self.vocabularies:
+                raise DataError(f"vocabulary of table {field.table_name!r} is missing; encode again")
+        for field in schema.fields:
+            learns = field.transform == "standard" or (field.transform or "").startswith("quantile:")
+            if learns and field.name not in self.transforms:
+                raise DataError(f"transforms.json lacks field {field.name!r}; encode again")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Encoder:
+        """Read the encoder of an encoded folder or a bundle.
+
+        Raises:
+            DataError: a file is missing or damaged.
+        """
+        folder = Path(folder)
+        schema = Schema.parse(read_json(folder / "schema.json"), where=str(folder / "schema.json"))
+        state = read_json(folder / "transforms.json")
+        path = folder / "vocab.parquet"
+        try:
+            frame = pl.read_parquet(path)
+            by_table = {
+                str(key[0]): part.drop("table") for key, part in frame.partition_by("table", as_dict=True).items()
+            }
+            empty = pl.DataFrame(schema=_VOCABULARY_SCHEMA)
+            tables = [field.table_name for field in schema.id_fields if not field.hash_size]
+            vocabularies = {name: by_table.get(name, empty).cast(_VOCABULARY_SCHEMA) for name in tables}  # type: ignore[arg-type]
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise DataError(f"{path} cannot be read ({str(error).partition(chr(10))[0]}); encode again") from None
+        hash_maps = {}
+        if (folder / "hash_maps.npz").exists():
+            with np.load(folder / "hash_maps.npz", allow_pickle=False) as stored:
+                hash_maps = {name: stored[name] for name in stored.files}
+        return cls(schema, vocabularies, state.get("fields", {}), state.get("unseen_ids", {}), hash_maps)
+
+    def save(self, folder: str | Path) -> None:
+        """Write schema.json, vocab.parquet, transforms.json (and hash_maps.npz if hashed ids were re-mapped)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "schema.json").write_text(json.dumps(self.schema.model_dump(mode="json"), indent=1), "utf-8")
+        state = {"fields": self.transforms, "unseen_ids": self.unseen_ids}
+        (folder / "transforms.json").write_text(json.dumps(state, indent=1), "utf-8")
+        # In the order of ids, whoever gave them out; in one chunk, which packs the same for any number of threads.
+        parts = [
+            frame.sort("id", maintain_order=True).select(pl.lit(name).alias("table"), *_VOCABULARY_SCHEMA)
+            for name, frame in self.vocabularies.items()
+        ]
+        empty = pl.DataFrame(schema={"table": pl.String, **_VOCABULARY_SCHEMA})
+        pl.concat([empty, *parts]).rechunk().write_parquet(folder / "vocab.parquet", compression="zstd")
+        if self.hash_maps:
+            np.savez_compressed(folder / "hash_maps.npz", **self.hash_maps)  # type: ignore[arg-type]
+
+    def encode_chunk(self, rows: Chunk | pl.DataFrame) -> EncodedChunk:
+        """Encode rows; a value that the training rows did not hold gets its table's OOV id.
+
+        Args:
+            rows: a frame with the raw columns (others are ignored), or a chunk of a raw log.
+
+        Raises:
+            DataError: a column is missing, or a value or a column's type does not fit its field.
+
+        Example:
+            >>> schema = Schema(label="click", fields=(FieldSpec(name="user", vocab_size=3),))
+            >>> vocabulary = pl.DataFrame({"value": ["ann", "bob"], "id": [1, 2], "count": [5, 3]})
+            >>> Encoder(schema, {"user": vocabulary}).encode_chunk(pl.DataFrame({"user": ["bob", "eve"]})).ids.tolist()
+            [[2], [0]]
+        """
+        frame, locate = (rows.frame, rows.locate) if isinstance(rows, Chunk) else (rows, _row_number)
+        require_columns(frame, self.columns)
+        codes = {name: lookup.code for name, lookup in self._text_lookups.items()}
+        ids_CN = number_cells(frame, self.schema, self.transforms, locate, codes, self.ids)
+        return EncodedChunk(np.ascontiguousarray(ids_CN.T), dense_values(frame, self.schema, self.transforms, locate))
+
+    def ids(self, field: FieldSpec, code_N: np.ndarray) -> np.ndarray:
+        """Ids of a field's cells: int32 (N,), from hashes, from buckets, or from the codes of texts in its vocabulary."""
+        if field.hash_size:
+            hash_map = self.hash_maps.get(field.table_name)
+            return code_N if hash_map is None else hash_map[code_N]
+        if field.type == "numeric":
+            return self._bucket_lookups[field.name].ids(code_N)
+        return self._text_lookups[field.name].ids_V[code_N]
+
+    def text_ids(self, field: FieldSpec, values: pl.Series) -> np.ndarray:
+        """Ids of texts (or nulls) as cells of a listed categorical or multi field: int32 (N,)."""
+        code = self._text_lookups[field.name].code
+        return self.ids(field, values.to_frame(field.name).select(code).to_series().to_numpy())
+
+    def with_id_maps(self, id_maps: Mapping[str, np.ndarray]) -> Encoder:
+        """The same encoder with ids re-numbered: `id_maps[table][id]` is given out instead of id.
+
+        Vocabularies are rewritten: a value whose new id is that of an unseen value is dropped from them. A hashed
+        table has no vocabulary and keeps its map. The schema, and so its fingerprint, stays.
+
+        Raises:
+            DataError: a map is for an unknown table, or does not cover the ids given out so far.
+        """
+        vocabularies, unseen_ids, hash_maps = dict(self.vocabularies), dict(self.unseen_ids), dict(self.hash_maps)
+        for name, id_map in id_maps.items():
+            if name not in self.schema.tables:
+                raise DataError(f"id map for unknown table {name!r}; tables: {', '.join(self.schema.tables)}")
+            id_map = np.asarray(id_map, np.int32)
+            if name in vocabularies:
+                ids_V = vocabularies[name]["id"].to_numpy()
+                given = np.append(ids_V, unseen_ids.get(name, OOV))
+            else:
+                given = hash_maps.get(name, np.arange(self.schema.tables[name], dtype=np.int32))
+            if len(id_map) <= given.max():
+                raise DataError(f"id map for table {name!r} has {len(id_map)} rows, its ids go up to {given.max()}")
+            if name not in vocabularies:
+                hash_maps[name] = id_map[given]
+                continue
+            unseen = int(id_map[given[-1]])
+            unseen_ids[name] = unseen
+            frame = vocabularies[name].with_columns(pl.Series("id", id_map[ids_V], pl.Int32))
+            vocabularies[name] = frame.filter(pl.col("id") != unseen)
+        return Encoder(self.schema, vocabularies, self.transforms, unseen_ids, hash_maps)
+
+    @cached_property
+    def _text_lookups(self) -> dict[str, _TextLookup]:
+        lookups = {}
+        for field in self.schema.id_fields:
+            if field.hash_size or field.type == "numeric":
+                continue
+            listed, unseen, missing_id = self._listed(field)
+            ids_V, texts = listed["id"].to_numpy(), listed["value"]
+            if field.type == "categorical":
+                # Texts that mean "missing" become codes too, so that no pass over the cells has to replace them.
+                nulls = sorted({*self.schema.nulls, *field.nulls})
+                is_null = texts.is_in(nulls)
+                extra = sorted(set(nulls) - set(texts.filter(is_null)))
+                ids_V = np.where(is_null.to_numpy(), missing_id, ids_V)
+                ids_V = np.concatenate([ids_V, np.full(len(extra), missing_id)])
+                texts = pl.concat([texts, pl.Series("value", extra, pl.String)])
+            text = pl.col(field.name)
+            code = text.cast(pl.Enum(texts), strict=False).to_physical().cast(pl.UInt32).fill_null(len(texts))
+            code = pl.when(text.is_null()).then(pl.lit(len(texts) + 1, pl.UInt32)).otherwise(code).alias(field.name)
+            lookups[field.name] = _TextLookup(code, np.concatenate([ids_V, [unseen, missing_id]]).astype(np.int32))
+        return lookups
+
+    @cached_property
+    def _bucket_lookups(self) -> dict[str, _BucketLookup]:
+        lookups = {}
+        for field in self.schema.id_fields:
+            if field.hash_size or field.type != "numeric":
+                continue
+            listed, unseen, missing_id = self._listed(field)
+            number = pl.col("value").cast(pl.Int32, strict=False)
+            # A table shared with texts may hold some, "05" among them, that are no bucket's name.
+            listed = listed.with_columns(number=number).filter(pl.col("number").cast(pl.String) == pl.col("value"))
+            lookups[field.name] = _BucketLookup(
+                listed["number"].to_numpy(), listed["id"].to_numpy(), unseen, missing_id
+            )
+        return lookups
+
+    def _listed(self, field: FieldSpec) -> tuple[pl.DataFrame, int, int]:
+        """The vocabulary of a field without its missing value, the id of values not in it, and that of the missing one."""
+        frame = self.vocabularies[field.table_name]
+        unseen = self.unseen_ids.get(field.table_name, OOV)
+        missing = frame.filter(pl.col("value").is_null())["id"]
+        return frame.filter(pl.col("value").is_not_null()), unseen, int(missing[0]) if len(missing) else unseen
+
+
+def vocabulary_bytes(data: EncodedDataset, plan: SizePlan | None = None) -> int:
+    """Bytes of the encoder's files in a bundle or an export of a model; 0 of data made in memory, which have none.
+
+    Args:
+        data: with the stored ids.
+        plan: of the model; None for the full one.
+
+    Raises:
+        DataError: the encoder cannot be read, or there is no room to write it to.
+    """
+    if data.folder is None:
+        return 0
+    encoder = Encoder.load(data.folder)
+    if plan is not None:
+        encoder = encoder.with_id_maps(data.recode(plan).id_maps)
+    try:
+        with tempfile.TemporaryDirectory(prefix="embtrim-") as folder:
+            encoder.save(folder)
+            return sum(path.stat().st_size for path in Path(folder).iterdir())
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise DataError(
+            f"the vocabulary could not be written to {tempfile.gettempdir()}, where its bytes are counted ({error}); make room "
+            "there, or name another folder in TMPDIR"
+        ) from None
+
+
+@dataclass(frozen=True)
+class _TextLookup:
+    """A table as one field reads it: `code` numbers the texts, `ids_V` holds their ids, then unseen, then missing."""
+
+    code: pl.Expr
+    ids_V: np.ndarray
+
+
+class _BucketLookup:
+    """A table as one numeric field reads it: its buckets, rising, and their ids."""
+
+    def __init__(self, bucket_V: np.ndarray, ids_V: np.ndarray, unseen: int, missing_id: int) -> None:
+        order_V = np.argsort(bucket_V)
+        self._bucket_V, self._ids_V = bucket_V[order_V], ids_V[order_V]
+        self._unseen, self._missing_id = unseen, missing_id
+        # One place a bucket from the first to the last, and one at either end for all that lie beyond.
+        self._start = int(self._bucket_V[0]) - 1 if len(bucket_V) else 0
+        self._end = int(self._bucket_V[-1]) + 1 if len(bucket_V) else 0
+        self._by_place = None
+        if self._end - self._start < MAX_PLACES:
+            self._by_place = self._searched(np.arange(self._start, self._end + 1))
+
+    def ids(self, bucket_N: np.ndarray) -> np.ndarray:
+        if self._by_place is None:
+            ids_N = self._searched(bucket_N)
+        else:
+            ids_N = self._by_place[np.clip(bucket_N, self._start, self._end) - self._start]
+        ids_N[bucket_N == MISSING_BUCKET] = self._missing_id
+        return ids_N
+
+    def _searched(self, bucket_N: np.ndarray) -> np.ndarray:
+        if not len(self._bucket_V):
+            return np.full(bucket_N.shape, self._unseen, np.int32)
+        place_N = np.minimum(np.searchsorted(self._bucket_V, bucket_N), len(self._bucket_V) - 1)
+        return np.where(self._bucket_V[place_N] == bucket_N, self._ids_V[place_N], np.int32(self._unseen))
+
+
+def needed_columns(schema: Schema) -> tuple[str, ...]:
+    """The raw columns that the fields read, each once."""
+    return tuple(dict.fromkeys(field.raw_column for field in schema.fields))
+
+
+def require_columns(frame: pl.DataFrame, columns: Sequence[str]) -> None:
+    """Check that `frame` has `columns`; DataError names those given and those needed."""
+    missing = [name for name in columns if name not in frame.columns]
+    if missing:
+        raise DataError(
+            f"the rows have no column {', '.join(map(repr, missing))}; they have {', '.join(frame.columns)}; "
+            f"needed: {', '.join(columns)}"
+        )
+
+
+def number_columns(schema: Schema) -> tuple[str, ...]:
+    """The raw columns that only fields of numbers read and in which no number means "missing", each once."""
+    others = {field.raw_column for field in schema.fields if field.type not in ("numeric", "dense")}
+    others |= {field.raw_column for field in schema.fields if _has_numeric_nulls(schema, field)}
+    others |= {name for name in (schema.label, schema.weight, schema.time) if name is not None}
+    return tuple(name for name in needed_columns(schema) if name not in others)
+
+
+def number_cells(
+    frame: pl.DataFrame,
+    schema: Schema,
+    transforms: Mapping[str, Mapping[str, Any]],
+    locate: Callable[[int], str],
+    codes: Mapping[str, pl.Expr],
+    finish: Callable[[FieldSpec, np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """The id fields of raw rows as a matrix: int32 (C, N), PAD where a multi field has no more values.
+
+    Args:
+        frame: the rows.
+        schema: their fields.
+        transforms: of the numeric fields.
+        locate: says where a row lies.
+        codes: by listed categorical or multi field, an integer for each text of the column of its name.
+        finish: makes what is stored of a field's codes, or of its hashed ids, or of its buckets (MISSING_BUCKET where missing).
+
+    Raises:
+        DataError: a value or a column's type does not fit its field.
+    """
+    texts, buckets = _id_values(frame, schema, transforms, locate)
+    # One select runs its columns in parallel.
+    coded = texts.select(codes[f.name] for f in schema.id_fields if f.name in codes and f.type != "multi")
+    stored_CN = np.full((schema.num_id_columns, frame.height), PAD, np.int32)
+    for field, columns in zip(schema.id_fields, schema.column_slices, strict=True):
+        if field.type == "multi":
+            length_N = texts[field.name].list.len().fill_null(0).to_numpy().astype(np.int64)
+            flat = flatten(texts[field.name])
+            if field.hash_size:
+                code = hash_values(flat, field.hash_size)
+            else:
+                code = flat.to_frame().select(codes[field.name]).to_series().to_numpy()
+            row = np.repeat(np.arange(frame.height), length_N)
+            place = np.arange(len(flat)) - np.repeat(np.cumsum(length_N) - length_N, length_N)
+            stored_CN[columns.start + place, row] = finish(field, code)
+            continue
+        if field.hash_size:
+            values = bucket_texts(pl.Series(buckets[field.name])) if field.type == "numeric" else texts[field.name]
+            code = hash_values(values, field.hash_size)
+        else:
+            code = buckets[field.name] if field.type == "numeric" else coded[field.name].to_numpy()
+        stored_CN[columns.start] = finish(field, code)
+    return stored_CN
+
+
+def bucket_texts(buckets: pl.Series) -> pl.Series:
+    """Buckets as values of a vocabulary; null where missing."""
+    return buckets.set(buckets == MISSING_BUCKET, None).cast(pl.String)
+
+
+def _id_values(
+    frame: pl.DataFrame, schema: Schema, transforms: Mapping[str, Mapping[str, Any]], locate: Callable[[int], str]
+) -> tuple[pl.DataFrame, dict[str, np.ndarray]]:
+    """Canonical values by field: texts (lists of them for a multi field) as columns, buckets int32 (N,).
+
+    Texts that mean "missing" are null in multi and hashed fields; in a listed categorical field they are left as they
+    stand, and counting and lookup treat them.
+    """
+    numeric = [field for field in schema.id_fields if field.type == "numeric"]
+    numbers = to_numbers(frame, numeric, schema, locate)
+    texts: list[pl.Expr] = []
+    for field in schema.id_fields:
+        dtype, column = frame.schema[field.raw_column], pl.col(field.raw_column)
+        nulls = [*schema.nulls, *field.nulls]
+        if field.type == "numeric":
+            continue
+        if field.type == "multi":
+            lists = _lists(field, dtype, column)
+            kept = pl.element().filter(pl.element().is_not_null() & ~pl.element().is_in([*nulls, ""]))
+            texts.append(lists.list.eval(kept).list.head(field.max_len).alias(field.name))
+            continue
+        if isinstance(dtype, (pl.List, pl.Array)):
+            raise DataError(f"column {field.raw_column!r} holds lists; declare field {field.name!r} as type = 'multi'")
+        text = _text(field, dtype, column)
+        if field.hash_size:
+            text = pl.when(~text.is_in(nulls)).then(text)
+        texts.append(text.alias(field.name))
+    return frame.select(texts), {f.name: _buckets(numbers[f.name].to_numpy(), f, transforms) for f in numeric}
+
+
+def to_numbers(
+    frame: pl.DataFrame, fields: Sequence[FieldSpec], schema: Schema, locate: Callable[[int], str]
+) -> pl.DataFrame:
+    """Numbers of numeric and dense fields, as one float64 column a field; missing is null.
+
+    Raises:
+        DataError: a cell holds no finite number.
+    """
+    for field in fields:
+        dtype = frame.schema[field.raw_column]
+        if not (dtype.is_numeric() or dtype in (pl.String, pl.Boolean, pl.Null, pl.Categorical, pl.Enum)):
+            raise DataError(
+                f"column {field.raw_column!r} holds {dtype}, which is no number; declare field {field.name!r} categorical"
+            )
+    numbers = frame.select(
+        (pl.col(f.raw_column).cast(pl.String) if _is_category(frame.schema[f.raw_column]) else pl.col(f.raw_column))
+        .cast(pl.Float64, strict=False)
+        .fill_nan(None)
+        .alias(f.name)
+        for f in fields
+    )
+    # Only a column that holds more than plain finite numbers and nulls is looked at again.
+    num_null = numbers.null_count()
+    num_null_raw = frame.select(list(dict.fromkeys(f.raw_column for f in fields))).null_count()
+    is_infinite = numbers.select(pl.all().is_infinite().any())
+    repaired = []
+    for f in fields:
+        if (
+            _has_numeric_nulls(schema, f)
+            or is_infinite[f.name][0]
+            or num_null[f.name][0] > num_null_raw[f.raw_column][0]
+        ):
+            repaired.append(_repair(numbers[f.name], frame[f.raw_column], f, schema, locate))
+    return numbers.with_columns(repaired)
+
+
+def _repair(
+    numbers: pl.Series, raw: pl.Series, field: FieldSpec, schema: Schema, locate: Callable[[int], str]
+) -> pl.Series:
+    """Numbers with stated nulls and padded text understood; DataError for what is left."""
+    texts = raw.cast(pl.String)
+    stripped = texts.str.strip_chars()
+    is_stated = texts.is_in([*schema.nulls, *field.nulls]).fill_null(False)
+    is_missing = is_stated | stripped.str.to_lowercase().is_in(["nan", "+nan", "-nan"]).fill_null(False)
+    numbers = numbers.fill_null(stripped.cast(pl.Float64, strict=False)).fill_nan(None).set(is_missing, None)
+    is_bad = (numbers.is_null() & texts.is_not_null() & ~is_missing) | numbers.is_infinite().fill_null(False)
+    bad = is_bad.arg_true()
+    if len(bad):
+        row = bad[0]
+        what = "no number" if numbers[row] is None else "not finite"
+        raise DataError(
+            f"{locate(row)}: column {field.raw_column!r} holds {texts[row]!r}, which is {what}; declare it categorical or "
+            f"add {texts[row]!r} to nulls"
+        )
+    return numbers
+
+
+def _buckets(value_N: np.ndarray, field: FieldSpec, transforms: Mapping[str, Mapping[str, Any]]) -> np.ndarray:
+    """The bucket of each float64 value, MISSING_BUCKET for NaN: int32 (N,)."""
+    if field.transform == "log2":
+        bucket_N = np.log(np.maximum(value_N, 2.0))
+        bucket_N *= bucket_N
+        np.copyto(bucket_N, np.maximum(value_N, MISSING_BUCKET + 1), where=value_N <= 2)
+        np.floor(bucket_N, out=bucket_N)
+    else:
+        bucket_N = np.searchsorted(np.array(transforms[field.name]["edges"], float), value_N, side="right").astype(
+            float
+        )
+    bucket_N[np.isnan(value_N)] = MISSING_BUCKET
+    return bucket_N.astype(np.int32)
+
+
+def dense_values(
+    frame: pl.DataFrame, schema: Schema, transforms: Mapping[str, Mapping[str, Any]], locate: Callable[[int], str]
+) -> np.ndarray | None:
+    """The dense fields of raw rows: float32 (N, E), or None if there is none.
+
+    Raises:
+        DataError: a cell holds no finite number, or one whose value is none in float32.
+    """
+    if not schema.dense_fields:
+        return None
+    numbers = to_numbers(frame, schema.dense_fields, schema, locate)
+    dense_NE = np.empty((frame.height, len(schema.dense_fields)), np.float32)
+    for e, field in enumerate(schema.dense_fields):
+        value_N = numbers[field.name].to_numpy()  # null becomes NaN
+        if field.transform == "log1p":
+            value_N = np.sign(value_N) * np.log1p(np.abs(value_N))
+        elif field.transform == "standard":
+            fitted = transforms[field.name]
+            value_N = (value_N - fitted["mean"]) / fitted["std"]
+        with np.errstate(over="ignore"):
+            dense_NE[:, e] = np.nan_to_num(value_N, nan=0.0)
+        too_large = np.flatnonzero(~np.isfinite(dense_NE[:, e]))
+        if len(too_large):
+            raise DataError(
+                f"{locate(too_large[0])}: column {field.raw_column!r} gives {value_N[too_large[0]]:g}, which float32 cannot "
+                "hold; declare transform = 'log1p' for it"
+            )
+    return dense_NE
+
+
+def _is_category(dtype: pl.DataType) -> bool:
+    return dtype in (pl.Categorical, pl.Enum)
+
+
+def _lists(field: FieldSpec, dtype: pl.DataType, column: pl.Expr) -> pl.Expr:
+    if isinstance(dtype, pl.Array):
+        dtype, column = pl.List(dtype.inner), column.arr.to_list()
+    if isinstance(dtype, pl.List):
+        return column.list.eval(_text(field, dtype.inner, pl.element()))  # type: ignore[arg-type]
+    if dtype == pl.Null:
+        return column.cast(pl.List(pl.String))
+    if dtype not in (pl.String, pl.Categorical, pl.Enum):
+        raise DataError(
+            f"column {field.raw_column!r} holds {dtype}, but multi field {field.name!r} needs lists or text with a separator"
+        )
+    if field.separator is None:
+        raise DataError(
+            f"column {field.raw_column!r} holds text, so multi field {field.name!r} needs separator = '|' or whatever is between "
+            "its values"
+        )
+    return column.cast(pl.String).str.split(field.separator)
+
+
+def _text(field: FieldSpec, dtype: pl.DataType, column: pl.Expr) -> pl.Expr:
+    if dtype == pl.String:
+        return column
+    if dtype.is_float():
+        whole = (column == column.floor()) & (column.abs() < 2.0**53)
+        text = column.fill_nan(None).cast(pl.String)
+        return pl.when(whole).then(column.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(text)
+    if dtype.is_integer() or dtype.is_temporal() or dtype in (pl.Boolean, pl.Null, pl.Categorical, pl.Enum, pl.Decimal):
+        return column.cast(pl.String)
+    raise DataError(
+        f"column {field.raw_column!r} holds {dtype}, which field {field.name!r} cannot read; convert it to text or lists"
+    )
+
+
+def flatten(lists: pl.Series) -> pl.Series:
+    """The elements of all lists in order; an empty or missing list has none."""
+    return lists.filter(lists.list.len().fill_null(0) > 0).explode()
+
+
+def hash_values(values: pl.Series, hash_size: int) -> np.ndarray:
+    """Ids 1..hash_size of texts; see the module docstring. Int32 (N,)."""
+    texts = values.fill_null(MISSING_TOKEN)
+    distinct = texts.unique()
+    digests = [hashlib.blake2b(text.encode(), digest_size=8, key=HASH_KEY).digest() for text in distinct]
+    ids = [1 + int.from_bytes(digest, "little") % hash_size for digest in digests]
+    if not ids:
+        return np.empty(0, np.int32)
+    return texts.replace_strict(distinct, ids, return_dtype=pl.Int32).to_numpy()
+
+
+def digest(vocabularies: Mapping[str, pl.DataFrame], transforms: Mapping[str, Mapping[str, Any]]) -> str:
+    """Sixteen hex digits over the values in the order of their ids, and over what the transforms learned."""
+    state = hashlib.sha256(json.dumps(transforms, sort_keys=True).encode())
+    for table, frame in sorted(vocabularies.items()):
+        state.update(f"\x1d{table}\x1d".encode())
+        for part in frame.select(pl.col("value").fill_null("\0")).iter_slices(100_000):
+            state.update("\x1f".join(part["value"]).encode())
+            state.update(b"\x1f")
+    return state.hexdigest()[:16]
+
+
+def _has_numeric_nulls(schema: Schema, field: FieldSpec) -> bool:
+    return any(_is_finite(text) for text in (*schema.nulls, *field.nulls))
+
+
+def _is_finite(text: str) -> bool:
+    try:
+        return bool(np.isfinite(float(text)))
+    except ValueError:
+        return False
+
+
+def _row_number(row: int) -> str:
+    return f"row {row + 1:,}"

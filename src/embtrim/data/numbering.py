@@ -1,0 +1,150 @@
+"""Codes for the values of a log in the order in which they come, so that one pass over it is enough: ids, which follow
+frequency, take the place of the codes at the end.
+
+A text's code is 1 + its place among the texts of its table, 0 where it is missing; a number's is its bucket; a hashed
+value's is its id already. Texts are held once a table, by a polars Categories, whose index is one hash probe a cell. Which
+code a text gets may change from run to run where several fields share a table; ids do not.
+
+Shapes: N rows, C id columns, V values of a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from embtrim.data.encoder import Encoder, bucket_texts, number_cells
+from embtrim.data.reading import Chunk
+from embtrim.errors import DataError
+from embtrim.schema import PAD, FieldSpec, Schema
+
+
+class Numbering:
+    """The texts seen so far and their codes."""
+
+    def __init__(self, schema: Schema, transforms: Mapping[str, Mapping[str, Any]]) -> None:
+        self.schema = schema
+        self.transforms = transforms
+        self._texts = [f for f in schema.id_fields if f.type in ("categorical", "multi") and not f.hash_size]
+        self._categories = {field.table_name: pl.Categories.random() for field in self._texts}
+        self._num_texts = dict.fromkeys(self._categories, 0)
+        # Polars forgets categories that no column uses.
+        self._kept = [pl.Series([], dtype=pl.Categorical(categories)) for categories in self._categories.values()]
+        self._codes = {
+            f.name: (pl.col(f.name).cast(pl.Categorical(self._categories[f.table_name])).to_physical() + 1).fill_null(0)
+            for f in self._texts
+        }
+
+    def codes(self, chunk: Chunk) -> np.ndarray:
+        """The id fields of a chunk: int32 (C, N), PAD where a multi field has no more values.
+
+        Raises:
+            DataError: a value or a column's type does not fit its field.
+        """
+        return number_cells(chunk.frame, self.schema, self.transforms, chunk.locate, self._codes, self._noted)
+
+    def _noted(self, field: FieldSpec, code_N: np.ndarray) -> np.ndarray:
+        if field.name in self._codes and len(code_N):
+            self._num_texts[field.table_name] = max(self._num_texts[field.table_name], int(code_N.max()))
+        return code_N
+
+    def texts(self, table: str) -> pl.Series:
+        """The texts of a table, that of code 1 first."""
+        places = pl.DataFrame({"value": np.arange(self._num_texts[table], dtype=np.uint32)})
+        return places.select(
+            pl.col("value").cat.to(pl.Categorical(self._categories[table])).cast(pl.String)
+        ).to_series()
+
+    def _values(self, table: str) -> pl.Series:
+        """The values of a table by their codes: the missing one, then the texts."""
+        return pl.concat([pl.Series("value", [None], pl.String), self.texts(table)])
+
+    def state(self) -> pl.DataFrame:
+        """What was seen so far: columns table, value."""
+        tables = pl.Enum(list(self._categories))
+        empty = pl.DataFrame(schema={"table": tables, "value": pl.String})
+        parts = [
+            pl.DataFrame({"value": self.texts(name)}).select(pl.lit(name, tables).alias("table"), "value")
+            for name in self._categories
+        ]
+        return pl.concat([empty, *parts])
+
+    def restore(self, state: pl.DataFrame) -> None:
+        """Go on from `state`.
+
+        Raises:
+            DataError: polars gives the texts other codes.
+        """
+        for key, part in state.partition_by("table", as_dict=True, include_key=False).items():
+            dtype = pl.Categorical(self._categories[str(key[0])])
+            if not np.array_equal(part["value"].cast(dtype).to_physical().to_numpy(), np.arange(len(part))):
+                raise DataError(f"the values of table {key[0]!r} cannot be numbered as before")
+            self._num_texts[str(key[0])] = len(part)
+
+    def vocabularies(self, groups: Iterable[Sequence[np.ndarray]]) -> dict[str, pl.DataFrame]:
+        """By table, the values kept with their ids and counts, in the order of ids: columns value, id, count.
+
+        Args:
+            groups: the codes of all training rows, (C, N) each, in any order; some at a time, since a group costs a pass over
+                the counts.
+        """
+        counts = {f.name: np.zeros(1 + self._num_texts[f.table_name], np.int64) for f in self._texts}
+        none = pl.DataFrame(schema={"bucket": pl.Int32, "count": pl.Int64})
+        buckets = {f.name: none for f in self.schema.id_fields if f.type == "numeric" and not f.hash_size}
+        for group in groups:
+            for field, columns in zip(self.schema.id_fields, self.schema.column_slices, strict=True):
+                if field.hash_size:
+                    continue
+                code = np.concatenate([codes_CN[columns].ravel() for codes_CN in group])
+                if field.type == "numeric":
+                    new = pl.DataFrame({"bucket": code}).group_by("bucket").agg(pl.len().cast(pl.Int64).alias("count"))
+                    merged = pl.concat([buckets[field.name], new]).group_by("bucket")
+                    buckets[field.name] = merged.agg(pl.col("count").sum())
+                    continue
+                code = code[code != PAD] if field.type == "multi" else code
+                counts[field.name] += np.bincount(code, minlength=len(counts[field.name]))
+        result = {}
+        for field in self.schema.id_fields:
+            if field.hash_size or field.table_name in result:
+                continue
+            readers = [f for f in self.schema.id_fields if f.table_name == field.table_name]
+            parts = [
+                self._texts_counted(f, counts[f.name])
+                if f.name in counts
+                else buckets[f.name].select(bucket_texts(buckets[f.name]["bucket"]).alias("value"), "count")
+                for f in readers
+            ]
+            kept = pl.concat(parts).group_by("value").agg(pl.col("count").sum())
+            kept = kept.filter(pl.col("count") >= field.min_count)
+            kept = kept.sort("count", "value", descending=[True, False], nulls_last=True)
+            ids = pl.int_range(1, kept.height + 1, dtype=pl.Int32, eager=True).alias("id")
+            result[field.table_name] = kept.with_columns(ids).select("value", "id", "count")
+        return result
+
+    def _texts_counted(self, field: FieldSpec, count_V: np.ndarray) -> pl.DataFrame:
+        """The values of a field of texts that occur, and how often; null where missing."""
+        nulls = [*self.schema.nulls, *field.nulls] if field.type == "categorical" else []
+        frame = pl.DataFrame({"value": self._values(field.table_name), "count": count_V}).filter(pl.col("count") > 0)
+        return frame.with_columns(pl.when(~pl.col("value").is_in(nulls)).then("value").alias("value"))
+
+    def encoded_by(self, encoder: Encoder) -> Callable[[np.ndarray], np.ndarray]:
+        """What turns codes into an encoder's ids: both int32 (C, N)."""
+        # PAD, which is -1, reads the last place.
+        ids_of = {f.name: np.append(encoder.text_ids(f, self._values(f.table_name)), PAD) for f in self._texts}
+
+        def encoded(codes_CN: np.ndarray) -> np.ndarray:
+            ids_CN = np.empty_like(codes_CN)
+            for field, columns in zip(self.schema.id_fields, self.schema.column_slices, strict=True):
+                codes = codes_CN[columns]
+                if field.name in ids_of:
+                    np.take(ids_of[field.name], codes, out=ids_CN[columns], mode="wrap")
+                    continue
+                ids_CN[columns] = encoder.ids(field, codes)
+                if field.type == "multi":
+                    ids_CN[columns][codes == PAD] = PAD
+            return ids_CN
+
+        return encoded

@@ -1,0 +1,215 @@
+"""How one log is divided into training, validation and test rows, the same however it is cut into chunks.
+
+A random part is a hash (splitmix64) of the seed and of the row's index in the log. A part by time is a comparison with
+two moments, given or found as quantiles of the time column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+import polars as pl
+from pydantic import model_validator
+
+from embtrim.config import Config
+from embtrim.data.dataset import SPLITS
+from embtrim.data.reading import Chunk, RawLog
+from embtrim.errors import ConfigError, DataError
+from embtrim.schema import Schema
+
+SAMPLE_ROWS = 1 << 18  # at this size a quantile is off by about 0.1% of the rows
+
+
+class Split(Config):
+    """How one log is divided into training, validation and test rows.
+
+    Attributes:
+        by: "ratio" draws each row's part at random; "time" cuts along the schema's time column.
+        ratio: parts of the whole for train, valid, test; a part of 0 leaves that split out.
+        cuts: by time only: train is before the first cut, valid before the second, test the rest (one cut: no test). None
+            means quantiles of time according to `ratio`; rows of one moment are never parted.
+    """
+
+    by: Literal["ratio", "time"] = "ratio"
+    ratio: tuple[float, float, float] = (8.0, 1.0, 1.0)
+    cuts: tuple[str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Split:
+        if min(self.ratio) < 0 or not np.isfinite(sum(self.ratio)) or self.ratio[0] <= 0:
+            raise ValueError("ratio needs a positive part for train, and none below 0, such as 8:1:1")
+        if self.cuts is not None and (self.by != "time" or len(self.cuts) not in (1, 2)):
+            raise ValueError("cuts are one or two values of the time column, for by = 'time'")
+        return self
+
+    @classmethod
+    def from_text(cls, text: str) -> Split:
+        """Parse `8:1:1`, `time:8:1:1` or `time:2024-01-25,2024-01-28` (cuts are separated by commas).
+
+        Raises:
+            ConfigError: the text is none of these.
+        """
+        by, rest = ("time", text[5:]) if text.startswith("time:") else ("ratio", text)
+        try:
+            ratio = tuple(float(part) for part in rest.split(":"))
+        except ValueError:
+            ratio = ()
+        if len(ratio) == 3:
+            return cls.parse({"by": by, "ratio": ratio}, where=f"split {text}")
+        if by == "time":
+            cuts = tuple(cut.strip() for cut in rest.split(",") if cut.strip())
+            return cls.parse({"by": by, "cuts": cuts}, where=f"split {text}")
+        raise ConfigError(f"split {text!r} is not understood; allowed: 8:1:1, time:8:1:1, time:CUT,CUT")
+
+
+def choose_split(split: Split | str | None, given: Sequence[str]) -> Split | None:
+    """The split of the main log; None if all of it is for training."""
+    if split is None:
+        return None if given else Split()
+    chosen = Split.from_text(split) if isinstance(split, str) else split
+    for name in given:
+        if chosen.cuts is not None or chosen.ratio[SPLITS.index(name)] > 0:
+            raise DataError(
+                f"a {name} log is given, and the split also cuts {name} rows out of the main log; give a ratio whose part for "
+                f"{name} is 0, such as {'9:1:0' if name == 'test' else '9:0:1'}, or no split"
+            )
+    return chosen
+
+
+class Splitter:
+    """Says which split each row of the main log belongs to: int8 (N,), an index into SPLITS.
+
+    Attributes:
+        cuts: by time, the moments at which the next part starts; None until learned.
+        is_text: whether times are compared as text; None until learned.
+    """
+
+    def __init__(self, split: Split | None, schema: Schema, seed: int) -> None:
+        self.split = split
+        self.seed = seed
+        self.column = schema.time if split is not None and split.by == "time" else None
+        self.cuts: list[str | float] | None = None
+        self.is_text: bool | None = None
+
+    def learn_cuts(self, log: RawLog, chunk_bytes: int, report: Callable[[str, float], None]) -> None:
+        """Find the moments at which to cut, from the split's settings or from the log's quantiles of time."""
+        if self.column is None:
+            return
+        assert self.split is not None
+        if self.split.cuts is not None:
+            chunk = next(iter(log.chunks([self.column], chunk_bytes)), None)
+            if chunk is None:
+                raise DataError(f"{log.name} holds no rows")
+            times = self._times(chunk)
+            try:
+                cuts = [cut if self.is_text else float(cut) for cut in self.split.cuts]
+            except ValueError:
+                raise DataError(
+                    f"time column {self.column!r} holds numbers such as {times[0]!r}, the cuts are {', '.join(self.split.cuts)}"
+                ) from None
+            if chunk.frame.schema[self.column].is_temporal():
+                cuts = [str(cut).replace("T", " ") for cut in cuts]
+            if cuts != sorted(cuts):
+                raise DataError(f"time cuts must not decrease; given {', '.join(self.split.cuts)}")
+            self.cuts = list(cuts)
+            return
+        sample = Sample(self.seed)
+        for chunk in log.chunks([self.column], chunk_bytes):
+            sample.add(chunk.first_row, self._times(chunk))
+            report("reading times", chunk.done)
+        times = sample.values().sort()
+        if not len(times):
+            raise DataError(f"{log.name} holds no rows")
+        bounds = np.cumsum(self.split.ratio)[:2] / sum(self.split.ratio)
+        ends = [times[min(len(times) - 1, int(len(times) * bound))] for bound in bounds]
+        # A part of 0 leaves its split out: no row lies after the last moment.
+        self.cuts = ends if self.split.ratio[2] > 0 else ends[:1]
+
+    def assign(self, chunk: Chunk) -> np.ndarray:
+        """The split of each row of a chunk."""
+        num_rows = chunk.frame.height
+        if self.split is None:
+            return np.zeros(num_rows, np.int8)
+        if self.column is None:
+            draw_N = (random_bits(chunk.first_row, num_rows, self.seed) >> np.uint64(11)) * 2.0**-53
+            bounds = np.cumsum(self.split.ratio)[:2] / sum(self.split.ratio)
+            return ((draw_N >= bounds[0]).astype(np.int8) + (draw_N >= bounds[1])).astype(np.int8)
+        assert self.cuts is not None
+        times = self._times(chunk)
+        return sum(((times >= cut).to_numpy().astype(np.int8) for cut in self.cuts), np.zeros(num_rows, np.int8))
+
+    def _times(self, chunk: Chunk) -> pl.Series:
+        """Times as numbers, or as text that sorts (ISO)."""
+        assert self.column is not None
+        raw = chunk.frame[self.column]
+        times = raw
+        if raw.dtype.is_temporal():
+            self.is_text, times = True, raw.cast(pl.String)
+        elif raw.dtype.is_numeric():
+            self.is_text, times = False, raw.cast(pl.Float64).fill_nan(None)
+        elif raw.dtype == pl.String:
+            numbers = raw.cast(pl.Float64, strict=False).fill_nan(None)
+            if self.is_text is None:
+                self.is_text = numbers.null_count() > raw.null_count()
+            times = raw if self.is_text else numbers
+        else:
+            raise DataError(f"time column {self.column!r} holds {raw.dtype}; it must hold numbers, dates or ISO text")
+        bad = times.is_null().arg_true()
+        if len(bad):
+            raise DataError(
+                f"{chunk.locate(bad[0])}: time column {self.column!r} holds {raw[bad[0]]!r}, which cannot be ordered; "
+                "drop the row or split by ratio"
+            )
+        if raw.dtype == pl.String and self.is_text:
+            bad = raw.str.contains(r"^\d{1,2}[/.\-]").arg_true()
+            if len(bad):
+                raise DataError(
+                    f"{chunk.locate(bad[0])}: time column {self.column!r} holds {raw[bad[0]]!r}, which does not sort as text; "
+                    "write times as 2024-01-31 10:00:00 or as numbers"
+                )
+        return times
+
+
+def random_bits(first_row: int, num_rows: int, seed: int) -> np.ndarray:
+    """splitmix64 of (seed, row index): uint64 (N,), the same however the log is cut into chunks."""
+    with np.errstate(over="ignore"):
+        z = np.arange(first_row, first_row + num_rows, dtype=np.uint64) + np.uint64(
+            (seed * 0xD1342543DE82EF95 + 1) % 2**64
+        )
+        z *= np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+class Sample:
+    """All values, or a uniform sample of SAMPLE_ROWS of them once there are more: those with the smallest random bits."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._bits: list[np.ndarray] = []
+        self._parts: list[pl.Series] = []
+
+    def add(self, first_row: int, values: pl.Series, rows: np.ndarray | None = None) -> None:
+        """Offer values, of rows `first_row` + `rows` (default: consecutive)."""
+        bits = random_bits(first_row, len(values) if rows is None else int(rows.max(initial=-1)) + 1, self.seed + 1)
+        self._bits.append(bits if rows is None else bits[rows])
+        self._parts.append(values)
+        if sum(map(len, self._bits)) > 2 * SAMPLE_ROWS:
+            self._shrink()
+
+    def values(self) -> pl.Series:
+        """The sample."""
+        self._shrink()
+        return self._parts[0] if self._parts else pl.Series([], dtype=pl.Float64)
+
+    def _shrink(self) -> None:
+        if not self._parts:
+            return
+        bits, values = np.concatenate(self._bits), pl.concat(self._parts)
+        if len(bits) > SAMPLE_ROWS:
+            kept = np.argpartition(bits, SAMPLE_ROWS)[:SAMPLE_ROWS]
+            bits, values = bits[kept], values.gather(kept)
+        self._bits, self._parts = [bits], [values]

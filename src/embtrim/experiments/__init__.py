@@ -1,0 +1,1 @@
+"""Whole runs and grids of runs, one record a trained model."""

@@ -1,0 +1,299 @@
+"""The grid of `compare`: its settings, its cells, and which of them are on disk.
+
+A cell is one trained model. The full model is a cell of its own for each (model, seed), which all methods share.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import Field
+
+from embtrim.compaction.compacting import Init
+from embtrim.config import Config, first_change, read_toml
+from embtrim.data.dataset import EncodedDataset
+from embtrim.errors import BudgetError, ConfigError, DataError
+from embtrim.experiments.run import RunConfig, RunRecord, check_run
+from embtrim.methods import METHODS, method_named, target_settings
+from embtrim.methods.precision import Bits
+from embtrim.models import MODELS, arguments
+from embtrim.models.ctr_model import HyperParameters
+from embtrim.plan.budget import Budget
+from embtrim.plan.plan import Target, write_then_rename
+from embtrim.training.fitting import TrainConfig
+
+FULL = "full"
+ALL = "all"
+
+
+class CompareConfig(Config):
+    """Everything that a grid depends on, beside the data.
+
+    Attributes:
+        models: names of base models.
+        hparams: their arguments; a model takes those it knows, and each must be known to one of them.
+        train: how full and compact models are trained.
+        methods: names of search methods, run with their default settings; "all" stands for every one there is.
+        variants: methods with other settings by label: {"method": name, setting: value, ...}; `bits` and `init` among them
+            are not the method's: the precision of the tables, and how the variant's compact models start if not as the
+            grid's (see RunConfig).
+        budgets: such as "10%", "200MB", "1.5M params".
+        init: how compact models start: "scratch", "initial" or "inherit".
+        target: what will store the tables, whose bytes the budgets count; see RunConfig.
+        seed: first seed.
+        seeds: how many seeds.
+    """
+
+    models: tuple[str, ...] = Field(default=("deepfm",), min_length=1)
+    hparams: dict[str, Any] = Field(default_factory=dict)
+    train: TrainConfig = TrainConfig()
+    methods: tuple[str, ...] = (ALL,)
+    variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    budgets: tuple[str, ...] = Field(default=("50%", "20%", "10%", "5%", "2%", "1%"), min_length=1)
+    init: Init = "scratch"
+    target: Target | None = None
+    seed: int = Field(default=0, ge=0)
+    seeds: int = Field(default=3, ge=1)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trained model of a grid; label "full" and no budget for the full one."""
+
+    model: str
+    seed: int
+    label: str = FULL
+    budget: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of its record, without suffix; budgets written differently but equal give one name."""
+        parts = [self.model, self.label, f"seed{self.seed}"]
+        if self.budget is not None:
+            budget = Budget.parse(self.budget)
+            amount, unit = (100 * budget.amount, "pct") if budget.kind == "percent" else (budget.amount, budget.kind)
+            parts.insert(2, f"{amount:.15g}{unit}")
+        return "-".join(parts)
+
+    @property
+    def full(self) -> Cell:
+        """The cell of its full model."""
+        return Cell(self.model, self.seed)
+
+
+class Skipped(Config):
+    """A cell that could not be made, such as one whose budget is below what its method needs, and why."""
+
+    model: str
+    label: str
+    budget: str | None
+    seed: int
+    reason: str
+
+    @property
+    def cell(self) -> Cell:
+        """The cell that was skipped."""
+        return Cell(self.model, self.seed, self.label, self.budget)
+
+
+# --- the grid -------------------------------------------------------------------------------------------------------
+
+
+def resolve(config: CompareConfig) -> CompareConfig:
+    """The config with "all" spelled out and nothing twice.
+
+    Raises:
+        ConfigError: an unknown model, method, setting or budget, or a label that is none.
+    """
+    methods = tuple(METHODS) if ALL in config.methods else tuple(dict.fromkeys(config.methods))
+    budgets: dict[Budget, str] = {}
+    for text in config.budgets:
+        try:
+            budgets.setdefault(Budget.parse(text), text)
+        except BudgetError as error:
+            raise ConfigError(f"budgets: {error}") from None
+    models = tuple(dict.fromkeys(config.models))
+    config = config.replace(models=models, methods=methods, budgets=tuple(budgets.values()))
+    if not settings_by_label(config):
+        raise ConfigError("no methods and no variants: there is nothing to compare; give methods = ['all']")
+    known = [name for name in models if name in MODELS]  # unknown ones are check_run's to refuse
+    allowed = sorted({name for model in known for name in arguments(model)})
+    for key in config.hparams:
+        if known and key not in allowed:
+            near = difflib.get_close_matches(key, allowed, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
+            raise ConfigError(f"[hparams] {key!r} is an argument of none of {', '.join(known)}; {hint}")
+    return config
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with all its settings, the bits of its tables, and how its compact models start; None for full ones."""
+
+    method: str
+    search: dict[str, Any]
+    bits: Bits = 32
+    init: Init | None = None
+
+
+def settings_by_label(config: CompareConfig) -> dict[str, Variant]:
+    """What each label stands for: the methods, then the variants.
+
+    Raises:
+        ConfigError: an unknown method or setting, or a label that is none.
+    """
+    found = {
+        name: Variant(name, method_named(name).config().model_dump(mode="json"), init=config.init)
+        for name in config.methods
+    }
+    for label, variant in config.variants.items():
+        where = f"variants.{label}"
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", label):
+            raise ConfigError(f"[variants] label {label!r} is no name; allowed: letters, digits, - and _")
+        if label in METHODS or label in (FULL, ALL):
+            raise ConfigError(f"[{where}] the label is taken, by {label!r} with default settings; choose another")
+        if not isinstance(variant.get("method"), str):
+            raise ConfigError(f"[{where}] needs method, one of {', '.join(METHODS)}; given {variant.get('method')!r}")
+        try:
+            method = method_named(variant["method"])
+        except ConfigError as error:
+            raise ConfigError(f"[{where}] {error}") from None
+        settings = {key: value for key, value in variant.items() if key not in ("method", "bits", "init")}
+        bits, init = variant.get("bits", 32), variant.get("init", config.init)
+        for name, given, kind in (("bits", bits, Bits), ("init", init, Init)):
+            if given not in get_args(kind):
+                allowed = ", ".join(map(str, get_args(kind)))
+                raise ConfigError(f"[{where}] {name} must be one of {allowed}; given {given!r}")
+        found[label] = Variant(method.name, method.parse(settings, where).model_dump(mode="json"), bits, init)
+    return found
+
+
+def run_config(config: CompareConfig, model: str) -> RunConfig:
+    """What `run` would be told for one model of the grid."""
+    known = arguments(model) if model in MODELS else config.hparams
+    hparams = {key: value for key, value in config.hparams.items() if key in known}
+    return RunConfig(
+        model=model, hparams=hparams, train=config.train, init=config.init, target=config.target, controls=()
+    )
+
+
+def check_compare(data: EncodedDataset, config: CompareConfig) -> None:
+    """Raise what a grid would raise late: a missing split, unknown names or settings; see `resolve` too."""
+    for model in config.models:
+        check_run(data, run_config(config, model))
+
+
+def grid(config: CompareConfig) -> list[Cell]:
+    """The cells, in the order in which they are made: the full models, then all of one (seed, model) together."""
+    seeds = range(config.seed, config.seed + config.seeds)
+    pairs = list(itertools.product(seeds, config.models))
+    labels = settings_by_label(config)
+    return [Cell(model, seed) for seed, model in pairs] + [
+        Cell(model, seed, label, budget) for seed, model in pairs for budget in config.budgets for label in labels
+    ]
+
+
+# --- what is on disk ------------------------------------------------------------------------------------------------
+
+
+def record_path(out: Path, cell: Cell) -> Path:
+    """Where the record of a cell is."""
+    return out / "records" / f"{cell.name}.json"
+
+
+def weights_path(out: Path, cell: Cell) -> Path:
+    """Where the weights of a full model are."""
+    return out / "full" / f"{cell.model}-seed{cell.seed}.safetensors"
+
+
+def finished(cells: Iterable[Cell], data: EncodedDataset, config: CompareConfig, out: Path) -> dict[Cell, RunRecord]:
+    """The records that exist.
+
+    Raises:
+        DataError: one was made with other settings or is damaged, or `out` is another folder than one of `compare`.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        settings = out / "config.toml"
+        if not settings.is_file() or "models" not in read_toml(settings):
+            raise DataError(f"{out} exists and is no folder of `embtrim compare`; choose another --out or remove it")
+    found = {}
+    labels = settings_by_label(config)
+    for cell in cells:
+        path = record_path(out, cell)
+        if path.exists():
+            found[cell] = RunRecord.load(path)
+            check_settings(path, found[cell], cell, labels, data, config)
+    return found
+
+
+def check_settings(
+    path: Path,
+    record: RunRecord,
+    cell: Cell,
+    labels: dict[str, Variant],
+    data: EncodedDataset,
+    config: CompareConfig,
+) -> None:
+    """Raise DataError where a record was made with other settings than the cell asks for."""
+    variant = labels.get(cell.label, Variant(FULL, {}))
+    hparams = {**arguments(cell.model), **run_config(config, cell.model).hparams}
+    expected = {
+        "the data": data.schema.fingerprint,
+        "rows of the data": {name: data.num_rows(name) for name in data.splits},
+        "method": variant.method,
+        "bits": variant.bits,
+        "init": variant.init,
+        **target_settings(cell.budget, config.target),
+        **_under("train", config.train.model_dump(mode="json")),
+        **_under("hparams", HyperParameters.parse(hparams).model_dump(mode="json", include=set(hparams))),
+        **_under("search", variant.search),
+    }
+    # A setting that came after the record was written had its default then.
+    default = {} if cell.label == FULL else method_named(variant.method).config().model_dump(mode="json")
+    made = {
+        "the data": record.data["fingerprint"],
+        "rows of the data": record.data["num_rows"],
+        "method": record.method or record.variant,
+        "bits": record.bits,
+        "init": record.init,
+        "target": record.target or "torch",
+        "vocabulary in the budget": record.counted_vocabulary_bytes is not None,
+        **_under("train", {**TrainConfig().model_dump(mode="json"), **record.train}),
+        **_under("hparams", record.hparams),
+        **_under("search", {**default, **record.search}),
+    }
+    for free in ("train.seed", "hparams.seed", "train.checkpoint_seconds"):
+        expected.pop(free, None)
+        made.pop(free, None)
+    change = first_change(made, expected)
+    if change is not None:
+        raise DataError(f"{path} was made with {change}; choose another --out, or give the settings of before")
+
+
+def _under(section: str, values: dict[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{key}": value for key, value in values.items()}
+
+
+def read_skipped(out: str | Path) -> list[Skipped]:
+    """The cells of a folder that could not be made when they were last tried, and still have no record."""
+    path = Path(out) / "skipped.json"
+    try:
+        found = [Skipped.parse(values, where=str(path)) for values in json.loads(path.read_text("utf-8"))]
+        return [s for s in found if not record_path(Path(out), s.cell).exists()]
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}); remove it and start the comparison again") from None
+
+
+def write_skipped(out: Path, skipped: Iterable[Skipped]) -> None:
+    """Write the list that `read_skipped` reads."""
+    text = json.dumps([s.model_dump() for s in skipped], indent=1)
+    write_then_rename(out / "skipped.json", lambda file: file.write(text.encode()))

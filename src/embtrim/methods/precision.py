@@ -1,0 +1,247 @@
+"""The bits of each table by what storing its values in so many loses; or rows, columns and bits together.
+
+    loss_f(b) = sum_r n_r ||e_r - stored_b(e_r)||^2 over the kept rows and columns of a table
+
+n_r is how often row r occurs in the training data, e_r its embedding in the trained model: the squared length that the
+embedded training data lose, as in the row energies of the guided search.
+
+    loss_f(n, w, b) = 4 sum_{other rows} q_r + (g(w) + rho_b) sum_{n rows of most q} q_r,    q_r = n_r ||e_r - mean||^2
+    g(w) = 0.75 (w^-1.25 - D^-1.25)
+
+for n rows, w columns and b bits of a table, all about the mean row, which the DROPPED row can hold. rho_b is the part that
+codes of b bits lose of the whole table, measured. g is what a table of w columns lacks once it is trained again: no spectrum
+of the trained model tells, since that has energy in more directions than it needs. All tables get one width, as products of
+embeddings are worth no more than the narrower one.
+
+The numbers are ours, set by validation AUC (docs/results.md). Equal widths fall behind the full model as w^-1.25 on Frappe,
+w^-1.31 on MovieLens and w^-0.97 on flights; the factor of g makes a loss of columns and one of bits that cost the same AUC
+equal, and lies between that of Frappe (1.5) and of MovieLens (0.36). A dropped row counts four times: counted as noise is,
+fp32 tables on Frappe and quantised ones on MovieLens were left too few rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embtrim.plan.budget import BYTES_PER_PARAM, Budget
+from embtrim.plan.plan import Alignment, Block, SizePlan, TablePlan
+from embtrim.tables.packing import CHUNK_ROWS, codes_of, fit_codes
+from embtrim.tasks.sites import ModuleSite, Task, weights_by_table
+
+# Precisions that a search can be told: bits of every table, or by table.
+Bits = Literal[32, 16, 8, 4, "mixed"]
+# Bits that a search of other methods than guided counts for a value, where bits are by table.
+MIXED_BITS = 6
+# What a table may have then; 32 would gain nothing that can be measured over 16.
+LEVELS = (4, 8, 16)
+# Numbers of rows that are looked at: so many to each doubling. Of columns: all of the first eight, then likewise.
+CHOICES_PER_DOUBLING = 4
+# Of the energy of a table, what w columns lose: COLUMN_LOSS / w^COLUMN_POWER, less that of all columns; and a dropped row.
+COLUMN_LOSS, COLUMN_POWER, ROW_LOSS = 0.75, 1.25, 4.0
+
+
+class Choice(NamedTuple):
+    """One way to store a table: its bytes, what it loses, and its plan, which lists no rows yet."""
+
+    num_bytes: int
+    loss: float
+    table: TablePlan
+
+
+def mixed_bits(task: Task, plan: SizePlan, budget: Budget) -> SizePlan:
+    """The plan with the bits of each table that lose least within the budget; see `spend`.
+
+    Every table starts where it takes fewest bytes. That is not always 4 bits: a scale and an offset a column cost more
+    than a few rows in 16 save.
+
+    Args:
+        task: of the trained full model.
+        plan: rows and columns; a number of columns means the first ones.
+        budget: a percentage or bytes; if the fewest bytes exceed it, so does the plan that comes back.
+    """
+    weights, counts = trained_rows(task)
+    choices = []
+    for table in plan.tables:
+        of_table = []
+        for bits in LEVELS:
+            stored = dataclasses.replace(table, bits=bits)
+            loss = code_loss(table, weights[table.name], counts[table.name], bits)
+            of_table.append(Choice(plan.table_bytes(stored, budget=budget), loss, stored))
+        choices.append(of_table)
+    chosen = spend(choices, plan.counted_bytes(budget) - BYTES_PER_PARAM * plan.num_shared_projection_params)
+    return plan.with_bits({choice.table.name: choice.table.bits for choice in chosen})
+
+
+def in_fewest_bytes(plan: SizePlan, budget: Budget) -> SizePlan:
+    """The plan with the bits of each table that take fewest bytes of a budget."""
+
+    def num_bytes(table: TablePlan, bits: int) -> int:
+        return plan.table_bytes(dataclasses.replace(table, bits=bits), budget=budget)
+
+    return plan.with_bits({t.name: min(LEVELS, key=partial(num_bytes, t)) for t in plan.tables})
+
+
+def least_loss_plan(task: Task, budget: Budget, alignment: Alignment) -> SizePlan:
+    """Rows, columns and bits of every table, chosen together so that the least is lost; see the module docstring.
+
+    Args:
+        task: of the trained full model.
+        budget: a percentage or bytes.
+        alignment: how narrow tables reach the full width; "scatter" or "concat".
+    """
+    full = task.full_plan()
+    weights, counts = trained_rows(task)
+    energies = {t.name: energy_of_rows(weights[t.name], counts[t.name]) for t in full.tables}
+    lost = {
+        (t.name, bits): code_loss(t, weights[t.name], counts[t.name], bits) / max(energies[t.name].sum(), 1e-300)
+        for t in full.tables
+        for bits in LEVELS
+    }
+    orders = {name: np.argsort(-energy_V, kind="stable") for name, energy_V in energies.items()}
+    kept = {name: np.cumsum(energy_V[orders[name]]) for name, energy_V in energies.items()}
+    best: list[Choice] = []
+    for width in some_numbers(full.width):
+        choices = []
+        for table in full.tables:
+            columns = min(width, table.width)
+            missing = COLUMN_LOSS * (columns**-COLUMN_POWER - table.width**-COLUMN_POWER)
+            block = Block(0, tuple(range(columns)), alignment)
+            parts = [(bits, min(1.0, missing + lost[table.name, bits])) for bits in LEVELS]
+            tables = row_choices(table, kept[table.name], block, parts)
+            choices.append([Choice(full.table_bytes(stored, budget=budget), loss, stored) for loss, stored in tables])
+        chosen = spend(choices, full.counted_bytes(budget))
+        if not best or sum(c.loss for c in chosen) < sum(c.loss for c in best):
+            best = chosen
+    tables = []
+    for choice in best:
+        table = choice.table
+        if 0 < table.num_kept < table.num_rows:
+            rows = np.sort(orders[table.name][: table.num_kept]).astype(np.int32)
+            table = dataclasses.replace(table, blocks=(dataclasses.replace(table.blocks[0], rows=rows),))
+        tables.append(table)
+    return dataclasses.replace(full, tables=tuple(tables))
+
+
+def energy_of_rows(weight_VD: Tensor, count_V: np.ndarray) -> np.ndarray:
+    """n_r ||e_r - mean||^2 of each row, (V,); the mean is weighted by n_r, too."""
+    # In parts: in float64 a large table would take twice its memory, and its squares as much again.
+    parts = list(zip(torch.from_numpy(count_V).double().split(CHUNK_ROWS), weight_VD.split(CHUNK_ROWS), strict=True))
+    total_D = sum(
+        (count @ part_VD.double().cpu() for count, part_VD in parts), torch.zeros(weight_VD.shape[1]).double()
+    )
+    mean_D = total_D / max(1, count_V.sum())
+    energies = [count * (part_VD.double().cpu() - mean_D).square().sum(1) for count, part_VD in parts]
+    return torch.cat(energies).numpy()
+
+
+def row_choices(
+    table: TablePlan, kept_V: np.ndarray, block: Block, parts: Sequence[tuple[int, float]]
+) -> list[tuple[float, TablePlan]]:
+    """What a table loses by how it is stored, from nothing to all of its rows; plans that keep some rows do not list them.
+
+    Args:
+        table: of the full plan.
+        kept_V: energy of the first row, the first two and so on, those of most energy first.
+        block: columns of the rows that are kept.
+        parts: (bits, part of a kept row's energy that is lost then).
+    """
+    total = float(kept_V[-1])
+    found = [(ROW_LOSS * total, dataclasses.replace(table, blocks=(), bits=min(LEVELS)))]
+    for n in some_numbers(table.num_rows):
+        blocks = (dataclasses.replace(block, num_rows=n),)
+        for bits, part in parts:
+            kept = float(kept_V[n - 1])
+            found.append(
+                (ROW_LOSS * (total - kept) + part * kept, dataclasses.replace(table, blocks=blocks, bits=bits))
+            )
+    return found
+
+
+def some_numbers(most: int) -> list[int]:
+    """Numbers from 1 to `most`, ascending: each up to eight, then some to each doubling."""
+    steps = range(3 * CHOICES_PER_DOUBLING, int(np.log2(most) * CHOICES_PER_DOUBLING) + 1)
+    return sorted({*range(1, min(8, most) + 1), *(round(2 ** (k / CHOICES_PER_DOUBLING)) for k in steps), most})
+
+
+def spend(choices: Sequence[Sequence[Choice]], allowed: float) -> list[Choice]:
+    """One choice of each table, so that their losses add up to little within so many bytes.
+
+    Each starts with its smallest one. Then the step that saves most loss a byte is taken, again and again, along the lower
+    convex hull of each table's choices: no other choices of as many bytes lose less (Everett 1963). Where a step does not fit
+    any more, the table gets its best choice that does.
+
+    Args:
+        choices: of each table; any order.
+        allowed: bytes of all together. If the smallest choices exceed it, these come back.
+    """
+    hulls = [lower_hull(of_table) for of_table in choices]
+    place, chosen = [0] * len(hulls), [hull[0] for hull in hulls]
+    left = allowed - sum(choice.num_bytes for choice in chosen)
+
+    def gain(number: int) -> float:
+        return _saved(*hulls[number][place[number] : place[number] + 2])
+
+    while ahead := [number for number, hull in enumerate(hulls) if place[number] + 1 < len(hull)]:
+        number = max(ahead, key=gain)
+        now, after = chosen[number], hulls[number][place[number] + 1]
+        if after.num_bytes - now.num_bytes <= left:
+            place[number] += 1
+        else:
+            place[number] = len(hulls[number])
+            fitting = [choice for choice in choices[number] if choice.num_bytes - now.num_bytes <= left]
+            after = min([now, *fitting], key=lambda choice: (choice.loss, choice.num_bytes))
+        chosen[number] = after
+        left -= after.num_bytes - now.num_bytes
+    return chosen
+
+
+def lower_hull(choices: Sequence[Choice]) -> list[Choice]:
+    """The choices on the lower convex hull of loss over bytes: bytes ascend, losses descend, by less and less a byte."""
+    hull: list[Choice] = []
+    for choice in sorted(choices, key=lambda choice: (choice.num_bytes, choice.loss)):
+        if hull and choice.loss >= hull[-1].loss:
+            continue
+        while len(hull) > 1 and _saved(hull[-2], hull[-1]) <= _saved(hull[-1], choice):
+            hull.pop()
+        hull.append(choice)
+    return hull
+
+
+def _saved(smaller: Choice, larger: Choice) -> float:
+    """Loss that a larger choice saves a byte."""
+    return (smaller.loss - larger.loss) / (larger.num_bytes - smaller.num_bytes)
+
+
+def trained_rows(task: Task) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
+    """Weights of each table (V, D) and how often its rows occur in the training data (V,); rows of padding never do."""
+    sites, counts = task.sites(task.model), task.row_counts()
+    for site in sites:
+        if isinstance(site, ModuleSite):
+            for name, row in zip(site.names, site.reserved_rows, strict=True):
+                if row is not None:
+                    counts[name][row] = 0  # padding reads zeros, or is left out of its bag, at any bits
+    return weights_by_table(sites), counts
+
+
+def code_loss(table: TablePlan, weight_VD: Tensor, count_V: np.ndarray, bits: int) -> float:
+    """What storing a table's kept rows and columns in 16, 8 or 4 bits loses; see the module docstring."""
+    total = 0.0
+    for block in table.blocks:
+        kept = weight_VD if block.rows is None else weight_VD[torch.from_numpy(block.rows).to(weight_VD.device)]
+        counts = torch.from_numpy(count_V if block.rows is None else count_V[block.rows]).to(weight_VD.device)
+        values = kept[:, list(block.kept_columns)].float()
+        scale, offset = (None, None) if bits == 16 else fit_codes(values, bits)
+        for part, count in zip(values.split(CHUNK_ROWS), counts.split(CHUNK_ROWS), strict=True):
+            if scale is None or offset is None:
+                stored = part.half().float()
+            else:
+                stored = codes_of(part, scale, offset, bits) * scale + offset
+            total += float(((stored - part).double().square().sum(1) * count).sum())
+    return total

@@ -1,0 +1,805 @@
+"""SizePlan: what survives of every table. The only place that counts parameters and bytes.
+
+A plan is data: it can be saved (JSON, and an npz beside it where rows were chosen), read, edited by hand, diffed, and
+applied to a model that was never searched. Per table it lists *blocks*: (rows, kept columns or their number,
+alignment). A field-level method gives one block per table; row pruning one block of kept rows; sizes per feature
+value several. Rows in no block share the table's one DROPPED row.
+
+How a table is laid out follows from its blocks:
+- *uniform*: all blocks keep the same columns. The table is as wide as they are. A narrow one is brought to the full
+  width, where a model needs equal widths, by "scatter" (kept columns return to their places) or "project" (a matrix
+  M in R^{d x D} of its own, no bias).
+- *mixed*: blocks of several widths, or of a width that is only a number, all "project". The table gives D columns: a
+  row of width s is multiplied by W_s in R^{s x D}, which all mixed tables share; width D is taken as it is.
+
+Precision is a third lever, beside rows and columns: a table of fewer than 32 bits is trained in fp32 and quantised
+afterwards. At 16 bits its values are fp16. At 8 and 4 bits they are codes, with an fp32 scale and offset for each column
+of its rows of one width; a row of 4-bit codes fills whole bytes. First-order weights of such a table have 16 bits where
+the table has 16, else 8 with one scale and offset. Projections stay fp32.
+
+Compact ids of a table run through its blocks in order; the DROPPED row comes last in the last of the widest blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, get_args
+
+import numpy as np
+
+from embtrim.errors import PlanError
+from embtrim.plan.budget import BYTES_PER_PARAM, Budget
+from embtrim.schema import OOV, Schema
+
+Alignment = Literal["concat", "scatter", "project"]
+PLAN_VERSION = 1
+BITS = (32, 16, 8, 4)
+Target = Literal["torch", "onnx", "fbgemm"]
+FBGEMM_COLUMNS = 4
+# Of a scale and its offset, fp32 both.
+BYTES_PER_SCALE = 2 * BYTES_PER_PARAM
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Rows of one table that are stored alike.
+
+    Attributes:
+        num_rows: rows in the block.
+        columns: kept columns of the full table, ascending; or an int where only their number is known.
+        alignment: "concat" (no model part needs equal widths), "scatter" or "project"; see the module docstring.
+        rows: int32 ids in the full table, ascending; None means all rows, or - in a plan read without its npz,
+            as inside a bundle - rows that are not at hand.
+    """
+
+    num_rows: int
+    columns: tuple[int, ...] | int
+    alignment: Alignment = "scatter"
+    rows: np.ndarray | None = None
+
+    @property
+    def width(self) -> int:
+        """Number of kept columns."""
+        return self.columns if isinstance(self.columns, int) else len(self.columns)
+
+    @property
+    def kept_columns(self) -> tuple[int, ...]:
+        """Kept columns; where only their number is known, the first ones."""
+        return tuple(range(self.columns)) if isinstance(self.columns, int) else self.columns
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """What survives of one table.
+
+    Attributes:
+        name: the table's name in the schema (for a foreign model, the module's path).
+        num_rows: rows of the full table, OOV included.
+        width: columns of the full table, D.
+        blocks: see Block; a row is in at most one.
+        bits: of a stored value, one of BITS; see the module docstring.
+    """
+
+    name: str
+    num_rows: int
+    width: int
+    blocks: tuple[Block, ...]
+    bits: int = 32
+
+    def __post_init__(self) -> None:
+        where = f"plan for table {self.name!r}"
+        if isinstance(self.bits, bool) or self.bits not in BITS:
+            raise PlanError(
+                f"{where}: bits must be {', '.join(map(str, BITS[:-1]))} or {BITS[-1]}, given {self.bits!r}"
+            )
+        if self.num_kept > self.num_rows:
+            raise PlanError(f"{where}: its blocks hold {self.num_kept:,} rows, the table {self.num_rows:,}")
+        for block in self.blocks:
+            if block.alignment not in get_args(Alignment):
+                raise PlanError(f"{where}: alignment must be concat, scatter or project, given {block.alignment!r}")
+            if block.num_rows < 0 or (isinstance(block.columns, int) and block.columns < 0):
+                raise PlanError(
+                    f"{where}: a block keeps {block.num_rows} rows and {block.columns} columns; 0 or more are allowed"
+                )
+            columns = block.kept_columns
+            if any(b <= a for a, b in itertools.pairwise(columns)) or any(not 0 <= c < self.width for c in columns):
+                raise PlanError(f"{where}: columns must ascend within 0..{self.width - 1}, given {block.columns}")
+            if block.rows is not None:
+                rows = block.rows
+                if len(rows) != block.num_rows:
+                    raise PlanError(f"{where}: a block says {block.num_rows:,} rows and lists {len(rows):,}")
+                if len(rows) and (np.any(np.diff(rows) <= 0) or rows[0] < 0 or rows[-1] >= self.num_rows):
+                    raise PlanError(f"{where}: row ids must ascend within 0..{self.num_rows - 1:,}")
+        listed = [block.rows for block in self.blocks if block.rows is not None]
+        if len(listed) > 1 and len(np.unique(np.concatenate(listed))) != sum(map(len, listed)):
+            raise PlanError(f"{where}: a row is in two blocks")
+        if self.mixed and any(b.alignment != "project" and b.width not in (0, self.width) for b in self.blocks):
+            raise PlanError(f"{where}: blocks of different columns in one table need alignment 'project'")
+
+    @property
+    def num_kept(self) -> int:
+        """Rows that are in a block."""
+        return sum(block.num_rows for block in self.blocks)
+
+    @property
+    def has_dropped(self) -> bool:
+        """Whether some rows share the DROPPED row."""
+        return self.num_kept < self.num_rows
+
+    @property
+    def num_compact_rows(self) -> int:
+        """Rows of the compact table: those kept, and the DROPPED row if there is one."""
+        return self.num_kept + self.has_dropped
+
+    @property
+    def mixed(self) -> bool:
+        """Whether rows are projected to D by matrices that tables share (see the module docstring)."""
+        counted = any(isinstance(b.columns, int) and b.alignment == "project" for b in self.blocks)
+        return len({block.columns for block in self.blocks}) > 1 or (counted and not self._keeps_whole_rows)
+
+    @property
+    def _keeps_whole_rows(self) -> bool:
+        return all(block.width in (0, self.width) for block in self.blocks)
+
+    @property
+    def mixed_widths(self) -> tuple[int, ...]:
+        """Widths below D of a mixed table's rows, which are projected."""
+        return tuple(sorted({w for _, w in self.segments if 0 < w < self.width})) if self.mixed else ()
+
+    @property
+    def renumbers(self) -> bool:
+        """Whether compact ids differ from full ones."""
+        return self.has_dropped or len(self.blocks) > 1
+
+    @property
+    def keeps_first_rows(self) -> bool:
+        """Whether the kept rows are the first ones in their order, and compact ids so far the full ones.
+
+        An id beyond them then reads the DROPPED row by comparison, with no map. Rows that are not at hand count as others.
+        """
+        start = 0
+        for block in self.blocks:
+            last = start + block.num_rows - 1
+            if block.rows is None and block.num_rows < self.num_rows:
+                return False
+            if block.rows is not None and block.num_rows and (block.rows[0], block.rows[-1]) != (start, last):
+                return False
+            start = last + 1
+        return self.dropped_id in (None, start)
+
+    @property
+    def map_dtype(self) -> np.dtype | None:
+        """Of the map from full to compact ids that the table needs where ids cannot be re-numbered; None: no map."""
+        if not self.renumbers or not self.output_width or self.keeps_first_rows:
+            return None
+        return smallest_dtype(self.num_compact_rows)
+
+    @property
+    def num_map_bytes(self) -> int:
+        """Bytes of that map."""
+        return 0 if self.map_dtype is None else self.num_rows * self.map_dtype.itemsize
+
+    @property
+    def only_counts(self) -> bool:
+        """Whether the plan says how many columns of a row are kept, or projects rows of several widths: not which."""
+        counted = any(isinstance(b.columns, int) and 0 < b.width < self.width for b in self.blocks)
+        return counted or (self.mixed and any(0 < b.width < self.width for b in self.blocks))
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Columns of the full table that the compact table's output stands for, ascending."""
+        if self.mixed:
+            return tuple(range(self.width))
+        return self.blocks[0].kept_columns if self.blocks else ()
+
+    @property
+    def output_width(self) -> int:
+        """Columns that a field of this table occupies in `concat`."""
+        return len(self.columns)
+
+    @property
+    def alignment(self) -> Alignment:
+        """How the table's output reaches the full width: of a mixed table, as it is."""
+        return "scatter" if self.mixed or not self.blocks else self.blocks[0].alignment
+
+    @property
+    def _dropped_block(self) -> int:
+        """The block that the DROPPED row is stored with: the last, of a mixed table the last of the widest."""
+        last = len(self.blocks) - 1
+        return max(range(len(self.blocks)), key=lambda i: (self.blocks[i].width, i)) if self.mixed else last
+
+    @property
+    def _block_starts(self) -> list[int]:
+        """First compact id of each block."""
+        sizes = [b.num_rows + (i == self._dropped_block and self.has_dropped) for i, b in enumerate(self.blocks)]
+        return [sum(sizes[:i]) for i in range(len(sizes))]
+
+    @property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """(rows, width) of each run of compact ids of one width."""
+        if not self.mixed:
+            return ((self.num_compact_rows, self.output_width),)
+        ends = [*self._block_starts[1:], self.num_compact_rows]
+        return tuple(
+            (end - start, b.width) for b, start, end in zip(self.blocks, self._block_starts, ends, strict=True)
+        )
+
+    @property
+    def mean_width(self) -> int | float:
+        """Columns that a stored row has: on average, where rows have several widths."""
+        if not self.mixed:
+            return self.output_width
+        return sum(rows * width for rows, width in self.segments) / max(1, self.num_compact_rows)
+
+    @property
+    def num_value_bytes(self) -> int:
+        """Bytes of the stored values, with the scales and offsets of 8- and 4-bit codes: one each a column."""
+        rows = sum(rows * -(-width * self.bits // 8) for rows, width in self.segments)
+        columns = sum({width for _, width in self.segments})
+        return rows + (BYTES_PER_SCALE * columns if self.bits <= 8 else 0)
+
+    @property
+    def first_order_bits(self) -> int:
+        """Bits of a first-order weight of this table."""
+        return max(self.bits, 8)
+
+    @property
+    def num_first_order_bytes(self) -> int:
+        """Bytes of the table's first-order weights, if the model has them."""
+        scale = BYTES_PER_SCALE if self.first_order_bits == 8 else 0
+        return self.num_compact_rows * self.first_order_bits // 8 + scale
+
+    @property
+    def dropped_id(self) -> int | None:
+        """Compact id of the DROPPED row, or None if no row was dropped."""
+        if not self.has_dropped:
+            return None
+        block = self._dropped_block
+        return self._block_starts[block] + self.blocks[block].num_rows if self.blocks else 0
+
+    def oov_id(self) -> int | None:
+        """Compact id of the OOV row; None if it was dropped, or the plan was read without its rows."""
+        for block, start in zip(self.blocks, self._block_starts, strict=True):
+            if block.num_rows == self.num_rows or (block.rows is not None and len(block.rows) and block.rows[0] == OOV):
+                return start
+        return None
+
+    def id_map(self) -> np.ndarray | None:
+        """int32 map from full ids to compact ids, or None where no id changes.
+
+        Raises:
+            PlanError: the plan was read without its rows.
+        """
+        if not self.renumbers:
+            return None
+        id_map = np.full(self.num_rows, self.dropped_id if self.has_dropped else -1, np.int32)
+        for block, start in zip(self.blocks, self._block_starts, strict=True):
+            rows = np.arange(self.num_rows) if block.rows is None and block.num_rows == self.num_rows else block.rows
+            if rows is None:
+                raise PlanError(
+                    f"plan for table {self.name!r} was read without its rows; load it with the .npz beside it"
+                )
+            id_map[rows] = np.arange(start, start + block.num_rows, dtype=np.int32)
+        return id_map
+
+    def reads(self, id_map: np.ndarray) -> bool:
+        """Whether ids that this map gives are the table's compact ids; of a plan without its rows nothing can be said."""
+        if any(block.rows is None and block.num_rows < self.num_rows for block in self.blocks):
+            return True
+        expected = self.id_map()
+        return expected is not None and np.array_equal(id_map, expected)
+
+    def grown(self, num_new: int, num_returned: int) -> TablePlan:
+        """The layout with rows for more values, behind those that it has and of their width: the narrowest, if mixed.
+
+        The compact ids of rows that are there stay. The DROPPED row moves behind the rows added where it was the last; where
+        its place would be left empty between two blocks, a row that is added takes it.
+
+        Args:
+            num_new: values that the full table has no row for.
+            num_returned: values of the full table that read the DROPPED row so far.
+        """
+        assert all(block.rows is None for block in self.blocks), "a layout, as bundles hold it, lists no rows"
+        num_added = num_new + num_returned
+        if not num_added:
+            return self
+        blocks = list(self.blocks) or [Block(0, ())]
+        like = min((block for block in blocks if block.width), key=lambda block: block.width, default=blocks[-1])
+        if blocks[-1].columns != like.columns:
+            blocks.append(dataclasses.replace(like, num_rows=0))
+        blocks[-1] = dataclasses.replace(blocks[-1], num_rows=blocks[-1].num_rows + num_added)
+        found = dataclasses.replace(self, num_rows=self.num_rows + num_new, blocks=tuple(blocks))
+        home = self._dropped_block if self.blocks else 0
+        if not self.has_dropped or home == len(blocks) - 1 or (found.has_dropped and found._dropped_block == home):
+            return found
+        blocks[home] = dataclasses.replace(blocks[home], num_rows=blocks[home].num_rows + 1)
+        blocks[-1] = dataclasses.replace(blocks[-1], num_rows=blocks[-1].num_rows - 1)
+        return dataclasses.replace(found, blocks=tuple(blocks))
+
+    def kept_mask(self) -> np.ndarray:
+        """bool (num_rows, width): the entries of the full table that survive; a count keeps the first columns."""
+        mask = np.zeros((self.num_rows, self.width), bool)
+        for block in self.blocks:
+            columns = np.array(block.kept_columns, np.int64)
+            rows = np.arange(self.num_rows) if block.rows is None else block.rows
+            mask[np.ix_(rows, columns)] = True
+        return mask
+
+
+@dataclass(frozen=True, repr=False)
+class SizePlan:
+    """What survives of every table, and where the plan came from.
+
+    Attributes:
+        fingerprint: of the schema (or the foreign model's sites) that the plan was made for.
+        num_fields: id fields of that schema; for messages.
+        tables: one entry a table, in the schema's order.
+        first_order: whether the model keeps one first-order weight a row.
+        method: name of the search that made it.
+        details: what the search wants remembered: settings, seed, budget, scores.
+        standalone: whether each table stands alone in a foreign model, whose ids cannot be re-numbered: it then has
+            projections of its own and, where rows other than the first are kept or re-sized, a map of its ids.
+
+    Example:
+        >>> plan = SizePlan.full(Schema.from_sizes([100, 10]), width=4)
+        >>> plan.num_params, plan.num_bytes()
+        (440, 1760)
+    """
+
+    fingerprint: str
+    num_fields: int
+    tables: tuple[TablePlan, ...]
+    first_order: bool = False
+    method: str = "manual"
+    details: dict[str, Any] = field(default_factory=dict)
+    standalone: bool = False
+
+    @classmethod
+    def full(cls, schema: Schema, width: int, first_order: bool = False) -> SizePlan:
+        """The plan that keeps everything."""
+        tables = tuple(
+            TablePlan(name, rows, width, (Block(rows, tuple(range(width))),)) for name, rows in schema.tables.items()
+        )
+        return cls(schema.fingerprint, len(schema.id_fields), tables, first_order, method="full")
+
+    def with_columns(
+        self,
+        columns: Mapping[str, Sequence[int]],
+        alignment: Alignment = "scatter",
+    ) -> SizePlan:
+        """A field-level plan over the same tables: all rows, the given columns of each.
+
+        Args:
+            columns: kept columns by table name, in any order; a table that is not named keeps none.
+            alignment: how narrow tables reach the full width.
+        """
+        tables = tuple(
+            dataclasses.replace(t, blocks=(Block(t.num_rows, tuple(sorted(columns.get(t.name, ()))), alignment),))
+            for t in self.tables
+        )
+        return dataclasses.replace(self, tables=tables)
+
+    def with_bits(self, bits: int | Mapping[str, int]) -> SizePlan:
+        """The same rows and columns at another precision.
+
+        Args:
+            bits: 32, 16, 8 or 4, of all tables; or by table name, and a table that is not named keeps its own. With fewer
+                than 32 the target fbgemm, which has no such tables, is forgotten.
+
+        Raises:
+            PlanError: another number, or a name that is no table's.
+
+        Example:
+            >>> plan = SizePlan.full(Schema.from_sizes([100, 10]), width=4).with_bits(8)
+            >>> plan.num_params, plan.num_bytes()  # a byte a parameter, and a scale and an offset for each of 8 columns
+            (440, 504)
+        """
+        by_name = bits if isinstance(bits, Mapping) else {t.name: bits for t in self.tables}
+        names = [t.name for t in self.tables]
+        unknown = [name for name in by_name if name not in names]
+        if unknown:
+            raise PlanError(f"with_bits names table {unknown[0]!r}, the plan has {', '.join(names)}")
+        tables = tuple(dataclasses.replace(t, bits=by_name.get(t.name, t.bits)) for t in self.tables)
+        found = dataclasses.replace(self, tables=tables)
+        if found.target == "fbgemm" and found.is_quantized:  # which stores 32 bits only
+            found = found.made_by(self.method, {k: v for k, v in self.details.items() if k != "target"})
+        return found
+
+    def made_by(self, method: str, details: dict[str, Any]) -> SizePlan:
+        """The same plan under the name of a search, with what it wants remembered."""
+        return dataclasses.replace(self, method=method, details=details)
+
+    @property
+    def width(self) -> int:
+        """Columns of the widest full table, D."""
+        return max((table.width for table in self.tables), default=0)
+
+    @property
+    def shared_projection_widths(self) -> tuple[int, ...]:
+        """Widths s of the matrices W_s that mixed tables share, ascending."""
+        return tuple(sorted({w for t in self.tables for w in t.mixed_widths}))
+
+    @property
+    def num_shared_projection_params(self) -> int:
+        """Parameters of the matrices W_s; none where each table stands alone and has its own."""
+        return 0 if self.standalone else sum(s * self.width for s in self.shared_projection_widths)
+
+    @property
+    def num_projection_params(self) -> int:
+        """Parameters of all projections to the full width."""
+        return sum(map(self._own_projection_params, self.tables)) + self.num_shared_projection_params
+
+    def _own_projection_params(self, table: TablePlan) -> int:
+        """Parameters of the projections that are one table's alone."""
+        if projects(table):
+            return table.output_width * table.width
+        return sum(s * table.width for s in table.mixed_widths) if self.standalone else 0
+
+    @property
+    def num_map_params(self) -> int:
+        """Parameters that take the bytes of the id maps that tables of a foreign model carry, rounded up by table."""
+        mapped = [t for t in self.tables if t.map_dtype is not None] if self.standalone else []
+        return sum(map_params(t.num_rows, t.num_compact_rows) for t in mapped)
+
+    @property
+    def num_params(self) -> int:
+        """Embedding parameters: rows, shared DROPPED rows, projections and row maps; no first-order weights."""
+        stored = sum(rows * width for t in self.tables for rows, width in t.segments)
+        return stored + self.num_projection_params + self.num_map_params
+
+    @property
+    def num_first_order_params(self) -> int:
+        """First-order weights: one a compact row, if the model has them."""
+        return sum(t.num_compact_rows for t in self.tables) if self.first_order else 0
+
+    @property
+    def num_full_params(self) -> int:
+        """Embedding parameters of the full tables, which a percentage refers to."""
+        return sum(t.num_rows * t.width for t in self.tables)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every table keeps all its rows, in their order, and all its columns: whether a model of it is a full one."""
+        return not any(table.renumbers or table.output_width < table.width for table in self.tables)
+
+    @property
+    def keeps_nothing(self) -> bool:
+        """Whether no table keeps a row with a column."""
+        return not any(block.num_rows and block.width for table in self.tables for block in table.blocks)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether a table has fewer than 32 bits."""
+        return any(t.bits < 32 for t in self.tables)
+
+    @property
+    def slot_ratio(self) -> float:
+        """Kept share of the (table, column) slots; of a mixed table, of its entries."""
+        kept = sum(
+            sum(rows * width for rows, width in t.segments) / t.num_rows if t.mixed else t.output_width
+            for t in self.tables
+        )
+        return kept / max(1, sum(t.width for t in self.tables))
+
+    @property
+    def digest(self) -> str:
+        """Twelve hex digits over what is kept: equal for plans that lay out the same tables."""
+        state = hashlib.sha256(f"{self.fingerprint} {self.first_order} {self.standalone}".encode())
+        for table in self.tables:
+            bits = "" if table.bits == 32 else f" {table.bits} bits"
+            state.update(f"\0{table.name} {table.num_rows} {table.width}{bits}".encode())
+            for block in table.blocks:
+                state.update(f"\0{block.num_rows} {block.columns} {block.alignment}".encode())
+                state.update(b"" if block.rows is None else np.ascontiguousarray(block.rows, np.int32).tobytes())
+        return state.hexdigest()[:12]
+
+    def max_params(self, budget: Budget) -> int:
+        """Embedding parameters that `budget` allows an fp32 plan with this one's first-order weights."""
+        return budget.max_params(self.num_full_params, self.num_first_order_params)
+
+    @property
+    def target(self) -> Target:
+        """What the search was told will store the tables."""
+        return self.details.get("target", "torch")
+
+    @property
+    def vocabulary_bytes(self) -> int:
+        """Bytes of the vocabulary that the budget of the search holds, beside `num_bytes`; 0 where it does not."""
+        return self.details.get("vocabulary_bytes", 0)
+
+    def num_bytes(self, target: Target | None = None) -> int:
+        """Bytes of the tables as a target stores them, which an export for it holds within 1%; None is "torch".
+
+        Counted are the values at their bits with their scales, projections, first-order weights, and the id maps of a
+        foreign model. Not counted are the vocabulary, which belongs to the encoder (see `vocabulary_bytes`), and what the
+        graph of an export says of the layout: some dozen bytes a column of ids.
+
+        "torch" (bundles, pt2) and "onnx" store the same. "fbgemm" (TorchRec) fills every row up to a multiple of four
+        columns, which its kernels ask for, first-order weights as tables of their own among them; `export` does it too.
+
+        Raises:
+            PlanError: fbgemm has no such tables: rows of several widths, or fewer than 32 bits.
+        """
+        shared = BYTES_PER_PARAM * self.num_shared_projection_params
+        return shared + sum(self.table_bytes(table, target) for table in self.tables)
+
+    def table_bytes(self, table: TablePlan, target: Target | None = None, budget: Budget | None = None) -> int:
+        """What one table adds to `num_bytes`: all but the projections that it shares with others.
+
+        Args:
+            table: of this plan, or one that might stand in its place.
+            target: see `num_bytes`.
+            budget: count only what counts against it, which of a percentage first-order weights do not.
+
+        Raises:
+            PlanError: see `num_bytes`.
+        """
+        if target == "fbgemm" and (table.mixed or table.bits != 32):
+            what = "stores rows of several widths" if table.mixed else f"has {table.bits} bits"
+            raise PlanError(f"table {table.name!r} {what}, which fbgemm's tables cannot; choose target torch or onnx")
+        total = table.num_value_bytes + BYTES_PER_PARAM * self._own_projection_params(table)
+        if self.standalone:
+            total += table.num_map_bytes
+        if budget is None or budget.kind == "bytes":
+            total += self._first_order_bytes(table, target)
+        if target == "fbgemm":
+            padding = padded_width(table.output_width) - table.output_width
+            total += BYTES_PER_PARAM * padding * table.num_compact_rows
+        return total
+
+    def _first_order_bytes(self, table: TablePlan, target: Target | None) -> int:
+        if not self.first_order:
+            return 0
+        return table.num_first_order_bytes * (padded_width(1) if target == "fbgemm" else 1)
+
+    def with_free_columns(self) -> SizePlan:
+        """The plan with the columns that fbgemm's padding has room for: of each table the first that it does not keep.
+
+        Projected tables stay as they are: a column more is a row of the projection more.
+        """
+        tables = []
+        for table in self.tables:
+            free = padded_width(table.output_width) - table.output_width
+            fixed = not free or table.mixed or table.alignment == "project"
+            tables.append(table if fixed else _with_columns(table, free))
+        return dataclasses.replace(self, tables=tuple(tables))
+
+    def with_padded_columns(self, budget: Budget, wanted: Mapping[str, int]) -> SizePlan:
+        """The plan with further groups of four columns, as many as a budget has room for in fbgemm's tables.
+
+        Args:
+            budget: in percent or bytes.
+            wanted: columns of each table in a plan that takes no notice of padding: tables that have fewer get theirs first,
+                then those where a group takes the fewest bytes.
+        """
+        tables = list(self.tables)
+        rounding = 1e-6  # of a byte, that of the percentage
+        room = self.max_bytes(budget, "fbgemm") - self.num_bytes("fbgemm") + rounding
+        while True:
+            fitting = []
+            for number, t in enumerate(tables):
+                if t.blocks and not t.mixed and t.alignment != "project" and t.output_width < t.width:
+                    wider = _with_columns(t, FBGEMM_COLUMNS)
+                    more = self.table_bytes(wider, "fbgemm") - self.table_bytes(t, "fbgemm")
+                    if more <= room:
+                        fitting.append((t.output_width >= wanted[t.name], more, number, wider))
+            if not fitting:
+                return dataclasses.replace(self, tables=tuple(tables))
+            _, more, number, tables[number] = min(fitting, key=lambda choice: choice[:3])
+            room -= more
+
+    def max_bytes(self, budget: Budget, target: Target | None = None) -> float:
+        """Bytes that `budget` allows a plan with this one's bits and first-order weights, for a target.
+
+        A percentage is one of the full tables' fp32 bytes: it counts values, scales, projections and padding, and
+        first-order weights not. Of a number of parameters each takes what it does on average in this plan.
+        """
+        if budget.kind == "params":
+            return self.num_bytes(target) * budget.amount / max(1, self.num_params)
+        first_order = 0 if budget.kind == "bytes" else sum(self._first_order_bytes(t, target) for t in self.tables)
+        return self.counted_bytes(budget) + first_order
+
+    def counted_bytes(self, budget: Budget) -> float:
+        """Bytes, of a budget that is no number of parameters, for what counts against it: see `table_bytes`."""
+        assert budget.kind != "params", "how many bytes a parameter takes is a plan's to say"
+        return budget.amount if budget.kind == "bytes" else budget.amount * BYTES_PER_PARAM * self.num_full_params
+
+    def check_schema(self, schema: Schema) -> None:
+        """Raise PlanError if the plan was made for another schema."""
+        if self.fingerprint != schema.fingerprint:
+            raise PlanError(
+                f"plan was made for schema {self.fingerprint} ({self.num_fields} fields), this is "
+                f"{schema.fingerprint} ({len(schema.id_fields)} fields); search again or encode with the same schema"
+            )
+
+    def check_tables(self, full: SizePlan) -> None:
+        """Raise PlanError unless the plan lists the tables of `full`, in order and of the same rows and widths."""
+        mine, theirs = ([(t.name, t.num_rows, t.width) for t in plan.tables] for plan in (self, full))
+        for given, needed in itertools.zip_longest(mine, theirs):
+            if given != needed:
+                names = ["nothing" if t is None else f"table {t[0]!r} of {t[1]:,} x {t[2]}" for t in (given, needed)]
+                raise PlanError(f"plan has {names[0]} where the model has {names[1]}; search again with this model")
+
+    def save(self, path: str | Path) -> None:
+        """Write `path` (JSON) and, where rows were chosen, the rows to the same name with `.npz`."""
+        path = Path(path)
+        arrays: dict[str, np.ndarray] = {}
+        tables = []
+        for number, table in enumerate(self.tables):
+            blocks = []
+            for place, block in enumerate(table.blocks):
+                entry: dict[str, Any] = {
+                    "num_rows": block.num_rows,
+                    "columns": block.columns,
+                    "alignment": block.alignment,
+                }
+                if block.rows is not None:
+                    entry["rows"] = f"t{number}b{place}"
+                    arrays[entry["rows"]] = block.rows.astype(np.int32)
+                blocks.append(entry)
+            tables.append({"name": table.name, "num_rows": table.num_rows, "width": table.width, "blocks": blocks})
+            if table.bits != 32:
+                tables[-1]["bits"] = table.bits
+        head = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "tables"}
+        if arrays:
+            head["rows_crc32"] = _crc32(arrays)
+        text = json.dumps({"plan_version": PLAN_VERSION, **head, "tables": tables}, indent=1)
+        if arrays:
+            write_then_rename(path.with_suffix(".npz"), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+        write_then_rename(path, lambda file: file.write(text.encode()))
+
+    @classmethod
+    def load(cls, path: str | Path, *, rows: bool = True) -> SizePlan:
+        """Read a plan; with rows=False only its layout, for which the npz is not needed.
+
+        Raises:
+            PlanError: the file is missing, no plan, of a newer version, or contradicts itself.
+        """
+        path = Path(path)
+        try:
+            values = json.loads(path.read_text("utf-8"))
+            if not isinstance(values, dict) or "plan_version" not in values:
+                raise PlanError("this is no embtrim plan: it has no plan_version")
+            version = values.pop("plan_version")
+            if version != PLAN_VERSION:
+                raise PlanError(f"plan version {version}, this release reads {PLAN_VERSION}; upgrade embtrim")
+            named = any("rows" in b for t in values["tables"] for b in t["blocks"])
+            arrays = dict(np.load(path.with_suffix(".npz"), allow_pickle=False)) if rows and named else {}
+            crc32 = values.pop("rows_crc32", None)
+            if arrays and crc32 not in (None, _crc32(arrays)):
+                raise PlanError(
+                    f"{path.with_suffix('.npz').name} holds the rows of another plan; save or copy both again"
+                )
+            values["tables"] = tuple(_read_table(t, arrays, rows) for t in values["tables"])
+            return cls(**values)
+        except FileNotFoundError as error:
+            raise PlanError(
+                f"{error.filename} does not exist; a plan is a .json and, where rows were chosen, an .npz"
+            ) from None
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+            raise PlanError(
+                f"{path} is no valid plan ({type(error).__name__}: {error}); write it with SizePlan.save"
+            ) from None
+
+    def diff(self, other: SizePlan) -> str:
+        """Lines that say which tables `other` keeps differently; empty if none."""
+        theirs = {table.name: table for table in other.tables}
+        lines = []
+        for table in self.tables:
+            if table.name not in theirs:
+                lines.append(f"{table.name}: {describe_table(table)} -> gone")
+            elif difference := describe_difference(table, theirs[table.name]):
+                lines.append(f"{table.name}: {difference}")
+        return "\n".join(lines + [f"{name}: new" for name in theirs if name not in {t.name for t in self.tables}])
+
+    def __repr__(self) -> str:
+        kept = f"{self.num_params:,} of {self.num_full_params:,} embedding parameters"
+        return f"<SizePlan by {self.method}: {kept}, {len(self.tables)} tables>"
+
+    def summary(self) -> str:
+        """What the plan keeps, a line a table, for people."""
+        head = (
+            f"{self.method}: {self.num_params:,} of {self.num_full_params:,} embedding parameters "
+            f"({self.num_params / max(1, self.num_full_params):.2%}), {self.slot_ratio:.1%} of the slots, "
+            f"{self.num_bytes(self.target):,} bytes with {self.num_first_order_params:,} first-order weights"
+            + (f", beside {self.vocabulary_bytes:,} of the vocabulary" if self.vocabulary_bytes else "")
+        )
+        return "\n".join([head, *(f"  {t.name}: {describe_table(t)}" for t in self.tables)])
+
+
+def _with_columns(table: TablePlan, number: int) -> TablePlan:
+    """A table whose blocks keep further columns, the first that it does not keep."""
+    left = [column for column in range(table.width) if column not in table.columns]
+    columns = tuple(sorted((*table.columns, *left[:number])))
+    return dataclasses.replace(table, blocks=tuple(dataclasses.replace(b, columns=columns) for b in table.blocks))
+
+
+def padded_width(width: int) -> int:
+    """Columns that a row of so many takes in fbgemm's tables."""
+    return -(-width // FBGEMM_COLUMNS) * FBGEMM_COLUMNS
+
+
+def smallest_dtype(num_compact_rows: int) -> np.dtype:
+    """The smallest of uint8, int16 and int32 that holds the compact ids of so many rows (torch indexes by no uint16)."""
+    return np.dtype(next((d for d in (np.uint8, np.int16) if num_compact_rows - 1 <= np.iinfo(d).max), np.int32))
+
+
+def map_params(num_rows: int, num_compact_rows: int) -> int:
+    """Parameters that take the bytes of a map from `num_rows` ids to compact ones, rounded up."""
+    return -(-num_rows * smallest_dtype(num_compact_rows).itemsize // BYTES_PER_PARAM)
+
+
+def projects(table: TablePlan) -> bool:
+    """Whether a uniform table owns a projection matrix M of output_width x D."""
+    return not table.mixed and table.alignment == "project" and 0 < table.output_width < table.width
+
+
+def describe_table(table: TablePlan) -> str:
+    """One table of a plan in a few words."""
+    widths = ", ".join(f"{rows:,} rows x {width}" for rows, width in table.segments)
+    columns = f" (columns {list(table.columns)})" if not table.mixed and 0 < table.output_width < table.width else ""
+    bits = f", {table.bits} bits" if table.bits < 32 else ""
+    return f"{widths} of {table.num_rows:,} x {table.width}{columns}{bits}"
+
+
+def describe_difference(left: TablePlan, right: TablePlan) -> str:
+    """How two plans of one table differ, in a few words; empty if they do not."""
+    change = f"{describe_table(left)} -> {describe_table(right)}"
+    layouts = [[(b.num_rows, b.columns, b.alignment) for b in t.blocks] for t in (left, right)]
+    if describe_table(left) != describe_table(right):
+        return change
+    if layouts[0] != layouts[1]:
+        return f"{change}, stored or aligned differently"
+    rows = [[b.rows for b in t.blocks] for t in (left, right)]
+    same = all(np.array_equal(a, b) for a, b in zip(*rows, strict=True) if a is not None and b is not None)
+    return "" if same else f"{change}, other rows"
+
+
+def _crc32(arrays: Mapping[str, np.ndarray]) -> int:
+    """Of the rows of a plan, to tell that its two files belong together."""
+    found = 0
+    for _, array in sorted(arrays.items()):
+        found = zlib.crc32(np.ascontiguousarray(array).data, found)
+    return found
+
+
+def _read_table(entry: dict[str, Any], arrays: Mapping[str, np.ndarray], with_rows: bool) -> TablePlan:
+    _check_keys(entry, ("name", "num_rows", "width", "blocks", "bits"), f"table {entry.get('name')!r}")
+    blocks = tuple(_read_block(block, arrays, with_rows) for block in entry["blocks"])
+    return TablePlan(entry["name"], entry["num_rows"], entry["width"], blocks, entry.get("bits", 32))
+
+
+def _check_keys(entry: dict[str, Any], allowed: Sequence[str], where: str) -> None:
+    """An unknown key would be an edit by hand that does nothing."""
+    unknown = [key for key in entry if key not in allowed]
+    if unknown:
+        raise PlanError(f"{where} has unknown key {unknown[0]!r}; allowed: {', '.join(allowed)}")
+
+
+def _read_block(entry: dict[str, Any], arrays: Mapping[str, np.ndarray], with_rows: bool) -> Block:
+    _check_keys(entry, ("num_rows", "columns", "alignment", "rows"), "a block")
+    columns = entry["columns"] if isinstance(entry["columns"], int) else tuple(entry["columns"])
+    rows = arrays[entry["rows"]] if with_rows and "rows" in entry else None
+    return Block(int(entry["num_rows"]), columns, entry["alignment"], rows)
+
+
+def write_then_rename(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file under a temporary name and rename it, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""What a trained model becomes: bundles, predictions, model cards, exports, updates."""

@@ -1,0 +1,443 @@
+"""The bundle: a trained model that scores raw logs, in a folder without pickle; loads without search code or data.
+
+bundle.json          what `Contents` lists: model and hyper-parameters, where they come from, metrics, digest of every
+                     file and of itself; of an updated model what the update changed
+model.safetensors    weights and batch-norm statistics
+plan.json            layout of the tables (which rows were kept is in the vocabulary, not here)
+encoder/             schema.json, vocab.parquet, transforms.json: from raw values to the compact model's ids
+README.md            model card, see model_card.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import statistics
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from embtrim._version import __version__
+from embtrim.config import Config
+from embtrim.data.dataset import EncodedDataset, read_json
+from embtrim.data.encoder import Encoder, number_columns
+from embtrim.data.reading import Chunk, ReadOptions, open_log, read_ahead
+from embtrim.errors import BundleError, ConfigError, DataError, EmbtrimError
+from embtrim.models import MODELS
+from embtrim.models.ctr_model import CTRModel
+from embtrim.plan.plan import Block, SizePlan, write_then_rename
+from embtrim.schema import Schema
+from embtrim.serving.model_card import model_card
+from embtrim.system.memory import freed_pages_kept
+from embtrim.system.progress import progress_bar
+from embtrim.training.fitting import EVAL_BATCH_SIZE, check_data
+
+# 1 had no digest of bundle.json itself, and said less of where a model comes from; it still opens.
+BUNDLE_VERSION = 2
+# Of what a search wants remembered, what a bundle keeps; scores and the like may be as large as the tables.
+KEPT_DETAILS = ("config", "budget", "seed", "target")
+
+
+class Contents(Config):
+    """What bundle.json holds.
+
+    Attributes:
+        bundle_version: of the format.
+        embtrim: version that wrote it.
+        model: name of the base model.
+        hparams: its arguments.
+        fingerprint: of the schema; stored as "schema".
+        version: of plan and schema: 1 as first trained, one more with each update.
+        data: rows by split of the encoded data, how they were split, and the seed of that.
+        seed: of training; None where nobody said.
+        metrics: by split.
+        spread: of a run of several seeds: "seeds", and by split and metric "mean" and "std" (sample standard deviation).
+        update: of an updated model what changed, see `embtrim.update`.
+        files: SHA-256 of every other file.
+        digest: SHA-256 of all the rest here, see `contents_digest`.
+    """
+
+    bundle_version: int = Field(strict=True, ge=1)
+    embtrim: str
+    model: str
+    hparams: dict[str, Any]
+    fingerprint: str = Field(alias="schema")
+    version: int = Field(default=1, strict=True, ge=1)
+    data: dict[str, Any] = Field(default_factory=dict)
+    seed: int | None = None
+    metrics: dict[str, dict[str, Any]]
+    spread: dict[str, Any] | None = None
+    update: dict[str, Any] | None = None
+    files: dict[str, str]
+    digest: str | None = None
+
+
+class Bundle:
+    """A saved model with the encoder that feeds it.
+
+    Attributes:
+        model: the model in eval mode, full or compact.
+        encoder: raw rows -> ids of this model.
+        info: contents of bundle.json.
+    """
+
+    def __init__(self, model: CTRModel, encoder: Encoder, info: dict[str, Any]) -> None:
+        self.model = model
+        self.encoder = encoder
+        self.info = info
+
+    def predict(self, rows: pl.DataFrame | str | Path, options: ReadOptions | None = None) -> np.ndarray:
+        """float32 probabilities (N,) of raw rows, in order; values never seen read the OOV row.
+
+        Args:
+            rows: a frame, or a log on disk.
+            options: how to read the log, see ReadOptions.
+
+        Raises:
+            DataError: a column is missing or holds what its field cannot read.
+        """
+        if isinstance(rows, pl.DataFrame):
+            return self.predict_chunk(rows)
+        parts = list(self.predict_chunks(rows, options))
+        return np.concatenate(parts) if parts else np.empty(0, np.float32)
+
+    def predict_chunks(self, source: str | Path, options: ReadOptions | None = None) -> Iterator[np.ndarray]:
+        """Probabilities of a log on disk chunk by chunk, in bounded memory."""
+        with freed_pages_kept():
+            log = open_log(source, options)
+            for chunk in read_ahead(log.chunks(self.encoder.columns, numbers=number_columns(self.encoder.schema))):
+                yield self.predict_chunk(chunk)
+
+    @torch.no_grad()
+    def predict_chunk(self, rows: pl.DataFrame | Chunk) -> np.ndarray:
+        """Probabilities of one chunk of raw rows."""
+        encoded = self.encoder.encode_chunk(rows)
+        scores = np.empty(len(encoded), np.float32)
+        for start in range(0, len(encoded), EVAL_BATCH_SIZE):
+            part = slice(start, start + EVAL_BATCH_SIZE)
+            dense = None if encoded.dense is None else torch.from_numpy(encoded.dense[part])
+            scores[part] = self.model(torch.from_numpy(encoded.ids[part]), dense).sigmoid().numpy()
+        return scores
+
+
+def write_predictions(
+    bundle: Bundle,
+    source: str | Path,
+    out: str | Path,
+    *,
+    keep: Sequence[str] = (),
+    options: ReadOptions | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> int:
+    """Score a log on disk in bounded memory and write a column `score`; returns the number of rows.
+
+    Args:
+        bundle: the model.
+        source: the raw log.
+        out: file to write, `.parquet` or `.csv`; under a temporary name until it is complete.
+        keep: columns of the log to copy beside the scores.
+        options: how to read the log.
+        overwrite: replace an existing file.
+        progress: show a bar on stderr.
+
+    Raises:
+        ConfigError: `out` has another suffix.
+        DataError: the log lacks a column or holds what a field cannot read; `out` exists; the disk is full.
+    """
+    out = Path(out)
+    if out.suffix not in (".parquet", ".csv"):
+        raise ConfigError(f"--out takes a .parquet or .csv file, given {str(out)!r}")
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise DataError(f"{out} exists; choose another name or pass overwrite=True (--overwrite)")
+    if "score" in keep:
+        raise DataError("column 'score' of the log would collide with the scores; leave it out of keep")
+    log = open_log(source, options)
+    log.require([*bundle.encoder.columns, *keep])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = 0
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder,
+        progress_bar(progress) as bar,
+        freed_pages_kept(),
+    ):
+        task = bar.add_task("predict", total=None)
+        parts: list[Path] = []
+        try:
+            numbers = set(number_columns(bundle.encoder.schema)) - set(keep)
+            for chunk in read_ahead(log.chunks([*bundle.encoder.columns, *keep], numbers=numbers)):
+                scores = pl.Series("score", bundle.predict_chunk(chunk))
+                part = pl.DataFrame([*(chunk.frame[name] for name in keep), scores])
+                parts.append(Path(folder) / f"{len(parts):06d}.parquet")
+                part.write_parquet(parts[-1])
+                rows += len(part)
+                bar.update(task, completed=rows, total=rows / max(chunk.done, 1e-9))
+            whole = (
+                pl.scan_parquet(parts) if parts else pl.LazyFrame(schema=dict.fromkeys([*keep, "score"], pl.Float32))
+            )
+            complete = Path(folder) / f"complete{out.suffix}"
+            (whole.sink_parquet if out.suffix == ".parquet" else whole.sink_csv)(complete)
+            os.replace(complete, out)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise DataError(f"{out} could not be written: {error}; free space or choose another place") from None
+    return rows
+
+
+def save(
+    model: CTRModel,
+    folder: str | Path,
+    data: EncodedDataset,
+    *,
+    plan: SizePlan | None = None,
+    metrics: dict[str, Any] | None = None,
+    seed: int | None = None,
+    version: int = 1,
+    update: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Save a model as a bundle; written under a temporary name, then renamed.
+
+    Args:
+        model: full or compact zoo model; quantised, if its plan says fewer than 32 bits.
+        folder: where to.
+        data: the encoded data it was trained on (either the stored or the re-coded ids): their folder holds the
+            vocabulary, without which raw logs cannot be scored.
+        plan: the plan with its rows, if rows were dropped and `data` are not re-coded.
+        metrics: by split; noted in bundle.json and the model card.
+        seed: of training, noted likewise.
+        version: of plan and schema, noted likewise; 1 unless this is an update.
+        update: what the update changed, noted likewise; see `embtrim.update`.
+        overwrite: replace an existing bundle; anything else there is never touched.
+
+    Raises:
+        BundleError: the folder exists, or the data were made in memory and have no vocabulary.
+        EmbtrimError: the model is none of embtrim.models; or the plan says fewer than 32 bits and the tables are fp32.
+    """
+    if not isinstance(model, CTRModel):
+        raise EmbtrimError(
+            f"a bundle holds a model of embtrim.models, given a {type(model).__name__}; keep its state_dict() and plan.save(), "
+            "and load them into compact(model, plan)"
+        )
+    folder = Path(folder)
+    check_out(folder, overwrite)
+    if data.folder is None:
+        raise BundleError("these data were made in memory and have no vocabulary on disk; encode a log first")
+    model.tables.check_quantized()
+    id_maps = data.id_maps or (data.recode(plan).id_maps if plan is not None else {})
+    check_data(model, data.with_id_maps(id_maps))
+    encoder = Encoder.load(data.folder)
+    encoder = encoder.with_id_maps(id_maps) if id_maps else encoder
+    with write_folder(folder, what="bundle") as temporary:
+        state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+        save_file(state, temporary / "model.safetensors")
+        layout = layout_only(model.tables.plan)
+        layout.save(temporary / "plan.json")
+        encoder.save(temporary / "encoder")
+        meta = read_json(data.folder / "meta.json")
+        info = {
+            "bundle_version": BUNDLE_VERSION,
+            "embtrim": __version__,
+            "model": model.name,
+            "hparams": model.hparams,
+            "schema": model.schema.fingerprint,
+            "version": version,
+            "data": {"num_rows": meta["num_rows"], "split": meta["split"], "split_seed": meta["seed"]},
+            "seed": seed,
+            "metrics": metrics or {},
+            "spread": None,
+            "update": update,
+        }
+        (temporary / "README.md").write_text(
+            model_card(model.schema, layout, info, folder_bytes(temporary / "encoder")), "utf-8"
+        )
+        info["files"] = {name: file_digest(temporary / name) for name in files_of(temporary)}
+        (temporary / "bundle.json").write_text(_with_digest(info), "utf-8")
+
+
+def check_out(folder: Path, overwrite: bool) -> None:
+    """Raise BundleError if no bundle may be written to `folder`: only another one is replaced, or an empty folder."""
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise BundleError(f"{folder} exists; choose another name or pass overwrite=True (--overwrite)")
+    if not (folder / "bundle.json").exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise BundleError(f"{folder} is no bundle, so it is not overwritten; choose another name")
+
+
+def note_spread(folder: str | Path, metrics: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> None:
+    """Note in a bundle and in its card how the metrics spread over the seeds of its run.
+
+    Killed between its two files, it leaves a card that does not fit bundle.json; the same call puts that right.
+
+    Args:
+        folder: of the bundle.
+        metrics: by seed and split, of the models of the run that differ in nothing but the seed.
+
+    Raises:
+        BundleError: the folder is no bundle, or its bundle.json is damaged.
+    """
+    folder = Path(folder)
+    info = _read_contents(folder)
+    if info["bundle_version"] < BUNDLE_VERSION:
+        return  # it does not hold what a card says
+    spread: dict[str, Any] = {"seeds": list(metrics)}
+    for split, values in info["metrics"].items():
+        found = {name: [m[split][name] for m in metrics.values()] for name, v in values.items() if isinstance(v, float)}
+        spread[split] = {
+            name: {"mean": statistics.fmean(parts), "std": statistics.stdev(parts)} for name, parts in found.items()
+        }
+    info["spread"] = spread
+    schema = Schema.parse(read_json(folder / "encoder" / "schema.json"))
+    plan = SizePlan.load(folder / "plan.json", rows=False)
+    card = model_card(schema, plan, info, folder_bytes(folder / "encoder")).encode()
+    info["files"]["README.md"] = hashlib.sha256(card).hexdigest()
+    write_then_rename(folder / "README.md", lambda file: file.write(card))
+    write_then_rename(folder / "bundle.json", lambda file: file.write(_with_digest(info).encode()))
+
+
+@contextmanager
+def write_folder(folder: Path, what: str) -> Iterator[Path]:
+    """A folder under a temporary name, to be filled inside a `with` block; it then takes the place of `folder`.
+
+    Killed in between, it leaves what was there as `.<name of folder>.<process>.old` beside it.
+
+    Raises:
+        BundleError: it could not be written; `folder` is as it was.
+    """
+    place = folder.resolve()  # of a link, what it leads to
+    temporary, aside = (place.with_name(f".{place.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        try:
+            if place.exists():
+                os.replace(place, aside)
+            os.replace(temporary, place)
+        except BaseException:
+            if aside.exists() and not place.exists():
+                os.replace(aside, place)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    except (OSError, SafetensorError, pl.exceptions.PolarsError) as error:
+        # safetensors and polars write from Rust, and wrap a full disk in errors of their own.
+        raise BundleError(
+            f"{what} {folder} could not be written: {getattr(error, 'strerror', None) or error}; "
+            "free space or choose another place"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_bundle(folder: str | Path) -> Bundle:
+    """Open a bundle; every file's digest is checked.
+
+    Raises:
+        BundleError: the folder is no bundle, a file is missing, truncated, changed or not listed, or the version is newer.
+    """
+    folder = Path(folder)
+    info = _read_contents(folder)
+    found = files_of(folder)
+    for name, digest in info["files"].items():
+        if name not in found:
+            raise BundleError(f"{folder} is incomplete: {name} is missing; copy or save the bundle again")
+        if file_digest(folder / name) != digest:
+            raise BundleError(
+                f"{folder / name} was changed or truncated (its digest differs); copy or save the bundle again"
+            )
+    added = [name for name in found if name not in info["files"]]
+    if added:
+        raise BundleError(f"{folder} holds {added[0]}, which its bundle.json does not list; move that elsewhere")
+    try:
+        encoder = Encoder.load(folder / "encoder")
+        plan = SizePlan.load(folder / "plan.json", rows=False)
+        model = MODELS[info["model"]](encoder.schema, plan=plan, **info["hparams"])
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (KeyError, TypeError, RuntimeError, SafetensorError, EmbtrimError) as error:
+        raise BundleError(
+            f"{folder} cannot be opened ({type(error).__name__}: {error}); save the bundle again"
+        ) from None
+    return Bundle(model.eval(), encoder, info)
+
+
+def _read_contents(folder: Path) -> dict[str, Any]:
+    """What bundle.json holds, see Contents; BundleError if it is none, is damaged, or of a newer version."""
+    path = folder / "bundle.json"
+    try:
+        info = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(
+            f"{folder} is no bundle: it has no bundle.json; write one with `embtrim run` or embtrim.save"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} is damaged ({error}); save the bundle again") from None
+    if not isinstance(info, dict):
+        raise BundleError(f"{path} is damaged (it holds no object); save the bundle again")
+    version = info.get("bundle_version")
+    if isinstance(version, int) and version > BUNDLE_VERSION:
+        raise BundleError(
+            f"{folder} has bundle version {version}, this release reads {BUNDLE_VERSION}; upgrade embtrim"
+        )
+    try:
+        contents = Contents.parse(info)
+    except ConfigError as error:
+        raise BundleError(f"{path} is damaged ({error}); save the bundle again") from None
+    if contents.digest != contents_digest(info) and contents.bundle_version > 1:
+        raise BundleError(f"{path} was changed or truncated (its digest differs); copy or save the bundle again")
+    held = contents.model_dump(by_alias=True)
+    if contents.bundle_version == 1 and contents.update is not None:
+        held["version"] = 1 + contents.update.get("number", 0)
+    return held
+
+
+def contents_digest(info: Mapping[str, Any]) -> str:
+    """SHA-256 of what bundle.json holds, but for its own digest: of its JSON with sorted keys and no indentation."""
+    held = {key: value for key, value in info.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
+
+
+def _with_digest(info: Mapping[str, Any]) -> str:
+    """The text of bundle.json."""
+    return json.dumps({**info, "digest": contents_digest(info)}, indent=1)
+
+
+def files_of(folder: Path) -> list[str]:
+    """Every file below a bundle's folder but bundle.json, by its path in the folder."""
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    return [name for name in found if name != "bundle.json"]
+
+
+def layout_only(plan: SizePlan) -> SizePlan:
+    """The plan without the rows it chose and with little of its search's details: all that loading a model needs."""
+    tables = tuple(
+        dataclasses.replace(t, blocks=tuple(Block(b.num_rows, b.columns, b.alignment) for b in t.blocks))
+        for t in plan.tables
+    )
+    details = {name: plan.details[name] for name in KEPT_DETAILS if name in plan.details}
+    return dataclasses.replace(plan, tables=tables, details=details)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    state = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            state.update(block)
+    return state.hexdigest()
+
+
+def folder_bytes(folder: str | Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())

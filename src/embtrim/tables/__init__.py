@@ -1,0 +1,1 @@
+"""Embedding tables of mixed widths in one storage: layout, lookup, kernels, packed rows, row optimisers, drop-in modules."""

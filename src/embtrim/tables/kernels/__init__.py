@@ -1,0 +1,71 @@
+"""Row kernels: `torch.py` is the definition; `fused.py`, the [fast] extra, serves in its place where it can.
+
+The two sum in the same order, yet round differently: a training is the same each time with the same kernels, and its
+checkpoint says with which. The environment variable EMBTRIM_KERNELS=torch turns `fused.py` off.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, autograd, float32
+
+from embtrim.tables.kernels import torch as plain
+from embtrim.tables.kernels.torch import Distinct, Expansion
+
+log = logging.getLogger(__name__)
+
+
+def kernels_for(weight: Tensor) -> ModuleType:
+    """The module of kernels for tables of this weight: fused ones for fp32 on CPUs, if numba is there."""
+    if weight.dtype != float32 or weight.device.type != "cpu" or os.environ.get("EMBTRIM_KERNELS") == "torch":
+        return plain
+    return _fused() or plain
+
+
+def kernels_name(weight: Tensor) -> str:
+    """ "torch" or "fused": the kernels for tables of this weight."""
+    return kernels_for(weight).NAME
+
+
+@functools.cache
+def _fused() -> ModuleType | None:
+    """The fused kernels, imported at the first training step: `import embtrim` stays light."""
+    try:
+        from embtrim.tables.kernels import fused
+    except ImportError as error:
+        log.info("kernels in plain torch (%s); pip install 'embtrim[fast]' for faster ones", error)
+        return None
+    return fused
+
+
+class Expand(autograd.Function):
+    """`expand` of a module of kernels, differentiable in the looked-up rows and their first-order weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernels: ModuleType,
+        expansion: Expansion,
+        distinct: Distinct,
+        lows: Sequence[int],
+        pool_N: Tensor | None,
+        first_order_U: Tensor | None,
+        *sources: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, S) outputs, and (B,) first-order sums or None; see `expand` in torch.py."""
+        ctx.set_materialize_grads(False)
+        ctx.backward_arguments = kernels, expansion, distinct, lows, pool_N, [len(source) for source in sources]
+        return kernels.expand(expansion, distinct, lows, pool_N, sources, first_order_U)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
+        """Gradients of the arguments of `forward`."""
+        kernels, *arguments = ctx.backward_arguments
+        grads, first_order_grad_U = kernels.expand_backward(*arguments, *grad_outputs)
+        return None, None, None, None, None, first_order_grad_U, *grads

@@ -1,0 +1,424 @@
+"""What stands in for the nn.Embedding or nn.EmbeddingBag of a foreign model once a plan made its tables smaller.
+
+They take the ids of the full table and give its full width, so that nothing else in the model changes; or the stored
+columns alone, where all that reads them was told. A saved module needs this file, `packing` and `plan`, no search code.
+
+Shapes: N rows, D full width; ids (...) of any shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embtrim.errors import EmbtrimError
+from embtrim.plan.plan import TablePlan, projects
+from embtrim.tables.packing import PackedRows
+
+
+class WeightError(EmbtrimError, AttributeError):
+    """A model reads the weight of an embedding that was replaced: there is no such weight."""
+
+
+class Replacement(nn.Module):
+    """What all replacements have in common.
+
+    Attributes:
+        path: of the module that it stands in for.
+        num_embeddings: rows of that module.
+        padding_idx: of that module.
+    """
+
+    path = ""
+    num_embeddings: int
+    padding_idx: int | None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise WeightError(
+                f"the model reads the weight of {self.path!r} outside of that module, which a compact table does not have; "
+                "call the module instead, or leave it alone with the Task's keep="
+            )
+        return super().__getattr__(name)
+
+    def full_table(self, generator: torch.Generator) -> nn.Embedding | nn.EmbeddingBag:
+        """A module like the one that this stands in for, with few rows, though it says the number of that one's."""
+        raise NotImplementedError
+
+    def _few_rows(self, table: CompactEmbedding, generator: torch.Generator) -> nn.Embedding:
+        """Such an nn.Embedding, made like one of its compact tables; the padding row is among the few."""
+        num_rows = min(max(2, 1 + (self.padding_idx or 0)), self.num_embeddings)
+        found = nn.Embedding(
+            num_rows,
+            table.full_width,
+            padding_idx=self.padding_idx,
+            max_norm=table.max_norm,
+            norm_type=table.norm_type,
+            sparse=table.sparse,
+            _weight=torch.rand(num_rows, table.full_width, generator=generator).to(table.dtype),
+        )
+        found.num_embeddings = self.num_embeddings
+        return found
+
+
+class CompactEmbedding(Replacement):
+    """Drop-in for an nn.Embedding of which a plan keeps some columns or rows: zeros, or projections, fill the rest.
+
+    Ids stay those of the full table. Where the kept rows are the first ones, larger ids read the DROPPED row; else,
+    where rows were dropped or re-sized, a map takes ids to compact ones.
+
+    Attributes:
+        weights: rows of each width, while they are fp32; none once they are quantised.
+        packed: None, or the rows of each width, by the width as text; see `quantize`.
+        embedding_dim: columns given out: D, or those stored after `narrow`.
+        full_width: D.
+
+    Args:
+        table: plan of the table, with its rows.
+        padding_idx: as in nn.Embedding; where the plan dropped its row it reads zero.
+        max_norm: as in nn.Embedding, of what is given out; stored rows are left as they are.
+        norm_type: as in nn.Embedding.
+        sparse: as in nn.Embedding.
+    """
+
+    columns: Tensor
+    id_map: Tensor | None
+    packed: nn.ModuleDict | None
+    zero_padding: Tensor | None
+
+    def __init__(
+        self,
+        table: TablePlan,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        sparse: bool = False,
+    ) -> None:
+        super().__init__()
+        self.path = table.name
+        self.embedding_dim = self.full_width = table.width
+        self.num_embeddings = table.num_rows
+        self.segments, self.bits = table.segments, table.bits
+        self.padding_idx, self.max_norm, self.norm_type, self.sparse = padding_idx, max_norm, norm_type, sparse
+        id_map = table.id_map() if table.output_width else None
+        self.padding_row = padding_idx if padding_idx is None or id_map is None else int(id_map[padding_idx])
+        self.zeroes_padding = self.padding_row is not None and self.padding_row == table.dropped_id
+        if self.zeroes_padding:
+            self.padding_row = None  # it shares a row that other values train
+        dtype = table.map_dtype
+        self.register_buffer("id_map", None if dtype is None else torch.from_numpy(id_map.astype(dtype)))  # type: ignore[union-attr]
+        self.last_row = table.dropped_id if dtype is None else None
+        self.weights = nn.ParameterList([torch.zeros(rows, width) for rows, width in table.segments])
+        self.packed = None
+        self.register_buffer("zero_padding", None)
+        widths = [table.output_width] if projects(table) else table.mixed_widths
+        self.projections = nn.ParameterDict({str(s): torch.zeros(s, table.width) for s in widths})
+        self.register_buffer("columns", torch.tensor(table.columns, dtype=torch.int64), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., D) embeddings of ids (...)."""
+        self.check_ids(input)
+        if not self.stores_columns:
+            return self.weights[0].new_zeros(*input.shape, self.embedding_dim)
+        if self.packed is not None and self.training and torch.is_grad_enabled():
+            raise EmbtrimError(f"the table of {self.path!r} is quantised, for inference only; train before quantize()")
+        rows = self.rows_of(input)
+        if len(self.segments) == 1:
+            found = self.widen(self._read(rows, 0, 0))
+        else:
+            parts, start = [], 0
+            for number, (num_rows, _) in enumerate(self.segments):
+                local = rows - start
+                inside = (local >= 0) & (local < num_rows)
+                parts.append(self.widen(self._read(local * inside, number, start)) * inside[..., None])
+                start += num_rows
+            found = sum(parts[1:], parts[0])
+        if self.max_norm is not None:
+            norms = found.detach().norm(self.norm_type, dim=-1, keepdim=True)
+            found = found * (self.max_norm / (norms + 1e-7)).clamp(max=1.0)
+        return found.masked_fill((input == self.padding_idx)[..., None], 0.0) if self.zeroes_padding else found
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Raise IndexError for an id of no row, as nn.Embedding does, where no lookup of this table would.
+
+        On the CPU: elsewhere the answer would have to be waited for, and nn.Embedding raises no IndexError either.
+        """
+        fails_itself = self.id_map is not None or (len(self.segments) == 1 and self.last_row is None)
+        if (fails_itself and self.stores_columns) or is_exporting() or not ids.is_cpu or not ids.numel():
+            return
+        low, high = (int(end) for end in ids.aminmax())
+        if low < 0 or high >= self.num_embeddings:
+            raise IndexError(
+                f"id {low if low < 0 else high} is of no row of {self.path!r}; allowed: 0 to {self.num_embeddings - 1:,}"
+            )
+
+    @property
+    def stores_columns(self) -> bool:
+        """Whether any column is kept; else all that is given out is zero."""
+        return any(width for _, width in self.segments)
+
+    @property
+    def num_full_bytes(self) -> int:
+        """Bytes of the table that this one stands in for, in the type of its values."""
+        return self.num_embeddings * self.full_width * self.dtype.itemsize
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the values given out."""
+        return self.weights[0].dtype if self.packed is None else self.value_dtype
+
+    def full_table(self, generator: torch.Generator) -> nn.Embedding:
+        """See Replacement."""
+        return self._few_rows(self, generator)
+
+    def rows_of(self, ids: Tensor) -> Tensor:
+        """Compact ids of ids (...)."""
+        if self.id_map is not None:
+            return self.id_map.index_select(0, ids.flatten()).view(ids.shape).to(ids.dtype)
+        return ids if self.last_row is None else ids.clamp(max=self.last_row)
+
+    def widen(self, narrow: Tensor) -> Tensor:
+        """Embeddings of one width at width D."""
+        width = narrow.shape[-1]
+        if str(width) in self.projections:
+            return narrow @ self.projections[str(width)]
+        if width in (0, self.embedding_dim):
+            return narrow if width else narrow.new_zeros(*narrow.shape[:-1], self.embedding_dim)
+        return narrow.new_zeros((*narrow.shape[:-1], self.embedding_dim)).index_copy(-1, self.columns, narrow)
+
+    @torch.no_grad()
+    def set_rows(self, compact_ids: np.ndarray, values_ND: Tensor) -> None:
+        """Write rows; of each value as many leading columns are taken as the row stores."""
+        start = 0
+        for weight in self.weights:
+            inside = torch.from_numpy((compact_ids >= start) & (compact_ids < start + len(weight)))
+            local = torch.from_numpy(compact_ids).long()[inside] - start
+            weight[local] = values_ND[inside.to(values_ND.device)][:, : weight.shape[1]].to(weight)
+            start += len(weight)
+
+    def narrow(self) -> None:
+        """Give out the stored columns alone from now on; rows of several widths still come at width D."""
+        if len(self.columns) < self.embedding_dim:
+            self.embedding_dim = len(self.columns)
+            self.projections = nn.ParameterDict()
+
+    @torch.no_grad()
+    def quantize(self) -> None:
+        """Store the rows in the bits of the plan, in place: for inference only. Projections stay as they are.
+
+        All rows of one width share a scale and an offset for each column; a padding row of zeros stays zero.
+        """
+        stored = list(self.weights)
+        if self.bits == 32 or self.packed is not None or not self.stores_columns:
+            return
+        # Zero is no code of every column.
+        zeroes = (
+            self.padding_row is not None and not self(torch.tensor(self.padding_idx, device=stored[0].device)).any()
+        )
+        self._take_packed()
+        self._zero_padding(zeroes)
+        for store in self.packed.values():  # type: ignore[union-attr]
+            values_NW = torch.cat([weight for weight in stored if weight.shape[1] == store.width])
+            store.store(0, torch.arange(len(values_NW), device=values_NW.device), values_NW)
+        for weight in stored:  # a list of the model, as for a penalty, may hold them still
+            weight.data = weight.data.new_zeros(0, weight.shape[1])
+
+    def _take_packed(self) -> None:
+        """Read from packed rows from now on, all zero so far."""
+        like = self.weights[0]
+        rows_by_width: dict[int, int] = {}
+        for num_rows, width in self.segments:
+            rows_by_width[width] = rows_by_width.get(width, 0) + num_rows
+        packed = {str(width): PackedRows(rows, width, self.bits, 1) for width, rows in rows_by_width.items()}
+        self.value_dtype = like.dtype
+        self.packed = nn.ModuleDict(packed).to(like.device)
+        self.weights = nn.ParameterList()
+
+    def _zero_padding(self, zeroes: bool) -> None:
+        """Give out zeros for the padding id, or what its row holds; an empty tensor in the state says that it is zeros."""
+        if self.padding_row is not None:
+            self.zeroes_padding = zeroes
+            self.register_buffer("zero_padding", torch.empty(0) if zeroes else None)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if any(key.startswith(f"{prefix}packed.") for key in state_dict):
+            if self.packed is None:
+                self._take_packed()
+            self._zero_padding(f"{prefix}zero_padding" in state_dict)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _read(self, local: Tensor, segment: int, start: int) -> Tensor:
+        """Stored rows of a segment, which begins at the compact id `start`."""
+        num_rows, width = self.segments[segment]
+        if self.packed is not None:
+            before = sum(rows for rows, other in self.segments[:segment] if other == width)
+            stretch = torch.zeros(1, dtype=torch.int64, device=local.device)
+            return self.packed[str(width)](local + before, stretch).to(self.value_dtype)
+        padding = None if self.padding_row is None else self.padding_row - start
+        if padding is not None and not 0 <= padding < num_rows:
+            padding = None
+        return nn.functional.embedding(local, self.weights[segment], padding_idx=padding, sparse=self.sparse)
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        stored = ", ".join(f"{rows:,} x {width}" for rows, width in self.segments)
+        bits = "" if self.packed is None else f", {self.bits} bits"
+        return f"{stored} of {self.num_embeddings:,} x {self.embedding_dim}{bits}"
+
+
+class CompactFlatEmbedding(Replacement):
+    """Drop-in for an nn.Embedding whose ids run through several fields: a compact table for each.
+
+    Args:
+        tables: of the fields, in the order of their ids.
+        padding_idx: as in nn.Embedding.
+    """
+
+    def __init__(self, tables: Sequence[CompactEmbedding], padding_idx: int | None = None) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(tables)
+        self.embedding_dim = tables[0].embedding_dim
+        self.num_embeddings = sum(table.num_embeddings for table in tables)
+        self.padding_idx = padding_idx
+        ends = np.cumsum([table.num_embeddings for table in tables])
+        self.register_buffer("ends", torch.from_numpy(ends), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., D) embeddings of ids (...)."""
+        if is_exporting():
+            return self._forward_fixed(input)
+        ids = input.flatten()
+        field_N = torch.bucketize(ids.long(), self.ends[:-1], right=True)  # type: ignore[index]
+        order = torch.argsort(field_N, stable=True)  # one lookup a field, of all its ids
+        counts = torch.bincount(field_N, minlength=len(self.tables)).tolist()
+        parts, start = [], 0
+        for table, ids_n in zip(self.tables, ids[order].split(counts), strict=True):
+            parts.append(table(ids_n - start))
+            start += table.num_embeddings  # type: ignore[operator]
+        found_ND = torch.cat(parts)[torch.argsort(order)]
+        return found_ND.view(*input.shape, self.embedding_dim)
+
+    def full_table(self, generator: torch.Generator) -> nn.Embedding:
+        """See Replacement."""
+        return self._few_rows(self.tables[0], generator)  # type: ignore[arg-type]
+
+    def _forward_fixed(self, input: Tensor) -> Tensor:
+        """The same with shapes that depend on no values, for exporters: every table looks up every id."""
+        found, start = None, 0
+        for table in self.tables:
+            num_rows: int = table.num_embeddings  # type: ignore[assignment]
+            local = input - start
+            # Ids below the first table or beyond the last are left to fail in its lookup.
+            low, high = 0 if start else None, num_rows - 1 if start + num_rows < self.num_embeddings else None
+            part = table(local.clamp(low, high))
+            found = part if found is None else torch.where((local >= 0)[..., None], part, found)
+            start += num_rows
+        assert found is not None
+        return found
+
+
+class CompactEmbeddingBag(Replacement):
+    """Drop-in for an nn.EmbeddingBag of mode sum or mean.
+
+    Args:
+        entries: gives the embeddings (..., D) of single ids (...).
+        bag: what it stands in for; says how to pool.
+    """
+
+    def __init__(self, entries: CompactEmbedding | CompactFlatEmbedding, bag: nn.EmbeddingBag) -> None:
+        super().__init__()
+        self.entries = entries
+        self.embedding_dim, self.num_embeddings = bag.embedding_dim, bag.num_embeddings
+        self.mode, self.include_last_offset, self.padding_idx = bag.mode, bag.include_last_offset, bag.padding_idx
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """(bags, D) pooled embeddings; arguments as in nn.EmbeddingBag."""
+        entries = self.entries
+        if (
+            isinstance(entries, CompactFlatEmbedding)
+            or len(entries.segments) > 1
+            or not entries.stores_columns
+            or entries.packed is not None
+            or entries.zeroes_padding
+            or entries.max_norm is not None
+        ):
+            return pool_entries(self, entries(input), input, offsets, per_sample_weights)
+        entries.check_ids(input)
+        pooled = nn.functional.embedding_bag(  # at the stored width, which widens linearly
+            entries.rows_of(input),
+            entries.weights[0],
+            offsets,
+            mode=self.mode,
+            sparse=entries.sparse,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=self.include_last_offset,
+            padding_idx=entries.padding_row,
+        )
+        return entries.widen(pooled)
+
+    def full_table(self, generator: torch.Generator) -> nn.EmbeddingBag:
+        """See Replacement."""
+        entries = self.entries.full_table(generator)
+        bag = nn.EmbeddingBag(
+            len(entries.weight),
+            entries.embedding_dim,
+            max_norm=entries.max_norm,
+            norm_type=entries.norm_type,
+            mode=self.mode,
+            sparse=entries.sparse,
+            _weight=entries.weight.detach(),
+            include_last_offset=self.include_last_offset,
+            padding_idx=self.padding_idx,
+        )
+        bag.num_embeddings = self.num_embeddings
+        return bag
+
+    def narrow(self) -> None:
+        """Give out the stored columns alone from now on; see CompactEmbedding."""
+        assert isinstance(self.entries, CompactEmbedding)
+        self.entries.narrow()
+        self.embedding_dim = self.entries.embedding_dim
+
+
+def is_exporting() -> bool:
+    """Whether a graph is made of what is computed, so that shapes must not depend on values."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def pool_entries(
+    module: Any, entries: Tensor, ids: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
+) -> Tensor:
+    """Pool the embeddings of single ids as an nn.EmbeddingBag does; those of an nn.Embedding stay as they are.
+
+    Args:
+        module: says how, by `mode`, `include_last_offset` and `padding_idx`.
+        entries: embeddings (..., D) of ids (...).
+        ids: of one dimension, with `offsets`, or of two.
+        offsets: as in nn.EmbeddingBag.
+        per_sample_weights: as in nn.EmbeddingBag.
+    """
+    if not hasattr(module, "mode"):
+        return entries
+    if offsets is None and is_exporting():  # an embedding_bag of entries would fix the batch size
+        counts = torch.ones_like(ids) if module.padding_idx is None else (ids != module.padding_idx).to(ids.dtype)
+        weights = counts if per_sample_weights is None else counts * per_sample_weights
+        pooled = (entries * weights[..., None]).sum(-2)
+        return pooled / counts.sum(-1, keepdim=True).clamp(min=1) if module.mode == "mean" else pooled
+    flat_ND = entries.flatten(0, -2)
+    # Row 0 is of zeros, and counts for nothing.
+    index = torch.arange(1, flat_ND.shape[0] + 1, device=ids.device, dtype=ids.dtype).view(ids.shape)
+    if module.padding_idx is not None:
+        index = index.masked_fill(ids == module.padding_idx, 0)
+    return nn.functional.embedding_bag(
+        index,
+        torch.cat([flat_ND.new_zeros(1, flat_ND.shape[1]), flat_ND]),
+        offsets,
+        mode=module.mode,
+        per_sample_weights=per_sample_weights,
+        include_last_offset=module.include_last_offset,
+        padding_idx=0,
+    )

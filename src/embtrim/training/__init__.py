@@ -1,0 +1,1 @@
+"""One training loop: settings, fit, evaluate, metrics, checkpoints."""

@@ -1,0 +1,260 @@
+"""Checkpoints: the state of a training on disk, from which an interrupted one goes on, to the same end.
+
+A checkpoint is taken between two steps and holds all that the rest depends on: weights, the optimisers' state, random
+states, the position in the data, the best weights so far. It changes nothing: decay that untouched rows are owed stays
+owed, so that a training gives the same weights, bit by bit, however often it was written down or interrupted. The last
+one, of a training that has ended, holds the result alone; who started the training removes it when the result is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from embtrim.config import first_change
+from embtrim.errors import DataError
+from embtrim.plan.plan import write_then_rename
+from embtrim.tables.row_optimizers import RowOptimizer
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+# The file of a folder of unfinished work that says what the work is.
+SETTINGS = "settings.json"
+
+
+class OtherTrainingError(DataError):
+    """A checkpoint is of a training with other settings."""
+
+
+class Checkpoint:
+    """The file of one training.
+
+    Args:
+        path: where; it need not exist.
+        interval: seconds between two writings; 0 writes after every step.
+        settings: what the training depends on, as JSON-able values; a file of other settings is refused.
+        model: as it is before training: its weights are among what the training depends on.
+    """
+
+    def __init__(self, path: str | Path, interval: float, settings: Mapping[str, Any], model: nn.Module) -> None:
+        self.path, self.interval = Path(path), interval
+        self.settings = json.loads(json.dumps({**settings, "initial_weights": checksum(model)}))
+        self._written = time.monotonic()
+
+    def load(self) -> dict[str, Any] | None:
+        """What was saved last; None if nothing was, or if the file is damaged (then a warning says so).
+
+        Raises:
+            OtherTrainingError: the file is of another training.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, "pt") as file:
+                head = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            version, settings = head["version"], head["settings"]
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            log.warning("%s is damaged (%s); this training starts anew", self.path, str(error).partition("\n")[0])
+            return None
+        if version != VERSION:
+            log.warning(
+                "%s has version %s, this release reads %s; the training starts anew", self.path, version, VERSION
+            )
+            return None
+        # A setting that came after the file was written is not known of its training.
+        change = first_change(settings, {name: value for name, value in self.settings.items() if name in settings})
+        if change is not None:
+            raise OtherTrainingError(
+                f"{self.path} is of a training with {change}; remove it, or give the settings of before"
+            )
+        return _with_tensors(head["values"], tensors)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the interval has passed since the last writing."""
+        return time.monotonic() - self._written >= self.interval
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write the state, or leave the former one where it is: where it cannot be written training goes on, warned."""
+        tensors: dict[str, torch.Tensor] = {}
+        head = {"version": VERSION, "settings": self.settings, "values": _without_tensors(state, tensors)}
+        try:
+            write_then_rename(self.path, lambda file: save_file(tensors, file.name, {"state": json.dumps(head)}))
+        except (OSError, SafetensorError) as error:
+            log.warning("checkpoint %s could not be written (%s); training goes on", self.path, error)
+        self._written = time.monotonic()
+
+
+def _without_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """The value as JSON, its tensors put into `tensors` and named in their place."""
+    if isinstance(value, torch.Tensor):
+        name = str(len(tensors))
+        value = value.detach().cpu().contiguous()
+        if any(value.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() for other in tensors.values()):
+            value = value.clone()  # such as a weight tied to a part of another: the file has none that share memory
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"items": [[key, _without_tensors(v, tensors)] for key, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [_without_tensors(v, tensors) for v in value]
+    return value
+
+
+def _with_tensors(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """What `_without_tensors` was given; tuples come back as lists."""
+    if isinstance(value, list):
+        return [_with_tensors(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    return {key: _with_tensors(v, tensors) for key, v in value["items"]}
+
+
+class CheckpointFolder:
+    """Checkpoints of the trainings of one search, and of what else it keeps, numbered in the order of their start.
+
+    A search that is started again makes the same trainings in the same order; those that had ended give their result at
+    once.
+
+    Args:
+        folder: where; made when it is needed.
+        interval: see Checkpoint.
+
+    Attributes:
+        spent_seconds: what the work that was found here had taken before.
+    """
+
+    def __init__(self, folder: str | Path, interval: float = 300.0) -> None:
+        self.folder, self.interval = Path(folder), interval
+        self.spent_seconds = 0.0
+        self._count = 0
+
+    def next_path(self) -> Path:
+        """The file of the next training, or other piece of work."""
+        self._count += 1
+        return self.folder / f"training-{self._count}.safetensors"
+
+
+def claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make a folder the place for the state of work with these settings; what it holds of other work is removed.
+
+    Args:
+        folder: need not exist.
+        settings: what the work depends on, as JSON-able values.
+    """
+    path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
+    if folder.exists():
+        try:
+            change = first_change(json.loads(path.read_text("utf-8")), settings)
+        except (OSError, ValueError):
+            change = "settings that cannot be read"
+        if change is None:
+            return
+        log.warning("%s was begun with %s; this work starts anew", folder, change)
+        shutil.rmtree(folder)
+    write_then_rename(path, lambda file: file.write(json.dumps(settings).encode()))
+
+
+@contextmanager
+def unfinished(target: Path) -> Iterator[Path]:
+    """The folder beside `target` where work towards it keeps its state, inside a `with` block.
+
+    It stays where the block raises, so that the work can go on, unless it holds nothing but the settings of `claim`, and
+    goes where the target is written.
+    """
+    folder = target.with_name(f".{target.name}.unfinished")
+    try:
+        yield folder
+    except BaseException:
+        if folder.is_dir() and {path.name for path in folder.iterdir()} <= {SETTINGS}:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+# --- the state of what is trained -----------------------------------------------------------------------------------
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers as they are, decay that is owed not settled; no copies."""
+    return {name: value.detach() for name, value in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def checksum(model: nn.Module) -> int:
+    """CRC-32 of the weights: the same on every machine and for any number of threads."""
+    found = 0
+    for value in weights_of(model).values():
+        whole = torch.empty(value.shape, dtype=value.dtype).copy_(value)  # an expanded one has strides of zero
+        found = zlib.crc32(whole.view(-1).view(torch.uint8).numpy().data, found)
+    return found
+
+
+@torch.no_grad()
+def set_weights(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Put back what `weights_of` gave."""
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        value.copy_(values[name])
+
+
+def own_values(optimizers: Sequence[Any], model: nn.Module) -> list[torch.Tensor]:
+    """What optimisers train beside the model: parameters of a search."""
+    inside = {id(p) for p in model.parameters()}
+    groups = [group for o in optimizers if isinstance(o, torch.optim.Optimizer) for group in o.param_groups]
+    return [p.detach() for group in groups for p in group["params"] if id(p) not in inside]
+
+
+@torch.no_grad()
+def set_own_values(optimizers: Sequence[Any], model: nn.Module, values: Sequence[torch.Tensor]) -> None:
+    """Put back what `own_values` gave."""
+    for target, value in zip(own_values(optimizers, model), values, strict=True):
+        target.copy_(value)
+
+
+def optimizer_states(optimizers: Sequence[Any]) -> list[dict[str, Any]]:
+    """The state of each optimiser."""
+    return [o.owing_state() if isinstance(o, RowOptimizer) else o.state_dict() for o in optimizers]
+
+
+def set_optimizer_states(optimizers: Sequence[Any], states: Sequence[dict[str, Any]]) -> None:
+    """Put back what `optimizer_states` gave."""
+    for optimizer, state in zip(optimizers, states, strict=True):
+        if isinstance(optimizer, RowOptimizer):
+            optimizer.load_owing_state(state)
+        else:
+            optimizer.load_state_dict(state)
+
+
+def random_states(device: torch.device, generators: Sequence[torch.Generator] = ()) -> list[torch.Tensor]:
+    """States of torch's random sources (CPU, and the device's own), then of the generators given."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states + [generator.get_state() for generator in generators]
+
+
+def set_random_states(
+    states: Sequence[torch.Tensor], device: torch.device, generators: Sequence[torch.Generator] = ()
+) -> None:
+    """Put back what `random_states` gave."""
+    first, *more = states
+    torch.set_rng_state(first)
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(more.pop(0), device)
+    for generator, state in zip(generators, more, strict=True):
+        generator.set_state(state)

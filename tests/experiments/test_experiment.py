@@ -1,0 +1,254 @@
+"""run: the whole way, its records, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+
+import numpy as np
+import polars as pl
+import pytest
+
+import embtrim
+from embtrim.compaction.compacting import verify
+from embtrim.data.encoder import Encoder
+from embtrim.errors import BudgetError, ConfigError, DataError, EmbtrimError
+from embtrim.experiments import run as experiment
+from embtrim.experiments.run import RunConfig, RunRecord, dry_run, run, shrink, smallest_within, train_full
+from embtrim.models import build
+from embtrim.plan.plan import SizePlan
+from embtrim.serving.bundle import Bundle, load_bundle, write_predictions
+from embtrim.system import memory
+from embtrim.system.memory import peak_memory
+from embtrim.testing.checks import planted_data
+from embtrim.training import fitting as train
+from embtrim.training.fitting import TrainConfig, training_settings
+
+CONFIG = RunConfig(
+    hparams={"embedding_dim": 8, "hidden_units": [16]},
+    train=TrainConfig(epochs=2, batch_size=256, learning_rate=3e-3, precision="fp32"),
+    budget="30%",
+    controls=("uniform", "random"),
+    seeds=2,
+)
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    user, item = rng.integers(0, 30, 4000), rng.integers(0, 200, 4000)
+    click = (rng.random(4000) < 1 / (1 + np.exp(-rng.normal(size=30)[user] * 2))).astype(int)
+    log = pl.DataFrame({"user": user, "item": item, "click": click}).cast({"user": pl.String, "item": pl.String})
+    return embtrim.encode(log, label="click", out=tmp_path_factory.mktemp("logs") / "data")
+
+
+def test_run_writes_records_plans_bundles_and_its_settings(encoded, tmp_path):
+    seen = []
+    records = run(encoded, CONFIG, tmp_path / "x", on_record=seen.append)
+    assert seen == records
+    assert [r.variant for r in records] == ["full", "guided", "uniform", "random"] * 2
+    assert {r.seed for r in records} == {0, 1}
+    for record in records:
+        path = tmp_path / "x" / "records" / f"{record.variant}-seed{record.seed}.json"
+        assert RunRecord.load(path) == record
+        bundle = load_bundle(tmp_path / "x" / "bundles" / path.stem)
+        assert bundle.info["metrics"]["test"]["auc"] == record.test["auc"]
+        assert record.bundle_bytes > record.table_bytes
+        if record.variant == "full":
+            assert record.verification is None
+            assert record.num_params == record.num_full_params
+        else:
+            assert record.verification["passed"]
+            assert record.num_params <= 0.3 * record.num_full_params
+            plan = SizePlan.load(tmp_path / "x" / "plans" / path.with_suffix(".json").name)
+            assert plan.num_params == record.num_params
+    again = RunConfig.parse(embtrim.config.read_toml(tmp_path / "x" / "config.toml"))
+    assert again == CONFIG
+    with pytest.raises(DataError, match=r'run with budget = "50%", now it is "7%"'.replace("50%", CONFIG.budget)):
+        run(encoded, CONFIG.replace(budget="7%"), tmp_path / "x")
+    (tmp_path / "x" / "config.toml").unlink()
+    with pytest.raises(DataError, match="not empty"):
+        run(encoded, CONFIG, tmp_path / "x")
+
+
+def test_finished_run_is_not_made_again(encoded, tmp_path, monkeypatch):
+    config = CONFIG.replace(seeds=1, controls=())
+    first = run(encoded, config, tmp_path)
+    monkeypatch.setattr("embtrim.experiments.run.train_full", None)
+    assert run(encoded, config.replace(train=config.train.replace(checkpoint_seconds=1)), tmp_path) == first
+    path = tmp_path / "records" / "full-seed0.json"
+    path.write_text(path.read_text().replace(encoded.schema.fingerprint, "0123456789ab"))
+    with pytest.raises(DataError, match="made on data 0123456789ab"):
+        run(encoded, config, tmp_path)
+
+
+def test_same_seed_same_metrics(encoded, tmp_path):
+    config = CONFIG.replace(seeds=1, controls=())
+    first, second = (run(encoded, config, tmp_path / name) for name in ("a", "b"))
+    assert [r.test for r in first] == [r.test for r in second]
+    assert [r.widths for r in first] == [r.widths for r in second]
+
+
+def test_max_loss_finds_a_small_plan_within_the_tolerance(encoded, monkeypatch):
+    monkeypatch.setattr("embtrim.experiments.run.BISECTIONS", 3)
+    config = CONFIG.replace(train=CONFIG.train.replace(epochs=4), max_loss=0.02)
+    full = train_full(encoded, config, 0)
+    found = smallest_within(full, encoded, config, 0, 0.02)
+    assert found.record.valid["auc"] >= full.record.valid["auc"] - 0.02
+    assert found.record.num_params < full.record.num_params / 2
+    assert found.record.search_seconds > found.record.train_seconds, "the trainings of the bisection count as search"
+    monkeypatch.setattr("embtrim.experiments.run.SMALLEST_SHARE", 0.0001)
+    monkeypatch.setattr("embtrim.experiments.run.BISECTIONS", 1)
+    with pytest.raises(EmbtrimError, match="allow more loss"):
+        smallest_within(full, encoded, config, 0, 1e-9)
+
+
+def test_a_share_that_buys_no_slot_is_too_small_for_any_loss(encoded, monkeypatch):
+    """Of shares 1% and 10% the first buys no column of either table: the search for the smallest plan goes on above it."""
+    monkeypatch.setattr("embtrim.experiments.run.SMALLEST_SHARE", 0.0001)
+    monkeypatch.setattr("embtrim.experiments.run.BISECTIONS", 2)
+    config = CONFIG.replace(method="random", max_loss=0.4)
+    full = train_full(encoded, config, 0)
+    with pytest.raises(
+        BudgetError, match=r"'random' keeps no row of any table within a budget of 1%; 1\.\d+% is enough"
+    ):
+        shrink(full, encoded, config, "random", {}, "1%", 0)
+    assert smallest_within(full, encoded, config, 0, 0.4).record.budget == "10.0000%"
+
+
+def test_dry_run_says_what_would_happen(encoded):
+    facts = dry_run(encoded, CONFIG)
+    assert facts["config"]["budget"] == "30%"
+    rows = sum(encoded.schema.tables.values())
+    assert facts["table_bytes_before"] == 4 * (rows * 8 + rows)
+    assert facts["table_bytes_allowed"] == int(4 * rows * 8 * 0.3 + 4 * rows)
+    assert facts["seconds_at_most"] > 0
+    json.dumps(facts)
+
+
+def test_it_refuses_early(encoded, data, tmp_path):
+    out = tmp_path / "never"
+    with pytest.raises(ConfigError, match="did you mean 'sseds'"):
+        run(encoded, CONFIG.replace(method="ssed"), out)
+    with pytest.raises(ConfigError, match="unknown key 'scor'"):
+        run(encoded, CONFIG.replace(search={"scor": "abs"}), out)
+    with pytest.raises(ConfigError, match="no embedding tables"):
+        run(encoded, CONFIG.replace(model="lr", hparams={}), out)
+    with pytest.raises(EmbtrimError, match="budget"):
+        run(encoded, CONFIG.replace(budget="ten percent"), out)
+    without_test = embtrim.data.dataset.EncodedDataset(
+        data.schema, {"train": data.split("train"), "valid": data.split("valid")}
+    )
+    for bits in (32, 8, "mixed", "auto"):
+        with pytest.raises(BudgetError, match="budget of 1 params is below the smallest plan of any method, 2 params"):
+            run(encoded, CONFIG.replace(budget="1 params", bits=bits), out)
+    with pytest.raises(DataError, match="no split 'test'"):
+        run(without_test, CONFIG, out)
+    assert not out.exists()
+
+
+def test_peak_memory_sees_an_allocation():
+    with peak_memory() as before:
+        pass
+    with peak_memory() as peak:
+        block = np.ones(400_000_000, np.uint8)
+        block += 1
+    assert peak.bytes - before.bytes > 250_000_000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_a_training_takes_its_pages_once():
+    """In processes of their own: what other tests have freed decides what glibc does here."""
+    code = """
+import resource, sys
+from contextlib import nullcontext
+import embtrim
+from embtrim.training import fitting as train
+from embtrim.testing.checks import planted_data
+if sys.argv[1] == "given back":
+    train.freed_pages_kept = nullcontext
+data = planted_data(num_rows=20_000)
+model = embtrim.models.DeepFM(data.schema, embedding_dim=64, hidden_units=(400, 400))
+faults = []
+def note(step):
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+embtrim.fit(model, data, epochs=6, patience=0, batch_size=4096, hooks=train.Hooks(on_step=note))
+print(faults[-1] - faults[11])  # three epochs, once the process has what it needs
+"""
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", code, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("kept", "given back")
+    )
+    assert kept < given_back / 2
+
+
+def test_thresholds_are_put_back_after_the_last_of_several_trainings(monkeypatch):
+    called = []
+    monkeypatch.setattr(memory, "_c_library", lambda *arguments: called.append(arguments))
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    with memory.freed_pages_kept():
+        with pytest.raises(KeyError), memory.freed_pages_kept():
+            raise KeyError
+        assert ("malloc_trim", 0) not in called
+        before = len(called)
+    assert called[before:] == [("mallopt", -1, 64 << 20), ("malloc_trim", 0)]
+    called.clear()
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")  # somebody's own choice
+    with memory.freed_pages_kept():
+        pass
+    assert called == []
+
+
+def test_scoring_keeps_freed_pages(encoded, tmp_path, monkeypatch):
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    keeping = []
+    model = build(CONFIG.model, encoded.schema, **CONFIG.hparams)
+    model.register_forward_hook(lambda *_: keeping.append(memory._num_keeping))
+    train.predict_logits(model, encoded, "test")
+    bundle = Bundle(model, Encoder.load(encoded.folder), {})
+    log = tmp_path / "log.parquet"
+    pl.DataFrame({"user": ["1", "2"], "item": ["3", "4"]}).write_parquet(log)
+    list(bundle.predict_chunks(log))
+    write_predictions(bundle, log, tmp_path / "scores.parquet")
+    assert len(keeping) >= 3
+    assert set(keeping) == {1}
+    assert memory._num_keeping == 0
+
+
+def test_search_memory_is_what_the_search_alone_needs(data, monkeypatch):
+    full = train_full(data, CONFIG.replace(train=CONFIG.train.replace(epochs=1)), 0)
+    resident = np.ones(300_000_000, np.uint8)
+    really = experiment.search
+
+    def hungry(*arguments):
+        block = np.ones(200_000_000, np.uint8)
+        block += 1
+        return really(*arguments)
+
+    def hungry_after(*arguments, **more):
+        block = np.ones(400_000_000, np.uint8)
+        block += 1
+        return verify(*arguments, **more)
+
+    monkeypatch.setattr(experiment, "search", hungry)
+    monkeypatch.setattr(experiment, "verify", hungry_after)
+    record = shrink(full, data, CONFIG, "random", {}, "30%", 0).record
+    assert 190e6 < record.search_peak_bytes < 290e6
+    assert record.peak_memory_bytes > resident.nbytes + 390e6
+    assert record.epoch_seconds == data.num_rows("train") / full.record.rows_per_second
+    assert record.search_epochs == pytest.approx(record.search_seconds / record.epoch_seconds)
+
+
+@pytest.mark.parametrize(("tables", "kernels", "said"), [
+    ("lazy", "", "fused"), ("lazy", "torch", "torch"), ("dense", "", None),
+])  # fmt: skip
+def test_a_record_says_which_kernels_moved_the_rows(tables, kernels, said, monkeypatch):
+    monkeypatch.setenv("EMBTRIM_KERNELS", kernels)
+    data = planted_data(num_rows=200, noise_vocab=20)
+    config = RunConfig(model="fm", hparams={"embedding_dim": 2}, train=TrainConfig(epochs=1, tables=tables))
+    assert training_settings(build("fm", data.schema, embedding_dim=2), data, config.train)["kernels"] == said
+    assert train_full(data, config, seed=0).record.versions.get("kernels") == said

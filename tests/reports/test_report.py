@@ -1,0 +1,296 @@
+"""The table and the page, from records with known numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from embtrim.errors import DataError
+from embtrim.experiments.run import RunRecord
+from embtrim.reports.run_page import (
+    auc_differences,
+    format_bytes,
+    format_count,
+    format_seconds,
+    format_values,
+    read_records,
+    render_page,
+    table_rows,
+    terminal_table,
+    variants,
+    write_report,
+)
+
+HOSTILE = """</script><script>window.hacked=1</script><img src=x onerror="hack()">'"&<b>[red]"""
+
+
+def record(variant: str = "full", seed: int = 0, auc: float = 0.75, **changes: Any) -> RunRecord:
+    full = variant == "full"
+    values: dict[str, Any] = {
+        "variant": variant,
+        "model": "deepfm",
+        "hparams": {"embedding_dim": 8},
+        "train": {"epochs": 2},
+        "budget": None if full else "10%",
+        "init": None if full else "scratch",
+        "seed": seed,
+        "data": {"fingerprint": "abc", "folder": "logs", "num_rows": {"train": 80, "valid": 10, "test": 10}},
+        "valid": {"auc": auc, "logloss": 0.5, "calibration": 1.0},
+        "test": {
+            "auc": auc,
+            "logloss": 0.5,
+            "calibration": 1.01,
+            "auc_by_decile": [[d, 1, 2.0 * d, None if d == 3 else auc - 0.01 * d] for d in range(1, 11)],
+        },
+        "num_params": 8000 if full else 800,
+        "num_full_params": 8000,
+        "num_first_order_params": 1000,
+        "table_bytes": 36_000 if full else 7_200,
+        "model_params": 20_000,
+        "bundle_bytes": 1_234_567 if full else 100_000,
+        "widths": {"user": 8, "item": 8} if full else {"user": 1, "item": 0},
+        "full_width": 8,
+        "kept_rows": {"user": 600, "item": 400},
+        "num_rows": {"user": 600, "item": 400},
+        "search_seconds": 0.0 if full else 1.5,
+        "search_epochs": 0.0 if full else 0.5,
+        "train_seconds": 6.0,
+        "epochs": 2,
+        "rows_per_second": 1234.5,
+        "precision": "fp32",
+        "peak_memory_bytes": 300_000_000,
+        "verification": None if full else {"max_difference": 2e-16, "num_rows": 10, "tolerance": 1e-9, "passed": True},
+        "versions": {"embtrim": "0.1.0"},
+        "hardware": {"processor": "abacus"},
+    }
+    return RunRecord.parse({**values, **changes})
+
+
+@pytest.fixture
+def two_seeds() -> list[RunRecord]:
+    return [
+        record("full", 0, 0.75), record("sseds", 0, 0.74), record("uniform", 0, 0.70),
+        record("full", 1, 0.76), record("sseds", 1, 0.76), record("uniform", 1, 0.72),
+    ]  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Elements, scripts and text of a page as a browser would find them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.scripts: dict[str, str] = {}
+        self.text = ""
+        self._script: str | None = None
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag == "script":
+            self._script = dict(attrs).get("id") or f"script{self.tags.count('script')}"
+
+    def handle_endtag(self, tag: str) -> None:
+        self._script = None
+
+    def handle_data(self, data: str) -> None:
+        if self._script is None:
+            self.text += data
+        else:
+            self.scripts[self._script] = self.scripts.get(self._script, "") + data
+
+
+def rendered(records: list[RunRecord], width: int = 200) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    with console.file:
+        console.print(terminal_table(records))
+    return console.export_text()
+
+
+def test_numbers_as_text() -> None:
+    assert [format_bytes(n) for n in (None, 0, 999, 1000, 999_949, 999_950, 1_234_567, 5e9, 7e15)] == [
+        "-", "0 B", "999 B", "1.0 KB", "999.9 KB", "1.0 MB", "1.2 MB", "5.0 GB", "7000.0 TB",
+    ]  # fmt: skip
+    assert [format_count(n) for n in (None, 0, 1234567, 1234.6)] == ["-", "0", "1,234,567", "1,235"]
+    assert [format_seconds(s) for s in (None, 0, 0.0123, 0.5, 59.94, 59.96, 75.2, 3599.6, 7260)] == [
+        "-", "0 ms", "12 ms", "0.5 s", "59.9 s", "1 min 0 s", "1 min 15 s", "1 h 0 min", "2 h 1 min",
+    ]  # fmt: skip
+    assert format_values([0.75]) == "0.7500"
+    assert format_values([0.75, 0.76]) == "0.7550 ± 0.0071"
+    assert format_values([None, 0.01], signed=True) == "+0.0100"
+    assert format_values([None, float("nan")]) == "-"
+
+
+def test_table_by_hand(two_seeds: list[RunRecord]) -> None:
+    groups = variants(two_seeds)
+    assert [v.label for v in groups] == ["full", "sseds 10%", "uniform 10%"]
+    rows = dict(table_rows(groups))
+    # sd of (.75, .76) = .01 / sqrt 2; differences of sseds: -.01 and 0, of uniform: -.05 and -.04.
+    assert rows["test AUC"] == ["0.7550 ± 0.0071", "0.7500 ± 0.0141", "0.7100 ± 0.0141"]
+    assert rows["  difference to full"] == ["-", "-0.0050 ± 0.0071", "-0.0450 ± 0.0071"]
+    assert rows["embedding params"] == ["8,000", "800", "800"]
+    assert rows["  of the full tables"] == ["100.0%", "10.0%", "10.0%"]
+    assert rows["table bytes"] == ["36.0 KB", "7.2 KB", "7.2 KB"]
+    assert rows["bundle on disk"] == ["1.2 MB", "100.0 KB", "100.0 KB"]
+    assert rows["peak memory"] == ["300.0 MB"] * 3
+    assert rows["search time"] == ["-", "1.5 s", "1.5 s"]
+    assert rows["training time"] == ["6.0 s"] * 3
+    assert rows["seeds"] == ["2", "2", "2"]
+    text = rendered(two_seeds)
+    for name, cells in rows.items():
+        assert all(part in text for part in (name, *cells))
+    assert "deepfm on logs" in text
+
+
+def test_bits_have_a_row_where_there_are_fewer_than_32(two_seeds: list[RunRecord]) -> None:
+    assert "bits of a value" not in dict(table_rows(variants(two_seeds)))
+    quantised = [r.replace(bits="mixed" if r.seed else 8) if r.variant == "sseds" else r for r in two_seeds]
+    assert dict(table_rows(variants(quantised)))["bits of a value"] == ["32", "8, mixed", "32"]
+
+
+def test_table_fits_eighty_columns(two_seeds: list[RunRecord]) -> None:
+    narrow = rendered(two_seeds, width=80)
+    assert "…" not in narrow
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert "  difference to full" in narrow
+
+
+def test_what_is_not_known_is_a_dash() -> None:
+    alone = record("sseds", bundle_bytes=0, peak_memory_bytes=None, test={})
+    rows = dict(table_rows(variants([alone])))
+    for name in ("test AUC", "  difference to full", "calibration", "bundle on disk", "peak memory"):
+        assert rows[name] == ["-"]
+    assert auc_differences(variants([alone])[0]) == [None]
+    figures = json.loads(Page(render_page([alone])).scripts["figures"])
+    assert [name for name, figure in figures.items() if not figure["data"]] == ["auc-bytes", "deciles", "calibration"]
+
+
+def test_budgets_and_settings_tell_variants_apart() -> None:
+    def labels(*records: RunRecord) -> list[str]:
+        return [v.label for v in variants(records)]
+
+    several = [record("sseds", s, budget=b, table_bytes=n) for b, n in (("10%", 10), ("20%", 20)) for s in (0, 1)]
+    assert labels(record(), *several) == ["full", "sseds 20%", "sseds 10%"]
+    # --max-loss finds another budget for each seed: still one variant.
+    assert labels(record("sseds", 0, budget="7%"), record("sseds", 1, budget="9%")) == ["sseds"]
+    signed = record("sseds", search={"score": "signed"})
+    assert labels(record("sseds"), signed) == ["sseds 10%", "sseds 10% score=signed"]
+    other = record(data={"fingerprint": "xyz", "folder": "more", "num_rows": {}}, auc=0.5)
+    assert labels(record(), other) == ["logs deepfm full", "more deepfm full"]
+    # Compared with the full model of its own data.
+    compact = record("sseds", data=other.data, auc=0.49)
+    assert auc_differences(variants([record(), other, compact])[-1]) == pytest.approx([-0.01])
+
+
+def test_page_holds_everything(two_seeds: list[RunRecord], tmp_path: Path) -> None:
+    write_report(two_seeds, tmp_path / "new" / "report.html")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["report.html"]
+    page = (tmp_path / "new" / "report.html").read_text("utf-8")
+    found = Page(page)
+    stored = json.loads(found.scripts["records"])
+    assert sorted(map(json.dumps, stored)) == sorted(json.dumps(r.model_dump(mode="json")) for r in two_seeds)
+    for words in ("0.7500 ± 0.0141", "-0.0050 ± 0.0071", "36.0 KB", "sseds 10%", "2.0e-16", "1e-09", "abacus", "embtrim 0.1.0",
+                  "0.50", "embedding_dim", "schema abc", "train 80"):  # fmt: skip
+        assert words in found.text, words
+
+    figures = json.loads(found.scripts["figures"])
+    points = figures["auc-bytes"]["data"]
+    seeds = {p["name"]: p for p in points if p["marker"]["size"] < 10}
+    means = {p["name"]: p for p in points if p["marker"]["size"] > 10}
+    assert seeds["sseds 10%"]["y"] == [0.74, 0.76]
+    assert means["sseds 10%"]["x"] == [7200]
+    assert means["sseds 10%"]["y"] == [0.75]
+    widths = {t["name"]: t["x"] for t in figures["widths"]["data"]}
+    assert widths == {"full": [8, 8], "sseds 10%": [1, 0], "uniform 10%": [1, 0]}
+    deciles = figures["deciles"]["data"][0]
+    assert deciles["x"] == list(range(1, 11))
+    assert deciles["y"][2] is None
+    assert deciles["y"][0] == pytest.approx(0.745)
+    assert len(figures["calibration"]["data"]) == 6
+    assert set(figures) == set(re.findall(r'data-figure="([^"]+)"', page))
+
+
+def test_page_works_offline(two_seeds: list[RunRecord]) -> None:
+    page = render_page(two_seeds)
+    found = Page(page)
+    assert found.tags.count("script") == 4  # plotly, records, figures, the few lines that draw them
+    assert page.count("* plotly.js v") == 1
+    assert not {"link", "img", "iframe", "base", "object"} & set(found.tags)
+    assert not {"src", "href"} & {name for name, _ in found.attributes}
+    assert any(name == "content" and "default-src 'none'" in (value or "") for name, value in found.attributes)
+
+
+def test_hostile_names_stay_text(two_seeds: list[RunRecord]) -> None:
+    hostile = [
+        r.replace(
+            widths={HOSTILE: 1, "item": 2},
+            kept_rows={HOSTILE: 1},
+            data={**r.data, "folder": HOSTILE},
+            hparams={HOSTILE: 1},
+            search={HOSTILE: HOSTILE},
+            precision=HOSTILE,
+        )
+        for r in two_seeds
+    ]
+    plain, page = render_page(two_seeds), render_page(hostile)
+    found = Page(page)
+    assert found.tags.count("script") == 4
+    assert set(found.tags) == set(Page(plain).tags)
+    assert not [name for name, _ in found.attributes if name.startswith("on")]
+    assert HOSTILE in found.text
+    assert HOSTILE in json.loads(found.scripts["records"])[0]["widths"]
+    # Plotly reads tags in labels: they reach it escaped.
+    assert "<" not in found.scripts["figures"]
+    figures = json.loads(found.scripts["figures"])
+    for text in (figures["widths"]["layout"]["yaxis"]["ticktext"][0], figures["widths"]["data"][0]["text"][0]):
+        assert text.startswith("&lt;/script&gt;")
+        assert "<" not in text
+    # Names that are equal where the axis cuts them stay apart.
+    assert len(set(figures["widths"]["data"][0]["y"])) == 2
+    assert HOSTILE[:20] in rendered(hostile)
+
+
+def test_records_are_read_and_faults_named(tmp_path: Path, two_seeds: list[RunRecord]) -> None:
+    for number, one in enumerate(two_seeds):
+        one.save(tmp_path / "run" / "records" / f"{number}.json")
+    assert read_records(tmp_path / "run") == two_seeds
+    assert read_records(tmp_path / "run" / "records") == two_seeds
+    with pytest.raises(DataError, match="nowhere is no folder"):
+        read_records(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty holds no records"):
+        read_records(tmp_path / "empty")
+    with pytest.raises(DataError, match="no records to report"):
+        render_page([])
+    newer = {**two_seeds[0].model_dump(mode="json"), "record_version": 99}
+    (tmp_path / "run" / "records" / "0.json").write_text(json.dumps(newer))
+    with pytest.raises(DataError, match="version 99, this release reads 1"):
+        read_records(tmp_path / "run")
+    del newer["seed"]
+    (tmp_path / "run" / "records" / "0.json").write_text(json.dumps({**newer, "record_version": 1}))
+    with pytest.raises(DataError, match=r"0.json is a damaged run record: .*seed"):
+        read_records(tmp_path / "run")
+
+
+def test_old_page_survives_a_failed_write(
+    two_seeds: list[RunRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "report.html"
+    target.write_text("old")
+    monkeypatch.setattr("os.replace", _fail)
+    with pytest.raises(OSError, match="no space"):
+        write_report(two_seeds, target)
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def _fail(*_: object) -> None:
+    raise OSError(28, "no space")
