@@ -30,10 +30,9 @@ import embtrim
 import measure
 import report
 import workloads
-from embtrim.experiments.run import processor_name
-from embtrim.plan.plan import write_then_rename
-from embtrim.system.processes import available_cores
-from embtrim.training.fitting import fast_matmul
+from embtrim.system.files import write_then_rename
+from embtrim.system.machine import available_cores, processor_name
+from embtrim.training.devices import fast_matmul
 
 HERE = Path(__file__).parent
 REQUIREMENTS = HERE / "peers-requirements.txt"

@@ -17,8 +17,8 @@ import numpy as np
 import polars as pl
 
 import embtrim
-from embtrim.serving.bundle import folder_bytes
-from embtrim.tasks.sites import CTRTask
+from embtrim.system.folders import folder_bytes
+from embtrim.tasks.task import CTRTask
 
 LOAD = """
 import sys
@@ -45,7 +45,7 @@ def main(num_rows: int = 5_000_000, num_fields: int = 39, width: int = 16) -> No
         schema = embtrim.Schema(label="click", fields=fields)
         data = embtrim.encode(log, schema, out=Path(folder) / "data")
         model = embtrim.models.DeepFM(data.schema, embedding_dim=width)
-        plan = embtrim.search(CTRTask(model, data), embtrim.RandomConfig(), "10%")
+        plan = embtrim.search(CTRTask(model, data), embtrim.methods.RandomConfig(), "10%")
         embtrim.save(model, Path(folder) / "full", data)
         embtrim.save(embtrim.compact(model, plan), Path(folder) / "compact", data)
         floor = peak_of_loading()

@@ -13,13 +13,13 @@ import numpy as np
 
 import embtrim
 from embtrim.config import read_toml
-from embtrim.experiments.run import RunConfig
+from embtrim.experiments.settings import RunConfig
 from embtrim.methods import OptEmbedConfig
 from embtrim.methods.optembed import row_margins, train_supernet
 from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel
-from embtrim.tasks.sites import CTRTask
-from embtrim.training.fitting import evaluate
+from embtrim.tasks.task import CTRTask
+from embtrim.training.evaluation import evaluate
 
 
 def main() -> None:

@@ -28,7 +28,8 @@ import synthetic
 from embtrim.config import read_toml
 from embtrim.data.dataset import FORMAT_VERSION, Batch, EncodedDataset, SplitArrays
 from embtrim.data.reading import ReadOptions
-from embtrim.experiments.run import RunConfig, train_full
+from embtrim.experiments.settings import RunConfig
+from embtrim.experiments.steps import train_full
 from embtrim.methods.uniform import equal_widths
 from embtrim.models import DeepFM
 from embtrim.serving.bundle import load_bundle, write_predictions
@@ -36,7 +37,9 @@ from embtrim.system.memory import freed_pages_kept
 from embtrim.tables.embedding_tables import EmbeddingTables
 from embtrim.tables.kernels import kernels_name
 from embtrim.tables.row_optimizers import RowAdagrad, RowAdam
-from embtrim.training.fitting import compiled, fast_matmul, fit, logloss_of_batch, make_optimizers
+from embtrim.training.devices import fast_matmul
+from embtrim.training.evaluation import logloss_of_batch
+from embtrim.training.fitting import compiled, fit, make_optimizers
 
 CPU = torch.device("cpu")
 RECIPES = Path(__file__).parents[1] / "recipes"

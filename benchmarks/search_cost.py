@@ -17,9 +17,10 @@ import torch
 import embtrim
 from embtrim.config import read_toml
 from embtrim.experiments.grid import CompareConfig, resolve, run_config, settings_by_label
-from embtrim.experiments.run import peak_memory, train_full
+from embtrim.experiments.steps import train_full
 from embtrim.methods import method_named
-from embtrim.tasks.sites import CTRTask
+from embtrim.system.memory import peak_memory
+from embtrim.tasks.task import CTRTask
 
 
 def main() -> None:

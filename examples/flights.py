@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
 import embtrim
-from embtrim.compaction.compacting import compact_tables
+from embtrim.compaction.foreign import compact_tables
 from embtrim.training.metrics import auc
 
 WIDTH = 16
 SEEDS = (0, 1, 2)
 BUDGET = "10%"
-METHODS = {"sseds": embtrim.SSEDSConfig(min_dim=0), "uniform": embtrim.UniformConfig()}
+METHODS = {"sseds": embtrim.methods.SSEDSConfig(min_dim=0), "uniform": embtrim.methods.UniformConfig()}
 # Of 0, 1e-5, 1e-4, 1e-3, 2e-3, 5e-3 this weight decay did best, by validation AUC: deepctr-torch's full model, seed 0.
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-3
 MOST_EPOCHS, PATIENCE = 40, 3

@@ -18,7 +18,7 @@ from torch import nn
 import embtrim
 from embtrim.config import read_toml
 from embtrim.experiments.grid import CompareConfig, resolve
-from embtrim.experiments.run import RunConfig
+from embtrim.experiments.settings import RunConfig
 from embtrim.methods import method_named
 from embtrim.models import MODELS
 from embtrim.testing.checks import planted_data

@@ -11,73 +11,84 @@ from typing import TYPE_CHECKING, Any
 from embtrim._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from embtrim import models
-    from embtrim.compaction.compacting import compact, quantize, verify
+    from embtrim import methods, models
+    from embtrim.compaction.compacting import compact, quantize
+    from embtrim.compaction.verification import Verification, verify
     from embtrim.data.catalog import load
+    from embtrim.data.dataset import EncodedDataset
+    from embtrim.data.encoder import Encoder
     from embtrim.data.encoding import encode
+    from embtrim.data.reading import ReadOptions
+    from embtrim.data.splitting import Split
     from embtrim.errors import EmbtrimError
-    from embtrim.methods import (
-        FrequencyConfig,
-        GuidedConfig,
-        HardMaskConfig,
-        MagnitudeConfig,
-        MDEConfig,
-        OptEmbedConfig,
-        PMEConfig,
-        RandomConfig,
-        SSEDSConfig,
-        UniformConfig,
-        search,
-    )
+    from embtrim.experiments.comparison import Comparison, compare
+    from embtrim.experiments.grid import CompareConfig
+    from embtrim.experiments.records import RunRecord
+    from embtrim.experiments.run import run
+    from embtrim.experiments.settings import RunConfig
+    from embtrim.methods.searching import search
     from embtrim.plan.budget import Budget
     from embtrim.plan.plan import SizePlan
     from embtrim.schema import FieldSpec, Schema
-    from embtrim.serving.bundle import load_bundle, save
+    from embtrim.serving.bundle import Bundle, load_bundle, save
     from embtrim.serving.exporting import export
-    from embtrim.serving.updating import update
-    from embtrim.tasks.sites import CTRTask, Task
-    from embtrim.training.fitting import TrainConfig, evaluate, fit
+    from embtrim.serving.updating import UpdateConfig, UpdateReport, update
+    from embtrim.tasks.survey import Finding
+    from embtrim.tasks.task import CTRTask, Task
+    from embtrim.training.evaluation import evaluate
+    from embtrim.training.fitting import fit
+    from embtrim.training.metrics import Metrics
+    from embtrim.training.settings import FitResult, TrainConfig
 
+# Where each public name is defined.
 _HOMES = {
     "Budget": "plan.budget",
-    "CTRTask": "tasks.sites",
+    "Bundle": "serving.bundle",
+    "CTRTask": "tasks.task",
+    "CompareConfig": "experiments.grid",
+    "Comparison": "experiments.comparison",
     "EmbtrimError": "errors",
+    "EncodedDataset": "data.dataset",
+    "Encoder": "data.encoder",
     "FieldSpec": "schema",
-    "FrequencyConfig": "methods",
-    "GuidedConfig": "methods",
-    "HardMaskConfig": "methods",
-    "MDEConfig": "methods",
-    "MagnitudeConfig": "methods",
-    "OptEmbedConfig": "methods",
-    "PMEConfig": "methods",
-    "RandomConfig": "methods",
-    "SSEDSConfig": "methods",
+    "Finding": "tasks.survey",
+    "FitResult": "training.settings",
+    "Metrics": "training.metrics",
+    "ReadOptions": "data.reading",
+    "RunConfig": "experiments.settings",
+    "RunRecord": "experiments.records",
     "Schema": "schema",
     "SizePlan": "plan.plan",
-    "Task": "tasks.sites",
-    "TrainConfig": "training.fitting",
-    "UniformConfig": "methods",
+    "Split": "data.splitting",
+    "Task": "tasks.task",
+    "TrainConfig": "training.settings",
+    "UpdateConfig": "serving.updating",
+    "UpdateReport": "serving.updating",
+    "Verification": "compaction.verification",
     "compact": "compaction.compacting",
+    "compare": "experiments.comparison",
     "encode": "data.encoding",
-    "evaluate": "training.fitting",
+    "evaluate": "training.evaluation",
     "export": "serving.exporting",
     "fit": "training.fitting",
     "load": "data.catalog",
     "load_bundle": "serving.bundle",
+    "methods": "methods",
     "models": "models",
     "quantize": "compaction.compacting",
+    "run": "experiments.run",
     "save": "serving.bundle",
-    "search": "methods",
+    "search": "methods.searching",
     "update": "serving.updating",
-    "verify": "compaction.compacting",
+    "verify": "compaction.verification",
 }
 
 __all__ = [  # noqa: RUF022 (in the order of the way through the house)
-    "encode", "load", "models", "fit", "evaluate", "search", "verify", "compact", "quantize", "save", "load_bundle", "export",
-    "update",
-    "Task", "CTRTask", "Budget", "SizePlan", "Schema", "FieldSpec", "TrainConfig",
-    "GuidedConfig", "SSEDSConfig", "HardMaskConfig", "OptEmbedConfig", "PMEConfig",
-    "UniformConfig", "RandomConfig", "MagnitudeConfig", "MDEConfig", "FrequencyConfig", "EmbtrimError",
+    "encode", "load", "models", "fit", "evaluate", "methods", "search", "verify", "compact", "quantize", "save",
+    "load_bundle", "export", "update", "run", "compare",
+    "Schema", "FieldSpec", "Split", "ReadOptions", "EncodedDataset", "Encoder", "TrainConfig", "FitResult", "Metrics",
+    "Task", "CTRTask", "Finding", "Budget", "SizePlan", "Verification", "Bundle", "UpdateConfig", "UpdateReport",
+    "RunConfig", "RunRecord", "CompareConfig", "Comparison", "EmbtrimError",
 ]  # fmt: skip
 
 

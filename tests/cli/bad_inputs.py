@@ -503,14 +503,14 @@ def _search_module(module: str = "ForeignModel", budget: str = "50%", **changes:
 
     made = testing.ForeignModel() if module == "ForeignModel" else torch.nn.Linear(3, 1)
     given = {"loss": lambda model, batch: model(batch[0]).sum(), "train": list(testing.foreign_batches()), **changes}
-    return embtrim.search(embtrim.Task(made, **given), embtrim.FrequencyConfig(), budget)
+    return embtrim.search(embtrim.Task(made, **given), embtrim.methods.FrequencyConfig(), budget)
 
 
 def _compact_other() -> object:
     import embtrim
     from embtrim.testing import checks as testing
 
-    plan = embtrim.search(testing.foreign_task(), embtrim.UniformConfig(), "50%")
+    plan = embtrim.search(testing.foreign_task(), embtrim.methods.UniformConfig(), "50%")
     return embtrim.compact(testing.PooledModel(), plan, init="inherit")
 
 
@@ -527,10 +527,10 @@ def _of_module(call: Callable[[Any, Any], object]) -> Callable[[], object]:
 
 
 def _search_compact(embtrim: Any, task: Any) -> object:
-    plan = embtrim.search(task, embtrim.UniformConfig(), "50%")
+    plan = embtrim.search(task, embtrim.methods.UniformConfig(), "50%")
     return embtrim.search(
         embtrim.Task(embtrim.compact(task.model, plan), task.loss, task.batches("train")),
-        embtrim.UniformConfig(),
+        embtrim.methods.UniformConfig(),
         "50%",
     )
 

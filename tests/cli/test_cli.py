@@ -170,7 +170,7 @@ def test_steps_agree_with_the_functions(shop: Workshop) -> None:
     assert done.code == 0, done.err
     data = embtrim.load(str(shop.data))
     task = embtrim.CTRTask(embtrim.load_bundle(shop.bundle).model, data)
-    expected = embtrim.search(task, embtrim.SSEDSConfig(), "30%", 0)
+    expected = embtrim.search(task, embtrim.methods.SSEDSConfig(), "30%", 0)
     assert not SizePlan.load(shop.folder / "p30.json").diff(expected)
     assert json.loads(done.out)["tables"][0]["name"] == "user"
 
@@ -317,7 +317,7 @@ def test_unexpected_errors_keep_their_traceback(shop: Workshop, monkeypatch: pyt
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr("embtrim.reports.run_page.read_records", broken)
+    monkeypatch.setattr("embtrim.experiments.records.read_records", broken)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         call("report", shop.folder)
 

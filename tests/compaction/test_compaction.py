@@ -10,14 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from embtrim.compaction.compacting import CompactEmbedding, compact, inherit_weights, verify
+from embtrim.compaction.compacting import CompactEmbedding, compact
+from embtrim.compaction.inheriting import inherit_weights
+from embtrim.compaction.verification import verify
 from embtrim.errors import EmbtrimError, PlanError
 from embtrim.methods import RandomConfig, UniformConfig, search
 from embtrim.models import FNN, MODELS, DeepFM, build
 from embtrim.plan.budget import Budget
-from embtrim.plan.plan import Block, SizePlan, TablePlan
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import Block, TablePlan
 from embtrim.tables.embedding_tables import EmbeddingTables
-from embtrim.tasks.sites import CTRTask, Task, find_sites, site_plan
+from embtrim.tasks.survey import find_sites, site_plan
+from embtrim.tasks.task import CTRTask, Task
 from embtrim.testing.checks import ForeignModel, foreign_batches, foreign_task
 
 TABLE_MODELS = [name for name in MODELS if name != "lr"]

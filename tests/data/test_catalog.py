@@ -10,7 +10,7 @@ from embtrim.data import catalog
 from embtrim.data.catalog import CATALOG, encode_known, known, load
 from embtrim.data.encoder import Encoder
 from embtrim.errors import DataError
-from embtrim.training.fitting import TrainConfig
+from embtrim.training.settings import TrainConfig
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="shared data folder is absent")

@@ -21,8 +21,7 @@ from rich.console import Console
 from embtrim.config import read_toml
 from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import ConfigError, DataError, EmbtrimError
-from embtrim.experiments import comparison
-from embtrim.experiments import run as experiment
+from embtrim.experiments import comparison, steps
 from embtrim.experiments.comparison import Comparison, compare, estimate
 from embtrim.experiments.grid import (
     Cell,
@@ -34,7 +33,7 @@ from embtrim.experiments.grid import (
     run_config,
     settings_by_label,
 )
-from embtrim.experiments.run import RunRecord
+from embtrim.experiments.records import RunRecord, read_records
 from embtrim.methods import METHODS
 from embtrim.plan.plan import SizePlan
 from embtrim.reports.comparison_page import MARK, render_comparison, write_comparison
@@ -50,11 +49,10 @@ from embtrim.reports.comparison_report import (
     ranks,
     sheets,
 )
-from embtrim.reports.run_page import read_records
 from embtrim.system.processes import in_processes
 from embtrim.system.progress import grid_bar, seconds_left
 from embtrim.training.checkpoint import Checkpoint
-from embtrim.training.fitting import TrainConfig
+from embtrim.training.settings import TrainConfig
 from tests.cli.bad_inputs import TINY, call, environment, write_log
 from tests.conftest import planted_data
 from tests.reports.test_report import HOSTILE, Page, record
@@ -307,7 +305,7 @@ def test_unfinished_state_of_other_settings_is_not_taken(
 
     with monkeypatch.context() as patch:
         if where == "after the search":
-            patch.setattr(experiment, "verify", ctrl_c)
+            patch.setattr(steps, "verify", ctrl_c)
         else:
             patch.setattr(Checkpoint, "save", interrupting)
         interrupted(compare, small, config(), tmp_path / "x")
@@ -351,9 +349,9 @@ def test_unfinished_state_of_the_same_settings_is_taken(
 ) -> None:
     config = FM_ONLY.replace(methods=("random",), variants={}, budgets=("30%",))
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "verify", ctrl_c)
+        patch.setattr(steps, "verify", ctrl_c)
         interrupted(compare, small, config, tmp_path / "x")
-    monkeypatch.setattr(experiment, "search", never)
+    monkeypatch.setattr(steps, "search", never)
     assert [r.variant for r in compare(small, config, tmp_path / "x").records] == ["full", "random"]
     assert not (tmp_path / "x" / "unfinished").exists()
 

@@ -12,19 +12,24 @@ import polars as pl
 import pytest
 
 import embtrim
-from embtrim.compaction.compacting import verify
+from embtrim.compaction.verification import verify
 from embtrim.data.encoder import Encoder
 from embtrim.errors import BudgetError, ConfigError, DataError, EmbtrimError
-from embtrim.experiments import run as experiment
-from embtrim.experiments.run import RunConfig, RunRecord, dry_run, run, shrink, smallest_within, train_full
+from embtrim.experiments import steps
+from embtrim.experiments.estimates import dry_run
+from embtrim.experiments.records import RunRecord
+from embtrim.experiments.run import run
+from embtrim.experiments.settings import RunConfig
+from embtrim.experiments.steps import shrink, smallest_within, train_full
 from embtrim.models import build
 from embtrim.plan.plan import SizePlan
 from embtrim.serving.bundle import Bundle, load_bundle, write_predictions
 from embtrim.system import memory
 from embtrim.system.memory import peak_memory
 from embtrim.testing.checks import planted_data
-from embtrim.training import fitting as train
-from embtrim.training.fitting import TrainConfig, training_settings
+from embtrim.training.evaluation import predict_logits
+from embtrim.training.fitting import training_settings
+from embtrim.training.settings import TrainConfig
 
 CONFIG = RunConfig(
     hparams={"embedding_dim": 8, "hidden_units": [16]},
@@ -92,23 +97,23 @@ def test_same_seed_same_metrics(encoded, tmp_path):
 
 
 def test_max_loss_finds_a_small_plan_within_the_tolerance(encoded, monkeypatch):
-    monkeypatch.setattr("embtrim.experiments.run.BISECTIONS", 3)
+    monkeypatch.setattr("embtrim.experiments.steps.BISECTIONS", 3)
     config = CONFIG.replace(train=CONFIG.train.replace(epochs=4), max_loss=0.02)
     full = train_full(encoded, config, 0)
     found = smallest_within(full, encoded, config, 0, 0.02)
     assert found.record.valid["auc"] >= full.record.valid["auc"] - 0.02
     assert found.record.num_params < full.record.num_params / 2
     assert found.record.search_seconds > found.record.train_seconds, "the trainings of the bisection count as search"
-    monkeypatch.setattr("embtrim.experiments.run.SMALLEST_SHARE", 0.0001)
-    monkeypatch.setattr("embtrim.experiments.run.BISECTIONS", 1)
+    monkeypatch.setattr("embtrim.experiments.steps.SMALLEST_SHARE", 0.0001)
+    monkeypatch.setattr("embtrim.experiments.steps.BISECTIONS", 1)
     with pytest.raises(EmbtrimError, match="allow more loss"):
         smallest_within(full, encoded, config, 0, 1e-9)
 
 
 def test_a_share_that_buys_no_slot_is_too_small_for_any_loss(encoded, monkeypatch):
     """Of shares 1% and 10% the first buys no column of either table: the search for the smallest plan goes on above it."""
-    monkeypatch.setattr("embtrim.experiments.run.SMALLEST_SHARE", 0.0001)
-    monkeypatch.setattr("embtrim.experiments.run.BISECTIONS", 2)
+    monkeypatch.setattr("embtrim.experiments.steps.SMALLEST_SHARE", 0.0001)
+    monkeypatch.setattr("embtrim.experiments.steps.BISECTIONS", 2)
     config = CONFIG.replace(method="random", max_loss=0.4)
     full = train_full(encoded, config, 0)
     with pytest.raises(
@@ -165,16 +170,16 @@ def test_a_training_takes_its_pages_once():
 import resource, sys
 from contextlib import nullcontext
 import embtrim
-from embtrim.training import fitting as train
+from embtrim.training import loop, settings
 from embtrim.testing.checks import planted_data
 if sys.argv[1] == "given back":
-    train.freed_pages_kept = nullcontext
+    loop.freed_pages_kept = nullcontext
 data = planted_data(num_rows=20_000)
 model = embtrim.models.DeepFM(data.schema, embedding_dim=64, hidden_units=(400, 400))
 faults = []
 def note(step):
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-embtrim.fit(model, data, epochs=6, patience=0, batch_size=4096, hooks=train.Hooks(on_step=note))
+embtrim.fit(model, data, epochs=6, patience=0, batch_size=4096, hooks=settings.Hooks(on_step=note))
 print(faults[-1] - faults[11])  # three epochs, once the process has what it needs
 """
     kept, given_back = (
@@ -208,7 +213,7 @@ def test_scoring_keeps_freed_pages(encoded, tmp_path, monkeypatch):
     keeping = []
     model = build(CONFIG.model, encoded.schema, **CONFIG.hparams)
     model.register_forward_hook(lambda *_: keeping.append(memory._num_keeping))
-    train.predict_logits(model, encoded, "test")
+    predict_logits(model, encoded, "test")
     bundle = Bundle(model, Encoder.load(encoded.folder), {})
     log = tmp_path / "log.parquet"
     pl.DataFrame({"user": ["1", "2"], "item": ["3", "4"]}).write_parquet(log)
@@ -222,7 +227,7 @@ def test_scoring_keeps_freed_pages(encoded, tmp_path, monkeypatch):
 def test_search_memory_is_what_the_search_alone_needs(data, monkeypatch):
     full = train_full(data, CONFIG.replace(train=CONFIG.train.replace(epochs=1)), 0)
     resident = np.ones(300_000_000, np.uint8)
-    really = experiment.search
+    really = steps.search
 
     def hungry(*arguments):
         block = np.ones(200_000_000, np.uint8)
@@ -234,8 +239,8 @@ def test_search_memory_is_what_the_search_alone_needs(data, monkeypatch):
         block += 1
         return verify(*arguments, **more)
 
-    monkeypatch.setattr(experiment, "search", hungry)
-    monkeypatch.setattr(experiment, "verify", hungry_after)
+    monkeypatch.setattr(steps, "search", hungry)
+    monkeypatch.setattr(steps, "verify", hungry_after)
     record = shrink(full, data, CONFIG, "random", {}, "30%", 0).record
     assert 190e6 < record.search_peak_bytes < 290e6
     assert record.peak_memory_bytes > resident.nbytes + 390e6

@@ -21,9 +21,10 @@ from embtrim.methods.selection import lowest_threshold, rank_slots, slot_costs
 from embtrim.models import FNN, DeepFM
 from embtrim.plan.budget import Budget
 from embtrim.tables.row_optimizers import RowAdam
-from embtrim.tasks.sites import CTRTask, Task
+from embtrim.tasks.task import CTRTask, Task
 from embtrim.testing.checks import CHECKS, ForeignModel, foreign_batches, foreign_task, planted_data, zoo_task
-from embtrim.training.fitting import Hooks, TrainConfig, fit
+from embtrim.training.fitting import fit
+from embtrim.training.settings import Hooks, TrainConfig
 
 MODES = [pytest.param(HardMaskConfig(mode=mode), id=mode) for mode in ("quantile", "penalty")]
 CONFIGS = [

@@ -39,9 +39,12 @@ from embtrim.methods.selection import field_plan, largest, row_plan
 from embtrim.methods.sseds import slot_gradients
 from embtrim.models import FNN, LR, DeepFM
 from embtrim.plan.budget import Budget
-from embtrim.plan.plan import Block, SizePlan
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import Block
 from embtrim.schema import Schema
-from embtrim.tasks.sites import CTRTask, Task, find_sites, gate_sites, loss_weight, num_slots
+from embtrim.tasks.sites import gate_sites
+from embtrim.tasks.survey import find_sites
+from embtrim.tasks.task import CTRTask, Task, loss_weight, num_slots
 from embtrim.testing.checks import (
     CHECKS,
     KEEPS_NOISE,
@@ -59,7 +62,8 @@ from embtrim.testing.checks import (
     planted_task,
     zoo_task,
 )
-from embtrim.training.fitting import Hooks, TrainConfig, fit
+from embtrim.training.fitting import fit
+from embtrim.training.settings import Hooks, TrainConfig
 
 CONFIGS = {
     **{name: method.config() for name, method in METHODS.items()},
@@ -151,7 +155,7 @@ class TestTheChecksCanFail:
             return small
 
         monkeypatch.setattr("embtrim.testing.checks.compact", off_by_one)
-        monkeypatch.setattr("embtrim.compaction.compacting.compact", off_by_one)
+        monkeypatch.setattr("embtrim.compaction.verification.compact", off_by_one)
         with pytest.raises((AssertionError, EmbtrimError)):
             CHECKS["compact equals masked"](task, RandomConfig())
         with pytest.raises(AssertionError):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from embtrim.compaction.compacting import compact, verify
+from embtrim.compaction.compacting import compact
+from embtrim.compaction.verification import verify
 from embtrim.errors import BudgetError, EmbtrimError
 from embtrim.methods import OptEmbedConfig, search
 from embtrim.methods.evolution import Space, crossover, evolve, fill, fits, kept_rows, mutate, raise_thresholds, ranked
@@ -27,9 +28,11 @@ from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
 from embtrim.schema import OOV, Schema
 from embtrim.tables.embedding_tables import full_tables
-from embtrim.tasks.sites import CTRTask, ModuleSite, TableSite, Task, gate_sites
+from embtrim.tasks.sites import ModuleSite, TableSite, gate_sites
+from embtrim.tasks.task import CTRTask, Task
 from embtrim.testing.checks import ForeignModel, foreign_batches, planted_data
-from embtrim.training.fitting import TrainConfig, evaluate
+from embtrim.training.evaluation import evaluate
+from embtrim.training.settings import TrainConfig
 
 QUICK = OptEmbedConfig(epochs=1, population=6, generations=3, mutations=3, crossovers=3, num_elite=4, fitness_rows=0)
 # Small data have few steps: a threshold that is to move needs a larger rate and weight than the paper's.

@@ -14,9 +14,11 @@ import torch
 
 from embtrim.errors import ConfigError, DataError, EmbtrimError, PlanError
 from embtrim.models import DCN, DLRM, FM, FNN, IPNN, LR, MODELS, DCNv2, DeepFM, build
-from embtrim.plan.plan import Block, SizePlan, TablePlan
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import Block, TablePlan
 from embtrim.schema import PAD, FieldSpec, Schema
-from embtrim.training.fitting import evaluate, fit
+from embtrim.training.evaluation import evaluate
+from embtrim.training.fitting import fit
 
 DIM = 5
 NAMES = list(MODELS)

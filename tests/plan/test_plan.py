@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from embtrim.errors import BudgetError, PlanError
 from embtrim.plan.budget import Budget
-from embtrim.plan.plan import Block, SizePlan, TablePlan, describe_table
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import Block, TablePlan, describe_table
 from embtrim.schema import Schema
 from embtrim.tables.embedding_tables import EmbeddingTables
 

@@ -14,24 +14,25 @@ import polars as pl
 import pytest
 
 import embtrim
-from embtrim import methods
 from embtrim.config import Config
 from embtrim.data.dataset import EncodedDataset
 from embtrim.data.encoder import Encoder, vocabulary_bytes
 from embtrim.errors import BudgetError, DataError
 from embtrim.experiments.comparison import compare
 from embtrim.experiments.grid import CompareConfig
-from embtrim.experiments.run import RunConfig, run
-from embtrim.methods import FrequencyConfig, GuidedConfig, SSEDSConfig, UniformConfig, search
+from embtrim.experiments.run import run
+from embtrim.experiments.settings import RunConfig
+from embtrim.methods import FrequencyConfig, GuidedConfig, SSEDSConfig, UniformConfig, search, searching
 from embtrim.models import DeepFM
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
 from embtrim.schema import FieldSpec, Schema
-from embtrim.serving.bundle import folder_bytes, load_bundle, save
+from embtrim.serving.bundle import load_bundle, save
 from embtrim.serving.exporting import export
-from embtrim.tasks.sites import CTRTask
+from embtrim.system.folders import folder_bytes
+from embtrim.tasks.task import CTRTask
 from embtrim.testing.checks import foreign_task
-from embtrim.training.fitting import TrainConfig
+from embtrim.training.settings import TrainConfig
 
 HPARAMS = {"embedding_dim": 8, "hidden_units": (8,)}
 TRAIN = TrainConfig(epochs=1, batch_size=512, precision="fp32")
@@ -100,8 +101,8 @@ def test_tables_and_vocabulary_are_within_the_budget(request, name, config, bits
 
 def searches_of(config: Config, task: CTRTask, budget: str, **settings: Any) -> tuple[SizePlan, int]:
     """A plan, and how many searches it took."""
-    within = methods._search_within
-    with mock.patch.object(methods, "_search_within", side_effect=within) as searched:
+    within = searching._search_within
+    with mock.patch.object(searching, "_search_within", side_effect=within) as searched:
         plan = search(task, config, budget, target="onnx", **settings)
     assert plan.num_bytes() + plan.vocabulary_bytes <= Budget.parse(budget).amount
     return plan, searched.call_count
@@ -114,7 +115,7 @@ def test_what_dropped_values_free_is_used(encoded: EncodedDataset):
         plan, searches = searches_of(FrequencyConfig(), task, budget)
         assert plan.vocabulary_bytes < vocabulary_bytes(encoded)
         assert plan.num_bytes() + plan.vocabulary_bytes > 0.9 * Budget.parse(budget).amount
-        assert searches <= methods.MOST_SEARCHES
+        assert searches <= searching.MOST_SEARCHES
     plan, searches = searches_of(SSEDSConfig(), task, budget_of(encoded, 0.9))
     assert searches == 1, "nothing that it dropped changes the vocabulary"
 
@@ -123,7 +124,7 @@ def test_what_dropped_values_free_is_used(encoded: EncodedDataset):
 @pytest.mark.parametrize(("config", "bits"), [(GuidedConfig(), "mixed"), (FrequencyConfig(), 8)])
 def test_maps_of_hashed_ids_are_counted(hashed: EncodedDataset, config, bits, budget: str):
     plan, searches = searches_of(config, task_of(hashed), budget, bits=bits)
-    assert searches <= methods.MOST_SEARCHES
+    assert searches <= searching.MOST_SEARCHES
     assert plan.vocabulary_bytes == vocabulary_bytes(hashed, plan)
     assert any(table.has_dropped for table in plan.tables if table.name == "item")
 

@@ -12,20 +12,9 @@ import pytest
 from rich.console import Console
 
 from embtrim.errors import DataError
-from embtrim.experiments.run import RunRecord
-from embtrim.reports.run_page import (
-    auc_differences,
-    format_bytes,
-    format_count,
-    format_seconds,
-    format_values,
-    read_records,
-    render_page,
-    table_rows,
-    terminal_table,
-    variants,
-    write_report,
-)
+from embtrim.experiments.records import RunRecord, read_records
+from embtrim.reports.numbers import format_bytes, format_count, format_seconds, format_values
+from embtrim.reports.run_page import auc_differences, render_page, table_rows, terminal_table, variants, write_report
 
 HOSTILE = """</script><script>window.hacked=1</script><img src=x onerror="hack()">'"&<b>[red]"""
 

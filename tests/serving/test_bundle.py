@@ -20,11 +20,14 @@ from embtrim.compaction.compacting import compact
 from embtrim.errors import BundleError, DataError
 from embtrim.methods import UniformConfig, search
 from embtrim.models import DeepFM
-from embtrim.plan.plan import Block, SizePlan
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import Block
 from embtrim.schema import OOV
 from embtrim.serving.bundle import contents_digest, load_bundle, note_spread, save
-from embtrim.tasks.sites import CTRTask
-from embtrim.training.fitting import TrainConfig, fit, predict_logits
+from embtrim.tasks.task import CTRTask
+from embtrim.training.evaluation import predict_logits
+from embtrim.training.fitting import fit
+from embtrim.training.settings import TrainConfig
 from tests.conftest import planted_data
 
 

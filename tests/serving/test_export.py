@@ -28,8 +28,9 @@ from embtrim.data.encoder import Encoder
 from embtrim.errors import ConfigError, DataError, EmbtrimError, PlanError
 from embtrim.models import MODELS, DeepFM, build
 from embtrim.models.ctr_model import CTRModel
-from embtrim.plan.plan import Block, SizePlan, TablePlan
-from embtrim.reports.run_page import format_bytes
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import Block, TablePlan
+from embtrim.reports.numbers import format_bytes
 from embtrim.schema import PAD, FieldSpec, Schema
 from embtrim.serving import exporting
 from embtrim.serving.bundle import load_bundle, save

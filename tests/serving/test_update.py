@@ -15,11 +15,13 @@ from embtrim.data.dataset import EncodedDataset
 from embtrim.data.encoder import digest
 from embtrim.errors import BundleError, ConfigError, DataError
 from embtrim.models import DeepFM
-from embtrim.plan.plan import Block, SizePlan, TablePlan
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import Block, TablePlan
 from embtrim.schema import FieldSpec, Schema
 from embtrim.serving import updating
-from embtrim.serving.bundle import file_digest, load_bundle, save
+from embtrim.serving.bundle import load_bundle, save
 from embtrim.serving.updating import UpdateConfig, added_ids, update
+from embtrim.system.folders import file_digest
 from tests.cli.bad_inputs import call
 from tests.conftest import interrupt_encoding
 

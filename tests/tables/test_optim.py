@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from embtrim.errors import ConfigError, EmbtrimError
-from embtrim.plan.plan import Block, SizePlan, TablePlan
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import Block, TablePlan
 from embtrim.schema import FieldSpec, Schema
 from embtrim.tables.embedding_tables import EmbeddingTables, full_tables
 from embtrim.tables.kernels.torch import strides

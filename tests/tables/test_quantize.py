@@ -20,7 +20,8 @@ import embtrim
 from embtrim.compaction.compacting import compact
 from embtrim.config import Config
 from embtrim.errors import BudgetError, ConfigError, EmbtrimError, PlanError
-from embtrim.experiments.run import RunConfig, shrink, train_full
+from embtrim.experiments.settings import RunConfig
+from embtrim.experiments.steps import shrink, train_full
 from embtrim.methods import (
     METHODS,
     FrequencyConfig,
@@ -46,16 +47,19 @@ from embtrim.methods.precision import (
 from embtrim.methods.registry import register
 from embtrim.models import FNN, DeepFM
 from embtrim.plan.budget import Budget
-from embtrim.plan.plan import BITS, Block, SizePlan, TablePlan
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import BITS, Block, TablePlan
 from embtrim.schema import Schema
 from embtrim.serving.bundle import load_bundle, save
 from embtrim.serving.exporting import export
 from embtrim.tables.embedding_tables import EmbeddingTables
 from embtrim.tables.packing import CLIPS, PackedRows
 from embtrim.tables.row_optimizers import RowSGD
-from embtrim.tasks.sites import CTRTask, Task
+from embtrim.tasks.task import CTRTask, Task
 from embtrim.testing.checks import foreign_task, planted_data
-from embtrim.training.fitting import TrainConfig, evaluate, fit
+from embtrim.training.evaluation import evaluate
+from embtrim.training.fitting import fit
+from embtrim.training.settings import TrainConfig
 from tests.tables.test_tables import cases, naive, naive_fm
 
 SCHEMA = Schema.from_sizes([10, 6, 3])

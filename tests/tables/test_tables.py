@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from embtrim.errors import EmbtrimError, PlanError
-from embtrim.plan.plan import Block, SizePlan, TablePlan
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import Block, TablePlan
 from embtrim.schema import PAD, FieldSpec, Schema
 from embtrim.tables import embedding_tables as tables_module
 from embtrim.tables.embedding_tables import EmbeddingTables, full_tables

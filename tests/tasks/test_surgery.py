@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from embtrim.compaction.compacting import MODULE_TOLERANCE, compact, compact_tables, quantize, verify
+from embtrim.compaction.compacting import compact, quantize
+from embtrim.compaction.foreign import compact_tables
+from embtrim.compaction.verification import MODULE_TOLERANCE, verify
 from embtrim.errors import EmbtrimError, PlanError
 from embtrim.methods import (
     FrequencyConfig,
@@ -31,10 +33,13 @@ from embtrim.methods import (
 )
 from embtrim.methods.pme import fill_sizes, sized_plan
 from embtrim.models import FNN
-from embtrim.plan.plan import Block, SizePlan, TablePlan, smallest_dtype
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import Block, TablePlan, smallest_dtype
 from embtrim.tables.packing import codes_of, fit_codes
 from embtrim.tables.replacements import CompactEmbedding, CompactEmbeddingBag, CompactFlatEmbedding, pool_entries
-from embtrim.tasks.sites import ModuleSite, Task, fields_of, find_sites, gate_sites, site_plan, survey
+from embtrim.tasks.sites import ModuleSite, gate_sites
+from embtrim.tasks.survey import fields_of, find_sites, site_plan, survey
+from embtrim.tasks.task import Task
 from embtrim.testing.checks import (
     CHECKS,
     ForeignModel,
@@ -456,7 +461,7 @@ class TestWeightsReadOutside:
             return search(Task(model, loss, data), SSEDSConfig(data="train", batches=1), "50%")
 
         first = plan()
-        monkeypatch.setattr("embtrim.methods.check_compactable", lambda task: None)
+        monkeypatch.setattr("embtrim.methods.searching.check_compactable", lambda task: None)
         assert first.details["scores"] == plan().details["scores"]
 
     def test_an_iterator_keeps_its_batches(self):

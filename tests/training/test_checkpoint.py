@@ -25,18 +25,22 @@ from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import DataError
 from embtrim.experiments.comparison import compare
 from embtrim.experiments.grid import CompareConfig
-from embtrim.experiments.run import RunConfig, RunRecord, run
+from embtrim.experiments.records import RunRecord
+from embtrim.experiments.run import run
+from embtrim.experiments.settings import RunConfig
 from embtrim.methods import HardMaskConfig, OptEmbedConfig, PMEConfig, SSEDSConfig, guided
 from embtrim.methods.guided import GuidedConfig
 from embtrim.methods.hard_mask import MaskedSupernet
 from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import SizePlan
-from embtrim.tasks.sites import CTRTask, Task
+from embtrim.system.unfinished import unfinished
+from embtrim.tasks.task import CTRTask, Task
 from embtrim.testing.checks import foreign_task, planted_data, planted_task
-from embtrim.training import fitting as train
-from embtrim.training.checkpoint import Checkpoint, CheckpointFolder, unfinished
-from embtrim.training.fitting import FitResult, Hooks, TrainConfig, fit
+from embtrim.training import fitting
+from embtrim.training.checkpoint import Checkpoint, CheckpointFolder
+from embtrim.training.fitting import fit
+from embtrim.training.settings import FitResult, Hooks, TrainConfig
 from tests.cli.bad_inputs import TINY, call, write_log
 from tests.data.test_encoding_resume import Job as EncodeJob
 
@@ -106,7 +110,7 @@ def test_checkpoints_change_nothing(data, tmp_path: Path) -> None:
 def test_training_that_had_ended_gives_its_result(data, tmp_path: Path, monkeypatch) -> None:
     first, second = model_of(data), model_of(data)
     expected = fit(first, data, TRAIN, checkpoint=tmp_path / "state.safetensors")
-    monkeypatch.setattr(train, "logloss_of_batch", None)  # would raise in the first step
+    monkeypatch.setattr(fitting, "logloss_of_batch", None)  # would raise in the first step
     result = fit(second, data, TRAIN, checkpoint=tmp_path / "state.safetensors")
     assert result.history == expected.history
     assert result.rows_per_second == expected.rows_per_second
@@ -124,8 +128,8 @@ def test_interrupted_in_validation(data, tmp_path: Path, monkeypatch) -> None:
             raise KeyboardInterrupt
         return evaluate(*args)
 
-    evaluate = train.evaluate
-    monkeypatch.setattr(train, "evaluate", interrupt)
+    evaluate = fitting.evaluate
+    monkeypatch.setattr(fitting, "evaluate", interrupt)
     with pytest.raises(KeyboardInterrupt):
         fit(model_of(data), data, TRAIN, checkpoint=tmp_path / "state.safetensors")
     model = model_of(data)
@@ -156,14 +160,14 @@ def test_checkpoint_of_another_training_is_refused(data, tmp_path: Path, change,
     path = tmp_path / "state.safetensors"
     fit(model_of(data), data, TRAIN, checkpoint=path)
     before = path.read_bytes()
-    monkeypatch.setitem(globals(), "fit", lambda *args: train.fit(*args, checkpoint=path))
+    monkeypatch.setitem(globals(), "fit", lambda *args: fitting.fit(*args, checkpoint=path))
     with pytest.raises(DataError, match=message):
         change(data)
     assert path.read_bytes() == before
     other = model_of(data)
     nn.init.ones_(next(other.mlp.parameters()))
     with pytest.raises(DataError, match="initial_weights"):
-        train.fit(other, data, TRAIN, checkpoint=path)
+        fitting.fit(other, data, TRAIN, checkpoint=path)
 
 
 def test_checkpoint_that_cannot_be_written_does_not_end_the_training(data, tmp_path: Path, caplog) -> None:
@@ -294,7 +298,7 @@ def test_evolution_goes_on_with_its_scores(num_calls: int, tmp_path: Path, monke
     monkeypatch.setattr(CTRTask, "gated_scores", interrupted_after(num_calls, noted, []))
     with pytest.raises(KeyboardInterrupt):
         embtrim.search(task, config, "40%", seed=3)
-    monkeypatch.setattr(train, "logloss_of_batch", None)  # would raise in the first step: the supernet has ended
+    monkeypatch.setattr(fitting, "logloss_of_batch", None)  # would raise in the first step: the supernet has ended
     monkeypatch.setattr(CTRTask, "gated_scores", interrupted_after(-1, noted, []))
     before = len(scored)
     plan = embtrim.search(again, config, "40%", seed=3)

@@ -13,16 +13,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embtrim.compaction.compacting import compact, verify
+from embtrim.compaction.compacting import compact
+from embtrim.compaction.verification import verify
 from embtrim.data.dataset import WINDOW_ROWS, EncodedDataset, SplitArrays
 from embtrim.errors import ConfigError, DataError, EmbtrimError
 from embtrim.methods import METHODS, PMEConfig, SSEDSConfig, search
 from embtrim.models import LR, MODELS, DeepFM, arguments, build
-from embtrim.plan.plan import Block
+from embtrim.plan.table import Block
 from embtrim.schema import Schema
-from embtrim.tasks.sites import CTRTask, Task
+from embtrim.tasks.task import CTRTask, Task
 from embtrim.testing.checks import CHECKS, foreign_task, zoo_task
-from embtrim.training.fitting import Hooks, TrainConfig, evaluate, fit, predict_logits, rarest_value_counts
+from embtrim.training.evaluation import evaluate, predict_logits, rarest_value_counts
+from embtrim.training.fitting import fit
+from embtrim.training.settings import Hooks, TrainConfig
 
 QUICK = TrainConfig(epochs=3, batch_size=256, learning_rate=3e-3, precision="fp32")
 
@@ -386,7 +389,7 @@ def test_shuffled_reading_holds_row_numbers_and_no_window_of_rows(monkeypatch):
 
 @pytest.mark.parametrize("window", [7, WINDOW_ROWS])
 def test_rarest_value_counts(window, data, monkeypatch):
-    monkeypatch.setattr("embtrim.training.fitting.WINDOW_ROWS", window)
+    monkeypatch.setattr("embtrim.training.evaluation.WINDOW_ROWS", window)
     counts, ids = data.value_counts("train"), data.split("test").ids
     names = [field.name for field in data.schema.id_fields]
     expected = [min(counts[name][i] for name, i in zip(names, row, strict=True)) for row in ids]

@@ -43,10 +43,10 @@ if TYPE_CHECKING:  # rooms that import torch are imported by the commands that n
     from embtrim.data.dataset import EncodedDataset
     from embtrim.data.reading import ReadOptions
     from embtrim.experiments.grid import CompareConfig
-    from embtrim.experiments.run import RunConfig
+    from embtrim.experiments.settings import RunConfig
     from embtrim.models import CTRModel
     from embtrim.serving.bundle import Bundle
-    from embtrim.training.fitting import TrainConfig
+    from embtrim.training.settings import TrainConfig
 
 SettingsT = TypeVar("SettingsT", bound=Config)
 
@@ -272,10 +272,11 @@ def train(
     """Train the full model and save it as a bundle."""
     start_log(quiet)
     settings = _run_config(data, config, overrides, {"model": model, "seed": seed})
-    from embtrim.experiments.run import train_full
+    from embtrim.experiments.steps import train_full
     from embtrim.models import build
-    from embtrim.serving.bundle import check_out, folder_bytes, save
-    from embtrim.training.checkpoint import unfinished
+    from embtrim.serving.bundle import check_out, save
+    from embtrim.system.folders import folder_bytes
+    from embtrim.system.unfinished import unfinished
 
     encoded = embtrim.load(data)
     for split in ("train", "valid", "test"):
@@ -317,10 +318,11 @@ def search(
     start_log(quiet)
     flags = {"method": method, "budget": budget, "bits": _bits(bits), "target": target, "seed": seed}
     settings = _run_config(data, config, overrides, flags)
-    from embtrim.experiments.run import allowed_bytes, search_settings
+    from embtrim.experiments.steps import allowed_bytes, search_settings
     from embtrim.methods import method_named
-    from embtrim.tasks.sites import CTRTask
-    from embtrim.training.checkpoint import CheckpointFolder, claim, unfinished
+    from embtrim.system.unfinished import claim, unfinished
+    from embtrim.tasks.task import CTRTask
+    from embtrim.training.checkpoint import CheckpointFolder
 
     chosen = method_named(settings.method)
     method_settings = chosen.parse(settings.search)
@@ -381,9 +383,11 @@ def compact(
     start_log(quiet)
     settings = _run_config(data, config, overrides, {"init": init, "seed": seed})
     from embtrim.plan.plan import SizePlan
-    from embtrim.serving.bundle import check_out, folder_bytes, save
-    from embtrim.training.checkpoint import unfinished
-    from embtrim.training.fitting import evaluate, fit
+    from embtrim.serving.bundle import check_out, save
+    from embtrim.system.folders import folder_bytes
+    from embtrim.system.unfinished import unfinished
+    from embtrim.training.evaluation import evaluate
+    from embtrim.training.fitting import fit
 
     if no_train and settings.init != "inherit":
         raise ConfigError(f"--no-train would save the untrained weights of --init {settings.init}; add --init inherit")
@@ -556,7 +560,8 @@ def export(
     """Write a saved model for serving without embtrim: torch.export, ONNX, or TorchRec's configs and tables."""
     start_log(quiet)
     from embtrim.serving import exporting
-    from embtrim.serving.bundle import folder_bytes, load_bundle
+    from embtrim.serving.bundle import load_bundle
+    from embtrim.system.folders import folder_bytes
 
     exporting.check_format(format)
     loaded = load_bundle(bundle)
@@ -613,17 +618,18 @@ def run(
         "seeds": seeds, "init": init, "seed": seed, "controls": None if controls is None else _split_commas(controls),
     }  # fmt: skip
     settings = _run_config(data, config, overrides, flags)
-    from embtrim.experiments import run as experiment
+    from embtrim.experiments import estimates
+    from embtrim.experiments.run import run as run_all
     from embtrim.reports.run_page import write_report
 
     encoded = embtrim.load(data)
     if dry_run:
-        facts = experiment.dry_run(encoded, settings)
+        facts = estimates.dry_run(encoded, settings)
         facts.pop("config")
         show_dry_run(settings, facts, as_json)
         return
     path = _needed(out)
-    records = experiment.run(encoded, settings, path, progress=wants_progress(quiet), on_record=log_record)
+    records = run_all(encoded, settings, path, progress=wants_progress(quiet), on_record=log_record)
     write_report(records, path / "report.html")
     show_records(records, as_json)
     log_line(f"report: {path / 'report.html'}")
@@ -660,8 +666,8 @@ def compare(
     )
     from embtrim.experiments import comparison
     from embtrim.experiments.grid import read_skipped
+    from embtrim.experiments.records import read_records
     from embtrim.reports.comparison_page import write_comparison
-    from embtrim.reports.run_page import read_records
 
     encoded = embtrim.load(data)
     if dry_run:
@@ -693,9 +699,10 @@ def report(
     """Print the tables of a run's or a comparison's records, and write their page."""
     start_log(quiet)
     from embtrim.experiments.grid import read_skipped
+    from embtrim.experiments.records import read_records
     from embtrim.reports.comparison_page import write_comparison
     from embtrim.reports.comparison_report import is_comparison
-    from embtrim.reports.run_page import read_records, write_report
+    from embtrim.reports.run_page import write_report
 
     records = read_records(folder)
     if is_comparison(records):
@@ -794,7 +801,7 @@ def _run_config(data: str, config: Path | None, overrides: Sequence[str] | None,
     """The settings of a run; wrong ones are found before any work is done."""
     if isinstance(flags.get("budget"), str):
         _check_budget(flags["budget"], "--budget")
-    from embtrim.experiments.run import RunConfig
+    from embtrim.experiments.settings import RunConfig
     from embtrim.methods import method_named
 
     settings = _settle(RunConfig, config, overrides, flags)
@@ -879,7 +886,7 @@ def _needed(out: Path | None) -> Path:
 def _load_full(folder: Path, data: EncodedDataset) -> Bundle:
     """A bundle of a full model on the data given."""
     from embtrim.serving.bundle import load_bundle
-    from embtrim.training.fitting import check_data
+    from embtrim.training.evaluation import check_data
 
     bundle = load_bundle(folder)
     plan = bundle.model.tables.plan
@@ -893,7 +900,7 @@ def _load_full(folder: Path, data: EncodedDataset) -> Bundle:
 
 def _time_at_most(model: CTRModel, data: EncodedDataset, train: TrainConfig) -> dict[str, float]:
     """Estimate of the longest training: early stopping usually ends well before."""
-    from embtrim.experiments.run import seconds_per_step
+    from embtrim.experiments.estimates import seconds_per_step
 
     step = seconds_per_step(model, data, train)
     return {

@@ -17,7 +17,7 @@ from embtrim.config import Config, to_toml
 
 if TYPE_CHECKING:  # as in cli.py
     from embtrim.experiments.grid import Skipped
-    from embtrim.experiments.run import RunRecord
+    from embtrim.experiments.records import RunRecord
     from embtrim.serving.updating import UpdateReport
 
 # Columns of a table that goes to a file or a pipe, which has no width of its own.
@@ -61,7 +61,7 @@ def log_cell(record: RunRecord, done: int, total: int) -> None:
 
 
 def _log_trained(what: str, record: RunRecord) -> None:
-    from embtrim.reports.run_page import format_bytes, format_seconds
+    from embtrim.reports.numbers import format_bytes, format_seconds
 
     log_line(
         f"{what}, seed {record.seed}: test AUC {record.test['auc']:.4f}, tables {format_bytes(record.table_bytes)}, "
@@ -137,7 +137,7 @@ def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(facts)
         return
-    from embtrim.reports.run_page import format_bytes, format_count, format_seconds
+    from embtrim.reports.numbers import format_bytes, format_count, format_seconds
 
     for name, value in facts.items():
         words = name.replace("_", " ")

@@ -14,7 +14,6 @@ Shapes: N rows of a split, B batch, C id columns, F fields.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -27,6 +26,7 @@ from torch import Tensor
 from embtrim.errors import DataError
 from embtrim.plan.plan import SizePlan
 from embtrim.schema import PAD, Schema
+from embtrim.system.files import read_json
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "valid", "test")
@@ -212,16 +212,6 @@ class EncodedDataset:
             dense_BE=None if arrays.dense is None else _tensor(arrays.dense),
             weights_B=None if arrays.weights is None else _tensor(arrays.weights),
         )
-
-
-def read_json(path: Path, hint: str = "encode again") -> dict:
-    """Read a JSON object; DataError if the file is missing or broken."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist; {hint}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError) as error:
-        raise DataError(f"{path} cannot be read ({error}); {hint}") from None
 
 
 def _open_array(path: Path) -> np.ndarray:

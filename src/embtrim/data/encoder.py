@@ -34,11 +34,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from embtrim.data.dataset import EncodedDataset, read_json
+from embtrim.data.dataset import EncodedDataset
 from embtrim.data.reading import Chunk
 from embtrim.errors import DataError
 from embtrim.plan.plan import SizePlan
 from embtrim.schema import OOV, PAD, FieldSpec, Schema
+from embtrim.system.files import read_json
 
 HASH_KEY = b"embtrim"
 MISSING_TOKEN = "\0missing"

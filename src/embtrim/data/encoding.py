@@ -39,7 +39,7 @@ from embtrim._version import __version__
 from embtrim.data.dataset import FORMAT_VERSION, SPLITS, EncodedDataset
 from embtrim.data.drafting import draft_schema, infer_schema
 from embtrim.data.encoder import Encoder, dense_values, digest, needed_columns, number_columns, to_numbers
-from embtrim.data.encoding_state import CHECKPOINT_VERSION, Coded, Work, check_target, flush_file, working_folder
+from embtrim.data.encoding_state import CHECKPOINT_VERSION, Coded, Work, check_target, working_folder
 from embtrim.data.numbering import Numbering
 from embtrim.data.reading import (
     CHUNK_BYTES,
@@ -56,6 +56,7 @@ from embtrim.data.reading import (
 from embtrim.data.splitting import Sample, Split, Splitter, choose_split
 from embtrim.errors import DataError
 from embtrim.schema import Schema
+from embtrim.system.files import flush_file
 
 __all__ = ["Encoder", "ReadOptions", "Split", "encode", "infer_schema", "open_log"]
 

@@ -37,7 +37,7 @@ from pydantic import Field
 from embtrim.config import Config
 from embtrim.data.reading import START, Position
 from embtrim.errors import DataError, EmbtrimError
-from embtrim.plan.plan import write_then_rename
+from embtrim.system.files import flush_file, write_then_rename
 
 try:
     import fcntl
@@ -297,12 +297,6 @@ def _is_at(path: Path, file: IO[bytes]) -> bool:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
         return False
-
-
-def flush_file(path: Path) -> None:
-    """Wait until the content of a file is on the disk."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _crc(path: Path) -> int:

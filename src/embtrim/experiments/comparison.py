@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from embtrim.config import to_toml
 from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import DataError, EmbtrimError
+from embtrim.experiments.estimates import seconds_per_step
 from embtrim.experiments.grid import (
     Cell,
     CompareConfig,
@@ -38,13 +39,14 @@ from embtrim.experiments.grid import (
     weights_path,
     write_skipped,
 )
-from embtrim.experiments.run import RunRecord, Trained, code_version, seconds_per_step, shrink, train_full
+from embtrim.experiments.records import RunRecord, Trained, code_version
+from embtrim.experiments.steps import shrink, train_full
 from embtrim.models import build
-from embtrim.plan.plan import write_then_rename
+from embtrim.system.files import write_then_rename
 from embtrim.system.processes import in_processes
 from embtrim.system.progress import grid_bar
-from embtrim.training.checkpoint import OtherTrainingError
-from embtrim.training.fitting import device_of
+from embtrim.system.unfinished import OtherTrainingError
+from embtrim.training.devices import device_of
 
 log = logging.getLogger(__name__)
 

@@ -16,18 +16,21 @@ from typing import Any, get_args
 
 from pydantic import Field
 
-from embtrim.compaction.compacting import Init
+from embtrim.compaction.foreign import Init
 from embtrim.config import Config, first_change, read_toml
 from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import BudgetError, ConfigError, DataError
-from embtrim.experiments.run import RunConfig, RunRecord, check_run
-from embtrim.methods import METHODS, method_named, target_settings
-from embtrim.methods.precision import Bits
+from embtrim.experiments.records import RunRecord
+from embtrim.experiments.run import check_run
+from embtrim.experiments.settings import RunConfig
+from embtrim.methods import METHODS, method_named
 from embtrim.models import MODELS, arguments
 from embtrim.models.ctr_model import HyperParameters
 from embtrim.plan.budget import Budget
-from embtrim.plan.plan import Target, write_then_rename
-from embtrim.training.fitting import TrainConfig
+from embtrim.plan.limits import target_settings
+from embtrim.plan.table import Bits, Target
+from embtrim.system.files import write_then_rename
+from embtrim.training.settings import TrainConfig
 
 FULL = "full"
 ALL = "all"

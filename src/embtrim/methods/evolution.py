@@ -17,7 +17,8 @@ import numpy as np
 
 from embtrim.errors import BudgetError
 from embtrim.plan.budget import Budget
-from embtrim.plan.plan import Alignment, Block, SizePlan, TablePlan
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import Alignment, Block, TablePlan
 
 Widths = tuple[int, ...]
 Score = Callable[[Sequence[Widths]], list[float]]

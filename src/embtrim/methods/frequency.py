@@ -7,7 +7,7 @@ from embtrim.methods.registry import register
 from embtrim.methods.selection import filled, row_plan
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
-from embtrim.tasks.sites import Task, alignment_of
+from embtrim.tasks.task import Task, alignment_of
 
 
 class FrequencyConfig(Config):

@@ -47,15 +47,16 @@ from embtrim.errors import BudgetError
 from embtrim.methods.mde import MDEConfig, search_mde
 from embtrim.methods.precision import least_loss_plan
 from embtrim.methods.registry import register
-from embtrim.methods.selection import field_plan, filled, full_limit, row_plan, slot_costs
+from embtrim.methods.selection import field_plan, filled, row_plan, slot_costs
 from embtrim.methods.sseds import SSEDSConfig, slot_gradients
 from embtrim.methods.uniform import UniformConfig, search_uniform
 from embtrim.plan.budget import Budget
+from embtrim.plan.limits import full_limit
 from embtrim.plan.plan import SizePlan
 from embtrim.system.progress import tracked
 from embtrim.tables.packing import CHUNK_ROWS
-from embtrim.tasks.sites import Task, alignment_of, weights_by_table
-from embtrim.training.fitting import Hooks
+from embtrim.tasks.task import Task, alignment_of, weights_by_table
+from embtrim.training.settings import Hooks
 
 # Of the candidates of a round this part goes on, beside the plan of the uniform control, until this many are left.
 KEPT_PART = 1 / 3

@@ -14,7 +14,7 @@ from embtrim.methods.registry import register
 from embtrim.methods.selection import field_plan, filled, row_plan, slot_costs
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
-from embtrim.tasks.sites import Task, alignment_of, weights_by_table
+from embtrim.tasks.task import Task, alignment_of, weights_by_table
 
 
 class MagnitudeConfig(Config):

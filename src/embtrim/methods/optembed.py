@@ -48,9 +48,10 @@ from embtrim.methods.registry import register
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
 from embtrim.system.progress import tracked
-from embtrim.tasks.sites import RowGate, Site, SlotGate, Task, alignment_of, gate_sites
+from embtrim.tasks.sites import RowGate, Site, SlotGate, gate_sites
+from embtrim.tasks.task import Task, alignment_of
 from embtrim.training.checkpoint import Checkpoint
-from embtrim.training.fitting import Hooks
+from embtrim.training.settings import Hooks
 
 
 class OptEmbedConfig(Config):

@@ -34,8 +34,10 @@ from embtrim.errors import EmbtrimError
 from embtrim.methods.registry import register
 from embtrim.methods.selection import largest
 from embtrim.plan.budget import BYTES_PER_PARAM, Budget
-from embtrim.plan.plan import Block, SizePlan, TablePlan, map_params
-from embtrim.tasks.sites import Site, Task, gate_sites, loss_weight
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import Block, TablePlan, map_params
+from embtrim.tasks.sites import Site, gate_sites
+from embtrim.tasks.task import Task, loss_weight
 
 
 class PMEConfig(Config):

@@ -23,24 +23,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from embtrim.plan.budget import BYTES_PER_PARAM, Budget
-from embtrim.plan.plan import Alignment, Block, SizePlan, TablePlan
+from embtrim.plan.limits import LEVELS
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import Alignment, Block, TablePlan
 from embtrim.tables.packing import CHUNK_ROWS, codes_of, fit_codes
-from embtrim.tasks.sites import ModuleSite, Task, weights_by_table
+from embtrim.tasks.sites import ModuleSite
+from embtrim.tasks.task import Task, weights_by_table
 
-# Precisions that a search can be told: bits of every table, or by table.
-Bits = Literal[32, 16, 8, 4, "mixed"]
 # Bits that a search of other methods than guided counts for a value, where bits are by table.
 MIXED_BITS = 6
-# What a table may have then; 32 would gain nothing that can be measured over 16.
-LEVELS = (4, 8, 16)
 # Numbers of rows that are looked at: so many to each doubling. Of columns: all of the first eight, then likewise.
 CHOICES_PER_DOUBLING = 4
 # Of the energy of a table, what w columns lose: COLUMN_LOSS / w^COLUMN_POWER, less that of all columns; and a dropped row.
@@ -77,15 +75,6 @@ def mixed_bits(task: Task, plan: SizePlan, budget: Budget) -> SizePlan:
         choices.append(of_table)
     chosen = spend(choices, plan.counted_bytes(budget) - BYTES_PER_PARAM * plan.num_shared_projection_params)
     return plan.with_bits({choice.table.name: choice.table.bits for choice in chosen})
-
-
-def in_fewest_bytes(plan: SizePlan, budget: Budget) -> SizePlan:
-    """The plan with the bits of each table that take fewest bytes of a budget."""
-
-    def num_bytes(table: TablePlan, bits: int) -> int:
-        return plan.table_bytes(dataclasses.replace(table, bits=bits), budget=budget)
-
-    return plan.with_bits({t.name: min(LEVELS, key=partial(num_bytes, t)) for t in plan.tables})
 
 
 def least_loss_plan(task: Task, budget: Budget, alignment: Alignment) -> SizePlan:

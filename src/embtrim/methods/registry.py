@@ -10,9 +10,9 @@ from typing import Any, Literal, TypeVar
 from embtrim.config import Config
 from embtrim.errors import ConfigError
 from embtrim.plan.budget import Budget
+from embtrim.plan.limits import Unit
 from embtrim.plan.plan import SizePlan
 
-Unit = Literal["columns", "rows", "sizes"]
 SearchT = TypeVar("SearchT", bound=Callable[..., SizePlan])
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +16,9 @@ from torch import Tensor
 
 from embtrim.errors import BudgetError
 from embtrim.plan.budget import Budget
-from embtrim.plan.plan import Alignment, Block, SizePlan, TablePlan, map_params
+from embtrim.plan.limits import full_limit
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import Alignment, Block, TablePlan, map_params
 
 
 def slot_costs(plan: SizePlan, alignment: Alignment, kept: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
@@ -223,39 +224,6 @@ def rows_cost(full: SizePlan, table: TablePlan, count: int, width: int, first: b
     """
     mapped = full.standalone and not first
     return (count + 1) * width + (map_params(table.num_rows, count + 1) if mapped else 0)
-
-
-def least_plans(full: SizePlan, unit: Literal["columns", "rows"] | None = None) -> Iterator[SizePlan]:
-    """Plans that keep as little as they can of one table, and nothing of the others.
-
-    Args:
-        full: the plan that keeps everything.
-        unit: a column or a row of a table is kept; or without one a row of one column, less than which no plan keeps: the
-            first row, which needs no map. A table as it is may cost less than these with their DROPPED row.
-    """
-    for number, t in enumerate(full.tables):
-        columns = tuple(range(t.width))
-        if unit == "columns":  # no row goes, nor its first-order weight
-            least = Block(t.num_rows, (0,), "concat")
-        elif unit == "rows":
-            least = Block(1, columns, "concat")
-        else:
-            least = Block(1, (0,), "concat", np.zeros(1, np.int32))
-        for block in (least, Block(t.num_rows, columns)):
-            tables = [
-                dataclasses.replace(other, blocks=(Block(other.num_rows, ()),) if unit == "columns" else ())
-                for other in full.tables
-            ]
-            tables[number] = dataclasses.replace(t, blocks=(block,))
-            yield dataclasses.replace(full, tables=tuple(tables))
-
-
-def full_limit(full: SizePlan, budget: Budget) -> int:
-    """Parameters that a budget leaves beside the first-order weights of all rows; 0 where these alone exceed it."""
-    try:
-        return full.max_params(budget)
-    except BudgetError:
-        return 0
 
 
 def filled(full: SizePlan, budget: Budget, make: Callable[[int], SizePlan]) -> SizePlan:

@@ -29,7 +29,8 @@ from embtrim.methods.registry import register
 from embtrim.methods.selection import columns_cost, field_plan, slot_costs
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
-from embtrim.tasks.sites import Task, alignment_of, gate_sites, loss_weight, num_slots
+from embtrim.tasks.sites import gate_sites
+from embtrim.tasks.task import Task, alignment_of, loss_weight, num_slots
 
 
 class SSEDSConfig(Config):

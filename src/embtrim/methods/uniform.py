@@ -12,10 +12,12 @@ import numpy as np
 
 from embtrim.config import Config
 from embtrim.methods.registry import register
-from embtrim.methods.selection import columns_cost, field_plan, filled, full_limit, largest, row_plan
+from embtrim.methods.selection import columns_cost, field_plan, filled, largest, row_plan
 from embtrim.plan.budget import Budget
-from embtrim.plan.plan import Alignment, SizePlan
-from embtrim.tasks.sites import Task, alignment_of
+from embtrim.plan.limits import full_limit
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import Alignment
+from embtrim.tasks.task import Task, alignment_of
 
 
 class UniformConfig(Config):

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from embtrim.plan.plan import projects
+from embtrim.plan.table import projects
 from embtrim.tables.embedding_tables import EmbeddingTables, EmbeddingViews
 
 Units = tuple[Annotated[int, Field(ge=1, strict=True)], ...]

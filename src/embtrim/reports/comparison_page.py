@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from embtrim.experiments.grid import FULL, Skipped
-from embtrim.experiments.run import RunRecord
-from embtrim.plan.plan import write_then_rename
+from embtrim.experiments.records import RunRecord
 from embtrim.reports.comparison_report import (
     Entry,
     Value,
@@ -24,8 +23,10 @@ from embtrim.reports.comparison_report import (
     scopes,
     sheets,
 )
+from embtrim.reports.numbers import byte_ticks, format_bytes
 from embtrim.reports.page import figure_section, html_table, make_figure, render, safe_text, short_text
-from embtrim.reports.run_page import COLORS, FULL_COLOR, SYMBOLS, byte_ticks, format_bytes
+from embtrim.reports.run_page import COLORS, FULL_COLOR, SYMBOLS
+from embtrim.system.files import write_then_rename
 
 log = logging.getLogger(__name__)
 

@@ -19,16 +19,10 @@ from rich.text import Text
 
 from embtrim.errors import DataError
 from embtrim.experiments.grid import FULL, Skipped
-from embtrim.experiments.run import RunRecord
+from embtrim.experiments.records import RunRecord
 from embtrim.methods import METHODS
 from embtrim.plan.budget import Budget
-from embtrim.reports.run_page import (
-    NONE,
-    format_bytes,
-    format_count,
-    format_seconds,
-    format_values,
-)
+from embtrim.reports.numbers import NONE, format_bytes, format_count, format_seconds, format_values
 
 log = logging.getLogger(__name__)
 

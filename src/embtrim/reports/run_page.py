@@ -8,7 +8,6 @@ the page carries as JSON (`<script id="records">`). Its look and its safety are 
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,12 +19,20 @@ from rich.table import Table
 from rich.text import Text
 
 from embtrim.errors import DataError
-from embtrim.experiments.run import RunRecord
+from embtrim.experiments.records import RunRecord
 from embtrim.methods import METHODS
-from embtrim.plan.plan import write_then_rename
+from embtrim.reports.numbers import (
+    NONE,
+    byte_ticks,
+    format_bytes,
+    format_count,
+    format_seconds,
+    format_share,
+    format_values,
+)
 from embtrim.reports.page import details, figure_section, html_table, make_figure, render, safe_text, short_text
+from embtrim.system.files import write_then_rename
 
-NONE = "-"
 # Okabe and Ito's palette, which colour-blind readers can tell apart; grey is the full model's.
 FULL_COLOR = "#555555"
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -55,22 +62,6 @@ class Variant:
         """Mean of a value over the seeds that have it."""
         found = [v for r in self.records if (v := value(r)) is not None]
         return statistics.fmean(found) if found else None
-
-
-def read_records(folder: str | Path) -> list[RunRecord]:
-    """The records of a run folder (`records/*.json`), or of a folder of records.
-
-    Raises:
-        DataError: there is no such folder, it holds no records, or one is damaged.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; give the --out folder of `embtrim run`")
-    inside = folder / "records" if (folder / "records").is_dir() else folder
-    paths = sorted(inside.glob("*.json"))
-    if not paths:
-        raise DataError(f"{folder} holds no records (records/*.json); give the --out folder of `embtrim run`")
-    return [RunRecord.load(path) for path in paths]
 
 
 def variants(records: Sequence[RunRecord]) -> list[Variant]:
@@ -135,63 +126,6 @@ def _label(record: RunRecord, budgets: set[str | None], several: bool, num_parts
 
 
 # --- numbers as text ------------------------------------------------------------------------------------------------
-
-
-def format_bytes(count: float | None) -> str:
-    """Bytes in decimal units.
-
-    Example:
-        >>> format_bytes(1_234_567)
-        '1.2 MB'
-    """
-    if not count:
-        return NONE if count is None else "0 B"
-    # 999,950 bytes would round to 1000.0 KB: the unit is chosen by what will be printed.
-    for power, unit in enumerate(("B", "KB", "MB", "GB", "TB")):
-        scaled = count / 1000**power
-        if scaled < 999.95 or unit == "TB":
-            return f"{scaled:.0f} B" if power == 0 else f"{scaled:.1f} {unit}"
-    raise AssertionError("unreachable")
-
-
-def format_count(count: float | None) -> str:
-    """A count with thousands separators."""
-    return NONE if count is None else f"{round(count):,}"
-
-
-def format_seconds(seconds: float | None) -> str:
-    """Wall time.
-
-    Example:
-        >>> format_seconds(75.2)
-        '1 min 15 s'
-    """
-    if seconds is None:
-        return NONE
-    if seconds < 59.95:
-        return f"{seconds:.1f} s" if seconds >= 0.095 else f"{seconds * 1000:.0f} ms"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def format_share(share: float | None) -> str:
-    """A share in percent."""
-    return NONE if share is None else f"{share:.1%}"
-
-
-def format_values(values: Sequence[float | None], *, digits: int = 4, signed: bool = False) -> str:
-    """Mean ± sample standard deviation of a value over seeds.
-
-    Example:
-        >>> format_values([0.75, 0.76])
-        '0.7550 ± 0.0071'
-    """
-    found = [v for v in values if v is not None and not math.isnan(v)]
-    if not found:
-        return NONE
-    mean = statistics.fmean(found)
-    text = f"{mean:{'+' if signed else ''}.{digits}f}"
-    return f"{text} ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else text
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
@@ -384,13 +318,6 @@ def _auc_against_bytes(groups: Sequence[Variant]) -> dict[str, Any]:
         "ticktext": [format_bytes(t) for t in ticks],
     }
     return make_figure(traces, axis, {"title": {"text": "test AUC"}, "tickformat": ".4f"}, height=400)
-
-
-def byte_ticks(low: int, high: int) -> list[float]:
-    """Round numbers of bytes from below `low` to above `high`, few enough to read."""
-    first, last = math.floor(math.log10(max(1, low))), math.ceil(math.log10(max(2, high)))
-    steps = (1, 2, 5) if last - first <= 3 else (1,)
-    return [step * 10.0**power for power in range(first, last + 1) for step in steps]
 
 
 def _field_names(groups: Sequence[Variant]) -> list[str]:

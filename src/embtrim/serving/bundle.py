@@ -14,11 +14,9 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +29,21 @@ from safetensors.torch import load_file, save_file
 
 from embtrim._version import __version__
 from embtrim.config import Config
-from embtrim.data.dataset import EncodedDataset, read_json
+from embtrim.data.dataset import EncodedDataset
 from embtrim.data.encoder import Encoder, number_columns
 from embtrim.data.reading import Chunk, ReadOptions, open_log, read_ahead
 from embtrim.errors import BundleError, ConfigError, DataError, EmbtrimError
 from embtrim.models import MODELS
 from embtrim.models.ctr_model import CTRModel
-from embtrim.plan.plan import Block, SizePlan, write_then_rename
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import Block
 from embtrim.schema import Schema
 from embtrim.serving.model_card import model_card
+from embtrim.system.files import read_json, write_then_rename
+from embtrim.system.folders import file_digest, folder_bytes, write_folder
 from embtrim.system.memory import freed_pages_kept
 from embtrim.system.progress import progress_bar
-from embtrim.training.fitting import EVAL_BATCH_SIZE, check_data
+from embtrim.training.evaluation import EVAL_BATCH_SIZE, check_data
 
 # 1 had no digest of bundle.json itself, and said less of where a model comes from; it still opens.
 BUNDLE_VERSION = 2
@@ -307,40 +308,6 @@ def note_spread(folder: str | Path, metrics: Mapping[int, Mapping[str, Mapping[s
     write_then_rename(folder / "bundle.json", lambda file: file.write(_with_digest(info).encode()))
 
 
-@contextmanager
-def write_folder(folder: Path, what: str) -> Iterator[Path]:
-    """A folder under a temporary name, to be filled inside a `with` block; it then takes the place of `folder`.
-
-    Killed in between, it leaves what was there as `.<name of folder>.<process>.old` beside it.
-
-    Raises:
-        BundleError: it could not be written; `folder` is as it was.
-    """
-    place = folder.resolve()  # of a link, what it leads to
-    temporary, aside = (place.with_name(f".{place.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        try:
-            if place.exists():
-                os.replace(place, aside)
-            os.replace(temporary, place)
-        except BaseException:
-            if aside.exists() and not place.exists():
-                os.replace(aside, place)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-    except (OSError, SafetensorError, pl.exceptions.PolarsError) as error:
-        # safetensors and polars write from Rust, and wrap a full disk in errors of their own.
-        raise BundleError(
-            f"{what} {folder} could not be written: {getattr(error, 'strerror', None) or error}; "
-            "free space or choose another place"
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def load_bundle(folder: str | Path) -> Bundle:
     """Open a bundle; every file's digest is checked.
 
@@ -427,17 +394,3 @@ def layout_only(plan: SizePlan) -> SizePlan:
     )
     details = {name: plan.details[name] for name in KEPT_DETAILS if name in plan.details}
     return dataclasses.replace(plan, tables=tables, details=details)
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, hex."""
-    state = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            state.update(block)
-    return state.hexdigest()
-
-
-def folder_bytes(folder: str | Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())

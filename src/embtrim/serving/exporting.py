@@ -41,9 +41,11 @@ from embtrim._version import __version__
 from embtrim.data.encoder import Encoder
 from embtrim.errors import ConfigError, DataError, EmbtrimError, PlanError
 from embtrim.models.ctr_model import CTRModel
-from embtrim.plan.plan import SizePlan, Target, padded_width
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import Target, padded_width
 from embtrim.schema import PAD, Schema
-from embtrim.serving.bundle import Bundle, file_digest, folder_bytes, write_folder
+from embtrim.serving.bundle import Bundle
+from embtrim.system.folders import file_digest, folder_bytes, write_folder
 from embtrim.tables.replacements import CompactEmbedding, Replacement
 
 log = logging.getLogger(__name__)

@@ -41,12 +41,16 @@ from embtrim.data.reading import ReadOptions, Source
 from embtrim.data.splitting import Split
 from embtrim.errors import BundleError
 from embtrim.models.ctr_model import CTRModel
-from embtrim.plan.plan import SizePlan, TablePlan
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import TablePlan
 from embtrim.schema import OOV, Schema
-from embtrim.serving.bundle import Bundle, check_out, file_digest, folder_bytes, load_bundle, save
-from embtrim.training.checkpoint import unfinished
-from embtrim.training.fitting import TrainConfig, evaluate, fit, predict_logits
+from embtrim.serving.bundle import Bundle, check_out, load_bundle, save
+from embtrim.system.folders import file_digest, folder_bytes
+from embtrim.system.unfinished import unfinished
+from embtrim.training.evaluation import evaluate, predict_logits
+from embtrim.training.fitting import fit
 from embtrim.training.metrics import compute_metrics
+from embtrim.training.settings import TrainConfig
 
 # Far fewer than for a model that starts from nothing: one that was trained overfits a day's log within a few passes.
 EPOCHS = 5

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from embtrim.errors import EmbtrimError
+from embtrim.system.machine import available_cores
 
 _make: Callable[[Any], Any] | None = None  # in a worker process: what makes a result of an item
 
@@ -54,11 +55,6 @@ def in_processes(
                 "with fewer --jobs if memory is short"
             ) from None
         raise
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _results(pool: ProcessPoolExecutor, items: Sequence[Any]) -> Iterator[Any]:

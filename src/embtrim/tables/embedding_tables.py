@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from embtrim.errors import EmbtrimError, PlanError
-from embtrim.plan.plan import SizePlan, projects
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import projects
 from embtrim.schema import PAD, Schema
 from embtrim.tables.kernels import Expand, kernels_for
 from embtrim.tables.kernels.fm import FMTerm

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from embtrim.errors import EmbtrimError
-from embtrim.plan.plan import TablePlan, projects
+from embtrim.plan.table import TablePlan, projects
 from embtrim.tables.packing import PackedRows
 
 

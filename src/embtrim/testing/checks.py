@@ -22,19 +22,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embtrim.compaction.compacting import compact, verify
+from embtrim.compaction.compacting import compact
+from embtrim.compaction.verification import verify
 from embtrim.config import Config
 from embtrim.data.dataset import EncodedDataset, SplitArrays
 from embtrim.errors import BudgetError
 from embtrim.methods import METHODS, MagnitudeConfig, SSEDSConfig, method_of, search
-from embtrim.methods.selection import full_limit
 from embtrim.models import FNN, DeepFM
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.budget import Budget
-from embtrim.plan.plan import Alignment, Block, SizePlan, TablePlan
+from embtrim.plan.limits import full_limit
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import Alignment, Block, TablePlan
 from embtrim.schema import PAD, FieldSpec, Schema
-from embtrim.tasks.sites import CTRTask, Fields, Task
-from embtrim.training.fitting import TrainConfig, fit
+from embtrim.tasks.survey import Fields
+from embtrim.tasks.task import CTRTask, Task
+from embtrim.training.fitting import fit
+from embtrim.training.settings import TrainConfig
 
 BUDGETS = ("80%", "30%", "12%", "500 params", "2500 bytes")
 

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +21,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from embtrim.config import first_change
-from embtrim.errors import DataError
-from embtrim.plan.plan import write_then_rename
-from embtrim.tables.row_optimizers import RowOptimizer
+from embtrim.system.files import write_then_rename
+from embtrim.system.unfinished import OtherTrainingError
+from embtrim.training.state import checksum
 
 log = logging.getLogger(__name__)
 
 VERSION = 1
-# The file of a folder of unfinished work that says what the work is.
-SETTINGS = "settings.json"
-
-
-class OtherTrainingError(DataError):
-    """A checkpoint is of a training with other settings."""
 
 
 class Checkpoint:
@@ -151,110 +142,4 @@ class CheckpointFolder:
         return self.folder / f"training-{self._count}.safetensors"
 
 
-def claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make a folder the place for the state of work with these settings; what it holds of other work is removed.
-
-    Args:
-        folder: need not exist.
-        settings: what the work depends on, as JSON-able values.
-    """
-    path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
-    if folder.exists():
-        try:
-            change = first_change(json.loads(path.read_text("utf-8")), settings)
-        except (OSError, ValueError):
-            change = "settings that cannot be read"
-        if change is None:
-            return
-        log.warning("%s was begun with %s; this work starts anew", folder, change)
-        shutil.rmtree(folder)
-    write_then_rename(path, lambda file: file.write(json.dumps(settings).encode()))
-
-
-@contextmanager
-def unfinished(target: Path) -> Iterator[Path]:
-    """The folder beside `target` where work towards it keeps its state, inside a `with` block.
-
-    It stays where the block raises, so that the work can go on, unless it holds nothing but the settings of `claim`, and
-    goes where the target is written.
-    """
-    folder = target.with_name(f".{target.name}.unfinished")
-    try:
-        yield folder
-    except BaseException:
-        if folder.is_dir() and {path.name for path in folder.iterdir()} <= {SETTINGS}:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 # --- the state of what is trained -----------------------------------------------------------------------------------
-
-
-def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers as they are, decay that is owed not settled; no copies."""
-    return {name: value.detach() for name, value in [*model.named_parameters(), *model.named_buffers()]}
-
-
-def checksum(model: nn.Module) -> int:
-    """CRC-32 of the weights: the same on every machine and for any number of threads."""
-    found = 0
-    for value in weights_of(model).values():
-        whole = torch.empty(value.shape, dtype=value.dtype).copy_(value)  # an expanded one has strides of zero
-        found = zlib.crc32(whole.view(-1).view(torch.uint8).numpy().data, found)
-    return found
-
-
-@torch.no_grad()
-def set_weights(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    """Put back what `weights_of` gave."""
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        value.copy_(values[name])
-
-
-def own_values(optimizers: Sequence[Any], model: nn.Module) -> list[torch.Tensor]:
-    """What optimisers train beside the model: parameters of a search."""
-    inside = {id(p) for p in model.parameters()}
-    groups = [group for o in optimizers if isinstance(o, torch.optim.Optimizer) for group in o.param_groups]
-    return [p.detach() for group in groups for p in group["params"] if id(p) not in inside]
-
-
-@torch.no_grad()
-def set_own_values(optimizers: Sequence[Any], model: nn.Module, values: Sequence[torch.Tensor]) -> None:
-    """Put back what `own_values` gave."""
-    for target, value in zip(own_values(optimizers, model), values, strict=True):
-        target.copy_(value)
-
-
-def optimizer_states(optimizers: Sequence[Any]) -> list[dict[str, Any]]:
-    """The state of each optimiser."""
-    return [o.owing_state() if isinstance(o, RowOptimizer) else o.state_dict() for o in optimizers]
-
-
-def set_optimizer_states(optimizers: Sequence[Any], states: Sequence[dict[str, Any]]) -> None:
-    """Put back what `optimizer_states` gave."""
-    for optimizer, state in zip(optimizers, states, strict=True):
-        if isinstance(optimizer, RowOptimizer):
-            optimizer.load_owing_state(state)
-        else:
-            optimizer.load_state_dict(state)
-
-
-def random_states(device: torch.device, generators: Sequence[torch.Generator] = ()) -> list[torch.Tensor]:
-    """States of torch's random sources (CPU, and the device's own), then of the generators given."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states + [generator.get_state() for generator in generators]
-
-
-def set_random_states(
-    states: Sequence[torch.Tensor], device: torch.device, generators: Sequence[torch.Generator] = ()
-) -> None:
-    """Put back what `random_states` gave."""
-    first, *more = states
-    torch.set_rng_state(first)
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(more.pop(0), device)
-    for generator, state in zip(generators, more, strict=True):
-        generator.set_state(state)

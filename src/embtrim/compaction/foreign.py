@@ -1,0 +1,208 @@
+"""compact for modules of one's own: their embeddings replaced by smaller ones of the same output width."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embtrim.compaction.inheriting import check_inheritable, kept_rows_of
+from embtrim.errors import EmbtrimError, PlanError
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import TablePlan
+from embtrim.tables.replacements import CompactEmbedding, CompactEmbeddingBag, CompactFlatEmbedding
+from embtrim.tasks.sites import ModuleSite
+from embtrim.tasks.survey import fields_of, find_sites, site_plan
+from embtrim.tasks.task import Task
+
+
+def module_sites(model: nn.Module, plan: SizePlan) -> list[ModuleSite]:
+    """The sites of a foreign module that a plan is for; PlanError if it was made for others."""
+    names = {table.name for table in plan.tables}
+    flat = {path: fields for path, fields in fields_of(model, plan).items() if fields}
+    sites = [s for s in find_sites(model, fields=flat) if isinstance(s, ModuleSite) and s.names[0] in names]
+    found = site_plan(sites)
+    if found.fingerprint != plan.fingerprint:
+        ours, theirs = ({t.name: f"{t.num_rows:,} x {t.width}" for t in p.tables} for p in (found, plan))
+        name = next((name for name in theirs if ours.get(name) != theirs[name]), None)
+        what = "" if name is None else f" ({name!r} is {theirs[name]} in the plan, here {ours.get(name, 'missing')})"
+        raise PlanError(
+            f"plan was made for embeddings {plan.fingerprint}, this model has {found.fingerprint}{what}; search again"
+        )
+    return sites
+
+
+def compact_module(model: nn.Module, plan: SizePlan, init: Init, seed: int | None) -> nn.Module:
+    """A copy of a foreign module with smaller embeddings of the same output width."""
+    if init == "initial":
+        raise EmbtrimError("init = 'initial' needs a zoo model; build a foreign one anew and use 'inherit'")
+    generator = torch.Generator().manual_seed(0 if seed is None else seed)
+    tables = iter(plan.tables)
+    memo: dict[int, Any] = {}
+    in_pieces: list[tuple[ModuleSite, list[nn.Parameter]]] = []
+    for site in module_sites(model, plan):
+        found = [_compact_table(site, next(tables), weight, init, generator) for weight in site.weights()]
+        replacement: nn.Module = found[0] if len(found) == 1 else CompactFlatEmbedding(found, site.module.padding_idx)
+        if isinstance(site.module, nn.EmbeddingBag):
+            replacement = CompactEmbeddingBag(replacement, site.module)  # type: ignore[arg-type]
+        replacement.path = site.path  # type: ignore[assignment]
+        replacement.to(site.module.weight.device).train(site.module.training)
+        # Wherever the model keeps the module, or its weight in a list of its own (as for a penalty), it gets ours.
+        memo.update((id(module), replacement) for module in site.modules)
+        pieces = [weight for table in found for weight in table.weights]
+        if len(pieces) == 1:
+            memo[id(site.module.weight)] = pieces[0]
+        else:
+            in_pieces.append((site, pieces))
+    small = copy.deepcopy(model, memo)
+    for site, pieces in in_pieces:
+        stale = memo.get(id(site.module.weight))
+        if stale is not None and not _replace_in_lists(small, stale, pieces):
+            raise EmbtrimError(
+                f"the model keeps the weight of {site.path!r} outside of its modules too, and not just in lists; this plan "
+                f"stores it in {len(pieces)} pieces, which cannot take its place; leave it alone with the Task's keep="
+            )
+    return small
+
+
+def _replace_in_lists(model: nn.Module, stale: Tensor, pieces: Sequence[Tensor]) -> bool:
+    """Put `pieces` in the place of a weight in lists that a model's attributes hold; False if it is elsewhere too."""
+    containers: list[Any] = [vars(module) for module in model.modules()]
+    seen: set[int] = set()
+    found = False
+    while containers:
+        container = containers.pop()
+        if id(container) in seen:
+            continue
+        seen.add(id(container))
+        values = list(container.values() if isinstance(container, dict) else container)
+        if any(value is stale for value in values):
+            if not isinstance(container, list):
+                return False
+            container[:] = [new for value in values for new in (pieces if value is stale else [value])]
+            found = True
+        containers.extend(value for value in values if isinstance(value, (dict, list, tuple)))
+    return found
+
+
+@torch.no_grad()
+def narrow_linears(small: nn.Module, reads: Reads) -> None:
+    """Let the named Linears of a compact foreign module read stored columns alone, and its tables give out no others."""
+    narrowed: list[CompactEmbedding | CompactEmbeddingBag] = []
+    for path, parts in reads.items():
+        linear = _submodule(small, path)
+        if type(linear) is not nn.Linear:
+            raise EmbtrimError(f"reads= names {path!r}, which is {_kind(linear)}; name an nn.Linear")
+        kept, width = [], 0
+        for part in parts:
+            if isinstance(part, int):
+                kept.append(torch.arange(width, width + part))
+                width += part
+                continue
+            module = _submodule(small, part)
+            entries = module.entries if isinstance(module, CompactEmbeddingBag) else module
+            if not isinstance(entries, CompactEmbedding):
+                raise EmbtrimError(
+                    f"{path!r} reads {part!r}, which is {_kind(module)}; name embeddings that were found, of one field "
+                    "each, or numbers of other columns"
+                )
+            kept.append(width + entries.columns.cpu())
+            width += entries.embedding_dim
+            narrowed.append(module)  # type: ignore[arg-type]
+        if width != linear.in_features:
+            raise EmbtrimError(
+                f"what {path!r} reads, {', '.join(map(str, parts))}, has {width:,} columns, but it takes "
+                f"{linear.in_features:,}; name every part of the concatenation, in order"
+            )
+        columns_S = torch.cat(kept)
+        # In place: a list of the model, as for a penalty, may hold this weight.
+        linear.weight.data = linear.weight.data[:, columns_S.to(linear.weight.device)]
+        linear.in_features = len(columns_S)
+        # An export says what the full model takes.
+        linear.full_in_features = width  # type: ignore[assignment]
+    for module in narrowed:
+        module.narrow()
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    return dict(model.named_modules(remove_duplicate=False)).get(path)
+
+
+def _kind(module: nn.Module | None) -> str:
+    return "no module of this model" if module is None else f"a {type(module).__name__}"
+
+
+@torch.no_grad()
+def check_compactable(task: Task) -> None:
+    """Run a batch through a copy of a foreign model with compact tables: a search for one that fails would be in vain.
+
+    Raises:
+        EmbtrimError: the model, or its loss, reads the weight of an embedding that was found by other means than its module;
+            or the loss is no scalar tensor.
+    """
+    full = task.full_plan()
+    plan = full.with_columns({table.name: (0,) for table in full.tables})
+    small = compact_module(task.model, plan, "inherit", None).eval()
+    with torch.random.fork_rng([]):  # a loader may draw its order from the global generator
+        for batch in task.probe():
+            loss = task.loss(small, batch)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                given = (
+                    f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+                )
+                raise EmbtrimError(
+                    f"the Task's loss= must give the mean loss of a batch as a scalar tensor, it gave {given}"
+                )
+
+
+@torch.no_grad()
+def _compact_table(
+    site: ModuleSite, table: TablePlan, weight_VD: Tensor, init: Init, generator: torch.Generator
+) -> CompactEmbedding:
+    """One table of a foreign module, with weights."""
+    module = site.module
+    padding = site.reserved_rows[site.names.index(table.name)]
+    compacted = CompactEmbedding(table, padding, module.max_norm, module.norm_type, module.sparse).to(weight_VD.dtype)
+    if init == "inherit":
+        check_inheritable(table)
+        kept_rows, compact_ids = kept_rows_of(table)
+        compacted.set_rows(compact_ids, weight_VD[torch.from_numpy(kept_rows)][:, list(table.columns)])
+        select_columns(table, compacted)
+    else:
+        # With the spread of the model's own rows: a foreign module does not tell how it was initialised.
+        for weight in compacted.weights:
+            weight.normal_(0, float(weight_VD.std()), generator=generator)
+        for projection in compacted.projections.values():
+            projection.normal_(0, len(projection) ** -0.5, generator=generator)
+        zeros = [i for i in (compacted.padding_row, table.dropped_id) if i is not None]
+        compacted.set_rows(np.array(zeros, np.int64), torch.zeros(len(zeros), table.width))
+    for weight in compacted.weights:
+        weight.requires_grad_(module.weight.requires_grad)
+    return compacted
+
+
+def select_columns(table: TablePlan, compacted: CompactEmbedding) -> None:
+    """Let the projection of a uniform table, if it has one, select the kept columns."""
+    for projection in compacted.projections.values():
+        projection.copy_(torch.eye(table.width)[list(table.columns)])
+
+
+def compact_tables(small: nn.Module, plan: SizePlan) -> list[CompactEmbedding]:
+    """The tables of a compact foreign module, in the plan's order."""
+    found: list[CompactEmbedding] = []
+    for path in fields_of(small, plan):
+        module: Any = small.get_submodule(path)
+        entries = module.entries if isinstance(module, CompactEmbeddingBag) else module
+        found.extend(list(entries.tables) if isinstance(entries, CompactFlatEmbedding) else [entries])  # type: ignore[arg-type]
+    return found
+
+
+Init = Literal["scratch", "initial", "inherit"]
+
+
+# By the path of an nn.Linear, what its input concatenates; see `compact`.
+Reads = Mapping[str, Sequence[str | int]]

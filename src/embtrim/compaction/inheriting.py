@@ -1,0 +1,69 @@
+"""What a compact model inherits of a full one: the kept rows and columns, and the axes that read them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embtrim.errors import PlanError
+from embtrim.models.ctr_model import CTRModel
+from embtrim.plan.table import TablePlan
+from embtrim.tables.embedding_tables import EmbeddingTables
+
+
+@torch.no_grad()
+def inherit_weights(full: CTRModel, small: CTRModel) -> None:
+    """Copy into `small` what its plan keeps of `full`: rows and columns of tables, and the axes that read them."""
+    plan = small.tables.plan
+    full.tables.settle()
+    for table in plan.tables:
+        _inherit_table(full.tables, small.tables, table)
+    kept_S = small.kept_inputs("concat")
+    if small.tables.has_projections:
+        selection_SD = small.tables.projection.new_zeros(len(kept_S), small.tables.width)
+        selection_SD[torch.arange(len(kept_S)), kept_S % small.tables.width] = 1.0
+        small.tables.projection.copy_(selection_SD[small.tables.projected_S])
+
+    reads: dict[str, dict[int, Tensor]] = {}
+    for read in small.reads():
+        sizes = [len(full.kept_inputs(part)) for part in read.parts]
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        index = torch.cat([small.kept_inputs(part) + start for part, start in zip(read.parts, starts, strict=True)])
+        reads.setdefault(read.parameter, {})[read.axis] = index
+    theirs = {**dict(full.named_parameters()), **dict(full.named_buffers())}
+    for name, value in [*small.named_parameters(), *small.named_buffers()]:
+        if name.startswith("tables."):
+            continue
+        source = theirs[name]
+        for axis, index in reads.get(name, {}).items():
+            source = source.index_select(axis, index.to(source.device))
+        value.copy_(source)
+    small.fold_dropped(full)
+
+
+def _inherit_table(full: EmbeddingTables, small: EmbeddingTables, table: TablePlan) -> None:
+    """Copy the kept rows and columns, and the first-order weights of the kept rows, of one table."""
+    check_inheritable(table)
+    kept_rows, compact_ids = kept_rows_of(table)
+    if table.output_width:
+        values_ND = full.get_rows(table.name, kept_rows)[0][1]
+        small.set_rows(table.name, compact_ids, values_ND[:, list(table.columns)])
+    if small.first_order is not None and full.first_order is not None:
+        source = torch.from_numpy(full.storage_rows(table.name, kept_rows))
+        small.first_order[torch.from_numpy(small.storage_rows(table.name, compact_ids))] = full.first_order[source]
+
+
+def check_inheritable(table: TablePlan) -> None:
+    """Raise PlanError where a plan says how many columns of a table are kept, but not which."""
+    if table.only_counts:
+        raise PlanError(f"plan for table {table.name!r} says how many columns, not which; use init='scratch'")
+
+
+def kept_rows_of(table: TablePlan) -> tuple[np.ndarray, np.ndarray]:
+    """Kept rows of a table, and their compact ids."""
+    id_map = table.id_map()
+    if id_map is None:
+        return np.arange(table.num_rows), np.arange(table.num_rows)
+    kept_rows = np.flatnonzero(id_map != table.dropped_id) if table.has_dropped else np.arange(table.num_rows)
+    return kept_rows, id_map[kept_rows]

@@ -1,0 +1,280 @@
+"""verify: prove that a compact model equals the masked full one."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from embtrim.compaction.compacting import compact
+from embtrim.compaction.foreign import Reads, compact_tables, module_sites, narrow_linears, select_columns
+from embtrim.compaction.inheriting import kept_rows_of
+from embtrim.data.dataset import EncodedDataset
+from embtrim.errors import EmbtrimError
+from embtrim.models.ctr_model import CTRModel
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import TablePlan, projects
+from embtrim.schema import PAD
+from embtrim.tasks.task import Task
+from embtrim.training.evaluation import check_data
+
+# verify: |compact - masked| <= TOLERANCE * (1 + |masked|), in float64; of a foreign module in its own precision.
+TOLERANCE = 1e-9
+
+
+MODULE_TOLERANCE = 1e-5
+
+
+# Rows that are looked up value by value, where a plan only counts columns.
+LOOKUP_ROWS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """Whether the compact model equals what the plan stands for on real rows.
+
+    Attributes:
+        against: "masked" - outputs of the full model with the removed entries set to zero; or "lookup" - a naive lookup
+            of each value's embedding, for plans that only count columns.
+        max_difference: largest |compact - expected| / (1 + |expected|) over the rows, in float64 for a zoo model.
+        num_rows: rows compared; of a foreign module, as its output counts them.
+        tolerance: what is allowed.
+        passed: whether it holds.
+    """
+
+    max_difference: float
+    num_rows: int
+    tolerance: float
+    passed: bool
+    against: Literal["masked", "lookup"] = "masked"
+
+    def require(self) -> None:
+        """Raise EmbtrimError unless the comparison holds."""
+        if not self.passed:
+            raise EmbtrimError(
+                f"compact and {self.against} model differ by {self.max_difference:.2e} (allowed {self.tolerance:.0e}); "
+                "please report this as a bug, with the plan"
+            )
+
+
+def verify(
+    model: nn.Module,
+    plan: SizePlan,
+    data: EncodedDataset | Task,
+    split: str = "valid",
+    max_rows: int = 65_536,
+    reads: Reads | None = None,
+) -> Verification:
+    """Compare a compact copy with inherited weights with the masked full model on real batches, in float64.
+
+    Of a foreign module all outputs that the task's loss asks for are compared, and the loss, in its own precision.
+
+    The masked model is the full one with the removed entries set to zero. The compact copy is verify's own: narrow
+    tables are aligned by selection, whatever the plan says, before any re-initialisation. A plan that only counts
+    columns has no masked model: its compact tables, with random weights, are compared with a naive lookup instead.
+
+    Args:
+        model: the full model.
+        plan: made for its schema, or for its sites.
+        data: the full model's data; for a foreign module, its Task.
+        split: which rows, or batches.
+        max_rows: how many at most.
+        reads: as given to `compact`.
+
+    Raises:
+        PlanError: the plan was made for something else.
+        EmbtrimError: something reads the embeddings that `reads` narrows besides its Linears, or in another order; or the
+            Task has no batches to compare on.
+    """
+    if not isinstance(model, CTRModel):
+        if not isinstance(data, Task):
+            raise EmbtrimError(
+                f"verify got a {type(model).__name__} and a {type(data).__name__}; a module that is none of "
+                "embtrim.models is compared on the batches of its Task"
+            )
+        return _verify_module(model, plan, data, split, max_rows, reads)
+    if not isinstance(data, EncodedDataset):
+        raise EmbtrimError(f"verify compares a zoo model on encoded data, given a {type(data).__name__}; give its data")
+    check_data(model, data)
+    if any(table.only_counts for table in plan.tables):
+        return _verify_lookup(model, plan, data, split, min(max_rows, LOOKUP_ROWS))
+    full = copy.deepcopy(model).cpu().double().eval()
+    small = compact(full, plan, init="inherit").eval()
+    masked = mask_tables(full, plan)
+    recoded = data.recode(plan)
+    worst, rows = 0.0, 0
+    batch_size = min(8192, max_rows)
+    with torch.no_grad():
+        for batch, small_batch in zip(data.batches(split, batch_size), recoded.batches(split, batch_size), strict=True):
+            dense = None if batch.dense_BE is None else batch.dense_BE.double()
+            expected = masked(batch.ids_BC, dense)
+            worst = max(worst, _difference(small(small_batch.ids_BC, dense), expected))
+            rows += len(batch)
+            if rows >= max_rows:
+                break
+    return Verification(worst, rows, TOLERANCE, worst <= TOLERANCE)
+
+
+@torch.no_grad()
+def _verify_lookup(model: CTRModel, plan: SizePlan, data: EncodedDataset, split: str, max_rows: int) -> Verification:
+    """Compare the compact tables with embeddings looked up value by value, by nothing but the plan's definition."""
+    full_ids_BC = next(iter(data.batches(split, max_rows))).ids_BC.numpy()
+    ids_BC = next(iter(data.recode(plan).batches(split, max_rows))).ids_BC
+    tables = compact(copy.deepcopy(model).cpu().double(), plan, seed=0).eval().tables
+    generator = torch.Generator().manual_seed(0)
+    tables.weight.normal_(generator=generator)
+    values_VD = {t.name: torch.randn(t.num_rows + 1, t.width, generator=generator).double() for t in plan.tables}
+    block_of_row: dict[str, np.ndarray] = {}
+    for table in plan.tables:
+        block_of_row[table.name] = np.full(table.num_rows, -1)
+        for number, block in enumerate(table.blocks):
+            block_of_row[table.name][slice(None) if block.rows is None else block.rows] = number
+        kept_rows, compact_ids = kept_rows_of(table)
+        tables.set_rows(table.name, compact_ids, values_VD[table.name][kept_rows])
+        if table.dropped_id is not None:
+            tables.set_rows(table.name, np.array([table.dropped_id]), values_VD[table.name][-1:])
+
+    def embedding(table: TablePlan, row: int) -> Tensor:
+        block = block_of_row[table.name][row]
+        width = table.blocks[block].width if block >= 0 else max((b.width for b in table.blocks), default=0)
+        vector = values_VD[table.name][row if block >= 0 else -1, :width]
+        if not table.mixed or width == table.width:
+            return vector
+        return vector @ tables.shared_projections[str(width)] if width else torch.zeros(table.width).double()
+
+    by_name = {table.name: table for table in plan.tables}
+    found_BS = tables(ids_BC).concat
+    worst = 0.0
+    for row, ids_C in enumerate(full_ids_BC):
+        parts = []
+        for field, columns in zip(data.schema.id_fields, data.schema.column_slices, strict=True):
+            table = by_name[field.table_name]
+            vectors = [embedding(table, int(i)) for i in ids_C[columns] if i != PAD]
+            pooled = torch.stack(vectors).sum(0) if vectors else torch.zeros(table.output_width).double()
+            parts.append(pooled / len(vectors) if field.pooling == "mean" and vectors else pooled)
+        worst = max(worst, _difference(found_BS[row], torch.cat(parts)))
+    return Verification(worst, len(full_ids_BC), TOLERANCE, worst <= TOLERANCE, "lookup")
+
+
+@torch.no_grad()
+def mask_tables(model: CTRModel, plan: SizePlan) -> CTRModel:
+    """Set every entry that the plan removes to zero, in place: the masked model that papers evaluate."""
+    tables = model.tables
+    for table in plan.tables:
+        rows = np.arange(table.num_rows)
+        kept = table.kept_mask()
+        if table.width:
+            values = tables.get_rows(table.name, rows)[0][1]
+            tables.set_rows(table.name, rows, values * torch.from_numpy(kept).to(values))
+        if tables.first_order is not None and table.has_dropped:
+            dropped = np.flatnonzero(table.id_map() == table.dropped_id)
+            tables.first_order[torch.from_numpy(tables.storage_rows(table.name, dropped))] = 0.0
+    return model
+
+
+@torch.no_grad()
+def _verify_module(
+    model: nn.Module, plan: SizePlan, task: Task, split: str, max_rows: int, reads: Reads | None
+) -> Verification:
+    """See `verify`."""
+    counts_only = any(table.only_counts for table in plan.tables)
+    if counts_only:
+        by_lookup = _verify_module_lookup(model, plan)
+        if reads is None:
+            return by_lookup
+        # There is no masked model: the compact one of full output width stands for it, narrow tables aligned by selection.
+        expected_of = compact(model, plan, seed=0).eval()
+        for table, compacted in zip(plan.tables, compact_tables(expected_of, plan), strict=True):
+            if projects(table):
+                select_columns(table, compacted)
+        small = copy.deepcopy(expected_of)
+        narrow_linears(small, reads)
+    else:
+        small, expected_of = compact(model, plan, init="inherit", reads=reads).eval(), copy.deepcopy(model).eval()
+        tables = iter(plan.tables)
+        for site in module_sites(expected_of, plan):
+            for weight_VD in site.weights():
+                weight_VD.mul_(torch.from_numpy(next(tables).kept_mask()).to(weight_VD.device))
+    worst, rows = 0.0, 0
+    for batch in task.batches(split):
+        expected = _outputs(task, expected_of, batch)
+        try:
+            found = _outputs(task, small, batch)
+            worst = max(worst, *(_difference(a, b) for a, b in zip(found, expected, strict=True)))
+        except Exception as error:  # a model may do anything with a width that it does not expect
+            if reads is None:
+                raise
+            raise EmbtrimError(f"{_misread(reads)}; it fails: {error}") from error
+        rows += len(expected[0]) if expected[0].ndim else 1
+        if rows >= max_rows:
+            break
+    if not rows:
+        raise EmbtrimError(
+            f"verify compared no row: the Task's {split} batches are empty or spent; give some that can be read again"
+        )
+    if reads is not None and worst > MODULE_TOLERANCE:
+        raise EmbtrimError(f"{_misread(reads)}; outputs differ by {worst:.2e}")
+    if counts_only:
+        return dataclasses.replace(by_lookup, max_difference=max(worst, by_lookup.max_difference))
+    return Verification(worst, rows, MODULE_TOLERANCE, worst <= MODULE_TOLERANCE)
+
+
+def _misread(reads: Reads) -> str:
+    return (
+        f"what reads= says of {', '.join(reads)} does not hold: the Linear reads its parts in another order, or something "
+        "else reads them too; correct it, or leave it out"
+    )
+
+
+def _outputs(task: Task, model: nn.Module, batch: Any) -> list[Tensor]:
+    """Every tensor that a model puts out while the task's loss is computed, and the loss."""
+    found: list[Tensor] = []
+    hook = model.register_forward_hook(
+        lambda _module, _args, output: found.extend(x for x in tree_leaves(output) if isinstance(x, Tensor))
+    )
+    try:
+        with torch.random.fork_rng([]):  # a loss may draw negatives: the next model gets the same
+            loss = task.loss(model, batch)
+    finally:
+        hook.remove()
+    return [*found, loss]
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Largest |found - expected| / (1 + |expected|); infinite where only one of them is a number."""
+    difference = torch.where(found == expected, 0.0, (found - expected).abs() / (1 + expected.abs()))
+    return float(difference.nan_to_num(nan=float("inf")).max()) if difference.numel() else 0.0
+
+
+@torch.no_grad()
+def _verify_module_lookup(model: nn.Module, plan: SizePlan) -> Verification:
+    """Compare compact tables of random weights with the embedding of every id by nothing but the plan's definition."""
+    small = compact(model, plan, seed=0).cpu().eval()  # where the generator is
+    generator = torch.Generator().manual_seed(0)
+    worst, rows = 0.0, 0
+    for table, compacted in zip(plan.tables, compact_tables(small, plan), strict=True):
+        stored = []
+        for weight in compacted.parameters():
+            weight.normal_(generator=generator)
+        for weight in compacted.weights:
+            wide = weight.new_zeros(len(weight), table.width)
+            if str(weight.shape[1]) in compacted.projections:
+                wide = weight @ compacted.projections[str(weight.shape[1])]
+            elif weight.shape[1]:
+                wide[:, list(table.columns)] = weight
+            stored.append(wide)
+        id_map = table.id_map()
+        rows_V = np.arange(table.num_rows) if id_map is None else id_map
+        expected_VD = torch.cat(stored)[torch.from_numpy(rows_V).long()]
+        if compacted.max_norm is not None:
+            expected_VD = torch.renorm(expected_VD, compacted.norm_type, 0, compacted.max_norm)
+        if compacted.zeroes_padding:
+            expected_VD[compacted.padding_idx] = 0.0
+        found_VD = compacted(torch.arange(table.num_rows, device=expected_VD.device))
+        worst, rows = max(worst, _difference(found_VD, expected_VD)), rows + table.num_rows
+    return Verification(worst, rows, MODULE_TOLERANCE, worst <= MODULE_TOLERANCE, "lookup")

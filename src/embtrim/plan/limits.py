@@ -1,0 +1,111 @@
+"""What a budget allows: the least that any plan needs, and what depends on a target."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+
+from embtrim.errors import BudgetError
+from embtrim.plan.budget import BYTES_PER_PARAM, Budget
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import Bits, Block, TablePlan, Target
+
+Unit = Literal["columns", "rows", "sizes"]
+
+
+# What a percentage may lack for having been rounded.
+ROUNDED = 1 + 1e-9
+
+
+def counts_vocabulary(budget: str | Budget | None, target: Target | None) -> bool:
+    """Whether the vocabulary has to be within a budget: one in bytes for a target that is named."""
+    return target is not None and budget is not None and Budget.parse(budget).kind == "bytes"
+
+
+def target_settings(budget: str | None, target: Target | None) -> dict[str, Any]:
+    """What depends on a target, to tell work by that goes on. Earlier releases said "torch" where none was named."""
+    return {"target": target or "torch", "vocabulary in the budget": counts_vocabulary(budget, target)}
+
+
+def check_budget(
+    full: SizePlan, budget: Budget, bits: Bits = 32, target: Target | None = None, adds: tuple[Unit, ...] = ()
+) -> None:
+    """Raise BudgetError for a budget that no search can keep anything within, or none that adds these units alone.
+
+    Arguments are those of `search` otherwise.
+    """
+    units: list[Literal["columns", "rows"]] = [unit for unit in adds if unit != "sizes"]
+    least = min(least_amount(full, budget, bits, target, unit) for unit in units or (None,))
+    if least > budget.amount * ROUNDED:
+        whose = f"a method that keeps {' or '.join(units)}" if units else "any method"
+        raise BudgetError(
+            f"budget of {budget} is below the smallest plan of {whose}, {budget.words_for(least)}; give at least that"
+        )
+
+
+def least_amount(
+    full: SizePlan, budget: Budget, bits: Bits, target: Target | None, unit: Literal["columns", "rows"] | None = None
+) -> float:
+    """The smallest budget of a kind that allows to keep one unit; see `least_plans`, and `amount_of`."""
+    return min(
+        amount_of(in_fewest_bytes(plan, budget) if bits == "mixed" else plan.with_bits(bits), budget, target)
+        for plan in least_plans(full, unit)
+    )
+
+
+def amount_of(plan: SizePlan, budget: Budget, target: Target | None) -> float:
+    """The smallest budget, of the kind of this one, that allows a plan; a percentage as a share."""
+    if budget.kind == "params":
+        return plan.num_params
+    unit = 1 if budget.kind == "bytes" else BYTES_PER_PARAM * plan.num_full_params
+    return budget.amount + (plan.num_bytes(target) - plan.max_bytes(budget, target)) / unit
+
+
+def least_plans(full: SizePlan, unit: Literal["columns", "rows"] | None = None) -> Iterator[SizePlan]:
+    """Plans that keep as little as they can of one table, and nothing of the others.
+
+    Args:
+        full: the plan that keeps everything.
+        unit: a column or a row of a table is kept; or without one a row of one column, less than which no plan keeps: the
+            first row, which needs no map. A table as it is may cost less than these with their DROPPED row.
+    """
+    for number, t in enumerate(full.tables):
+        columns = tuple(range(t.width))
+        if unit == "columns":  # no row goes, nor its first-order weight
+            least = Block(t.num_rows, (0,), "concat")
+        elif unit == "rows":
+            least = Block(1, columns, "concat")
+        else:
+            least = Block(1, (0,), "concat", np.zeros(1, np.int32))
+        for block in (least, Block(t.num_rows, columns)):
+            tables = [
+                dataclasses.replace(other, blocks=(Block(other.num_rows, ()),) if unit == "columns" else ())
+                for other in full.tables
+            ]
+            tables[number] = dataclasses.replace(t, blocks=(block,))
+            yield dataclasses.replace(full, tables=tuple(tables))
+
+
+def full_limit(full: SizePlan, budget: Budget) -> int:
+    """Parameters that a budget leaves beside the first-order weights of all rows; 0 where these alone exceed it."""
+    try:
+        return full.max_params(budget)
+    except BudgetError:
+        return 0
+
+
+# What a table may have then; 32 would gain nothing that can be measured over 16.
+LEVELS = (4, 8, 16)
+
+
+def in_fewest_bytes(plan: SizePlan, budget: Budget) -> SizePlan:
+    """The plan with the bits of each table that take fewest bytes of a budget."""
+
+    def num_bytes(table: TablePlan, bits: int) -> int:
+        return plan.table_bytes(dataclasses.replace(table, bits=bits), budget=budget)
+
+    return plan.with_bits({t.name: min(LEVELS, key=partial(num_bytes, t)) for t in plan.tables})

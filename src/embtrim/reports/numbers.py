@@ -1,0 +1,73 @@
+"""Numbers as reports print them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+NONE = "-"
+
+
+def format_bytes(count: float | None) -> str:
+    """Bytes in decimal units.
+
+    Example:
+        >>> format_bytes(1_234_567)
+        '1.2 MB'
+    """
+    if not count:
+        return NONE if count is None else "0 B"
+    # 999,950 bytes would round to 1000.0 KB: the unit is chosen by what will be printed.
+    for power, unit in enumerate(("B", "KB", "MB", "GB", "TB")):
+        scaled = count / 1000**power
+        if scaled < 999.95 or unit == "TB":
+            return f"{scaled:.0f} B" if power == 0 else f"{scaled:.1f} {unit}"
+    raise AssertionError("unreachable")
+
+
+def format_count(count: float | None) -> str:
+    """A count with thousands separators."""
+    return NONE if count is None else f"{round(count):,}"
+
+
+def format_seconds(seconds: float | None) -> str:
+    """Wall time.
+
+    Example:
+        >>> format_seconds(75.2)
+        '1 min 15 s'
+    """
+    if seconds is None:
+        return NONE
+    if seconds < 59.95:
+        return f"{seconds:.1f} s" if seconds >= 0.095 else f"{seconds * 1000:.0f} ms"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def format_share(share: float | None) -> str:
+    """A share in percent."""
+    return NONE if share is None else f"{share:.1%}"
+
+
+def format_values(values: Sequence[float | None], *, digits: int = 4, signed: bool = False) -> str:
+    """Mean ± sample standard deviation of a value over seeds.
+
+    Example:
+        >>> format_values([0.75, 0.76])
+        '0.7550 ± 0.0071'
+    """
+    found = [v for v in values if v is not None and not math.isnan(v)]
+    if not found:
+        return NONE
+    mean = statistics.fmean(found)
+    text = f"{mean:{'+' if signed else ''}.{digits}f}"
+    return f"{text} ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else text
+
+
+def byte_ticks(low: int, high: int) -> list[float]:
+    """Round numbers of bytes from below `low` to above `high`, few enough to read."""
+    first, last = math.floor(math.log10(max(1, low))), math.ceil(math.log10(max(2, high)))
+    steps = (1, 2, 5) if last - first <= 3 else (1,)
+    return [step * 10.0**power for power in range(first, last + 1) for step in steps]

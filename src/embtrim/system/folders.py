@@ -1,0 +1,63 @@
+"""Folders written whole or not at all; their bytes and digests."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import polars as pl
+from safetensors import SafetensorError
+
+from embtrim.errors import BundleError
+
+
+@contextmanager
+def write_folder(folder: Path, what: str) -> Iterator[Path]:
+    """A folder under a temporary name, to be filled inside a `with` block; it then takes the place of `folder`.
+
+    Killed in between, it leaves what was there as `.<name of folder>.<process>.old` beside it.
+
+    Raises:
+        BundleError: it could not be written; `folder` is as it was.
+    """
+    place = folder.resolve()  # of a link, what it leads to
+    temporary, aside = (place.with_name(f".{place.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        try:
+            if place.exists():
+                os.replace(place, aside)
+            os.replace(temporary, place)
+        except BaseException:
+            if aside.exists() and not place.exists():
+                os.replace(aside, place)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    except (OSError, SafetensorError, pl.exceptions.PolarsError) as error:
+        # safetensors and polars write from Rust, and wrap a full disk in errors of their own.
+        raise BundleError(
+            f"{what} {folder} could not be written: {getattr(error, 'strerror', None) or error}; "
+            "free space or choose another place"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    state = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            state.update(block)
+    return state.hexdigest()
+
+
+def folder_bytes(folder: str | Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
