@@ -229,7 +229,7 @@ def peers_environment(folder: Path, device: str) -> tuple[Path | None, str]:
     """
     python, marker = folder.absolute() / "bin" / "python", folder / "installed"
     if device != "cpu":
-        missing = f"{folder} is no environment with {device} builds of the peers; make one, see --peers-venv"
+        missing = f"{folder} is not an environment with {device} builds of the peers; make one, see --peers-venv"
         return (python, "") if python.exists() else (None, missing)
     digest = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
     if marker.exists() and marker.read_text() == digest:

@@ -317,7 +317,7 @@ def _range(entry: Mapping[str, Any]) -> str:
 
 
 def _memory(entry: Mapping[str, Any]) -> str:
-    """Of the device, where that is no CPU."""
+    """Of the device, where that is not a CPU."""
     return f"{entry.get('device_peak_bytes', entry['peak_bytes']) / GB:.2f}"
 
 

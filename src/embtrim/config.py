@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from embtrim.errors import ConfigError
+from embtrim.errors import ConfigError, hint
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -59,9 +58,7 @@ def describe_errors(cls: type[BaseModel], error: ValidationError, where: str) ->
         if fault["type"] == "extra_forbidden":
             key = str(fault["loc"][-1])
             allowed = list(_model_at(cls, fault["loc"][:-1]).model_fields)
-            near = difflib.get_close_matches(key, allowed, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
-            lines.append(f"{prefix}unknown key {path!r} for {cls.__name__}; {hint}")
+            lines.append(f"{prefix}unknown key {path!r} for {cls.__name__}; {hint(key, allowed)}")
         else:
             message = fault["msg"].removeprefix("Value error, ")
             given = "" if fault["type"] == "missing" else f", given {fault['input']!r}"

@@ -4,6 +4,11 @@ Each message says where, what was given, what is allowed, and what to do. Broken
 assertions, not these.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class EmbtrimError(ValueError):
     """Base of all errors that a user's input can cause."""
@@ -25,5 +30,23 @@ class PlanError(EmbtrimError):
     """A plan is malformed, or belongs to another schema."""
 
 
+class ModelError(EmbtrimError):
+    """A model, or a module of one's own, cannot be searched, compacted, trained, saved or exported as it is."""
+
+
 class BundleError(EmbtrimError):
     """A bundle is truncated, tampered with, or of a version this release cannot read."""
+
+
+def hint(given: str, allowed: Iterable[str]) -> str:
+    """What a message says after an unknown name: the nearest allowed one, or all of them.
+
+    Example:
+        >>> hint("clik", ["click", "price"])
+        "did you mean 'click'?"
+    """
+    allowed = list(allowed)
+    near = difflib.get_close_matches(given.lower(), [name.lower() for name in allowed], n=1)
+    if near:
+        return f"did you mean {next(name for name in allowed if name.lower() == near[0])!r}?"
+    return f"allowed: {', '.join(allowed)}"

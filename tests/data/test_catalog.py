@@ -82,7 +82,7 @@ class TestLoad:
             DataError, match=r"is a file, not an encoded folder; encode it first: embtrim encode .*log.csv"
         ):
             load(tmp_path / "log.csv")
-        with pytest.raises(DataError, match=r"is no encoded folder \(it has no meta.json\)"):
+        with pytest.raises(DataError, match=r"is not an encoded folder \(it has no meta.json\)"):
             load(tmp_path)
         with pytest.raises(DataError, match=r"neither a folder nor a dataset .* did you mean 'flights'\?"):
             load("flight")

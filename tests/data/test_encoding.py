@@ -85,7 +85,7 @@ class TestByHand:
         frame = pl.DataFrame({"y": [0, 1, 0, 1, 0], "a": ["x", "x", "z", "q", None]})
         data = run(frame, schema_of(FieldSpec(name="a", min_count=2)))
         assert vocabulary(data, "a") == [("x", 1, 2)]
-        assert ids(data) == [[1], [1], [0], [0], [0]]  # a rare missing value is no exception
+        assert ids(data) == [[1], [1], [0], [0], [0]]  # a rare missing value is not an exception
 
     def test_missing_tie_comes_last(self, run):
         data = run(pl.DataFrame({"y": [0, 1], "a": [None, "zz"]}), ONE)
@@ -500,7 +500,7 @@ class TestReading:
             ("log.parquet", "y,a\n0,u\n", "no readable parquet file"),
             ("log.csv", gzip.compress(b"y,a\n0,u\n" * 99, mtime=0)[:-9], "damaged gz file"),
             ("log.svm", "1 1:1 x\n", "line 1 holds 'x', which is not index:value"),
-            ("log.svm", "1 1:1 2:x\n", "line 1 holds '2:x', whose value is no number"),
+            ("log.svm", "1 1:1 2:x\n", "line 1 holds '2:x', whose value is not a number"),
         ],
     )
     def test_bad_files(self, run, write, name, content, message):
@@ -529,7 +529,7 @@ class TestBadValues:
         [
             (
                 "0,u,n/a",
-                r"log.csv line 18,204: column 'price' holds 'n/a', which is no number; declare it categorical or add 'n/a'",
+                r"log.csv line 18,204: column 'price' holds 'n/a', which is not a number; declare it categorical or add 'n/a'",
             ),
             ("0,u,inf", r"line 18,204: column 'price' holds 'inf', which is not finite"),
             ("2,u,1", r"line 18,204: label 'y' is '2'; a label is 0 or 1"),
@@ -624,7 +624,7 @@ class TestEncoder:
         encoder = Encoder.load(data.folder)
         with pytest.raises(DataError, match="no column 'd', 'h'; they have y, a, q, g; needed: a, q, d, g, h"):
             encoder.encode_chunk(self.FRAME.drop("d", "h"))
-        with pytest.raises(DataError, match="row 2: column 'd' holds 'x', which is no number"):
+        with pytest.raises(DataError, match="row 2: column 'd' holds 'x', which is not a number"):
             encoder.encode_chunk(self.FRAME.with_columns(d=pl.Series(["1", "x", "2", "3"])))
 
     def test_save_and_load(self, data, tmp_path):
@@ -735,7 +735,7 @@ class TestFolder:
     def test_a_folder_of_something_else_is_never_overwritten(self, run, tmp_path):
         (tmp_path / "home").mkdir()
         (tmp_path / "home" / "thesis.txt").write_text("years of work")
-        with pytest.raises(DataError, match="is no encoded dataset; it is not overwritten"):
+        with pytest.raises(DataError, match="is not an encoded dataset; it is not overwritten"):
             run(self.FRAME, ONE, out=tmp_path / "home", overwrite=True)
         assert (tmp_path / "home" / "thesis.txt").exists()
 

@@ -432,7 +432,7 @@ def test_records_of_other_data_and_other_folders_are_refused(
     with pytest.raises(DataError, match="made with rows of the data = "):
         compare(planted_data(num_rows=900, noise_vocab=100), CONFIG, first[0])
     (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(DataError, match="is no folder of `embtrim compare`"):
+    with pytest.raises(DataError, match="is not a folder of `embtrim compare`"):
         compare(small, CONFIG, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 

@@ -252,7 +252,7 @@ def test_records_are_read_and_faults_named(tmp_path: Path, two_seeds: list[RunRe
         one.save(tmp_path / "run" / "records" / f"{number}.json")
     assert read_records(tmp_path / "run") == two_seeds
     assert read_records(tmp_path / "run" / "records") == two_seeds
-    with pytest.raises(DataError, match="nowhere is no folder"):
+    with pytest.raises(DataError, match="nowhere is not a folder"):
         read_records(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty holds no records"):

@@ -124,7 +124,7 @@ def copied(saved, tmp_path):
 
 
 def test_it_refuses_what_is_damaged(copied, tmp_path):
-    with pytest.raises(BundleError, match="is no bundle"):
+    with pytest.raises(BundleError, match="is not a bundle"):
         load_bundle(tmp_path / "nothing")
     weights = copied / "model.safetensors"
     whole = weights.read_bytes()
@@ -312,7 +312,7 @@ def test_overwriting_replaces_bundles_and_empty_folders_alone(saved, tmp_path):
     out = tmp_path / "out"
     (out / "logs").mkdir(parents=True)
     (out / "logs" / "thesis.tex").touch()
-    with pytest.raises(BundleError, match="out is no bundle, so it is not overwritten"):
+    with pytest.raises(BundleError, match="out is not a bundle, so it is not overwritten"):
         save(model, out, data, overwrite=True)
     (out / "logs" / "thesis.tex").unlink()
     (out / "logs").rmdir()

@@ -296,7 +296,7 @@ def test_bad_commands(bundle_folder, tmp_path):
     done = call("export", bundle_folder, "--format", "pt2")
     assert (done.code, "--out is needed" in done.err) == (2, True)
     done = call("export", tmp_path, "--format", "pt2", "--out", tmp_path / "out")
-    assert (done.code, "is no bundle" in done.err) == (1, True)
+    assert (done.code, "is not a bundle" in done.err) == (1, True)
     assert not list(tmp_path.iterdir())
 
 
@@ -701,7 +701,7 @@ def test_it_replaces_nothing_but_an_earlier_export(tmp_path):
     (tmp_path / "mine" / "thesis.tex").touch()
     with pytest.raises(DataError, match="mine exists"):
         export(model, "pt2", tmp_path / "mine")
-    with pytest.raises(DataError, match="mine is no earlier export"):
+    with pytest.raises(DataError, match="mine is not an earlier export"):
         export(model, "pt2", tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "thesis.tex").exists()
     with pytest.raises(ConfigError, match="external_data is for format 'onnx'"):

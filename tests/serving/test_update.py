@@ -351,9 +351,9 @@ def test_it_refuses_what_would_be_overwritten_and_what_is_no_bundle(bundles, tmp
         update(bundles["full"], NEW, out=bundles["full"], overwrite=True)
     with pytest.raises(BundleError, match="holds the bundle to update"):
         update(bundles["full"], NEW, out=bundles["full"].parent, overwrite=True)
-    with pytest.raises(BundleError, match="is no bundle, so it is not overwritten"):
+    with pytest.raises(BundleError, match="is not a bundle, so it is not overwritten"):
         update(bundles["full"], NEW, out=bundles["full"] / "encoder", overwrite=True)
-    with pytest.raises(BundleError, match="is no bundle"):
+    with pytest.raises(BundleError, match="is not a bundle"):
         update(tmp_path, NEW, out=tmp_path / "new")
     with pytest.raises(ConfigError, match="8:1:1"):
         update(bundles["full"], NEW, out=tmp_path / "new", split="80/20")

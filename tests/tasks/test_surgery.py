@@ -397,7 +397,7 @@ class TestSurvey:
             find_sites(model, fields={"flat": {"user": 52, "city": 0}})
         with pytest.raises(EmbtrimError, match=r"have none = 0 rows, the table has 52"):
             find_sites(model, fields={"flat": {}})
-        with pytest.raises(EmbtrimError, match=r"'flatt', which is no embedding that was found: flat: Embedding"):
+        with pytest.raises(EmbtrimError, match=r"'flatt', which is not an embedding that was found: flat: Embedding"):
             find_sites(model, fields={"flatt": {"user": 52}})
 
     def test_a_plan_for_other_fields_is_refused(self):
@@ -909,7 +909,7 @@ class TestBits:
 
     def test_a_padding_row_stays_zero(self):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Embedding(ROWS, WIDTH, padding_idx=0))  # of both signs: zero is no code
+        model = nn.Sequential(nn.Embedding(ROWS, WIDTH, padding_idx=0))  # of both signs: zero is not a code
         for bits in (16, 8, 4):
             small = compact(model, plan_for(model, "columns").with_bits(bits), "inherit").eval()
             quantize(small)
@@ -1115,9 +1115,9 @@ class TestReads:
     @pytest.mark.parametrize(
         ("reads", "message"),
         [
-            ({"head": ["user"]}, "names 'head', which is no module of this model; name an nn.Linear"),
+            ({"head": ["user"]}, "names 'head', which is not a module of this model; name an nn.Linear"),
             ({"user": ["user"]}, "names 'user', which is a CompactEmbedding; name an nn.Linear"),
-            ({"wide": ["user", "itm"]}, "'wide' reads 'itm', which is no module of this model"),
+            ({"wide": ["user", "itm"]}, "'wide' reads 'itm', which is not a module of this model"),
             ({"wide": ["user", "deep"]}, "'wide' reads 'deep', which is a Linear; name embeddings"),
             ({"wide": ["user"]}, "what 'wide' reads, user, has 6 columns, but it takes 10"),
         ],

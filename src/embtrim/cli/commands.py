@@ -954,7 +954,9 @@ def _fail(message: str, code: int) -> int:
 
 
 def _fail_os(error: OSError) -> int:
-    if isinstance(error, BrokenPipeError):  # whoever read stdout has gone, which is no fault: `embtrim report X | head`
+    if isinstance(
+        error, BrokenPipeError
+    ):  # whoever read stdout has gone, which is not a fault: `embtrim report X | head`
         return 1
     where = f"{error.filename}: " if error.filename else ""
     advice = "; free space or choose another --out" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""

@@ -45,7 +45,7 @@ def compact(
 
     Raises:
         PlanError: the plan was made for something else, or lists counts where `init` needs columns.
-        EmbtrimError: `init` is none of these; the model's tables are compact already, or quantised; a weight that the plan
+        EmbtrimError: `init` is not one of these; the model's tables are compact already, or quantised; a weight that the plan
             stores in pieces is also kept where they cannot replace it; or `reads` names no such Linear or embedding, or
             parts that do not add up to its input.
     """

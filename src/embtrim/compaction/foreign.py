@@ -142,7 +142,7 @@ def check_compactable(task: Task) -> None:
 
     Raises:
         EmbtrimError: the model, or its loss, reads the weight of an embedding that was found by other means than its module;
-            or the loss is no scalar tensor.
+            or the loss is not a scalar tensor.
     """
     full = task.full_plan()
     plan = full.with_columns({table.name: (0,) for table in full.tables})

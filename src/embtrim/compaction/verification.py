@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from embtrim.compaction.compacting import compact
 from embtrim.compaction.foreign import Reads, compact_tables, module_sites, narrow_linears, select_columns
@@ -20,6 +19,7 @@ from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import TablePlan, projects
 from embtrim.schema import PAD
+from embtrim.system.torch_private import tree_leaves
 from embtrim.tasks.task import Task
 from embtrim.training.evaluation import check_data
 

@@ -6,7 +6,6 @@ then encodes the files as published.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.metadata
 import json
@@ -23,7 +22,7 @@ from embtrim.data.dataset import EncodedDataset
 from embtrim.data.encoding import encode
 from embtrim.data.reading import ReadOptions, open_log
 from embtrim.data.splitting import Split
-from embtrim.errors import DataError
+from embtrim.errors import DataError, hint
 from embtrim.schema import FieldSpec, Schema
 
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
@@ -87,9 +86,7 @@ def known(name: str) -> KnownDataset:
         'late'
     """
     if name not in CATALOG:
-        near = difflib.get_close_matches(name, CATALOG, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise DataError(f"no dataset {name!r} in the catalog; {hint}known: {', '.join(CATALOG)}")
+        raise DataError(f"no dataset {name!r} in the catalog; {hint(name, CATALOG)}")
     return CATALOG[name]
 
 
@@ -110,7 +107,7 @@ def encode_known(
         name: a name of the catalog.
         folder: where the files lie; for a dataset of one file, that file will do. None for a bundled one.
         out: folder to write.
-        split: instead of the entry's; with a split by time the time column is no field, since its values do not recur.
+        split: instead of the entry's; with a split by time the time column is not a field, since its values do not recur.
         seed: of a random split.
         min_count: for all categorical and multi fields, instead of the entry's.
         overwrite: replace an encoded dataset at `out`.
@@ -181,13 +178,11 @@ def _load_folder(path: Path, name: str) -> EncodedDataset:
         )
     if path.is_dir() and not (path / "meta.json").exists():
         raise DataError(
-            f"{path} is no encoded folder (it has no meta.json); if it holds raw logs, encode them first: "
+            f"{path} is not an encoded folder (it has no meta.json); if it holds raw logs, encode them first: "
             f"embtrim encode {path} --label LABEL --out data/{path.name}"
         )
     if not path.exists():
-        near = difflib.get_close_matches(name, CATALOG, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise DataError(f"{name!r} is neither a folder nor a dataset of the catalog; {hint}known: {', '.join(CATALOG)}")
+        raise DataError(f"{name!r} is neither a folder nor a dataset of the catalog; {hint(name, CATALOG)}")
     return EncodedDataset.load(path)
 
 
@@ -363,7 +358,7 @@ _ENTRIES = (
         },
         split=Split(),
         bundled="flights_2024_01.parquet",
-        note="No click log, but of the same shape. With split='time:8:1:1' the weather drifts and flight_date is no field.",
+        note="No click log, but of the same shape. With split='time:8:1:1' the weather drifts and flight_date is not a field.",
     ),
     KnownDataset(
         name="criteo",
@@ -395,7 +390,7 @@ _ENTRIES = (
         recipe=_LARGE_RECIPE,
         split=Split(),
         prepare=_prepare_avazu,
-        note="The row id is no field; hour becomes hour of the day, weekday and weekend.",
+        note="The row id is not a field; hour becomes hour of the day, weekday and weekend.",
     ),
     KnownDataset(
         name="frappe",

@@ -433,7 +433,7 @@ def to_numbers(
         dtype = frame.schema[field.raw_column]
         if not (dtype.is_numeric() or dtype in (pl.String, pl.Boolean, pl.Null, pl.Categorical, pl.Enum)):
             raise DataError(
-                f"column {field.raw_column!r} holds {dtype}, which is no number; declare field {field.name!r} categorical"
+                f"column {field.raw_column!r} holds {dtype}, which is not a number; declare field {field.name!r} categorical"
             )
     numbers = frame.select(
         (pl.col(f.raw_column).cast(pl.String) if _is_category(frame.schema[f.raw_column]) else pl.col(f.raw_column))

@@ -264,7 +264,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     if not overwrite:
         raise DataError(f"{target} exists; choose another folder, or pass overwrite=True (--overwrite)")
     if not (target / "meta.json").exists():
-        raise DataError(f"{target} exists and is no encoded dataset; it is not overwritten")
+        raise DataError(f"{target} exists and is not an encoded dataset; it is not overwritten")
 
 
 @contextlib.contextmanager

@@ -164,7 +164,7 @@ class RawLog:
             chunk_bytes: bytes of text a chunk; parquet and frames are cut by rows, fewer than usual for small values.
             start: the `end` of a chunk of the same size; what lies before is not parsed again (a gz is unzipped again).
             numbers: those of `columns` that text may give as float64, which saves a pass over the cells; chunks in which a
-                cell is no number give them as text still.
+                cell is not a number give them as text still.
 
         Raises:
             DataError: a file lacks a column, has lines of another length, or cannot be read.
@@ -300,7 +300,7 @@ class _Parquet(_File):
             self.columns = tuple(pl.read_parquet_schema(path))
             self.num_rows = int(pl.scan_parquet(path).select(pl.len()).collect().item())
         except (pl.exceptions.PolarsError, OSError) as error:
-            raise DataError(f"{path} is no readable parquet file ({_first_line(error)})") from None
+            raise DataError(f"{path} is not a readable parquet file ({_first_line(error)})") from None
 
     def chunks(
         self, columns: list[str], chunk_bytes: int, start: Position, numbers: Collection[str]
@@ -513,7 +513,7 @@ class SparseText(_File):
         pairs = pairs.with_columns(pl.col("text").cast(pl.Float64, strict=False).alias("value"))
         bad = pairs.filter(pl.col("value").is_null())
         if bad.height:
-            raise DataError(f"{locate(bad['row'][0])} holds {bad['token'][0]!r}, whose value is no number")
+            raise DataError(f"{locate(bad['row'][0])} holds {bad['token'][0]!r}, whose value is not a number")
 
         result = frame.select("row")
         for name in columns:

@@ -49,7 +49,7 @@ class Split(Config):
         """Parse `8:1:1`, `time:8:1:1` or `time:2024-01-25,2024-01-28` (cuts are separated by commas).
 
         Raises:
-            ConfigError: the text is none of these.
+            ConfigError: the text is not one of these.
         """
         by, rest = ("time", text[5:]) if text.startswith("time:") else ("ratio", text)
         try:

@@ -5,7 +5,6 @@ A cell is one trained model. The full model is a cell of its own for each (model
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import re
@@ -19,7 +18,7 @@ from pydantic import Field
 from embtrim.compaction.foreign import Init
 from embtrim.config import Config, first_change, read_toml
 from embtrim.data.dataset import EncodedDataset
-from embtrim.errors import BudgetError, ConfigError, DataError
+from embtrim.errors import BudgetError, ConfigError, DataError, hint
 from embtrim.experiments.records import RunRecord
 from embtrim.experiments.run import check_run
 from embtrim.experiments.settings import RunConfig
@@ -130,9 +129,7 @@ def resolve(config: CompareConfig) -> CompareConfig:
     allowed = sorted({name for model in known for name in arguments(model)})
     for key in config.hparams:
         if known and key not in allowed:
-            near = difflib.get_close_matches(key, allowed, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
-            raise ConfigError(f"[hparams] {key!r} is an argument of none of {', '.join(known)}; {hint}")
+            raise ConfigError(f"[hparams] {key!r} is an argument of none of {', '.join(known)}; {hint(key, allowed)}")
     return config
 
 
@@ -159,7 +156,7 @@ def settings_by_label(config: CompareConfig) -> dict[str, Variant]:
     for label, variant in config.variants.items():
         where = f"variants.{label}"
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", label):
-            raise ConfigError(f"[variants] label {label!r} is no name; allowed: letters, digits, - and _")
+            raise ConfigError(f"[variants] label {label!r} is not a name; allowed: letters, digits, - and _")
         if label in METHODS or label in (FULL, ALL):
             raise ConfigError(f"[{where}] the label is taken, by {label!r} with default settings; choose another")
         if not isinstance(variant.get("method"), str):
@@ -225,7 +222,7 @@ def finished(cells: Iterable[Cell], data: EncodedDataset, config: CompareConfig,
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         settings = out / "config.toml"
         if not settings.is_file() or "models" not in read_toml(settings):
-            raise DataError(f"{out} exists and is no folder of `embtrim compare`; choose another --out or remove it")
+            raise DataError(f"{out} exists and is not a folder of `embtrim compare`; choose another --out or remove it")
     found = {}
     labels = settings_by_label(config)
     for cell in cells:

@@ -114,7 +114,7 @@ class RunRecord(Config):
         try:
             values = json.loads(Path(path).read_text("utf-8"))
         except (OSError, ValueError) as error:
-            raise DataError(f"{path} is no run record ({error})") from None
+            raise DataError(f"{path} is not a run record ({error})") from None
         version = values.get("record_version") if isinstance(values, dict) else None
         if version != RECORD_VERSION:
             given = (
@@ -122,7 +122,7 @@ class RunRecord(Config):
                 if version is None
                 else f"version {version}, this release reads {RECORD_VERSION}"
             )
-            raise DataError(f"{path} is no run record that can be read: {given}")
+            raise DataError(f"{path} is not a run record that can be read: {given}")
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -229,7 +229,7 @@ def read_records(folder: str | Path) -> list[RunRecord]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; give the --out folder of `embtrim run`")
+        raise DataError(f"{folder} is not a folder; give the --out folder of `embtrim run`")
     inside = folder / "records" if (folder / "records").is_dir() else folder
     paths = sorted(inside.glob("*.json"))
     if not paths:

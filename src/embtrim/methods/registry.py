@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from embtrim.config import Config
-from embtrim.errors import ConfigError
+from embtrim.errors import ConfigError, hint
 from embtrim.plan.budget import Budget
 from embtrim.plan.limits import Unit
 from embtrim.plan.plan import SizePlan
@@ -78,9 +77,7 @@ def method_named(name: str) -> Method:
     """The method of this name; ConfigError with the nearest name if there is none."""
     if name in METHODS:
         return METHODS[name]
-    near = difflib.get_close_matches(name, METHODS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(METHODS)}"
-    raise ConfigError(f"unknown method {name!r}; {hint}")
+    raise ConfigError(f"unknown method {name!r}; {hint(name, METHODS)}")
 
 
 def method_of(config: Config) -> Method:

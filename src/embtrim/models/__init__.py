@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from typing import Any
 
-from embtrim.errors import ConfigError
+from embtrim.errors import ConfigError, hint
 from embtrim.models.ctr_model import CTRModel
 from embtrim.models.dcn import DCN
 from embtrim.models.dcnv2 import DCNv2
@@ -57,13 +56,13 @@ def build(name: str, schema: Schema, **hparams: Any) -> CTRModel:
         4
     """
     if name not in MODELS:
-        raise ConfigError(f"unknown model {name!r}; {_hint(str(name), list(MODELS))}")
+        raise ConfigError(f"unknown model {name!r}; {hint(str(name), MODELS)}")
     allowed = list(inspect.signature(MODELS[name]).parameters)[1:]  # the first is schema
     if not isinstance(hparams.get("plan"), SizePlan | None):
-        raise ConfigError(f"[model {name}] 'plan' takes a SizePlan, given {hparams['plan']!r}; it is no setting")
+        raise ConfigError(f"[model {name}] 'plan' takes a SizePlan, given {hparams['plan']!r}; it is not a setting")
     for key in hparams:
         if key not in allowed:
-            raise ConfigError(f"[model {name}] unknown argument {key!r}; {_hint(key, allowed)}")
+            raise ConfigError(f"[model {name}] unknown argument {key!r}; {hint(key, allowed)}")
     return MODELS[name](schema, **hparams)
 
 
@@ -76,8 +75,3 @@ def arguments(name: str) -> dict[str, Any]:
     """
     parameters = inspect.signature(MODELS[name]).parameters
     return {key: p.default for key, p in parameters.items() if key not in ("schema", "plan")}
-
-
-def _hint(given: str, allowed: list[str]) -> str:
-    near = difflib.get_close_matches(given.lower(), allowed, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"

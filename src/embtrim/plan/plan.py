@@ -329,7 +329,7 @@ class SizePlan:
         return self.counted_bytes(budget) + first_order
 
     def counted_bytes(self, budget: Budget) -> float:
-        """Bytes, of a budget that is no number of parameters, for what counts against it: see `table_bytes`."""
+        """Bytes, of a budget that is not a number of parameters, for what counts against it: see `table_bytes`."""
         assert budget.kind != "params", "how many bytes a parameter takes is a plan's to say"
         return budget.amount if budget.kind == "bytes" else budget.amount * BYTES_PER_PARAM * self.num_full_params
 
@@ -388,7 +388,7 @@ class SizePlan:
         try:
             values = json.loads(path.read_text("utf-8"))
             if not isinstance(values, dict) or "plan_version" not in values:
-                raise PlanError("this is no embtrim plan: it has no plan_version")
+                raise PlanError("this is not an embtrim plan: it has no plan_version")
             version = values.pop("plan_version")
             if version != PLAN_VERSION:
                 raise PlanError(f"plan version {version}, this release reads {PLAN_VERSION}; upgrade embtrim")
@@ -409,7 +409,7 @@ class SizePlan:
             raise PlanError(f"{path}: {error}") from None
         except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
             raise PlanError(
-                f"{path} is no valid plan ({type(error).__name__}: {error}); write it with SizePlan.save"
+                f"{path} is not a valid plan ({type(error).__name__}: {error}); write it with SizePlan.save"
             ) from None
 
     def diff(self, other: SizePlan) -> str:

@@ -250,7 +250,7 @@ def render_page(records: Sequence[RunRecord]) -> str:
 
 
 def _headlines(groups: Sequence[Variant]) -> list[str]:
-    """One sentence for each variant that is no control."""
+    """One sentence for each variant that is not a control."""
     lines = []
     for variant in groups:
         method = METHODS.get(variant.records[0].variant)

@@ -224,7 +224,7 @@ def save(
 
     Raises:
         BundleError: the folder exists, or the data were made in memory and have no vocabulary.
-        EmbtrimError: the model is none of embtrim.models; or the plan says fewer than 32 bits and the tables are fp32.
+        EmbtrimError: the model is not one of embtrim.models; or the plan says fewer than 32 bits and the tables are fp32.
     """
     if not isinstance(model, CTRModel):
         raise EmbtrimError(
@@ -274,7 +274,7 @@ def check_out(folder: Path, overwrite: bool) -> None:
     if not overwrite:
         raise BundleError(f"{folder} exists; choose another name or pass overwrite=True (--overwrite)")
     if not (folder / "bundle.json").exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise BundleError(f"{folder} is no bundle, so it is not overwritten; choose another name")
+        raise BundleError(f"{folder} is not a bundle, so it is not overwritten; choose another name")
 
 
 def note_spread(folder: str | Path, metrics: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> None:
@@ -287,7 +287,7 @@ def note_spread(folder: str | Path, metrics: Mapping[int, Mapping[str, Mapping[s
         metrics: by seed and split, of the models of the run that differ in nothing but the seed.
 
     Raises:
-        BundleError: the folder is no bundle, or its bundle.json is damaged.
+        BundleError: the folder is not a bundle, or its bundle.json is damaged.
     """
     folder = Path(folder)
     info = _read_contents(folder)
@@ -312,7 +312,7 @@ def load_bundle(folder: str | Path) -> Bundle:
     """Open a bundle; every file's digest is checked.
 
     Raises:
-        BundleError: the folder is no bundle, a file is missing, truncated, changed or not listed, or the version is newer.
+        BundleError: the folder is not a bundle, a file is missing, truncated, changed or not listed, or the version is newer.
     """
     folder = Path(folder)
     info = _read_contents(folder)
@@ -346,7 +346,7 @@ def _read_contents(folder: Path) -> dict[str, Any]:
         info = json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError(
-            f"{folder} is no bundle: it has no bundle.json; write one with `embtrim run` or embtrim.save"
+            f"{folder} is not a bundle: it has no bundle.json; write one with `embtrim run` or embtrim.save"
         ) from None
     except (OSError, ValueError) as error:
         raise BundleError(f"{path} is damaged ({error}); save the bundle again") from None

@@ -35,7 +35,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
 from embtrim._version import __version__
 from embtrim.data.encoder import Encoder
@@ -46,6 +45,7 @@ from embtrim.plan.table import Target, padded_width
 from embtrim.schema import PAD, Schema
 from embtrim.serving.bundle import Bundle
 from embtrim.system.folders import file_digest, folder_bytes, write_folder
+from embtrim.system.torch_private import ONNX_LOGGER, tree_leaves, tree_leaves_with_names, tree_map
 from embtrim.tables.replacements import CompactEmbedding, Replacement
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def export(
         model: a bundle, whose encoder goes along; or a full or compact model alone, of the zoo or any module.
         format: "pt2" (torch.export), "onnx", or "torchrec" (tables and weights, no network).
         out: folder to write.
-        example: inputs of a model that is none of embtrim.models, which says by itself what it reads: a batch as a tensor,
+        example: inputs of a model that is not one of embtrim.models, which says by itself what it reads: a batch as a tensor,
             a tuple of what `forward` takes, or a dict by name. Of at least two rows, the first dimension of every tensor:
             the export takes any number.
         external_data: onnx: weights in a file of their own, as is always done where one file cannot hold them (2 GB).
@@ -87,7 +87,7 @@ def export(
 
     Raises:
         ConfigError: the format is unknown, knows no external data, or describes no such model; the example is missing,
-            has one row, holds what is no tensor, list or dict, or is for a model that needs none.
+            has one row, holds what is not a tensor, list or dict, or is for a model that needs none.
         DataError: `out` exists.
         EmbtrimError: the model is masked by a gate, or has a row optimiser attached; its plan says fewer than 32 bits and
             its tables are fp32; or the packages of the format are not installed.
@@ -159,7 +159,7 @@ def check_out(out: Path, overwrite: bool) -> None:
     try:
         json.loads((out / "manifest.json").read_text("utf-8"))["export_version"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{out} is no earlier export, so it is not overwritten; choose another name") from None
+        raise DataError(f"{out} is not an earlier export, so it is not overwritten; choose another name") from None
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def table_sizes(model: CTRModel, format: str) -> dict[str, int]:
 
 
 def module_sizes(model: nn.Module) -> dict[str, int]:
-    """The same of a model that is none of embtrim.models: of its compact tables, and of those that were left as they are."""
+    """The same of a model that is not one of embtrim.models: of its compact tables, and of those that were left as they are."""
     stored = full = 0
     weights: dict[int, int] = {}  # tables may share one
     for module in model.modules():
@@ -186,7 +186,7 @@ def module_sizes(model: nn.Module) -> dict[str, int]:
 
 
 def full_module_bytes(served: Served, write: Callable[[Served, Path], None], folder: Path) -> int:
-    """Bytes of the files of the full model that a model is the compact one of, where that is none of embtrim.models.
+    """Bytes of the files of the full model that a model is the compact one of, where that is not one of embtrim.models.
 
     Compact tables are more than fewer numbers: a graph also says how they are read. So the full model's is exported, with
     tables of a few rows, and the rows that these lack are added. Where it has none (torch exports some bags as replacements
@@ -355,11 +355,9 @@ def argument_names(served: Served) -> list[str]:
 
 def named_tensors(served: Served) -> dict[str, Tensor]:
     """The tensors of the example by argument, in order, with the keys of what is nested after a dot."""
-    leaves, _ = tree_flatten_with_path((*served.args, *served.kwargs.values()))
-    arguments = argument_names(served)
-    paths = [(arguments[path[0].idx], keystr(path[1:])) for path, _ in leaves]  # type: ignore[attr-defined]
-    names = [re.sub(r"\W+", ".", name + keys).strip(".") for name, keys in paths]
-    return {name: leaf for name, (_, leaf) in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)}
+    arguments = zip(argument_names(served), (*served.args, *served.kwargs.values()), strict=False)
+    leaves = [(name + keys, leaf) for name, tree in arguments for keys, leaf in tree_leaves_with_names(tree)]
+    return {re.sub(r"\W+", ".", path).strip("."): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
 
 
 def describe_example(served: Served) -> dict[str, Any]:
@@ -576,15 +574,14 @@ def write_onnx(served: Served, folder: Path, external_data: bool = False) -> Non
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
     """Without what torch's exporter says about its own insides and about a torchvision it does not need."""
-    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    level = ONNX_LOGGER.level
+    ONNX_LOGGER.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated", FutureWarning)
             yield
     finally:
-        logger.setLevel(level)
+        ONNX_LOGGER.setLevel(level)
 
 
 def write_torchrec(served: Served, folder: Path) -> None:

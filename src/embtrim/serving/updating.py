@@ -116,7 +116,7 @@ class UpdateReport:
 
     Attributes:
         bundle: the new bundle's folder.
-        version: of plan and schema: the parent's and one more; 1 is that of a bundle which is no update.
+        version: of plan and schema: the parent's and one more; 1 is that of a bundle which is not an update.
         of: SHA-256 of the parent's bundle.json.
         schema_before, schema_after: fingerprints.
         plan_before, plan_after: digests of the layouts.

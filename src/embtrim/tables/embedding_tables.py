@@ -357,7 +357,7 @@ class EmbeddingTables(nn.Module):
 
     @torch.no_grad()
     def _zero_special_rows(self) -> None:
-        """OOV and DROPPED rows start at zero, so that an untrained one is no noise."""
+        """OOV and DROPPED rows start at zero, so that an untrained one adds no noise."""
         for table in self.plan.tables:
             special = [] if table.dropped_id is None else [table.dropped_id]
             oov = table.oov_id()

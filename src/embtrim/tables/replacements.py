@@ -215,7 +215,7 @@ class CompactEmbedding(Replacement):
         stored = list(self.weights)
         if self.bits == 32 or self.packed is not None or not self.stores_columns:
             return
-        # Zero is no code of every column.
+        # Zero is not a code of every column.
         zeroes = (
             self.padding_row is not None and not self(torch.tensor(self.padding_idx, device=stored[0].device)).any()
         )

@@ -137,12 +137,12 @@ def _look(
     unknown = set(fields or ()) - {site.path for site in by_weight.values()}
     if unknown:
         seen = "; ".join(map(str, findings)) or "it has none"
-        raise EmbtrimError(f"fields= names {sorted(unknown)[0]!r}, which is no embedding that was found: {seen}")
+        raise EmbtrimError(f"fields= names {sorted(unknown)[0]!r}, which is not an embedding that was found: {seen}")
     return findings, sites
 
 
 def _why_left(name: str, module: nn.Module, keep: Callable[[str], bool] | None) -> str:
-    """Why a module that holds an embedding weight is no site; empty if it is one."""
+    """Why a module that holds an embedding weight is not a site; empty if it is one."""
     if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return f"{name or type(module).__name__}, a {type(module).__name__}, reads its weight too"
     if type(module).forward not in (nn.Embedding.forward, nn.EmbeddingBag.forward):

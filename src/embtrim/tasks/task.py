@@ -315,7 +315,7 @@ class Task:
 def loss_weight(batch: Any) -> float:
     """What the mean loss of a batch counts among those of others: its rows, or the sum of their sample weights.
 
-    Of a batch of a loader's own making the rows are those of its first part; 1 if that is no tensor and holds none first.
+    Of a batch of a loader's own making the rows are those of its first part; 1 if that is not a tensor and holds none first.
     """
     if isinstance(batch, Batch):
         return float(len(batch) if batch.weights_B is None else batch.weights_B.sum())
@@ -340,7 +340,7 @@ class CTRTask(Task):
         config: how `fit` trains; batch size, L2 and so on of the search's own training.
 
     Raises:
-        EmbtrimError: the model is none of embtrim.models.
+        EmbtrimError: the model is not one of embtrim.models.
     """
 
     def __init__(self, model: CTRModel, data: EncodedDataset, config: TrainConfig | None = None) -> None:

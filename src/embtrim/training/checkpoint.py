@@ -56,7 +56,7 @@ class Checkpoint:
         try:
             with safe_open(self.path, "pt") as file:
                 head = json.loads(file.metadata()["state"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
             version, settings = head["version"], head["settings"]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             log.warning("%s is damaged (%s); this training starts anew", self.path, str(error).partition("\n")[0])

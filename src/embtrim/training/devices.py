@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from embtrim.errors import ConfigError
+from embtrim.system import torch_private
 from embtrim.tables.embedding_tables import EmbeddingTables
 from embtrim.tables.kernels import kernels_name
 from embtrim.training.settings import TrainConfig
@@ -71,10 +72,10 @@ def computes_in(precision: str, device: torch.device) -> str:
 
 def _matmul_choice(precision: str, device: torch.device) -> tuple[bool, bool]:
     """Whether fp32 matmuls go to oneDNN, and whether autocast to bf16 is on."""
-    has_amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    has_amx = device.type == "cpu" and torch_private.has_amx()
     onednn = device.type == "cpu" and (precision != "fp32" or not has_amx)
     if device.type == "cpu":
-        has_bf16 = torch.cpu._is_avx512_bf16_supported() or has_amx
+        has_bf16 = torch_private.has_bf16()
     else:
         has_bf16 = torch.cuda.is_bf16_supported()
     return onednn, precision == "bf16" or (precision == "auto" and has_bf16)

@@ -97,7 +97,7 @@ def check_data(model: CTRModel, data: EncodedDataset) -> None:
     """Raise DataError unless the data carry the ids that the model reads.
 
     Raises:
-        EmbtrimError: the model is none of embtrim.models, or the data are not encoded.
+        EmbtrimError: the model is not one of embtrim.models, or the data are not encoded.
     """
     if not isinstance(model, CTRModel):
         raise EmbtrimError(

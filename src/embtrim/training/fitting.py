@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from embtrim.data.dataset import Batch, EncodedDataset
 from embtrim.errors import ConfigError, EmbtrimError
 from embtrim.models.ctr_model import CTRModel
+from embtrim.system.torch_private import compile_error
 from embtrim.tables.row_optimizers import RowAdagrad, RowAdam, RowSGD
 from embtrim.training.checkpoint import Checkpoint
 from embtrim.training.devices import computes_in, device_of, kernels_used
@@ -97,8 +98,6 @@ def compiled(model: CTRModel) -> Iterator[None]:
     Raises:
         EmbtrimError: torch cannot compile here.
     """
-    from torch._dynamo.exc import TorchDynamoException  # takes seconds to import
-
     eager, faster = model.forward, torch.compile(model.forward, dynamic=True)  # the last batch of an epoch is smaller
 
     def forward(*inputs: Any) -> Tensor:
@@ -106,7 +105,7 @@ def compiled(model: CTRModel) -> Iterator[None]:
             return eager(*inputs)
         try:
             return faster(*inputs)
-        except TorchDynamoException as error:
+        except compile_error() as error:
             reason = str(error).partition("\n")[0]
             raise EmbtrimError(
                 f"[train] compile = true, but torch cannot compile here ({reason}); install a C++ compiler such as g++, or "
