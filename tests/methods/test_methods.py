@@ -116,7 +116,7 @@ class TestTheChecksCanFail:
                 weight = task.sites(task.model)[0].weights()[0]
                 return full.with_columns({first: weight.sum(0).argsort()[:2].tolist()})
             if config.fault == "not JSON":
-                return full.with_columns({first: [0]}).made_by("broken", {"set": (1, 2)})
+                return full.with_columns({first: [0]}).made_by("broken", budget, seed, {"set": (1, 2)})
             if config.fault == "over budget":
                 return full
             return full.with_columns({first: [0]})

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from embtrim.errors import BudgetError, PlanError
 from embtrim.plan.budget import Budget
-from embtrim.plan.plan import SizePlan
-from embtrim.plan.table import Block, TablePlan, describe_table
+from embtrim.plan.plan import PlanShape, SizePlan
+from embtrim.plan.table import Block, TablePlan, TableShape, describe_table
 from embtrim.schema import Schema
 from embtrim.tables.embedding_tables import EmbeddingTables
 
@@ -42,7 +42,9 @@ def example_plan() -> SizePlan:
         TablePlan("f1", 6, 4, (Block(4, (0, 3), "scatter", rows(0, 1, 2, 5)),)),
         TablePlan("f2", 3, 4, (Block(3, ()),)),
     )
-    return SizePlan(SCHEMA.fingerprint, 3, tables, True, "manual", {"seed": 3, "budget": "10%"})
+    return SizePlan(
+        SCHEMA.fingerprint, 3, tables, True, "manual", {"scores": [1.5]}, seed=3, budget=Budget.parse("10%")
+    )
 
 
 # ---- counts by hand ----------------------------------------------------------------------------------------------
@@ -194,7 +196,12 @@ def test_saved_is_loaded(saved):
     plan, loaded = example_plan(), SizePlan.load(saved)
     assert same_tables(plan, loaded)
     assert (loaded.fingerprint, loaded.num_fields, loaded.first_order) == (plan.fingerprint, 3, True)
-    assert (loaded.method, loaded.details) == ("manual", {"seed": 3, "budget": "10%"})
+    assert (loaded.method, loaded.details, loaded.seed, loaded.budget) == (
+        "manual",
+        {"scores": [1.5]},
+        3,
+        Budget.parse("10%"),
+    )
     assert sorted(p.name for p in saved.parent.iterdir()) == ["plan.json", "plan.npz"]
 
 
@@ -206,11 +213,16 @@ def test_a_plan_without_chosen_rows_needs_no_npz(tmp_path):
 
 def test_layout_alone_counts_the_same_and_has_no_id_map(saved):
     saved.with_suffix(".npz").unlink()
-    layout = SizePlan.load(saved, rows=False)
+    layout = PlanShape.load(saved)
     assert (layout.num_params, layout.num_bytes()) == (example_plan().num_params, example_plan().num_bytes())
     assert layout.tables[0].oov_id() is None
-    with pytest.raises(PlanError, match=r"read without its rows; load it with the \.npz"):
-        layout.tables[0].id_map()
+    assert isinstance(layout.tables[0], TableShape)
+    assert not isinstance(layout.tables[0], TablePlan), "a shape has no map of ids"
+    layout.save(saved.parent / "layout.json")
+    with pytest.raises(
+        PlanError, match=r"keeps 3 of 10 rows and does not say which; .* give the plan that the search wrote"
+    ):
+        SizePlan.load(saved.parent / "layout.json")
 
 
 def test_a_plan_edited_by_hand_is_applied(saved):
@@ -238,22 +250,22 @@ def edit(path: Path, *keys, value) -> None:
 @pytest.mark.parametrize("break_it, message", [
     (lambda p: p.unlink(), "plan.json does not exist; a plan is a .json and"),
     (lambda p: p.with_suffix(".npz").unlink(), "plan.npz does not exist; a plan is a .json and"),
-    (lambda p: p.with_suffix(".npz").write_bytes(b"PK nonsense"), "no valid plan"),
-    (lambda p: p.write_text("{"), "no valid plan"),
-    (lambda p: p.write_bytes(b"\xff\xfe\x00"), "no valid plan"),
+    (lambda p: p.with_suffix(".npz").write_bytes(b"PK nonsense"), "not a valid plan"),
+    (lambda p: p.write_text("{"), "not a valid plan"),
+    (lambda p: p.write_bytes(b"\xff\xfe\x00"), "not a valid plan"),
     (lambda p: p.write_text("[1, 2]"), "plan.json: this is not an embtrim plan: it has no plan_version"),
     (lambda p: p.write_text("{}"), "plan.json: this is not an embtrim plan: it has no plan_version"),
     (lambda p: edit(p, "plan_version", value=2), "plan version 2, this release reads 1; upgrade embtrim"),
-    (lambda p: edit(p, "tables", value=None), "no valid plan"),
-    (lambda p: edit(p, "tables", 0, "num_rows", value=None), "no valid plan .KeyError"),
-    (lambda p: edit(p, "tables", 0, "num_rows", value="ten"), "no valid plan"),
+    (lambda p: edit(p, "tables", value=None), "not a valid plan"),
+    (lambda p: edit(p, "tables", 0, "num_rows", value=None), "not a valid plan .KeyError"),
+    (lambda p: edit(p, "tables", 0, "num_rows", value="ten"), "not a valid plan"),
     (lambda p: edit(p, "tables", 0, "num_rows", value=8), "its blocks hold 9 rows, the table 8"),
     (lambda p: edit(p, "tables", 1, "blocks", 0, "columns", value=[3, 0]), "columns must ascend"),
-    (lambda p: edit(p, "tables", 1, "blocks", 0, "columns", value=["a"]), "no valid plan"),
+    (lambda p: edit(p, "tables", 1, "blocks", 0, "columns", value=["a"]), "not a valid plan"),
     (lambda p: edit(p, "tables", 1, "blocks", 0, "alignment", value="diagonal"), "concat, scatter or project, given 'diag"),
     (lambda p: edit(p, "tables", 1, "blocks", 0, "num_rows", value=5), "says 5 rows and lists 4"),
-    (lambda p: edit(p, "tables", 1, "blocks", 0, "rows", value="t9b9"), "no valid plan"),
-    (lambda p: edit(p, "colour", value="red"), "no valid plan .*colour"),
+    (lambda p: edit(p, "tables", 1, "blocks", 0, "rows", value="t9b9"), "not a valid plan"),
+    (lambda p: edit(p, "colour", value="red"), "not a valid plan .*colour"),
 ])  # fmt: skip
 def test_broken_files(saved, break_it, message):
     break_it(saved)

@@ -20,7 +20,7 @@ from embtrim.compaction.compacting import compact
 from embtrim.errors import BundleError, DataError
 from embtrim.methods import UniformConfig, search
 from embtrim.models import DeepFM
-from embtrim.plan.plan import SizePlan
+from embtrim.plan.plan import PlanShape, SizePlan
 from embtrim.plan.table import Block
 from embtrim.schema import OOV
 from embtrim.serving.bundle import contents_digest, load_bundle, note_spread, save
@@ -272,7 +272,7 @@ def test_bytes_are_those_of_the_target_of_the_search(encoded, raw, tmp_path):
     small = compact(full, plan.with_bits(8))
     small.tables.quantize()
     save(small, tmp_path / "8 bits", encoded)
-    assert load_bundle(tmp_path / "8 bits").model.tables.plan.target == "torch"
+    assert load_bundle(tmp_path / "8 bits").model.tables.plan.target is None
 
 
 WITHOUT_SEARCH = """
@@ -344,7 +344,7 @@ def test_a_bundle_that_cannot_be_replaced_stays(saved, tmp_path, monkeypatch):
 
 def test_saved_plan_is_layout_only(saved):
     folder, model, _ = saved
-    plan = SizePlan.load(folder / "plan.json", rows=False)
+    plan = PlanShape.load(folder / "plan.json")
     assert plan.num_params == model.tables.plan.num_params
     assert not (folder / "plan.npz").exists()
 

@@ -16,7 +16,7 @@ from embtrim.data.encoder import digest
 from embtrim.errors import BundleError, ConfigError, DataError
 from embtrim.models import DeepFM
 from embtrim.plan.plan import SizePlan
-from embtrim.plan.table import Block, TablePlan
+from embtrim.plan.table import Block, BlockShape, TablePlan, TableShape
 from embtrim.schema import FieldSpec, Schema
 from embtrim.serving import updating
 from embtrim.serving.bundle import load_bundle, save
@@ -254,7 +254,9 @@ def test_renumbered_values_have_the_ids_of_a_fresh_encode_and_score_as_before(bu
 
 def test_renumbering_moves_rows_of_one_width_only():
     """Ids 0 (OOV) and 4 (DROPPED) stay; of the values c to f, of which e and f are narrow, d and f come first now."""
-    table = TablePlan("t", 7, 4, (Block(3, 4, "project"), Block(1, 4, "project"), Block(2, 2, "project")))
+    table = TableShape(
+        "t", 7, 4, (BlockShape(3, 4, "project"), BlockShape(1, 4, "project"), BlockShape(2, 2, "project"))
+    )
     vocabulary = pl.DataFrame(
         {"value": ["b", "c", "d", "e", "f", "x"], "id": [1, 2, 3, 5, 6, 4], "count": [6, 5, 4, 3, 2, 1]}
     )
@@ -382,7 +384,7 @@ W4, W2, W0 = (4, "project"), (2, "project"), (0, "project")
     ],
 )
 def test_rows_are_added_behind_those_that_stay(num_rows, blocks, new, returned, ids, num_blocks):
-    table = TablePlan("t", num_rows, 4, tuple(Block(*block) for block in blocks))
+    table = TableShape("t", num_rows, 4, tuple(BlockShape(*block) for block in blocks))
     grown = table.grown(new, returned)
     assert added_ids(table, grown).tolist() == ids
     assert (grown.num_rows, grown.num_kept, len(grown.blocks)) == (

@@ -221,7 +221,7 @@ def test_kernels_compile_where_no_folder_can_be_written_to():
         "    raise PermissionError('read-only')\n"
         "tempfile.TemporaryFile = refuse\n"  # what numba tries a folder with
         "import torch\n"
-        "from embtrim import kernels\n"
+        "from embtrim.tables import kernels\n"
         "fused = kernels.kernels_for(torch.zeros(1))\n"
         "assert fused.__name__ == 'embtrim.tables.kernels.fused'\n"
         "weight = torch.zeros(3, 2)\n"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from embtrim.errors import ConfigError, EmbtrimError
-from embtrim.plan.plan import SizePlan
-from embtrim.plan.table import Block, TablePlan
+from embtrim.plan.plan import PlanShape
+from embtrim.plan.table import Block, BlockShape, TablePlan, TableShape
 from embtrim.schema import FieldSpec, Schema
 from embtrim.tables.embedding_tables import EmbeddingTables, full_tables
 from embtrim.tables.kernels.torch import strides
@@ -34,7 +34,7 @@ def mixed_tables(multi_valued: bool = False) -> EmbeddingTables:
     tables = [
         TablePlan("a", 40, 4, (Block(40, (0, 2)),)),
         TablePlan("b", 7, 4, (Block(7, (0, 1, 2, 3)),)),
-        TablePlan("d", 30, 4, (Block(5, 4, "project"), Block(20, 2, "project"))),
+        TableShape("d", 30, 4, (BlockShape(5, 4, "project"), BlockShape(20, 2, "project"))),
         TablePlan("e", 9, 4, (Block(9, ()),)),
     ]
     if multi_valued:
@@ -42,7 +42,7 @@ def mixed_tables(multi_valued: bool = False) -> EmbeddingTables:
         fields.append(FieldSpec(name="g", type="multi", max_len=2, pooling="sum", vocab_size=40, table="a"))
         tables.append(TablePlan("f", 50, 4, (Block(50, (1, 2)),)))
     schema = Schema(label="label", fields=tuple(fields))
-    plan = SizePlan(schema.fingerprint, len(fields), tuple(tables), first_order=True)
+    plan = PlanShape(schema.fingerprint, len(fields), tuple(tables), first_order=True)
     return EmbeddingTables(schema, plan, 1e-2, torch.Generator().manual_seed(0))
 
 

@@ -332,7 +332,7 @@ def test_a_search_fills_the_budget_at_its_bits(task, config, bits, budget):
     limit = Budget.parse(budget)
     plan = search(task, config, budget, bits=bits)
     assert {t.bits for t in plan.tables} == {bits}
-    assert plan.details["budget"] == str(limit)
+    assert plan.budget == limit
     if limit.kind == "params":
         assert plan.num_params == search(task, config, budget).num_params
     else:
@@ -533,12 +533,12 @@ def test_a_method_of_anyones_may_choose_bits_itself(task, plans_bits):
         return rows_and_columns(task, config, budget, seed).with_bits({"strong": 16, "noise": config.bits})
 
     def rows_and_columns(task: Task, config: HalvesConfig, budget: Budget, seed: int) -> SizePlan:
-        return search(task, FrequencyConfig(), budget, seed).made_by("halves", {"budget": str(budget), "seed": seed})
+        return search(task, FrequencyConfig(), budget, seed).made_by("halves", budget, seed, {})
 
     register("halves", HalvesConfig, "nothing", ("rows",), by_table if plans_bits else None)(rows_and_columns)
     try:
         plan = search(task, HalvesConfig(), "30%", seed=3, bits="mixed")
-        assert (plan.method, plan.details) == ("halves", {"budget": "30%", "seed": 3})
+        assert (plan.method, plan.budget, plan.seed) == ("halves", Budget.parse("30%"), 3)
         assert ([t.bits for t in plan.tables] == [16, 32, 8]) == plans_bits
         assert (plan.num_params > 0.3 * plan.num_full_params) != plans_bits  # else what bits free buys rows
         everywhere = search(task, HalvesConfig(), "30%", seed=3, bits=8)  # one precision is not the method's to choose
@@ -561,7 +561,7 @@ def test_large_tables_are_read_in_parts(bits, monkeypatch):
         return energy_of_rows(weight_VD, count_V), loss, packed(torch.arange(10)[:, None], torch.zeros(1).long())
 
     energies, loss, stored = found()
-    for module in ("packing", "precision"):
+    for module in ("tables.packing", "methods.precision"):
         monkeypatch.setattr(f"embtrim.{module}.CHUNK_ROWS", 3)
     in_parts = found()
     np.testing.assert_allclose(in_parts[0], energies, rtol=1e-12)
@@ -621,9 +621,9 @@ def test_a_search_for_fbgemm_fills_rows_up(task, config):
         assert all(t.output_width % 4 == 0 for t in plan.tables)
         assert 0 < plan.num_params < plan.num_full_params
         assert f"{plan.num_bytes('fbgemm'):,} bytes with" in plan.summary()
-        assert (plan.target, plan.details["target"]) == ("fbgemm", "fbgemm")
+        assert plan.target == "fbgemm"
     assert search(task, config, "30%", target="onnx").target == "onnx"
-    assert "target" not in search(task, config, "30%").details
+    assert search(task, config, "30%").target is None
     assert search(foreign_task(), UniformConfig(align="scatter"), "60%", target="fbgemm").num_params
 
 

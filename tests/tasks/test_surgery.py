@@ -1210,7 +1210,7 @@ def test_a_saved_module_opens_without_search_code(tmp_path: Path):
     torch.save(tables["flat"](PAIRS), tmp_path / "expected.pt")
     code = """
 import sys, torch
-for name in ("sites", "compaction", "methods", "train", "optim", "checkpoint", "models", "dataset", "tables"):
+for name in ("tasks", "compaction", "methods", "training", "models", "data", "serving", "tables.embedding_tables"):
     sys.modules[f"embtrim.{name}"] = None
 tables = torch.load(sys.argv[1] + "/tables.pt", weights_only=False)
 ids = torch.tensor([[0, 3, 5], [11, 0, 0], [1, 1, 9], [0, 0, 0]])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from embtrim.errors import PlanError
 from embtrim.models.ctr_model import CTRModel
+from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import TablePlan
 from embtrim.tables.embedding_tables import EmbeddingTables
 
@@ -16,6 +17,7 @@ from embtrim.tables.embedding_tables import EmbeddingTables
 def inherit_weights(full: CTRModel, small: CTRModel) -> None:
     """Copy into `small` what its plan keeps of `full`: rows and columns of tables, and the axes that read them."""
     plan = small.tables.plan
+    assert isinstance(plan, SizePlan), "a plan without rows does not say what is kept"
     full.tables.settle()
     for table in plan.tables:
         _inherit_table(full.tables, small.tables, table)

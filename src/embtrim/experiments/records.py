@@ -196,7 +196,7 @@ def make_record(
         bits=bits,
         target=config.target,
         table_bytes=plan.num_bytes(config.target),
-        counted_vocabulary_bytes=plan.details.get("vocabulary_bytes"),
+        counted_vocabulary_bytes=plan.vocabulary_bytes,
         model_params=plan.num_params
         + plan.num_first_order_params
         + sum(p.numel() for name, p in model.named_parameters() if not name.startswith("tables.")),

@@ -20,7 +20,7 @@ from embtrim.methods import method_named, method_of, search
 from embtrim.models import build
 from embtrim.plan.budget import Budget
 from embtrim.plan.limits import target_settings
-from embtrim.plan.plan import SizePlan
+from embtrim.plan.plan import PlanShape, SizePlan
 from embtrim.plan.table import Bits, Target
 from embtrim.system.files import write_then_rename
 from embtrim.system.memory import peak_memory
@@ -129,7 +129,7 @@ def shrink(
     return Trained(small, record, plan)
 
 
-def allowed_bytes(full: SizePlan, config: RunConfig, budget: str | None) -> int:
+def allowed_bytes(full: PlanShape, config: RunConfig, budget: str | None) -> int:
     """Bytes that compact tables may take within a budget, or without one: at the fewest bits that a table may get."""
     stored = full.with_bits(4 if config.bits in ("mixed", "auto") else config.bits)
     most = stored.num_bytes(config.target)

@@ -19,7 +19,7 @@ def search_frequency(task: Task, config: FrequencyConfig, budget: Budget, seed: 
     """Keep rows by how often they occur in the training data, over all fields."""
     full = task.full_plan()
     columns = {t.name: range(t.width) for t in full.tables}
-    details = {"config": config.model_dump(), "budget": str(budget), "seed": seed}
+    details = {"config": config.model_dump()}
     counts, alignment = task.row_counts(), alignment_of(task, "scatter")
     plan = filled(full, budget, lambda limit: row_plan(full, counts, columns, limit, alignment))
-    return plan.made_by("frequency", details)
+    return plan.made_by("frequency", budget, seed, details)

@@ -94,8 +94,8 @@ class GuidedConfig(Config):
 
 def search_mixed(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> SizePlan:
     """Choose rows, columns and bits of every table together."""
-    details = {"config": config.model_dump(mode="json"), "budget": str(budget), "seed": seed}
-    return least_loss_plan(task, budget, alignment_of(task, config.align)).made_by("guided", details)
+    details = {"config": config.model_dump(mode="json")}
+    return least_loss_plan(task, budget, alignment_of(task, config.align)).made_by("guided", budget, seed, details)
 
 
 @register("guided", GuidedConfig, needs="trained", adds=(), search_mixed=search_mixed)
@@ -116,8 +116,8 @@ def search_guided(task: Task, config: GuidedConfig, budget: Budget, seed: int) -
         others = [name for name in best if name != EQUAL]
         trials = {name: trials[name] for name in (EQUAL, *others[: math.ceil(len(others) * KEPT_PART)])}
     winner = best[0]
-    details = {"config": config.model_dump(mode="json"), "budget": str(budget), "seed": seed, "chosen": winner}
-    return candidates[winner].made_by("guided", {**details, "scores": scores})
+    details = {"config": config.model_dump(mode="json"), "chosen": winner}
+    return candidates[winner].made_by("guided", budget, seed, {**details, "scores": scores})
 
 
 def is_decided(leader: list[float], equal: list[float]) -> bool:

@@ -105,8 +105,6 @@ def search_hard_mask(task: Task, config: HardMaskConfig, budget: Budget, seed: i
     ranking = rank_slots(margin_S, costs_S, supernet.mask_S.cpu().numpy(), config.refill)
     details = {
         "config": config.model_dump(),
-        "budget": str(budget),
-        "seed": seed,
         "scores": supernet.a_S.double().tolist(),
         "threshold": supernet.threshold,
         "cost_weight": supernet.cost_weight,
@@ -115,7 +113,7 @@ def search_hard_mask(task: Task, config: HardMaskConfig, budget: Budget, seed: i
         "weight_steps": supernet.weight_steps,
         "mask_steps": supernet.mask_steps,
     }
-    return field_plan(full, ranking, limit, alignment, config.min_dim).made_by("hard_mask", details)
+    return field_plan(full, ranking, limit, alignment, config.min_dim).made_by("hard_mask", budget, seed, details)
 
 
 class MaskedSupernet:

@@ -48,6 +48,8 @@ def search_mde(task: Task, config: MDEConfig, budget: Budget, seed: int) -> Size
     scale_S = np.concatenate(
         [np.arange(1, t.width + 1) / p**config.alpha for t, p in zip(full.tables, popularity, strict=True)]
     )
-    details = {"config": config.model_dump(), "budget": str(budget), "seed": seed}
+    details = {"config": config.model_dump()}
     ranking = np.argsort(scale_S, kind="stable")
-    return field_plan(full, ranking, full.max_params(budget), alignment_of(task, config.align)).made_by("mde", details)
+    return field_plan(full, ranking, full.max_params(budget), alignment_of(task, config.align)).made_by(
+        "mde", budget, seed, details
+    )

@@ -128,8 +128,6 @@ def search_optembed(task: Task, config: OptEmbedConfig, budget: Budget, seed: in
         widths = fill(space, widths, sampled)
     details: dict[str, Any] = {
         "config": config.model_dump(),
-        "budget": str(budget),
-        "seed": seed,
         "thresholds": [float(t) for site_t in thresholds for t in site_t],
         "raised": raised,
         "full_width_params": space.plan(tuple(space.most_T)).num_params,
@@ -138,7 +136,7 @@ def search_optembed(task: Task, config: OptEmbedConfig, budget: Budget, seed: in
     }
     if config.natural:
         details["natural_params"] = space.cost(widths)
-    plan = space.plan(widths).made_by("optembed", details)
+    plan = space.plan(widths).made_by("optembed", budget, seed, details)
     assert plan.num_params == space.cost(widths), "a candidate's cost is not its plan's"
     if plan.num_params > plan.max_params(budget):
         raise BudgetError(

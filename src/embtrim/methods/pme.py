@@ -34,8 +34,8 @@ from embtrim.errors import EmbtrimError
 from embtrim.methods.registry import register
 from embtrim.methods.selection import largest
 from embtrim.plan.budget import BYTES_PER_PARAM, Budget
-from embtrim.plan.plan import SizePlan
-from embtrim.plan.table import Block, TablePlan, map_params
+from embtrim.plan.plan import PlanShape, SizePlan
+from embtrim.plan.table import Block, BlockShape, TablePlan, TableShape, map_params
 from embtrim.tasks.sites import Site, gate_sites
 from embtrim.tasks.task import Task, loss_weight
 
@@ -76,7 +76,7 @@ def search_pme(task: Task, config: PMEConfig, budget: Budget, seed: int) -> Size
         ranked = reassign(ranked, np.concatenate([counts[t.name] for t in full.tables]))
     elif config.score == "random":
         ranked = reassign(ranked, np.random.default_rng(seed).random(sum(map(len, ranked))))
-    details = {"config": config.model_dump(), "budget": str(budget), "seed": seed}
+    details = {"config": config.model_dump()}
     if budget.kind == "bytes" and full.first_order:  # rows of size 0 free their first-order weights
         limit, row_cost = int(budget.amount // BYTES_PER_PARAM), 1
     else:
@@ -86,7 +86,7 @@ def search_pme(task: Task, config: PMEConfig, budget: Budget, seed: int) -> Size
     details["rows_by_size"] = dict(zip(map(str, found.tolist()), rows.tolist(), strict=True))
     plan = sized_plan(full, sizes)
     plan.max_params(budget)  # raises where the first-order weights alone exceed it
-    return plan.made_by("pme", details)
+    return plan.made_by("pme", budget, seed, details)
 
 
 # ---- saliency ----------------------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def fill_sizes(full: SizePlan, ranked: list[np.ndarray], limit: int, row_cost: i
         return [b[part] for b, part in zip(levels_of, np.split(level_R, first_row[1:-1]), strict=True)]
 
     def count(level_R: np.ndarray) -> int:
-        plan = sized_plan(full, sizes_of(level_R), with_rows=False)
+        plan = counted_plan(full, sizes_of(level_R))
         return plan.num_params + row_cost * sum(t.num_compact_rows for t in plan.tables)
 
     def keep_few(level_R: np.ndarray) -> np.ndarray:
@@ -248,15 +248,34 @@ def fill_sizes(full: SizePlan, ranked: list[np.ndarray], limit: int, row_cost: i
         level_R = changed_R
 
 
-def sized_plan(full: SizePlan, sizes: Sequence[np.ndarray], with_rows: bool = True) -> SizePlan:
-    """The plan that gives each value its size (V,), by table; without its rows it can only be counted."""
+def sized_plan(full: SizePlan, sizes: Sequence[np.ndarray]) -> SizePlan:
+    """The plan that gives each value its size (V,), by table."""
     tables = []
     for table, size_V in zip(full.tables, sizes, strict=True):
         blocks = []
-        for size in np.unique(size_V[size_V > 0])[::-1].tolist():
-            rows = np.flatnonzero(size_V == size).astype(np.int32)
-            columns = tuple(range(size)) if size == table.width else size  # (lookup): W_s is the identity at s = D
-            listed = rows if with_rows and len(rows) < table.num_rows else None
-            blocks.append(Block(len(rows), columns, "project", listed))
+        for block in sized_blocks(table, size_V):
+            rows = np.flatnonzero(size_V == block.width).astype(np.int32)
+            blocks.append(
+                Block(block.num_rows, block.columns, block.alignment, rows if len(rows) < table.num_rows else None)
+            )
         tables.append(TablePlan(table.name, table.num_rows, table.width, tuple(blocks)))
     return dataclasses.replace(full, tables=tuple(tables))
+
+
+def counted_plan(full: SizePlan, sizes: Sequence[np.ndarray]) -> PlanShape:
+    """The plan that gives each value its size (V,), by table, without its rows: enough to count its parameters."""
+    tables = tuple(
+        TableShape(table.name, table.num_rows, table.width, tuple(sized_blocks(table, size_V)))
+        for table, size_V in zip(full.tables, sizes, strict=True)
+    )
+    return dataclasses.replace(full.shape(), tables=tables)
+
+
+def sized_blocks(table: TablePlan, size_V: np.ndarray) -> list[BlockShape]:
+    """One block for each size that values of a table have, the largest first."""
+    sizes, counts = np.unique(size_V[size_V > 0], return_counts=True)
+    return [
+        # (lookup): W_s is the identity at s = D
+        BlockShape(rows, tuple(range(size)) if size == table.width else size, "project")
+        for size, rows in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True)
+    ]

@@ -32,7 +32,7 @@ from torch import Tensor
 from embtrim.plan.budget import BYTES_PER_PARAM, Budget
 from embtrim.plan.limits import LEVELS
 from embtrim.plan.plan import SizePlan
-from embtrim.plan.table import Alignment, Block, TablePlan
+from embtrim.plan.table import Alignment, Block, BlockShape, TablePlan, TableShape
 from embtrim.tables.packing import CHUNK_ROWS, codes_of, fit_codes
 from embtrim.tasks.sites import ModuleSite
 from embtrim.tasks.task import Task, weights_by_table
@@ -50,7 +50,7 @@ class Choice(NamedTuple):
 
     num_bytes: int
     loss: float
-    table: TablePlan
+    table: TableShape
 
 
 def mixed_bits(task: Task, plan: SizePlan, budget: Budget) -> SizePlan:
@@ -101,7 +101,7 @@ def least_loss_plan(task: Task, budget: Budget, alignment: Alignment) -> SizePla
         for table in full.tables:
             columns = min(width, table.width)
             missing = COLUMN_LOSS * (columns**-COLUMN_POWER - table.width**-COLUMN_POWER)
-            block = Block(0, tuple(range(columns)), alignment)
+            block = BlockShape(0, tuple(range(columns)), alignment)
             parts = [(bits, min(1.0, missing + lost[table.name, bits])) for bits in LEVELS]
             tables = row_choices(table, kept[table.name], block, parts)
             choices.append([Choice(full.table_bytes(stored, budget=budget), loss, stored) for loss, stored in tables])
@@ -109,12 +109,11 @@ def least_loss_plan(task: Task, budget: Budget, alignment: Alignment) -> SizePla
         if not best or sum(c.loss for c in chosen) < sum(c.loss for c in best):
             best = chosen
     tables = []
-    for choice in best:
-        table = choice.table
-        if 0 < table.num_kept < table.num_rows:
-            rows = np.sort(orders[table.name][: table.num_kept]).astype(np.int32)
-            table = dataclasses.replace(table, blocks=(dataclasses.replace(table.blocks[0], rows=rows),))
-        tables.append(table)
+    for table in (choice.table for choice in best):
+        some = table.num_kept < table.num_rows
+        rows = np.sort(orders[table.name][: table.num_kept]).astype(np.int32) if some else None
+        blocks = tuple(Block(block.num_rows, block.columns, block.alignment, rows) for block in table.blocks)
+        tables.append(TablePlan(table.name, table.num_rows, table.width, blocks, table.bits))
     return dataclasses.replace(full, tables=tuple(tables))
 
 
@@ -131,8 +130,8 @@ def energy_of_rows(weight_VD: Tensor, count_V: np.ndarray) -> np.ndarray:
 
 
 def row_choices(
-    table: TablePlan, kept_V: np.ndarray, block: Block, parts: Sequence[tuple[int, float]]
-) -> list[tuple[float, TablePlan]]:
+    table: TableShape, kept_V: np.ndarray, block: BlockShape, parts: Sequence[tuple[int, float]]
+) -> list[tuple[float, TableShape]]:
     """What a table loses by how it is stored, from nothing to all of its rows; plans that keep some rows do not list them.
 
     Args:
@@ -142,6 +141,7 @@ def row_choices(
         parts: (bits, part of a kept row's energy that is lost then).
     """
     total = float(kept_V[-1])
+    table = table.shape()
     found = [(ROW_LOSS * total, dataclasses.replace(table, blocks=(), bits=min(LEVELS)))]
     for n in some_numbers(table.num_rows):
         blocks = (dataclasses.replace(block, num_rows=n),)

@@ -29,7 +29,7 @@ def search_random(task: Task, config: RandomConfig, budget: Budget, seed: int) -
     """Fill the budget with slots in random order."""
     full = task.full_plan()
     ranking = np.random.default_rng(seed).permutation(sum(t.width for t in full.tables))
-    details = {"config": config.model_dump(), "budget": str(budget), "seed": seed}
+    details = {"config": config.model_dump()}
     return field_plan(full, ranking, full.max_params(budget), alignment_of(task, config.align)).made_by(
-        "random", details
+        "random", budget, seed, details
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 
@@ -98,7 +99,7 @@ def search(
         is_exact = bits == 32 and target != "fbgemm" and enough > budget.amount
         advice = f"{budget.words_for(enough)} is enough" if is_exact else "give more"
         raise BudgetError(f"method {method.name!r} keeps no row of any table within a budget of {budget}; {advice}")
-    return plan if target is None else plan.made_by(plan.method, {**plan.details, "target": target})
+    return plan if target is None else dataclasses.replace(plan, target=target)
 
 
 def _search_within(
@@ -136,7 +137,7 @@ def _search_with_vocabulary(
         if plan.keeps_nothing:
             break
         vocabulary = task.vocabulary_bytes(plan)
-        plan = plan.made_by(plan.method, {**plan.details, "budget": str(budget), "vocabulary_bytes": vocabulary})
+        plan = dataclasses.replace(plan, budget=budget, vocabulary_bytes=vocabulary)
         found.append(f"{plan.num_bytes(target):,} + {vocabulary:,}")
         if plan.num_bytes(target) + vocabulary > allowed:
             left = allowed - VOCABULARY_MARGIN * vocabulary
@@ -198,6 +199,6 @@ def _search_stored(
         if excess <= 1e-6:  # of a byte: the percentage was rounded
             if wanted and "columns" in method.adds:
                 plan = plan.with_padded_columns(budget, wanted)
-            return plan.made_by(plan.method, {**plan.details, "budget": str(budget)})
+            return dataclasses.replace(plan, budget=budget)
         amount = max(amount - excess * ratio / unit, amount / 2)
     return plan

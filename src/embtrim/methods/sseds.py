@@ -84,11 +84,11 @@ def search_sseds(task: Task, config: SSEDSConfig, budget: Budget, seed: int) -> 
     alignment = alignment_of(task, config.align)
     key_S = score_S / slot_costs(full, alignment) if config.cost_aware else score_S
     ranking = np.argsort(-key_S, kind="stable")
-    details = {"config": config.model_dump(), "budget": str(budget), "seed": seed, "scores": score_S.tolist()}
+    details = {"config": config.model_dump(), "scores": score_S.tolist()}
     limit, min_dim = full.max_params(budget), config.min_dim
     if min_dim is None:
         min_dim = int(sum(columns_cost(full, table, 1, alignment) for table in full.tables) <= limit)
-    return field_plan(full, ranking, limit, alignment, min_dim).made_by("sseds", details)
+    return field_plan(full, ranking, limit, alignment, min_dim).made_by("sseds", budget, seed, details)
 
 
 def slot_gradients(task: Task, model: torch.nn.Module, config: SSEDSConfig, seed: int) -> np.ndarray:

@@ -35,12 +35,12 @@ def search_uniform(task: Task, config: UniformConfig, budget: Budget, seed: int)
     """Give every table the same width."""
     full = task.full_plan()
     alignment = alignment_of(task, config.align)
-    details = {"config": config.model_dump(), "budget": str(budget), "seed": seed}
+    details = {"config": config.model_dump()}
     plan = equal_widths(full, full_limit(full, budget), alignment, seed)
     if plan is None:
         counts, columns = task.row_counts(), {t.name: range(min(1, t.width)) for t in full.tables}
         plan = filled(full, budget, lambda limit: row_plan(full, counts, columns, limit, alignment))
-    return plan.made_by("uniform", details)
+    return plan.made_by("uniform", budget, seed, details)
 
 
 def equal_widths(full: SizePlan, limit: int, alignment: Alignment, seed: int) -> SizePlan | None:

@@ -16,7 +16,7 @@ from embtrim.models.fnn import FNN
 from embtrim.models.ipnn import IPNN
 from embtrim.models.lr import LR
 from embtrim.models.widedeep import WideDeep
-from embtrim.plan.plan import SizePlan
+from embtrim.plan.plan import PlanShape
 from embtrim.schema import Schema
 
 MODELS: dict[str, type[CTRModel]] = {
@@ -58,7 +58,7 @@ def build(name: str, schema: Schema, **hparams: Any) -> CTRModel:
     if name not in MODELS:
         raise ConfigError(f"unknown model {name!r}; {hint(str(name), MODELS)}")
     allowed = list(inspect.signature(MODELS[name]).parameters)[1:]  # the first is schema
-    if not isinstance(hparams.get("plan"), SizePlan | None):
+    if not isinstance(hparams.get("plan"), PlanShape | None):
         raise ConfigError(f"[model {name}] 'plan' takes a SizePlan, given {hparams['plan']!r}; it is not a setting")
     for key in hparams:
         if key not in allowed:

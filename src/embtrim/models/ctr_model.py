@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from embtrim.config import Config
 from embtrim.errors import DataError, PlanError
 from embtrim.models.blocks import Units
-from embtrim.plan.plan import SizePlan
+from embtrim.plan.plan import PlanShape, SizePlan
 from embtrim.schema import Schema
 from embtrim.tables.embedding_tables import EmbeddingTables, EmbeddingViews
 
@@ -94,7 +94,7 @@ class CTRModel(nn.Module):
     needs_aligned: ClassVar[bool] = False
     has_first_order: ClassVar[bool] = False
 
-    def __init__(self, schema: Schema, generator: torch.Generator, plan: SizePlan | None, **hparams: Any) -> None:
+    def __init__(self, schema: Schema, generator: torch.Generator, plan: PlanShape | None, **hparams: Any) -> None:
         super().__init__()
         if not schema.id_fields:
             raise DataError(f"schema {schema.describe()} has no id field; {type(self).__name__} needs at least one")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from embtrim.models.blocks import MLP, FirstOrder, side_by_side
 from embtrim.models.ctr_model import CTRModel, Reads
-from embtrim.plan.plan import SizePlan
+from embtrim.plan.plan import PlanShape
 from embtrim.schema import Schema
 
 
@@ -28,7 +28,7 @@ class DeepFM(CTRModel):
         schema: Schema,
         *,
         embedding_dim: int = 16,
-        plan: SizePlan | None = None,
+        plan: PlanShape | None = None,
         seed: int = 0,
         init_std: float = 1e-4,
         hidden_units: Sequence[int] = (400, 400, 400),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from embtrim.models.blocks import FirstOrder
 from embtrim.models.ctr_model import CTRModel
-from embtrim.plan.plan import SizePlan
+from embtrim.plan.plan import PlanShape
 from embtrim.schema import Schema
 
 
@@ -28,7 +28,7 @@ class FM(CTRModel):
         schema: Schema,
         *,
         embedding_dim: int = 16,
-        plan: SizePlan | None = None,
+        plan: PlanShape | None = None,
         seed: int = 0,
         init_std: float = 1e-4,
     ) -> None:

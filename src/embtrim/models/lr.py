@@ -10,7 +10,7 @@ from torch import Tensor
 
 from embtrim.models.blocks import FirstOrder
 from embtrim.models.ctr_model import CTRModel
-from embtrim.plan.plan import SizePlan
+from embtrim.plan.plan import PlanShape
 from embtrim.schema import Schema
 
 
@@ -20,7 +20,7 @@ class LR(CTRModel):
     name = "lr"
     has_first_order = True
 
-    def __init__(self, schema: Schema, *, plan: SizePlan | None = None, seed: int = 0, init_std: float = 1e-4) -> None:
+    def __init__(self, schema: Schema, *, plan: PlanShape | None = None, seed: int = 0, init_std: float = 1e-4) -> None:
         generator = torch.Generator().manual_seed(seed)
         super().__init__(schema, generator, plan, seed=seed, init_std=init_std)
         self.linear = FirstOrder(self.num_dense, init_std, generator)

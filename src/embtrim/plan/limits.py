@@ -11,8 +11,8 @@ import numpy as np
 
 from embtrim.errors import BudgetError
 from embtrim.plan.budget import BYTES_PER_PARAM, Budget
-from embtrim.plan.plan import SizePlan
-from embtrim.plan.table import Bits, Block, TablePlan, Target
+from embtrim.plan.plan import PlanShape, PlanT, SizePlan
+from embtrim.plan.table import Bits, Block, BlockShape, TableShape, Target
 
 Unit = Literal["columns", "rows", "sizes"]
 
@@ -57,7 +57,7 @@ def least_amount(
     )
 
 
-def amount_of(plan: SizePlan, budget: Budget, target: Target | None) -> float:
+def amount_of(plan: PlanShape, budget: Budget, target: Target | None) -> float:
     """The smallest budget, of the kind of this one, that allows a plan; a percentage as a share."""
     if budget.kind == "params":
         return plan.num_params
@@ -65,32 +65,32 @@ def amount_of(plan: SizePlan, budget: Budget, target: Target | None) -> float:
     return budget.amount + (plan.num_bytes(target) - plan.max_bytes(budget, target)) / unit
 
 
-def least_plans(full: SizePlan, unit: Literal["columns", "rows"] | None = None) -> Iterator[SizePlan]:
-    """Plans that keep as little as they can of one table, and nothing of the others.
+def least_plans(full: SizePlan, unit: Literal["columns", "rows"] | None = None) -> Iterator[PlanShape]:
+    """Plans that keep as little as possible of one table, and nothing of the other tables.
 
     Args:
-        full: the plan that keeps everything.
-        unit: a column or a row of a table is kept; or without one a row of one column, less than which no plan keeps: the
-            first row, which needs no map. A table as it is may cost less than these with their DROPPED row.
+        full: The plan that keeps everything.
+        unit: What is kept of a table: one column, or one row. Without a unit it is one column of the first row, which needs
+            no id map; no plan keeps less. A whole table may cost less than any of these with its DROPPED row.
     """
-    for number, t in enumerate(full.tables):
-        columns = tuple(range(t.width))
+    for number, table in enumerate(full.tables):
+        whole = Block(table.num_rows, tuple(range(table.width)))
         if unit == "columns":  # no row goes, nor its first-order weight
-            least = Block(t.num_rows, (0,), "concat")
-        elif unit == "rows":
-            least = Block(1, columns, "concat")
+            least = dataclasses.replace(table, blocks=(Block(table.num_rows, (0,), "concat"),))
+        elif unit == "rows":  # any row: its id may need a map
+            least = dataclasses.replace(table.shape(), blocks=(BlockShape(1, whole.columns, "concat"),))
         else:
-            least = Block(1, (0,), "concat", np.zeros(1, np.int32))
-        for block in (least, Block(t.num_rows, columns)):
-            tables = [
+            least = dataclasses.replace(table, blocks=(Block(1, (0,), "concat", np.zeros(1, np.int32)),))
+        for kept in (least, dataclasses.replace(table, blocks=(whole,))):
+            tables: list[TableShape] = [
                 dataclasses.replace(other, blocks=(Block(other.num_rows, ()),) if unit == "columns" else ())
                 for other in full.tables
             ]
-            tables[number] = dataclasses.replace(t, blocks=(block,))
-            yield dataclasses.replace(full, tables=tuple(tables))
+            tables[number] = kept
+            yield dataclasses.replace(full.shape(), tables=tuple(tables))
 
 
-def full_limit(full: SizePlan, budget: Budget) -> int:
+def full_limit(full: PlanShape, budget: Budget) -> int:
     """Parameters that a budget leaves beside the first-order weights of all rows; 0 where these alone exceed it."""
     try:
         return full.max_params(budget)
@@ -102,10 +102,10 @@ def full_limit(full: SizePlan, budget: Budget) -> int:
 LEVELS = (4, 8, 16)
 
 
-def in_fewest_bytes(plan: SizePlan, budget: Budget) -> SizePlan:
+def in_fewest_bytes(plan: PlanT, budget: Budget) -> PlanT:
     """The plan with the bits of each table that take fewest bytes of a budget."""
 
-    def num_bytes(table: TablePlan, bits: int) -> int:
+    def num_bytes(table: TableShape, bits: int) -> int:
         return plan.table_bytes(dataclasses.replace(table, bits=bits), budget=budget)
 
     return plan.with_bits({t.name: min(LEVELS, key=partial(num_bytes, t)) for t in plan.tables})

@@ -1,23 +1,26 @@
-"""SizePlan: what survives of every table. The only place that counts parameters and bytes.
+"""Size plans: what survives of every table. The only place that counts parameters and bytes.
 
-A plan is data: it can be saved (JSON, and an npz beside it where rows were chosen), read, edited by hand, diffed, and
-applied to a model that was never searched. Per table it lists *blocks*: (rows, kept columns or their number,
-alignment). A field-level method gives one block per table; row pruning one block of kept rows; sizes per feature
-value several. Rows in no block share the table's one DROPPED row.
+A plan is data: it can be saved (as JSON, with an npz beside it where rows were chosen), read, edited by hand, diffed, and
+applied to a model that was never searched. For each table it lists *blocks*: the rows, the columns that they keep or
+their number, and the alignment. A field-level method gives one block per table, row pruning one block of kept rows, and
+sizes per feature value several blocks. Rows in no block share the table's one DROPPED row.
 
-How a table is laid out follows from its blocks:
-- *uniform*: all blocks keep the same columns. The table is as wide as they are. A narrow one is brought to the full
-  width, where a model needs equal widths, by "scatter" (kept columns return to their places) or "project" (a matrix
-  M in R^{d x D} of its own, no bias).
-- *mixed*: blocks of several widths, or of a width that is only a number, all "project". The table gives D columns: a
-  row of width s is multiplied by W_s in R^{s x D}, which all mixed tables share; width D is taken as it is.
+The layout of a table follows from its blocks:
+- *uniform*: all blocks keep the same columns, and the table is as wide as they are. Where a model needs equal widths, a
+  narrow table is brought to the full width by "scatter" (the kept columns return to their places) or "project" (the
+  table has a matrix M in R^{d x D} of its own, without bias).
+- *mixed*: the blocks have several widths, or a width that is only a number, and all "project". The table gives D columns:
+  a row of width s is multiplied by W_s in R^{s x D}, which all mixed tables share; a row of width D is taken as it is.
 
-Precision is a third lever, beside rows and columns: a table of fewer than 32 bits is trained in fp32 and quantised
-afterwards. At 16 bits its values are fp16. At 8 and 4 bits they are codes, with an fp32 scale and offset for each column
-of its rows of one width; a row of 4-bit codes fills whole bytes. First-order weights of such a table have 16 bits where
-the table has 16, else 8 with one scale and offset. Projections stay fp32.
+Precision is a third lever, beside rows and columns. A table of fewer than 32 bits is trained in fp32 and quantised
+afterwards. At 16 bits its values are fp16. At 8 and 4 bits its values are codes, with an fp32 scale and offset for each
+column of the rows of one width; a row of 4-bit codes fills whole bytes. First-order weights have 16 bits where the table
+has 16, and otherwise 8 bits with one scale and offset. Projections stay fp32.
 
 Compact ids of a table run through its blocks in order; the DROPPED row comes last in the last of the widest blocks.
+
+A `PlanShape` is a plan without its rows: what storing, counting and loading a compact model need. A bundle holds a shape,
+because its vocabulary already says which values have a row. A `SizePlan` knows its rows.
 """
 
 from __future__ import annotations
@@ -27,10 +30,10 @@ import hashlib
 import itertools
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -40,7 +43,9 @@ from embtrim.plan.table import (
     FBGEMM_COLUMNS,
     Alignment,
     Block,
+    BlockShape,
     TablePlan,
+    TableShape,
     Target,
     describe_difference,
     describe_table,
@@ -52,63 +57,54 @@ from embtrim.plan.table import (
 from embtrim.schema import Schema
 from embtrim.system.files import write_then_rename
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 PLAN_VERSION = 1
+# Fields of a plan that a plan file holds among its details.
+IN_DETAILS = ("budget", "seed", "vocabulary_bytes", "target")
 
 
 @dataclass(frozen=True, repr=False)
-class SizePlan:
-    """What survives of every table, and where the plan came from.
+class PlanShape:
+    """How large every table is, and where the plan came from: a plan without the ids of its rows.
 
     Attributes:
-        fingerprint: of the schema (or the foreign model's sites) that the plan was made for.
-        num_fields: id fields of that schema; for messages.
-        tables: one entry a table, in the schema's order.
-        first_order: whether the model keeps one first-order weight a row.
-        method: name of the search that made it.
-        details: what the search wants remembered: settings, seed, budget, scores.
-        standalone: whether each table stands alone in a foreign model, whose ids cannot be re-numbered: it then has
-            projections of its own and, where rows other than the first are kept or re-sized, a map of its ids.
-
-    Example:
-        >>> plan = SizePlan.full(Schema.from_sizes([100, 10]), width=4)
-        >>> plan.num_params, plan.num_bytes()
-        (440, 1760)
+        fingerprint: Fingerprint of the schema, or of the embeddings of a module of one's own, that the plan is for.
+        num_fields: Number of id fields of the schema; messages name it.
+        tables: One entry per table, in the order of the schema.
+        first_order: Whether the model keeps one first-order weight per row.
+        method: Name of the search that made the plan.
+        details: What the search wants remembered, such as its settings and scores.
+        standalone: Whether each table stands alone in a module of one's own, whose ids cannot be re-numbered. The table
+            then has projections of its own, and a map of its ids if rows other than the first are kept or re-sized.
+        target: Where the tables will be served, as the search was told; None if it was not told.
+        budget: Budget that the search kept to; None for a plan that no search made.
+        seed: Seed of the search.
+        vocabulary_bytes: Bytes of the vocabulary, counted against the budget beside `num_bytes`; None where the budget
+            does not include the vocabulary.
     """
 
     fingerprint: str
     num_fields: int
-    tables: tuple[TablePlan, ...]
+    tables: tuple[TableShape, ...]
     first_order: bool = False
     method: str = "manual"
     details: dict[str, Any] = field(default_factory=dict)
     standalone: bool = False
+    target: Target | None = None
+    budget: Budget | None = None
+    seed: int | None = None
+    vocabulary_bytes: int | None = None
 
-    @classmethod
-    def full(cls, schema: Schema, width: int, first_order: bool = False) -> SizePlan:
-        """The plan that keeps everything."""
-        tables = tuple(
-            TablePlan(name, rows, width, (Block(rows, tuple(range(width))),)) for name, rows in schema.tables.items()
-        )
-        return cls(schema.fingerprint, len(schema.id_fields), tables, first_order, method="full")
+    def shape(self) -> PlanShape:
+        """The plan without its rows, and of its details without all but the settings: what a bundle holds."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(PlanShape)}
+        details = {name: value for name, value in self.details.items() if name == "config"}
+        tables = tuple(table.shape() for table in self.tables)
+        return PlanShape(**{**fields, "tables": tables, "details": details, "vocabulary_bytes": None})
 
-    def with_columns(
-        self,
-        columns: Mapping[str, Sequence[int]],
-        alignment: Alignment = "scatter",
-    ) -> SizePlan:
-        """A field-level plan over the same tables: all rows, the given columns of each.
-
-        Args:
-            columns: kept columns by table name, in any order; a table that is not named keeps none.
-            alignment: how narrow tables reach the full width.
-        """
-        tables = tuple(
-            dataclasses.replace(t, blocks=(Block(t.num_rows, tuple(sorted(columns.get(t.name, ()))), alignment),))
-            for t in self.tables
-        )
-        return dataclasses.replace(self, tables=tables)
-
-    def with_bits(self, bits: int | Mapping[str, int]) -> SizePlan:
+    def with_bits(self, bits: int | Mapping[str, int]) -> Self:
         """The same rows and columns at another precision.
 
         Args:
@@ -130,13 +126,13 @@ class SizePlan:
             raise PlanError(f"with_bits names table {unknown[0]!r}, the plan has {', '.join(names)}")
         tables = tuple(dataclasses.replace(t, bits=by_name.get(t.name, t.bits)) for t in self.tables)
         found = dataclasses.replace(self, tables=tables)
-        if found.target == "fbgemm" and found.is_quantized:  # which stores 32 bits only
-            found = found.made_by(self.method, {k: v for k, v in self.details.items() if k != "target"})
+        if found.target == "fbgemm" and found.is_quantized:  # FBGEMM stores 32 bits only
+            found = dataclasses.replace(found, target=None)
         return found
 
-    def made_by(self, method: str, details: dict[str, Any]) -> SizePlan:
-        """The same plan under the name of a search, with what it wants remembered."""
-        return dataclasses.replace(self, method=method, details=details)
+    def made_by(self, method: str, budget: Budget, seed: int, details: dict[str, Any]) -> Self:
+        """The same plan under the name of a search, with what the search wants remembered."""
+        return dataclasses.replace(self, method=method, budget=budget, seed=seed, details=details)
 
     @property
     def width(self) -> int:
@@ -158,7 +154,7 @@ class SizePlan:
         """Parameters of all projections to the full width."""
         return sum(map(self._own_projection_params, self.tables)) + self.num_shared_projection_params
 
-    def _own_projection_params(self, table: TablePlan) -> int:
+    def _own_projection_params(self, table: TableShape) -> int:
         """Parameters of the projections that are one table's alone."""
         if projects(table):
             return table.output_width * table.width
@@ -219,22 +215,13 @@ class SizePlan:
             state.update(f"\0{table.name} {table.num_rows} {table.width}{bits}".encode())
             for block in table.blocks:
                 state.update(f"\0{block.num_rows} {block.columns} {block.alignment}".encode())
-                state.update(b"" if block.rows is None else np.ascontiguousarray(block.rows, np.int32).tobytes())
+                if isinstance(block, Block) and block.rows is not None:
+                    state.update(np.ascontiguousarray(block.rows, np.int32).tobytes())
         return state.hexdigest()[:12]
 
     def max_params(self, budget: Budget) -> int:
         """Embedding parameters that `budget` allows an fp32 plan with this one's first-order weights."""
         return budget.max_params(self.num_full_params, self.num_first_order_params)
-
-    @property
-    def target(self) -> Target:
-        """What the search was told will store the tables."""
-        return self.details.get("target", "torch")
-
-    @property
-    def vocabulary_bytes(self) -> int:
-        """Bytes of the vocabulary that the budget of the search holds, beside `num_bytes`; 0 where it does not."""
-        return self.details.get("vocabulary_bytes", 0)
 
     def num_bytes(self, target: Target | None = None) -> int:
         """Bytes of the tables as a target stores them, which an export for it holds within 1%; None is "torch".
@@ -252,7 +239,7 @@ class SizePlan:
         shared = BYTES_PER_PARAM * self.num_shared_projection_params
         return shared + sum(self.table_bytes(table, target) for table in self.tables)
 
-    def table_bytes(self, table: TablePlan, target: Target | None = None, budget: Budget | None = None) -> int:
+    def table_bytes(self, table: TableShape, target: Target | None = None, budget: Budget | None = None) -> int:
         """What one table adds to `num_bytes`: all but the projections that it shares with others.
 
         Args:
@@ -276,12 +263,12 @@ class SizePlan:
             total += BYTES_PER_PARAM * padding * table.num_compact_rows
         return total
 
-    def _first_order_bytes(self, table: TablePlan, target: Target | None) -> int:
+    def _first_order_bytes(self, table: TableShape, target: Target | None) -> int:
         if not self.first_order:
             return 0
         return table.num_first_order_bytes * (padded_width(1) if target == "fbgemm" else 1)
 
-    def with_free_columns(self) -> SizePlan:
+    def with_free_columns(self) -> Self:
         """The plan with the columns that fbgemm's padding has room for: of each table the first that it does not keep.
 
         Projected tables stay as they are: a column more is a row of the projection more.
@@ -293,7 +280,7 @@ class SizePlan:
             tables.append(table if fixed else with_more_columns(table, free))
         return dataclasses.replace(self, tables=tuple(tables))
 
-    def with_padded_columns(self, budget: Budget, wanted: Mapping[str, int]) -> SizePlan:
+    def with_padded_columns(self, budget: Budget, wanted: Mapping[str, int]) -> Self:
         """The plan with further groups of four columns, as many as a budget has room for in fbgemm's tables.
 
         Args:
@@ -362,14 +349,17 @@ class SizePlan:
                     "columns": block.columns,
                     "alignment": block.alignment,
                 }
-                if block.rows is not None:
+                if isinstance(block, Block) and block.rows is not None:
                     entry["rows"] = f"t{number}b{place}"
                     arrays[entry["rows"]] = block.rows.astype(np.int32)
                 blocks.append(entry)
             tables.append({"name": table.name, "num_rows": table.num_rows, "width": table.width, "blocks": blocks})
             if table.bits != 32:
                 tables[-1]["bits"] = table.bits
-        head = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "tables"}
+        head = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("tables", *IN_DETAILS)
+        }
+        head["details"] = self._stored_details()
         if arrays:
             head["rows_crc32"] = _crc32(arrays)
         text = json.dumps({"plan_version": PLAN_VERSION, **head, "tables": tables}, indent=1)
@@ -377,12 +367,22 @@ class SizePlan:
             write_then_rename(path.with_suffix(".npz"), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
         write_then_rename(path, lambda file: file.write(text.encode()))
 
+    def _stored_details(self) -> dict[str, Any]:
+        """The details in the order of the file format, which holds the fields of a search among them."""
+        details = dict(self.details)
+        config = {"config": details.pop("config")} if "config" in details else {}
+        budget = None if self.budget is None else str(self.budget)
+        before = {"budget": budget, "seed": self.seed}
+        after = {"vocabulary_bytes": self.vocabulary_bytes, "target": self.target}
+        found = {**config, **before, **details, **after}
+        return {name: value for name, value in found.items() if value is not None or name not in IN_DETAILS}
+
     @classmethod
-    def load(cls, path: str | Path, *, rows: bool = True) -> SizePlan:
-        """Read a plan; with rows=False only its layout, for which the npz is not needed.
+    def load(cls, path: str | Path) -> Self:
+        """Read a plan. A PlanShape leaves its rows aside and does not need the npz.
 
         Raises:
-            PlanError: the file is missing, no plan, of a newer version, or contradicts itself.
+            PlanError: The file is missing, is not a plan, is of a newer version, or contradicts itself.
         """
         path = Path(path)
         try:
@@ -392,14 +392,13 @@ class SizePlan:
             version = values.pop("plan_version")
             if version != PLAN_VERSION:
                 raise PlanError(f"plan version {version}, this release reads {PLAN_VERSION}; upgrade embtrim")
-            named = any("rows" in b for t in values["tables"] for b in t["blocks"])
-            arrays = dict(np.load(path.with_suffix(".npz"), allow_pickle=False)) if rows and named else {}
             crc32 = values.pop("rows_crc32", None)
-            if arrays and crc32 not in (None, _crc32(arrays)):
-                raise PlanError(
-                    f"{path.with_suffix('.npz').name} holds the rows of another plan; save or copy both again"
-                )
-            values["tables"] = tuple(_read_table(t, arrays, rows) for t in values["tables"])
+            values["tables"] = cls._read_tables(values["tables"], path.with_suffix(".npz"), crc32)
+            details = dict(values.get("details", {}))
+            values |= {name: details.pop(name) for name in IN_DETAILS if name in details}
+            values["details"] = details
+            if "budget" in values:
+                values["budget"] = Budget.parse(values["budget"])
             return cls(**values)
         except FileNotFoundError as error:
             raise PlanError(
@@ -412,7 +411,13 @@ class SizePlan:
                 f"{path} is not a valid plan ({type(error).__name__}: {error}); write it with SizePlan.save"
             ) from None
 
-    def diff(self, other: SizePlan) -> str:
+    @classmethod
+    def _read_tables(cls, entries: Sequence[dict[str, Any]], rows: Path, crc32: int | None) -> tuple[TableShape, ...]:
+        """The tables of a plan file; `rows` is the path of its npz, `crc32` the checksum of what the npz should hold."""
+        del rows, crc32
+        return tuple(TableShape(**_read_table(entry, BlockShape)) for entry in entries)
+
+    def diff(self, other: PlanShape) -> str:
         """Lines that say which tables `other` keeps differently; empty if none."""
         theirs = {table.name: table for table in other.tables}
         lines = []
@@ -425,7 +430,7 @@ class SizePlan:
 
     def __repr__(self) -> str:
         kept = f"{self.num_params:,} of {self.num_full_params:,} embedding parameters"
-        return f"<SizePlan by {self.method}: {kept}, {len(self.tables)} tables>"
+        return f"<{type(self).__name__} by {self.method}: {kept}, {len(self.tables)} tables>"
 
     def summary(self) -> str:
         """What the plan keeps, a line a table, for people."""
@@ -438,29 +443,85 @@ class SizePlan:
         return "\n".join([head, *(f"  {t.name}: {describe_table(t)}" for t in self.tables)])
 
 
+PlanT = TypeVar("PlanT", bound=PlanShape)
+
+
+@dataclass(frozen=True, repr=False)
+class SizePlan(PlanShape):
+    """What survives of every table, with the ids of its rows, and where the plan came from.
+
+    Attributes:
+        tables: One entry per table, in the order of the schema.
+
+    Example:
+        >>> plan = SizePlan.full(Schema.from_sizes([100, 10]), width=4)
+        >>> plan.num_params, plan.num_bytes()
+        (440, 1760)
+    """
+
+    tables: tuple[TablePlan, ...]
+
+    @classmethod
+    def full(cls, schema: Schema, width: int, first_order: bool = False) -> SizePlan:
+        """The plan that keeps everything."""
+        tables = tuple(
+            TablePlan(name, rows, width, (Block(rows, tuple(range(width))),)) for name, rows in schema.tables.items()
+        )
+        return cls(schema.fingerprint, len(schema.id_fields), tables, first_order, method="full")
+
+    def with_columns(
+        self,
+        columns: Mapping[str, Sequence[int]],
+        alignment: Alignment = "scatter",
+    ) -> SizePlan:
+        """A field-level plan over the same tables: all rows, the given columns of each.
+
+        Args:
+            columns: Kept columns by table name, in any order. A table that is not named keeps no column.
+            alignment: How narrow tables reach the full width.
+        """
+        tables = tuple(
+            dataclasses.replace(t, blocks=(Block(t.num_rows, tuple(sorted(columns.get(t.name, ()))), alignment),))
+            for t in self.tables
+        )
+        return dataclasses.replace(self, tables=tables)
+
+    @classmethod
+    def _read_tables(cls, entries: Sequence[dict[str, Any]], rows: Path, crc32: int | None) -> tuple[TablePlan, ...]:
+        named = any("rows" in block for entry in entries for block in entry["blocks"])
+        arrays = dict(np.load(rows, allow_pickle=False)) if named else {}
+        if arrays and crc32 not in (None, _crc32(arrays)):
+            raise PlanError(f"{rows.name} holds the rows of another plan; save or copy both again")
+
+        def block_of(num_rows: int, columns: Any, alignment: Alignment, rows: str | None = None) -> Block:
+            return Block(num_rows, columns, alignment, None if rows is None else arrays[rows])
+
+        return tuple(TablePlan(**_read_table(entry, block_of)) for entry in entries)
+
+
 def _crc32(arrays: Mapping[str, np.ndarray]) -> int:
-    """Of the rows of a plan, to tell that its two files belong together."""
+    """Checksum of the rows of a plan, which tells that its two files belong together."""
     found = 0
     for _, array in sorted(arrays.items()):
         found = zlib.crc32(np.ascontiguousarray(array).data, found)
     return found
 
 
-def _read_table(entry: dict[str, Any], arrays: Mapping[str, np.ndarray], with_rows: bool) -> TablePlan:
+def _read_table(entry: dict[str, Any], block_of: Callable[..., BlockShape]) -> dict[str, Any]:
+    """Arguments of a table's constructor, out of its entry in a plan file."""
     _check_keys(entry, ("name", "num_rows", "width", "blocks", "bits"), f"table {entry.get('name')!r}")
-    blocks = tuple(_read_block(block, arrays, with_rows) for block in entry["blocks"])
-    return TablePlan(entry["name"], entry["num_rows"], entry["width"], blocks, entry.get("bits", 32))
+    blocks = []
+    for block in entry["blocks"]:
+        _check_keys(block, ("num_rows", "columns", "alignment", "rows"), "a block")
+        columns = block["columns"] if isinstance(block["columns"], int) else tuple(block["columns"])
+        listed = {"rows": block["rows"]} if "rows" in block and block_of is not BlockShape else {}
+        blocks.append(block_of(int(block["num_rows"]), columns, block["alignment"], **listed))
+    sizes = {key: entry[key] for key in ("name", "num_rows", "width")}
+    return {**sizes, "blocks": tuple(blocks), "bits": entry.get("bits", 32)}
 
 
 def _check_keys(entry: dict[str, Any], allowed: Sequence[str], where: str) -> None:
-    """An unknown key would be an edit by hand that does nothing."""
+    """Raise PlanError for an unknown key, which would be an edit by hand that does nothing."""
     unknown = [key for key in entry if key not in allowed]
     if unknown:
         raise PlanError(f"{where} has unknown key {unknown[0]!r}; allowed: {', '.join(allowed)}")
-
-
-def _read_block(entry: dict[str, Any], arrays: Mapping[str, np.ndarray], with_rows: bool) -> Block:
-    _check_keys(entry, ("num_rows", "columns", "alignment", "rows"), "a block")
-    columns = entry["columns"] if isinstance(entry["columns"], int) else tuple(entry["columns"])
-    rows = arrays[entry["rows"]] if with_rows and "rows" in entry else None
-    return Block(int(entry["num_rows"]), columns, entry["alignment"], rows)

@@ -10,7 +10,6 @@ README.md            model card, see model_card.py
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -35,8 +34,7 @@ from embtrim.data.reading import Chunk, ReadOptions, open_log, read_ahead
 from embtrim.errors import BundleError, ConfigError, DataError, EmbtrimError
 from embtrim.models import MODELS
 from embtrim.models.ctr_model import CTRModel
-from embtrim.plan.plan import SizePlan
-from embtrim.plan.table import Block
+from embtrim.plan.plan import PlanShape, SizePlan
 from embtrim.schema import Schema
 from embtrim.serving.model_card import model_card
 from embtrim.system.files import read_json, write_then_rename
@@ -47,8 +45,6 @@ from embtrim.training.evaluation import EVAL_BATCH_SIZE, check_data
 
 # 1 had no digest of bundle.json itself, and said less of where a model comes from; it still opens.
 BUNDLE_VERSION = 2
-# Of what a search wants remembered, what a bundle keeps; scores and the like may be as large as the tables.
-KEPT_DETAILS = ("config", "budget", "seed", "target")
 
 
 class Contents(Config):
@@ -243,7 +239,7 @@ def save(
     with write_folder(folder, what="bundle") as temporary:
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         save_file(state, temporary / "model.safetensors")
-        layout = layout_only(model.tables.plan)
+        layout = model.tables.plan.shape()
         layout.save(temporary / "plan.json")
         encoder.save(temporary / "encoder")
         meta = read_json(data.folder / "meta.json")
@@ -301,7 +297,7 @@ def note_spread(folder: str | Path, metrics: Mapping[int, Mapping[str, Mapping[s
         }
     info["spread"] = spread
     schema = Schema.parse(read_json(folder / "encoder" / "schema.json"))
-    plan = SizePlan.load(folder / "plan.json", rows=False)
+    plan = PlanShape.load(folder / "plan.json")
     card = model_card(schema, plan, info, folder_bytes(folder / "encoder")).encode()
     info["files"]["README.md"] = hashlib.sha256(card).hexdigest()
     write_then_rename(folder / "README.md", lambda file: file.write(card))
@@ -329,7 +325,7 @@ def load_bundle(folder: str | Path) -> Bundle:
         raise BundleError(f"{folder} holds {added[0]}, which its bundle.json does not list; move that elsewhere")
     try:
         encoder = Encoder.load(folder / "encoder")
-        plan = SizePlan.load(folder / "plan.json", rows=False)
+        plan = PlanShape.load(folder / "plan.json")
         model = MODELS[info["model"]](encoder.schema, plan=plan, **info["hparams"])
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except (KeyError, TypeError, RuntimeError, SafetensorError, EmbtrimError) as error:
@@ -384,13 +380,3 @@ def files_of(folder: Path) -> list[str]:
     """Every file below a bundle's folder but bundle.json, by its path in the folder."""
     found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
     return [name for name in found if name != "bundle.json"]
-
-
-def layout_only(plan: SizePlan) -> SizePlan:
-    """The plan without the rows it chose and with little of its search's details: all that loading a model needs."""
-    tables = tuple(
-        dataclasses.replace(t, blocks=tuple(Block(b.num_rows, b.columns, b.alignment) for b in t.blocks))
-        for t in plan.tables
-    )
-    details = {name: plan.details[name] for name in KEPT_DETAILS if name in plan.details}
-    return dataclasses.replace(plan, tables=tables, details=details)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from embtrim.plan.budget import BYTES_PER_PARAM
-from embtrim.plan.plan import SizePlan
+from embtrim.plan.plan import PlanShape, SizePlan
 from embtrim.schema import Schema
 
 CARD = """# {model} ({method})
@@ -30,7 +30,7 @@ Saved by embtrim {embtrim}. Version {version} of plan and schema. Score a raw lo
 """
 
 
-def model_card(schema: Schema, plan: SizePlan, info: Mapping[str, Any], vocabulary_bytes: int) -> str:
+def model_card(schema: Schema, plan: PlanShape, info: Mapping[str, Any], vocabulary_bytes: int) -> str:
     """The card as text.
 
     Args:
@@ -39,16 +39,16 @@ def model_card(schema: Schema, plan: SizePlan, info: Mapping[str, Any], vocabula
         info: what bundle.json holds, see `embtrim.serving.bundle.Contents`; digests are not read.
         vocabulary_bytes: of the bundle's encoder.
     """
-    data, update, searched = info["data"], info["update"], "budget" in plan.details
+    data, update, searched = info["data"], info["update"], plan.budget is not None
     rows = ", ".join(f"{name} {count:,}" for name, count in data["num_rows"].items())
     facts = {
         "data": f"schema {schema.describe()}; rows: {rows}",
         "split": _describe_split(data["split"], data["split_seed"]),
         "seed of initial weights": info["hparams"].get("seed"),
         "seed of training": "unknown" if info["seed"] is None else info["seed"],
-        "budget": plan.details["budget"] if searched else "none",
-        **({"seed of the search": plan.details["seed"]} if searched else {}),
-        **({"bytes as stored by": plan.target} if plan.target != "torch" else {}),
+        "budget": str(plan.budget) if searched else "none",
+        **({"seed of the search": plan.seed} if searched else {}),
+        **({"bytes as stored by": plan.target} if plan.target not in (None, "torch") else {}),
     }
     facts["bytes of the vocabulary"] = f"{vocabulary_bytes:,}"
     if update is not None:
@@ -92,7 +92,7 @@ def _metrics_table(metrics: Mapping[str, Mapping[str, Any]], spread: Mapping[str
     return "\n".join(lines)
 
 
-def _bytes_table(schema: Schema, plan: SizePlan) -> str:
+def _bytes_table(schema: Schema, plan: PlanShape) -> str:
     """A line a field: what its table stores, first-order weights and a projection of its own included."""
     tables = {table.name: table for table in plan.tables}
     full = SizePlan.full(schema, plan.width, plan.first_order)

@@ -5,7 +5,7 @@ What decides:
 - New is a value of a listed table that the vocabulary lacks, returned one that read the DROPPED row; both need `min_count`
   occurrences in the *training* rows of the new log, so that no row stays untrained. Where a plan dropped the OOV row as
   well, the bundle does not list what it dropped: such a value comes back as a new one.
-- Nothing is re-numbered unless asked: a value with a row of its own keeps its id. Rows are added behind (see `TablePlan.grown`), those
+- Nothing is re-numbered unless asked: a value with a row of its own keeps its id. Rows are added behind (see `TableShape.grown`), those
   of returned values first, and are as wide as the table, in a table of several widths as its narrowest rows. The DROPPED row
   stays the last of its rows.
 - A row starts as what its value read before, OOV or DROPPED, so that the grown model gives the scores of its parent until
@@ -41,8 +41,8 @@ from embtrim.data.reading import ReadOptions, Source
 from embtrim.data.splitting import Split
 from embtrim.errors import BundleError
 from embtrim.models.ctr_model import CTRModel
-from embtrim.plan.plan import SizePlan
-from embtrim.plan.table import TablePlan
+from embtrim.plan.plan import PlanShape
+from embtrim.plan.table import TableShape
 from embtrim.schema import OOV, Schema
 from embtrim.serving.bundle import Bundle, check_out, load_bundle, save
 from embtrim.system.folders import file_digest, folder_bytes
@@ -200,7 +200,7 @@ def update(
             split=config.split, min_count=config.min_count, seed=config.seed, options=config.read,
             inputs={"bundle": parent_digest, "renumber": config.renumber}, progress=progress,
         )  # fmt: skip
-        plan = SizePlan.load(work / "data" / "plan.json")
+        plan = PlanShape.load(work / "data" / "plan.json")
         ids_before = parent_ids(parent, plan, Encoder.load(work / "data"))
         splits = [name for name in ("valid", "test") if name in data.splits]
         train = config.train.replace(seed=config.seed)
@@ -309,7 +309,7 @@ def _grown_schema(encoder: Encoder, vocabularies: Mapping[str, pl.DataFrame], nu
     return encoder.schema.replace(fields=tuple(fields), vocabulary_digest=digest(vocabularies, encoder.transforms))
 
 
-def added_ids(table: TablePlan, grown: TablePlan) -> np.ndarray:
+def added_ids(table: TableShape, grown: TableShape) -> np.ndarray:
     """int32 compact ids of the rows that `grown` has and `table` has not, ascending."""
     taken = np.zeros(grown.num_compact_rows, bool)
     taken[: table.num_compact_rows] = True
@@ -320,7 +320,7 @@ def added_ids(table: TablePlan, grown: TablePlan) -> np.ndarray:
     return np.flatnonzero(~taken).astype(np.int32)
 
 
-def renumbered(table: TablePlan, vocabulary: pl.DataFrame, frequent: pl.DataFrame) -> pl.DataFrame:
+def renumbered(table: TableShape, vocabulary: pl.DataFrame, frequent: pl.DataFrame) -> pl.DataFrame:
     """A table's vocabulary with new ids, and in their order; see the module docstring.
 
     Args:
@@ -338,7 +338,7 @@ def renumbered(table: TablePlan, vocabulary: pl.DataFrame, frequent: pl.DataFram
     return pl.concat([ordered.with_columns(ids).select(vocabulary.columns), kept]).sort("id", maintain_order=True)
 
 
-def parent_ids(parent: Bundle, plan: SizePlan, encoder: Encoder) -> dict[str, np.ndarray]:
+def parent_ids(parent: Bundle, plan: PlanShape, encoder: Encoder) -> dict[str, np.ndarray]:
     """By table, an int32 map from the new model's ids to those that the same values have in the parent."""
     maps = {}
     for table, grown in zip(parent.model.tables.plan.tables, plan.tables, strict=True):
@@ -354,7 +354,7 @@ def parent_ids(parent: Bundle, plan: SizePlan, encoder: Encoder) -> dict[str, np
     return maps
 
 
-def table_changes(before: SizePlan, after: SizePlan) -> tuple[TableChange, ...]:
+def table_changes(before: PlanShape, after: PlanShape) -> tuple[TableChange, ...]:
     """What an update did to each table, by the plans before and after."""
     found = []
     for table, grown in zip(before.tables, after.tables, strict=True):
@@ -367,7 +367,7 @@ def table_changes(before: SizePlan, after: SizePlan) -> tuple[TableChange, ...]:
 
 
 @torch.no_grad()
-def grown_model(parent: CTRModel, schema: Schema, plan: SizePlan, ids_before: Mapping[str, np.ndarray]) -> CTRModel:
+def grown_model(parent: CTRModel, schema: Schema, plan: PlanShape, ids_before: Mapping[str, np.ndarray]) -> CTRModel:
     """The parent with the tables of `plan`, whose rows are those that their values read in it.
 
     Args:
@@ -398,7 +398,7 @@ def grown_model(parent: CTRModel, schema: Schema, plan: SizePlan, ids_before: Ma
 _ROWS = ("tables.weight", "tables.first_order")
 
 
-def _row_widths(table: TablePlan) -> np.ndarray:
+def _row_widths(table: TableShape) -> np.ndarray:
     """Width of each compact row."""
     return np.repeat([width for _, width in table.segments], [rows for rows, _ in table.segments])
 

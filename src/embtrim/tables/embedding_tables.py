@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from embtrim.errors import EmbtrimError, PlanError
-from embtrim.plan.plan import SizePlan
+from embtrim.plan.plan import PlanShape, SizePlan
 from embtrim.plan.table import projects
 from embtrim.schema import PAD, Schema
 from embtrim.tables.kernels import Expand, kernels_for
@@ -184,7 +184,7 @@ class EmbeddingTables(nn.Module):
     segment_steps_CK: Tensor
 
     def __init__(
-        self, schema: Schema, plan: SizePlan, init_std: float = 1e-4, generator: torch.Generator | None = None
+        self, schema: Schema, plan: PlanShape, init_std: float = 1e-4, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
         plan.check_schema(schema)

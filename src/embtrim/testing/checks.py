@@ -32,8 +32,8 @@ from embtrim.models import FNN, DeepFM
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.budget import Budget
 from embtrim.plan.limits import full_limit
-from embtrim.plan.plan import SizePlan
-from embtrim.plan.table import Alignment, Block, TablePlan
+from embtrim.plan.plan import PlanShape, SizePlan
+from embtrim.plan.table import Alignment, BlockShape, TableShape
 from embtrim.schema import PAD, FieldSpec, Schema
 from embtrim.tasks.survey import Fields
 from embtrim.tasks.task import CTRTask, Task
@@ -237,14 +237,14 @@ def check_filled(plan: SizePlan, config: Config, budget: Budget) -> None:
         assert larger.num_params > full_limit(larger, budget), f"{budget}: {unit} would still fit"
 
 
-def one_unit_larger(plan: SizePlan, adds: tuple[str, ...]) -> Iterator[tuple[str, SizePlan]]:
+def one_unit_larger(plan: SizePlan, adds: tuple[str, ...]) -> Iterator[tuple[str, PlanShape]]:
     """Plans that keep one column, one row or one row's size more; rows are only counted."""
     for number, t in enumerate(plan.tables):
         if not t.output_width:
             yield from first_units(plan, number, adds)
             continue
-        counted = [dataclasses.replace(b, rows=None) for b in t.blocks]
-        grown: list[tuple[str, list[Block]]] = []
+        counted = [block.shape() for block in t.blocks]
+        grown: list[tuple[str, list[BlockShape]]] = []
         narrow = not t.mixed and t.output_width < t.width
         if "columns" in adds and narrow and counted and not (t.has_dropped and "rows" in adds):
             for width in (t.output_width + 1, t.width):
@@ -262,11 +262,14 @@ def one_unit_larger(plan: SizePlan, adds: tuple[str, ...]) -> Iterator[tuple[str
                 elif t.has_dropped:
                     grown.append((f"a row of {t.name}", [*counted[:place], wider]))
         for unit, blocks in grown:
-            table = TablePlan(t.name, t.num_rows, t.width, tuple(blocks))
-            yield unit, dataclasses.replace(plan, tables=(*plan.tables[:number], table, *plan.tables[number + 1 :]))
+            table = TableShape(t.name, t.num_rows, t.width, tuple(blocks))
+            yield (
+                unit,
+                dataclasses.replace(plan.shape(), tables=(*plan.tables[:number], table, *plan.tables[number + 1 :])),
+            )
 
 
-def first_units(plan: SizePlan, number: int, adds: tuple[str, ...]) -> Iterator[tuple[str, SizePlan]]:
+def first_units(plan: PlanShape, number: int, adds: tuple[str, ...]) -> Iterator[tuple[str, PlanShape]]:
     """Plans that keep a column, a row or a row's smallest size of a table that keeps nothing so far.
 
     A method that adds columns or rows adds rows where the plan has cut some. Where it has not, only the dearer of the two
@@ -276,15 +279,15 @@ def first_units(plan: SizePlan, number: int, adds: tuple[str, ...]) -> Iterator[
     alignments: list[Alignment] = [b.alignment for other in plan.tables for b in other.blocks if b.width]
     alignment = alignments[0] if alignments else "scatter"
 
-    def keeping(block: Block) -> SizePlan:
-        table = dataclasses.replace(t, blocks=(block,))
-        return dataclasses.replace(plan, tables=(*plan.tables[:number], table, *plan.tables[number + 1 :]))
+    def keeping(block: BlockShape) -> PlanShape:
+        table = dataclasses.replace(t.shape(), blocks=(block,))
+        return dataclasses.replace(plan.shape(), tables=(*plan.tables[:number], table, *plan.tables[number + 1 :]))
 
-    columns = [keeping(Block(t.num_rows, tuple(range(width)), alignment)) for width in (1, t.width)]
+    columns = [keeping(BlockShape(t.num_rows, tuple(range(width)), alignment)) for width in (1, t.width)]
     larger = {
         "columns": min(columns, key=lambda plan: plan.num_params),
-        "rows": keeping(Block(1, tuple(range(t.width)), alignment)),
-        "sizes": keeping(Block(1, 1, "project")),
+        "rows": keeping(BlockShape(1, tuple(range(t.width)), alignment)),
+        "sizes": keeping(BlockShape(1, 1, "project")),
     }
     units = set(adds)
     cut = any(other.has_dropped and other.output_width for other in plan.tables)
