@@ -1,6 +1,6 @@
 # make demo   the main job on the bundled data set
 # make test   the whole suite
-# make check  lint, types, spelling
+# make check  lint, types, spelling, who imports whom
 # make bench  the benchmark suite, on a quiet machine; two to three hours (docs/benchmarks.md)
 # Each does its own set-up: a virtual environment in .venv with the versions of requirements.lock.
 
@@ -30,6 +30,7 @@ check: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/codespell
+	$(BIN)/lint-imports --no-cache --no-logo
 
 bench: .venv/installed
 	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/bench.py
