@@ -25,6 +25,7 @@ from embtrim.testing.checks import planted_data
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
+DESIGN = (ROOT / "docs" / "design.md").read_text("utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -163,6 +164,18 @@ def test_every_recipe_parses(path):
     config = RunConfig.parse(read_toml(path), where=str(path))
     method_named(config.method).parse(config.search)
     assert config.model in MODELS
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`([\w/.]+(?:\.py|\.toml|/))`", DESIGN))))
+def test_every_path_of_the_design_exists(path):
+    assert any((folder / path).exists() for folder in (ROOT, ROOT / "src" / "embtrim"))
+
+
+def test_the_design_lists_the_floors_that_make_check_enforces():
+    contracts = read_toml(ROOT / "pyproject.toml")["tool"]["importlinter"]["contracts"]
+    (floors,) = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    names = [name for floor in floors for name in floor.split(" | ") if not name.startswith("_")]
+    assert re.findall(r"^\| `(\w+)` \|", DESIGN, flags=re.MULTILINE) == names
 
 
 def test_the_public_face_is_what_the_package_lists():
