@@ -1,7 +1,7 @@
 """Bad inputs, each with the exit code and the words its message must have: of the command line, and in Python those of
 other people's modules.
 
-    python -m tests.bad_inputs > docs/bad_inputs.md     what people run into most, with the messages they get
+    python -m tests.cli.bad_inputs > docs/bad_inputs.md     what people run into most, with the messages they get
 
 `test_cli.py` runs the same lists, and compares docs/bad_inputs.md with what it gets.
 """
@@ -571,7 +571,7 @@ BAD_CALLS = (
             ("given a ForeignModel", "a Task(model")),
 )  # fmt: skip
 
-# Of all these what docs/bad_inputs.md shows.
+# The bad inputs that docs/bad_inputs.md shows.
 DOCUMENTED = (
     "log that does not exist", "label column that is not there", "label 2", "label missing", "labels of one class",
     "line with a cell too many", "random bytes named .csv", "number field that holds text", "schema with an unknown key",
@@ -586,9 +586,9 @@ DOCUMENTED = (
 
 HEAD = """# Bad inputs and their messages
 
-What embtrim answers to some of the bad inputs that its tests try (`tests/bad_inputs.py`, which writes this page with
-`python -m tests.bad_inputs > docs/bad_inputs.md`). Exit code 1: failed; 2: a flag or a setting is wrong; none: raised in Python, as an
-`EmbtrimError`. Nothing that was there is changed, and nothing is left half-written.
+These are some of the bad inputs that the tests try, each with embtrim's answer. `python -m tests.cli.bad_inputs` writes this page.
+Exit code 1 means that the work failed, 2 that a flag or a setting is wrong. A row without an exit code is an `EmbtrimError` in Python.
+A failed command changes no existing file and leaves no half-written one.
 
 | bad input | exit code | message |
 |---|---|---|"""

@@ -35,7 +35,7 @@ from tests.cli.bad_inputs import (
 from tests.conftest import interrupt_encoding
 
 PAGE = (Path(__file__).parents[2] / "docs" / "bad_inputs.md").read_text("utf-8").splitlines()
-REWRITE = "docs/bad_inputs.md says something else: python -m tests.bad_inputs > docs/bad_inputs.md"
+REWRITE = "docs/bad_inputs.md says something else: python -m tests.cli.bad_inputs > docs/bad_inputs.md"
 INTERRUPTIBLE = (
     "import signal as s; s.signal(s.SIGINT, s.default_int_handler); from embtrim.cli.commands import main; main()"
 )
