@@ -1,5 +1,6 @@
 # make demo   the main job on the bundled data set
 # make test   the whole suite
+# make quick  the tests that take seconds, in under a minute
 # make check  lint, types, spelling, who imports whom
 # make bench  the benchmark suite, on a quiet machine; two to three hours (docs/benchmarks.md)
 # Each does its own set-up: a virtual environment in .venv with the versions of requirements.lock.
@@ -10,7 +11,7 @@ DEMO_OUT ?= runs/demo
 # Torch's threads spin while they wait; on cores that others use too, that slows everybody many times.
 QUIET_THREADS := OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1
 
-.PHONY: demo test check bench clean
+.PHONY: demo test quick check bench clean
 
 .venv/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
@@ -24,6 +25,9 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(QUIET_THREADS) $(BIN)/python -m pytest -n 2
+
+quick: .venv/installed
+	$(QUIET_THREADS) $(BIN)/python -m pytest -n 2 -m "not slow"
 
 check: .venv/installed
 	$(BIN)/ruff check .
