@@ -1,17 +1,18 @@
-"""Budgets: parse what the user writes and turn it into a number of embedding parameters.
+"""Budgets: what a user writes, read once and turned into a number of embedding parameters.
 
-`10%` is a share of the full embedding tables without first-order weights. `1.5M params` counts the same parameters
-absolutely. `200MB` counts bytes of the embedding tables and of the first-order tables, and of the vocabulary where a
-search is told what will store them. Projections and shared rows of the compact tables count against all three, at the
-precision that tables are stored in where that is a percentage or bytes. Counting plans is plan.py's work; here is only
-the limit.
+`10%` is a share of the full embedding tables, without their first-order weights. `1.5M params` is an absolute number of the
+same parameters. `200MB` is a number of bytes for the embedding tables and the first-order tables; where a search is told
+what will serve the tables, these bytes include the vocabulary. Projections and shared rows of the compact tables count
+against all three. A percentage and a number of bytes count them at the precision that the tables are stored in.
+
+A budget is only the limit: plan.py counts what a plan takes.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from embtrim.errors import BudgetError
@@ -37,8 +38,9 @@ class Budget:
     """A limit on the size of the embedding tables.
 
     Attributes:
-        kind: "percent" (amount is a share in (0, 1]), "params" or "bytes" (amount is a count).
-        amount: the limit, in the unit of `kind`.
+        kind: Unit of the amount: "percent" (a share in (0, 1]), "params" or "bytes" (a count).
+        amount: The limit, in the unit of `kind`.
+        text: The budget as the user wrote it; empty for a budget that was computed.
 
     Example:
         >>> Budget.parse("10%").max_params(full_params=1000, first_order_params=100)
@@ -47,6 +49,7 @@ class Budget:
 
     kind: Literal["percent", "params", "bytes"]
     amount: float
+    text: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.amount) or self.amount <= 0:
@@ -56,7 +59,11 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str | Budget) -> Budget:
-        """Read a budget such as `"10%"`, `"200MB"` or `"1.5M params"`; BudgetError names the allowed forms."""
+        """Read a budget such as `"10%"`, `"200MB"` or `"1.5M params"`; a Budget is taken as it is.
+
+        Raises:
+            BudgetError: The text is not a budget; the message names the allowed forms.
+        """
         if isinstance(text, Budget):
             return text
         match = re.fullmatch(
@@ -69,22 +76,22 @@ class Budget:
         if unit in ("params", "parameters"):
             unit, of_params = "", True
         if unit == "%" and not of_params:
-            return cls("percent", number / 100)
+            return cls("percent", number / 100, str(text))
         if of_params and unit in _PARAM_UNITS:
-            return cls("params", number * _PARAM_UNITS[unit])
+            return cls("params", number * _PARAM_UNITS[unit], str(text))
         if not of_params and unit in _BYTE_UNITS:
-            return cls("bytes", number * _BYTE_UNITS[unit])
-        raise BudgetError(f"budget {text!r} has no unit that is known; {_FORMS}")
+            return cls("bytes", number * _BYTE_UNITS[unit], str(text))
+        raise BudgetError(f"budget {text!r} has an unknown unit; {_FORMS}")
 
     def max_params(self, full_params: int, first_order_params: int = 0) -> int:
-        """The number of embedding parameters allowed (fp32), first-order weights not counted in.
+        """Number of fp32 embedding parameters that the budget allows beside the first-order weights.
 
         Args:
-            full_params: embedding parameters of the full tables, without first-order weights.
-            first_order_params: first-order weights that the compact model will keep.
+            full_params: Number of embedding parameters of the full tables, without first-order weights.
+            first_order_params: Number of first-order weights that the compact model will keep.
 
         Raises:
-            BudgetError: a byte budget that the first-order weights alone exceed.
+            BudgetError: The first-order weights alone exceed a budget in bytes.
         """
         if self.kind == "percent":
             return math.floor(self.amount * full_params + 1e-9)
@@ -99,7 +106,7 @@ class Budget:
         return left
 
     def words_for(self, amount: float) -> str:
-        """Another amount of this kind, rounded up to what a budget can say: one of as much allows it."""
+        """The smallest budget of this kind, in words, that allows an amount; the amount is rounded up to what words can say."""
         if self.kind != "percent":
             return str(Budget(self.kind, math.ceil(amount - 1e-6)))
         places = 2 - math.floor(math.log10(100 * amount))

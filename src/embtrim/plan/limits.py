@@ -14,29 +14,35 @@ from embtrim.plan.budget import BYTES_PER_PARAM, Budget
 from embtrim.plan.plan import PlanShape, PlanT, SizePlan
 from embtrim.plan.table import Bits, Block, BlockShape, TableShape, Target
 
+# What a method adds to a plan until the budget is used: a column of a table, a row, or the next size of a row.
 Unit = Literal["columns", "rows", "sizes"]
 
 
-# What a percentage may lack for having been rounded.
+# A percentage was rounded when it was printed: a plan may exceed it by this factor.
 ROUNDED = 1 + 1e-9
 
 
 def counts_vocabulary(budget: str | Budget | None, target: Target | None) -> bool:
-    """Whether the vocabulary has to be within a budget: one in bytes for a target that is named."""
+    """Whether a budget includes the vocabulary: a budget in bytes does where a target is named."""
     return target is not None and budget is not None and Budget.parse(budget).kind == "bytes"
 
 
 def target_settings(budget: str | None, target: Target | None) -> dict[str, Any]:
-    """What depends on a target, to tell work by that goes on. Earlier releases said "torch" where none was named."""
+    """Settings that depend on a target, by which interrupted work is recognised. No target is written as "torch"."""
     return {"target": target or "torch", "vocabulary in the budget": counts_vocabulary(budget, target)}
 
 
 def check_budget(
     full: SizePlan, budget: Budget, bits: Bits = 32, target: Target | None = None, adds: tuple[Unit, ...] = ()
 ) -> None:
-    """Raise BudgetError for a budget that no search can keep anything within, or none that adds these units alone.
+    """Raise BudgetError for a budget in which no search could keep anything.
 
-    Arguments are those of `search` otherwise.
+    Args:
+        full: The plan that keeps everything.
+        budget: The budget of the search.
+        bits: Bits per stored value; see `search`.
+        target: Where the tables will be served; see `search`.
+        adds: Units that the method adds, see Method; the check then holds for methods that add only these units.
     """
     units: list[Literal["columns", "rows"]] = [unit for unit in adds if unit != "sizes"]
     least = min(least_amount(full, budget, bits, target, unit) for unit in units or (None,))
@@ -50,7 +56,7 @@ def check_budget(
 def least_amount(
     full: SizePlan, budget: Budget, bits: Bits, target: Target | None, unit: Literal["columns", "rows"] | None = None
 ) -> float:
-    """The smallest budget of a kind that allows to keep one unit; see `least_plans`, and `amount_of`."""
+    """The smallest amount of a budget in which one unit can be kept; see `least_plans` and `amount_of`."""
     return min(
         amount_of(in_fewest_bytes(plan, budget) if bits == "mixed" else plan.with_bits(bits), budget, target)
         for plan in least_plans(full, unit)
@@ -58,7 +64,7 @@ def least_amount(
 
 
 def amount_of(plan: PlanShape, budget: Budget, target: Target | None) -> float:
-    """The smallest budget, of the kind of this one, that allows a plan; a percentage as a share."""
+    """The smallest amount, in the unit of a budget, that allows a plan; a percentage is given as a share."""
     if budget.kind == "params":
         return plan.num_params
     unit = 1 if budget.kind == "bytes" else BYTES_PER_PARAM * plan.num_full_params
@@ -91,19 +97,19 @@ def least_plans(full: SizePlan, unit: Literal["columns", "rows"] | None = None) 
 
 
 def full_limit(full: PlanShape, budget: Budget) -> int:
-    """Parameters that a budget leaves beside the first-order weights of all rows; 0 where these alone exceed it."""
+    """Parameters that a budget leaves beside the first-order weights of all rows; 0 if the weights alone exceed it."""
     try:
         return full.max_params(budget)
     except BudgetError:
         return 0
 
 
-# What a table may have then; 32 would gain nothing that can be measured over 16.
+# Bits that a table may have in a plan of mixed bits; 32 bits gained nothing measurable over 16.
 LEVELS = (4, 8, 16)
 
 
 def in_fewest_bytes(plan: PlanT, budget: Budget) -> PlanT:
-    """The plan with the bits of each table that take fewest bytes of a budget."""
+    """The plan with the bits for each table that take the fewest bytes of a budget."""
 
     def num_bytes(table: TableShape, bits: int) -> int:
         return plan.table_bytes(dataclasses.replace(table, bits=bits), budget=budget)

@@ -108,15 +108,15 @@ class PlanShape:
         """The same rows and columns at another precision.
 
         Args:
-            bits: 32, 16, 8 or 4, of all tables; or by table name, and a table that is not named keeps its own. With fewer
-                than 32 the target fbgemm, which has no such tables, is forgotten.
+            bits: 32, 16, 8 or 4 for every table, or a number for each named table; the other tables keep their bits. A
+                plan for the target fbgemm forgets its target if a table gets fewer than 32 bits: FBGEMM has no such tables.
 
         Raises:
-            PlanError: another number, or a name that is no table's.
+            PlanError: The number is not one of these, or the plan has no table of a given name.
 
         Example:
             >>> plan = SizePlan.full(Schema.from_sizes([100, 10]), width=4).with_bits(8)
-            >>> plan.num_params, plan.num_bytes()  # a byte a parameter, and a scale and an offset for each of 8 columns
+            >>> plan.num_params, plan.num_bytes()  # one byte per parameter, a scale and an offset per column
             (440, 504)
         """
         by_name = bits if isinstance(bits, Mapping) else {t.name: bits for t in self.tables}
@@ -146,7 +146,7 @@ class PlanShape:
 
     @property
     def num_shared_projection_params(self) -> int:
-        """Parameters of the matrices W_s; none where each table stands alone and has its own."""
+        """Parameters of the matrices W_s; none where each table stands alone and has matrices of its own."""
         return 0 if self.standalone else sum(s * self.width for s in self.shared_projection_widths)
 
     @property
@@ -155,26 +155,26 @@ class PlanShape:
         return sum(map(self._own_projection_params, self.tables)) + self.num_shared_projection_params
 
     def _own_projection_params(self, table: TableShape) -> int:
-        """Parameters of the projections that are one table's alone."""
+        """Parameters of the projections that belong to one table."""
         if projects(table):
             return table.output_width * table.width
         return sum(s * table.width for s in table.mixed_widths) if self.standalone else 0
 
     @property
     def num_map_params(self) -> int:
-        """Parameters that take the bytes of the id maps that tables of a foreign model carry, rounded up by table."""
+        """Bytes of the id maps in a module of one's own, as a number of parameters, rounded up for each table."""
         mapped = [t for t in self.tables if t.map_dtype is not None] if self.standalone else []
         return sum(map_params(t.num_rows, t.num_compact_rows) for t in mapped)
 
     @property
     def num_params(self) -> int:
-        """Embedding parameters: rows, shared DROPPED rows, projections and row maps; no first-order weights."""
+        """Embedding parameters: rows, DROPPED rows, projections and id maps, without first-order weights."""
         stored = sum(rows * width for t in self.tables for rows, width in t.segments)
         return stored + self.num_projection_params + self.num_map_params
 
     @property
     def num_first_order_params(self) -> int:
-        """First-order weights: one a compact row, if the model has them."""
+        """First-order weights: one per compact row, if the model has them."""
         return sum(t.num_compact_rows for t in self.tables) if self.first_order else 0
 
     @property
@@ -184,7 +184,7 @@ class PlanShape:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether every table keeps all its rows, in their order, and all its columns: whether a model of it is a full one."""
+        """Whether every table keeps all its rows, in their order, and all its columns, as the full model does."""
         return not any(table.renumbers or table.output_width < table.width for table in self.tables)
 
     @property
@@ -199,7 +199,7 @@ class PlanShape:
 
     @property
     def slot_ratio(self) -> float:
-        """Kept share of the (table, column) slots; of a mixed table, of its entries."""
+        """Kept share of the (table, column) slots; for a mixed table, the kept share of its entries."""
         kept = sum(
             sum(rows * width for rows, width in t.segments) / t.num_rows if t.mixed else t.output_width
             for t in self.tables
@@ -208,7 +208,7 @@ class PlanShape:
 
     @property
     def digest(self) -> str:
-        """Twelve hex digits over what is kept: equal for plans that lay out the same tables."""
+        """Twelve hex digits over what is kept, equal for plans that lay out the same tables."""
         state = hashlib.sha256(f"{self.fingerprint} {self.first_order} {self.standalone}".encode())
         for table in self.tables:
             bits = "" if table.bits == 32 else f" {table.bits} bits"
@@ -220,35 +220,37 @@ class PlanShape:
         return state.hexdigest()[:12]
 
     def max_params(self, budget: Budget) -> int:
-        """Embedding parameters that `budget` allows an fp32 plan with this one's first-order weights."""
+        """Embedding parameters that a budget allows an fp32 plan with the first-order weights of this plan."""
         return budget.max_params(self.num_full_params, self.num_first_order_params)
 
     def num_bytes(self, target: Target | None = None) -> int:
-        """Bytes of the tables as a target stores them, which an export for it holds within 1%; None is "torch".
+        """Bytes of the tables as a target stores them; the tables of an export for that target agree within 1%.
 
-        Counted are the values at their bits with their scales, projections, first-order weights, and the id maps of a
-        foreign model. Not counted are the vocabulary, which belongs to the encoder (see `vocabulary_bytes`), and what the
-        graph of an export says of the layout: some dozen bytes a column of ids.
+        The count includes the values at their bits, their scales, projections, first-order weights, and the id maps of a
+        module of one's own. The count excludes the vocabulary, which belongs to the encoder (see `vocabulary_bytes`), and
+        the description of the layout in the graph of an export, a few dozen bytes per column of ids.
 
-        "torch" (bundles, pt2) and "onnx" store the same. "fbgemm" (TorchRec) fills every row up to a multiple of four
-        columns, which its kernels ask for, first-order weights as tables of their own among them; `export` does it too.
+        Args:
+            target: Where the tables will be served. "torch" (bundles, pt2; the default) and "onnx" store the same bytes.
+                "fbgemm" (TorchRec) fills every row up to a multiple of four columns, as its kernels ask; first-order
+                weights are tables of their own and are filled up too.
 
         Raises:
-            PlanError: fbgemm has no such tables: rows of several widths, or fewer than 32 bits.
+            PlanError: The target is fbgemm, and a table has rows of several widths or fewer than 32 bits.
         """
         shared = BYTES_PER_PARAM * self.num_shared_projection_params
         return shared + sum(self.table_bytes(table, target) for table in self.tables)
 
     def table_bytes(self, table: TableShape, target: Target | None = None, budget: Budget | None = None) -> int:
-        """What one table adds to `num_bytes`: all but the projections that it shares with others.
+        """Bytes that one table adds to `num_bytes`, without the projections that it shares with other tables.
 
         Args:
-            table: of this plan, or one that might stand in its place.
-            target: see `num_bytes`.
-            budget: count only what counts against it, which of a percentage first-order weights do not.
+            table: A table of this plan, or one that might take its place.
+            target: Where the tables will be served; see `num_bytes`.
+            budget: Count only the bytes that count against this budget: a percentage leaves out first-order weights.
 
         Raises:
-            PlanError: see `num_bytes`.
+            PlanError: See `num_bytes`.
         """
         if target == "fbgemm" and (table.mixed or table.bits != 32):
             what = "stores rows of several widths" if table.mixed else f"has {table.bits} bits"
@@ -269,9 +271,10 @@ class PlanShape:
         return table.num_first_order_bytes * (padded_width(1) if target == "fbgemm" else 1)
 
     def with_free_columns(self) -> Self:
-        """The plan with the columns that fbgemm's padding has room for: of each table the first that it does not keep.
+        """The plan with further columns in the place of FBGEMM's padding, which costs their bytes anyway.
 
-        Projected tables stay as they are: a column more is a row of the projection more.
+        A table gets the first columns that it does not keep. Projected tables stay as they are, since a further column
+        would cost a further row of the projection.
         """
         tables = []
         for table in self.tables:
@@ -281,15 +284,15 @@ class PlanShape:
         return dataclasses.replace(self, tables=tuple(tables))
 
     def with_padded_columns(self, budget: Budget, wanted: Mapping[str, int]) -> Self:
-        """The plan with further groups of four columns, as many as a budget has room for in fbgemm's tables.
+        """The plan with as many further groups of four columns as a budget has room for in FBGEMM's tables.
 
         Args:
-            budget: in percent or bytes.
-            wanted: columns of each table in a plan that takes no notice of padding: tables that have fewer get theirs first,
-                then those where a group takes the fewest bytes.
+            budget: A budget in percent or bytes.
+            wanted: Number of columns of each table in a plan that ignores padding. Tables with fewer columns are widened
+                first, then the tables where a group of columns takes the fewest bytes.
         """
         tables = list(self.tables)
-        rounding = 1e-6  # of a byte, that of the percentage
+        rounding = 1e-6  # bytes, for the rounding of a percentage
         room = self.max_bytes(budget, "fbgemm") - self.num_bytes("fbgemm") + rounding
         while True:
             fitting = []
@@ -305,10 +308,10 @@ class PlanShape:
             room -= more
 
     def max_bytes(self, budget: Budget, target: Target | None = None) -> float:
-        """Bytes that `budget` allows a plan with this one's bits and first-order weights, for a target.
+        """Bytes that a budget allows a plan with the bits and first-order weights of this plan, for a target.
 
-        A percentage is one of the full tables' fp32 bytes: it counts values, scales, projections and padding, and
-        first-order weights not. Of a number of parameters each takes what it does on average in this plan.
+        A percentage refers to the fp32 bytes of the full tables. It counts values, scales, projections and padding, but
+        not first-order weights. For a number of parameters, each parameter takes as many bytes as on average in this plan.
         """
         if budget.kind == "params":
             return self.num_bytes(target) * budget.amount / max(1, self.num_params)
@@ -316,8 +319,8 @@ class PlanShape:
         return self.counted_bytes(budget) + first_order
 
     def counted_bytes(self, budget: Budget) -> float:
-        """Bytes, of a budget that is not a number of parameters, for what counts against it: see `table_bytes`."""
-        assert budget.kind != "params", "how many bytes a parameter takes is a plan's to say"
+        """Bytes for all that counts against a budget in percent or bytes; see `table_bytes`."""
+        assert budget.kind != "params", "the bytes of a parameter depend on the plan"
         return budget.amount if budget.kind == "bytes" else budget.amount * BYTES_PER_PARAM * self.num_full_params
 
     def check_schema(self, schema: Schema) -> None:
@@ -329,7 +332,7 @@ class PlanShape:
             )
 
     def check_tables(self, full: SizePlan) -> None:
-        """Raise PlanError unless the plan lists the tables of `full`, in order and of the same rows and widths."""
+        """Raise PlanError unless the plan lists the tables of `full` in the same order, with the same rows and widths."""
         mine, theirs = ([(t.name, t.num_rows, t.width) for t in plan.tables] for plan in (self, full))
         for given, needed in itertools.zip_longest(mine, theirs):
             if given != needed:
@@ -418,7 +421,7 @@ class PlanShape:
         return tuple(TableShape(**_read_table(entry, BlockShape)) for entry in entries)
 
     def diff(self, other: PlanShape) -> str:
-        """Lines that say which tables `other` keeps differently; empty if none."""
+        """Lines that say which tables another plan keeps differently; empty if there are none."""
         theirs = {table.name: table for table in other.tables}
         lines = []
         for table in self.tables:
@@ -433,7 +436,7 @@ class PlanShape:
         return f"<{type(self).__name__} by {self.method}: {kept}, {len(self.tables)} tables>"
 
     def summary(self) -> str:
-        """What the plan keeps, a line a table, for people."""
+        """What the plan keeps, in words, one line per table."""
         head = (
             f"{self.method}: {self.num_params:,} of {self.num_full_params:,} embedding parameters "
             f"({self.num_params / max(1, self.num_full_params):.2%}), {self.slot_ratio:.1%} of the slots, "
