@@ -1,4 +1,4 @@
-"""Settings: frozen, validated pydantic models that read from and write to TOML; an unknown key is an error."""
+"""Settings: frozen, validated pydantic models, read from TOML and written to TOML; an unknown key is an error."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ConfigT = TypeVar("ConfigT", bound="Config")
 
 
 class Config(BaseModel):
-    """Base of every settings class: immutable, no unknown keys, errors that name the section and the allowed keys."""
+    """Base of every settings class. Settings cannot change, and an error names the section and the allowed keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     @classmethod
     def parse(cls: type[ConfigT], values: Mapping[str, Any], where: str = "") -> ConfigT:
-        """Validate `values`; `where` (a file or section) leads the message of any ConfigError."""
+        """Validate values; the message of a ConfigError begins with `where`, a file or a section."""
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
@@ -46,11 +46,11 @@ class Config(BaseModel):
 
 
 def describe_errors(cls: type[BaseModel], error: ValidationError, where: str) -> str:
-    """Turn pydantic's report into one line a fault: where, which key, what was given, what is allowed."""
+    """Pydantic's report as one line per fault: where, which key, what was given, what is allowed."""
     prefix = f"[{where}] " if where else ""
     faults = error.errors()
     nested = [str(e) for f in faults if isinstance(e := f.get("ctx", {}).get("error"), ConfigError)]
-    if nested:  # a settings class inside this one has said it all; what follows from its absence is noise
+    if nested:  # a settings class inside this one has reported the fault; pydantic's further faults follow from it
         return "\n".join(prefix + text for text in nested)
     lines = []
     for fault in faults:
@@ -67,7 +67,7 @@ def describe_errors(cls: type[BaseModel], error: ValidationError, where: str) ->
 
 
 def _model_at(cls: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel]:
-    """The settings class that sits at `path` inside `cls`, as far as the annotations tell; else `cls` itself."""
+    """The settings class at a path inside a settings class, or that class itself where annotations do not tell."""
     for part in path:
         if isinstance(part, str) and part in cls.model_fields:
             annotation = cls.model_fields[part].annotation
@@ -79,7 +79,7 @@ def _model_at(cls: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Read a TOML file; ConfigError names the file and the line when it does not parse."""
+    """Read a TOML file; a ConfigError names the file, and the line that cannot be parsed."""
     try:
         return tomllib.loads(Path(path).read_text("utf-8"))
     except FileNotFoundError:
@@ -94,7 +94,7 @@ def to_toml(config: BaseModel) -> str:
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Apply `section.key=value` strings to nested settings; a value is read as TOML, else as a string."""
+    """Apply `section.key=value` strings to nested settings; a value that is not TOML is a string."""
     result = _copy_nested(values)
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -115,7 +115,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings in which `above` wins, section by section; neither argument is changed."""
+    """Nested settings: `above` wins over `below`, section by section; neither argument is changed."""
     result = _copy_nested(below)
     for key, value in above.items():
         lower = result.get(key)
@@ -128,7 +128,7 @@ def _copy_nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def first_change(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """The first setting in which two sets differ, in words; None if there is none. Values are JSON-able.
+    """The first setting that differs between two sets of JSON-able values, in words; None if none differs.
 
     Example:
         >>> first_change({"seed": 0, "epochs": 5}, {"seed": 0, "epochs": 9})

@@ -12,7 +12,7 @@ from embtrim.errors import DataError
 
 
 def write_then_rename(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file under a temporary name and rename it, so that a reader never sees half of it."""
+    """Write a file under a temporary name, then rename it: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -17,14 +17,14 @@ from embtrim.errors import BundleError
 
 @contextmanager
 def write_folder(folder: Path, what: str) -> Iterator[Path]:
-    """A folder under a temporary name, to be filled inside a `with` block; it then takes the place of `folder`.
+    """Yield a temporary folder to fill inside a `with` block; at the end it takes the place of `folder`.
 
-    Killed in between, it leaves what was there as `.<name of folder>.<process>.old` beside it.
+    A process killed in between leaves the earlier folder as `.<name of folder>.<process>.old` beside the new one.
 
     Raises:
-        BundleError: it could not be written; `folder` is as it was.
+        BundleError: The folder could not be written; `folder` is unchanged.
     """
-    place = folder.resolve()  # of a link, what it leads to
+    place = folder.resolve()  # a link stays a link: its target is replaced
     temporary, aside = (place.with_name(f".{place.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -40,7 +40,7 @@ def write_folder(folder: Path, what: str) -> Iterator[Path]:
             raise
         shutil.rmtree(aside, ignore_errors=True)
     except (OSError, SafetensorError, pl.exceptions.PolarsError) as error:
-        # safetensors and polars write from Rust, and wrap a full disk in errors of their own.
+        # safetensors and polars write from Rust and report a full disk by errors of their own.
         raise BundleError(
             f"{what} {folder} could not be written: {getattr(error, 'strerror', None) or error}; "
             "free space or choose another place"

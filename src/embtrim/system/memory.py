@@ -1,4 +1,4 @@
-"""Memory of this process: its peak inside a block, and what is freed inside a training, kept for the next step."""
+"""Memory of this process: the peak inside a block, and freed pages kept for the next training step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# Parameters of glibc's mallopt (malloc.h), and the largest threshold for blocks with pages of their own that it takes.
+# Parameters of glibc's mallopt (malloc.h), and the largest threshold that it takes for blocks with pages of their own.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST_BLOCK = 32 << 20
 _WITHOUT_END = 2**31 - 1
@@ -20,13 +20,13 @@ _lock, _num_keeping = threading.Lock(), 0
 
 @contextmanager
 def freed_pages_kept() -> Iterator[None]:
-    """Inside a `with` block the C library keeps freed memory for the next allocation, if it is glibc.
+    """Have the C library keep freed memory for the next allocation inside a `with` block, if the library is glibc.
 
     Each training step allocates and frees the same tens of megabytes. glibc gives most of them back to the system, and the
     next step pays for fresh pages: 3,500 to 6,600 page faults in a step of a DeepFM (MLP 3x400, batch 4096), a tenth to a
-    third of its time. After the last of several such blocks, of any thread, the thresholds are those that glibc arrives at
-    by itself in a process that has freed blocks of 32 MB, and free memory is given back. Whoever has set a threshold in the
-    environment (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_) keeps it.
+    third of its time. Blocks may be nested and may run in several threads. After the last block the thresholds are those that
+    glibc reaches by itself in a process that has freed blocks of 32 MB, and free memory is given back. A threshold that the
+    user set in the environment (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_) is kept.
     """
     global _num_keeping
     if any(name in os.environ for name in _OWN_SETTINGS):
@@ -47,13 +47,13 @@ def freed_pages_kept() -> Iterator[None]:
 
 
 def _c_library(function: str, *arguments: int) -> None:
-    """Call a function of the C library, if it is glibc."""
+    """Call a function of the C library, if the library is glibc."""
     with suppress(OSError, AttributeError, TypeError):
         getattr(ctypes.CDLL(None), function)(*arguments)
 
 
 class _Peak:
-    """Anonymous memory in bytes at the start and at its highest; None where the system does not tell."""
+    """Anonymous memory in bytes, at the start and at the peak; None where the system does not tell."""
 
     def __init__(self) -> None:
         self.start = self.bytes = anonymous_memory()
@@ -100,6 +100,6 @@ def anonymous_memory() -> int | None:
 
 
 def release_free_memory() -> None:
-    """Give the system back what is free, where the C library can: else what a block measures holds earlier leavings."""
+    """Give free memory back to the system, where the C library can, so that a measurement starts without leftovers."""
     gc.collect()
     _c_library("malloc_trim", 0)

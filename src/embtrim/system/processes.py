@@ -1,4 +1,4 @@
-"""Work shared by processes: results as they come; a crash, an interrupt or the parent's death ends all of them."""
+"""Work shared by processes: a crash, an interrupt or the death of the parent ends all of the processes."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ import torch
 from embtrim.errors import EmbtrimError
 from embtrim.system.machine import available_cores
 
-_make: Callable[[Any], Any] | None = None  # in a worker process: what makes a result of an item
+_make: Callable[[Any], Any] | None = None  # in a worker process: the function that makes the result of an item
 
 
 @contextmanager
 def in_processes(
     jobs: int, start: Callable[..., Callable[[Any], Any]], *arguments: Any
 ) -> Iterator[Callable[[Iterable[Any]], Iterator[Any]]]:
-    """Results of items, made by worker processes and given as they come; with one job by this process, in order.
+    """Results of items in the order in which worker processes finish them; with one job, made by this process in order.
 
     Args:
-        jobs: worker processes; each gets its share of the threads that this process would use.
-        start: (*arguments) -> function of an item; called once in each worker. It, items and results must pickle.
-        arguments: of `start`.
+        jobs: Number of worker processes; each gets its share of the threads that this process would use.
+        start: Makes the function that is called with each item; called once in each worker. The items, the results and
+            `start` itself must be picklable.
+        arguments: Arguments of `start`.
 
     Raises:
-        EmbtrimError: a worker died.
+        EmbtrimError: A worker died.
     """
     if jobs == 1:
         make = start(*arguments)
@@ -61,7 +62,7 @@ def _results(pool: ProcessPoolExecutor, items: Sequence[Any]) -> Iterator[Any]:
     with _interrupts_held():
         waiting = {pool.submit(_call, item) for item in items}
     while waiting:
-        # A signal may reach any thread, and wakes the main one out of no wait that has no end.
+        # A signal may reach any thread. The main thread notices it only when its own wait ends.
         done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
         for future in done:
             yield future.result()
@@ -69,7 +70,7 @@ def _results(pool: ProcessPoolExecutor, items: Sequence[Any]) -> Iterator[Any]:
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back for the block, where the system can; processes that start in it never see one."""
+    """Hold Ctrl-C back inside a `with` block, where the system can; processes started inside never see one."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -82,14 +83,16 @@ def _interrupts_held() -> Iterator[None]:
 
 def _start_worker(threads: int, start: Callable[..., Callable[[Any], Any]], arguments: Sequence[Any]) -> None:
     global _make
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it could not be held back: the parent ends its workers
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the parent ends its workers; systems without signal masks deliver Ctrl-C here too
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _make = start(*arguments)
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot end its workers: they would wait for ever."""
+    """End this worker with its parent: a killed parent cannot end its workers, which would wait for ever."""
     parent = parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""The progress bar of everything that can take more than two seconds; on stderr, so that stdout stays data."""
+"""Progress bars for work that can take more than two seconds, on stderr: stdout is for data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ItemT = TypeVar("ItemT")
 
 
 class RateColumn(ProgressColumn):
-    """Rows a second."""
+    """Column of a bar: rows per second."""
 
     def render(self, task: Task) -> Text:
         """The rate of one task, empty until it is known."""
@@ -32,13 +32,13 @@ class RateColumn(ProgressColumn):
 
 
 def progress_bar(show: bool) -> Progress:
-    """A bar with rate, elapsed time and ETA that disappears when done; a hidden one if not `show`."""
+    """A bar with rate, elapsed time and time left, which disappears at the end; hidden unless `show`."""
     columns = (TextColumn("{task.description}"), BarColumn(), RateColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True, disable=not show)
 
 
 def tracked(items: Iterable[ItemT], what: str, total: int | None, show: bool) -> Iterator[ItemT]:
-    """The items, with a bar that counts those done; hidden if not `show`."""
+    """The items, with a bar that counts the finished ones; hidden unless `show`."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -54,17 +54,17 @@ def tracked(items: Iterable[ItemT], what: str, total: int | None, show: bool) ->
 
 
 class GridTimeColumn(ProgressColumn):
-    """Time left of a grid of cells, which take minutes each: rich's own estimate forgets what is that long ago."""
+    """Column of a bar: time left for a grid. Cells take minutes each, and rich's own estimate forgets steps so long ago."""
 
     def render(self, task: Task) -> Text:
-        """The estimate of one task, empty until a cell is finished; `before` counts the cells done at the start."""
+        """The estimate for one task, empty until a cell is finished; its field `before` counts cells done at the start."""
         finished = task.completed - task.fields["before"]
         left = seconds_left(task.elapsed or 0.0, finished, (task.total or 0.0) - task.completed)
         return Text("" if left is None else f"{timedelta(seconds=round(left))} left")
 
 
 def grid_bar(show: bool) -> Progress:
-    """A bar over a grid with cells done, elapsed time and ETA; its tasks need a field `before`."""
+    """A bar over a grid with finished cells, elapsed time and time left; its tasks need a field `before`."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -76,7 +76,7 @@ def grid_bar(show: bool) -> Progress:
 
 
 def seconds_left(elapsed: float, finished: float, remaining: float) -> float | None:
-    """Time for what remains at the rate of what was finished in `elapsed`; None until something is finished.
+    """Seconds left for the remaining items at the rate so far; None until an item is finished.
 
     Example:
         >>> seconds_left(60.0, finished=3, remaining=10)

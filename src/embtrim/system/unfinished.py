@@ -1,4 +1,4 @@
-"""Folders of unfinished work: what left them, and whether it may go on."""
+"""Folders of unfinished work: which settings the work has, and whether it may go on."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from embtrim.system.files import write_then_rename
 
 log = logging.getLogger(__name__)
 
-# The file of a folder of unfinished work that says what the work is.
+# The file in a folder of unfinished work that holds the settings of the work.
 SETTINGS = "settings.json"
 
 
 class OtherTrainingError(DataError):
-    """A checkpoint is of a training with other settings."""
+    """A checkpoint belongs to a training with other settings."""
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make a folder the place for the state of work with these settings; what it holds of other work is removed.
+    """Make a folder the place for the state of some work; state of work with other settings is removed.
 
     Args:
-        folder: need not exist.
-        settings: what the work depends on, as JSON-able values.
+        folder: The folder, which need not exist.
+        settings: All that the work depends on, as JSON-able values.
     """
     path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
     if folder.exists():
@@ -39,17 +39,17 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
             change = "settings that cannot be read"
         if change is None:
             return
-        log.warning("%s was begun with %s; this work starts anew", folder, change)
+        log.warning("%s was begun with %s; this work starts from the beginning", folder, change)
         shutil.rmtree(folder)
     write_then_rename(path, lambda file: file.write(json.dumps(settings).encode()))
 
 
 @contextmanager
 def unfinished(target: Path) -> Iterator[Path]:
-    """The folder beside `target` where work towards it keeps its state, inside a `with` block.
+    """Yield the folder beside `target` where work towards the target keeps its state.
 
-    It stays where the block raises, so that the work can go on, unless it holds nothing but the settings of `claim`, and
-    goes where the target is written.
+    The folder is removed when the `with` block ends. If the block raises, the folder stays, so that the work can go on,
+    unless it holds nothing but the settings of `claim`.
     """
     folder = target.with_name(f".{target.name}.unfinished")
     try:
