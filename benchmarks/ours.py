@@ -27,7 +27,7 @@ import measure
 import synthetic
 from embtrim.config import read_toml
 from embtrim.data.dataset import FORMAT_VERSION, Batch, EncodedDataset, SplitArrays
-from embtrim.data.reading import ReadOptions
+from embtrim.data.read_options import ReadOptions
 from embtrim.experiments.settings import RunConfig
 from embtrim.experiments.steps import train_full
 from embtrim.methods.uniform import equal_widths

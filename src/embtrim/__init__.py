@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from embtrim.data.dataset import EncodedDataset
     from embtrim.data.encoder import Encoder
     from embtrim.data.encoding import encode
-    from embtrim.data.reading import ReadOptions
+    from embtrim.data.read_options import ReadOptions
     from embtrim.data.splitting import Split
     from embtrim.errors import EmbtrimError
     from embtrim.experiments.comparison import Comparison, compare
@@ -54,7 +54,7 @@ _HOMES = {
     "Finding": "tasks.survey",
     "FitResult": "training.settings",
     "Metrics": "training.metrics",
-    "ReadOptions": "data.reading",
+    "ReadOptions": "data.read_options",
     "RunConfig": "experiments.settings",
     "RunRecord": "experiments.records",
     "Schema": "schema",

@@ -15,15 +15,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embtrim.data import encoding
+from embtrim.data import writing
+from embtrim.data.cells import hash_values
 from embtrim.data.dataset import EncodedDataset
-from embtrim.data.encoder import Encoder, hash_values
-from embtrim.data.encoding import Split, encode, infer_schema, open_log, quantile_edges
+from embtrim.data.drafting import infer_schema
+from embtrim.data.encoder import Encoder
+from embtrim.data.encoding import encode
 from embtrim.data.numbering import Numbering
-from embtrim.data.reading import ReadOptions
-from embtrim.data.splitting import random_bits
+from embtrim.data.read_options import ReadOptions
+from embtrim.data.reading import open_log
+from embtrim.data.splitting import Split, random_bits
+from embtrim.data.transforms import quantile_edges
 from embtrim.errors import ConfigError, DataError
 from embtrim.schema import FieldSpec, Schema
+from embtrim.system.progress import StageBar
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 ALL_TRAIN = "1:0:0"
@@ -497,7 +502,7 @@ class TestReading:
             ("log.xlsx", b"PK\x03\x04...", "zip archive"),
             ("log.csv", "y,a\n".encode("utf-16"), "UTF-16"),
             ("log.foo", "y,a\n0,u\n", "unknown suffix '.foo'"),
-            ("log.parquet", "y,a\n0,u\n", "no readable parquet file"),
+            ("log.parquet", "y,a\n0,u\n", "not a readable parquet file"),
             ("log.csv", gzip.compress(b"y,a\n0,u\n" * 99, mtime=0)[:-9], "damaged gz file"),
             ("log.svm", "1 1:1 x\n", "line 1 holds 'x', which is not index:value"),
             ("log.svm", "1 1:1 2:x\n", "line 1 holds '2:x', whose value is not a number"),
@@ -555,7 +560,7 @@ class TestBadValues:
             ({"w": [1.0, -1.0, 1.0]}, "row 2: weight 'w' is -1.0"),
             ({"w": [1.0, None, 1.0]}, "row 2: weight 'w' is None"),
             ({"w": [1.0, 1.0, 1e39]}, r"row 3: weight 'w' is 1e[+]?39; a weight is a finite number"),
-            ({"price": [[1], [2], [3]]}, "column 'price' holds List.* no number"),
+            ({"price": [[1], [2], [3]]}, "column 'price' holds List.* not a number"),
         ],
     )
     def test_frames_name_the_row(self, run, column, message):
@@ -755,7 +760,7 @@ class TestFolder:
             if len(calls) > 3:
                 raise error
 
-        monkeypatch.setattr(encoding._ArrayFile, "append", fail)
+        monkeypatch.setattr(writing.ArrayFile, "append", fail)
         expected = DataError if isinstance(error, OSError) else KeyboardInterrupt
         with pytest.raises(expected, match="the disk is full while writing" if isinstance(error, OSError) else None):
             run(self.FRAME, ONE, out=tmp_path / "data", split="8:1:1")
@@ -766,14 +771,14 @@ class TestFolder:
             run(self.FRAME, ONE, out=write("file", "") / "data")
 
     def test_a_bar_appears_after_two_seconds_only(self, monkeypatch, capsys):
-        with encoding._Bar(True) as bar:
+        with StageBar(True) as bar:
             bar.update("writing ids", 0.5)
             assert bar._progress is None
             bar.started -= 3
             bar.update("writing ids", 0.6)
             assert bar._progress is not None
         assert capsys.readouterr().out == ""
-        with encoding._Bar(False) as bar:
+        with StageBar(False) as bar:
             bar.started -= 3
             bar.update("writing ids", 0.6)
             assert bar._progress is None
@@ -844,7 +849,7 @@ class TestInference:
             assert [field.type for field in infer_schema(frame, "click").fields] == ["categorical"] * 2
         (said,) = [r.getMessage() for r in caplog.records if "categorical" in r.getMessage()]
         assert "'price'" in said
-        assert "0.6% of its values are no numbers, such as '$12.30', '1,200';" in said
+        assert "0.6% of its values are not numbers, such as '$12.30', '1,200';" in said
 
     def test_header_hint(self, write):
         with pytest.raises(DataError, match="the first line looks like data: pass header=False"):

@@ -12,12 +12,14 @@ import numpy as np
 import polars as pl
 import pytest
 
-from embtrim.data import encoding, encoding_state
+from embtrim.data import encoding, encoding_state, writing
 from embtrim.data.encoding import encode
 from embtrim.data.encoding_state import CHEAP_SECONDS, Work, working_folder
-from embtrim.data.reading import ReadOptions, open_log
+from embtrim.data.read_options import ReadOptions
+from embtrim.data.reading import open_log
 from embtrim.errors import DataError
 from embtrim.schema import FieldSpec, Schema
+from embtrim.system.progress import StageBar
 
 SCHEMA = Schema(
     label="y",
@@ -105,7 +107,7 @@ class Interrupts:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.count = lambda: False, 0
-        update = encoding._Bar.update
+        update = StageBar.update
 
         def interrupted(bar, stage, done):
             update(bar, stage, done)
@@ -113,8 +115,8 @@ class Interrupts:
             if self.now():
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(encoding._Bar, "update", interrupted)
-        monkeypatch.setattr(encoding, "COUNTED_ROWS", 90)
+        monkeypatch.setattr(StageBar, "update", interrupted)
+        monkeypatch.setattr(writing, "COUNTED_ROWS", 90)
 
     def run(self, job: Job, after: int = sys.maxsize) -> dict[str, bytes] | None:
         """The files; or None, interrupted after so many chunks and blocks, those of all passes, and one more."""
@@ -188,7 +190,7 @@ class TestSameBytes:
     def test_interrupted_within_a_chunk(self, tmp_path, monkeypatch, call, error):
         job = Job(tmp_path)
         whole = job.whole()
-        calls, append = [], encoding._ArrayFile.append
+        calls, append = [], writing.ArrayFile.append
 
         def fail(self, rows):
             append(self, rows)
@@ -196,7 +198,7 @@ class TestSameBytes:
             if len(calls) == call:
                 raise error
 
-        monkeypatch.setattr(encoding._ArrayFile, "append", fail)
+        monkeypatch.setattr(writing.ArrayFile, "append", fail)
         with pytest.raises((DataError, KeyboardInterrupt), match=r"to go on|goes on with .*\.data\.encoding"):
             job.run()
         assert job.left() == {".data.encoding"}

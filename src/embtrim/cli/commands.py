@@ -41,7 +41,7 @@ from embtrim.plan.budget import Budget
 
 if TYPE_CHECKING:  # rooms that import torch are imported by the commands that need them: --help must not wait
     from embtrim.data.dataset import EncodedDataset
-    from embtrim.data.reading import ReadOptions
+    from embtrim.data.read_options import ReadOptions
     from embtrim.experiments.grid import CompareConfig
     from embtrim.experiments.settings import RunConfig
     from embtrim.models import CTRModel
@@ -189,7 +189,7 @@ def encode(
     }  # fmt: skip
     settings = _settle(EncodeSettings, config, overrides, flags)
     from embtrim.data.catalog import encode_known, known
-    from embtrim.data.encoding import infer_schema
+    from embtrim.data.drafting import infer_schema
     from embtrim.data.splitting import Split
     from embtrim.schema import Schema
 
@@ -868,7 +868,7 @@ def _read_flags(
 
 
 def _read_options(values: Mapping[str, Any]) -> ReadOptions:
-    from embtrim.data.reading import ReadOptions
+    from embtrim.data.read_options import ReadOptions
 
     return ReadOptions.parse(values, where="read")
 

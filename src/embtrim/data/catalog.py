@@ -20,7 +20,8 @@ import polars as pl
 
 from embtrim.data.dataset import EncodedDataset
 from embtrim.data.encoding import encode
-from embtrim.data.reading import ReadOptions, open_log
+from embtrim.data.read_options import ReadOptions
+from embtrim.data.reading import open_log
 from embtrim.data.splitting import Split
 from embtrim.errors import DataError, hint
 from embtrim.schema import FieldSpec, Schema

@@ -8,7 +8,9 @@ import re
 
 import polars as pl
 
-from embtrim.data.reading import RawLog, ReadOptions, Source, SparseText, open_log
+from embtrim.data.read_options import ReadOptions
+from embtrim.data.reading import RawLog, Source, open_log
+from embtrim.data.sparse_text import SparseFile
 from embtrim.errors import DataError
 from embtrim.schema import FieldSpec, Schema
 
@@ -143,7 +145,7 @@ def _say_if_nearly_numbers(values: pl.Series, numbers: pl.Series) -> None:
     if 0 < len(words) <= 0.05 * len(values):
         listed = ", ".join(map(repr, words.unique(maintain_order=True).head(10)))
         logger.info(
-            "column %r is taken as categorical: %.2g%% of its values are no numbers, such as %s; if they mean nothing, "
+            "column %r is taken as categorical: %.2g%% of its values are not numbers, such as %s; if they mean nothing, "
             'list them in the draft: type = "numeric", nulls = [..]',
             values.name, 100 * len(words) / len(values), listed,
         )  # fmt: skip
@@ -166,7 +168,7 @@ def _infer_multi(values: pl.Series, min_count: int) -> FieldSpec | None:
 def _infer_sparse(log: RawLog, label: str) -> Schema:
     """libsvm or libfm: lists of indices where all values are 0 or 1, else one numeric field an index."""
     file = log.files[0]
-    assert isinstance(file, SparseText)
+    assert isinstance(file, SparseFile)
     fields = []
     for column in log.columns:
         if column == label:

@@ -20,48 +20,33 @@ target as it was. The working folder of an interrupted or killed run holds a che
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
-import struct
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 
 from embtrim._version import __version__
+from embtrim.data.cells import log_columns, number_columns, to_numbers
 from embtrim.data.dataset import FORMAT_VERSION, SPLITS, EncodedDataset
-from embtrim.data.drafting import draft_schema, infer_schema
-from embtrim.data.encoder import Encoder, dense_values, digest, needed_columns, number_columns, to_numbers
-from embtrim.data.encoding_state import CHECKPOINT_VERSION, Coded, Work, check_target, working_folder
+from embtrim.data.drafting import draft_schema
+from embtrim.data.encoder import Encoder, digest
+from embtrim.data.encoding_state import CHECKPOINT_VERSION, Work, check_target, working_folder
+from embtrim.data.log_file import CHUNK_BYTES
 from embtrim.data.numbering import Numbering
-from embtrim.data.reading import (
-    CHUNK_BYTES,
-    START,
-    Chunk,
-    Format,
-    Position,
-    RawLog,
-    ReadOptions,
-    Source,
-    open_log,
-    read_ahead,
-)
-from embtrim.data.splitting import Sample, Split, Splitter, choose_split
+from embtrim.data.read_options import Format, ReadOptions
+from embtrim.data.reading import RawLog, Source, open_log, read_ahead
+from embtrim.data.splitting import Sample, Split, Splitter, check_splits, choose_split
+from embtrim.data.transforms import Moments, quantile_edges
+from embtrim.data.writing import groups_of_training_codes, write_codes, write_ids
 from embtrim.errors import DataError
 from embtrim.schema import Schema
-from embtrim.system.files import flush_file
-
-__all__ = ["Encoder", "ReadOptions", "Split", "encode", "infer_schema", "open_log"]
-
-# Training rows whose codes are counted together: a pass over all counts pays for that many, and a column of them is in memory.
-COUNTED_ROWS = 2_000_000
+from embtrim.system.progress import StageBar
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +206,7 @@ def _check_logs(logs: Mapping[str, RawLog], schema: Schema, chosen: Split | None
         raise DataError("a split by time needs the schema's time column; set time = '<column>' in the schema")
     for name, log in logs.items():
         by_time = name == "train" and chosen is not None and chosen.by == "time"
-        log.require(_raw_columns(schema, with_time=by_time))
+        log.require(log_columns(schema, with_time=by_time))
 
 
 def _encode_logs(
@@ -256,7 +241,7 @@ def _encode_logs(
         "source files": sources,
         **more_inputs,
     }
-    bar = _Bar(progress)
+    bar = StageBar(progress)
     with working_folder(target, overwrite, inputs, checkpoint_seconds) as work, bar:
         seconds_before = work.checkpoint.seconds
         splitter = Splitter(chosen, schema, seed)
@@ -269,18 +254,18 @@ def _encode_logs(
                 work.save(transforms=transforms)
         numbering = Numbering(schema, transforms)
         parts = {name: (log, splitter if name == "train" else SPLITS.index(name)) for name, log in logs.items()}
-        coded = _write_codes(numbering, parts, chunk_bytes, bar, work)
+        coded = write_codes(numbering, parts, chunk_bytes, bar, work)
         num_rows = {name: sum(coded.blocks[name]) for name in SPLITS if name in coded.blocks}
         positives = {name: coded.positives[name] for name in num_rows}
-        _check_splits(num_rows, positives, schema.label, chosen, list(logs))
+        check_splits(num_rows, positives, schema.label, chosen, list(logs))
         if work.checkpoint.is_fitted:
             encoder = Encoder.load(work.folder)
         else:
             encoder = fit(
-                numbering.vocabularies(_groups_of_training_codes(coded, schema, bar, work)), transforms, work.folder
+                numbering.vocabularies(groups_of_training_codes(coded, schema, bar, work)), transforms, work.folder
             )
             encoder.save(work.folder)
-        _write_ids(numbering, encoder, coded, bar, work)
+        write_ids(numbering, encoder, coded, bar, work)
         seconds = seconds_before + time.perf_counter() - started
         meta = {
             "format_version": FORMAT_VERSION,
@@ -301,7 +286,7 @@ def _encode_logs(
 # --- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def _learn_cuts(splitter: Splitter, log: RawLog, chunk_bytes: int, bar: _Bar, work: Work) -> None:
+def _learn_cuts(splitter: Splitter, log: RawLog, chunk_bytes: int, bar: StageBar, work: Work) -> None:
     """Find the moments at which to cut, if the split is by time."""
     if splitter.column is None:
         return
@@ -313,14 +298,14 @@ def _learn_cuts(splitter: Splitter, log: RawLog, chunk_bytes: int, bar: _Bar, wo
 
 
 def _fit_transforms(
-    schema: Schema, log: RawLog, splitter: Splitter, seed: int, chunk_bytes: int, bar: _Bar
+    schema: Schema, log: RawLog, splitter: Splitter, seed: int, chunk_bytes: int, bar: StageBar
 ) -> dict[str, dict[str, Any]]:
     """Quantile edges, and mean and std, from the training rows."""
     fitted = [f for f in schema.fields if f.transform == "standard" or (f.transform or "").startswith("quantile:")]
     if not fitted:
         return {}
     samples = {f.name: Sample(seed) for f in fitted if f.transform != "standard"}
-    moments = {f.name: _Moments() for f in fitted if f.transform == "standard"}
+    moments = {f.name: Moments() for f in fitted if f.transform == "standard"}
     columns = [f.raw_column for f in fitted]
     numbers = set(columns) & set(number_columns(schema))
     if splitter.column is not None:
@@ -361,358 +346,13 @@ def _fit_encoder(
     return Encoder(encoded, vocabularies, transforms)
 
 
-def quantile_edges(values: np.ndarray, num_buckets: int) -> list[float]:
-    """Edges that divide values into buckets of equal size as far as ties allow; rising, at most num_buckets - 1.
-
-    Example:
-        >>> quantile_edges(np.array([1.0, 2, 3, 4, 5, 6]), 3)
-        [3.0, 5.0]
-    """
-    ordered = np.sort(values)
-    if not len(ordered):
-        return []
-    edges = np.unique(ordered[len(ordered) * np.arange(1, num_buckets) // num_buckets])
-    return [float(edge) for edge in edges if edge > ordered[0]]
-
-
-@dataclass
-class _Moments:
-    """Count, mean and sum of squared deviations, merged chunk by chunk (Chan et al.)."""
-
-    count: int = 0
-    mean: float = 0.0
-    squares: float = 0.0
-
-    def add(self, values: np.ndarray) -> None:
-        if not len(values):
-            return
-        mean, count = float(values.mean()), self.count + len(values)
-        delta = mean - self.mean
-        self.squares += float(((values - mean) ** 2).sum()) + delta * delta * self.count * len(values) / count
-        self.mean += delta * len(values) / count
-        self.count = count
-
-    def result(self) -> dict[str, float]:
-        std = (self.squares / self.count) ** 0.5 if self.count else 0.0
-        return {"mean": self.mean, "std": std if std > 0 else 1.0}
-
-
 # --- labels and weights -----------------------------------------------------------------------------------------------
-
-
-def read_labels(chunk: Chunk, column: str) -> np.ndarray:
-    """Labels of a chunk: float32 (N,), 0 or 1.
-
-    Raises:
-        DataError: a label is missing, or is not 0, 1, true or false; names file and line.
-    """
-    raw = chunk.frame[column]
-    if not (raw.dtype.is_numeric() or raw.dtype in (pl.String, pl.Boolean, pl.Null, pl.Categorical, pl.Enum)):
-        raise DataError(f"label column {column!r} holds {raw.dtype}; it must hold 0 and 1, or true and false")
-    raw = raw.cast(pl.String) if raw.dtype in (pl.Categorical, pl.Enum) else raw
-    labels = raw.cast(pl.Float64, strict=False)
-    if raw.dtype == pl.String and labels.null_count() > raw.null_count():
-        word = raw.str.strip_chars().str.to_lowercase()
-        is_word = word.is_in(["true", "false"]).fill_null(False)
-        labels = labels.fill_null(word.cast(pl.Float64, strict=False)).set(is_word, None)
-        labels = labels.fill_null((word == "true").cast(pl.Float64).set(~is_word, None))
-    bad = (~labels.is_in([0.0, 1.0])).fill_null(True).arg_true()
-    if len(bad):
-        value = raw[bad[0]]
-        if value is None or value != value:
-            raise DataError(f"{chunk.locate(bad[0])}: label {column!r} is missing; drop the row or fill it in")
-        raise DataError(
-            f"{chunk.locate(bad[0])}: label {column!r} is {value!r}; a label is 0 or 1, or true or false: "
-            "is this the right column?"
-        )
-    return labels.cast(pl.Float32).to_numpy()
-
-
-def read_weights(chunk: Chunk, column: str) -> np.ndarray:
-    """Sample weights of a chunk: float32 (N,), finite in it, not negative.
-
-    Raises:
-        DataError: a weight is missing, no number, infinite or negative; names file and line.
-    """
-    raw = chunk.frame[column]
-    weights = raw.cast(pl.Float64, strict=False).cast(pl.Float32)
-    bad = (~(weights.is_finite() & (weights >= 0))).fill_null(True).arg_true()
-    if len(bad):
-        raise DataError(
-            f"{chunk.locate(bad[0])}: weight {column!r} is {raw[bad[0]]!r}; a weight is a finite number, 0 or more"
-        )
-    return weights.to_numpy()
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-class _ArrayFile:
-    """An .npy file written row by row: appended, not mapped, so that a full disk is an error and not a crash."""
-
-    HEADER_BYTES = 128
-
-    def __init__(self, path: Path, dtype: str, num_columns: int | None, num_rows: int) -> None:
-        self.path = path
-        self.dtype = np.dtype(dtype)
-        self.num_columns = num_columns
-        self.num_rows = num_rows
-        self.file: IO[bytes] = open(path, "r+b" if num_rows else "wb", buffering=1 << 20)  # noqa: SIM115 - closed by _closed_at_the_end
-        if num_rows:
-            self.file.seek(0, os.SEEK_END)
-        else:
-            self.file.write(bytes(self.HEADER_BYTES))
-
-    def append(self, rows: np.ndarray) -> None:
-        self.file.write(np.ascontiguousarray(rows, self.dtype).data if rows.size else b"")
-        self.num_rows += len(rows)
-
-    def flush(self) -> int:
-        """Wait until all rows are on the disk; the length of the file in bytes."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        return self.file.tell()
-
-    def complete(self) -> None:
-        """Write the header and close the file."""
-        shape = (self.num_rows,) if self.num_columns is None else (self.num_rows, self.num_columns)
-        text = repr({"descr": self.dtype.str, "fortran_order": False, "shape": shape}).encode()
-        room = self.HEADER_BYTES - 10
-        self.file.seek(0)
-        self.file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", room) + text.ljust(room - 1) + b"\n")
-        self.file.close()
-
-
-class _SplitWriter:
-    """The files of one split that are written while the log is read: all but the ids. Codes come in blocks (C, N)."""
-
-    def __init__(self, work: Work, name: str, schema: Schema, blocks: Sequence[int] = (), positives: int = 0) -> None:
-        folder = work.folder / name
-        folder.mkdir(exist_ok=True)
-        self.blocks, self.positives = list(blocks), positives
-        array_file = partial(_ArrayFile, num_rows=sum(blocks))
-        self.codes = _ArrayFile(work.codes / f"{name}.npy", "<i4", None, sum(blocks) * schema.num_id_columns)
-        self.labels = array_file(folder / "labels.npy", "<f4", None)
-        self.dense = array_file(folder / "dense.npy", "<f4", len(schema.dense_fields)) if schema.dense_fields else None
-        self.weights = array_file(folder / "weights.npy", "<f4", None) if schema.weight else None
-
-    def files(self) -> list[_ArrayFile]:
-        return [file for file in (self.codes, self.labels, self.dense, self.weights) if file is not None]
-
-
-def _write_codes(
-    numbering: Numbering,
-    parts: Mapping[str, tuple[RawLog, Splitter | int]],
-    chunk_bytes: int,
-    bar: _Bar,
-    work: Work,
-) -> Coded:
-    """Read every log and append its rows to their splits, values as codes."""
-    schema, done = numbering.schema, work.checkpoint.coded
-    if (texts := work.texts()) is not None:
-        numbering.restore(pl.read_parquet(texts))
-    if work.checkpoint.is_fitted:
-        return done
-    writers: dict[str, _SplitWriter] = {}
-    with _closed_at_the_end() as files:
-        for name, blocks in done.blocks.items():
-            writers[name] = _SplitWriter(work, name, schema, blocks, done.positives[name])
-            files.extend(writers[name].files())
-        for index, (log, splitter) in enumerate(parts.values()):
-            if index < done.log:
-                continue
-            start = done.position if index == done.log else START
-            by_time = isinstance(splitter, Splitter) and splitter.column is not None
-            columns = _raw_columns(schema, with_time=by_time)
-            for chunk in read_ahead(log.chunks(columns, chunk_bytes, start, number_columns(schema))):
-                labels_N = read_labels(chunk, schema.label)
-                weights_N = None if schema.weight is None else read_weights(chunk, schema.weight)
-                codes_CN = numbering.codes(chunk)
-                dense_NE = dense_values(chunk.frame, schema, numbering.transforms, chunk.locate)
-                part_N = splitter.assign(chunk) if isinstance(splitter, Splitter) else None
-                present = [splitter] if part_N is None else np.unique(part_N)
-                for part in present:
-                    name = SPLITS[part]  # type: ignore[call-overload]
-                    if name not in writers:
-                        writers[name] = _SplitWriter(work, name, schema)
-                        files.extend(writers[name].files())
-                    writer, rows = writers[name], slice(None) if part_N is None else part_N == part
-                    block_CN = codes_CN[:, rows]
-                    writer.codes.append(block_CN.ravel())
-                    writer.blocks.append(block_CN.shape[1])
-                    writer.labels.append(labels_N[rows])
-                    writer.positives += int(labels_N[rows].sum())
-                    if writer.dense is not None and dense_NE is not None:
-                        writer.dense.append(dense_NE[rows])
-                    if writer.weights is not None and weights_N is not None:
-                        writer.weights.append(weights_N[rows])
-                work.save_if_due(partial(_coded_so_far, numbering, writers, index, chunk.end, work))
-                bar.update("reading", chunk.done)
-    return _coded(writers, {_within(file.path, work): file.path.stat().st_size for file in files})
-
-
-def _coded_so_far(
-    numbering: Numbering, writers: Mapping[str, _SplitWriter], log: int, position: Position, work: Work
-) -> dict[str, Any]:
-    """What a checkpoint of the reading holds, once all of it is on the disk."""
-    num_bytes = {_within(file.path, work): file.flush() for writer in writers.values() for file in writer.files()}
-    coded = _coded(writers, num_bytes).replace(log=log, position=position)
-    return {"coded": coded, "files": [_write_texts(numbering, work)]}
-
-
-def _coded(writers: Mapping[str, _SplitWriter], num_bytes: Mapping[str, int]) -> Coded:
-    return Coded(
-        blocks={name: tuple(writer.blocks) for name, writer in writers.items()},
-        positives={name: writer.positives for name, writer in writers.items()},
-        num_bytes=dict(num_bytes),
-    )
-
-
-def _write_texts(numbering: Numbering, work: Work) -> Path:
-    path = work.new_texts()
-    numbering.state().write_parquet(path, compression="lz4")
-    return path
-
-
-def _blocks_of_codes(name: str, coded: Coded, schema: Schema, work: Work) -> Iterator[np.ndarray]:
-    """The codes of a split, block by block: int32 (C, N), mapped."""
-    codes = np.load(work.codes / f"{name}.npy", mmap_mode="r")
-    start = 0
-    for num_rows in coded.blocks[name]:
-        end = start + num_rows * schema.num_id_columns
-        yield codes[start:end].reshape(schema.num_id_columns, num_rows)
-        start = end
-
-
-def _groups_of_training_codes(coded: Coded, schema: Schema, bar: _Bar, work: Work) -> Iterator[list[np.ndarray]]:
-    """The blocks of the training rows, of COUNTED_ROWS or more together."""
-    group: list[np.ndarray] = []
-    counted, before = 0, 0
-    for block in _blocks_of_codes("train", coded, schema, work):
-        group.append(block)
-        counted += block.shape[1]
-        if counted - before >= COUNTED_ROWS:
-            yield group
-            group, before = [], counted
-            bar.update("counting values", counted / sum(coded.blocks["train"]))
-    if group:
-        yield group
-
-
-def _write_ids(numbering: Numbering, encoder: Encoder, coded: Coded, bar: _Bar, work: Work) -> None:
-    """Write the codes of all splits once more, as ids."""
-    schema, encoded = numbering.schema, numbering.encoded_by(encoder)
-    row_bytes = 4 * schema.num_id_columns
-    num_bytes = dict(work.checkpoint.num_bytes)
-    total, seen = sum(map(sum, coded.blocks.values())), 0
-    for name in coded.blocks:
-        path = work.folder / name / "ids.npy"
-        written = max(0, num_bytes.get(_within(path, work), 0) - _ArrayFile.HEADER_BYTES) // row_bytes
-        with _closed_at_the_end() as files:
-            ids = _ArrayFile(path, "<i4", schema.num_id_columns, written)
-            files.append(ids)
-            blocks, skipped = _blocks_of_codes(name, coded, schema, work), 0
-            while skipped < written:
-                skipped += next(blocks).shape[1]
-            for ids_NC in read_ahead(np.ascontiguousarray(encoded(codes_CN).T) for codes_CN in blocks):
-                ids.append(ids_NC)
-                num_bytes[_within(path, work)] = _ArrayFile.HEADER_BYTES + ids.num_rows * row_bytes
-                work.save_if_due(partial(_written_so_far, numbering, coded, ids, num_bytes, work))
-                bar.update("writing ids", (seen + ids.num_rows) / total)
-        seen += ids.num_rows
-
-
-def _written_so_far(
-    numbering: Numbering, coded: Coded, ids: _ArrayFile, num_bytes: Mapping[str, int], work: Work
-) -> dict[str, Any]:
-    """What a checkpoint of the writing holds, once all of it is on the disk."""
-    ids.flush()
-    if work.checkpoint.is_fitted:
-        return {"num_bytes": num_bytes}
-    for name in [*coded.num_bytes, *num_bytes]:
-        flush_file(work.root / name)
-    files = [_write_texts(numbering, work), *(path for path in work.folder.iterdir() if path.is_file())]
-    return {"coded": coded, "is_fitted": True, "num_bytes": num_bytes, "files": files}
-
-
-def _within(path: Path, work: Work) -> str:
-    return path.relative_to(work.root).as_posix()
-
-
-@contextlib.contextmanager
-def _closed_at_the_end() -> Iterator[list[_ArrayFile]]:
-    """A list of files to be completed at the end; after an error they are only closed."""
-    files: list[_ArrayFile] = []
-    try:
-        yield files
-        for file in files:
-            file.complete()
-    finally:
-        for file in files:
-            with contextlib.suppress(OSError):
-                file.file.close()
-
-
-def _check_splits(
-    num_rows: Mapping[str, int], positives: Mapping[str, int], label: str, split: Split | None, logs: Sequence[str]
-) -> None:
-    expected = set(logs)
-    if split is not None and split.cuts is not None:
-        expected |= set(SPLITS[: 1 + len(split.cuts)])
-    elif split is not None:
-        expected |= {name for name, part in zip(SPLITS, split.ratio, strict=True) if part > 0}
-    for name in SPLITS:
-        if name in expected:
-            _check_split(name, num_rows.get(name, 0), positives.get(name, 0), label, split)
-
-
-def _check_split(name: str, num_rows: int, positives: int, label: str, split: Split | None) -> None:
-    how = "" if split is None else f" (split by {split.by}, {':'.join(f'{part:g}' for part in split.ratio)})"
-    if num_rows == 0:
-        raise DataError(f"split {name!r} is empty{how}; give more rows or another split")
-    if positives in (0, num_rows):
-        raise DataError(
-            f"split {name!r} has {num_rows:,} rows, all with label {label!r} = {int(positives > 0)}{how}; both classes are "
-            "needed: give more rows, another split or another label"
-        )
-
-
-class _Bar:
-    """A progress bar on stderr that appears after two seconds, if at all."""
-
-    def __init__(self, enabled: bool) -> None:
-        self.enabled = enabled
-        self.started = time.monotonic()
-        self._progress: Any = None
-        self._task: Any = None
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-    def update(self, stage: str, done: float) -> None:
-        """Show how far a stage is, 0..1."""
-        if not self.enabled or time.monotonic() - self.started < 2:
-            return
-        if self._progress is None:
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self._progress = Progress(console=Console(stderr=True), transient=True)
-            self._task = self._progress.add_task(stage, total=1.0)
-            self._progress.start()
-        self._progress.update(self._task, description=stage, completed=done)
-
-
 # --- the schema of a run ----------------------------------------------------------------------------------------------
-
-
-def _raw_columns(schema: Schema, with_time: bool) -> list[str]:
-    extra = [schema.weight, schema.time if with_time else None]
-    return [schema.label, *needed_columns(schema), *(name for name in extra if name is not None)]
 
 
 def _as_draft(schema: Schema) -> Schema:

@@ -35,7 +35,7 @@ import polars as pl
 from pydantic import Field
 
 from embtrim.config import Config
-from embtrim.data.reading import START, Position
+from embtrim.data.log_file import START, Position
 from embtrim.errors import DataError, EmbtrimError
 from embtrim.system.files import flush_file, write_then_rename
 

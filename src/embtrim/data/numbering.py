@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from embtrim.data.encoder import Encoder, bucket_texts, number_cells
-from embtrim.data.reading import Chunk
+from embtrim.data.cells import number_cells
+from embtrim.data.encoder import Encoder
+from embtrim.data.log_file import Chunk
+from embtrim.data.transforms import bucket_texts
 from embtrim.errors import DataError
 from embtrim.schema import PAD, FieldSpec, Schema
 

@@ -6,7 +6,7 @@ two moments, given or found as quantiles of the time column.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -15,7 +15,8 @@ from pydantic import model_validator
 
 from embtrim.config import Config
 from embtrim.data.dataset import SPLITS
-from embtrim.data.reading import Chunk, RawLog
+from embtrim.data.log_file import Chunk
+from embtrim.data.reading import RawLog
 from embtrim.errors import ConfigError, DataError
 from embtrim.schema import Schema
 
@@ -213,3 +214,27 @@ class Sample:
             kept = np.argpartition(bits, SAMPLE_ROWS)[:SAMPLE_ROWS]
             bits, values = bits[kept], values.gather(kept)
         self._bits, self._parts = [bits], [values]
+
+
+def check_splits(
+    num_rows: Mapping[str, int], positives: Mapping[str, int], label: str, split: Split | None, logs: Sequence[str]
+) -> None:
+    expected = set(logs)
+    if split is not None and split.cuts is not None:
+        expected |= set(SPLITS[: 1 + len(split.cuts)])
+    elif split is not None:
+        expected |= {name for name, part in zip(SPLITS, split.ratio, strict=True) if part > 0}
+    for name in SPLITS:
+        if name in expected:
+            _check_split(name, num_rows.get(name, 0), positives.get(name, 0), label, split)
+
+
+def _check_split(name: str, num_rows: int, positives: int, label: str, split: Split | None) -> None:
+    how = "" if split is None else f" (split by {split.by}, {':'.join(f'{part:g}' for part in split.ratio)})"
+    if num_rows == 0:
+        raise DataError(f"split {name!r} is empty{how}; give more rows or another split")
+    if positives in (0, num_rows):
+        raise DataError(
+            f"split {name!r} has {num_rows:,} rows, all with label {label!r} = {int(positives > 0)}{how}; both classes are "
+            "needed: give more rows, another split or another label"
+        )

@@ -28,9 +28,12 @@ from safetensors.torch import load_file, save_file
 
 from embtrim._version import __version__
 from embtrim.config import Config
+from embtrim.data.cells import number_columns
 from embtrim.data.dataset import EncodedDataset
-from embtrim.data.encoder import Encoder, number_columns
-from embtrim.data.reading import Chunk, ReadOptions, open_log, read_ahead
+from embtrim.data.encoder import Encoder
+from embtrim.data.log_file import Chunk
+from embtrim.data.read_options import ReadOptions
+from embtrim.data.reading import open_log, read_ahead
 from embtrim.errors import BundleError, ConfigError, DataError, EmbtrimError
 from embtrim.models import MODELS
 from embtrim.models.ctr_model import CTRModel

@@ -37,7 +37,8 @@ from embtrim.config import Config
 from embtrim.data.dataset import EncodedDataset
 from embtrim.data.encoder import Encoder, digest
 from embtrim.data.encoding import encode_further
-from embtrim.data.reading import ReadOptions, Source
+from embtrim.data.read_options import ReadOptions
+from embtrim.data.reading import Source
 from embtrim.data.splitting import Split
 from embtrim.errors import BundleError
 from embtrim.models.ctr_model import CTRModel

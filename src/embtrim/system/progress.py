@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -83,3 +84,33 @@ def seconds_left(elapsed: float, finished: float, remaining: float) -> float | N
         200.0
     """
     return None if finished <= 0 else elapsed / finished * remaining
+
+
+class StageBar:
+    """A progress bar on stderr that appears after two seconds, if at all."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.started = time.monotonic()
+        self._progress: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> StageBar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def update(self, stage: str, done: float) -> None:
+        """Show how far a stage is, 0..1."""
+        if not self.enabled or time.monotonic() - self.started < 2:
+            return
+        if self._progress is None:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._progress = Progress(console=Console(stderr=True), transient=True)
+            self._task = self._progress.add_task(stage, total=1.0)
+            self._progress.start()
+        self._progress.update(self._task, description=stage, completed=done)

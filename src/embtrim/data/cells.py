@@ -1,0 +1,278 @@
+"""From raw cells to values: texts, lists of texts, numbers and hashes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from embtrim.data.transforms import bucket_numbers, bucket_texts
+from embtrim.errors import DataError
+from embtrim.schema import PAD, FieldSpec, Schema
+
+HASH_KEY = b"embtrim"
+
+
+MISSING_TOKEN = "\0missing"
+
+
+def needed_columns(schema: Schema) -> tuple[str, ...]:
+    """The raw columns that the fields read, each once."""
+    return tuple(dict.fromkeys(field.raw_column for field in schema.fields))
+
+
+def require_columns(frame: pl.DataFrame, columns: Sequence[str]) -> None:
+    """Check that `frame` has `columns`; DataError names those given and those needed."""
+    missing = [name for name in columns if name not in frame.columns]
+    if missing:
+        raise DataError(
+            f"the rows have no column {', '.join(map(repr, missing))}; they have {', '.join(frame.columns)}; "
+            f"needed: {', '.join(columns)}"
+        )
+
+
+def number_columns(schema: Schema) -> tuple[str, ...]:
+    """The raw columns that only fields of numbers read and in which no number means "missing", each once."""
+    others = {field.raw_column for field in schema.fields if field.type not in ("numeric", "dense")}
+    others |= {field.raw_column for field in schema.fields if _has_numeric_nulls(schema, field)}
+    others |= {name for name in (schema.label, schema.weight, schema.time) if name is not None}
+    return tuple(name for name in needed_columns(schema) if name not in others)
+
+
+def number_cells(
+    frame: pl.DataFrame,
+    schema: Schema,
+    transforms: Mapping[str, Mapping[str, Any]],
+    locate: Callable[[int], str],
+    codes: Mapping[str, pl.Expr],
+    finish: Callable[[FieldSpec, np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """The id fields of raw rows as a matrix: int32 (C, N), PAD where a multi field has no more values.
+
+    Args:
+        frame: the rows.
+        schema: their fields.
+        transforms: of the numeric fields.
+        locate: says where a row lies.
+        codes: by listed categorical or multi field, an integer for each text of the column of its name.
+        finish: makes what is stored of a field's codes, or of its hashed ids, or of its buckets (MISSING_BUCKET where missing).
+
+    Raises:
+        DataError: a value or a column's type does not fit its field.
+    """
+    texts, buckets = _canonical_values(frame, schema, transforms, locate)
+    # One select runs its columns in parallel.
+    coded = texts.select(codes[f.name] for f in schema.id_fields if f.name in codes and f.type != "multi")
+    stored_CN = np.full((schema.num_id_columns, frame.height), PAD, np.int32)
+    for field, columns in zip(schema.id_fields, schema.column_slices, strict=True):
+        if field.type == "multi":
+            length_N = texts[field.name].list.len().fill_null(0).to_numpy().astype(np.int64)
+            flat = flatten(texts[field.name])
+            if field.hash_size:
+                code = hash_values(flat, field.hash_size)
+            else:
+                code = flat.to_frame().select(codes[field.name]).to_series().to_numpy()
+            row = np.repeat(np.arange(frame.height), length_N)
+            place = np.arange(len(flat)) - np.repeat(np.cumsum(length_N) - length_N, length_N)
+            stored_CN[columns.start + place, row] = finish(field, code)
+            continue
+        if field.hash_size:
+            values = bucket_texts(pl.Series(buckets[field.name])) if field.type == "numeric" else texts[field.name]
+            code = hash_values(values, field.hash_size)
+        else:
+            code = buckets[field.name] if field.type == "numeric" else coded[field.name].to_numpy()
+        stored_CN[columns.start] = finish(field, code)
+    return stored_CN
+
+
+def _canonical_values(
+    frame: pl.DataFrame, schema: Schema, transforms: Mapping[str, Mapping[str, Any]], locate: Callable[[int], str]
+) -> tuple[pl.DataFrame, dict[str, np.ndarray]]:
+    """Canonical values by field: texts (lists of them for a multi field) as columns, buckets int32 (N,).
+
+    Texts that mean "missing" are null in multi and hashed fields; in a listed categorical field they are left as they
+    stand, and counting and lookup treat them.
+    """
+    numeric = [field for field in schema.id_fields if field.type == "numeric"]
+    numbers = to_numbers(frame, numeric, schema, locate)
+    texts: list[pl.Expr] = []
+    for field in schema.id_fields:
+        dtype, column = frame.schema[field.raw_column], pl.col(field.raw_column)
+        nulls = [*schema.nulls, *field.nulls]
+        if field.type == "numeric":
+            continue
+        if field.type == "multi":
+            lists = _lists(field, dtype, column)
+            kept = pl.element().filter(pl.element().is_not_null() & ~pl.element().is_in([*nulls, ""]))
+            texts.append(lists.list.eval(kept).list.head(field.max_len).alias(field.name))
+            continue
+        if isinstance(dtype, (pl.List, pl.Array)):
+            raise DataError(f"column {field.raw_column!r} holds lists; declare field {field.name!r} as type = 'multi'")
+        text = _text(field, dtype, column)
+        if field.hash_size:
+            text = pl.when(~text.is_in(nulls)).then(text)
+        texts.append(text.alias(field.name))
+    return frame.select(texts), {f.name: bucket_numbers(numbers[f.name].to_numpy(), f, transforms) for f in numeric}
+
+
+def to_numbers(
+    frame: pl.DataFrame, fields: Sequence[FieldSpec], schema: Schema, locate: Callable[[int], str]
+) -> pl.DataFrame:
+    """Numbers of numeric and dense fields, as one float64 column a field; missing is null.
+
+    Raises:
+        DataError: a cell holds no finite number.
+    """
+    for field in fields:
+        dtype = frame.schema[field.raw_column]
+        if not (dtype.is_numeric() or dtype in (pl.String, pl.Boolean, pl.Null, pl.Categorical, pl.Enum)):
+            raise DataError(
+                f"column {field.raw_column!r} holds {dtype}, which is not a number; declare field {field.name!r} categorical"
+            )
+    numbers = frame.select(
+        (pl.col(f.raw_column).cast(pl.String) if _is_category(frame.schema[f.raw_column]) else pl.col(f.raw_column))
+        .cast(pl.Float64, strict=False)
+        .fill_nan(None)
+        .alias(f.name)
+        for f in fields
+    )
+    # Only a column that holds more than plain finite numbers and nulls is looked at again.
+    num_null = numbers.null_count()
+    num_null_raw = frame.select(list(dict.fromkeys(f.raw_column for f in fields))).null_count()
+    is_infinite = numbers.select(pl.all().is_infinite().any())
+    repaired = []
+    for f in fields:
+        if (
+            _has_numeric_nulls(schema, f)
+            or is_infinite[f.name][0]
+            or num_null[f.name][0] > num_null_raw[f.raw_column][0]
+        ):
+            repaired.append(_repair(numbers[f.name], frame[f.raw_column], f, schema, locate))
+    return numbers.with_columns(repaired)
+
+
+def _repair(
+    numbers: pl.Series, raw: pl.Series, field: FieldSpec, schema: Schema, locate: Callable[[int], str]
+) -> pl.Series:
+    """Numbers with stated nulls and padded text understood; DataError for what is left."""
+    texts = raw.cast(pl.String)
+    stripped = texts.str.strip_chars()
+    is_stated = texts.is_in([*schema.nulls, *field.nulls]).fill_null(False)
+    is_missing = is_stated | stripped.str.to_lowercase().is_in(["nan", "+nan", "-nan"]).fill_null(False)
+    numbers = numbers.fill_null(stripped.cast(pl.Float64, strict=False)).fill_nan(None).set(is_missing, None)
+    is_bad = (numbers.is_null() & texts.is_not_null() & ~is_missing) | numbers.is_infinite().fill_null(False)
+    bad = is_bad.arg_true()
+    if len(bad):
+        row = bad[0]
+        what = "not a number" if numbers[row] is None else "not finite"
+        raise DataError(
+            f"{locate(row)}: column {field.raw_column!r} holds {texts[row]!r}, which is {what}; declare it categorical or "
+            f"add {texts[row]!r} to nulls"
+        )
+    return numbers
+
+
+def dense_values(
+    frame: pl.DataFrame, schema: Schema, transforms: Mapping[str, Mapping[str, Any]], locate: Callable[[int], str]
+) -> np.ndarray | None:
+    """The dense fields of raw rows: float32 (N, E), or None if there is none.
+
+    Raises:
+        DataError: a cell holds no finite number, or one whose value is none in float32.
+    """
+    if not schema.dense_fields:
+        return None
+    numbers = to_numbers(frame, schema.dense_fields, schema, locate)
+    dense_NE = np.empty((frame.height, len(schema.dense_fields)), np.float32)
+    for e, field in enumerate(schema.dense_fields):
+        value_N = numbers[field.name].to_numpy()  # null becomes NaN
+        if field.transform == "log1p":
+            value_N = np.sign(value_N) * np.log1p(np.abs(value_N))
+        elif field.transform == "standard":
+            fitted = transforms[field.name]
+            value_N = (value_N - fitted["mean"]) / fitted["std"]
+        with np.errstate(over="ignore"):
+            dense_NE[:, e] = np.nan_to_num(value_N, nan=0.0)
+        too_large = np.flatnonzero(~np.isfinite(dense_NE[:, e]))
+        if len(too_large):
+            raise DataError(
+                f"{locate(too_large[0])}: column {field.raw_column!r} gives {value_N[too_large[0]]:g}, which float32 cannot "
+                "hold; declare transform = 'log1p' for it"
+            )
+    return dense_NE
+
+
+def _is_category(dtype: pl.DataType) -> bool:
+    return dtype in (pl.Categorical, pl.Enum)
+
+
+def _lists(field: FieldSpec, dtype: pl.DataType, column: pl.Expr) -> pl.Expr:
+    if isinstance(dtype, pl.Array):
+        dtype, column = pl.List(dtype.inner), column.arr.to_list()
+    if isinstance(dtype, pl.List):
+        return column.list.eval(_text(field, dtype.inner, pl.element()))  # type: ignore[arg-type]
+    if dtype == pl.Null:
+        return column.cast(pl.List(pl.String))
+    if dtype not in (pl.String, pl.Categorical, pl.Enum):
+        raise DataError(
+            f"column {field.raw_column!r} holds {dtype}, but multi field {field.name!r} needs lists or text with a separator"
+        )
+    if field.separator is None:
+        raise DataError(
+            f"column {field.raw_column!r} holds text, so multi field {field.name!r} needs separator = '|' or whatever is between "
+            "its values"
+        )
+    return column.cast(pl.String).str.split(field.separator)
+
+
+def _text(field: FieldSpec, dtype: pl.DataType, column: pl.Expr) -> pl.Expr:
+    if dtype == pl.String:
+        return column
+    if dtype.is_float():
+        whole = (column == column.floor()) & (column.abs() < 2.0**53)
+        text = column.fill_nan(None).cast(pl.String)
+        return pl.when(whole).then(column.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(text)
+    if dtype.is_integer() or dtype.is_temporal() or dtype in (pl.Boolean, pl.Null, pl.Categorical, pl.Enum, pl.Decimal):
+        return column.cast(pl.String)
+    raise DataError(
+        f"column {field.raw_column!r} holds {dtype}, which field {field.name!r} cannot read; convert it to text or lists"
+    )
+
+
+def flatten(lists: pl.Series) -> pl.Series:
+    """The elements of all lists in order; an empty or missing list has none."""
+    return lists.filter(lists.list.len().fill_null(0) > 0).explode()
+
+
+def hash_values(values: pl.Series, hash_size: int) -> np.ndarray:
+    """Ids 1..hash_size of texts; see the module docstring. Int32 (N,)."""
+    texts = values.fill_null(MISSING_TOKEN)
+    distinct = texts.unique()
+    digests = [hashlib.blake2b(text.encode(), digest_size=8, key=HASH_KEY).digest() for text in distinct]
+    ids = [1 + int.from_bytes(digest, "little") % hash_size for digest in digests]
+    if not ids:
+        return np.empty(0, np.int32)
+    return texts.replace_strict(distinct, ids, return_dtype=pl.Int32).to_numpy()
+
+
+def _has_numeric_nulls(schema: Schema, field: FieldSpec) -> bool:
+    return any(_is_finite(text) for text in (*schema.nulls, *field.nulls))
+
+
+def _is_finite(text: str) -> bool:
+    try:
+        return bool(np.isfinite(float(text)))
+    except ValueError:
+        return False
+
+
+def row_number(row: int) -> str:
+    return f"row {row + 1:,}"
+
+
+def log_columns(schema: Schema, with_time: bool) -> list[str]:
+    extra = [schema.weight, schema.time if with_time else None]
+    return [schema.label, *needed_columns(schema), *(name for name in extra if name is not None)]

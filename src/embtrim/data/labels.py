@@ -1,0 +1,53 @@
+"""Labels and sample weights of a chunk of a raw log."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+
+from embtrim.data.log_file import Chunk
+from embtrim.errors import DataError
+
+
+def read_labels(chunk: Chunk, column: str) -> np.ndarray:
+    """Labels of a chunk: float32 (N,), 0 or 1.
+
+    Raises:
+        DataError: a label is missing, or is not 0, 1, true or false; names file and line.
+    """
+    raw = chunk.frame[column]
+    if not (raw.dtype.is_numeric() or raw.dtype in (pl.String, pl.Boolean, pl.Null, pl.Categorical, pl.Enum)):
+        raise DataError(f"label column {column!r} holds {raw.dtype}; it must hold 0 and 1, or true and false")
+    raw = raw.cast(pl.String) if raw.dtype in (pl.Categorical, pl.Enum) else raw
+    labels = raw.cast(pl.Float64, strict=False)
+    if raw.dtype == pl.String and labels.null_count() > raw.null_count():
+        word = raw.str.strip_chars().str.to_lowercase()
+        is_word = word.is_in(["true", "false"]).fill_null(False)
+        labels = labels.fill_null(word.cast(pl.Float64, strict=False)).set(is_word, None)
+        labels = labels.fill_null((word == "true").cast(pl.Float64).set(~is_word, None))
+    bad = (~labels.is_in([0.0, 1.0])).fill_null(True).arg_true()
+    if len(bad):
+        value = raw[bad[0]]
+        if value is None or value != value:
+            raise DataError(f"{chunk.locate(bad[0])}: label {column!r} is missing; drop the row or fill it in")
+        raise DataError(
+            f"{chunk.locate(bad[0])}: label {column!r} is {value!r}; a label is 0 or 1, or true or false: "
+            "is this the right column?"
+        )
+    return labels.cast(pl.Float32).to_numpy()
+
+
+def read_weights(chunk: Chunk, column: str) -> np.ndarray:
+    """Sample weights of a chunk: float32 (N,), finite in it, not negative.
+
+    Raises:
+        DataError: a weight is missing, no number, infinite or negative; names file and line.
+    """
+    raw = chunk.frame[column]
+    weights = raw.cast(pl.Float64, strict=False).cast(pl.Float32)
+    bad = (~(weights.is_finite() & (weights >= 0))).fill_null(True).arg_true()
+    if len(bad):
+        raise DataError(
+            f"{chunk.locate(bad[0])}: weight {column!r} is {raw[bad[0]]!r}; a weight is a finite number, 0 or more"
+        )
+    return weights.to_numpy()

@@ -1,0 +1,45 @@
+"""How a raw log is to be read: its format, its columns and how its text is parsed."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+from embtrim.config import Config
+
+Format: TypeAlias = Literal["csv", "parquet", "libsvm", "libfm"]
+
+
+SUFFIXES: dict[str, Format | None] = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".tab": "csv",
+    ".txt": None,  # any text format: the first line tells
+    ".dat": None,
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".libsvm": "libsvm",
+    ".svm": "libsvm",
+    ".libfm": "libfm",
+    ".libffm": "libfm",
+    ".ffm": "libfm",
+}
+
+
+class ReadOptions(Config):
+    """How a raw log is to be read.
+
+    Attributes:
+        format: "csv" (any text with separators), "parquet", "libsvm" or "libfm"; None finds out from name and content.
+        header: whether the first line of text names the columns.
+        columns: names of the columns, instead of the header's (with header = true the header line is skipped).
+        separator: what separates cells; None means tab for .tsv, else the one the first line uses.
+        encoding: of text.
+        quoted: whether `"` quotes cells; None means yes, unless the separator is a tab or has several characters.
+    """
+
+    format: Format | None = None
+    header: bool = True
+    columns: tuple[str, ...] | None = None
+    separator: str | None = None
+    encoding: Literal["utf-8", "latin-1"] = "utf-8"
+    quoted: bool | None = None

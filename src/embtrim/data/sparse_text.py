@@ -1,0 +1,136 @@
+"""Sparse text: files in the libsvm and libfm formats."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+
+import polars as pl
+
+from embtrim.data.log_file import (
+    Chunk,
+    LogFile,
+    Position,
+)
+from embtrim.data.read_options import Format
+from embtrim.data.text_blocks import first_nonblank_line, row_blocks
+from embtrim.errors import DataError
+
+
+class SparseFile(LogFile):
+    """A libsvm or libfm file; see the module docstring for its columns."""
+
+    def __init__(self, path: Path, kind: Format) -> None:
+        self.path = path
+        self.name = str(path)
+        self.size = path.stat().st_size
+        self.num_parts = 3 if kind == "libfm" else 2
+        first = first_nonblank_line(path).split()
+        if self.num_parts == 3 and len(first) > 1 and first[1].count(b":") == 1:
+            self.num_parts = 2  # libfm proper has no fields: it is libsvm's layout
+        if self.num_parts == 2:
+            self.columns = ("label", "features")
+        else:
+            block, *_ = next(row_blocks(path, 1 << 20, quoted=False))
+            fields = {
+                token.split(b":")[0].decode("utf-8", "replace") for token in block.split() if token.count(b":") == 2
+            }
+            self.columns = ("label", *sorted(fields, key=lambda name: (len(name), name)))
+
+    def missing(self, columns: Sequence[str]) -> list[str]:
+        """Those of `columns` that cannot be an index; which indices a file has is known only at its end."""
+        form = r"features|\d+" if self.num_parts == 2 else r"[^\s:]+(:[^\s:]+)?"
+        return [name for name in columns if name != "label" and not re.fullmatch(form, name)]
+
+    def valued_indices(self, column: str) -> list[str]:
+        """Names of the columns of all indices within list column `column`, if any of them has a value but 0 or 1."""
+        block, *_ = next(row_blocks(self.path, 1 << 20, quoted=False))
+        names: dict[str, None] = {}
+        plain = True
+        for token in block.decode("utf-8", "replace").split():
+            *name, value = token.split(":")
+            if len(name) == self.num_parts - 1 and (self.num_parts == 2 or name[0] == column):
+                names[":".join(name)] = None
+                plain = plain and value in ("0", "1", "1.0", "0.0")
+        return [] if plain else sorted(names, key=lambda text: (len(text), text))
+
+    def chunks(
+        self, columns: list[str], chunk_bytes: int, start: Position, numbers: Collection[str]
+    ) -> Iterator[Chunk]:
+        """Yield the columns; blocks are smaller than of other text, since exploded pairs take several times more."""
+        for block, first_line, done, end in row_blocks(self.path, max(1, chunk_bytes // 4), quoted=False, start=start):
+            lines = [
+                (number, line)
+                for number, line in enumerate(block.decode("utf-8", "replace").split("\n"))
+                if line.partition("#")[0].strip()
+            ]
+            if not lines:
+                continue
+            line_numbers = [first_line + number for number, _ in lines]
+
+            def locate(row: int, line_numbers: list[int] = line_numbers) -> str:
+                return f"{self.path} line {line_numbers[row]:,}"
+
+            frame = self._parse([line.partition("#")[0] for _, line in lines], columns, locate)
+            yield Chunk(frame, 0, locate, done, end)
+
+    def _parse(self, lines: list[str], columns: list[str], locate: Callable[[int], str]) -> pl.DataFrame:
+        tokens = pl.Series("tokens", lines).str.strip_chars().str.replace_all(r"\s+", " ").str.split(" ")
+        frame = pl.DataFrame({"row": range(len(lines))}, schema={"row": pl.UInt32}).with_columns(tokens)
+        pairs = (
+            frame.select("row", pl.col("tokens").list.slice(1).alias("token"))
+            .filter(pl.col("token").list.len() > 0)
+            .explode("token")
+            .with_columns(pl.col("token").str.split(":").alias("part"))
+        )
+        bad = pairs.filter(pl.col("part").list.len() != self.num_parts)
+        if bad.height:
+            form = "index:value" if self.num_parts == 2 else "field:index:value"
+            raise DataError(f"{locate(bad['row'][0])} holds {bad['token'][0]!r}, which is not {form}")
+        names = ["index", "text"] if self.num_parts == 2 else ["field", "index", "text"]
+        pairs = pairs.with_columns(pl.col("part").list.get(i).alias(name) for i, name in enumerate(names))
+        pairs = pairs.with_columns(pl.col("text").cast(pl.Float64, strict=False).alias("value"))
+        bad = pairs.filter(pl.col("value").is_null())
+        if bad.height:
+            raise DataError(f"{locate(bad['row'][0])} holds {bad['token'][0]!r}, whose value is not a number")
+
+        result = frame.select("row")
+        for name in columns:
+            if name == "label":
+                label = frame["tokens"].list.first()
+                is_minus_one = label.cast(pl.Float64, strict=False) == -1
+                column = pl.DataFrame({"row": frame["row"], name: label.set(is_minus_one.fill_null(False), "0")})
+            else:
+                column = self._column(pairs, name, locate)
+            result = result.join(column, on="row", how="left", maintain_order="left")
+            if name != "label":
+                absent = (
+                    pl.lit([], dtype=pl.List(pl.String)) if result.schema[name] == pl.List(pl.String) else pl.lit("0")
+                )
+                result = result.with_columns(pl.col(name).fill_null(absent))
+        return result.select(columns)
+
+    def _column(self, pairs: pl.DataFrame, name: str, locate: Callable[[int], str]) -> pl.DataFrame:
+        """Column `name` of the rows that have it: a list of indices, or the value of one index."""
+        if self.num_parts == 2:
+            is_list, mine = name == "features", pl.lit(True) if name == "features" else pl.col("index") == name
+        else:
+            field, separator, index = name.partition(":")
+            is_list = not separator
+            mine = pl.col("field") == field
+            if separator:
+                mine = mine & (pl.col("index") == index)
+        mine_only = pairs.filter(mine)
+        if not is_list:
+            return mine_only.group_by("row").agg(pl.col("text").first().alias(name))
+        bad = mine_only.filter(~pl.col("value").is_in([0.0, 1.0]))
+        if bad.height:
+            numbered = bad["index"][0] if self.num_parts == 2 else f"{bad['field'][0]}:{bad['index'][0]}"
+            raise DataError(
+                f"{locate(bad['row'][0])} holds {bad['token'][0]!r}: an index in column {name!r} has no value but 0 or 1; "
+                f"declare a numeric or dense field with column = {numbered!r} instead"
+            )
+        return (
+            mine_only.filter(pl.col("value") == 1).group_by("row", maintain_order=True).agg(pl.col("index").alias(name))
+        )

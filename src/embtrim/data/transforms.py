@@ -1,0 +1,70 @@
+"""What numbers become: buckets with learned or fixed edges, and standardised or logarithmic dense values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from embtrim.schema import FieldSpec
+
+MISSING_BUCKET = -(2**31)
+
+
+def bucket_texts(buckets: pl.Series) -> pl.Series:
+    """Buckets as values of a vocabulary; null where missing."""
+    return buckets.set(buckets == MISSING_BUCKET, None).cast(pl.String)
+
+
+def bucket_numbers(value_N: np.ndarray, field: FieldSpec, transforms: Mapping[str, Mapping[str, Any]]) -> np.ndarray:
+    """The bucket of each float64 value, MISSING_BUCKET for NaN: int32 (N,)."""
+    if field.transform == "log2":
+        bucket_N = np.log(np.maximum(value_N, 2.0))
+        bucket_N *= bucket_N
+        np.copyto(bucket_N, np.maximum(value_N, MISSING_BUCKET + 1), where=value_N <= 2)
+        np.floor(bucket_N, out=bucket_N)
+    else:
+        bucket_N = np.searchsorted(np.array(transforms[field.name]["edges"], float), value_N, side="right").astype(
+            float
+        )
+    bucket_N[np.isnan(value_N)] = MISSING_BUCKET
+    return bucket_N.astype(np.int32)
+
+
+def quantile_edges(values: np.ndarray, num_buckets: int) -> list[float]:
+    """Edges that divide values into buckets of equal size as far as ties allow; rising, at most num_buckets - 1.
+
+    Example:
+        >>> quantile_edges(np.array([1.0, 2, 3, 4, 5, 6]), 3)
+        [3.0, 5.0]
+    """
+    ordered = np.sort(values)
+    if not len(ordered):
+        return []
+    edges = np.unique(ordered[len(ordered) * np.arange(1, num_buckets) // num_buckets])
+    return [float(edge) for edge in edges if edge > ordered[0]]
+
+
+@dataclass
+class Moments:
+    """Count, mean and sum of squared deviations, merged chunk by chunk (Chan et al.)."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def add(self, values: np.ndarray) -> None:
+        if not len(values):
+            return
+        mean, count = float(values.mean()), self.count + len(values)
+        delta = mean - self.mean
+        self.squares += float(((values - mean) ** 2).sum()) + delta * delta * self.count * len(values) / count
+        self.mean += delta * len(values) / count
+        self.count = count
+
+    def result(self) -> dict[str, float]:
+        std = (self.squares / self.count) ** 0.5 if self.count else 0.0
+        return {"mean": self.mean, "std": std if std > 0 else 1.0}

@@ -1,0 +1,236 @@
+"""What encoding writes: array files, the rows of each split as codes, and the codes once more as ids."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import polars as pl
+
+from embtrim.data.cells import dense_values, log_columns, number_columns
+from embtrim.data.dataset import SPLITS
+from embtrim.data.encoder import Encoder
+from embtrim.data.encoding_state import Coded, Work
+from embtrim.data.labels import read_labels, read_weights
+from embtrim.data.log_file import START, Position
+from embtrim.data.numbering import Numbering
+from embtrim.data.reading import RawLog, read_ahead
+from embtrim.data.splitting import Splitter
+from embtrim.schema import Schema
+from embtrim.system.files import flush_file
+from embtrim.system.progress import StageBar
+
+# Training rows whose codes are counted together: a pass over all counts pays for that many, and a column of them is in memory.
+COUNTED_ROWS = 2_000_000
+
+
+class ArrayFile:
+    """An .npy file written row by row: appended, not mapped, so that a full disk is an error and not a crash."""
+
+    HEADER_BYTES = 128
+
+    def __init__(self, path: Path, dtype: str, num_columns: int | None, num_rows: int) -> None:
+        self.path = path
+        self.dtype = np.dtype(dtype)
+        self.num_columns = num_columns
+        self.num_rows = num_rows
+        self.file: IO[bytes] = open(path, "r+b" if num_rows else "wb", buffering=1 << 20)  # noqa: SIM115 - closed by _completed_at_the_end
+        if num_rows:
+            self.file.seek(0, os.SEEK_END)
+        else:
+            self.file.write(bytes(self.HEADER_BYTES))
+
+    def append(self, rows: np.ndarray) -> None:
+        self.file.write(np.ascontiguousarray(rows, self.dtype).data if rows.size else b"")
+        self.num_rows += len(rows)
+
+    def flush(self) -> int:
+        """Wait until all rows are on the disk; the length of the file in bytes."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+    def complete(self) -> None:
+        """Write the header and close the file."""
+        shape = (self.num_rows,) if self.num_columns is None else (self.num_rows, self.num_columns)
+        text = repr({"descr": self.dtype.str, "fortran_order": False, "shape": shape}).encode()
+        room = self.HEADER_BYTES - 10
+        self.file.seek(0)
+        self.file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", room) + text.ljust(room - 1) + b"\n")
+        self.file.close()
+
+
+class _SplitWriter:
+    """The files of one split that are written while the log is read: all but the ids. Codes come in blocks (C, N)."""
+
+    def __init__(self, work: Work, name: str, schema: Schema, blocks: Sequence[int] = (), positives: int = 0) -> None:
+        folder = work.folder / name
+        folder.mkdir(exist_ok=True)
+        self.blocks, self.positives = list(blocks), positives
+        array_file = partial(ArrayFile, num_rows=sum(blocks))
+        self.codes = ArrayFile(work.codes / f"{name}.npy", "<i4", None, sum(blocks) * schema.num_id_columns)
+        self.labels = array_file(folder / "labels.npy", "<f4", None)
+        self.dense = array_file(folder / "dense.npy", "<f4", len(schema.dense_fields)) if schema.dense_fields else None
+        self.weights = array_file(folder / "weights.npy", "<f4", None) if schema.weight else None
+
+    def files(self) -> list[ArrayFile]:
+        return [file for file in (self.codes, self.labels, self.dense, self.weights) if file is not None]
+
+
+def write_codes(
+    numbering: Numbering,
+    parts: Mapping[str, tuple[RawLog, Splitter | int]],
+    chunk_bytes: int,
+    bar: StageBar,
+    work: Work,
+) -> Coded:
+    """Read every log and append its rows to their splits, values as codes."""
+    schema, done = numbering.schema, work.checkpoint.coded
+    if (texts := work.texts()) is not None:
+        numbering.restore(pl.read_parquet(texts))
+    if work.checkpoint.is_fitted:
+        return done
+    writers: dict[str, _SplitWriter] = {}
+    with _completed_at_the_end() as files:
+        for name, blocks in done.blocks.items():
+            writers[name] = _SplitWriter(work, name, schema, blocks, done.positives[name])
+            files.extend(writers[name].files())
+        for index, (log, splitter) in enumerate(parts.values()):
+            if index < done.log:
+                continue
+            start = done.position if index == done.log else START
+            by_time = isinstance(splitter, Splitter) and splitter.column is not None
+            columns = log_columns(schema, with_time=by_time)
+            for chunk in read_ahead(log.chunks(columns, chunk_bytes, start, number_columns(schema))):
+                labels_N = read_labels(chunk, schema.label)
+                weights_N = None if schema.weight is None else read_weights(chunk, schema.weight)
+                codes_CN = numbering.codes(chunk)
+                dense_NE = dense_values(chunk.frame, schema, numbering.transforms, chunk.locate)
+                part_N = splitter.assign(chunk) if isinstance(splitter, Splitter) else None
+                present = [splitter] if part_N is None else np.unique(part_N)
+                for part in present:
+                    name = SPLITS[part]  # type: ignore[call-overload]
+                    if name not in writers:
+                        writers[name] = _SplitWriter(work, name, schema)
+                        files.extend(writers[name].files())
+                    writer, rows = writers[name], slice(None) if part_N is None else part_N == part
+                    block_CN = codes_CN[:, rows]
+                    writer.codes.append(block_CN.ravel())
+                    writer.blocks.append(block_CN.shape[1])
+                    writer.labels.append(labels_N[rows])
+                    writer.positives += int(labels_N[rows].sum())
+                    if writer.dense is not None and dense_NE is not None:
+                        writer.dense.append(dense_NE[rows])
+                    if writer.weights is not None and weights_N is not None:
+                        writer.weights.append(weights_N[rows])
+                work.save_if_due(partial(_coded_so_far, numbering, writers, index, chunk.end, work))
+                bar.update("reading", chunk.done)
+    return _coded(writers, {_within(file.path, work): file.path.stat().st_size for file in files})
+
+
+def _coded_so_far(
+    numbering: Numbering, writers: Mapping[str, _SplitWriter], log: int, position: Position, work: Work
+) -> dict[str, Any]:
+    """What a checkpoint of the reading holds, once all of it is on the disk."""
+    num_bytes = {_within(file.path, work): file.flush() for writer in writers.values() for file in writer.files()}
+    coded = _coded(writers, num_bytes).replace(log=log, position=position)
+    return {"coded": coded, "files": [_write_texts(numbering, work)]}
+
+
+def _coded(writers: Mapping[str, _SplitWriter], num_bytes: Mapping[str, int]) -> Coded:
+    return Coded(
+        blocks={name: tuple(writer.blocks) for name, writer in writers.items()},
+        positives={name: writer.positives for name, writer in writers.items()},
+        num_bytes=dict(num_bytes),
+    )
+
+
+def _write_texts(numbering: Numbering, work: Work) -> Path:
+    path = work.new_texts()
+    numbering.state().write_parquet(path, compression="lz4")
+    return path
+
+
+def _blocks_of_codes(name: str, coded: Coded, schema: Schema, work: Work) -> Iterator[np.ndarray]:
+    """The codes of a split, block by block: int32 (C, N), mapped."""
+    codes = np.load(work.codes / f"{name}.npy", mmap_mode="r")
+    start = 0
+    for num_rows in coded.blocks[name]:
+        end = start + num_rows * schema.num_id_columns
+        yield codes[start:end].reshape(schema.num_id_columns, num_rows)
+        start = end
+
+
+def groups_of_training_codes(coded: Coded, schema: Schema, bar: StageBar, work: Work) -> Iterator[list[np.ndarray]]:
+    """The blocks of the training rows, of COUNTED_ROWS or more together."""
+    group: list[np.ndarray] = []
+    counted, before = 0, 0
+    for block in _blocks_of_codes("train", coded, schema, work):
+        group.append(block)
+        counted += block.shape[1]
+        if counted - before >= COUNTED_ROWS:
+            yield group
+            group, before = [], counted
+            bar.update("counting values", counted / sum(coded.blocks["train"]))
+    if group:
+        yield group
+
+
+def write_ids(numbering: Numbering, encoder: Encoder, coded: Coded, bar: StageBar, work: Work) -> None:
+    """Write the codes of all splits once more, as ids."""
+    schema, encoded = numbering.schema, numbering.encoded_by(encoder)
+    row_bytes = 4 * schema.num_id_columns
+    num_bytes = dict(work.checkpoint.num_bytes)
+    total, seen = sum(map(sum, coded.blocks.values())), 0
+    for name in coded.blocks:
+        path = work.folder / name / "ids.npy"
+        written = max(0, num_bytes.get(_within(path, work), 0) - ArrayFile.HEADER_BYTES) // row_bytes
+        with _completed_at_the_end() as files:
+            ids = ArrayFile(path, "<i4", schema.num_id_columns, written)
+            files.append(ids)
+            blocks, skipped = _blocks_of_codes(name, coded, schema, work), 0
+            while skipped < written:
+                skipped += next(blocks).shape[1]
+            for ids_NC in read_ahead(np.ascontiguousarray(encoded(codes_CN).T) for codes_CN in blocks):
+                ids.append(ids_NC)
+                num_bytes[_within(path, work)] = ArrayFile.HEADER_BYTES + ids.num_rows * row_bytes
+                work.save_if_due(partial(_written_so_far, numbering, coded, ids, num_bytes, work))
+                bar.update("writing ids", (seen + ids.num_rows) / total)
+        seen += ids.num_rows
+
+
+def _written_so_far(
+    numbering: Numbering, coded: Coded, ids: ArrayFile, num_bytes: Mapping[str, int], work: Work
+) -> dict[str, Any]:
+    """What a checkpoint of the writing holds, once all of it is on the disk."""
+    ids.flush()
+    if work.checkpoint.is_fitted:
+        return {"num_bytes": num_bytes}
+    for name in [*coded.num_bytes, *num_bytes]:
+        flush_file(work.root / name)
+    files = [_write_texts(numbering, work), *(path for path in work.folder.iterdir() if path.is_file())]
+    return {"coded": coded, "is_fitted": True, "num_bytes": num_bytes, "files": files}
+
+
+def _within(path: Path, work: Work) -> str:
+    return path.relative_to(work.root).as_posix()
+
+
+@contextlib.contextmanager
+def _completed_at_the_end() -> Iterator[list[ArrayFile]]:
+    """A list of files to be completed at the end; after an error they are only closed."""
+    files: list[ArrayFile] = []
+    try:
+        yield files
+        for file in files:
+            file.complete()
+    finally:
+        for file in files:
+            with contextlib.suppress(OSError):
+                file.file.close()
