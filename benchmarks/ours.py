@@ -285,7 +285,8 @@ def encode(log: str, out: str) -> dict[str, Any]:
     words = (embtrim.FieldSpec(name=n, min_count=10) for n in synthetic.CATEGORICAL)
     schema = embtrim.Schema(label=synthetic.LABEL, fields=(*numeric, *words))
     started = time.perf_counter()
-    data = embtrim.encode(log, schema, out=out, format="csv", separator="\t", overwrite=True, progress=False)
+    options = ReadOptions(format="csv", separator="\t")
+    data = embtrim.encode(log, schema, out=out, options=options, overwrite=True, progress=False)
     seconds = time.perf_counter() - started
     rows = sum(data.num_rows(split) for split in data.splits)
     return {

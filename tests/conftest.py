@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from embtrim.data.dataset import EncodedDataset
-from embtrim.data.encoding_state import Work
+from embtrim.data.encoding_state import WorkingFolder
 from embtrim.testing.checks import planted_data
 
 
@@ -30,11 +30,11 @@ def _one_thread() -> None:
 
 def interrupt_encoding(patch: pytest.MonkeyPatch) -> None:
     """Have encode() save a checkpoint after its first chunk, and be interrupted then."""
-    save = Work.save
+    save = WorkingFolder.save
 
-    def interrupt(work: Work, **changes: Any) -> None:
+    def interrupt(work: WorkingFolder, **changes: Any) -> None:
         save(work, **changes)
         raise KeyboardInterrupt
 
-    patch.setattr(Work, "save", interrupt)
-    patch.setattr(Work, "save_if_due", lambda work, changes: work.save(**changes()))
+    patch.setattr(WorkingFolder, "save", interrupt)
+    patch.setattr(WorkingFolder, "save_if_due", lambda work, changes: work.save(**changes()))

@@ -1,9 +1,11 @@
 """Encodings that are interrupted or killed go on, to the same bytes; or start anew where going on could be wrong."""
 
+import errno
 import gzip
 import json
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +16,8 @@ import pytest
 
 from embtrim.data import encoding, encoding_state, writing
 from embtrim.data.encoding import encode
-from embtrim.data.encoding_state import CHEAP_SECONDS, Work, working_folder
+from embtrim.data.encoding_state import CHEAP_SECONDS, WorkingFolder, locked, working_folder
 from embtrim.data.read_options import ReadOptions
-from embtrim.data.reading import open_log
 from embtrim.errors import DataError
 from embtrim.schema import FieldSpec, Schema
 from embtrim.system.progress import StageBar
@@ -248,7 +249,7 @@ class TestStartsAnew:
         with caplog.at_level(logging.WARNING):
             files = job.run()
         (record,) = caplog.records
-        assert "starting anew" in record.message
+        assert "starting from the beginning" in record.message
         assert reason in record.message
         assert files == whole
         assert job.left() == {"data"}
@@ -275,7 +276,7 @@ class TestStartsAnew:
             ({"split": "time:7:0:3"}, "split"),
             ({"seed": 1}, "seed"),
             ({"chunk_bytes": 5_000}, "chunk_bytes"),
-            ({"quoted": False}, "read options"),
+            ({"options": ReadOptions(quoted=False)}, "read options"),
             ({"checkpoint_seconds": None}, "no checkpoints"),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
@@ -377,41 +378,58 @@ class TestWorkingFolder:
         job = Job(tmp_path)
         interrupts.into("written", job)
         before = (tmp_path / ".data.encoding/checkpoint.json").read_bytes()
-        with encoding_state._locked(job.out) as can_lock:
+        with locked(job.out) as can_lock:
             assert can_lock
             with pytest.raises(DataError, match="another run is encoding into"):
                 interrupts.run(job)
         assert (tmp_path / ".data.encoding/checkpoint.json").read_bytes() == before
         assert interrupts.run(job) is not None
 
-    def test_a_lock_on_a_file_that_a_finished_run_removes(self, tmp_path, monkeypatch):
-        path, locks, flock = tmp_path / ".data.encoding.lock", [], encoding_state.fcntl.flock
+    def test_another_process_is_at_work_until_it_is_killed(self, tmp_path):
+        job = Job(tmp_path)
+        whole = job.whole()
+        code = (
+            "import sys, pathlib\nfrom embtrim.data.encoding_state import locked\n"
+            "with locked(pathlib.Path(sys.argv[1])) as can_lock:\n    print(can_lock, flush=True)\n    sys.stdin.read()\n"
+        )
+        command = [sys.executable, "-c", code, str(job.out)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"True\n"
+            with pytest.raises(DataError, match="another run is encoding into"):
+                job.run()
+            process.kill()
+        assert job.left() == {".data.encoding.lock"}
+        assert job.run() == whole
+        assert job.left() == {"data"}
 
-        def remove_first(file, how):
-            flock(file, how)
-            locks.append(os.fstat(file.fileno()).st_ino)
+    def test_a_lock_on_a_file_that_a_finished_run_removes(self, tmp_path, monkeypatch):
+        path, locks, lock_descriptor = tmp_path / ".data.encoding.lock", [], encoding_state.lock_descriptor
+
+        def remove_first(descriptor, *, blocking):
+            is_free = lock_descriptor(descriptor, blocking=blocking)
+            locks.append(os.fstat(descriptor).st_ino)
             if len(locks) == 1:
                 path.unlink()
                 path.with_name("keeps the number in use").touch()
+            return is_free
 
-        monkeypatch.setattr(encoding_state.fcntl, "flock", remove_first)
-        with encoding_state._locked(tmp_path / "data"):
+        monkeypatch.setattr(encoding_state, "lock_descriptor", remove_first)
+        with locked(tmp_path / "data") as can_lock:
+            assert can_lock
             assert len(locks) == 2
             assert path.stat().st_ino == locks[1]
         assert not path.exists()
 
-    @pytest.mark.parametrize("without", ["fcntl", "support"])
-    def test_files_that_cannot_be_locked(self, tmp_path, monkeypatch, interrupts, without):
+    @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP])
+    def test_files_that_cannot_be_locked(self, tmp_path, monkeypatch, interrupts, code):
         job = Job(tmp_path)
         whole = job.whole()
-        if without == "fcntl":
-            monkeypatch.setattr(encoding_state, "fcntl", None)
-        else:
 
-            def unsupported(*_):
-                raise OSError(95, "Operation not supported")
+        def unsupported(*_, **__):
+            raise OSError(code, os.strerror(code))
 
-            monkeypatch.setattr(encoding_state.fcntl, "flock", unsupported)
+        monkeypatch.setattr(encoding_state, "lock_descriptor", unsupported)
         assert interrupts.run(job, after=12) is None
         assert job.left() == set()
         assert job.run() == whole
@@ -428,7 +446,7 @@ class TestWorkingFolder:
     def test_checkpoints_come_at_times_and_less_often_where_they_take_long(self, tmp_path, monkeypatch):
         clock = [100.0]
         monkeypatch.setattr(encoding_state.time, "monotonic", lambda: clock[0])
-        work = Work(tmp_path / "work", {}, 60.0)
+        work = WorkingFolder(tmp_path / "work", {}, 60.0)
         saved = []
 
         def changes(seconds: float) -> dict:
@@ -443,42 +461,3 @@ class TestWorkingFolder:
         assert clock[0] > 1000
         assert CHEAP_SECONDS == 0.01 * 60
         assert json.loads(work._path.read_text().partition("\n")[2])["checkpoint"]["seconds"] > 800
-
-
-READERS = {
-    "csv": ("y,a\n" + "".join(f"{i % 2},v{i}\n" for i in range(40)), {}),
-    "bom and blank lines": ("\ufeff\n\ny,a\n" + "".join(f"{i % 2},v{i}\n\n" for i in range(40)), {}),
-    "quoted lines": ("y,a\n" + "".join(f'{i % 2},"v\n{i}"\n' for i in range(40)), {}),
-    "no header, no end of line": ("\n".join(f"{i % 2}\tv{i}" for i in range(40)), {"header": False, "columns": ("y", "a")}),
-    "libffm": ("".join(f"{i % 2} 1:{i}:1 2:7:1\n# note\n" for i in range(8)), {"format": "libfm"}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gz"])
-@pytest.mark.parametrize("case", READERS)
-def test_reading_goes_on_after_any_chunk(tmp_path, case, zipped):
-    text, options = READERS[case]
-    content = text.encode()
-    paths = [tmp_path / "a.csv", tmp_path / "b.csv"]
-    for path in paths:
-        path.write_bytes(gzip.compress(content) if zipped else content)
-    log = open_log(paths, ReadOptions(**options))
-    whole = list(log.chunks(chunk_bytes=64))
-    assert len(whole) >= 8
-    for i, chunk in enumerate(whole):
-        rest = list(log.chunks(chunk_bytes=64, start=chunk.end))
-        assert len(rest) == len(whole) - i - 1
-        for one, other in zip(rest, whole[i + 1 :], strict=True):
-            assert one.frame.equals(other.frame)
-            assert (one.first_row, one.locate(0), one.end) == (other.first_row, other.locate(0), other.end)
-            assert one.done == pytest.approx(other.done)
-
-
-def test_parsed_text_is_not_parsed_again(tmp_path, monkeypatch):
-    (tmp_path / "log.csv").write_text(READERS["csv"][0])
-    log = open_log(tmp_path / "log.csv")
-    *_, before_last, _ = log.chunks(chunk_bytes=64)
-    parsed, read_csv = [], pl.read_csv
-    monkeypatch.setattr(pl, "read_csv", lambda rows, **options: parsed.append(len(rows)) or read_csv(rows, **options))
-    assert len(list(log.chunks(chunk_bytes=64, start=before_last.end))) == 1
-    assert len(parsed) == 1

@@ -235,7 +235,7 @@ def encode(
         else:
             data = embtrim.encode(
                 source, settings.schema_file, label=settings.label, out=out, split=settings.split, valid=settings.valid,
-                test=settings.test, seed=settings.seed, **options.model_dump(), overwrite=overwrite, progress=progress,
+                test=settings.test, seed=settings.seed, options=options, overwrite=overwrite, progress=progress,
             )  # fmt: skip
     except KeyboardInterrupt as interrupt:
         if not interrupt.args:

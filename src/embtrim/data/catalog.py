@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class KnownDataset:
         schema: the fields.
         recipe: settings to start from: "model" and "train" sections.
         split: how the one file is divided; None if the files are train, valid, test.
-        read: how the files are read.
+        options: How the files are read; None finds out.
         prepare: derives the log from the files (folder with files, folder to write into) -> source; None reads them as is.
         bundled: file name within the package, or None.
         note: what a user should know.
@@ -69,7 +69,7 @@ class KnownDataset:
     schema: Schema
     recipe: Mapping[str, Mapping[str, Any]]
     split: Split | None = None
-    read: Mapping[str, Any] = field(default_factory=dict)
+    options: ReadOptions | None = None
     prepare: Callable[[Path, Path], Any] | None = None
     bundled: str | None = None
     note: str = ""
@@ -130,17 +130,17 @@ def encode_known(
         changed = [f.replace(min_count=min_count) if f.type in ("categorical", "multi") else f for f in schema.fields]
         schema = schema.replace(fields=tuple(changed))
     paths = _find_files(entry, folder)
-    options: dict[str, Any] = {"out": out, "seed": seed, "overwrite": overwrite, "progress": progress}
+    settings: dict[str, Any] = {"out": out, "seed": seed, "overwrite": overwrite, "progress": progress}
     if entry.prepare is not None:
         Path(out).expanduser().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".embtrim-prepare-", dir=Path(out).expanduser().parent) as work:
             source = entry.prepare(paths[entry.files[0]].parent, Path(work))
-            # What is prepared goes with this run, so that no other could go on.
-            return encode(source, schema, split=chosen, checkpoint_seconds=None, **options)
+            # The prepared log is removed with this run, so no later run could go on with a checkpoint.
+            return encode(source, schema, split=chosen, checkpoint_seconds=None, **settings)
     if entry.split is None:
         train, valid, test = (paths[file] for file in entry.files)
-        return encode(train, schema, valid=valid, test=test, **options, **entry.read)
-    return encode(paths[entry.files[0]], schema, split=chosen, **options, **entry.read)
+        return encode(train, schema, valid=valid, test=test, options=entry.options, **settings)
+    return encode(paths[entry.files[0]], schema, split=chosen, options=entry.options, **settings)
 
 
 def load(name_or_folder: str | Path) -> EncodedDataset:
@@ -233,10 +233,12 @@ def _find_files(entry: KnownDataset, folder: str | Path | None) -> dict[str, Pat
 # --- logs that have to be derived from the published files ------------------------------------------------------------
 
 
-def _map_chunks(path: Path, work: Path, change: Callable[[pl.DataFrame], pl.DataFrame], **read: Any) -> list[Path]:
-    """Write `change` of each chunk of a log to `work` as parquet; the parts in order."""
+def _map_chunks(
+    path: Path, work: Path, change: Callable[[pl.DataFrame], pl.DataFrame], options: ReadOptions
+) -> list[Path]:
+    """Apply `change` to each chunk of a log and write it to `work` as parquet; the files in order."""
     parts = []
-    for chunk in open_log(path, ReadOptions(**read)).chunks():
+    for chunk in open_log(path, options).chunks():
         part = work / f"part-{len(parts):06}.parquet"
         change(chunk.frame).write_parquet(part)
         parts.append(part)
@@ -282,14 +284,14 @@ def _prepare_avazu(folder: Path, work: Path) -> list[Path]:
             (date.dt.weekday() > 5).alias("is_weekend"),
         )
 
-    return _map_chunks(_either(folder, "train.csv"), work, change, format="csv")
+    return _map_chunks(_either(folder, "train.csv"), work, change, ReadOptions(format="csv"))
 
 
 def _prepare_kdd12(folder: Path, work: Path) -> list[Path]:
     """Label: clicked at least once; gender and age joined from the user profiles, missing for unknown users."""
     columns = ("user_id", "gender", "age")
-    options = ReadOptions(format="csv", header=False, columns=columns, separator="\t")
-    profile = open_log(_either(folder, "userid_profile.txt"), options)
+    profile_options = ReadOptions(format="csv", header=False, columns=columns, separator="\t")
+    profile = open_log(_either(folder, "userid_profile.txt"), profile_options)
     users = pl.concat([chunk.frame for chunk in profile.chunks()])
 
     def change(frame: pl.DataFrame) -> pl.DataFrame:
@@ -297,8 +299,8 @@ def _prepare_kdd12(folder: Path, work: Path) -> list[Path]:
         return frame.with_columns(clicked).join(users, on="user_id", how="left", maintain_order="left")
 
     log_columns = ("click", "impression", *_KDD12_FIELDS[:-2])
-    read = {"format": "csv", "header": False, "columns": log_columns, "separator": "\t"}
-    return _map_chunks(_either(folder, "training.txt"), work, change, **read)
+    options = ReadOptions(format="csv", header=False, columns=log_columns, separator="\t")
+    return _map_chunks(_either(folder, "training.txt"), work, change, options)
 
 
 # --- the entries ------------------------------------------------------------------------------------------------------
@@ -377,7 +379,7 @@ _ENTRIES = (
         ),
         recipe=_LARGE_RECIPE,
         split=Split(),
-        read={"format": "csv", "header": False, "columns": _CRITEO_COLUMNS, "separator": "\t"},
+        options=ReadOptions(format="csv", header=False, columns=_CRITEO_COLUMNS, separator="\t"),
         note="Integers in the bins of the challenge's winners; use min_count=2 for a sample of less than a million rows.",
     ),
     KnownDataset(

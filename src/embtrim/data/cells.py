@@ -1,4 +1,13 @@
-"""From raw cells to values: texts, lists of texts, numbers and hashes."""
+"""Raw cells to values: texts, lists of texts, numbers and hashes, and the matrix of what is stored for them.
+
+A categorical value is its text. Whole floats are written without a fraction (`5.0` in parquet is `5`), booleans as `true`
+and `false`, dates in ISO form; text stays as it is (`05` is not `5`). A missing value is null, NaN in a number, or a text
+in `nulls`. In a multi field a missing cell is an empty list, and missing or empty elements are left out.
+
+Hashes: id = 1 + blake2b-64(UTF-8 text, key "embtrim") mod hash_size; a missing value is hashed as the text "\\0missing".
+
+Shapes: N rows, C id columns, E dense fields.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +18,31 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from embtrim.data.transforms import bucket_numbers, bucket_texts
+from embtrim.data.transforms import bucket_numbers, bucket_texts, transformed
 from embtrim.errors import DataError
 from embtrim.schema import PAD, FieldSpec, Schema
 
 HASH_KEY = b"embtrim"
-
-
 MISSING_TOKEN = "\0missing"
 
 
 def needed_columns(schema: Schema) -> tuple[str, ...]:
-    """The raw columns that the fields read, each once."""
+    """The raw columns that the fields read, without repetition."""
     return tuple(dict.fromkeys(field.raw_column for field in schema.fields))
 
 
+def log_columns(schema: Schema, with_time: bool) -> list[str]:
+    """The raw columns that encoding reads: label, fields, weight, and time if asked for."""
+    extra = [schema.weight, schema.time if with_time else None]
+    return [schema.label, *needed_columns(schema), *(name for name in extra if name is not None)]
+
+
 def require_columns(frame: pl.DataFrame, columns: Sequence[str]) -> None:
-    """Check that `frame` has `columns`; DataError names those given and those needed."""
+    """Check that `frame` has `columns`.
+
+    Raises:
+        DataError: A column is missing; the message names the columns there are and the columns needed.
+    """
     missing = [name for name in columns if name not in frame.columns]
     if missing:
         raise DataError(
@@ -35,7 +52,10 @@ def require_columns(frame: pl.DataFrame, columns: Sequence[str]) -> None:
 
 
 def number_columns(schema: Schema) -> tuple[str, ...]:
-    """The raw columns that only fields of numbers read and in which no number means "missing", each once."""
+    """The raw columns that may be parsed as numbers at once, without repetition.
+
+    Only numeric and dense fields read them, and no number in them means "missing".
+    """
     others = {field.raw_column for field in schema.fields if field.type not in ("numeric", "dense")}
     others |= {field.raw_column for field in schema.fields if _has_numeric_nulls(schema, field)}
     others |= {name for name in (schema.label, schema.weight, schema.time) if name is not None}
@@ -53,15 +73,16 @@ def number_cells(
     """The id fields of raw rows as a matrix: int32 (C, N), PAD where a multi field has no more values.
 
     Args:
-        frame: the rows.
-        schema: their fields.
-        transforms: of the numeric fields.
-        locate: says where a row lies.
-        codes: by listed categorical or multi field, an integer for each text of the column of its name.
-        finish: makes what is stored of a field's codes, or of its hashed ids, or of its buckets (MISSING_BUCKET where missing).
+        frame: The rows.
+        schema: The fields of the rows.
+        transforms: Learned transforms of the numeric fields.
+        locate: Says where a row lies.
+        codes: For each listed categorical or multi field, an expression that turns the texts of the column with the
+            field's name into integer codes.
+        finish: Turns a field's codes, hashed ids or buckets (MISSING_BUCKET for a missing value) into the stored values.
 
     Raises:
-        DataError: a value or a column's type does not fit its field.
+        DataError: A value or a column's type does not fit its field.
     """
     texts, buckets = _canonical_values(frame, schema, transforms, locate)
     # One select runs its columns in parallel.
@@ -91,10 +112,10 @@ def number_cells(
 def _canonical_values(
     frame: pl.DataFrame, schema: Schema, transforms: Mapping[str, Mapping[str, Any]], locate: Callable[[int], str]
 ) -> tuple[pl.DataFrame, dict[str, np.ndarray]]:
-    """Canonical values by field: texts (lists of them for a multi field) as columns, buckets int32 (N,).
+    """Canonical values by field: texts (lists of texts for a multi field) as columns, and buckets as int32 (N,).
 
-    Texts that mean "missing" are null in multi and hashed fields; in a listed categorical field they are left as they
-    stand, and counting and lookup treat them.
+    Texts that mean "missing" become null in multi and hashed fields. In a listed categorical field they stay as they are;
+    counting and lookup take care of them.
     """
     numeric = [field for field in schema.id_fields if field.type == "numeric"]
     numbers = to_numbers(frame, numeric, schema, locate)
@@ -121,10 +142,10 @@ def _canonical_values(
 def to_numbers(
     frame: pl.DataFrame, fields: Sequence[FieldSpec], schema: Schema, locate: Callable[[int], str]
 ) -> pl.DataFrame:
-    """Numbers of numeric and dense fields, as one float64 column a field; missing is null.
+    """Numbers of numeric and dense fields, as one float64 column per field; a missing value is null.
 
     Raises:
-        DataError: a cell holds no finite number.
+        DataError: A cell does not hold a finite number.
     """
     for field in fields:
         dtype = frame.schema[field.raw_column]
@@ -139,7 +160,7 @@ def to_numbers(
         .alias(f.name)
         for f in fields
     )
-    # Only a column that holds more than plain finite numbers and nulls is looked at again.
+    # A second pass over the cells is made only where a column holds more than finite numbers and nulls.
     num_null = numbers.null_count()
     num_null_raw = frame.select(list(dict.fromkeys(f.raw_column for f in fields))).null_count()
     is_infinite = numbers.select(pl.all().is_infinite().any())
@@ -157,7 +178,7 @@ def to_numbers(
 def _repair(
     numbers: pl.Series, raw: pl.Series, field: FieldSpec, schema: Schema, locate: Callable[[int], str]
 ) -> pl.Series:
-    """Numbers with stated nulls and padded text understood; DataError for what is left."""
+    """Numbers with stated nulls and padded text understood; DataError for cells that are still not finite numbers."""
     texts = raw.cast(pl.String)
     stripped = texts.str.strip_chars()
     is_stated = texts.is_in([*schema.nulls, *field.nulls]).fill_null(False)
@@ -178,22 +199,17 @@ def _repair(
 def dense_values(
     frame: pl.DataFrame, schema: Schema, transforms: Mapping[str, Mapping[str, Any]], locate: Callable[[int], str]
 ) -> np.ndarray | None:
-    """The dense fields of raw rows: float32 (N, E), or None if there is none.
+    """The dense fields of raw rows: float32 (N, E), or None if the schema has no dense field.
 
     Raises:
-        DataError: a cell holds no finite number, or one whose value is none in float32.
+        DataError: A cell does not hold a finite number, or its transformed value is not finite in float32.
     """
     if not schema.dense_fields:
         return None
     numbers = to_numbers(frame, schema.dense_fields, schema, locate)
     dense_NE = np.empty((frame.height, len(schema.dense_fields)), np.float32)
     for e, field in enumerate(schema.dense_fields):
-        value_N = numbers[field.name].to_numpy()  # null becomes NaN
-        if field.transform == "log1p":
-            value_N = np.sign(value_N) * np.log1p(np.abs(value_N))
-        elif field.transform == "standard":
-            fitted = transforms[field.name]
-            value_N = (value_N - fitted["mean"]) / fitted["std"]
+        value_N = transformed(numbers[field.name].to_numpy(), field, transforms)  # null becomes NaN
         with np.errstate(over="ignore"):
             dense_NE[:, e] = np.nan_to_num(value_N, nan=0.0)
         too_large = np.flatnonzero(~np.isfinite(dense_NE[:, e]))
@@ -210,6 +226,7 @@ def _is_category(dtype: pl.DataType) -> bool:
 
 
 def _lists(field: FieldSpec, dtype: pl.DataType, column: pl.Expr) -> pl.Expr:
+    """The cells of a multi field's column as lists of texts."""
     if isinstance(dtype, pl.Array):
         dtype, column = pl.List(dtype.inner), column.arr.to_list()
     if isinstance(dtype, pl.List):
@@ -222,13 +239,14 @@ def _lists(field: FieldSpec, dtype: pl.DataType, column: pl.Expr) -> pl.Expr:
         )
     if field.separator is None:
         raise DataError(
-            f"column {field.raw_column!r} holds text, so multi field {field.name!r} needs separator = '|' or whatever is between "
-            "its values"
+            f"column {field.raw_column!r} holds text, so multi field {field.name!r} needs a separator; set separator = '|', or "
+            "the text between its values"
         )
     return column.cast(pl.String).str.split(field.separator)
 
 
 def _text(field: FieldSpec, dtype: pl.DataType, column: pl.Expr) -> pl.Expr:
+    """The cells of a column as texts."""
     if dtype == pl.String:
         return column
     if dtype.is_float():
@@ -243,12 +261,12 @@ def _text(field: FieldSpec, dtype: pl.DataType, column: pl.Expr) -> pl.Expr:
 
 
 def flatten(lists: pl.Series) -> pl.Series:
-    """The elements of all lists in order; an empty or missing list has none."""
+    """The elements of all lists in order."""
     return lists.filter(lists.list.len().fill_null(0) > 0).explode()
 
 
 def hash_values(values: pl.Series, hash_size: int) -> np.ndarray:
-    """Ids 1..hash_size of texts; see the module docstring. Int32 (N,)."""
+    """Hashed ids 1..hash_size of texts: int32 (N,); see the module docstring."""
     texts = values.fill_null(MISSING_TOKEN)
     distinct = texts.unique()
     digests = [hashlib.blake2b(text.encode(), digest_size=8, key=HASH_KEY).digest() for text in distinct]
@@ -270,9 +288,5 @@ def _is_finite(text: str) -> bool:
 
 
 def row_number(row: int) -> str:
+    """The place of a row in a frame, for messages."""
     return f"row {row + 1:,}"
-
-
-def log_columns(schema: Schema, with_time: bool) -> list[str]:
-    extra = [schema.weight, schema.time if with_time else None]
-    return [schema.label, *needed_columns(schema), *(name for name in extra if name is not None)]

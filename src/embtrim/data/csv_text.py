@@ -1,4 +1,4 @@
-"""csv, tsv and other text with separators: finds the columns, parses the lines, says which line is at fault."""
+"""csv, tsv and other text with separators: its columns, the parsing of its lines, and the line that is at fault."""
 
 from __future__ import annotations
 
@@ -23,10 +23,20 @@ from embtrim.data.read_options import ReadOptions
 from embtrim.data.text_blocks import first_nonblank_line, row_blocks
 from embtrim.errors import DataError
 
-_CELL_SEPARATOR = b"\x1f"  # stands in for separators of several characters, which the csv parser does not take
+_CELL_SEPARATOR = b"\x1f"  # replaces separators of several characters, which the csv parser does not accept
 
 
 class CsvFile(LogFile):
+    """A text file with separators between cells, such as csv and tsv.
+
+    Attributes:
+        path: Path of the file.
+        latin: Whether the text is latin-1 instead of UTF-8.
+        header: Whether the first line names the columns.
+        separator: Bytes between two cells.
+        quoted: Whether `"` quotes cells.
+    """
+
     def __init__(self, path: Path, options: ReadOptions) -> None:
         self.path = path
         self.name = str(path)
@@ -34,13 +44,13 @@ class CsvFile(LogFile):
         self.latin = options.encoding == "latin-1"
         self.header = options.header
         first = first_nonblank_line(path)
-        separator = options.separator or find_separator(path, first)
+        separator = options.separator or _find_separator(path, first)
         self.separator = separator.encode()
         self.quoted = options.quoted if options.quoted is not None else separator != "\t" and len(separator) == 1
         try:
             text = first.decode("latin-1" if self.latin else "utf-8")
         except UnicodeDecodeError:
-            raise DataError(f"{path} line 1 is not UTF-8; pass encoding='latin-1' if that is what it is") from None
+            raise DataError(f"{path} line 1 is not UTF-8; pass encoding='latin-1' if the text is latin-1") from None
         if self.quoted:
             cells = next(csv.reader([text], delimiter=separator))
         else:
@@ -58,6 +68,7 @@ class CsvFile(LogFile):
             raise DataError(f"{path} names a column twice: {listed(twice)}{self.hint(twice)}")
 
     def hint(self, missing: Sequence[str]) -> str:
+        """Guess at a missing header or another separator; see `LogFile.hint`."""
         if self.header and sum(_is_number(name) or not name for name in self.columns) * 2 >= len(self.columns):
             return "; the first line looks like data: pass header=False (and columns=..)"
         if len(self.columns) == 1:
@@ -67,6 +78,7 @@ class CsvFile(LogFile):
     def chunks(
         self, columns: list[str], chunk_bytes: int, start: Position, numbers: Collection[str]
     ) -> Iterator[Chunk]:
+        """Yield the rows in order; see `LogFile.chunks`."""
         schema = dict.fromkeys(self.columns, pl.String)
         separator = self.separator if len(self.separator) == 1 else _CELL_SEPARATOR
         blocks = row_blocks(self.path, chunk_bytes, self.quoted, skip_lines=int(self.header), start=start)
@@ -100,17 +112,18 @@ class CsvFile(LogFile):
             yield Chunk(frame.select(columns), 0, self._locator(block, first_line), done, end)
 
     def _is_even(self, rows: bytes) -> bool:
-        """Whether every line has as many cells as there are columns, as a count of separators over the block tells."""
+        """Whether the block has as many separators as lines with a cell for each column have in all."""
         if self.quoted and b'"' in rows:
             rows = re.sub(rb'"[^"]*"', b"", rows)
         num_lines = rows.count(b"\n") + (not rows.endswith(b"\n"))
-        if len(self.separator) == 1:  # several times faster than bytes.count where every tenth byte is a separator
+        if len(self.separator) == 1:  # several times faster than bytes.count if every tenth byte is a separator
             num_separators = int(np.count_nonzero(np.frombuffer(rows, np.uint8) == self.separator[0]))
         else:
             num_separators = rows.count(self.separator)
         return num_separators == num_lines * (len(self.columns) - 1)
 
     def _width_error(self, block: bytes, first_line: int) -> DataError | None:
+        """The error for the first line with too few or too many cells, if there is such a line."""
         for line, row in _logical_rows(block, self.quoted):
             if self.quoted:
                 row = re.sub(rb'"[^"]*"', b"", row)
@@ -123,14 +136,14 @@ class CsvFile(LogFile):
         return None
 
     def _fault(self, block: bytes, first_line: int, reason: str) -> DataError:
-        """What is wrong with a block that does not parse, by a slow look at every line."""
+        """The error for a block that does not parse, found by a slow look at every line."""
         if not self.latin:
             for line, row in _logical_rows(block, self.quoted):
                 try:
                     row.decode()
                 except UnicodeDecodeError:
                     return DataError(
-                        f"{self.path} line {first_line + line:,} is not UTF-8; pass encoding='latin-1' if that is what it is"
+                        f"{self.path} line {first_line + line:,} is not UTF-8; pass encoding='latin-1' if the text is latin-1"
                     )
         return self._width_error(block, first_line) or DataError(
             f"{self.path} cannot be parsed after line {first_line:,} ({reason}); "
@@ -138,6 +151,8 @@ class CsvFile(LogFile):
         )
 
     def _locator(self, block: bytes, first_line: int) -> Callable[[int], str]:
+        """The `locate` of the chunk that a block gives."""
+
         def locate(row: int) -> str:
             for index, (line, _) in enumerate(_logical_rows(block, self.quoted)):
                 if index == row:
@@ -147,7 +162,8 @@ class CsvFile(LogFile):
         return locate
 
 
-def find_separator(path: Path, first_line: bytes) -> str:
+def _find_separator(path: Path, first_line: bytes) -> str:
+    """The separator by the file's suffix, otherwise the most frequent one in the first line."""
     if suffix_of(path) in (".tsv", ".tab"):
         return "\t"
     counts = {sep: first_line.count(sep.encode()) for sep in ("\t", ",", ";", "|", "::")}
@@ -162,7 +178,7 @@ def _without_blank_lines(block: bytes) -> bytes:
 
 
 def _logical_rows(block: bytes, quoted: bool) -> Iterator[tuple[int, bytes]]:
-    """Yield (line offset in the block, row) of the rows; a quoted cell may span lines. For error messages only."""
+    """Yield (line offset in the block, row) for each row, which may span lines. Slow: for error messages only."""
     row, start = b"", 0
     for offset, line in enumerate(block.split(b"\n")):
         if not row:

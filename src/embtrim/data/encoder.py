@@ -2,20 +2,13 @@
 
 Conventions:
 
-- A categorical value is its text. Whole-numbered floats are written without a fraction (`5.0` in parquet is `5`),
-  booleans as `true` / `false`, dates in ISO form; text is taken as it stands (`05` is not `5`).
-- A numeric field becomes the number of a bucket, an int32. log2: v > 2 -> floor(ln(v)^2), else floor(v), so negative
-  numbers keep one bucket per unit; all below -2^31 + 1 share the last. quantile:k: bucket i holds edge[i-1] <= v <
-  edge[i]; equal edges are merged.
-- Missing (null, NaN in a number, or a text in `nulls`) is a value of its own: null in vocab.parquet. In a multi field a
-  missing cell is an empty list and missing or empty elements are left out; in a dense field it is 0 after the
-  transform, which for `standard` is the mean.
-- dense log1p is sign(v) ln(1 + |v|); standard is (v - mean) / std over the training rows that have a value, std 1 if
-  all are equal.
+- What a cell's value is: see cells.py for texts, lists, numbers and hashes, transforms.py for buckets and dense values.
+- A missing value is a value of its own, null in vocab.parquet. In a multi field it is an empty list. In a dense field it
+  is 0 after the transform, which for `standard` is the mean.
 - Ids of a table: 0 is OOV; 1.. are the values kept, by descending count in the training rows, ties by value (missing
   last). A value needs `min_count` occurrences.
-- Hashed table: id = 1 + blake2b-64(UTF-8 text, key "embtrim") mod hash_size, so vocab_size = hash_size + 1 and row 0 stays
-  unused; missing is hashed as the text "\\0missing". The same in every process, version and machine.
+- Ids of a hashed table are hashes, so vocab_size = hash_size + 1 and row 0 stays unused. Hashes are the same in every
+  process, version and machine.
 
 Shapes: N rows, C id columns, E dense fields, V values of a table.
 """
@@ -36,17 +29,15 @@ import polars as pl
 
 from embtrim.data.cells import dense_values, needed_columns, number_cells, require_columns, row_number
 from embtrim.data.dataset import EncodedDataset
-from embtrim.data.log_file import Chunk
-from embtrim.data.transforms import MISSING_BUCKET
+from embtrim.data.log_file import Chunk, first_line_of
+from embtrim.data.transforms import MISSING_BUCKET, is_learned
 from embtrim.errors import DataError
 from embtrim.plan.plan import SizePlan
 from embtrim.schema import OOV, FieldSpec, Schema
 from embtrim.system.files import read_json
 
-MAX_PLACES = 1 << 22  # of buckets that are looked up by place, in 16 MB, and not by a search
+MAX_PLACES = 1 << 22  # more buckets than this, 16 MB of ids, are searched and not looked up by place
 
-# A vocabulary is looked up through a polars Enum, whose index is built once, when the expression is made; each chunk
-# then costs one hash probe a cell. Codes beyond the vocabulary's stand for "not in it" and "missing".
 _VOCABULARY_SCHEMA = {"value": pl.String, "id": pl.Int32, "count": pl.Int64}
 
 
@@ -55,8 +46,8 @@ class EncodedChunk:
     """Rows as models read them.
 
     Attributes:
-        ids: int32 (N, C), ids local to their table, PAD = -1.
-        dense: float32 (N, E), or None if the schema has no dense field.
+        ids: Ids local to their table, int32 (N, C), PAD = -1.
+        dense: Dense values, float32 (N, E), or None if the schema has no dense field.
     """
 
     ids: np.ndarray
@@ -67,14 +58,15 @@ class EncodedChunk:
 
 
 class Encoder:
-    """Turns raw rows into ids and dense values; needs no label.
+    """Turns raw rows into ids and dense values; the rows need no label.
 
     Attributes:
-        schema: the encoded schema, sizes filled in.
-        vocabularies: by table, a frame with columns value, id, count (none for a hashed table).
-        transforms: by field, {"edges": [..]} of quantile buckets, {"mean": .., "std": ..} of standardised fields.
-        unseen_ids: by table, the id of a value that is not in the vocabulary, where it is not OOV (0).
-        hash_maps: by hashed table, an int32 map from hashed ids to the ids given out (see `with_id_maps`).
+        schema: The encoded schema, with sizes.
+        vocabularies: By table, a frame with columns value, id and count; a hashed table has none.
+        transforms: By field, {"edges": [..]} for quantile buckets and {"mean": .., "std": ..} for standardised fields.
+        unseen_ids: By table, the id of values that are not in the vocabulary, if it is not OOV (0).
+        hash_maps: By hashed table, an int32 map from hashed ids to the ids given out (see `with_id_maps`).
+        columns: The raw columns that the fields read.
     """
 
     def __init__(
@@ -95,8 +87,7 @@ class Encoder:
             if not field.hash_size and field.table_name not in self.vocabularies:
                 raise DataError(f"vocabulary of table {field.table_name!r} is missing; encode again")
         for field in schema.fields:
-            learns = field.transform == "standard" or (field.transform or "").startswith("quantile:")
-            if learns and field.name not in self.transforms:
+            if is_learned(field.transform) and field.name not in self.transforms:
                 raise DataError(f"transforms.json lacks field {field.name!r}; encode again")
 
     @classmethod
@@ -104,7 +95,7 @@ class Encoder:
         """Read the encoder of an encoded folder or a bundle.
 
         Raises:
-            DataError: a file is missing or damaged.
+            DataError: A file is missing or damaged.
         """
         folder = Path(folder)
         schema = Schema.parse(read_json(folder / "schema.json"), where=str(folder / "schema.json"))
@@ -119,7 +110,7 @@ class Encoder:
             tables = [field.table_name for field in schema.id_fields if not field.hash_size]
             vocabularies = {name: by_table.get(name, empty).cast(_VOCABULARY_SCHEMA) for name in tables}  # type: ignore[arg-type]
         except (pl.exceptions.PolarsError, OSError) as error:
-            raise DataError(f"{path} cannot be read ({str(error).partition(chr(10))[0]}); encode again") from None
+            raise DataError(f"{path} cannot be read ({first_line_of(error)}); encode again") from None
         hash_maps = {}
         if (folder / "hash_maps.npz").exists():
             with np.load(folder / "hash_maps.npz", allow_pickle=False) as stored:
@@ -127,13 +118,13 @@ class Encoder:
         return cls(schema, vocabularies, state.get("fields", {}), state.get("unseen_ids", {}), hash_maps)
 
     def save(self, folder: str | Path) -> None:
-        """Write schema.json, vocab.parquet, transforms.json (and hash_maps.npz if hashed ids were re-mapped)."""
+        """Write schema.json, vocab.parquet and transforms.json, and hash_maps.npz if hashed ids are mapped."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "schema.json").write_text(json.dumps(self.schema.model_dump(mode="json"), indent=1), "utf-8")
         state = {"fields": self.transforms, "unseen_ids": self.unseen_ids}
         (folder / "transforms.json").write_text(json.dumps(state, indent=1), "utf-8")
-        # In the order of ids, whoever gave them out; in one chunk, which packs the same for any number of threads.
+        # Sorted by id, wherever the ids come from, and in one chunk, which packs the same for any number of threads.
         parts = [
             frame.sort("id", maintain_order=True).select(pl.lit(name).alias("table"), *_VOCABULARY_SCHEMA)
             for name, frame in self.vocabularies.items()
@@ -144,13 +135,13 @@ class Encoder:
             np.savez_compressed(folder / "hash_maps.npz", **self.hash_maps)  # type: ignore[arg-type]
 
     def encode_chunk(self, rows: Chunk | pl.DataFrame) -> EncodedChunk:
-        """Encode rows; a value that the training rows did not hold gets its table's OOV id.
+        """Encode rows; a value that is not in its table's vocabulary gets the table's OOV id.
 
         Args:
-            rows: a frame with the raw columns (others are ignored), or a chunk of a raw log.
+            rows: A frame with the raw columns (other columns are ignored), or a chunk of a raw log.
 
         Raises:
-            DataError: a column is missing, or a value or a column's type does not fit its field.
+            DataError: A column is missing, or a value or a column's type does not fit its field.
 
         Example:
             >>> schema = Schema(label="click", fields=(FieldSpec(name="user", vocab_size=3),))
@@ -165,7 +156,7 @@ class Encoder:
         return EncodedChunk(np.ascontiguousarray(ids_CN.T), dense_values(frame, self.schema, self.transforms, locate))
 
     def ids(self, field: FieldSpec, code_N: np.ndarray) -> np.ndarray:
-        """Ids of a field's cells: int32 (N,), from hashes, from buckets, or from the codes of texts in its vocabulary."""
+        """Ids of a field's cells: int32 (N,), from their hashed ids, buckets, or codes in the field's vocabulary."""
         if field.hash_size:
             hash_map = self.hash_maps.get(field.table_name)
             return code_N if hash_map is None else hash_map[code_N]
@@ -174,18 +165,18 @@ class Encoder:
         return self._text_lookups[field.name].ids_V[code_N]
 
     def text_ids(self, field: FieldSpec, values: pl.Series) -> np.ndarray:
-        """Ids of texts (or nulls) as cells of a listed categorical or multi field: int32 (N,)."""
+        """Ids of texts and nulls as cells of a listed categorical or multi field: int32 (N,)."""
         code = self._text_lookups[field.name].code
         return self.ids(field, values.to_frame(field.name).select(code).to_series().to_numpy())
 
     def with_id_maps(self, id_maps: Mapping[str, np.ndarray]) -> Encoder:
-        """The same encoder with ids re-numbered: `id_maps[table][id]` is given out instead of id.
+        """The same encoder with new ids: it gives out `id_maps[table][id]` instead of id.
 
-        Vocabularies are rewritten: a value whose new id is that of an unseen value is dropped from them. A hashed
-        table has no vocabulary and keeps its map. The schema, and so its fingerprint, stays.
+        A vocabulary gets the new ids and loses the values whose new id is that of unseen values. A hashed table has no
+        vocabulary and stores its map. The schema, and so its fingerprint, stays.
 
         Raises:
-            DataError: a map is for an unknown table, or does not cover the ids given out so far.
+            DataError: A map is for an unknown table, or does not cover the ids given out so far.
         """
         vocabularies, unseen_ids, hash_maps = dict(self.vocabularies), dict(self.unseen_ids), dict(self.hash_maps)
         for name, id_map in id_maps.items():
@@ -210,6 +201,8 @@ class Encoder:
 
     @cached_property
     def _text_lookups(self) -> dict[str, _TextLookup]:
+        # A polars Enum builds its index once, when the expression is made; each chunk then costs one hash probe per cell.
+        # Two codes beyond those of the vocabulary stand for "not in it" and "missing".
         lookups = {}
         for field in self.schema.id_fields:
             if field.hash_size or field.type == "numeric":
@@ -238,7 +231,7 @@ class Encoder:
                 continue
             listed, unseen, missing_id = self._listed(field)
             number = pl.col("value").cast(pl.Int32, strict=False)
-            # A table shared with texts may hold some, "05" among them, that are no bucket's name.
+            # A table shared with a field of texts may hold texts that do not name a bucket, such as "05".
             listed = listed.with_columns(number=number).filter(pl.col("number").cast(pl.String) == pl.col("value"))
             lookups[field.name] = _BucketLookup(
                 listed["number"].to_numpy(), listed["id"].to_numpy(), unseen, missing_id
@@ -246,7 +239,7 @@ class Encoder:
         return lookups
 
     def _listed(self, field: FieldSpec) -> tuple[pl.DataFrame, int, int]:
-        """The vocabulary of a field without its missing value, the id of values not in it, and that of the missing one."""
+        """A field's vocabulary without the missing value, the id of unseen values, and the id of the missing value."""
         frame = self.vocabularies[field.table_name]
         unseen = self.unseen_ids.get(field.table_name, OOV)
         missing = frame.filter(pl.col("value").is_null())["id"]
@@ -254,14 +247,14 @@ class Encoder:
 
 
 def vocabulary_bytes(data: EncodedDataset, plan: SizePlan | None = None) -> int:
-    """Bytes of the encoder's files in a bundle or an export of a model; 0 of data made in memory, which have none.
+    """Bytes of the encoder's files in a model's bundle or export; 0 for data made in memory, which has no encoder.
 
     Args:
-        data: with the stored ids.
-        plan: of the model; None for the full one.
+        data: The dataset with its stored ids.
+        plan: Plan of the model; None for the full model.
 
     Raises:
-        DataError: the encoder cannot be read, or there is no room to write it to.
+        DataError: The encoder cannot be read, or the temporary folder has no room for it.
     """
     if data.folder is None:
         return 0
@@ -275,26 +268,31 @@ def vocabulary_bytes(data: EncodedDataset, plan: SizePlan | None = None) -> int:
     except (OSError, pl.exceptions.PolarsError) as error:
         raise DataError(
             f"the vocabulary could not be written to {tempfile.gettempdir()}, where its bytes are counted ({error}); make room "
-            "there, or name another folder in TMPDIR"
+            "there, or set TMPDIR to another folder"
         ) from None
 
 
 @dataclass(frozen=True)
 class _TextLookup:
-    """A table as one field reads it: `code` numbers the texts, `ids_V` holds their ids, then unseen, then missing."""
+    """A table as one field of texts reads it.
+
+    Attributes:
+        code: Turns texts into codes: their places in the vocabulary, then one for unseen and one for missing values.
+        ids_V: The id of each code.
+    """
 
     code: pl.Expr
     ids_V: np.ndarray
 
 
 class _BucketLookup:
-    """A table as one numeric field reads it: its buckets, rising, and their ids."""
+    """A table as one numeric field reads it: rising buckets and their ids."""
 
     def __init__(self, bucket_V: np.ndarray, ids_V: np.ndarray, unseen: int, missing_id: int) -> None:
         order_V = np.argsort(bucket_V)
         self._bucket_V, self._ids_V = bucket_V[order_V], ids_V[order_V]
         self._unseen, self._missing_id = unseen, missing_id
-        # One place a bucket from the first to the last, and one at either end for all that lie beyond.
+        # One place per bucket from the first to the last, and one at either end for all buckets beyond.
         self._start = int(self._bucket_V[0]) - 1 if len(bucket_V) else 0
         self._end = int(self._bucket_V[-1]) + 1 if len(bucket_V) else 0
         self._by_place = None
@@ -302,6 +300,7 @@ class _BucketLookup:
             self._by_place = self._searched(np.arange(self._start, self._end + 1))
 
     def ids(self, bucket_N: np.ndarray) -> np.ndarray:
+        """Ids of buckets: int32 (N,)."""
         if self._by_place is None:
             ids_N = self._searched(bucket_N)
         else:

@@ -1,21 +1,21 @@
 """Encode a raw log into an EncodedDataset: schema, splits, vocabulary from the training rows, ids on disk.
 
-All fields are read once, chunk by chunk, each by another thread while the one before it is in use. Their values get
-codes in the order in which they come (numbering.py), and rows go to disk with these codes, 4 bytes a value. Then the codes of the
-training rows are counted, which gives the vocabulary and its ids, and the codes are written again as ids. Before that are
-passes over single columns, where they are needed: over the time column if a split by quantiles of time asks for it, and over
-those whose transform is learned (quantile edges, mean and std). Only training rows are learned from.
+Passes. All fields are read once, chunk by chunk; another thread reads a chunk while the one before it is in use. Values
+get codes in the order in which they first occur (numbering.py), and rows are written with these codes, 4 bytes a value.
+The codes of the training rows are then counted, which gives the vocabulary and its ids, and the codes are rewritten as
+ids. Two shorter passes come first where they are needed: one over the time column, if the split is by quantiles of
+time, and one over the columns whose transform is learned (quantile edges, mean and std). Only training rows are learned
+from.
 
-Memory: bounded whatever the number of rows, by about 600 MB for 16 MB chunks of text or slices of parquet, plus what
-distinct values take: about 150 bytes for each distinct text, or none for a hashed field. Quantiles (of fields and of time) are
-exact up to SAMPLE_ROWS values, and beyond that come from a seeded sample of that many rows. Disk: twice the ids, until
-the end.
+Memory does not grow with the number of rows: about 600 MB for 16 MB chunks of text or slices of parquet, plus about 150
+bytes for each distinct text (none for a hashed field). Quantiles, of fields and of time, are exact up to SAMPLE_ROWS
+values; beyond that, they come from a seeded sample of that many rows. Disk: twice the ids, until the end.
 
 Splits do not depend on the size of chunks: a row's part is a hash (splitmix64) of the seed and of its index in the log.
 
-The output is written to a working folder beside the target and renamed: a run that fails, or is interrupted, leaves the
-target as it was. The working folder of an interrupted or killed run holds a checkpoint, from which the same call goes on
-(see encoding_state.py); passes that are finished are not made again.
+The output is written to a working folder beside the target and then renamed, so a run that fails or is interrupted
+leaves the target as it was. The working folder of an interrupted or killed run holds a checkpoint, from which the same
+call goes on (see encoding_state.py). Finished passes are not repeated.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -36,13 +36,13 @@ from embtrim.data.cells import log_columns, number_columns, to_numbers
 from embtrim.data.dataset import FORMAT_VERSION, SPLITS, EncodedDataset
 from embtrim.data.drafting import draft_schema
 from embtrim.data.encoder import Encoder, digest
-from embtrim.data.encoding_state import CHECKPOINT_VERSION, Work, check_target, working_folder
+from embtrim.data.encoding_state import CHECKPOINT_VERSION, WorkingFolder, check_target, working_folder
 from embtrim.data.log_file import CHUNK_BYTES
 from embtrim.data.numbering import Numbering
-from embtrim.data.read_options import Format, ReadOptions
+from embtrim.data.read_options import ReadOptions
 from embtrim.data.reading import RawLog, Source, open_log, read_ahead
 from embtrim.data.splitting import Sample, Split, Splitter, check_splits, choose_split
-from embtrim.data.transforms import Moments, quantile_edges
+from embtrim.data.transforms import Moments, is_learned, quantile_edges
 from embtrim.data.writing import groups_of_training_codes, write_codes, write_ids
 from embtrim.errors import DataError
 from embtrim.schema import Schema
@@ -61,12 +61,7 @@ def encode(
     valid: Source | None = None,
     test: Source | None = None,
     seed: int = 0,
-    format: Format | None = None,
-    header: bool = True,
-    columns: Sequence[str] | None = None,
-    separator: str | None = None,
-    encoding: Literal["utf-8", "latin-1"] = "utf-8",
-    quoted: bool | None = None,
+    options: ReadOptions | None = None,
     overwrite: bool = False,
     progress: bool = True,
     chunk_bytes: int = CHUNK_BYTES,
@@ -74,38 +69,33 @@ def encode(
 ) -> EncodedDataset:
     """Encode a raw log into a folder and open it.
 
-    Interrupted, killed, or out of disk space, it leaves its work in `.<name of out>.encoding` beside `out`, and the same call
-    goes on from the last checkpoint there, to the same result. It starts anew, with a warning, if anything that the result
-    depends on has changed since: a source (by size and time of change), the schema, the split, the seed, how the log is
-    read, or the version of embtrim, polars or numpy. A fault in the data removes the work. For a frame there are no
-    checkpoints.
+    If the run is interrupted, killed, or out of disk space, its work stays in `.<name of out>.encoding` beside `out`. The
+    same call then goes on from the last checkpoint, to the same result. It starts from the beginning, with a warning, if
+    anything that the result depends on has changed: a source (by size and modification time), the schema, the split, the
+    seed, the read options, or the version of embtrim, polars or numpy. A fault in the data removes the work. A run over a
+    DataFrame makes no checkpoints.
 
     Args:
-        source: path, paths, glob, folder or polars DataFrame; the training rows if `valid` or `test` is given.
-        schema: the fields, or a TOML file with them; None infers a draft and writes it to `<out>.schema.toml`.
-        label: the label column; needed without a schema unless the column has a usual name (label, click, ..).
-        out: folder to write.
-        split: how `source` is divided, such as "8:1:1" (the default) or "time:8:1:1"; with `valid` and `test` given,
-            all of `source` is for training, unless a split is asked for whose parts for the given files are 0.
-        valid: a log with the validation rows.
-        test: a log with the test rows.
-        seed: of the random split and of the sample for quantiles.
-        format: see `ReadOptions`, like `header`, `columns`, `separator`, `encoding` and `quoted`.
-        header: whether the first line of text names the columns.
-        columns: names of the columns.
-        separator: between cells of text.
-        encoding: of text.
-        quoted: whether `"` quotes cells.
-        overwrite: replace an encoded dataset at `out`; anything else there is never touched.
-        progress: show a bar on stderr for what takes longer than two seconds.
-        chunk_bytes: bytes of text read at a time.
-        checkpoint_seconds: least time between two checkpoints while values are counted and ids written; None makes no
-            checkpoint at all.
+        source: Path, paths, glob, folder or polars DataFrame; the training rows if `valid` or `test` is given.
+        schema: The fields, or a TOML file with them; None infers a draft and writes it to `<out>.schema.toml`.
+        label: The label column; needed without a schema, unless the column has a usual name (label, click, ..).
+        out: Folder to write.
+        split: How `source` is divided, such as "8:1:1" (the default) or "time:8:1:1". With `valid` or `test` given, all of
+            `source` is for training, unless a split is given that leaves out the parts for these logs.
+        valid: Log with the validation rows.
+        test: Log with the test rows.
+        seed: Seed of the random split and of the sample for quantiles.
+        options: How the logs are read; None finds out from their names and content.
+        overwrite: Replace an encoded dataset at `out`. A folder of anything else is never replaced.
+        progress: Show a progress bar on stderr once the run has taken two seconds.
+        chunk_bytes: Bytes of text read at a time.
+        checkpoint_seconds: Least time between two checkpoints while the log is read and ids are written; None makes no
+            checkpoints.
 
     Raises:
-        DataError: a column is missing; a label, number or weight cannot be used (with file and line); a split is empty or
-            has one class only; `out` exists, or another run is making it; the disk is full.
-        KeyboardInterrupt: at Ctrl-C, with a message if the same call can go on.
+        DataError: A column is missing; a label, number or weight cannot be used (with file and line); a split is empty or
+            has one class only; `out` exists, or another run is writing it; the disk is full.
+        KeyboardInterrupt: At Ctrl-C, with a message if the same call can go on.
 
     Example:
         >>> import polars as pl, tempfile
@@ -114,31 +104,16 @@ def encode(
         >>> data.schema.tables
         {'user': 4}
     """
-    options = ReadOptions(
-        format=format,
-        header=header,
-        columns=None if columns is None else tuple(columns),
-        separator=separator,
-        encoding=encoding,
-        quoted=quoted,
-    )
+    options = options or ReadOptions()
     target = Path(out).expanduser()
     check_target(target, overwrite)
     logs = {"train": open_log(source, options)}
-    for name, given in (("valid", valid), ("test", test)):
-        if given is not None:
-            logs[name] = open_log(given, options)
+    logs |= {name: open_log(log, options) for name, log in (("valid", valid), ("test", test)) if log is not None}
     chosen = choose_split(split, given=[name for name in logs if name != "train"])
-    draft_path = None
-    if schema is None:
-        schema = draft_schema(logs["train"], label)
-        draft_path = target.with_name(target.name + ".schema.toml")
+    draft_path = target.with_name(target.name + ".schema.toml") if schema is None else None
+    schema = _draft_of(schema, label, logs["train"])
+    if draft_path is not None:
         _check_draft(schema, draft_path)
-    elif isinstance(schema, (str, Path)):
-        schema = Schema.load_draft(schema)
-    if label is not None and label != schema.label:
-        schema = schema.replace(label=label)
-    schema = _as_draft(schema)
     _check_logs(logs, schema, chosen)
     data = _encode_logs(
         target, logs, schema, None, chosen, seed, options, partial(_fit_encoder, schema), {}, overwrite=overwrite,
@@ -162,26 +137,26 @@ def encode_further(
     inputs: Mapping[str, Any],
     progress: bool = False,
 ) -> EncodedDataset:
-    """Encode another log of an encoder's columns, with the encoder extended by values of its training rows.
+    """Encode another log with an existing encoder, extended by the values of the log's training rows.
 
-    Interrupted, it goes on as `encode` does.
+    An interrupted run goes on as that of `encode` does.
 
     Args:
-        source: the log, as for `encode`.
-        encoder: its fields, labels and transforms are taken as they are.
-        extend: makes the encoder from the values that occur at least `min_count` times in the training rows - by table a
-            frame of value, id and count, as `Numbering.vocabularies` gives them - and from the folder, in which files
-            that it writes stay with the data.
-        out: folder to write; an encoded dataset there is replaced.
-        split: as for `encode`.
-        min_count: of all listed fields; None takes each field's own.
-        seed: of the random split.
-        options: how the log is read.
-        inputs: all that `extend` depends on, as JSON.
-        progress: show a bar on stderr.
+        source: The log, as for `encode`.
+        encoder: The encoder whose fields, labels and transforms are kept.
+        extend: Makes the extended encoder from two arguments. The first holds the values that occur at least `min_count`
+            times in the training rows: by table a frame of value, id and count, see `Numbering.vocabularies`. The second
+            is the folder of the data, where `extend` may write files of its own.
+        out: Folder to write; an encoded dataset there is replaced.
+        split: How `source` is divided, as for `encode`.
+        min_count: Least count of a value, for all listed fields; None takes each field's own.
+        seed: Seed of the random split.
+        options: How the log is read.
+        inputs: Everything that `extend` depends on, as JSON values.
+        progress: Show a progress bar on stderr.
 
     Raises:
-        DataError: as `encode`.
+        DataError: The same faults as for `encode`.
     """
     target = Path(out)
     check_target(target, overwrite=True)
@@ -225,8 +200,11 @@ def _encode_logs(
     chunk_bytes: int,
     checkpoint_seconds: float | None,
 ) -> EncodedDataset:
-    """Make the encoder by `fit`, of the vocabularies and transforms of the training rows (None: to be learned), and write all
-    rows as its ids."""
+    """Make the encoder and write all rows as its ids.
+
+    `fit` makes the encoder from the vocabularies of the training rows, the transforms and the data's folder. If
+    `transforms` is None, they are learned from the training rows.
+    """
     started = time.perf_counter()
     sources = {name: log.identity() for name, log in logs.items()}
     if None in sources.values():
@@ -241,29 +219,23 @@ def _encode_logs(
         "source files": sources,
         **more_inputs,
     }
-    bar = StageBar(progress)
-    with working_folder(target, overwrite, inputs, checkpoint_seconds) as work, bar:
-        seconds_before = work.checkpoint.seconds
+    with working_folder(target, overwrite, inputs, checkpoint_seconds) as work, StageBar(progress) as bar:
+        seconds_before = work.state.seconds
         splitter = Splitter(chosen, schema, seed)
         _learn_cuts(splitter, logs["train"], chunk_bytes, bar, work)
         if transforms is None:
-            transforms = work.checkpoint.transforms
-        if transforms is None:
-            transforms = _fit_transforms(schema, logs["train"], splitter, seed, chunk_bytes, bar)
-            if transforms:
-                work.save(transforms=transforms)
+            transforms = _learned_transforms(schema, logs["train"], splitter, seed, chunk_bytes, bar, work)
         numbering = Numbering(schema, transforms)
         parts = {name: (log, splitter if name == "train" else SPLITS.index(name)) for name, log in logs.items()}
         coded = write_codes(numbering, parts, chunk_bytes, bar, work)
         num_rows = {name: sum(coded.blocks[name]) for name in SPLITS if name in coded.blocks}
         positives = {name: coded.positives[name] for name in num_rows}
         check_splits(num_rows, positives, schema.label, chosen, list(logs))
-        if work.checkpoint.is_fitted:
+        if work.state.is_fitted:
             encoder = Encoder.load(work.folder)
         else:
-            encoder = fit(
-                numbering.vocabularies(groups_of_training_codes(coded, schema, bar, work)), transforms, work.folder
-            )
+            vocabularies = numbering.vocabularies(groups_of_training_codes(coded, schema, bar, work))
+            encoder = fit(vocabularies, transforms, work.folder)
             encoder.save(work.folder)
         write_ids(numbering, encoder, coded, bar, work)
         seconds = seconds_before + time.perf_counter() - started
@@ -286,22 +258,34 @@ def _encode_logs(
 # --- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def _learn_cuts(splitter: Splitter, log: RawLog, chunk_bytes: int, bar: StageBar, work: Work) -> None:
+def _learn_cuts(splitter: Splitter, log: RawLog, chunk_bytes: int, bar: StageBar, work: WorkingFolder) -> None:
     """Find the moments at which to cut, if the split is by time."""
     if splitter.column is None:
         return
-    if work.checkpoint.cuts is not None:
-        splitter.cuts, splitter.is_text = list(work.checkpoint.cuts), work.checkpoint.times_are_text
+    if work.state.cuts is not None:
+        splitter.cuts, splitter.is_text = list(work.state.cuts), work.state.times_are_text
         return
     splitter.learn_cuts(log, chunk_bytes, bar.update)
     work.save(cuts=splitter.cuts, times_are_text=splitter.is_text)
+
+
+def _learned_transforms(
+    schema: Schema, log: RawLog, splitter: Splitter, seed: int, chunk_bytes: int, bar: StageBar, work: WorkingFolder
+) -> dict[str, dict[str, Any]]:
+    """The learned transforms by field, those of the checkpoint if it has them."""
+    if work.state.transforms is not None:
+        return work.state.transforms
+    transforms = _fit_transforms(schema, log, splitter, seed, chunk_bytes, bar)
+    if transforms:
+        work.save(transforms=transforms)
+    return transforms
 
 
 def _fit_transforms(
     schema: Schema, log: RawLog, splitter: Splitter, seed: int, chunk_bytes: int, bar: StageBar
 ) -> dict[str, dict[str, Any]]:
     """Quantile edges, and mean and std, from the training rows."""
-    fitted = [f for f in schema.fields if f.transform == "standard" or (f.transform or "").startswith("quantile:")]
+    fitted = [f for f in schema.fields if is_learned(f.transform)]
     if not fitted:
         return {}
     samples = {f.name: Sample(seed) for f in fitted if f.transform != "standard"}
@@ -337,34 +321,33 @@ def _fit_encoder(
 ) -> Encoder:
     """The encoder of a new dataset."""
     fields = []
-    for field_spec in schema.fields:
-        if field_spec.type != "dense":
-            kept = field_spec.hash_size or vocabularies[field_spec.table_name].height
-            field_spec = field_spec.replace(vocab_size=1 + kept)
-        fields.append(field_spec)
+    for spec in schema.fields:
+        if spec.type != "dense":
+            kept = spec.hash_size or vocabularies[spec.table_name].height
+            spec = spec.replace(vocab_size=1 + kept)
+        fields.append(spec)
     encoded = schema.replace(fields=tuple(fields), vocabulary_digest=digest(vocabularies, transforms))
     return Encoder(encoded, vocabularies, transforms)
-
-
-# --- labels and weights -----------------------------------------------------------------------------------------------
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 # --- the schema of a run ----------------------------------------------------------------------------------------------
 
 
-def _as_draft(schema: Schema) -> Schema:
-    """The schema without what encoding fills in."""
+def _draft_of(schema: Schema | str | Path | None, label: str | None, log: RawLog) -> Schema:
+    """The schema as given, read from a file, or inferred from the log; without the sizes that encoding fills in."""
+    if schema is None:
+        schema = draft_schema(log, label)
+    elif isinstance(schema, (str, Path)):
+        schema = Schema.load_draft(schema)
     fields = tuple(spec.replace(vocab_size=None) for spec in schema.fields)
-    return schema.replace(fields=fields, vocabulary_digest=None)
+    return schema.replace(label=schema.label if label is None else label, fields=fields, vocabulary_digest=None)
 
 
 def _check_draft(schema: Schema, path: Path) -> None:
     if path.exists() and Schema.load_draft(path) != schema:
         raise DataError(
-            f"{path} exists and is not what would be inferred now; pass it as schema (--schema), or remove it"
+            f"{path} exists and differs from the schema that would be inferred now; pass it as schema (--schema), or "
+            "remove it"
         )
 
 

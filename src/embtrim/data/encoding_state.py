@@ -1,18 +1,19 @@
-"""Checkpoints of an encoding: how far it is, kept beside its target, so that an interrupted run can go on.
+"""Checkpoints of an encoding: its state, kept beside its target, so that an interrupted run can go on.
 
-    .<target>.encoding/checkpoint.json       the SHA-256 of what follows it: the inputs and a `Checkpoint`
+    .<target>.encoding/checkpoint.json       SHA-256 of the lines after it: the inputs and an `EncodingState`
     .<target>.encoding/texts-<0|1>.parquet   the texts numbered so far
-    .<target>.encoding/codes/                the numbers of the values of all rows, by split
-    .<target>.encoding/data/                 the folder that takes the target's place at the end
-    .<target>.encoding.lock                  locked by the run at work; the system unlocks it when that run dies
+    .<target>.encoding/codes/                codes of the values of all rows, by split
+    .<target>.encoding/data/                 the folder that replaces the target at the end
+    .<target>.encoding.lock                  locked by the running process; the system unlocks it if that process dies
     .<target>.replaced                       the dataset being replaced, between two renames
 
-Order makes it safe. Data reaches the disk (fsync) before the checkpoint that counts on it, and the checkpoint is renamed
-into place. Arrays only grow: rows that a checkpoint does not count are cut off. Any other file belongs to one checkpoint, which
-holds its CRC-32. Whatever is not as a checkpoint says makes the run start anew.
+The order of writing makes a checkpoint safe. Data reaches the disk (fsync) before the checkpoint that counts on it, and
+the checkpoint is renamed into place. Arrays only grow: rows that a checkpoint does not count are cut off. Every other
+file belongs to one checkpoint, which holds its CRC-32. If anything differs from the checkpoint, the run starts from the
+beginning.
 
-A checkpoint is of use only to a run with the same inputs: all that the result depends on, the size and the time of the
-last change of every source among them.
+Only a run with the same inputs can use a checkpoint. The inputs are all that the result depends on, including the size
+and modification time of every source.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import polars as pl
+from filelock import lock_descriptor
 from pydantic import Field
 
 from embtrim.config import Config
@@ -39,26 +41,22 @@ from embtrim.data.log_file import START, Position
 from embtrim.errors import DataError, EmbtrimError
 from embtrim.system.files import flush_file, write_then_rename
 
-try:
-    import fcntl
-except ImportError:  # pragma: no cover - not a Unix
-    fcntl = None
-
 CHECKPOINT_VERSION = 2
-CHEAP_SECONDS = 0.6  # a checkpoint that takes longer comes less often: with one a minute, one percent of the time
+# A checkpoint that takes longer is saved less often. With one checkpoint a minute, this is one percent of the time.
+CHEAP_SECONDS = 0.6
 
 logger = logging.getLogger(__name__)
 
 
 class Coded(Config):
-    """How far writing codes is.
+    """How far the rows are written as codes.
 
     Attributes:
-        log: index of the log being read.
-        position: where it goes on.
-        blocks: rows of each block of codes written, by split.
-        positives: rows with label 1 written, by split.
-        num_bytes: length of each array file, by its path within the working folder.
+        log: Index of the log being read.
+        position: Where reading that log goes on.
+        blocks: Rows of each block of codes written, by split.
+        positives: Rows with label 1 written, by split.
+        num_bytes: Length of each array file, by its path within the working folder.
     """
 
     log: int = 0
@@ -68,18 +66,18 @@ class Coded(Config):
     num_bytes: dict[str, int] = Field(default_factory=dict)
 
 
-class Checkpoint(Config):
-    """How far an encoding is: what a stage that is not finished, or not begun, would hold is None.
+class EncodingState(Config):
+    """How far an encoding is; what a checkpoint stores. Results of a stage that is not finished are None.
 
     Attributes:
-        seconds: spent so far.
-        cuts: of the split by time.
-        times_are_text: how times are compared with them.
-        transforms: what was learned, by field.
-        coded: how far the log is read, and its rows written as codes.
-        is_fitted: whether all is read, and the encoder saved.
-        num_bytes: length of each file of ids, by its path within the working folder.
-        crcs: of the files that belong to this checkpoint, by path within the working folder.
+        seconds: Time spent so far.
+        cuts: Moments that cut the log, for a split by time.
+        times_are_text: Whether times are compared with the cuts as text.
+        transforms: The learned transforms, by field.
+        coded: How far the logs are read and their rows written as codes.
+        is_fitted: Whether all logs are read and the encoder is saved.
+        num_bytes: Length of each file of ids, by its path within the working folder.
+        crcs: CRC-32 of the files that belong to this checkpoint, by path within the working folder.
     """
 
     seconds: float = 0.0
@@ -92,14 +90,15 @@ class Checkpoint(Config):
     crcs: dict[str, int] = Field(default_factory=dict)
 
 
-class Work:
+class WorkingFolder:
     """The working folder of one run.
 
     Attributes:
-        root: the working folder.
-        folder: the folder in it that becomes the target.
-        codes: the folder in it with the codes.
-        checkpoint: the last one; that of an interrupted run to begin with, if there is one that can be used.
+        root: The working folder itself.
+        folder: The folder in it that becomes the target.
+        codes: The folder in it with the codes.
+        state: The state that the last checkpoint holds. A new run takes over the state of an interrupted one, if it can
+            be used.
     """
 
     def __init__(self, root: Path, inputs: Mapping[str, Any], checkpoint_seconds: float | None) -> None:
@@ -109,8 +108,8 @@ class Work:
         self._inputs = dict(inputs)
         self._seconds = checkpoint_seconds
         self._path = root / "checkpoint.json"
-        self.checkpoint = self._adopt() or Checkpoint()
-        self._before, self._started = self.checkpoint.seconds, time.monotonic()
+        self.state = self._adopt() or EncodingState()
+        self._before, self._started = self.state.seconds, time.monotonic()
         self._next = self._started + (checkpoint_seconds or 0.0)
 
     @property
@@ -119,11 +118,11 @@ class Work:
         return self._path.exists() and self.folder.exists()
 
     def save(self, files: Sequence[Path] | None = None, **changes: Any) -> None:
-        """Save a checkpoint with these changes.
+        """Save a checkpoint.
 
         Args:
-            files: what it counts on instead of the files of the last one, arrays not among them.
-            changes: of the attributes of `Checkpoint`.
+            files: The files that the checkpoint counts on, arrays not included; None keeps those of the last one.
+            changes: New values of attributes of `EncodingState`.
         """
         if self._seconds is None:
             return
@@ -132,17 +131,17 @@ class Work:
                 flush_file(file)
             changes["crcs"] = {file.relative_to(self.root).as_posix(): _crc(file) for file in files}
         changes["seconds"] = self._before + time.monotonic() - self._started
-        self.checkpoint = self.checkpoint.replace(**changes)
-        body = json.dumps({"inputs": self._inputs, "checkpoint": self.checkpoint.model_dump()})
+        self.state = self.state.replace(**changes)
+        body = json.dumps({"inputs": self._inputs, "checkpoint": self.state.model_dump()})
         text = f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}"
         write_then_rename(self._path, lambda file: (file.write(text.encode()), file.flush(), os.fsync(file.fileno())))
         for path in self.root.glob("texts-*.parquet"):
-            if path.name not in self.checkpoint.crcs:
+            if path.name not in self.state.crcs:
                 path.unlink()
         self._next = time.monotonic() + self._seconds
 
     def save_if_due(self, changes: Callable[[], Mapping[str, Any]]) -> None:
-        """Save a checkpoint with what `changes` makes, the arguments of `save`, if it is time."""
+        """Save a checkpoint if it is time; `changes` makes the arguments of `save`."""
         started = time.monotonic()
         if self._seconds is None or started < self._next:
             return
@@ -151,29 +150,32 @@ class Work:
         self._next = started + took + self._seconds * max(1.0, took / CHEAP_SECONDS)
 
     def new_texts(self) -> Path:
-        """A file for the texts of the next checkpoint, beside that of the last one."""
-        return self.root / ("texts-1.parquet" if "texts-0.parquet" in self.checkpoint.crcs else "texts-0.parquet")
+        """Path for the texts of the next checkpoint; the file of the last one stays until then."""
+        return self.root / ("texts-1.parquet" if "texts-0.parquet" in self.state.crcs else "texts-0.parquet")
 
     def texts(self) -> Path | None:
-        """The file with the texts of the last checkpoint, if it has one."""
-        return next((self.root / name for name in self.checkpoint.crcs if name.startswith("texts-")), None)
+        """Path of the texts of the last checkpoint, if it has any."""
+        return next((self.root / name for name in self.state.crcs if name.startswith("texts-")), None)
 
-    def _adopt(self) -> Checkpoint | None:
-        """The checkpoint that an interrupted run has left, the folder set back to it; None and an empty folder if there is none."""
+    def _adopt(self) -> EncodingState | None:
+        """The state of an interrupted run, with the folder set back to it.
+
+        If there is none that can be used, None, and the folder is empty.
+        """
         if self._path.exists():
             try:
-                checkpoint = self._read()
+                state = self._read()
                 logger.info("going on from where an interrupted run left %s", self.root)
-                return checkpoint
+                return state
             except EmbtrimError as error:
-                logger.warning("starting anew, %s is of no use: %s", self.root, error)
+                logger.warning("starting from the beginning, %s cannot be used: %s", self.root, error)
         if self.root.exists():
             shutil.rmtree(self.root)
         self.folder.mkdir(parents=True)
         self.codes.mkdir()
         return None
 
-    def _read(self) -> Checkpoint:
+    def _read(self) -> EncodingState:
         if self._seconds is None:
             raise DataError("this run has no checkpoints")
         digest, _, body = self._path.read_bytes().partition(b"\n")
@@ -184,55 +186,55 @@ class Work:
         changed = [name for name in now if stored["inputs"].get(name) != now[name]]
         if changed:
             raise DataError(f"it was made with other {' and '.join(changed)}")
-        checkpoint = Checkpoint.parse(stored["checkpoint"], where="checkpoint.json")
-        for name, crc in checkpoint.crcs.items():
+        state = EncodingState.parse(stored["checkpoint"], where="checkpoint.json")
+        for name, crc in state.crcs.items():
             if not (self.root / name).is_file() or _crc(self.root / name) != crc:
                 raise DataError(f"{name} is damaged")
-        for name, length in {**checkpoint.coded.num_bytes, **checkpoint.num_bytes}.items():
+        for name, length in {**state.coded.num_bytes, **state.num_bytes}.items():
             path = self.root / name
             if not path.is_file() or path.stat().st_size < length:
                 raise DataError(f"{name} is damaged")
             os.truncate(path, length)
-        return checkpoint
+        return state
 
 
 @contextlib.contextmanager
 def working_folder(
     target: Path, overwrite: bool, inputs: Mapping[str, Any], checkpoint_seconds: float | None
-) -> Iterator[Work]:
-    """A working folder beside `target`, whose `folder` takes the target's place at the end.
+) -> Iterator[WorkingFolder]:
+    """A working folder beside `target`, whose `folder` replaces the target at the end of the `with` block.
 
-    An EmbtrimError removes it: the same inputs would meet it again. It stays, if it has a checkpoint, after whatever else
-    ends the run: an interrupt, a full disk, a kill.
+    An EmbtrimError removes the working folder, since the same inputs would raise it again. After any other end of the run
+    (an interrupt, a full disk, a kill) the folder stays, if it has a checkpoint.
 
     Args:
-        target: the folder to make.
-        overwrite: replace an encoded dataset there.
-        inputs: by name, all that the result depends on, as JSON.
-        checkpoint_seconds: least time between two checkpoints within a stage; None makes none.
+        target: The folder to make.
+        overwrite: Replace an encoded dataset at `target`.
+        inputs: By name, all that the result depends on, as JSON values.
+        checkpoint_seconds: Least time between two checkpoints within a stage; None makes no checkpoints.
 
     Raises:
-        DataError: the target cannot be written, or another run is at work on it; the disk is full.
-        KeyboardInterrupt: with a message, if the same call can go on.
+        DataError: The target cannot be written, another run is writing it, or the disk is full.
+        KeyboardInterrupt: At Ctrl-C, with a message if the same call can go on.
     """
     old = target.with_name(f".{target.name}.replaced")
     with contextlib.ExitStack() as stack:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             root = target.with_name(f".{target.name}.encoding")
-            if not stack.enter_context(_locked(target)):
-                # A folder that no other run knows is safe without a lock, but nobody goes on with it.
+            if not stack.enter_context(locked(target)):
+                # Without locks, only a folder that no other run knows is safe; but then no run can go on with it.
                 root, checkpoint_seconds = root.with_name(f"{root.name}-{uuid.uuid4().hex[:8]}"), None
             if old.exists() and not target.exists():
                 old.rename(target)
-            work = Work(root, inputs, checkpoint_seconds)
+            work = WorkingFolder(root, inputs, checkpoint_seconds)
         except OSError as error:
             raise DataError(f"cannot write beside {target}: {error.strerror or error}; choose another --out") from None
         try:
             yield work
             check_target(target, overwrite)
             if target.exists():
-                shutil.rmtree(old, ignore_errors=True)  # if there is one, a kill after the renames has left it
+                shutil.rmtree(old, ignore_errors=True)  # left by a run that was killed after its renames
                 target.rename(old)
             work.folder.rename(target)
             shutil.rmtree(old, ignore_errors=True)
@@ -257,7 +259,7 @@ def check_target(target: Path, overwrite: bool) -> None:
     """Check that a dataset may be written to `target`.
 
     Raises:
-        DataError: something is there that may not be replaced.
+        DataError: `target` exists and may not be replaced.
     """
     if not target.exists() and not target.is_symlink():
         return
@@ -268,22 +270,25 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def _locked(target: Path) -> Iterator[bool]:
-    """Keep other runs away from the target's working folder; False where the system cannot lock files."""
+def locked(target: Path) -> Iterator[bool]:
+    """Keep other runs away from the target's working folder, inside a `with` block; False if files cannot be locked.
+
+    The lock belongs to an open file, so the system releases it when the process ends, however it ends. A lock file that a
+    killed run left is locked by nobody and does not hinder the next run.
+
+    Raises:
+        DataError: Another run holds the lock.
+    """
     path = target.with_name(f".{target.name}.encoding.lock")
     while True:
         with open(path, "ab") as file:
             try:
-                if fcntl is not None:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                can_lock = fcntl is not None
-            except BlockingIOError:
-                raise DataError(
-                    f"another run is encoding into {target}; wait for it, or choose another --out"
-                ) from None
-            except OSError:  # some network file systems
-                can_lock = False
-            if not _is_at(path, file):  # a run that has just ended removed it: this lock would keep nobody away
+                is_free, can_lock = lock_descriptor(file.fileno(), blocking=False), True
+            except OSError:  # some network file systems have no locks
+                is_free, can_lock = True, False
+            if not is_free:
+                raise DataError(f"another run is encoding into {target}; wait for it, or choose another --out")
+            if not _is_at(path, file):  # a run that has just ended removed the file: its lock keeps nobody away
                 continue
             try:
                 yield can_lock

@@ -13,7 +13,7 @@ def read_labels(chunk: Chunk, column: str) -> np.ndarray:
     """Labels of a chunk: float32 (N,), 0 or 1.
 
     Raises:
-        DataError: a label is missing, or is not 0, 1, true or false; names file and line.
+        DataError: A label is missing, or is not 0, 1, true or false; the message names file and line.
     """
     raw = chunk.frame[column]
     if not (raw.dtype.is_numeric() or raw.dtype in (pl.String, pl.Boolean, pl.Null, pl.Categorical, pl.Enum)):
@@ -38,10 +38,10 @@ def read_labels(chunk: Chunk, column: str) -> np.ndarray:
 
 
 def read_weights(chunk: Chunk, column: str) -> np.ndarray:
-    """Sample weights of a chunk: float32 (N,), finite in it, not negative.
+    """Sample weights of a chunk: float32 (N,), finite and not negative.
 
     Raises:
-        DataError: a weight is missing, no number, infinite or negative; names file and line.
+        DataError: A weight is missing, not a number, not finite in float32, or negative; the message names file and line.
     """
     raw = chunk.frame[column]
     weights = raw.cast(pl.Float64, strict=False).cast(pl.Float32)

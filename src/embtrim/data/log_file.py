@@ -1,4 +1,4 @@
-"""What every file of a raw log gives, whatever its format: its columns, and its rows in chunks that know their place."""
+"""One file of a raw log, whatever its format: columns, and rows in chunks that know their place in the log."""
 
 from __future__ import annotations
 
@@ -10,23 +10,19 @@ import polars as pl
 
 from embtrim.config import Config
 
-CHUNK_BYTES = 16 << 20
-
-
-SLICE_ROWS = 131_072
-
-
-SLICE_CELLS = 6_000_000
+CHUNK_BYTES = 16 << 20  # bytes of text per chunk
+SLICE_ROWS = 131_072  # most rows per chunk of parquet or of a frame
+SLICE_CELLS = 6_000_000  # most cells per chunk of parquet or of a frame
 
 
 class Position(Config):
-    """A place between two rows of a log, from which reading can go on without a look at what lies before.
+    """A place between two rows of a log, where reading can go on without parsing the rows before it.
 
     Attributes:
-        file: index of the file.
-        offset: within the file: bytes of text, unzipped; rows of parquet and frames.
-        line: number of the line that starts at `offset`, for messages.
-        row: index in the whole log of the row that comes next.
+        file: Index of the file.
+        offset: Place within the file: bytes of unzipped text, or rows of parquet and frames.
+        line: Number of the line that starts at `offset`, for messages.
+        row: Index of the next row in the whole log.
     """
 
     file: int = 0
@@ -43,11 +39,11 @@ class Chunk:
     """Consecutive rows of a raw log.
 
     Attributes:
-        frame: the rows; text cells are strings, parquet columns keep their type.
-        first_row: index of the first row in the whole log, over all files.
-        locate: says where a row of this chunk lies, such as `logs.csv line 18,204`.
-        done: part of the log that has been read after this chunk, in 0..1.
-        end: where the log goes on after this chunk.
+        frame: The rows; text cells are strings, parquet columns keep their type.
+        first_row: Index of the first row in the whole log, over all files.
+        locate: Says where a row of this chunk lies, such as `logs.csv line 18,204`.
+        done: Part of the log, in 0..1, that is read once this chunk is.
+        end: Place in the log after this chunk.
     """
 
     frame: pl.DataFrame
@@ -58,7 +54,13 @@ class Chunk:
 
 
 class LogFile:
-    """One file of a log. Its chunks count within the file: `done`, offset and line of `end`; their row numbers are not set."""
+    """One file of a log.
+
+    Attributes:
+        name: Name for messages.
+        size: Bytes of the file, or rows of a frame.
+        columns: Names of the columns.
+    """
 
     name: str
     size: int
@@ -67,36 +69,45 @@ class LogFile:
     def chunks(
         self, columns: list[str], chunk_bytes: int, start: Position, numbers: Collection[str]
     ) -> Iterator[Chunk]:
+        """Yield the rows in order, with places counted within the file.
+
+        `done` and `end` (its offset and line) of a chunk are those of the file, and its row numbers are not set; `RawLog`
+        sets them. See `RawLog.chunks` for the arguments.
+        """
         raise NotImplementedError
 
     def missing(self, columns: Sequence[str]) -> list[str]:
-        """Those of `columns` that the file does not have."""
+        """The names in `columns` that the file does not have."""
         there = set(self.columns)
         return [name for name in columns if name not in there]
 
     def hint(self, missing: Sequence[str]) -> str:
-        """What might be wrong when columns are missing; starts with `; ` unless empty."""
+        """What may be wrong if columns are missing, for the end of a message: empty, or text that starts with `; `."""
         return ""
 
 
 def suffix_of(path: Path) -> str:
+    """The suffix in small letters, without `.gz`."""
     return Path(path.name.removesuffix(".gz")).suffix.lower()
 
 
 def row_locator(name: str, start: int) -> Callable[[int], str]:
+    """The `locate` of a chunk of parquet or of a frame, whose first row is row `start` of the file."""
     return lambda row: f"{name} row {start + row + 1:,}"
 
 
 def rows_per_slice(num_columns: int, chunk_bytes: int) -> int:
+    """Rows per chunk of parquet or of a frame; fewer than usual if `chunk_bytes` is below CHUNK_BYTES."""
     rows = min(SLICE_ROWS, max(4_096, SLICE_CELLS // max(1, num_columns)))
     return max(1, rows * min(chunk_bytes, CHUNK_BYTES) // CHUNK_BYTES)
 
 
 def listed(names: Sequence[str], limit: int = 12) -> str:
-    """The names for a message, cut after `limit`."""
+    """The names for a message, cut off after `limit` names."""
     more = f", .. ({len(names)} in all)" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
 def first_line_of(error: BaseException) -> str:
+    """The first line of an error's text."""
     return str(error).strip().partition("\n")[0]

@@ -1,4 +1,4 @@
-"""Logs whose columns have types: parquet files and polars frames."""
+"""Logs whose columns have types: parquet files, and polars frames in memory."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from embtrim.errors import DataError
 
 
 class FrameFile(LogFile):
+    """A polars frame, as the one file of a log."""
+
     def __init__(self, frame: pl.DataFrame) -> None:
         self.name = "the frame"
         self.frame = frame
@@ -28,6 +30,7 @@ class FrameFile(LogFile):
     def chunks(
         self, columns: list[str], chunk_bytes: int, start: Position, numbers: Collection[str]
     ) -> Iterator[Chunk]:
+        """Yield the rows in order; see `LogFile.chunks`."""
         step = rows_per_slice(len(columns), chunk_bytes)
         for first in range(start.offset, self.frame.height, step):
             part = self.frame.select(columns).slice(first, step)
@@ -36,6 +39,8 @@ class FrameFile(LogFile):
 
 
 class ParquetFile(LogFile):
+    """A parquet file, read in slices of rows."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = str(path)
@@ -49,7 +54,8 @@ class ParquetFile(LogFile):
     def chunks(
         self, columns: list[str], chunk_bytes: int, start: Position, numbers: Collection[str]
     ) -> Iterator[Chunk]:
-        # Slices of a scan, not the streaming engine's batches: those read ahead by several hundred megabytes.
+        """Yield the rows in order; see `LogFile.chunks`."""
+        # Slices of a scan, because the batches of polars's streaming engine read ahead by several hundred megabytes.
         step = rows_per_slice(len(columns), chunk_bytes)
         scan = pl.scan_parquet(self.path).select(columns)
         for first in range(start.offset, self.num_rows, step):

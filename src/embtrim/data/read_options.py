@@ -1,4 +1,4 @@
-"""How a raw log is to be read: its format, its columns and how its text is parsed."""
+"""Options of reading a raw log: its format, its columns and how its text is parsed."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from embtrim.config import Config
 
 Format: TypeAlias = Literal["csv", "parquet", "libsvm", "libfm"]
 
-
+# None: any text format; the first line tells which.
 SUFFIXES: dict[str, Format | None] = {
     ".csv": "csv",
     ".tsv": "csv",
     ".tab": "csv",
-    ".txt": None,  # any text format: the first line tells
+    ".txt": None,
     ".dat": None,
     ".parquet": "parquet",
     ".pq": "parquet",
@@ -26,15 +26,15 @@ SUFFIXES: dict[str, Format | None] = {
 
 
 class ReadOptions(Config):
-    """How a raw log is to be read.
+    """How a raw log is read.
 
     Attributes:
         format: "csv" (any text with separators), "parquet", "libsvm" or "libfm"; None finds out from name and content.
-        header: whether the first line of text names the columns.
-        columns: names of the columns, instead of the header's (with header = true the header line is skipped).
-        separator: what separates cells; None means tab for .tsv, else the one the first line uses.
-        encoding: of text.
-        quoted: whether `"` quotes cells; None means yes, unless the separator is a tab or has several characters.
+        header: Whether the first line of text names the columns.
+        columns: Names of the columns, instead of those in the header; with header = true the header line is skipped.
+        separator: Text between two cells; None means a tab in .tsv files, otherwise the separator of the first line.
+        encoding: Character encoding of text.
+        quoted: Whether `"` quotes cells; None means yes, unless the separator is a tab or has several characters.
     """
 
     format: Format | None = None

@@ -1,20 +1,15 @@
 """Raw logs, read in chunks of bounded size: csv, tsv and other text (gz too), parquet, libsvm and libfm, or a frame.
 
-A log is one file, several, a glob, a folder, or a polars DataFrame. `open_log` finds its format and its columns;
-`RawLog.chunks` yields frames, and each chunk knows the file and line that a row comes from, for error messages.
+A log is one file, several files, a glob, a folder, or a polars DataFrame. `open_log` finds its format and its columns.
+`RawLog.chunks` yields frames; each chunk knows the file and line of its rows, for error messages.
 
-Conventions. Text cells stay strings; an empty cell is null; a file may be gzipped whatever its name. A separator may
-have several characters (`::`). Tab-separated files have no quoting, other text has `"` as csv has it. Blank lines are
-skipped. Every line must have as many cells as there are columns.
+Conventions. Text cells stay strings; an empty cell is null; a file may be gzipped whatever its name. A separator may have
+several characters (`::`). Tab-separated files have no quoting; in other text `"` quotes cells as in csv. Blank lines are
+skipped. Every line must have a cell for each column. For libsvm and libfm see sparse_text.py.
 
-Sparse text. In libsvm lines (`label index:value ...`) column `features` is the list of the row's indices, for 0/1
-values (0 is dropped); a column named by an index, such as `7`, is that index's value, 0 where absent. In libfm lines
-with fields (`label field:index:value ...`, also known as libffm) column `3` is the list of indices of field 3, for 0/1
-values, and column `3:17` the value of index 17 in field 3. The label column is `label`; label -1 reads as 0.
-
-Memory. Text is read in blocks of `chunk_bytes` (16 MB), cut at a line's end; a parsed block takes up to about ten times
-that. Parquet and frames are read in slices of at most 131,072 rows, fewer where there are many columns. Neither grows
-with the length of the log.
+Memory. Text is read in blocks of `chunk_bytes` (16 MB), cut at the end of a line; a parsed block takes up to about ten
+times as much. Parquet and frames are read in slices of at most 131,072 rows, fewer if there are many columns. Neither
+grows with the length of the log.
 """
 
 from __future__ import annotations
@@ -31,15 +26,7 @@ from typing import Any, TypeAlias, TypeVar
 import polars as pl
 
 from embtrim.data.csv_text import CsvFile
-from embtrim.data.log_file import (
-    CHUNK_BYTES,
-    START,
-    Chunk,
-    LogFile,
-    Position,
-    listed,
-    suffix_of,
-)
+from embtrim.data.log_file import CHUNK_BYTES, START, Chunk, LogFile, Position, listed, suffix_of
 from embtrim.data.parquet import FrameFile, ParquetFile
 from embtrim.data.read_options import SUFFIXES, Format, ReadOptions
 from embtrim.data.sparse_text import SparseFile
@@ -47,7 +34,6 @@ from embtrim.data.text_blocks import first_nonblank_line
 from embtrim.errors import DataError
 
 T = TypeVar("T")
-
 
 Source: TypeAlias = "str | Path | Sequence[str | Path] | pl.DataFrame"
 
@@ -58,9 +44,10 @@ class RawLog:
     """An opened raw log: its files, its columns, and its rows in chunks.
 
     Attributes:
-        name: for messages.
-        files: the files in the order in which they are read; one pseudo-file for a DataFrame.
-        columns: names of the columns (of sparse text: those of the first block).
+        name: Name for messages.
+        files: The files in the order of reading; a DataFrame counts as one file.
+        columns: Names of the columns; for sparse text, of those in the first block.
+        is_sparse: Whether the log is libsvm or libfm.
     """
 
     def __init__(self, name: str, files: Sequence[LogFile]) -> None:
@@ -70,7 +57,11 @@ class RawLog:
         self.is_sparse = isinstance(self.files[0], SparseFile)
 
     def require(self, columns: Sequence[str]) -> None:
-        """Check that every file has the columns; DataError names those given and those needed."""
+        """Check that every file has the columns.
+
+        Raises:
+            DataError: A column is missing; the message names the columns there are and the columns needed.
+        """
         for file in self.files:
             missing = file.missing(columns)
             if missing:
@@ -86,17 +77,18 @@ class RawLog:
         start: Position = START,
         numbers: Collection[str] = (),
     ) -> Iterator[Chunk]:
-        """Yield the rows in order, `columns` only (None: all).
+        """Yield the rows in order.
 
         Args:
-            columns: names; asked twice is given once.
-            chunk_bytes: bytes of text a chunk; parquet and frames are cut by rows, fewer than usual for small values.
-            start: the `end` of a chunk of the same size; what lies before is not parsed again (a gz is unzipped again).
-            numbers: those of `columns` that text may give as float64, which saves a pass over the cells; chunks in which a
-                cell is not a number give them as text still.
+            columns: Names of the columns to read; None reads all. A name given twice counts once.
+            chunk_bytes: Bytes of text per chunk. Parquet and frames are cut by rows, into fewer rows if this is small.
+            start: The `end` of an earlier chunk of the same size. Rows before it are not parsed again, but a gz file is
+                unzipped again.
+            numbers: Columns that text may give as float64, which saves a pass over the cells. A chunk in which one of their
+                cells is not a number gives them as text.
 
         Raises:
-            DataError: a file lacks a column, has lines of another length, or cannot be read.
+            DataError: A file lacks a column, has lines of unequal length, or cannot be read.
         """
         wanted = list(dict.fromkeys(self.columns if columns is None else columns))
         self.require(wanted)
@@ -112,11 +104,11 @@ class RawLog:
             size_before += file.size
 
     def describe(self) -> list[dict[str, object]]:
-        """Path and bytes of each file, for records."""
+        """Path and bytes (rows for a frame) of each file, for records."""
         return [{"path": file.name, "bytes": file.size} for file in self.files]
 
     def identity(self) -> list[list[Any]] | None:
-        """Absolute path, bytes and time of the last change (ns) of each file; None for a frame, which has no such marks."""
+        """Absolute path, bytes and modification time (ns) of each file; None for a frame."""
         if isinstance(self.files[0], FrameFile):
             return None
         stats = [(Path(file.name).absolute(), os.stat(file.name)) for file in self.files]
@@ -127,11 +119,11 @@ def open_log(source: Source, options: ReadOptions | None = None) -> RawLog:
     """Open a raw log.
 
     Args:
-        source: a path, several, a glob, a folder (its log files in order of name), or a polars DataFrame.
-        options: how to read it; None finds out.
+        source: A path, several paths, a glob, a folder (its log files in order of name), or a polars DataFrame.
+        options: How to read the log; None finds out from names and content.
 
     Raises:
-        DataError: nothing there, an unknown format, an empty file, or files of different formats.
+        DataError: The source does not exist, has an unknown format, is empty, or mixes formats.
 
     Example:
         >>> import polars as pl
@@ -170,9 +162,9 @@ def open_log(source: Source, options: ReadOptions | None = None) -> RawLog:
 
 
 def read_ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yield the items, such as chunks, made by another thread while the ones before them are in use.
+    """Yield the items, such as chunks; another thread makes the next items while one is in use.
 
-    Two are on their way: with one, that thread would wait whenever making an item is quicker than using the one before.
+    Two items are in the making. With one, the thread would wait whenever an item is made faster than the one before is used.
     """
     with ThreadPoolExecutor(1, "read_ahead") as pool:
         coming = deque(pool.submit(next, items, None) for _ in range(2))
@@ -182,6 +174,7 @@ def read_ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def _expand(source: str | Path) -> list[Path]:
+    """The files of a path, a folder or a glob."""
     path = Path(source).expanduser()
     if path.is_dir():
         inside = sorted(p for p in path.iterdir() if p.is_file() and suffix_of(p) in SUFFIXES and p.name[0] not in "._")
@@ -199,6 +192,7 @@ def _expand(source: str | Path) -> list[Path]:
 
 
 def _find_format(path: Path) -> Format:
+    """The format by the file's first bytes, its suffix or its first line."""
     with open(path, "rb") as file:
         head = file.read(4)
     if head == b"PAR1":

@@ -1,4 +1,13 @@
-"""Sparse text: files in the libsvm and libfm formats."""
+"""Sparse text: files in the libsvm and libfm formats.
+
+In libsvm lines (`label index:value ...`) column `features` is the list of a row's indices, for 0/1 values (0 is dropped).
+A column named by an index, such as `7`, is the value at that index, 0 where the index is absent.
+
+In libfm lines with fields (`label field:index:value ...`, also known as libffm) column `3` is the list of indices of field
+3, for 0/1 values, and column `3:17` is the value at index 17 of field 3.
+
+The label column is `label`; label -1 reads as 0.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +28,12 @@ from embtrim.errors import DataError
 
 
 class SparseFile(LogFile):
-    """A libsvm or libfm file; see the module docstring for its columns."""
+    """A libsvm or libfm file; see the module docstring for its columns.
+
+    Attributes:
+        path: Path of the file.
+        num_parts: Parts of a token: 2 for index:value, 3 for field:index:value.
+    """
 
     def __init__(self, path: Path, kind: Format) -> None:
         self.path = path
@@ -28,7 +42,7 @@ class SparseFile(LogFile):
         self.num_parts = 3 if kind == "libfm" else 2
         first = first_nonblank_line(path).split()
         if self.num_parts == 3 and len(first) > 1 and first[1].count(b":") == 1:
-            self.num_parts = 2  # libfm proper has no fields: it is libsvm's layout
+            self.num_parts = 2  # libfm without fields has the layout of libsvm
         if self.num_parts == 2:
             self.columns = ("label", "features")
         else:
@@ -39,12 +53,12 @@ class SparseFile(LogFile):
             self.columns = ("label", *sorted(fields, key=lambda name: (len(name), name)))
 
     def missing(self, columns: Sequence[str]) -> list[str]:
-        """Those of `columns` that cannot be an index; which indices a file has is known only at its end."""
+        """The names in `columns` that cannot be an index. Which indices a file has is known only once it is read."""
         form = r"features|\d+" if self.num_parts == 2 else r"[^\s:]+(:[^\s:]+)?"
         return [name for name in columns if name != "label" and not re.fullmatch(form, name)]
 
     def valued_indices(self, column: str) -> list[str]:
-        """Names of the columns of all indices within list column `column`, if any of them has a value but 0 or 1."""
+        """The columns of all indices of list column `column`, if one of them has a value other than 0 and 1; else none."""
         block, *_ = next(row_blocks(self.path, 1 << 20, quoted=False))
         names: dict[str, None] = {}
         plain = True
@@ -58,7 +72,8 @@ class SparseFile(LogFile):
     def chunks(
         self, columns: list[str], chunk_bytes: int, start: Position, numbers: Collection[str]
     ) -> Iterator[Chunk]:
-        """Yield the columns; blocks are smaller than of other text, since exploded pairs take several times more."""
+        """Yield the rows in order; see `LogFile.chunks`. Blocks are smaller than for other text, because pairs of index and
+        value take several times the memory of their text."""
         for block, first_line, done, end in row_blocks(self.path, max(1, chunk_bytes // 4), quoted=False, start=start):
             lines = [
                 (number, line)
@@ -76,6 +91,7 @@ class SparseFile(LogFile):
             yield Chunk(frame, 0, locate, done, end)
 
     def _parse(self, lines: list[str], columns: list[str], locate: Callable[[int], str]) -> pl.DataFrame:
+        """The columns of the lines, without comments."""
         tokens = pl.Series("tokens", lines).str.strip_chars().str.replace_all(r"\s+", " ").str.split(" ")
         frame = pl.DataFrame({"row": range(len(lines))}, schema={"row": pl.UInt32}).with_columns(tokens)
         pairs = (
@@ -112,7 +128,7 @@ class SparseFile(LogFile):
         return result.select(columns)
 
     def _column(self, pairs: pl.DataFrame, name: str, locate: Callable[[int], str]) -> pl.DataFrame:
-        """Column `name` of the rows that have it: a list of indices, or the value of one index."""
+        """Column `name` for the rows that have it: a list of indices, or the value at one index."""
         if self.num_parts == 2:
             is_list, mine = name == "features", pl.lit(True) if name == "features" else pl.col("index") == name
         else:

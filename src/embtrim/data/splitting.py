@@ -1,7 +1,9 @@
-"""How one log is divided into training, validation and test rows, the same however it is cut into chunks.
+"""How one log is divided into training, validation and test rows; the size of chunks does not matter.
 
-A random part is a hash (splitmix64) of the seed and of the row's index in the log. A part by time is a comparison with
-two moments, given or found as quantiles of the time column.
+A random split is a hash (splitmix64) of the seed and of the row's index in the log. A split by time compares each row's
+time with two moments, which are given or are quantiles of the time column.
+
+Shapes: N rows of a chunk.
 """
 
 from __future__ import annotations
@@ -27,10 +29,11 @@ class Split(Config):
     """How one log is divided into training, validation and test rows.
 
     Attributes:
-        by: "ratio" draws each row's part at random; "time" cuts along the schema's time column.
-        ratio: parts of the whole for train, valid, test; a part of 0 leaves that split out.
-        cuts: by time only: train is before the first cut, valid before the second, test the rest (one cut: no test). None
-            means quantiles of time according to `ratio`; rows of one moment are never parted.
+        by: "ratio" draws each row's split at random; "time" cuts along the schema's time column.
+        ratio: Parts of the whole for train, valid and test; a part of 0 leaves that split out.
+        cuts: Moments that cut the log, for "time" only: train lies before the first cut, valid before the second, and test
+            is the rest (with one cut there is no test). None cuts at quantiles of time according to `ratio`. Rows of the
+            same moment stay together.
     """
 
     by: Literal["ratio", "time"] = "ratio"
@@ -50,7 +53,7 @@ class Split(Config):
         """Parse `8:1:1`, `time:8:1:1` or `time:2024-01-25,2024-01-28` (cuts are separated by commas).
 
         Raises:
-            ConfigError: the text is not one of these.
+            ConfigError: The text has none of these forms.
         """
         by, rest = ("time", text[5:]) if text.startswith("time:") else ("ratio", text)
         try:
@@ -66,7 +69,15 @@ class Split(Config):
 
 
 def choose_split(split: Split | str | None, given: Sequence[str]) -> Split | None:
-    """The split of the main log; None if all of it is for training."""
+    """The split of the main log; None if all of it is for training.
+
+    Args:
+        split: The split asked for; None takes the default.
+        given: Names of the splits that have a log of their own.
+
+    Raises:
+        DataError: The split also cuts rows for a split that has a log of its own.
+    """
     if split is None:
         return None if given else Split()
     chosen = Split.from_text(split) if isinstance(split, str) else split
@@ -80,11 +91,14 @@ def choose_split(split: Split | str | None, given: Sequence[str]) -> Split | Non
 
 
 class Splitter:
-    """Says which split each row of the main log belongs to: int8 (N,), an index into SPLITS.
+    """Assigns each row of the main log to a split.
 
     Attributes:
-        cuts: by time, the moments at which the next part starts; None until learned.
-        is_text: whether times are compared as text; None until learned.
+        split: How the log is divided; None if all of it is for training.
+        seed: Seed of the random split.
+        column: The time column, if the split is by time.
+        cuts: Moments at which the next split starts; None until learned.
+        is_text: Whether times are compared as text; None until learned.
     """
 
     def __init__(self, split: Split | None, schema: Schema, seed: int) -> None:
@@ -95,7 +109,16 @@ class Splitter:
         self.is_text: bool | None = None
 
     def learn_cuts(self, log: RawLog, chunk_bytes: int, report: Callable[[str, float], None]) -> None:
-        """Find the moments at which to cut, from the split's settings or from the log's quantiles of time."""
+        """Find the moments at which to cut, from the split's settings or from the log's quantiles of time.
+
+        Args:
+            log: The main log.
+            chunk_bytes: Bytes of text read at a time.
+            report: Called with a stage and how far it is, 0..1.
+
+        Raises:
+            DataError: The cuts do not fit the time column, or a time cannot be ordered.
+        """
         if self.column is None:
             return
         assert self.split is not None
@@ -125,11 +148,11 @@ class Splitter:
             raise DataError(f"{log.name} holds no rows")
         bounds = np.cumsum(self.split.ratio)[:2] / sum(self.split.ratio)
         ends = [times[min(len(times) - 1, int(len(times) * bound))] for bound in bounds]
-        # A part of 0 leaves its split out: no row lies after the last moment.
+        # A part of 0 leaves its split out, because no row lies after the last moment.
         self.cuts = ends if self.split.ratio[2] > 0 else ends[:1]
 
     def assign(self, chunk: Chunk) -> np.ndarray:
-        """The split of each row of a chunk."""
+        """The split of each row of a chunk: int8 (N,), an index into SPLITS."""
         num_rows = chunk.frame.height
         if self.split is None:
             return np.zeros(num_rows, np.int8)
@@ -142,7 +165,7 @@ class Splitter:
         return sum(((times >= cut).to_numpy().astype(np.int8) for cut in self.cuts), np.zeros(num_rows, np.int8))
 
     def _times(self, chunk: Chunk) -> pl.Series:
-        """Times as numbers, or as text that sorts (ISO)."""
+        """Times as numbers, or as text that sorts by time (ISO)."""
         assert self.column is not None
         raw = chunk.frame[self.column]
         times = raw
@@ -174,7 +197,7 @@ class Splitter:
 
 
 def random_bits(first_row: int, num_rows: int, seed: int) -> np.ndarray:
-    """splitmix64 of (seed, row index): uint64 (N,), the same however the log is cut into chunks."""
+    """splitmix64 of (seed, row index): uint64 (N,)."""
     with np.errstate(over="ignore"):
         z = np.arange(first_row, first_row + num_rows, dtype=np.uint64) + np.uint64(
             (seed * 0xD1342543DE82EF95 + 1) % 2**64
@@ -186,7 +209,7 @@ def random_bits(first_row: int, num_rows: int, seed: int) -> np.ndarray:
 
 
 class Sample:
-    """All values, or a uniform sample of SAMPLE_ROWS of them once there are more: those with the smallest random bits."""
+    """All values offered; once there are more than SAMPLE_ROWS, a uniform sample: the values with the smallest random bits."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -194,7 +217,7 @@ class Sample:
         self._parts: list[pl.Series] = []
 
     def add(self, first_row: int, values: pl.Series, rows: np.ndarray | None = None) -> None:
-        """Offer values, of rows `first_row` + `rows` (default: consecutive)."""
+        """Offer the values of the rows `first_row` + `rows`; by default the rows are consecutive."""
         bits = random_bits(first_row, len(values) if rows is None else int(rows.max(initial=-1)) + 1, self.seed + 1)
         self._bits.append(bits if rows is None else bits[rows])
         self._parts.append(values)
@@ -219,6 +242,18 @@ class Sample:
 def check_splits(
     num_rows: Mapping[str, int], positives: Mapping[str, int], label: str, split: Split | None, logs: Sequence[str]
 ) -> None:
+    """Check that every expected split has rows of both classes.
+
+    Args:
+        num_rows: Rows of each split.
+        positives: Rows with label 1 of each split.
+        label: Name of the label column.
+        split: How the main log was divided; None if all of it is for training.
+        logs: Names of the splits that have a log, "train" for the main log.
+
+    Raises:
+        DataError: A split is empty or has one class only.
+    """
     expected = set(logs)
     if split is not None and split.cuts is not None:
         expected |= set(SPLITS[: 1 + len(split.cuts)])

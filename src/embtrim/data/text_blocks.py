@@ -19,7 +19,7 @@ MAX_LINE_BYTES = 256 << 20
 
 
 def _open_binary(path: Path) -> tuple[BinaryIO, BinaryIO]:
-    """The file's bytes, unzipped if it is a gz, and the raw file below (for its position)."""
+    """The file's bytes, unzipped if the file is gzipped, and the raw file underneath, whose position tells the progress."""
     raw = open(path, "rb")  # noqa: SIM115 - closed by the caller
     if raw.read(2) == b"\x1f\x8b":
         raw.seek(0)
@@ -29,6 +29,7 @@ def _open_binary(path: Path) -> tuple[BinaryIO, BinaryIO]:
 
 
 def first_nonblank_line(path: Path) -> bytes:
+    """The first line that is not blank; DataError if there is none."""
     for block, *_ in row_blocks(path, 1 << 16, quoted=False):
         for line in block.split(b"\n"):
             if line.strip():
@@ -39,15 +40,27 @@ def first_nonblank_line(path: Path) -> bytes:
 def row_blocks(
     path: Path, size: int, quoted: bool, skip_lines: int = 0, start: Position = START
 ) -> Iterator[tuple[bytes, int, float, Position]]:
-    """Yield (block of whole rows, its first line number, part of the file read, offset and line after the block).
+    """Yield the file in blocks of whole rows.
 
-    `skip_lines` lines are left out at the start of the file, blank ones not counted. A quoted cell may span lines: a row
-    ends at a newline with an even number of quotes before it.
+    A quoted cell may span lines: a row ends at a newline with an even number of quotes before it.
+
+    Args:
+        path: The file.
+        size: Bytes per block, to which the rest of the last row is added.
+        quoted: Whether `"` quotes cells.
+        skip_lines: Lines to leave out at the start of the file; blank lines are not counted.
+        start: Place where reading goes on.
+
+    Yields:
+        The block, the number of its first line, the part of the file read so far, and the offset and line after the block.
+
+    Raises:
+        DataError: The gzip stream is damaged, or a row does not end within MAX_LINE_BYTES.
     """
     file_size = max(1, path.stat().st_size)
     line_number = start.line
     if start.offset:
-        skip_lines = 0  # a position lies behind a block, and so behind these lines
+        skip_lines = 0  # a position lies after a block, and so after these lines
     file, raw = _open_binary(path)
     try:
         while True:
@@ -67,7 +80,7 @@ def row_blocks(
                 return
             if len(block) > size + MAX_LINE_BYTES - 1:
                 raise DataError(
-                    f"{path} line {line_number:,} and those after it do not end within {MAX_LINE_BYTES >> 20} MB"
+                    f"{path} line {line_number:,} and the lines after it do not end within {MAX_LINE_BYTES >> 20} MB"
                 )
             if line_number == 1 and block.startswith(b"\xef\xbb\xbf"):
                 block = block[3:]
@@ -85,7 +98,7 @@ def row_blocks(
 
 
 def _rest_of_quoted(file: BinaryIO, path: Path, line_number: int) -> bytes:
-    """The lines up to the one that closes a quoted cell."""
+    """The lines up to the line that closes a quoted cell."""
     lines, num_bytes = [], 0
     for line in file:
         lines.append(line)

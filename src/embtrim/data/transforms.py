@@ -1,4 +1,11 @@
-"""What numbers become: buckets with learned or fixed edges, and standardised or logarithmic dense values."""
+"""Transforms of numbers: buckets of numeric fields, and the values of dense fields.
+
+log2: v > 2 -> floor(ln(v)^2), else floor(v), so negative numbers keep one bucket per unit; all below -2^31 + 1 share the
+last bucket. quantile:k: bucket i holds edge[i-1] <= v < edge[i]; equal edges are merged. log1p: sign(v) ln(1 + |v|).
+standard: (v - mean) / std over the training rows that have a value; std is 1 if all are equal.
+
+Shapes: N rows.
+"""
 
 from __future__ import annotations
 
@@ -15,27 +22,41 @@ MISSING_BUCKET = -(2**31)
 
 
 def bucket_texts(buckets: pl.Series) -> pl.Series:
-    """Buckets as values of a vocabulary; null where missing."""
+    """Buckets as values of a vocabulary; MISSING_BUCKET becomes null."""
     return buckets.set(buckets == MISSING_BUCKET, None).cast(pl.String)
 
 
 def bucket_numbers(value_N: np.ndarray, field: FieldSpec, transforms: Mapping[str, Mapping[str, Any]]) -> np.ndarray:
-    """The bucket of each float64 value, MISSING_BUCKET for NaN: int32 (N,)."""
+    """The bucket of each float64 value of a numeric field: int32 (N,), MISSING_BUCKET for NaN."""
     if field.transform == "log2":
         bucket_N = np.log(np.maximum(value_N, 2.0))
         bucket_N *= bucket_N
         np.copyto(bucket_N, np.maximum(value_N, MISSING_BUCKET + 1), where=value_N <= 2)
         np.floor(bucket_N, out=bucket_N)
     else:
-        bucket_N = np.searchsorted(np.array(transforms[field.name]["edges"], float), value_N, side="right").astype(
-            float
-        )
+        edges = np.array(transforms[field.name]["edges"], float)
+        bucket_N = np.searchsorted(edges, value_N, side="right").astype(float)
     bucket_N[np.isnan(value_N)] = MISSING_BUCKET
     return bucket_N.astype(np.int32)
 
 
+def transformed(value_N: np.ndarray, field: FieldSpec, transforms: Mapping[str, Mapping[str, Any]]) -> np.ndarray:
+    """The float64 values of a dense field, transformed; NaN stays NaN."""
+    if field.transform == "log1p":
+        return np.sign(value_N) * np.log1p(np.abs(value_N))
+    if field.transform == "standard":
+        fitted = transforms[field.name]
+        return (value_N - fitted["mean"]) / fitted["std"]
+    return value_N
+
+
+def is_learned(transform: str | None) -> bool:
+    """Whether a transform depends on the training rows: quantile edges, or mean and std."""
+    return transform is not None and (transform == "standard" or transform.startswith("quantile:"))
+
+
 def quantile_edges(values: np.ndarray, num_buckets: int) -> list[float]:
-    """Edges that divide values into buckets of equal size as far as ties allow; rising, at most num_buckets - 1.
+    """Rising edges that divide values into buckets of equal size, as far as ties allow; at most num_buckets - 1.
 
     Example:
         >>> quantile_edges(np.array([1.0, 2, 3, 4, 5, 6]), 3)
@@ -50,13 +71,14 @@ def quantile_edges(values: np.ndarray, num_buckets: int) -> list[float]:
 
 @dataclass
 class Moments:
-    """Count, mean and sum of squared deviations, merged chunk by chunk (Chan et al.)."""
+    """Count, mean and sum of squared deviations, merged chunk by chunk (Chan et al., 1979)."""
 
     count: int = 0
     mean: float = 0.0
     squares: float = 0.0
 
     def add(self, values: np.ndarray) -> None:
+        """Add the values of a chunk."""
         if not len(values):
             return
         mean, count = float(values.mean()), self.count + len(values)
@@ -66,5 +88,6 @@ class Moments:
         self.count = count
 
     def result(self) -> dict[str, float]:
+        """Mean and standard deviation; a deviation of 0 becomes 1."""
         std = (self.squares / self.count) ** 0.5 if self.count else 0.0
         return {"mean": self.mean, "std": std if std > 0 else 1.0}

@@ -1,10 +1,12 @@
-"""What encoding writes: array files, the rows of each split as codes, and the codes once more as ids."""
+"""What encoding writes: array files, the rows of each split as codes, and the codes once more as ids.
+
+Shapes: N rows, C id columns.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import struct
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,13 +14,14 @@ from typing import IO, Any
 
 import numpy as np
 import polars as pl
+from numpy.lib.format import dtype_to_descr, write_array_header_1_0
 
 from embtrim.data.cells import dense_values, log_columns, number_columns
 from embtrim.data.dataset import SPLITS
 from embtrim.data.encoder import Encoder
-from embtrim.data.encoding_state import Coded, Work
+from embtrim.data.encoding_state import Coded, WorkingFolder
 from embtrim.data.labels import read_labels, read_weights
-from embtrim.data.log_file import START, Position
+from embtrim.data.log_file import START, Chunk, Position
 from embtrim.data.numbering import Numbering
 from embtrim.data.reading import RawLog, read_ahead
 from embtrim.data.splitting import Splitter
@@ -26,13 +29,22 @@ from embtrim.schema import Schema
 from embtrim.system.files import flush_file
 from embtrim.system.progress import StageBar
 
-# Training rows whose codes are counted together: a pass over all counts pays for that many, and a column of them is in memory.
+# Training rows whose codes are counted together. Each group costs a pass over all counts and holds one column in memory.
 COUNTED_ROWS = 2_000_000
 
 
 class ArrayFile:
-    """An .npy file written row by row: appended, not mapped, so that a full disk is an error and not a crash."""
+    """An .npy file to which rows are appended. It is not memory-mapped, so a full disk is an error and not a crash.
 
+    Attributes:
+        path: Path of the file.
+        dtype: Type of its elements.
+        num_columns: Elements per row; None for a one-dimensional array.
+        num_rows: Rows written so far.
+        file: The open file.
+    """
+
+    # The length of the header that numpy writes: it leaves room for the number of rows to grow.
     HEADER_BYTES = 128
 
     def __init__(self, path: Path, dtype: str, num_columns: int | None, num_rows: int) -> None:
@@ -47,6 +59,7 @@ class ArrayFile:
             self.file.write(bytes(self.HEADER_BYTES))
 
     def append(self, rows: np.ndarray) -> None:
+        """Append rows."""
         self.file.write(np.ascontiguousarray(rows, self.dtype).data if rows.size else b"")
         self.num_rows += len(rows)
 
@@ -57,19 +70,30 @@ class ArrayFile:
         return self.file.tell()
 
     def complete(self) -> None:
-        """Write the header and close the file."""
+        """Write the header with the final number of rows and close the file."""
         shape = (self.num_rows,) if self.num_columns is None else (self.num_rows, self.num_columns)
-        text = repr({"descr": self.dtype.str, "fortran_order": False, "shape": shape}).encode()
-        room = self.HEADER_BYTES - 10
+        header = {"descr": dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
         self.file.seek(0)
-        self.file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", room) + text.ljust(room - 1) + b"\n")
+        write_array_header_1_0(self.file, header)
+        assert self.file.tell() == self.HEADER_BYTES
         self.file.close()
 
 
 class _SplitWriter:
-    """The files of one split that are written while the log is read: all but the ids. Codes come in blocks (C, N)."""
+    """The files of one split that are written while the log is read: all except the ids.
 
-    def __init__(self, work: Work, name: str, schema: Schema, blocks: Sequence[int] = (), positives: int = 0) -> None:
+    Attributes:
+        blocks: Rows of each block of codes written.
+        positives: Rows with label 1 written.
+        codes: The codes, block by block, each of shape (C, N).
+        labels: The labels.
+        dense: The dense values, or None if the schema has no dense field.
+        weights: The sample weights, or None if the schema has no weight column.
+    """
+
+    def __init__(
+        self, work: WorkingFolder, name: str, schema: Schema, blocks: Sequence[int] = (), positives: int = 0
+    ) -> None:
         folder = work.folder / name
         folder.mkdir(exist_ok=True)
         self.blocks, self.positives = list(blocks), positives
@@ -80,7 +104,21 @@ class _SplitWriter:
         self.weights = array_file(folder / "weights.npy", "<f4", None) if schema.weight else None
 
     def files(self) -> list[ArrayFile]:
+        """The open files."""
         return [file for file in (self.codes, self.labels, self.dense, self.weights) if file is not None]
+
+    def append(
+        self, codes_CN: np.ndarray, labels_N: np.ndarray, dense_NE: np.ndarray | None, weights_N: np.ndarray | None
+    ) -> None:
+        """Append rows as one block."""
+        self.codes.append(codes_CN.ravel())
+        self.blocks.append(codes_CN.shape[1])
+        self.labels.append(labels_N)
+        self.positives += int(labels_N.sum())
+        if self.dense is not None and dense_NE is not None:
+            self.dense.append(dense_NE)
+        if self.weights is not None and weights_N is not None:
+            self.weights.append(weights_N)
 
 
 def write_codes(
@@ -88,13 +126,24 @@ def write_codes(
     parts: Mapping[str, tuple[RawLog, Splitter | int]],
     chunk_bytes: int,
     bar: StageBar,
-    work: Work,
+    work: WorkingFolder,
 ) -> Coded:
-    """Read every log and append its rows to their splits, values as codes."""
-    schema, done = numbering.schema, work.checkpoint.coded
+    """Read every log and append its rows to their splits, values as codes.
+
+    Args:
+        numbering: Gives the codes; it is set back to the last checkpoint.
+        parts: By name, a log and what divides it: a `Splitter`, or the index in SPLITS of the split of all its rows.
+        chunk_bytes: Bytes of text read at a time.
+        bar: Shows how far the reading is.
+        work: The working folder.
+
+    Raises:
+        DataError: A label, weight or value cannot be used; the message names file and line.
+    """
+    schema, done = numbering.schema, work.state.coded
     if (texts := work.texts()) is not None:
         numbering.restore(pl.read_parquet(texts))
-    if work.checkpoint.is_fitted:
+    if work.state.is_fitted:
         return done
     writers: dict[str, _SplitWriter] = {}
     with _completed_at_the_end() as files:
@@ -108,34 +157,40 @@ def write_codes(
             by_time = isinstance(splitter, Splitter) and splitter.column is not None
             columns = log_columns(schema, with_time=by_time)
             for chunk in read_ahead(log.chunks(columns, chunk_bytes, start, number_columns(schema))):
-                labels_N = read_labels(chunk, schema.label)
-                weights_N = None if schema.weight is None else read_weights(chunk, schema.weight)
-                codes_CN = numbering.codes(chunk)
-                dense_NE = dense_values(chunk.frame, schema, numbering.transforms, chunk.locate)
-                part_N = splitter.assign(chunk) if isinstance(splitter, Splitter) else None
-                present = [splitter] if part_N is None else np.unique(part_N)
-                for part in present:
-                    name = SPLITS[part]  # type: ignore[call-overload]
-                    if name not in writers:
-                        writers[name] = _SplitWriter(work, name, schema)
-                        files.extend(writers[name].files())
-                    writer, rows = writers[name], slice(None) if part_N is None else part_N == part
-                    block_CN = codes_CN[:, rows]
-                    writer.codes.append(block_CN.ravel())
-                    writer.blocks.append(block_CN.shape[1])
-                    writer.labels.append(labels_N[rows])
-                    writer.positives += int(labels_N[rows].sum())
-                    if writer.dense is not None and dense_NE is not None:
-                        writer.dense.append(dense_NE[rows])
-                    if writer.weights is not None and weights_N is not None:
-                        writer.weights.append(weights_N[rows])
+                _append_chunk(chunk, numbering, splitter, writers, files, work)
                 work.save_if_due(partial(_coded_so_far, numbering, writers, index, chunk.end, work))
                 bar.update("reading", chunk.done)
     return _coded(writers, {_within(file.path, work): file.path.stat().st_size for file in files})
 
 
+def _append_chunk(
+    chunk: Chunk,
+    numbering: Numbering,
+    splitter: Splitter | int,
+    writers: dict[str, _SplitWriter],
+    files: list[ArrayFile],
+    work: WorkingFolder,
+) -> None:
+    """Append the rows of a chunk to their splits; a new split adds its writer to `writers` and its files to `files`."""
+    schema = numbering.schema
+    labels_N = read_labels(chunk, schema.label)
+    weights_N = None if schema.weight is None else read_weights(chunk, schema.weight)
+    codes_CN = numbering.codes(chunk)
+    dense_NE = dense_values(chunk.frame, schema, numbering.transforms, chunk.locate)
+    part_N = splitter.assign(chunk) if isinstance(splitter, Splitter) else None
+    for part in [splitter] if part_N is None else np.unique(part_N):
+        name = SPLITS[part]  # type: ignore[call-overload]
+        if name not in writers:
+            writers[name] = _SplitWriter(work, name, schema)
+            files.extend(writers[name].files())
+        rows = slice(None) if part_N is None else part_N == part
+        dense = None if dense_NE is None else dense_NE[rows]
+        weights = None if weights_N is None else weights_N[rows]
+        writers[name].append(codes_CN[:, rows], labels_N[rows], dense, weights)
+
+
 def _coded_so_far(
-    numbering: Numbering, writers: Mapping[str, _SplitWriter], log: int, position: Position, work: Work
+    numbering: Numbering, writers: Mapping[str, _SplitWriter], log: int, position: Position, work: WorkingFolder
 ) -> dict[str, Any]:
     """What a checkpoint of the reading holds, once all of it is on the disk."""
     num_bytes = {_within(file.path, work): file.flush() for writer in writers.values() for file in writer.files()}
@@ -151,14 +206,14 @@ def _coded(writers: Mapping[str, _SplitWriter], num_bytes: Mapping[str, int]) ->
     )
 
 
-def _write_texts(numbering: Numbering, work: Work) -> Path:
+def _write_texts(numbering: Numbering, work: WorkingFolder) -> Path:
     path = work.new_texts()
     numbering.state().write_parquet(path, compression="lz4")
     return path
 
 
-def _blocks_of_codes(name: str, coded: Coded, schema: Schema, work: Work) -> Iterator[np.ndarray]:
-    """The codes of a split, block by block: int32 (C, N), mapped."""
+def _blocks_of_codes(name: str, coded: Coded, schema: Schema, work: WorkingFolder) -> Iterator[np.ndarray]:
+    """The codes of a split, block by block: int32 (C, N), memory-mapped."""
     codes = np.load(work.codes / f"{name}.npy", mmap_mode="r")
     start = 0
     for num_rows in coded.blocks[name]:
@@ -167,8 +222,10 @@ def _blocks_of_codes(name: str, coded: Coded, schema: Schema, work: Work) -> Ite
         start = end
 
 
-def groups_of_training_codes(coded: Coded, schema: Schema, bar: StageBar, work: Work) -> Iterator[list[np.ndarray]]:
-    """The blocks of the training rows, of COUNTED_ROWS or more together."""
+def groups_of_training_codes(
+    coded: Coded, schema: Schema, bar: StageBar, work: WorkingFolder
+) -> Iterator[list[np.ndarray]]:
+    """The codes of the training rows, in groups of blocks with COUNTED_ROWS rows or more each."""
     group: list[np.ndarray] = []
     counted, before = 0, 0
     for block in _blocks_of_codes("train", coded, schema, work):
@@ -182,11 +239,11 @@ def groups_of_training_codes(coded: Coded, schema: Schema, bar: StageBar, work: 
         yield group
 
 
-def write_ids(numbering: Numbering, encoder: Encoder, coded: Coded, bar: StageBar, work: Work) -> None:
-    """Write the codes of all splits once more, as ids."""
+def write_ids(numbering: Numbering, encoder: Encoder, coded: Coded, bar: StageBar, work: WorkingFolder) -> None:
+    """Rewrite the codes of all splits as the encoder's ids."""
     schema, encoded = numbering.schema, numbering.encoded_by(encoder)
     row_bytes = 4 * schema.num_id_columns
-    num_bytes = dict(work.checkpoint.num_bytes)
+    num_bytes = dict(work.state.num_bytes)
     total, seen = sum(map(sum, coded.blocks.values())), 0
     for name in coded.blocks:
         path = work.folder / name / "ids.npy"
@@ -206,11 +263,11 @@ def write_ids(numbering: Numbering, encoder: Encoder, coded: Coded, bar: StageBa
 
 
 def _written_so_far(
-    numbering: Numbering, coded: Coded, ids: ArrayFile, num_bytes: Mapping[str, int], work: Work
+    numbering: Numbering, coded: Coded, ids: ArrayFile, num_bytes: Mapping[str, int], work: WorkingFolder
 ) -> dict[str, Any]:
     """What a checkpoint of the writing holds, once all of it is on the disk."""
     ids.flush()
-    if work.checkpoint.is_fitted:
+    if work.state.is_fitted:
         return {"num_bytes": num_bytes}
     for name in [*coded.num_bytes, *num_bytes]:
         flush_file(work.root / name)
@@ -218,13 +275,13 @@ def _written_so_far(
     return {"coded": coded, "is_fitted": True, "num_bytes": num_bytes, "files": files}
 
 
-def _within(path: Path, work: Work) -> str:
+def _within(path: Path, work: WorkingFolder) -> str:
     return path.relative_to(work.root).as_posix()
 
 
 @contextlib.contextmanager
 def _completed_at_the_end() -> Iterator[list[ArrayFile]]:
-    """A list of files to be completed at the end; after an error they are only closed."""
+    """A list of files that are completed at the end; after an error they are only closed."""
     files: list[ArrayFile] = []
     try:
         yield files

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -14,6 +14,7 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -87,13 +88,13 @@ def seconds_left(elapsed: float, finished: float, remaining: float) -> float | N
 
 
 class StageBar:
-    """A progress bar on stderr that appears after two seconds, if at all."""
+    """A bar over work in several stages, on stderr; it appears only once the work has taken two seconds."""
 
-    def __init__(self, enabled: bool) -> None:
-        self.enabled = enabled
+    def __init__(self, show: bool) -> None:
+        self.show = show
         self.started = time.monotonic()
-        self._progress: Any = None
-        self._task: Any = None
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
 
     def __enter__(self) -> StageBar:
         return self
@@ -104,12 +105,9 @@ class StageBar:
 
     def update(self, stage: str, done: float) -> None:
         """Show how far a stage is, 0..1."""
-        if not self.enabled or time.monotonic() - self.started < 2:
+        if not self.show or time.monotonic() - self.started < 2:
             return
         if self._progress is None:
-            from rich.console import Console
-            from rich.progress import Progress
-
             self._progress = Progress(console=Console(stderr=True), transient=True)
             self._task = self._progress.add_task(stage, total=1.0)
             self._progress.start()
