@@ -1,11 +1,11 @@
 """What the columns of a log are: fields, tables, vocabulary sizes, and a fingerprint that ties plans to data.
 
-A *field* is one column of the log. An id field owns `length` id columns (one, unless it is multi-valued) and
-reads one *table*; fields that name the same table share its vocabulary and its rows. A dense field is a float that
-bypasses the tables.
+A *field* is one column of the log. An id field owns `length` id columns (one, unless it is multi-valued) and reads one
+*table*. Fields that name the same table share its vocabulary and its rows. A dense field is a float and has no table.
 
-Ids are local to a table. Row 0 is the OOV row; rows 1.. are the values kept, most frequent first (a hashed table
-has no order). PAD (-1) fills the unused id columns of a multi-valued field and reads zero.
+Ids are local to a table. Row 0 is for values that are out of vocabulary (OOV); rows 1.. are the values kept, most
+frequent first (a hashed table has no order). PAD (-1) fills the unused id columns of a multi-valued field and reads as
+zeros.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ class FieldSpec(Config):
     """One column of a log and how it is encoded.
 
     Attributes:
-        name: name of the field, unique in the schema.
-        column: raw column that the field reads; None means `name`. Two fields may read one column.
+        name: Name of the field, unique in the schema.
+        column: Raw column that the field reads; None means `name`. Two fields may read one column.
         type: "categorical" (string or integer ids), "numeric" (a number turned into buckets, then ids), "dense" (a
             number kept as a float), or "multi" (several values at once: a list column, or a string with `separator`).
-        transform: numeric: "log2" (Criteo's rule: v > 2 -> floor(ln(v)^2), else floor(v)) or "quantile:k";
-            dense: "log1p", "standard" (zero mean, unit variance over the training rows) or "none".
-        min_count: a value seen fewer times in the training rows is out of vocabulary.
-        hash_size: if set, values are hashed into this many rows instead of listed in a vocabulary.
-        separator: multi: what separates values inside a string; None for a list column.
-        max_len: multi: id columns owned; the first max_len values of a row are used.
-        pooling: multi: how the embeddings of one row's values become one vector.
-        table: name of the table; None means `name`. Fields with the same table share one vocabulary.
-        nulls: strings that mean "missing" in this column, beside the schema's. A missing value is a value of
-            its own (it has a row like any other), except in a multi field, where it is an empty list.
-        vocab_size: rows of the field's table, OOV included; set by `encode`, not by hand.
+        transform: For numeric fields "log2" (Criteo's rule: v > 2 -> floor(ln(v)^2), else floor(v)) or "quantile:k";
+            for dense fields "log1p", "standard" (zero mean, unit variance over the training rows) or "none".
+        min_count: Least count of a value in the training rows; rarer values are out of vocabulary.
+        hash_size: Number of rows into which values are hashed; None lists the values in a vocabulary.
+        separator: Text between the values of a multi field inside a string; None for a list column.
+        max_len: Number of id columns of a multi field, which uses the first max_len values of a row.
+        pooling: How the embeddings of a multi field's values become one vector.
+        table: Name of the table; None means `name`. Fields with the same table share one vocabulary.
+        nulls: Strings that mean "missing" in this column, in addition to the schema's. A missing value is a value of
+            its own with its own row, except in a multi field, where it is an empty list.
+        vocab_size: Rows of the field's table, OOV included; `encode` sets it.
     """
 
     name: str = Field(min_length=1)
@@ -93,15 +93,15 @@ class FieldSpec(Config):
 
 
 class Schema(Config):
-    """The fields of a log, its label, and - once encoded - the vocabulary sizes.
+    """The fields of a log, its label, and, once the log is encoded, the vocabulary sizes.
 
     Attributes:
-        label: column with the binary label.
-        weight: column with a non-negative sample weight, or None.
-        time: column that orders rows for a split by time, or None.
-        nulls: strings that mean "missing" in every column.
-        fields: the fields in the order in which models concatenate them.
-        vocabulary_digest: digest of the vocabularies, set by `encode`.
+        label: Column with the binary label.
+        weight: Column with a non-negative sample weight, or None.
+        time: Column that orders rows for a split by time, or None.
+        nulls: Strings that mean "missing" in every column.
+        fields: The fields in the order in which models concatenate them.
+        vocabulary_digest: Digest of the vocabularies; `encode` sets it.
     """
 
     label: str = Field(min_length=1)
@@ -140,7 +140,7 @@ class Schema(Config):
 
     @property
     def tables(self) -> dict[str, int]:
-        """Rows of each table (OOV included) by name, in the order of first use."""
+        """Rows of each table by name, OOV included, in the order of first use."""
         sizes: dict[str, int] = {}
         for field in self.id_fields:
             if field.vocab_size is None:
@@ -152,12 +152,12 @@ class Schema(Config):
 
     @property
     def num_id_columns(self) -> int:
-        """Columns of an encoded id matrix; C in shape comments."""
+        """Number of columns of an encoded id matrix; C in shape comments."""
         return sum(field.length for field in self.id_fields)
 
     @property
     def column_slices(self) -> tuple[slice, ...]:
-        """For each id field, its columns in the id matrix."""
+        """The columns of each id field in the id matrix."""
         slices, start = [], 0
         for field in self.id_fields:
             slices.append(slice(start, start + field.length))
@@ -171,11 +171,11 @@ class Schema(Config):
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def describe(self) -> str:
-        """Short form for error messages, such as `9f2c04aa11d3 (39 fields)`."""
+        """The fingerprint and the number of fields for messages, such as `9f2c04aa11d3 (39 fields)`."""
         return f"{self.fingerprint} ({len(self.fields)} fields)"
 
     def save_draft(self, path: str | Path) -> None:
-        """Write the schema as TOML for the user to edit; keys at their default are left out of the fields."""
+        """Write the schema as TOML for the user to edit; fields leave out keys with default values."""
         values = self.model_dump(mode="json", exclude_none=True, exclude={"fields", "vocabulary_digest"})
         values["fields"] = [
             {"name": f.name, "type": f.type, **f.model_dump(mode="json", exclude_defaults=True, exclude={"vocab_size"})}
@@ -185,7 +185,11 @@ class Schema(Config):
 
     @classmethod
     def load_draft(cls, path: str | Path) -> Schema:
-        """Read a schema from TOML; ConfigError names the key that is wrong."""
+        """Read a schema from TOML.
+
+        Raises:
+            ConfigError: The file cannot be read or has a wrong key or value; the message names it.
+        """
         return cls.parse(read_toml(path), where=str(path))
 
     @classmethod

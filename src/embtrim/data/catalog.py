@@ -1,13 +1,12 @@
-"""The public datasets embtrim knows: what they are, where to get them, under which licence, and how to encode them.
+"""The public datasets that embtrim knows: where to get them, under which licence, and how to encode them.
 
-Only `flights` ships with the package. The others are fetched by hand, since their licences want that; `encode_known`
-then encodes the files as published.
+Only `flights` ships with the package. The licences of the other datasets require that users download them by hand;
+`encode_known` then encodes the files as published.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 
 import polars as pl
 
+from embtrim._version import __version__
 from embtrim.data.dataset import EncodedDataset
 from embtrim.data.encoding import encode
 from embtrim.data.read_options import ReadOptions
@@ -28,12 +28,13 @@ from embtrim.schema import FieldSpec, Schema
 
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 
-# Settings of the BARS benchmark on Frappe, reported as its best DeepFM: the only ones here taken from a publication.
+# Settings of the best DeepFM on Frappe as reported by the BARS benchmark. No other recipe here comes from a
+# publication.
 _FRAPPE_RECIPE: dict[str, dict[str, Any]] = {
     "model": {"embedding_dim": 10, "hidden_units": [400, 400, 400], "dropout": 0.2, "batch_norm": True},
     "train": {"batch_size": 4096, "learning_rate": 1e-3, "embedding_l2": 0.05, "reduce_lr": 0.1, "patience": 2},
 }
-# Id fields overfit in the second epoch: one epoch, or strong L2 (shared experience of MovieLens and Criteo).
+# Id fields overfit in the second epoch, on MovieLens as on Criteo; so one epoch, or strong L2.
 _LARGE_RECIPE: dict[str, dict[str, Any]] = {
     "model": {"embedding_dim": 16, "hidden_units": [400, 400, 400], "dropout": 0.0, "batch_norm": False},
     "train": {"batch_size": 4096, "learning_rate": 1e-3, "epochs": 1, "patience": 0},
@@ -45,19 +46,20 @@ class KnownDataset:
     """A public dataset and how it is encoded.
 
     Attributes:
-        name: what `embtrim.load` and `encode_known` call it.
-        title: one line.
-        source: address of the page where it is published.
-        licence: under which terms, in short; the page has them in full.
-        how_to_get: what to download.
-        files: file names expected in the folder; with `.gz` is as good.
-        schema: the fields.
-        recipe: settings to start from: "model" and "train" sections.
-        split: how the one file is divided; None if the files are train, valid, test.
+        name: Name for `embtrim.load` and `encode_known`.
+        title: Description of one line.
+        source: Address of the page that publishes it.
+        licence: Its terms in short; the page has them in full.
+        how_to_get: What to download.
+        files: Names of the files expected in the folder; each may also end in `.gz`.
+        schema: The fields.
+        recipe: Settings to start from, with sections "model" and "train".
+        split: How the single file is divided; None if the files are train, valid and test.
         options: How the files are read; None finds out.
-        prepare: derives the log from the files (folder with files, folder to write into) -> source; None reads them as is.
-        bundled: file name within the package, or None.
-        note: what a user should know.
+        prepare: Derives the log from the files: (folder with the files, folder to write into) -> source. None reads the
+            files as they are.
+        bundled: Name of the file within the package, or None.
+        note: What a user should know.
     """
 
     name: str
@@ -80,7 +82,10 @@ class KnownDataset:
 
 
 def known(name: str) -> KnownDataset:
-    """A catalog entry; DataError lists the names if there is none such.
+    """The catalog entry of a name.
+
+    Raises:
+        DataError: The catalog has no such name; the message suggests the nearest one or lists all.
 
     Example:
         >>> known("flights").schema.label
@@ -105,17 +110,18 @@ def encode_known(
     """Encode a downloaded copy of a known dataset.
 
     Args:
-        name: a name of the catalog.
-        folder: where the files lie; for a dataset of one file, that file will do. None for a bundled one.
-        out: folder to write.
-        split: instead of the entry's; with a split by time the time column is not a field, since its values do not recur.
-        seed: of a random split.
-        min_count: for all categorical and multi fields, instead of the entry's.
-        overwrite: replace an encoded dataset at `out`.
-        progress: show a bar on stderr.
+        name: Name of the dataset in the catalog.
+        folder: Folder with the files, or the file itself if the dataset has only one; None for a bundled dataset.
+        out: Folder to write.
+        split: Split to use instead of the entry's. With a split by time the time column is not a field, because its
+            values do not recur.
+        seed: Seed of a random split.
+        min_count: Least count of a value in all categorical and multi fields, instead of the entry's.
+        overwrite: Replace an encoded dataset at `out`.
+        progress: Show a progress bar on stderr.
 
     Raises:
-        DataError: no such dataset, files missing, or files of another layout.
+        DataError: There is no such dataset, files are missing, or files have another layout.
     """
     entry = known(name)
     chosen = Split.from_text(split) if isinstance(split, str) else split or entry.split
@@ -147,10 +153,10 @@ def load(name_or_folder: str | Path) -> EncodedDataset:
     """Open an encoded folder, or a dataset of the catalog by name.
 
     A bundled dataset is encoded on first use into the cache ($EMBTRIM_CACHE, else $XDG_CACHE_HOME/embtrim, else
-    ~/.cache/embtrim); there is no network access, ever.
+    ~/.cache/embtrim). The network is never used.
 
     Raises:
-        DataError: neither a folder nor a bundled dataset; says how to come by it.
+        DataError: The name is neither a folder nor a bundled dataset; the message says how to get the data.
     """
     path = Path(name_or_folder).expanduser()
     name = str(name_or_folder)
@@ -168,7 +174,7 @@ def load(name_or_folder: str | Path) -> EncodedDataset:
             return encode_known(name, None, folder, progress=False)
         except DataError:
             if not (folder / "meta.json").exists():
-                raise  # otherwise another process was faster, and its result is the same
+                raise  # if the folder is there, another process was faster, and its result is the same
     return EncodedDataset.load(folder)
 
 
@@ -196,19 +202,15 @@ def _cache_folder() -> Path:
 
 
 def _recipe_digest(entry: KnownDataset) -> str:
-    """Changes with the release, the schema, the split and the bundled file."""
-    try:
-        version = importlib.metadata.version("embtrim")
-    except importlib.metadata.PackageNotFoundError:
-        version = "source"
+    """A text that changes with the release, the schema, the split and the bundled file."""
     size = (BUNDLED_FOLDER / entry.bundled).stat().st_size if entry.bundled else 0
     split = None if entry.split is None else entry.split.model_dump(mode="json")
     text = json.dumps([entry.schema.model_dump(mode="json"), split, size])
-    return f"{version}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return f"{__version__}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _find_files(entry: KnownDataset, folder: str | Path | None) -> dict[str, Path]:
-    """The entry's files by their expected name."""
+    """The entry's files in a folder, by their expected names."""
     if entry.bundled is not None and folder is None:
         return {entry.files[0]: BUNDLED_FOLDER / entry.bundled}
     if folder is None:
@@ -230,7 +232,7 @@ def _find_files(entry: KnownDataset, folder: str | Path | None) -> dict[str, Pat
     return found
 
 
-# --- logs that have to be derived from the published files ------------------------------------------------------------
+# --- logs that are derived from the published files -------------------------------------------------------------------
 
 
 def _map_chunks(
@@ -250,7 +252,7 @@ def _either(folder: Path, name: str) -> Path:
 
 
 def _prepare_movielens(folder: Path, work: Path) -> pl.DataFrame:
-    """Ratings joined with users and movies; rating 3 dropped, label = rating > 3."""
+    """Join ratings with users and movies; rating 3 is dropped, and the label is rating > 3."""
 
     def read(name: str, *columns: str) -> pl.DataFrame:
         options = ReadOptions(format="csv", header=False, columns=columns, separator="::", encoding="latin-1")
@@ -260,7 +262,9 @@ def _prepare_movielens(folder: Path, work: Path) -> pl.DataFrame:
     users = read("users.dat", "user_id", "gender", "age", "occupation", "zip_code")
     movies = read("movies.dat", "movie_id", "title", "genres")
     movies = movies.select("movie_id", pl.col("title").str.extract(r"\((\d{4})\)\s*$").alias("year"), "genres")
-    first_rating = 956_703_932  # the earliest timestamp of the dataset; bins of seconds since then tell weeks apart
+    first_rating = (
+        956_703_932  # the earliest timestamp of the dataset; buckets of the seconds since then separate weeks
+    )
     log = ratings.filter(pl.col("rating") != "3").with_columns(
         (pl.col("rating").cast(pl.Int8) > 3).alias("label"),
         pl.col("timestamp").cast(pl.Int64),
@@ -271,7 +275,7 @@ def _prepare_movielens(folder: Path, work: Path) -> pl.DataFrame:
 
 
 def _prepare_avazu(folder: Path, work: Path) -> list[Path]:
-    """`hour` (YYMMDDHH) parted into date, hour of the day, weekday and weekend, as BARS does."""
+    """Split `hour` (YYMMDDHH) into hour of the day, weekday and weekend, as BARS does."""
 
     def change(frame: pl.DataFrame) -> pl.DataFrame:
         if "hour" not in frame.columns:
@@ -288,7 +292,7 @@ def _prepare_avazu(folder: Path, work: Path) -> list[Path]:
 
 
 def _prepare_kdd12(folder: Path, work: Path) -> list[Path]:
-    """Label: clicked at least once; gender and age joined from the user profiles, missing for unknown users."""
+    """Set the label to "clicked at least once" and join gender and age, which are missing for unknown users."""
     columns = ("user_id", "gender", "age")
     profile_options = ReadOptions(format="csv", header=False, columns=columns, separator="\t")
     profile = open_log(_either(folder, "userid_profile.txt"), profile_options)

@@ -1,10 +1,11 @@
 """Raw cells to values: texts, lists of texts, numbers and hashes, and the matrix of what is stored for them.
 
-A categorical value is its text. Whole floats are written without a fraction (`5.0` in parquet is `5`), booleans as `true`
-and `false`, dates in ISO form; text stays as it is (`05` is not `5`). A missing value is null, NaN in a number, or a text
-in `nulls`. In a multi field a missing cell is an empty list, and missing or empty elements are left out.
+A categorical value is its text. Whole floats are written without a fraction (`5.0` in parquet is `5`), booleans as
+`true` and `false`, dates in ISO form; text stays as it is (`05` is not `5`). A missing value is null, NaN in a number,
+or a text in `nulls`. In a multi field a missing cell is an empty list, and missing or empty elements are left out.
 
-Hashes: id = 1 + blake2b-64(UTF-8 text, key "embtrim") mod hash_size; a missing value is hashed as the text "\\0missing".
+Hashes: id = 1 + blake2b-64(UTF-8 text, key "embtrim") mod hash_size; a missing value is hashed as the text
+"\\0missing".
 
 Shapes: N rows, C id columns, E dense fields.
 """
@@ -79,7 +80,8 @@ def number_cells(
         locate: Says where a row lies.
         codes: For each listed categorical or multi field, an expression that turns the texts of the column with the
             field's name into integer codes.
-        finish: Turns a field's codes, hashed ids or buckets (MISSING_BUCKET for a missing value) into the stored values.
+        finish: Turns a field's codes, hashed ids or buckets (MISSING_BUCKET for a missing value) into the stored
+            values.
 
     Raises:
         DataError: A value or a column's type does not fit its field.
@@ -114,8 +116,8 @@ def _canonical_values(
 ) -> tuple[pl.DataFrame, dict[str, np.ndarray]]:
     """Canonical values by field: texts (lists of texts for a multi field) as columns, and buckets as int32 (N,).
 
-    Texts that mean "missing" become null in multi and hashed fields. In a listed categorical field they stay as they are;
-    counting and lookup take care of them.
+    Texts that mean "missing" become null in multi and hashed fields. In a listed categorical field they stay as they
+    are; counting and lookup take care of them.
     """
     numeric = [field for field in schema.id_fields if field.type == "numeric"]
     numbers = to_numbers(frame, numeric, schema, locate)
@@ -239,8 +241,8 @@ def _lists(field: FieldSpec, dtype: pl.DataType, column: pl.Expr) -> pl.Expr:
         )
     if field.separator is None:
         raise DataError(
-            f"column {field.raw_column!r} holds text, so multi field {field.name!r} needs a separator; set separator = '|', or "
-            "the text between its values"
+            f"column {field.raw_column!r} holds text, so multi field {field.name!r} needs separator = '|', or the text "
+            "between its values"
         )
     return column.cast(pl.String).str.split(field.separator)
 

@@ -11,18 +11,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from embtrim.data.log_file import (
-    Chunk,
-    LogFile,
-    Position,
-    first_line_of,
-    listed,
-    suffix_of,
-)
+from embtrim.data.log_file import Chunk, LogFile, Position, first_line_of, listed, suffix_of
 from embtrim.data.read_options import ReadOptions
-from embtrim.data.text_blocks import first_nonblank_line, row_blocks
+from embtrim.data.text_blocks import QUOTES_ARE_TEXT, first_nonblank_line, row_blocks
 from embtrim.errors import DataError
 
+_NOT_UTF8 = "is not UTF-8; if the text is latin-1, read it with ReadOptions(encoding='latin-1') (--encoding latin-1)"
 _CELL_SEPARATOR = b"\x1f"  # replaces separators of several characters, which the csv parser does not accept
 
 
@@ -50,7 +44,7 @@ class CsvFile(LogFile):
         try:
             text = first.decode("latin-1" if self.latin else "utf-8")
         except UnicodeDecodeError:
-            raise DataError(f"{path} line 1 is not UTF-8; pass encoding='latin-1' if the text is latin-1") from None
+            raise DataError(f"{path} line 1 {_NOT_UTF8}") from None
         if self.quoted:
             cells = next(csv.reader([text], delimiter=separator))
         else:
@@ -70,7 +64,7 @@ class CsvFile(LogFile):
     def hint(self, missing: Sequence[str]) -> str:
         """Guess at a missing header or another separator; see `LogFile.hint`."""
         if self.header and sum(_is_number(name) or not name for name in self.columns) * 2 >= len(self.columns):
-            return "; the first line looks like data: pass header=False (and columns=..)"
+            return "; the first line looks like data: read it with ReadOptions(header=False, columns=..) (--no-header --columns ..)"
         if len(self.columns) == 1:
             return f"; is {self.separator.decode()!r} the separator?"
         return ""
@@ -142,12 +136,9 @@ class CsvFile(LogFile):
                 try:
                     row.decode()
                 except UnicodeDecodeError:
-                    return DataError(
-                        f"{self.path} line {first_line + line:,} is not UTF-8; pass encoding='latin-1' if the text is latin-1"
-                    )
+                    return DataError(f"{self.path} line {first_line + line:,} {_NOT_UTF8}")
         return self._width_error(block, first_line) or DataError(
-            f"{self.path} cannot be parsed after line {first_line:,} ({reason}); "
-            'if " is plain text in this log, pass quoted=False'
+            f"{self.path} cannot be parsed after line {first_line:,} ({reason}); {QUOTES_ARE_TEXT}"
         )
 
     def _locator(self, block: bytes, first_line: int) -> Callable[[int], str]:

@@ -1,9 +1,9 @@
-"""EncodedDataset: a folder of memory-mapped arrays, read in batches.
+"""EncodedDataset: a folder of memory-mapped arrays that is read in batches.
 
-    folder/schema.json          the Schema, sizes filled in
+    folder/schema.json          the Schema, with sizes
     folder/meta.json            format version, rows by split, sources, encode settings
     folder/vocab.parquet        columns table, value, id, count (no rows for hashed tables)
-    folder/transforms.json      edges of quantile buckets, mean and std of dense fields
+    folder/transforms.json      edges of quantile buckets, mean and std of standardised fields
     folder/<split>/ids.npy      int32 (N, C), row-major, ids local to their table, PAD = -1
     folder/<split>/labels.npy   float32 (N,)
     folder/<split>/dense.npy    float32 (N, number of dense fields), only if there are any
@@ -31,9 +31,9 @@ from embtrim.system.files import read_json
 FORMAT_VERSION = 1
 SPLITS = ("train", "valid", "test")
 
-# Rows are shuffled in windows: random chunks of CHUNK_ROWS consecutive rows, WINDOW_ROWS in all, whose row numbers are
-# shuffled fully. A split no larger than a window gets a full shuffle. Only the numbers of a window's rows are in memory,
-# 8 bytes each: the rows themselves are copied out of the map batch by batch.
+# Rows are shuffled in windows. A window consists of random chunks of CHUNK_ROWS consecutive rows, WINDOW_ROWS rows in
+# all, and the order of its rows is fully random. A split no larger than a window gets a full shuffle. Only the row
+# numbers of a window are in memory, 8 bytes each; the rows themselves are copied out of the memory map batch by batch.
 CHUNK_ROWS = 4_096
 WINDOW_ROWS = 1 << 20
 
@@ -43,10 +43,10 @@ class Batch:
     """One batch of examples.
 
     Attributes:
-        ids_BC: int32 ids local to their table, PAD = -1.
-        labels_B: float32, 0 or 1.
-        dense_BE: float32 values of the dense fields, or None if the schema has none.
-        weights_B: float32 sample weights, or None.
+        ids_BC: Ids local to their table, int32, PAD = -1.
+        labels_B: Labels 0 or 1, float32.
+        dense_BE: Values of the dense fields, float32, or None if the schema has no dense field.
+        weights_B: Sample weights, float32, or None if the schema has no weight column.
     """
 
     ids_BC: Tensor
@@ -55,7 +55,7 @@ class Batch:
     weights_B: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch on `device`."""
+        """The batch on `device`."""
         if self.ids_BC.device == torch.device(device):
             return self
         move = [None if t is None else t.to(device, non_blocking=True) for t in self.tensors()]
@@ -71,7 +71,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class SplitArrays:
-    """The arrays of one split, memory-mapped or in memory; see the module docstring for shapes."""
+    """The arrays of one split, memory-mapped or in memory.
+
+    Attributes:
+        ids: Ids local to their table, int32 (N, C), PAD = -1.
+        labels: Labels 0 or 1, float32 (N,).
+        dense: Values of the dense fields, float32 (N, number of dense fields), or None.
+        weights: Sample weights, float32 (N,), or None.
+    """
 
     ids: np.ndarray
     labels: np.ndarray
@@ -86,10 +93,10 @@ class EncodedDataset:
     """An encoded log: a schema and up to three splits of ids, labels, dense values and weights.
 
     Attributes:
-        schema: the fields and vocabulary sizes of the *stored* ids.
-        splits: arrays by split name.
-        folder: where it lies on disk, or None for data made in memory.
-        id_maps: per table, an int32 map from stored ids to the ids that batches carry (see `recode`).
+        schema: The fields and the vocabulary sizes of the *stored* ids.
+        splits: Arrays by name of the split.
+        folder: Folder on disk, or None for data made in memory.
+        id_maps: By table, an int32 map from stored ids to the ids in batches (see `recode`).
     """
 
     def __init__(
@@ -108,10 +115,10 @@ class EncodedDataset:
 
     @classmethod
     def load(cls, folder: str | Path) -> EncodedDataset:
-        """Open a folder written by `embtrim.encode`; arrays are memory-mapped, nothing is read yet.
+        """Open a folder written by `embtrim.encode`. Arrays are memory-mapped, so that nothing is read yet.
 
         Raises:
-            DataError: the folder is missing, incomplete, truncated or of another format version.
+            DataError: The folder is missing, incomplete, truncated or of another format version.
         """
         folder = Path(folder)
         meta = read_json(folder / "meta.json", hint="is this a folder written by `embtrim encode`?")
@@ -138,34 +145,38 @@ class EncodedDataset:
         return cls(schema, splits, folder)
 
     def split(self, name: str) -> SplitArrays:
-        """The arrays of a split; DataError names the splits there are."""
+        """The arrays of a split.
+
+        Raises:
+            DataError: The dataset has no such split; the message names the splits it has.
+        """
         if name not in self.splits:
             raise DataError(f"dataset has no split {name!r}; it has {', '.join(self.splits) or 'none'}")
         return self.splits[name]
 
     def num_rows(self, split: str) -> int:
-        """Rows of a split."""
+        """Number of rows of a split."""
         return len(self.split(split))
 
     def num_batches(self, split: str, batch_size: int) -> int:
-        """Batches that `batches` yields for a split."""
+        """Number of batches that `batches` yields for a split."""
         return -(-self.num_rows(split) // batch_size)
 
     def batches(self, split: str, batch_size: int, shuffle_seed: int | None = None, skip: int = 0) -> Iterator[Batch]:
-        """Yield a split in batches; the last may be smaller.
+        """Yield a split in batches; the last batch may be smaller.
 
         Args:
             split: "train", "valid" or "test".
-            batch_size: rows a batch.
-            shuffle_seed: None keeps the stored order; an int gives that seed's order (see CHUNK_ROWS).
-            skip: leave out this many batches at the start, without reading them.
+            batch_size: Rows per batch.
+            shuffle_seed: Seed of the order of rows (see CHUNK_ROWS); None keeps the stored order.
+            skip: Number of batches to leave out at the start; their rows are not read.
         """
         arrays = self.split(split)
         for rows in islice(_rows_of_batches(len(arrays), batch_size, shuffle_seed), skip, None):
             yield self._batch(_take(arrays, rows))
 
     def value_counts(self, split: str = "train") -> dict[str, np.ndarray]:
-        """How often each row of each table occurs in a split: int64 (rows,) by table name. PAD is not counted."""
+        """How often each id occurs in a split: by table, int64 (rows of the table,). PAD is not counted."""
         sizes = self.schema.tables
         counts = {name: np.zeros(n, np.int64) for name, n in sizes.items()}
         ids = self.split(split).ids
@@ -179,17 +190,21 @@ class EncodedDataset:
         return counts
 
     def recode(self, plan: SizePlan) -> EncodedDataset:
-        """The same data with the ids of a compact model; a field-level plan changes none.
+        """The same data with the ids of a compact model; a field-level plan changes no ids.
 
         Raises:
-            PlanError: the plan was made for another schema.
+            PlanError: The plan was made for another schema.
         """
         plan.check_schema(self.schema)
         id_maps = {table.name: table.id_map() for table in plan.tables}
         return self.with_id_maps({name: id_map for name, id_map in id_maps.items() if id_map is not None})
 
     def with_id_maps(self, id_maps: Mapping[str, np.ndarray]) -> EncodedDataset:
-        """The same data with ids re-numbered while reading: `id_maps[table][stored id]` is the id batches carry."""
+        """The same data with other ids: batches hold `id_maps[table][stored id]`.
+
+        Raises:
+            DataError: A map does not have one entry per row of its table.
+        """
         for name, id_map in id_maps.items():
             if len(id_map) != self.schema.tables.get(name, -1):
                 raise DataError(
@@ -229,7 +244,8 @@ def _check_split(schema: Schema, name: str, arrays: SplitArrays) -> None:
             f"split {name!r}: ids are {arrays.ids.dtype} {arrays.ids.shape}, "
             f"schema {schema.describe()} needs int32 ({len(arrays)}, {schema.num_id_columns})"
         )
-    # What `encode` wrote is mapped and right; an id beyond its table would read another table's row.
+    # Memory-mapped arrays come from `encode` and need no check. Elsewhere, an id beyond its table would read a row of
+    # another table.
     if len(arrays) and not isinstance(arrays.ids, np.memmap):
         for field, columns in zip(schema.id_fields, schema.column_slices, strict=True):
             least, rows = PAD if field.type == "multi" else 0, schema.tables[field.table_name]
@@ -245,7 +261,7 @@ def _check_split(schema: Schema, name: str, arrays: SplitArrays) -> None:
 
 
 def _rows_of_batches(num_rows: int, batch_size: int, shuffle_seed: int | None) -> Iterator[np.ndarray | slice]:
-    """The rows of each batch in turn. Shuffled ones are valid until the next is asked for."""
+    """Yield the rows of each batch; shuffled rows stay valid until the next batch is taken."""
     if shuffle_seed is None:
         yield from (slice(start, start + batch_size) for start in range(0, num_rows, batch_size))
         return
@@ -260,7 +276,7 @@ def _rows_of_batches(num_rows: int, batch_size: int, shuffle_seed: int | None) -
             yield window[start : start + batch_size]
             start += batch_size
         carried = window[start:].copy()
-        del window  # before the next one is made
+        del window  # frees its memory before the next window is made
     if len(carried):
         yield carried
 
@@ -283,7 +299,7 @@ def _shuffled_chunks(starts: np.ndarray, num_rows: int, rng: np.random.Generator
 
 
 def _take(arrays: SplitArrays, rows: np.ndarray | slice) -> SplitArrays:
-    """A view of consecutive rows; a copy of others, so that a batch holds no memory but its own."""
+    """Some rows of a split: a view of consecutive rows, a copy of others, so that a batch owns only its own memory."""
 
     def part(array: np.ndarray) -> np.ndarray:
         # `take` copies rows twice as fast as indexing.
@@ -297,5 +313,5 @@ def _fields(arrays: SplitArrays) -> tuple[np.ndarray | None, ...]:
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    # A memory-mapped slice is read-only; torch wants a writable array, and a batch must outlive the map.
+    # A memory-mapped slice is read-only, but torch needs a writable array, and a batch must outlive the map.
     return torch.from_numpy(array if array.flags.writeable else array.copy())

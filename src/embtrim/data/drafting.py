@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import re
 
@@ -11,7 +10,7 @@ import polars as pl
 from embtrim.data.read_options import ReadOptions
 from embtrim.data.reading import RawLog, Source, open_log
 from embtrim.data.sparse_text import SparseFile
-from embtrim.errors import DataError
+from embtrim.errors import DataError, hint
 from embtrim.schema import FieldSpec, Schema
 
 logger = logging.getLogger(__name__)
@@ -26,14 +25,21 @@ _ID_NAME = re.compile(r"(^|_)(id|ids|code|zip|zipcode|user|item|ad|hash|category
 def infer_schema(source: Source, label: str | None = None, options: ReadOptions | None = None) -> Schema:
     """Draft a schema from the first rows of a log (up to INFER_ROWS), for the user to edit.
 
-    Text, booleans and integers are categorical; integers with many values of which the most frequent is -1..2 are
-    counts: numeric log2; numbers with fractions are numeric (log2 if very skewed, else quantile:20); lists, and text
-    whose parts around `|`, `;`, `^` or `,` recur, are multi. Dates and times become the schema's time column and no field;
-    columns that are empty, or different in every row, are left out. min_count grows with the log: 1, 2 from 50,000
-    rows, 4 from 500,000, 10 from 5,000,000.
+    - Text, booleans and integers are categorical.
+    - Very skewed integers whose most frequent value is -1..2 are counts: numeric with log2.
+    - Numbers with fractions are numeric, with log2 if they are very skewed, otherwise with quantile:20.
+    - Lists are multi, and so is text whose parts between `|`, `;`, `^` or `,` recur.
+    - The first column of dates or times becomes the schema's time column, which is not a field.
+    - Columns that are empty, or that differ in nearly every row, are left out.
+    - min_count grows with the log: 1, then 2 from 50,000 rows, 4 from 500,000 and 10 from 5,000,000.
+
+    Args:
+        source: The log, see `open_log`.
+        label: The label column; None looks for a usual name (label, click, ..).
+        options: How the log is read; None finds out from names and content.
 
     Raises:
-        DataError: no label column, or no usable field.
+        DataError: There is no label column, or no usable field.
 
     Example:
         >>> import polars as pl
@@ -45,16 +51,16 @@ def infer_schema(source: Source, label: str | None = None, options: ReadOptions 
 
 
 def draft_schema(log: RawLog, label: str | None) -> Schema:
-    """`infer_schema` of a log that is open already."""
+    """Do the work of `infer_schema` for an opened log."""
     names = list(log.columns)
     label = label or next((name for name in names if name.lower() in _LABEL_NAMES), None)
     if label is None or label not in names:
         given = "no label column is named" if label is None else f"there is no column {label!r}"
-        near = difflib.get_close_matches(label or "", names, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise DataError(
-            f"{log.name}: {given}; {hint}label takes one of: {', '.join(names[:40])}{log.files[0].hint([label or ''])}"
-        )
+        advice = f"label takes one of: {', '.join(names[:40])}{log.files[0].hint([label or ''])}"
+        near = hint(label or "", names)
+        if near.startswith("did you mean"):
+            advice = f"{near} {advice}"
+        raise DataError(f"{log.name}: {given}; {advice}")
     if log.is_sparse:
         return _infer_sparse(log, label)
     frames, num_rows, done = [], 0, 1.0
@@ -93,7 +99,7 @@ def _min_count(num_rows: float) -> int:
 
 
 def _infer_field(column: pl.Series, min_count: int) -> FieldSpec | str:
-    """The field for a column; or "time"; or why there is none."""
+    """The field for a column, or "time", or the reason why the column gives no field."""
     name, values = column.name, column.drop_nulls()
     if not len(values):
         return "it is empty"
@@ -140,19 +146,19 @@ def _infer_field(column: pl.Series, min_count: int) -> FieldSpec | str:
 
 
 def _say_if_nearly_numbers(values: pl.Series, numbers: pl.Series) -> None:
-    """A few dirty cells make a column of numbers categorical: say which, so that a user can null them."""
+    """Log the dirty cells that make a column of numbers categorical, so that a user can declare them as nulls."""
     words = values.filter(numbers.is_null())
     if 0 < len(words) <= 0.05 * len(values):
         listed = ", ".join(map(repr, words.unique(maintain_order=True).head(10)))
         logger.info(
-            "column %r is taken as categorical: %.2g%% of its values are not numbers, such as %s; if they mean nothing, "
-            'list them in the draft: type = "numeric", nulls = [..]',
+            "column %r is taken as categorical: %.2g%% of its values are not numbers, such as %s; if they stand for missing "
+            'values, list them in the draft: type = "numeric", nulls = [..]',
             values.name, 100 * len(words) / len(values), listed,
         )  # fmt: skip
 
 
 def _infer_multi(values: pl.Series, min_count: int) -> FieldSpec | None:
-    """A multi field if one separator occurs in a tenth of the rows and the parts recur more than the wholes do."""
+    """A multi field, if a separator occurs in a tenth of the rows and the parts between separators recur; else None."""
     for separator in ("|", ";", "^", ","):
         if (values.str.contains(separator, literal=True)).mean() < 0.1:  # type: ignore[operator]
             continue
@@ -166,7 +172,7 @@ def _infer_multi(values: pl.Series, min_count: int) -> FieldSpec | None:
 
 
 def _infer_sparse(log: RawLog, label: str) -> Schema:
-    """libsvm or libfm: lists of indices where all values are 0 or 1, else one numeric field an index."""
+    """The schema of libsvm or libfm text: multi fields if all values are 0 or 1, else one numeric field per index."""
     file = log.files[0]
     assert isinstance(file, SparseFile)
     fields = []

@@ -3,8 +3,8 @@
 Conventions:
 
 - What a cell's value is: see cells.py for texts, lists, numbers and hashes, transforms.py for buckets and dense values.
-- A missing value is a value of its own, null in vocab.parquet. In a multi field it is an empty list. In a dense field it
-  is 0 after the transform, which for `standard` is the mean.
+- A missing value is a value of its own, null in vocab.parquet. In a multi field it is an empty list. In a dense field
+  it is 0 after the transform, which for `standard` is the mean.
 - Ids of a table: 0 is OOV; 1.. are the values kept, by descending count in the training rows, ties by value (missing
   last). A value needs `min_count` occurrences.
 - Ids of a hashed table are hashes, so vocab_size = hash_size + 1 and row 0 stays unused. Hashes are the same in every
@@ -201,8 +201,8 @@ class Encoder:
 
     @cached_property
     def _text_lookups(self) -> dict[str, _TextLookup]:
-        # A polars Enum builds its index once, when the expression is made; each chunk then costs one hash probe per cell.
-        # Two codes beyond those of the vocabulary stand for "not in it" and "missing".
+        # A polars Enum builds its index once, when the expression is made; each chunk then costs one hash probe per
+        # cell. Two codes beyond those of the vocabulary stand for "not in it" and "missing".
         lookups = {}
         for field in self.schema.id_fields:
             if field.hash_size or field.type == "numeric":

@@ -69,19 +69,19 @@ def encode(
 ) -> EncodedDataset:
     """Encode a raw log into a folder and open it.
 
-    If the run is interrupted, killed, or out of disk space, its work stays in `.<name of out>.encoding` beside `out`. The
-    same call then goes on from the last checkpoint, to the same result. It starts from the beginning, with a warning, if
-    anything that the result depends on has changed: a source (by size and modification time), the schema, the split, the
-    seed, the read options, or the version of embtrim, polars or numpy. A fault in the data removes the work. A run over a
-    DataFrame makes no checkpoints.
+    If the run is interrupted, killed, or out of disk space, its work stays in `.<name of out>.encoding` beside `out`.
+    The same call then goes on from the last checkpoint, to the same result. It starts from the beginning, with a
+    warning, if anything that the result depends on has changed: a source (by size and modification time), the schema,
+    the split, the seed, the read options, or the version of embtrim, polars or numpy. A fault in the data removes the
+    work. A run over a DataFrame makes no checkpoints.
 
     Args:
         source: Path, paths, glob, folder or polars DataFrame; the training rows if `valid` or `test` is given.
         schema: The fields, or a TOML file with them; None infers a draft and writes it to `<out>.schema.toml`.
         label: The label column; needed without a schema, unless the column has a usual name (label, click, ..).
         out: Folder to write.
-        split: How `source` is divided, such as "8:1:1" (the default) or "time:8:1:1". With `valid` or `test` given, all of
-            `source` is for training, unless a split is given that leaves out the parts for these logs.
+        split: How `source` is divided, such as "8:1:1" (the default) or "time:8:1:1". With `valid` or `test` given, all
+            of `source` is for training, unless a split is given that leaves out the parts for these logs.
         valid: Log with the validation rows.
         test: Log with the test rows.
         seed: Seed of the random split and of the sample for quantiles.
@@ -93,8 +93,8 @@ def encode(
             checkpoints.
 
     Raises:
-        DataError: A column is missing; a label, number or weight cannot be used (with file and line); a split is empty or
-            has one class only; `out` exists, or another run is writing it; the disk is full.
+        DataError: A column is missing; a label, number or weight cannot be used (with file and line); a split is empty
+            or has one class only; `out` exists, or another run is writing it; the disk is full.
         KeyboardInterrupt: At Ctrl-C, with a message if the same call can go on.
 
     Example:
@@ -144,9 +144,9 @@ def encode_further(
     Args:
         source: The log, as for `encode`.
         encoder: The encoder whose fields, labels and transforms are kept.
-        extend: Makes the extended encoder from two arguments. The first holds the values that occur at least `min_count`
-            times in the training rows: by table a frame of value, id and count, see `Numbering.vocabularies`. The second
-            is the folder of the data, where `extend` may write files of its own.
+        extend: Makes the extended encoder from two arguments. The first holds the values that occur at least
+            `min_count` times in the training rows: by table a frame of value, id and count, see
+            `Numbering.vocabularies`. The second is the folder of the data, where `extend` may write files of its own.
         out: Folder to write; an encoded dataset there is replaced.
         split: How `source` is divided, as for `encode`.
         min_count: Least count of a value, for all listed fields; None takes each field's own.

@@ -204,8 +204,8 @@ def working_folder(
 ) -> Iterator[WorkingFolder]:
     """A working folder beside `target`, whose `folder` replaces the target at the end of the `with` block.
 
-    An EmbtrimError removes the working folder, since the same inputs would raise it again. After any other end of the run
-    (an interrupt, a full disk, a kill) the folder stays, if it has a checkpoint.
+    An EmbtrimError removes the working folder, since the same inputs would raise it again. After any other end of the
+    run (an interrupt, a full disk, a kill) the folder stays, if it has a checkpoint.
 
     Args:
         target: The folder to make.
@@ -273,8 +273,8 @@ def check_target(target: Path, overwrite: bool) -> None:
 def locked(target: Path) -> Iterator[bool]:
     """Keep other runs away from the target's working folder, inside a `with` block; False if files cannot be locked.
 
-    The lock belongs to an open file, so the system releases it when the process ends, however it ends. A lock file that a
-    killed run left is locked by nobody and does not hinder the next run.
+    The lock belongs to an open file, so the system releases it when the process ends, however it ends. A lock file that
+    a killed run left is locked by nobody and does not hinder the next run.
 
     Raises:
         DataError: Another run holds the lock.

@@ -41,7 +41,8 @@ def read_weights(chunk: Chunk, column: str) -> np.ndarray:
     """Sample weights of a chunk: float32 (N,), finite and not negative.
 
     Raises:
-        DataError: A weight is missing, not a number, not finite in float32, or negative; the message names file and line.
+        DataError: A weight is missing, not a number, not finite in float32, or negative; the message names file and
+            line.
     """
     raw = chunk.frame[column]
     weights = raw.cast(pl.Float64, strict=False).cast(pl.Float32)

@@ -71,8 +71,8 @@ class LogFile:
     ) -> Iterator[Chunk]:
         """Yield the rows in order, with places counted within the file.
 
-        `done` and `end` (its offset and line) of a chunk are those of the file, and its row numbers are not set; `RawLog`
-        sets them. See `RawLog.chunks` for the arguments.
+        `done` and `end` (its offset and line) of a chunk are those of the file, and its row numbers are not set;
+        `RawLog` sets them. See `RawLog.chunks` for the arguments.
         """
         raise NotImplementedError
 

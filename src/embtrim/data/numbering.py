@@ -1,9 +1,12 @@
-"""Codes for the values of a log in the order in which they come, so that one pass over it is enough: ids, which follow
-frequency, take the place of the codes at the end.
+"""Codes for the values of a log in the order in which they first occur.
 
-A text's code is 1 + its place among the texts of its table, 0 where it is missing; a number's is its bucket; a hashed
-value's is its id already. Texts are held once a table, by a polars Categories, whose index is one hash probe a cell. Which
-code a text gets may change from run to run where several fields share a table; ids do not.
+Codes make one pass over the log enough: ids follow frequency, which is known only at the end, and then replace the
+codes.
+
+The code of a text is 1 + its place among the texts of its table, and 0 if the text is missing. The code of a number is
+its bucket. The code of a hashed value is its id already. Each table keeps its texts once, in a polars Categories, whose
+index costs one hash probe per cell. If several fields share a table, the codes of texts may change from run to run; ids
+do not.
 
 Shapes: N rows, C id columns, V values of a table.
 """
@@ -25,7 +28,12 @@ from embtrim.schema import PAD, FieldSpec, Schema
 
 
 class Numbering:
-    """The texts seen so far and their codes."""
+    """The texts seen so far and their codes.
+
+    Attributes:
+        schema: The fields, without sizes.
+        transforms: Learned transforms of the numeric fields.
+    """
 
     def __init__(self, schema: Schema, transforms: Mapping[str, Mapping[str, Any]]) -> None:
         self.schema = schema
@@ -33,7 +41,7 @@ class Numbering:
         self._texts = [f for f in schema.id_fields if f.type in ("categorical", "multi") and not f.hash_size]
         self._categories = {field.table_name: pl.Categories.random() for field in self._texts}
         self._num_texts = dict.fromkeys(self._categories, 0)
-        # Polars forgets categories that no column uses.
+        # These columns keep the categories alive: polars forgets categories that no column uses.
         self._kept = [pl.Series([], dtype=pl.Categorical(categories)) for categories in self._categories.values()]
         self._codes = {
             f.name: (pl.col(f.name).cast(pl.Categorical(self._categories[f.table_name])).to_physical() + 1).fill_null(0)
@@ -44,28 +52,29 @@ class Numbering:
         """The id fields of a chunk: int32 (C, N), PAD where a multi field has no more values.
 
         Raises:
-            DataError: a value or a column's type does not fit its field.
+            DataError: A value or a column's type does not fit its field.
         """
         return number_cells(chunk.frame, self.schema, self.transforms, chunk.locate, self._codes, self._noted)
 
     def _noted(self, field: FieldSpec, code_N: np.ndarray) -> np.ndarray:
+        """The codes as they are; the number of texts of the field's table is updated."""
         if field.name in self._codes and len(code_N):
             self._num_texts[field.table_name] = max(self._num_texts[field.table_name], int(code_N.max()))
         return code_N
 
     def texts(self, table: str) -> pl.Series:
-        """The texts of a table, that of code 1 first."""
+        """The texts of a table in the order of their codes, which start at 1."""
         places = pl.DataFrame({"value": np.arange(self._num_texts[table], dtype=np.uint32)})
         return places.select(
             pl.col("value").cat.to(pl.Categorical(self._categories[table])).cast(pl.String)
         ).to_series()
 
     def _values(self, table: str) -> pl.Series:
-        """The values of a table by their codes: the missing one, then the texts."""
+        """The values of a table in the order of their codes: the missing value, then the texts."""
         return pl.concat([pl.Series("value", [None], pl.String), self.texts(table)])
 
     def state(self) -> pl.DataFrame:
-        """What was seen so far: columns table, value."""
+        """The texts seen so far, as a frame with columns table and value."""
         tables = pl.Enum(list(self._categories))
         empty = pl.DataFrame(schema={"table": tables, "value": pl.String})
         parts = [
@@ -75,10 +84,10 @@ class Numbering:
         return pl.concat([empty, *parts])
 
     def restore(self, state: pl.DataFrame) -> None:
-        """Go on from `state`.
+        """Go on from a `state`.
 
         Raises:
-            DataError: polars gives the texts other codes.
+            DataError: polars gives the texts other codes than before.
         """
         for key, part in state.partition_by("table", as_dict=True, include_key=False).items():
             dtype = pl.Categorical(self._categories[str(key[0])])
@@ -87,11 +96,11 @@ class Numbering:
             self._num_texts[str(key[0])] = len(part)
 
     def vocabularies(self, groups: Iterable[Sequence[np.ndarray]]) -> dict[str, pl.DataFrame]:
-        """By table, the values kept with their ids and counts, in the order of ids: columns value, id, count.
+        """By table, the values kept, as a frame with columns value, id and count in the order of ids.
 
         Args:
-            groups: the codes of all training rows, (C, N) each, in any order; some at a time, since a group costs a pass over
-                the counts.
+            groups: The codes of all training rows in any order, blocks of shape (C, N). The blocks of a group are
+                counted together, because each group costs a pass over the counts.
         """
         counts = {f.name: np.zeros(1 + self._num_texts[f.table_name], np.int64) for f in self._texts}
         none = pl.DataFrame(schema={"bucket": pl.Int32, "count": pl.Int64})
@@ -127,14 +136,14 @@ class Numbering:
         return result
 
     def _texts_counted(self, field: FieldSpec, count_V: np.ndarray) -> pl.DataFrame:
-        """The values of a field of texts that occur, and how often; null where missing."""
+        """The values that occur in a field of texts, with their counts; a missing value is null."""
         nulls = [*self.schema.nulls, *field.nulls] if field.type == "categorical" else []
         frame = pl.DataFrame({"value": self._values(field.table_name), "count": count_V}).filter(pl.col("count") > 0)
         return frame.with_columns(pl.when(~pl.col("value").is_in(nulls)).then("value").alias("value"))
 
     def encoded_by(self, encoder: Encoder) -> Callable[[np.ndarray], np.ndarray]:
-        """What turns codes into an encoder's ids: both int32 (C, N)."""
-        # PAD, which is -1, reads the last place.
+        """A function that turns codes into the encoder's ids, both int32 (C, N)."""
+        # The last place holds PAD, so that the code PAD (-1) reads PAD.
         ids_of = {f.name: np.append(encoder.text_ids(f, self._values(f.table_name)), PAD) for f in self._texts}
 
         def encoded(codes_CN: np.ndarray) -> np.ndarray:

@@ -7,14 +7,7 @@ from pathlib import Path
 
 import polars as pl
 
-from embtrim.data.log_file import (
-    Chunk,
-    LogFile,
-    Position,
-    first_line_of,
-    row_locator,
-    rows_per_slice,
-)
+from embtrim.data.log_file import Chunk, LogFile, Position, first_line_of, row_locator, rows_per_slice
 from embtrim.errors import DataError
 
 

@@ -3,9 +3,9 @@
 A log is one file, several files, a glob, a folder, or a polars DataFrame. `open_log` finds its format and its columns.
 `RawLog.chunks` yields frames; each chunk knows the file and line of its rows, for error messages.
 
-Conventions. Text cells stay strings; an empty cell is null; a file may be gzipped whatever its name. A separator may have
-several characters (`::`). Tab-separated files have no quoting; in other text `"` quotes cells as in csv. Blank lines are
-skipped. Every line must have a cell for each column. For libsvm and libfm see sparse_text.py.
+Conventions. Text cells stay strings; an empty cell is null; a file may be gzipped whatever its name. A separator may
+have several characters (`::`). Tab-separated files have no quoting; in other text `"` quotes cells as in csv. Blank
+lines are skipped. Every line must have a cell for each column. For libsvm and libfm see sparse_text.py.
 
 Memory. Text is read in blocks of `chunk_bytes` (16 MB), cut at the end of a line; a parsed block takes up to about ten
 times as much. Parquet and frames are read in slices of at most 131,072 rows, fewer if there are many columns. Neither
@@ -84,8 +84,8 @@ class RawLog:
             chunk_bytes: Bytes of text per chunk. Parquet and frames are cut by rows, into fewer rows if this is small.
             start: The `end` of an earlier chunk of the same size. Rows before it are not parsed again, but a gz file is
                 unzipped again.
-            numbers: Columns that text may give as float64, which saves a pass over the cells. A chunk in which one of their
-                cells is not a number gives them as text.
+            numbers: Columns that text may give as float64, which saves a pass over the cells. A chunk in which one of
+                their cells is not a number gives them as text.
 
         Raises:
             DataError: A file lacks a column, has lines of unequal length, or cannot be read.
@@ -164,7 +164,8 @@ def open_log(source: Source, options: ReadOptions | None = None) -> RawLog:
 def read_ahead(items: Iterator[T]) -> Iterator[T]:
     """Yield the items, such as chunks; another thread makes the next items while one is in use.
 
-    Two items are in the making. With one, the thread would wait whenever an item is made faster than the one before is used.
+    Two items are in the making. With one, the thread would wait whenever an item is made faster than the one before is
+    used.
     """
     with ThreadPoolExecutor(1, "read_ahead") as pool:
         coming = deque(pool.submit(next, items, None) for _ in range(2))
@@ -205,7 +206,8 @@ def _find_format(path: Path) -> Format:
     suffix = suffix_of(path)
     if suffix not in SUFFIXES:
         raise DataError(
-            f"{path}: unknown suffix {suffix!r}; known: {', '.join(SUFFIXES)}; or pass format='csv', 'parquet', .."
+            f"{path}: unknown suffix {suffix!r}; known: {', '.join(SUFFIXES)}; or read it with "
+            "ReadOptions(format=..) (--format csv)"
         )
     found = SUFFIXES[suffix]
     if found is None:

@@ -1,10 +1,10 @@
 """Sparse text: files in the libsvm and libfm formats.
 
-In libsvm lines (`label index:value ...`) column `features` is the list of a row's indices, for 0/1 values (0 is dropped).
-A column named by an index, such as `7`, is the value at that index, 0 where the index is absent.
+In libsvm lines (`label index:value ...`) column `features` is the list of a row's indices, for 0/1 values (0 is
+dropped). A column named by an index, such as `7`, is the value at that index, 0 where the index is absent.
 
-In libfm lines with fields (`label field:index:value ...`, also known as libffm) column `3` is the list of indices of field
-3, for 0/1 values, and column `3:17` is the value at index 17 of field 3.
+In libfm lines with fields (`label field:index:value ...`, also known as libffm) column `3` is the list of indices of
+field 3, for 0/1 values, and column `3:17` is the value at index 17 of field 3.
 
 The label column is `label`; label -1 reads as 0.
 """
@@ -17,11 +17,7 @@ from pathlib import Path
 
 import polars as pl
 
-from embtrim.data.log_file import (
-    Chunk,
-    LogFile,
-    Position,
-)
+from embtrim.data.log_file import Chunk, LogFile, Position
 from embtrim.data.read_options import Format
 from embtrim.data.text_blocks import first_nonblank_line, row_blocks
 from embtrim.errors import DataError
@@ -53,12 +49,12 @@ class SparseFile(LogFile):
             self.columns = ("label", *sorted(fields, key=lambda name: (len(name), name)))
 
     def missing(self, columns: Sequence[str]) -> list[str]:
-        """The names in `columns` that cannot be an index. Which indices a file has is known only once it is read."""
+        """The names in `columns` that are not an index; which indices a file has is known only once it is read."""
         form = r"features|\d+" if self.num_parts == 2 else r"[^\s:]+(:[^\s:]+)?"
         return [name for name in columns if name != "label" and not re.fullmatch(form, name)]
 
     def valued_indices(self, column: str) -> list[str]:
-        """The columns of all indices of list column `column`, if one of them has a value other than 0 and 1; else none."""
+        """The columns of all indices in list column `column` if any value is not 0 or 1, otherwise an empty list."""
         block, *_ = next(row_blocks(self.path, 1 << 20, quoted=False))
         names: dict[str, None] = {}
         plain = True
@@ -72,8 +68,10 @@ class SparseFile(LogFile):
     def chunks(
         self, columns: list[str], chunk_bytes: int, start: Position, numbers: Collection[str]
     ) -> Iterator[Chunk]:
-        """Yield the rows in order; see `LogFile.chunks`. Blocks are smaller than for other text, because pairs of index and
-        value take several times the memory of their text."""
+        """Yield the rows in order; see `LogFile.chunks`.
+
+        Blocks are smaller than for other text, because pairs of index and value take several times the memory.
+        """
         for block, first_line, done, end in row_blocks(self.path, max(1, chunk_bytes // 4), quoted=False, start=start):
             lines = [
                 (number, line)

@@ -31,9 +31,9 @@ class Split(Config):
     Attributes:
         by: "ratio" draws each row's split at random; "time" cuts along the schema's time column.
         ratio: Parts of the whole for train, valid and test; a part of 0 leaves that split out.
-        cuts: Moments that cut the log, for "time" only: train lies before the first cut, valid before the second, and test
-            is the rest (with one cut there is no test). None cuts at quantiles of time according to `ratio`. Rows of the
-            same moment stay together.
+        cuts: Moments that cut the log, for "time" only: train lies before the first cut, valid before the second, and
+            test is the rest (with one cut there is no test). None cuts at quantiles of time according to `ratio`. Rows
+            of the same moment stay together.
     """
 
     by: Literal["ratio", "time"] = "ratio"
@@ -209,7 +209,7 @@ def random_bits(first_row: int, num_rows: int, seed: int) -> np.ndarray:
 
 
 class Sample:
-    """All values offered; once there are more than SAMPLE_ROWS, a uniform sample: the values with the smallest random bits."""
+    """The values offered, or a uniform sample of SAMPLE_ROWS of them: those with the smallest random bits."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed

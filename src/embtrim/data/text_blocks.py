@@ -8,18 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from embtrim.data.log_file import (
-    START,
-    Position,
-    first_line_of,
-)
+from embtrim.data.log_file import START, Position, first_line_of
 from embtrim.errors import DataError
 
 MAX_LINE_BYTES = 256 << 20
+QUOTES_ARE_TEXT = 'if " is plain text in this log, read it with ReadOptions(quoted=False) (--set read.quoted=false)'
 
 
 def _open_binary(path: Path) -> tuple[BinaryIO, BinaryIO]:
-    """The file's bytes, unzipped if the file is gzipped, and the raw file underneath, whose position tells the progress."""
+    """The file, unzipped if it is gzipped, and the raw file underneath, whose position tells the progress."""
     raw = open(path, "rb")  # noqa: SIM115 - closed by the caller
     if raw.read(2) == b"\x1f\x8b":
         raw.seek(0)
@@ -52,7 +49,8 @@ def row_blocks(
         start: Place where reading goes on.
 
     Yields:
-        The block, the number of its first line, the part of the file read so far, and the offset and line after the block.
+        The block, the number of its first line, the part of the file read so far, and the offset and line after the
+        block.
 
     Raises:
         DataError: The gzip stream is damaged, or a row does not end within MAX_LINE_BYTES.
@@ -108,6 +106,6 @@ def _rest_of_quoted(file: BinaryIO, path: Path, line_number: int) -> bytes:
         if num_bytes > MAX_LINE_BYTES:
             raise DataError(
                 f"{path}: a quote opened after line {line_number:,} is not closed within {MAX_LINE_BYTES >> 20} MB; "
-                'if " is plain text in this log, pass quoted=False'
+                f"{QUOTES_ARE_TEXT}"
             )
     return b"".join(lines)

@@ -1,8 +1,8 @@
 """Transforms of numbers: buckets of numeric fields, and the values of dense fields.
 
-log2: v > 2 -> floor(ln(v)^2), else floor(v), so negative numbers keep one bucket per unit; all below -2^31 + 1 share the
-last bucket. quantile:k: bucket i holds edge[i-1] <= v < edge[i]; equal edges are merged. log1p: sign(v) ln(1 + |v|).
-standard: (v - mean) / std over the training rows that have a value; std is 1 if all are equal.
+log2: v > 2 -> floor(ln(v)^2), else floor(v), so negative numbers keep one bucket per unit; all below -2^31 + 1 share
+the last bucket. quantile:k: bucket i holds edge[i-1] <= v < edge[i]; equal edges are merged. log1p: sign(v) ln(1 +
+|v|). standard: (v - mean) / std over the training rows that have a value; std is 1 if all are equal.
 
 Shapes: N rows.
 """

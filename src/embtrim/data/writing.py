@@ -29,7 +29,8 @@ from embtrim.schema import Schema
 from embtrim.system.files import flush_file
 from embtrim.system.progress import StageBar
 
-# Training rows whose codes are counted together. Each group costs a pass over all counts and holds one column in memory.
+# Training rows whose codes are counted together. Each group costs a pass over all counts and holds one column in
+# memory.
 COUNTED_ROWS = 2_000_000
 
 
