@@ -25,7 +25,7 @@ _ID_NAME = re.compile(r"(^|_)(id|ids|code|zip|zipcode|user|item|ad|hash|category
 def infer_schema(source: Source, label: str | None = None, options: ReadOptions | None = None) -> Schema:
     """Draft a schema from the first rows of a log (up to INFER_ROWS), for the user to edit.
 
-    - Text, booleans and integers are categorical.
+    - Text, booleans, integers, and numbers with at most 50 different values are categorical.
     - Very skewed integers whose most frequent value is -1..2 are counts: numeric with log2.
     - Numbers with fractions are numeric, with log2 if they are very skewed, otherwise with quantile:20.
     - Lists are multi, and so is text whose parts between `|`, `;`, `^` or `,` recur.
