@@ -1,4 +1,4 @@
-"""Raw cells to values, whatever the format of the log; cells that cannot be used."""
+"""Raw cells to values, in logs of any format; cells that cannot be used."""
 
 import numpy as np
 import polars as pl

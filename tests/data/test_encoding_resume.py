@@ -1,4 +1,4 @@
-"""Encodings that are interrupted or killed go on, to the same bytes; or start anew where going on could be wrong."""
+"""Interrupted or killed encodings go on to the same bytes, or start from the beginning if going on could be wrong."""
 
 import errno
 import gzip
@@ -63,7 +63,7 @@ def write_log(frame: pl.DataFrame, path: Path) -> Path:
 
 
 class Job:
-    """One call of encode() on a log in three files, of which the last holds the validation rows; written if not there."""
+    """One call of encode() on a log of three files, which are written if absent; the last holds the validation rows."""
 
     def __init__(self, folder: Path, kind: str = "csv", num_rows: int = 600) -> None:
         self.folder, self.out = folder, folder / "data"
@@ -79,7 +79,7 @@ class Job:
         }  # fmt: skip
 
     def run(self, **changes) -> dict[str, bytes]:
-        """Encode; the files, without what depends on the time."""
+        """Encode; the files, without the seconds."""
         out = changes.get("out", self.out)
         encode(self.source, **{"out": out, **self.options, **changes})
         return self.files(out)
@@ -104,7 +104,7 @@ class Job:
 
 
 class Interrupts:
-    """Runs that end in KeyboardInterrupt after a chunk that was read, or a block that was written."""
+    """Runs that end in KeyboardInterrupt after a chunk is read or a block is written."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.count = lambda: False, 0
@@ -120,7 +120,7 @@ class Interrupts:
         monkeypatch.setattr(writing, "COUNTED_ROWS", 90)
 
     def run(self, job: Job, after: int = sys.maxsize) -> dict[str, bytes] | None:
-        """The files; or None, interrupted after so many chunks and blocks, those of all passes, and one more."""
+        """The files; None if the run was interrupted, one after so many chunks and blocks of all passes."""
         self.count = 0
         return self._run(job, lambda: self.count > after)
 
@@ -183,7 +183,7 @@ class TestSameBytes:
             interrupts.count = 0
             assert len(list(tmp_path.glob(".data.encoding/texts-*"))) <= 1
         assert files == whole
-        # Neither a finished stage nor a read or written chunk comes twice; times, numbers and counts have no checkpoint within.
+        # No finished stage and no chunk read or written is repeated; stages over times, numbers and counts have no checkpoints.
         assert num_chunks <= num_read < 1.5 * num_chunks
 
     @pytest.mark.parametrize("call", range(3, 30, 6))
@@ -206,7 +206,7 @@ class TestSameBytes:
         assert job.run() == whole
         assert job.left() == {"data"}
 
-    def test_written_anew_over_an_old_dataset(self, tmp_path, interrupts):
+    def test_an_old_dataset_is_replaced(self, tmp_path, interrupts):
         job = Job(tmp_path)
         whole = job.whole()
         job.run(seed=1, split="8:0:2")
@@ -241,10 +241,10 @@ class TestSameBytes:
             job.out.rename(tmp_path / "whole" / f"{after}")
 
 
-class TestStartsAnew:
-    """A run that cannot go on says why in one line, and gives what a run with nothing before it gives."""
+class TestStartsFromTheBeginning:
+    """A run that cannot go on says why in one line, and gives the result of a run without a checkpoint."""
 
-    def anew(self, job: Job, caplog, reason: str, whole: dict[str, bytes]) -> None:
+    def starts_again(self, job: Job, caplog, reason: str, whole: dict[str, bytes]) -> None:
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             files = job.run()
@@ -259,7 +259,7 @@ class TestStartsAnew:
         job = Job(tmp_path)
         interrupts.into(stage, job)
         write_log(rows(200, seed=1), job.source[0])
-        self.anew(job, caplog, "made with other source files", job.whole())
+        self.starts_again(job, caplog, "made with other source files", job.whole())
 
     def test_same_size_and_another_time(self, tmp_path, interrupts, caplog):
         job = Job(tmp_path)
@@ -267,7 +267,7 @@ class TestStartsAnew:
         stat = job.source[0].stat()
         job.source[0].write_text(job.source[0].read_text().replace("|1", "|2"))
         os.utime(job.source[0], ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-        self.anew(job, caplog, "made with other source files", job.whole())
+        self.starts_again(job, caplog, "made with other source files", job.whole())
 
     @pytest.mark.parametrize(
         "changes, reason",
@@ -285,13 +285,13 @@ class TestStartsAnew:
         job = Job(tmp_path)
         interrupts.into("written", job)
         job.options |= changes
-        self.anew(job, caplog, reason, job.whole())
+        self.starts_again(job, caplog, reason, job.whole())
 
     def test_other_release(self, tmp_path, interrupts, caplog, monkeypatch):
         job = Job(tmp_path)
         interrupts.into("coded", job)
         monkeypatch.setattr(encoding, "CHECKPOINT_VERSION", 0)
-        self.anew(job, caplog, "made with other versions", job.whole())
+        self.starts_again(job, caplog, "made with other versions", job.whole())
 
     @pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.999])
     def test_truncated_checkpoint(self, tmp_path, interrupts, caplog, keep):
@@ -299,7 +299,7 @@ class TestStartsAnew:
         interrupts.into("written", job)
         path = tmp_path / ".data.encoding/checkpoint.json"
         os.truncate(path, int(keep * path.stat().st_size))
-        self.anew(job, caplog, "checkpoint is damaged", job.whole())
+        self.starts_again(job, caplog, "checkpoint is damaged", job.whole())
 
     @pytest.mark.parametrize(
         "stage, name",
@@ -318,7 +318,7 @@ class TestStartsAnew:
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-        self.anew(job, caplog, "damaged", job.whole())
+        self.starts_again(job, caplog, "damaged", job.whole())
 
     @pytest.mark.parametrize("how", ["short", "gone"])
     def test_arrays_shorter_than_the_checkpoint_says(self, tmp_path, interrupts, caplog, how):
@@ -326,7 +326,7 @@ class TestStartsAnew:
         interrupts.into("written", job)
         path = tmp_path / ".data.encoding/data/train/labels.npy"
         os.truncate(path, path.stat().st_size - 1) if how == "short" else path.unlink()
-        self.anew(job, caplog, "labels.npy is damaged", job.whole())
+        self.starts_again(job, caplog, "labels.npy is damaged", job.whole())
 
     def test_killed_before_the_first_checkpoint(self, tmp_path, caplog):
         job = Job(tmp_path)

@@ -202,7 +202,7 @@ class Encoder:
     @cached_property
     def _text_lookups(self) -> dict[str, _TextLookup]:
         # A polars Enum builds its index once, when the expression is made; each chunk then costs one hash probe per
-        # cell. Two codes beyond those of the vocabulary stand for "not in it" and "missing".
+        # cell. Two more codes stand for "not in it" and "missing".
         lookups = {}
         for field in self.schema.id_fields:
             if field.hash_size or field.type == "numeric":

@@ -272,7 +272,7 @@ def _learn_cuts(splitter: Splitter, log: RawLog, chunk_bytes: int, bar: StageBar
 def _learned_transforms(
     schema: Schema, log: RawLog, splitter: Splitter, seed: int, chunk_bytes: int, bar: StageBar, work: WorkingFolder
 ) -> dict[str, dict[str, Any]]:
-    """The learned transforms by field, those of the checkpoint if it has them."""
+    """The learned transforms by field, from the checkpoint if it has them."""
     if work.state.transforms is not None:
         return work.state.transforms
     transforms = _fit_transforms(schema, log, splitter, seed, chunk_bytes, bar)

@@ -121,7 +121,7 @@ class WorkingFolder:
         """Save a checkpoint.
 
         Args:
-            files: The files that the checkpoint counts on, arrays not included; None keeps those of the last one.
+            files: The files that the checkpoint counts on, arrays not included; None keeps the files of the last one.
             changes: New values of attributes of `EncodingState`.
         """
         if self._seconds is None:

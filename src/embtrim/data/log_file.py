@@ -1,4 +1,4 @@
-"""One file of a raw log, whatever its format: columns, and rows in chunks that know their place in the log."""
+"""One file of a raw log of any format: its columns, and its rows in chunks that know their place in the log."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ class ReadOptions(Config):
     Attributes:
         format: "csv" (any text with separators), "parquet", "libsvm" or "libfm"; None finds out from name and content.
         header: Whether the first line of text names the columns.
-        columns: Names of the columns, instead of those in the header; with header = true the header line is skipped.
+        columns: Names of the columns, instead of the names in the header; with header = true the header line is
+            skipped.
         separator: Text between two cells; None means a tab in .tsv files, otherwise the separator of the first line.
         encoding: Character encoding of text.
         quoted: Whether `"` quotes cells; None means yes, unless the separator is a tab or has several characters.

@@ -3,7 +3,7 @@
 A log is one file, several files, a glob, a folder, or a polars DataFrame. `open_log` finds its format and its columns.
 `RawLog.chunks` yields frames; each chunk knows the file and line of its rows, for error messages.
 
-Conventions. Text cells stay strings; an empty cell is null; a file may be gzipped whatever its name. A separator may
+Conventions. Text cells stay strings; an empty cell is null; a file of any name may be gzipped. A separator may
 have several characters (`::`). Tab-separated files have no quoting; in other text `"` quotes cells as in csv. Blank
 lines are skipped. Every line must have a cell for each column. For libsvm and libfm see sparse_text.py.
 
@@ -46,7 +46,7 @@ class RawLog:
     Attributes:
         name: Name for messages.
         files: The files in the order of reading; a DataFrame counts as one file.
-        columns: Names of the columns; for sparse text, of those in the first block.
+        columns: Names of the columns; for sparse text, of the columns in the first block.
         is_sparse: Whether the log is libsvm or libfm.
     """
 

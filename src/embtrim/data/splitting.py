@@ -209,7 +209,7 @@ def random_bits(first_row: int, num_rows: int, seed: int) -> np.ndarray:
 
 
 class Sample:
-    """The values offered, or a uniform sample of SAMPLE_ROWS of them: those with the smallest random bits."""
+    """The values offered, or a uniform sample of SAMPLE_ROWS values: the values with the smallest random bits."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
