@@ -32,7 +32,8 @@ from embtrim.experiments.settings import RunConfig
 from embtrim.experiments.steps import train_full
 from embtrim.methods.uniform import equal_widths
 from embtrim.models import DeepFM
-from embtrim.serving.bundle import load_bundle, write_predictions
+from embtrim.serving.bundle import load_bundle
+from embtrim.serving.predicting import write_predictions
 from embtrim.system.memory import freed_pages_kept
 from embtrim.tables.embedding_tables import EmbeddingTables
 from embtrim.tables.kernels import kernels_name

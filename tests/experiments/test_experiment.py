@@ -23,7 +23,8 @@ from embtrim.experiments.settings import RunConfig
 from embtrim.experiments.steps import shrink, smallest_within, train_full
 from embtrim.models import build
 from embtrim.plan.plan import SizePlan
-from embtrim.serving.bundle import Bundle, load_bundle, write_predictions
+from embtrim.serving.bundle import Bundle, load_bundle
+from embtrim.serving.predicting import write_predictions
 from embtrim.system import memory
 from embtrim.system.memory import peak_memory
 from embtrim.testing.checks import planted_data

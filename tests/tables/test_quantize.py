@@ -687,13 +687,13 @@ def test_a_run_trains_in_fp32_and_keeps_the_quantised_model(raw, tmp_path):
 
 @pytest.mark.parametrize("format", ["pt2", "onnx"])
 def test_an_exported_model_stays_quantised(format, tmp_path):
-    from tests.serving import test_export
+    from tests.serving import export_models
 
-    like = test_export.model_of("deepfm", test_export.schema_of(), test_export.mixed_blocks)
+    like = export_models.model_of("deepfm", export_models.schema_of(), export_models.mixed_blocks)
     names = [t.name for t in like.tables.plan.tables]
     plan = like.tables.plan.with_bits(dict(zip(names, (4, 8, 16, 8), strict=True)))
     model = compact(DeepFM(like.schema, embedding_dim=4, hidden_units=(8,), init_std=0.5), plan).eval()
     model.tables.quantize()
     manifest = export(model, format, tmp_path / "out")
-    test_export.check_agreement(model, tmp_path / "out", format)
+    export_models.check_agreement(model, tmp_path / "out", format)
     assert manifest["table_bytes"] == dataclasses.replace(plan, first_order=True).num_bytes()

@@ -461,7 +461,8 @@ def predict(
     settings = _settle(PredictSettings, config, overrides, flags)
     options = _read_options(settings.read)
     from embtrim.data.reading import open_log
-    from embtrim.serving.bundle import load_bundle, write_predictions
+    from embtrim.serving.bundle import load_bundle
+    from embtrim.serving.predicting import write_predictions
 
     loaded = load_bundle(bundle)
     if dry_run:
@@ -561,20 +562,22 @@ def export(
     start_log(quiet)
     from embtrim.serving import exporting
     from embtrim.serving.bundle import load_bundle
+    from embtrim.serving.export_sizes import table_sizes
+    from embtrim.serving.served import describe_inputs
     from embtrim.system.folders import folder_bytes
 
-    exporting.check_format(format)
+    checked = exporting.check_format(format)
     loaded = load_bundle(bundle)
     if dry_run:
         facts = {
-            **exporting.table_sizes(loaded.model, format),
+            **table_sizes(loaded.model, checked),
             "vocabulary_bytes": folder_bytes(bundle / "encoder"),
-            "inputs": list(exporting.describe_inputs(loaded.model.schema)),
+            "inputs": list(describe_inputs(loaded.model.schema)),
         }
         show_facts({"model": loaded.info["model"], "format": format, **facts}, as_json)
         return
     target = _needed(out)
-    manifest = exporting.export(loaded, format, target, external_data=external_data, overwrite=overwrite)
+    manifest = exporting.export(loaded, checked, target, external_data=external_data, overwrite=overwrite)
     if as_json:
         print_json(manifest)
         return

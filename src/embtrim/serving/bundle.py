@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import statistics
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +32,15 @@ from embtrim.data.encoder import Encoder
 from embtrim.data.log_file import Chunk
 from embtrim.data.read_options import ReadOptions
 from embtrim.data.reading import open_log, read_ahead
-from embtrim.errors import BundleError, ConfigError, DataError, EmbtrimError
+from embtrim.errors import BundleError, ConfigError, EmbtrimError
 from embtrim.models import MODELS
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import PlanShape, SizePlan
 from embtrim.schema import Schema
 from embtrim.serving.model_card import model_card
 from embtrim.system.files import read_json, write_then_rename
-from embtrim.system.folders import file_digest, folder_bytes, write_folder
+from embtrim.system.folders import check_replaceable, file_digest, folder_bytes, write_folder
 from embtrim.system.memory import freed_pages_kept
-from embtrim.system.progress import progress_bar
 from embtrim.training.evaluation import EVAL_BATCH_SIZE, check_data
 
 # 1 had no digest of bundle.json itself, and said less of where a model comes from; it still opens.
@@ -132,69 +129,6 @@ class Bundle:
         return scores
 
 
-def write_predictions(
-    bundle: Bundle,
-    source: str | Path,
-    out: str | Path,
-    *,
-    keep: Sequence[str] = (),
-    options: ReadOptions | None = None,
-    overwrite: bool = False,
-    progress: bool = False,
-) -> int:
-    """Score a log on disk in bounded memory and write a column `score`; returns the number of rows.
-
-    Args:
-        bundle: the model.
-        source: the raw log.
-        out: file to write, `.parquet` or `.csv`; under a temporary name until it is complete.
-        keep: columns of the log to copy beside the scores.
-        options: how to read the log.
-        overwrite: replace an existing file.
-        progress: show a bar on stderr.
-
-    Raises:
-        ConfigError: `out` has another suffix.
-        DataError: the log lacks a column or holds what a field cannot read; `out` exists; the disk is full.
-    """
-    out = Path(out)
-    if out.suffix not in (".parquet", ".csv"):
-        raise ConfigError(f"--out takes a .parquet or .csv file, given {str(out)!r}")
-    if out.is_dir() or (out.exists() and not overwrite):
-        raise DataError(f"{out} exists; choose another name or pass overwrite=True (--overwrite)")
-    if "score" in keep:
-        raise DataError("column 'score' of the log would collide with the scores; leave it out of keep")
-    log = open_log(source, options)
-    log.require([*bundle.encoder.columns, *keep])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    rows = 0
-    with (
-        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder,
-        progress_bar(progress) as bar,
-        freed_pages_kept(),
-    ):
-        task = bar.add_task("predict", total=None)
-        parts: list[Path] = []
-        try:
-            numbers = set(number_columns(bundle.encoder.schema)) - set(keep)
-            for chunk in read_ahead(log.chunks([*bundle.encoder.columns, *keep], numbers=numbers)):
-                scores = pl.Series("score", bundle.predict_chunk(chunk))
-                part = pl.DataFrame([*(chunk.frame[name] for name in keep), scores])
-                parts.append(Path(folder) / f"{len(parts):06d}.parquet")
-                part.write_parquet(parts[-1])
-                rows += len(part)
-                bar.update(task, completed=rows, total=rows / max(chunk.done, 1e-9))
-            whole = (
-                pl.scan_parquet(parts) if parts else pl.LazyFrame(schema=dict.fromkeys([*keep, "score"], pl.Float32))
-            )
-            complete = Path(folder) / f"complete{out.suffix}"
-            (whole.sink_parquet if out.suffix == ".parquet" else whole.sink_csv)(complete)
-            os.replace(complete, out)
-        except (OSError, pl.exceptions.PolarsError) as error:
-            raise DataError(f"{out} could not be written: {error}; free space or choose another place") from None
-    return rows
-
-
 def save(
     model: CTRModel,
     folder: str | Path,
@@ -268,12 +202,7 @@ def save(
 
 def check_out(folder: Path, overwrite: bool) -> None:
     """Raise BundleError if no bundle may be written to `folder`: only another one is replaced, or an empty folder."""
-    if not folder.exists():
-        return
-    if not overwrite:
-        raise BundleError(f"{folder} exists; choose another name or pass overwrite=True (--overwrite)")
-    if not (folder / "bundle.json").exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise BundleError(f"{folder} is not a bundle, so it is not overwritten; choose another name")
+    check_replaceable(folder, overwrite, "a bundle", lambda path: (path / "bundle.json").exists(), BundleError)
 
 
 def note_spread(folder: str | Path, metrics: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import polars as pl
 from safetensors import SafetensorError
 
-from embtrim.errors import BundleError
+from embtrim.errors import BundleError, EmbtrimError
 
 
 @contextmanager
@@ -47,6 +47,29 @@ def write_folder(folder: Path, what: str) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(
+    folder: Path, overwrite: bool, what: str, is_earlier: Callable[[Path], bool], error: type[EmbtrimError]
+) -> None:
+    """Check that a folder may be written: it does not exist, or it may be replaced.
+
+    Args:
+        folder: Folder to write.
+        overwrite: Whether an earlier result, or an empty folder, may be replaced.
+        what: Name of such a result, such as "a bundle".
+        is_earlier: Whether a path is such a result.
+        error: Class of the error.
+
+    Raises:
+        EmbtrimError: Something is there that may not be replaced; of the class `error`.
+    """
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise error(f"{folder} exists; choose another name or pass overwrite=True (--overwrite)")
+    if not is_earlier(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise error(f"{folder} is not {what}, so it is not overwritten; choose another name")
 
 
 def file_digest(path: Path) -> str:

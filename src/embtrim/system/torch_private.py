@@ -47,6 +47,11 @@ def compile_error() -> type[Exception]:
     return TorchDynamoException
 
 
+def set_example_inputs(program: torch.export.ExportedProgram, inputs: Any) -> None:
+    """Replace the example that an exported program keeps, in place; some releases have no public way to do so."""
+    program._example_inputs = inputs
+
+
 def tree_leaves(tree: Any) -> list[Any]:
     """The leaves of nested lists, tuples and dicts, in order."""
     if _pytree is not None:

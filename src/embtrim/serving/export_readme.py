@@ -1,0 +1,40 @@
+"""README.md of an export: how a server calls the model, with code to copy."""
+
+from __future__ import annotations
+
+from embtrim.schema import PAD
+from embtrim.serving.manifest import Manifest
+from embtrim.serving.served import Served, argument_names
+from embtrim.system.templates import render
+
+
+def readme(manifest: Manifest, served: Served) -> str:
+    """The README as text.
+
+    Args:
+        manifest: What manifest.json will hold; its files are not read.
+        served: What was exported.
+    """
+    inputs = manifest["inputs"]
+    method = manifest.get("method")
+    if method is None:
+        ids = "module"
+    else:
+        ids = "encoder" if "vocabulary_bytes" in manifest else "model"
+    by_position = argument_names(served)[: len(served.args)]
+    return render(
+        "embtrim.serving",
+        "export_readme.md.j2",
+        title=manifest["model"] if method is None else f"{manifest['model']} ({method})",
+        format=manifest["format"],
+        version=manifest["embtrim"],
+        table_bytes=manifest["table_bytes"],
+        full_table_bytes=manifest["full_table_bytes"],
+        model_bytes=manifest["model_bytes"],
+        full_model_bytes=manifest["full_model_bytes"],
+        ids=ids,
+        pad=PAD,
+        arguments=", ".join([*by_position, *(f"{name}={name}" for name in served.kwargs)]),
+        feeds="{" + ", ".join(f'"{name}": {name}' for name in inputs) + "}",
+        shapes=", ".join(f"{n}: {i['dtype']} ({', '.join(map(str, i['shape']))})" for n, i in inputs.items()),
+    )

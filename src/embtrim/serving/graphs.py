@@ -1,0 +1,108 @@
+"""Exports as one graph: pt2 (torch.export) and ONNX."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.export.graph_signature import InputKind
+
+from embtrim.errors import EmbtrimError
+from embtrim.serving.served import Served, named_tensors
+from embtrim.system.torch_private import ONNX_LOGGER, set_example_inputs, tree_map
+
+# Values that constant folding may add to an ONNX graph per constant. A folded table would be stored beside the table itself.
+FOLDED_VALUES = 64
+# Weights of more bytes get a file of their own: protobuf ends at 2 GiB, graph included.
+ONNX_FILE_BYTES = 3 * 2**29
+
+
+def traced(served: Served) -> torch.export.ExportedProgram:
+    """The module as one graph, for any batch of at least one row."""
+    program = torch.export.export(served.module, served.args, served.kwargs, dynamic_shapes=served.shapes)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it holds paths of this machine, and the file leaves it
+    drop_unread(program)
+    return program
+
+
+def drop_unread(program: torch.export.ExportedProgram) -> None:
+    """Remove parameters and buffers that the graph does not read, such as the layout that only training needs; in place."""
+    specs = program.graph_signature.input_specs
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    for spec, node in list(zip(specs, placeholders, strict=True)):
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target is not None and not node.users:
+            specs.remove(spec)
+            program.graph.erase_node(node)
+            program.state_dict.pop(spec.target, None)
+            program.constants.pop(spec.target, None)
+    program.graph_module.recompile()
+
+
+def write_pt2(served: Served, folder: Path) -> None:
+    """Write model.pt2: `torch.export.load(..).module()(ids=ids, dense=dense)` gives logits, without embtrim."""
+    written = io.BytesIO()  # on a full disk torch's own writer aborts the process
+    with quiet_exporter():
+        program = traced(served)
+        # torch keeps the example: somebody's rows, and the whole tensor that they are a slice of. The shapes are enough.
+        set_example_inputs(
+            program,
+            tree_map(lambda x: x.new_zeros(()).expand(x.shape) if isinstance(x, Tensor) else x, program.example_inputs),
+        )
+        torch.export.save(program, written)
+    (folder / "model.pt2").write_bytes(written.getbuffer())
+
+
+def write_onnx(served: Served, folder: Path, external_data: bool = False) -> None:
+    """Write model.onnx.
+
+    A zoo model has the inputs `ids` and `dense` and the output `logits`; a module of one's own has those of its forward.
+
+    Args:
+        served: The model.
+        folder: Folder to write to.
+        external_data: Store the weights in a file of their own, whatever their size.
+
+    Raises:
+        EmbtrimError: onnx or onnxscript is not installed.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise EmbtrimError(f"format 'onnx' needs {' and '.join(missing)}; pip install embtrim[export]")
+    from onnxscript.optimizer import optimize_ir
+
+    with quiet_exporter():
+        program = torch.onnx.export(
+            traced(served),
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            input_names=list(named_tensors(served)),
+            output_names=served.outputs,
+        )
+        assert program is not None
+        optimize_ir(program.model, output_size_limit=FOLDED_VALUES)
+    weights = sum(
+        value.const_value.nbytes for value in program.model.graph.initializers.values() if value.const_value is not None
+    )
+    program.save(folder / "model.onnx", external_data=external_data or weights > ONNX_FILE_BYTES)
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Silence torch's exporter about its own insides, and about a torchvision that it does not need."""
+    level = ONNX_LOGGER.level
+    ONNX_LOGGER.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated", FutureWarning)
+            yield
+    finally:
+        ONNX_LOGGER.setLevel(level)

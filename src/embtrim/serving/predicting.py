@@ -1,0 +1,80 @@
+"""Score a raw log on disk in bounded memory."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+
+from embtrim.data.encoder import number_columns
+from embtrim.data.reading import ReadOptions, open_log, read_ahead
+from embtrim.errors import ConfigError, DataError
+from embtrim.serving.bundle import Bundle
+from embtrim.system.memory import freed_pages_kept
+from embtrim.system.progress import progress_bar
+
+
+def write_predictions(
+    bundle: Bundle,
+    source: str | Path,
+    out: str | Path,
+    *,
+    keep: Sequence[str] = (),
+    options: ReadOptions | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> int:
+    """Score a log on disk in bounded memory and write a column `score`; returns the number of rows.
+
+    Args:
+        bundle: the model.
+        source: the raw log.
+        out: file to write, `.parquet` or `.csv`; under a temporary name until it is complete.
+        keep: columns of the log to copy beside the scores.
+        options: how to read the log.
+        overwrite: replace an existing file.
+        progress: show a bar on stderr.
+
+    Raises:
+        ConfigError: `out` has another suffix.
+        DataError: the log lacks a column or holds what a field cannot read; `out` exists; the disk is full.
+    """
+    out = Path(out)
+    if out.suffix not in (".parquet", ".csv"):
+        raise ConfigError(f"--out takes a .parquet or .csv file, given {str(out)!r}")
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise DataError(f"{out} exists; choose another name or pass overwrite=True (--overwrite)")
+    if "score" in keep:
+        raise DataError("column 'score' of the log would collide with the scores; leave it out of keep")
+    log = open_log(source, options)
+    log.require([*bundle.encoder.columns, *keep])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = 0
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder,
+        progress_bar(progress) as bar,
+        freed_pages_kept(),
+    ):
+        task = bar.add_task("predict", total=None)
+        parts: list[Path] = []
+        try:
+            numbers = set(number_columns(bundle.encoder.schema)) - set(keep)
+            for chunk in read_ahead(log.chunks([*bundle.encoder.columns, *keep], numbers=numbers)):
+                scores = pl.Series("score", bundle.predict_chunk(chunk))
+                part = pl.DataFrame([*(chunk.frame[name] for name in keep), scores])
+                parts.append(Path(folder) / f"{len(parts):06d}.parquet")
+                part.write_parquet(parts[-1])
+                rows += len(part)
+                bar.update(task, completed=rows, total=rows / max(chunk.done, 1e-9))
+            whole = (
+                pl.scan_parquet(parts) if parts else pl.LazyFrame(schema=dict.fromkeys([*keep, "score"], pl.Float32))
+            )
+            complete = Path(folder) / f"complete{out.suffix}"
+            (whole.sink_parquet if out.suffix == ".parquet" else whole.sink_csv)(complete)
+            os.replace(complete, out)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise DataError(f"{out} could not be written: {error}; free space or choose another place") from None
+    return rows
