@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from embtrim.schema import FieldSpec, Schema
     from embtrim.serving.bundle import Bundle, load_bundle, save
     from embtrim.serving.exporting import export
+    from embtrim.serving.manifest import Manifest
     from embtrim.serving.updating import UpdateConfig, UpdateReport, update
     from embtrim.tasks.survey import Finding
     from embtrim.tasks.task import CTRTask, Task
@@ -53,6 +54,7 @@ _HOMES = {
     "FieldSpec": "schema",
     "Finding": "tasks.survey",
     "FitResult": "training.settings",
+    "Manifest": "serving.manifest",
     "Metrics": "training.metrics",
     "ReadOptions": "data.read_options",
     "RunConfig": "experiments.settings",
@@ -87,7 +89,7 @@ __all__ = [  # noqa: RUF022 (in the order of the way through the house)
     "encode", "load", "models", "fit", "evaluate", "methods", "search", "verify", "compact", "quantize", "save",
     "load_bundle", "export", "update", "run", "compare",
     "Schema", "FieldSpec", "Split", "ReadOptions", "EncodedDataset", "Encoder", "TrainConfig", "FitResult", "Metrics",
-    "Task", "CTRTask", "Finding", "Budget", "SizePlan", "Verification", "Bundle", "UpdateConfig", "UpdateReport",
+    "Task", "CTRTask", "Finding", "Budget", "SizePlan", "Verification", "Bundle", "Manifest", "UpdateConfig", "UpdateReport",
     "RunConfig", "RunRecord", "CompareConfig", "Comparison", "EmbtrimError",
 ]  # fmt: skip
 

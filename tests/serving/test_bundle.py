@@ -22,8 +22,9 @@ from embtrim.methods import UniformConfig, search
 from embtrim.models import DeepFM
 from embtrim.plan.plan import PlanShape, SizePlan
 from embtrim.plan.table import Block
-from embtrim.schema import OOV
+from embtrim.schema import OOV, FieldSpec, Schema
 from embtrim.serving.bundle import contents_digest, load_bundle, note_spread, save
+from embtrim.serving.model_card import model_card
 from embtrim.tasks.task import CTRTask
 from embtrim.training.evaluation import predict_logits
 from embtrim.training.fitting import fit
@@ -161,7 +162,7 @@ DAMAGES = {
     "version as text": (lambda info: {**info, "bundle_version": "1"}, True, "bundle_version, given '1'.*valid integer"),
     "unknown key": (lambda info: {**info, "metrcis": {}}, True, "unknown key 'metrcis'.* did you mean 'metrics'"),
     "unknown model": (lambda info: {**info, "model": "deepfn"}, True, "cannot be opened"),
-    "no object": (lambda info: [info], None, "holds no object"),
+    "no object": (lambda info: [info], None, "does not hold an object"),
     "cut off": (lambda info: None, None, "is damaged"),
 }
 
@@ -236,6 +237,24 @@ def test_the_card_says_where_the_model_comes_from(encoded, tmp_path):
     assert load_bundle(tmp_path / "b").info["spread"]["valid"]["auc"]["mean"] == pytest.approx(0.76)
 
 
+def test_hostile_names_break_no_table_of_the_card():
+    name = "a|b\\|c\n| fake |\r"
+    schema = Schema(
+        label="y", fields=(FieldSpec(name=name, vocab_size=9), FieldSpec(name="plain", table=name, vocab_size=9))
+    )
+    info = {
+        "model": "fm", "embtrim": "1", "version": 1, "hparams": {}, "seed": None, "schema": "", "spread": None, "update": None,
+        "metrics": {"te|st": {"auc": 0.5}}, "data": {"num_rows": {}, "split": None, "split_seed": 0},
+    }  # fmt: skip
+    lines = model_card(schema, SizePlan.full(schema, 4), info, 7).splitlines()
+    safe = r"a\|b\\\|c | fake |".replace("| fake |", r"\| fake \|")
+    assert f"| {safe} | 9 of 9 | 4 of 4 | 32 | 144 | 144 |" in lines
+    assert f"| plain | those of {safe} |  |  |  |  |" in lines
+    assert r"| te\|st auc | 0.50000 |  |" in lines
+    rows = [line for line in lines if line.startswith("|")]
+    assert {len(re.sub(r"\\.", "", line).split("|")) for line in rows} == {4, 5, 8}
+
+
 def test_bytes_of_the_fields_add_up_to_those_of_the_plan(encoded, tmp_path):
     """Of tables with projections of their own, and of tables of several widths, which share theirs."""
     own = SizePlan.full(encoded.schema, 8).with_columns({"user": (0, 2), "item": (1,)}, "project")
@@ -277,7 +296,7 @@ def test_bytes_are_those_of_the_target_of_the_search(encoded, raw, tmp_path):
 
 WITHOUT_SEARCH = """
 import sys
-blocked = {"embtrim." + name for name in ("methods", "sites", "compaction", "experiment", "precision", "exporting")}
+blocked = {"embtrim." + name for name in ("methods", "tasks", "compaction", "experiments", "serving.exporting")}
 class Blocked:
     def find_spec(self, name, *_):
         if name in blocked:

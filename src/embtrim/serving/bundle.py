@@ -1,9 +1,9 @@
-"""The bundle: a trained model that scores raw logs, in a folder without pickle; loads without search code or data.
+"""The bundle: a folder with a trained model that scores raw logs; no pickle, and no search code or data to load it.
 
-bundle.json          what `Contents` lists: model and hyper-parameters, where they come from, metrics, digest of every
-                     file and of itself; of an updated model what the update changed
+bundle.json          see `Contents`: model and hyper-parameters, their origin, metrics, digest of every file and of
+                     itself; for an updated model, what the update changed
 model.safetensors    weights and batch-norm statistics
-plan.json            layout of the tables (which rows were kept is in the vocabulary, not here)
+plan.json            layout of the tables; the vocabulary, not the plan, says which rows were kept
 encoder/             schema.json, vocab.parquet, transforms.json: from raw values to the compact model's ids
 README.md            model card, see model_card.py
 """
@@ -32,7 +32,7 @@ from embtrim.data.encoder import Encoder
 from embtrim.data.log_file import Chunk
 from embtrim.data.read_options import ReadOptions
 from embtrim.data.reading import open_log, read_ahead
-from embtrim.errors import BundleError, ConfigError, EmbtrimError
+from embtrim.errors import BundleError, ModelError
 from embtrim.models import MODELS
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import PlanShape, SizePlan
@@ -43,7 +43,7 @@ from embtrim.system.folders import check_replaceable, file_digest, folder_bytes,
 from embtrim.system.memory import freed_pages_kept
 from embtrim.training.evaluation import EVAL_BATCH_SIZE, check_data
 
-# 1 had no digest of bundle.json itself, and said less of where a model comes from; it still opens.
+# Version 1 has no digest of bundle.json itself and says less about the origin of a model; it still opens.
 BUNDLE_VERSION = 2
 
 
@@ -51,19 +51,19 @@ class Contents(Config):
     """What bundle.json holds.
 
     Attributes:
-        bundle_version: of the format.
-        embtrim: version that wrote it.
-        model: name of the base model.
-        hparams: its arguments.
-        fingerprint: of the schema; stored as "schema".
-        version: of plan and schema: 1 as first trained, one more with each update.
-        data: rows by split of the encoded data, how they were split, and the seed of that.
-        seed: of training; None where nobody said.
-        metrics: by split.
-        spread: of a run of several seeds: "seeds", and by split and metric "mean" and "std" (sample standard deviation).
-        update: of an updated model what changed, see `embtrim.update`.
+        bundle_version: Version of the bundle's format.
+        embtrim: Version of embtrim that wrote the bundle.
+        model: Name of the base model.
+        hparams: Arguments of the base model.
+        fingerprint: Fingerprint of the schema; stored as "schema".
+        version: Version of plan and schema: 1 as first trained, one more with each update.
+        data: Encoded data that trained the model: rows by split, the split, and the seed of the split.
+        seed: Seed of training; None if it is not known.
+        metrics: Metrics by split.
+        spread: For a run of several seeds: "seeds", and "mean" and "std" (sample standard deviation) by split and metric.
+        update: For an updated model: what the update changed, see `embtrim.update`.
         files: SHA-256 of every other file.
-        digest: SHA-256 of all the rest here, see `contents_digest`.
+        digest: SHA-256 of all other entries, see `contents_digest`.
     """
 
     bundle_version: int = Field(strict=True, ge=1)
@@ -85,9 +85,9 @@ class Bundle:
     """A saved model with the encoder that feeds it.
 
     Attributes:
-        model: the model in eval mode, full or compact.
-        encoder: raw rows -> ids of this model.
-        info: contents of bundle.json.
+        model: Full or compact model, in eval mode.
+        encoder: Encoder from raw rows to the model's ids.
+        info: Contents of bundle.json, see Contents.
     """
 
     def __init__(self, model: CTRModel, encoder: Encoder, info: dict[str, Any]) -> None:
@@ -99,11 +99,11 @@ class Bundle:
         """float32 probabilities (N,) of raw rows, in order; values never seen read the OOV row.
 
         Args:
-            rows: a frame, or a log on disk.
-            options: how to read the log, see ReadOptions.
+            rows: Frame, or log on disk.
+            options: How to read the log.
 
         Raises:
-            DataError: a column is missing or holds what its field cannot read.
+            DataError: A column is missing or holds a value that its field cannot read.
         """
         if isinstance(rows, pl.DataFrame):
             return self.predict_chunk(rows)
@@ -111,7 +111,7 @@ class Bundle:
         return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
     def predict_chunks(self, source: str | Path, options: ReadOptions | None = None) -> Iterator[np.ndarray]:
-        """Probabilities of a log on disk chunk by chunk, in bounded memory."""
+        """Probabilities of a log on disk, chunk by chunk in bounded memory."""
         with freed_pages_kept():
             log = open_log(source, options)
             for chunk in read_ahead(log.chunks(self.encoder.columns, numbers=number_columns(self.encoder.schema))):
@@ -135,32 +135,32 @@ def save(
     data: EncodedDataset,
     *,
     plan: SizePlan | None = None,
-    metrics: dict[str, Any] | None = None,
+    metrics: Mapping[str, Mapping[str, Any]] | None = None,
     seed: int | None = None,
     version: int = 1,
-    update: dict[str, Any] | None = None,
+    update: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Save a model as a bundle; written under a temporary name, then renamed.
+    """Save a model as a bundle, under a temporary name that is then renamed.
 
     Args:
-        model: full or compact zoo model; quantised, if its plan says fewer than 32 bits.
-        folder: where to.
+        model: Full or compact model of embtrim.models; quantised, if its plan says fewer than 32 bits.
+        folder: Folder to write.
         data: the encoded data it was trained on (either the stored or the re-coded ids): their folder holds the
             vocabulary, without which raw logs cannot be scored.
         plan: the plan with its rows, if rows were dropped and `data` are not re-coded.
-        metrics: by split; noted in bundle.json and the model card.
-        seed: of training, noted likewise.
-        version: of plan and schema, noted likewise; 1 unless this is an update.
-        update: what the update changed, noted likewise; see `embtrim.update`.
-        overwrite: replace an existing bundle; anything else there is never touched.
+        metrics: Metrics by split, for bundle.json and the model card.
+        seed: Seed of training, for bundle.json and the model card.
+        version: Version of plan and schema; 1 unless this is an update.
+        update: What the update changed; see `embtrim.update`.
+        overwrite: Replace an existing bundle or an empty folder; any other folder stays.
 
     Raises:
-        BundleError: the folder exists, or the data were made in memory and have no vocabulary.
-        EmbtrimError: the model is not one of embtrim.models; or the plan says fewer than 32 bits and the tables are fp32.
+        BundleError: The folder exists, or the data were made in memory and have no vocabulary.
+        ModelError: The model is not one of embtrim.models; or its plan says fewer than 32 bits and its tables are fp32.
     """
     if not isinstance(model, CTRModel):
-        raise EmbtrimError(
+        raise ModelError(
             f"a bundle holds a model of embtrim.models, given a {type(model).__name__}; keep its state_dict() and plan.save(), "
             "and load them into compact(model, plan)"
         )
@@ -201,26 +201,30 @@ def save(
 
 
 def check_out(folder: Path, overwrite: bool) -> None:
-    """Raise BundleError if no bundle may be written to `folder`: only another one is replaced, or an empty folder."""
+    """Check that a bundle may be written to a folder.
+
+    Raises:
+        BundleError: The folder exists and may not be replaced, or is neither a bundle nor empty.
+    """
     check_replaceable(folder, overwrite, "a bundle", lambda path: (path / "bundle.json").exists(), BundleError)
 
 
 def note_spread(folder: str | Path, metrics: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> None:
-    """Note in a bundle and in its card how the metrics spread over the seeds of its run.
+    """Note in a bundle and its card how the metrics spread over the seeds of its run.
 
-    Killed between its two files, it leaves a card that does not fit bundle.json; the same call puts that right.
+    A call that is killed between the two files leaves a card that does not fit bundle.json; the same call repairs it.
 
     Args:
-        folder: of the bundle.
-        metrics: by seed and split, of the models of the run that differ in nothing but the seed.
+        folder: Folder of the bundle.
+        metrics: Metrics by seed and split, of the models of the run that differ only in the seed.
 
     Raises:
-        BundleError: the folder is not a bundle, or its bundle.json is damaged.
+        BundleError: The folder is not a bundle, or its bundle.json is damaged.
     """
     folder = Path(folder)
     info = _read_contents(folder)
     if info["bundle_version"] < BUNDLE_VERSION:
-        return  # it does not hold what a card says
+        return  # version 1 lacks the facts of a card
     spread: dict[str, Any] = {"seeds": list(metrics)}
     for split, values in info["metrics"].items():
         found = {name: [m[split][name] for m in metrics.values()] for name, v in values.items() if isinstance(v, float)}
@@ -240,7 +244,7 @@ def load_bundle(folder: str | Path) -> Bundle:
     """Open a bundle; every file's digest is checked.
 
     Raises:
-        BundleError: the folder is not a bundle, a file is missing, truncated, changed or not listed, or the version is newer.
+        BundleError: The folder is not a bundle or its version is newer; or a file is missing, truncated, changed or not listed.
     """
     folder = Path(folder)
     info = _read_contents(folder)
@@ -254,7 +258,7 @@ def load_bundle(folder: str | Path) -> Bundle:
             )
     added = [name for name in found if name not in info["files"]]
     if added:
-        raise BundleError(f"{folder} holds {added[0]}, which its bundle.json does not list; move that elsewhere")
+        raise BundleError(f"{folder} holds {added[0]}, which its bundle.json does not list; move it elsewhere")
     try:
         encoder = Encoder.load(folder / "encoder")
         plan = PlanShape.load(folder / "plan.json")
@@ -268,7 +272,7 @@ def load_bundle(folder: str | Path) -> Bundle:
 
 
 def _read_contents(folder: Path) -> dict[str, Any]:
-    """What bundle.json holds, see Contents; BundleError if it is none, is damaged, or of a newer version."""
+    """Contents of bundle.json; BundleError if the file is missing, damaged, or of a newer version."""
     path = folder / "bundle.json"
     try:
         info = json.loads(path.read_text("utf-8"))
@@ -279,7 +283,7 @@ def _read_contents(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise BundleError(f"{path} is damaged ({error}); save the bundle again") from None
     if not isinstance(info, dict):
-        raise BundleError(f"{path} is damaged (it holds no object); save the bundle again")
+        raise BundleError(f"{path} is damaged (it does not hold an object); save the bundle again")
     version = info.get("bundle_version")
     if isinstance(version, int) and version > BUNDLE_VERSION:
         raise BundleError(
@@ -298,17 +302,17 @@ def _read_contents(folder: Path) -> dict[str, Any]:
 
 
 def contents_digest(info: Mapping[str, Any]) -> str:
-    """SHA-256 of what bundle.json holds, but for its own digest: of its JSON with sorted keys and no indentation."""
+    """SHA-256 of bundle.json without its digest, as JSON with sorted keys and no indentation."""
     held = {key: value for key, value in info.items() if key != "digest"}
     return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
 
 
 def _with_digest(info: Mapping[str, Any]) -> str:
-    """The text of bundle.json."""
+    """Text of bundle.json."""
     return json.dumps({**info, "digest": contents_digest(info)}, indent=1)
 
 
 def files_of(folder: Path) -> list[str]:
-    """Every file below a bundle's folder but bundle.json, by its path in the folder."""
+    """Paths of all files in a bundle's folder, except bundle.json, relative to it."""
     found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
     return [name for name in found if name != "bundle.json"]

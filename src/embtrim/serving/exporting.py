@@ -89,9 +89,9 @@ def export(
         ConfigError: The format is unknown, has no external data, or cannot describe a module of one's own; the example is
             missing, has one row, holds something other than tensors, lists and dicts, or is not needed.
         DataError: `out` exists.
-        ModelError: The plan says fewer than 32 bits and the tables are fp32, or TorchRec has no tables of their type.
-        EmbtrimError: The model is masked by a gate or has a row optimiser attached, or the packages of the format are not
-            installed.
+        ModelError: The model is masked by a gate or has a row optimiser attached; its plan says fewer than 32 bits and its
+            tables are fp32; or TorchRec has no tables of their type.
+        EmbtrimError: The packages of the format are not installed.
         PlanError: For "torchrec": TorchRec's configs cannot describe the plan.
 
     Example:

@@ -1,4 +1,4 @@
-"""Score a raw log on disk in bounded memory."""
+"""Score a raw log on disk, in bounded memory."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import polars as pl
 
-from embtrim.data.encoder import number_columns
-from embtrim.data.reading import ReadOptions, open_log, read_ahead
+from embtrim.data.cells import number_columns
+from embtrim.data.read_options import ReadOptions
+from embtrim.data.reading import open_log, read_ahead
 from embtrim.errors import ConfigError, DataError
 from embtrim.serving.bundle import Bundle
 from embtrim.system.memory import freed_pages_kept
@@ -27,20 +28,23 @@ def write_predictions(
     overwrite: bool = False,
     progress: bool = False,
 ) -> int:
-    """Score a log on disk in bounded memory and write a column `score`; returns the number of rows.
+    """Score a log on disk in bounded memory, and write the scores as a column `score`.
 
     Args:
-        bundle: the model.
-        source: the raw log.
-        out: file to write, `.parquet` or `.csv`; under a temporary name until it is complete.
-        keep: columns of the log to copy beside the scores.
-        options: how to read the log.
-        overwrite: replace an existing file.
-        progress: show a bar on stderr.
+        bundle: Bundle that scores the log.
+        source: Raw log.
+        out: File to write, `.parquet` or `.csv`; it has a temporary name until it is complete.
+        keep: Columns of the log to copy beside the scores.
+        options: How to read the log.
+        overwrite: Replace an existing file.
+        progress: Show a progress bar on stderr.
+
+    Returns:
+        Number of rows.
 
     Raises:
         ConfigError: `out` has another suffix.
-        DataError: the log lacks a column or holds what a field cannot read; `out` exists; the disk is full.
+        DataError: The log lacks a column or holds a value that a field cannot read; `out` exists; the disk is full.
     """
     out = Path(out)
     if out.suffix not in (".parquet", ".csv"):

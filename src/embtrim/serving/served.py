@@ -59,7 +59,7 @@ def serve_model(model: CTRModel) -> Served:
     """A zoo model with its tables split by width, and two rows of inputs.
 
     Raises:
-        EmbtrimError: The tables are not ready; see `export`.
+        ModelError: The tables are not ready; see `export`.
     """
     model.tables.check_free()
     model.tables.check_quantized()

@@ -1,19 +1,19 @@
-"""update: take a bundle to a new log: rows for new values, dropped values back, training on from its weights.
+"""update: adapt a bundle to a new log. New values get rows, dropped values return, and training goes on.
 
-What decides:
+The rules:
 
-- New is a value of a listed table that the vocabulary lacks, returned one that read the DROPPED row; both need `min_count`
-  occurrences in the *training* rows of the new log, so that no row stays untrained. Where a plan dropped the OOV row as
-  well, the bundle does not list what it dropped: such a value comes back as a new one.
-- Nothing is re-numbered unless asked: a value with a row of its own keeps its id. Rows are added behind (see `TableShape.grown`), those
-  of returned values first, and are as wide as the table, in a table of several widths as its narrowest rows. The DROPPED row
-  stays the last of its rows.
-- A row starts as what its value read before, OOV or DROPPED, so that the grown model gives the scores of its parent until
-  it is trained. Rows of another width, in a table of several, start at zero.
-- Re-numbered, the rows of one width are in the order in which encoding the new log afresh would number their values: by
-  descending count in its training rows. Values that it would not list stay behind these in the order they had; the OOV row
-  and the DROPPED row stay where they are. A row moves along with its value, so that no score changes.
-- Hashed tables, buckets of quantiles, and means of dense fields stay as they are.
+- A new value is one that the vocabulary of a listed table lacks; a returned value is one that reads the DROPPED row. Both
+  need `min_count` occurrences in the *training* rows of the new log, so that no row stays untrained. If a plan dropped the
+  OOV row as well, the bundle does not list the dropped values, and they come back as new ones.
+- A value with a row of its own keeps its id, unless `renumber` is set. New rows are added at the end (see `TableShape.grown`),
+  rows of returned values first. They are as wide as the table or, in a table of several widths, as its narrowest rows. The
+  DROPPED row stays the last of its block.
+- A new row starts as the row that its value read before, OOV or DROPPED, so that the grown model gives its parent's scores
+  until it is trained. In a table of several widths, a row whose width differs from that row's starts at zero.
+- `renumber` sorts the rows of one width as encoding the new log from scratch would number their values: by descending count
+  in its training rows. Values that such an encoding would not list follow, in the order they had. The OOV row and the
+  DROPPED row keep their places. A row moves with its value, so no score changes.
+- Hashed tables, quantile buckets, and means of dense fields do not change.
 
 Axes: V rows of a table, N rows of the log, D full width.
 """
@@ -53,22 +53,23 @@ from embtrim.training.fitting import fit
 from embtrim.training.metrics import compute_metrics
 from embtrim.training.settings import TrainConfig
 
-# Far fewer than for a model that starts from nothing: one that was trained overfits a day's log within a few passes.
+# Far fewer than for a new model: a trained one overfits a day's log within a few passes.
 EPOCHS = 5
+# Entries of a model's state that have a row per value.
+_ROWS = ("tables.weight", "tables.first_order")
 
 
 class UpdateConfig(Config):
     """How a bundle is updated.
 
     Attributes:
-        split: how the new log is divided, such as "8:1:1" or "time:8:1:1"; without validation rows, training makes all
-            its epochs.
-        min_count: occurrences in the training rows of the new log that a value needs for a row; None takes each field's
-            own.
-        train: as for a full model, but for at most 5 epochs unless it says otherwise.
-        renumber: give the values of each table new ids, by their frequency in the new log; else values that stay keep theirs.
-        seed: of the random split, and of shuffling and dropout.
-        read: how the log is read.
+        split: Split of the new log, such as "8:1:1" or "time:8:1:1". Without validation rows, training runs all its epochs.
+        min_count: Occurrences in the training rows of the new log that give a value its row; None takes each field's own
+            `min_count`.
+        train: Settings of training; the default for epochs is 5.
+        renumber: Give the values of each table new ids, by their frequency in the new log. Otherwise values keep their ids.
+        seed: Seed of the random split, of shuffling and of dropout.
+        read: How the log is read.
     """
 
     split: str = "8:1:1"
@@ -95,12 +96,13 @@ class TableChange:
     """What an update did to one table.
 
     Attributes:
-        table: its name.
-        rows_before, rows_after: rows stored, those of OOV and DROPPED included.
-        new: values that got a row for the first time.
-        returned: values that read the DROPPED row and got one of their own.
-        dropped: rows of the full table that read the DROPPED row still. Too many by the values that came back as new ones,
-            where OOV is among them.
+        table: Name of the table.
+        rows_before: Rows stored before, with those of OOV and DROPPED.
+        new: Values that got a row for the first time.
+        returned: Values that read the DROPPED row and got a row of their own.
+        rows_after: Rows stored after, with those of OOV and DROPPED.
+        dropped: Rows of the full table that still read the DROPPED row. If OOV is among them, values that came back as new
+            ones are counted too.
     """
 
     table: str
@@ -116,20 +118,25 @@ class UpdateReport:
     """What an update changed.
 
     Attributes:
-        bundle: the new bundle's folder.
-        version: of plan and schema: the parent's and one more; 1 is that of a bundle which is not an update.
+        bundle: Folder of the new bundle.
+        version: Version of plan and schema: one more than the parent's. A bundle that is not an update has version 1.
         of: SHA-256 of the parent's bundle.json.
-        schema_before, schema_after: fingerprints.
-        plan_before, plan_after: digests of the layouts.
-        renumbered: whether values that stay got new ids.
-        tables: one entry a table.
-        table_bytes_before, table_bytes_after: of embedding tables, projections and first-order weights, as the plan's
-            target stores them.
-        bundle_bytes_before, bundle_bytes_after: of the folders, vocabulary included.
-        num_rows: rows of the new log, by split.
-        epochs: passes over the training rows.
-        before, after: metrics of the parent and of the new model on the new validation and test rows, by split, see Metrics.
-        seconds: wall time, reading the log included.
+        schema_before: Fingerprint of the parent's schema.
+        schema_after: Fingerprint of the new schema.
+        plan_before: Digest of the parent's layout.
+        plan_after: Digest of the new layout.
+        renumbered: Whether values that stay got new ids.
+        tables: Changes of each table.
+        table_bytes_before: Bytes of the parent's embedding tables, projections and first-order weights, as the plan's target
+            stores them.
+        table_bytes_after: Bytes of the new ones.
+        bundle_bytes_before: Bytes of the parent's folder, vocabulary included.
+        bundle_bytes_after: Bytes of the new folder, vocabulary included.
+        num_rows: Rows of the new log, by split.
+        epochs: Passes over the training rows.
+        before: Metrics of the parent on the new validation and test rows, by split; see Metrics.
+        after: Metrics of the new model on the same rows, by split.
+        seconds: Wall time, reading the log included.
     """
 
     bundle: str
@@ -152,7 +159,7 @@ class UpdateReport:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """The attributes as a JSON-able dict."""
+        """Attributes as a JSON-able dict."""
         return {**dataclasses.asdict(self), "tables": [dataclasses.asdict(table) for table in self.tables]}
 
 
@@ -167,24 +174,25 @@ def update(
     progress: bool = False,
     **settings: Any,
 ) -> UpdateReport:
-    """Give new values rows, let dropped ones return, train on from a bundle's weights, and save a new bundle.
+    """Adapt a bundle to a new log: give new values rows, let dropped values return, train on, and save a new bundle.
 
-    Interrupted or killed, it leaves its work in `.<name of out>.unfinished` beside `out`, and the same call goes on from
-    there: to the same result, but that the log is encoded again if that had been done.
+    A call that is interrupted or killed leaves its work in `.<name of out>.unfinished` beside `out`. The same call resumes
+    it, with the same result; only a log that was already encoded is encoded again.
 
     Args:
-        bundle: folder of a bundle, full or compact; it is not changed.
-        source: the new log with the raw columns of the bundle's schema, the label among them: path, paths, glob, folder
-            or polars DataFrame.
-        out: folder of the new bundle, which predicts and can be updated as any other.
-        config: see UpdateConfig; `settings` are its fields by name, for short calls.
-        retrain: False only adds rows, and leaves all weights as they are.
-        overwrite: replace a bundle at `out`.
-        progress: show progress bars on stderr.
+        bundle: Folder of a bundle, full or compact; it is not changed.
+        source: New log with the raw columns of the bundle's schema, the label included: path, paths, glob, folder or polars
+            DataFrame.
+        out: Folder of the new bundle, which predicts and can be updated like any other.
+        config: Settings of the update.
+        retrain: Whether to train; False adds rows and leaves all weights as they are.
+        overwrite: Replace a bundle at `out`.
+        progress: Show progress bars on stderr.
+        settings: Fields of UpdateConfig by name, for short calls.
 
     Raises:
-        BundleError: `bundle` is none or is of a newer version; `out` exists, or is or holds `bundle`.
-        DataError: the log lacks a column, has no training rows, or rows of one class only.
+        BundleError: `bundle` is not a bundle or its version is newer; `out` exists, or is or holds `bundle`.
+        DataError: The log lacks a column, has no training rows, or has rows of one class only.
 
     Example:
         >>> embtrim.update("bundles/monday", "tuesday.parquet", out="bundles/tuesday")  # doctest: +SKIP
@@ -192,7 +200,8 @@ def update(
     started = time.perf_counter()
     config = (config or UpdateConfig()).replace(**settings) if settings else config or UpdateConfig()
     folder, target = Path(bundle), Path(out)
-    _check_out(folder, target, overwrite)
+    _check_apart(folder, target)
+    check_out(target, overwrite)
     parent = load_bundle(folder)
     parent_digest = file_digest(folder / "bundle.json")
     with unfinished(target) as work:
@@ -208,7 +217,7 @@ def update(
         parent.model.tables.dequantize()
         model = grown_model(parent.model, data.schema, plan, ids_before)
         before = {name: _metrics_before(parent.model, data.with_id_maps(ids_before), name, train) for name in splits}
-        # The ids on disk are those of the model; the maps say so, of the tables whose ids are not those of a full one.
+        # The ids on disk are the model's own; for tables whose ids differ from a full table's, the maps say so.
         data = data.with_id_maps({t.name: np.arange(t.num_rows, dtype=np.int32) for t in plan.tables if t.renumbers})
         epochs = 0
         if retrain:
@@ -218,8 +227,7 @@ def update(
             model.tables.quantize()
         after = {name: evaluate(model, data, name, train).to_dict() for name in splits}
         changes = table_changes(parent.model.tables.plan, plan)
-        version = parent.info["version"] + 1
-        step = {
+        note = {
             "of": parent_digest,
             "schema_before": parent.model.schema.fingerprint,
             "plan_before": parent.model.tables.plan.digest,
@@ -230,52 +238,76 @@ def update(
             "metrics_before": before,
         }
         save(
-            model, target, data, metrics=after, seed=config.seed if retrain else parent.info["seed"], version=version,
-            update=step, overwrite=overwrite,
+            model, target, data, metrics=after, seed=config.seed if retrain else parent.info["seed"],
+            version=parent.info["version"] + 1, update=note, overwrite=overwrite,
         )  # fmt: skip
-    return UpdateReport(
-        bundle=str(target),
-        version=version,
-        of=parent_digest,
-        schema_before=step["schema_before"],
-        schema_after=data.schema.fingerprint,
-        plan_before=step["plan_before"],
-        plan_after=plan.digest,
-        renumbered=config.renumber,
-        tables=changes,
-        table_bytes_before=parent.model.tables.plan.num_bytes(plan.target),
-        table_bytes_after=plan.num_bytes(plan.target),
-        bundle_bytes_before=folder_bytes(folder),
-        bundle_bytes_after=folder_bytes(target),
-        num_rows=step["num_rows"],
-        epochs=epochs,
-        before=before,
-        after=after,
-        seconds=time.perf_counter() - started,
-    )
+    return _report(folder, target, parent, plan, note, changes, after, time.perf_counter() - started)
 
 
-def _check_out(bundle: Path, out: Path, overwrite: bool) -> None:
-    """Raise BundleError if an update of `bundle` may not be written to `out`."""
+def _check_apart(bundle: Path, out: Path) -> None:
+    """Raise BundleError if writing an update to `out` would replace the bundle to update."""
     if out.exists() and bundle.resolve().is_relative_to(out.resolve()):
         what = "is" if out.resolve() == bundle.resolve() else "holds"
         raise BundleError(f"{out} {what} the bundle to update, which stays as it is; choose another --out")
-    check_out(out, overwrite)
+
+
+def _report(
+    bundle: Path,
+    out: Path,
+    parent: Bundle,
+    plan: PlanShape,
+    note: Mapping[str, Any],
+    changes: tuple[TableChange, ...],
+    after: dict[str, dict[str, Any]],
+    seconds: float,
+) -> UpdateReport:
+    """The report on an update that is saved.
+
+    Args:
+        bundle: Folder of the parent.
+        out: Folder of the new bundle.
+        parent: The parent.
+        plan: Plan of the new model.
+        note: What the new bundle.json notes about the update.
+        changes: What changed in each table.
+        after: Metrics of the new model by split.
+        seconds: Wall time.
+    """
+    return UpdateReport(
+        bundle=str(out),
+        version=parent.info["version"] + 1,
+        of=note["of"],
+        schema_before=note["schema_before"],
+        schema_after=plan.fingerprint,
+        plan_before=note["plan_before"],
+        plan_after=plan.digest,
+        renumbered=note["renumbered"],
+        tables=changes,
+        table_bytes_before=parent.model.tables.plan.num_bytes(plan.target),
+        table_bytes_after=plan.num_bytes(plan.target),
+        bundle_bytes_before=folder_bytes(bundle),
+        bundle_bytes_after=folder_bytes(out),
+        num_rows=note["num_rows"],
+        epochs=note["epochs"],
+        before=note["metrics_before"],
+        after=after,
+        seconds=seconds,
+    )
 
 
 def extend(parent: Bundle, frequent: Mapping[str, pl.DataFrame], folder: Path, renumber: bool = False) -> Encoder:
     """The parent's encoder with ids for new and returned values; writes the plan with their rows to `folder`/plan.json.
 
     Args:
-        parent: the bundle.
-        frequent: by table, values with ids of no meaning here and counts, those first that are to get rows first.
-        folder: where the plan goes.
-        renumber: see UpdateConfig.
+        parent: Bundle to update.
+        frequent: Values and counts by table, in the order in which they get rows; their ids are not read.
+        folder: Folder that plan.json is written to.
+        renumber: See UpdateConfig.
     """
     encoder, sizes = parent.encoder, parent.model.tables.plan
     vocabularies, unseen_ids, tables = dict(encoder.vocabularies), dict(encoder.unseen_ids), []
     for table in sizes.tables:
-        # A hashed table has no vocabulary; of a removed one nothing is stored that a row could be added to.
+        # A hashed table has no vocabulary, and a removed one stores nothing that a row could be added to.
         if table.name not in frequent or not (table.output_width or sizes.first_order):
             tables.append(table)
             continue
@@ -305,13 +337,13 @@ def extend(parent: Bundle, frequent: Mapping[str, pl.DataFrame], folder: Path, r
 
 
 def _grown_schema(encoder: Encoder, vocabularies: Mapping[str, pl.DataFrame], num_rows: Mapping[str, int]) -> Schema:
-    """The schema with the tables' sizes and the digest of their vocabularies."""
+    """The schema with new sizes of its tables and the digest of their vocabularies."""
     fields = [f if f.type == "dense" else f.replace(vocab_size=num_rows[f.table_name]) for f in encoder.schema.fields]
     return encoder.schema.replace(fields=tuple(fields), vocabulary_digest=digest(vocabularies, encoder.transforms))
 
 
 def added_ids(table: TableShape, grown: TableShape) -> np.ndarray:
-    """int32 compact ids of the rows that `grown` has and `table` has not, ascending."""
+    """int32 compact ids of the rows that `grown` has and `table` lacks, ascending."""
     taken = np.zeros(grown.num_compact_rows, bool)
     taken[: table.num_compact_rows] = True
     if table.has_dropped:
@@ -322,12 +354,12 @@ def added_ids(table: TableShape, grown: TableShape) -> np.ndarray:
 
 
 def renumbered(table: TableShape, vocabulary: pl.DataFrame, frequent: pl.DataFrame) -> pl.DataFrame:
-    """A table's vocabulary with new ids, and in their order; see the module docstring.
+    """A table's vocabulary with new ids, in their order; see the module docstring.
 
     Args:
-        table: its layout.
-        vocabulary: values and the ids that they have.
-        frequent: values in the order in which they are to be numbered; of others the order stays.
+        table: Layout of the table.
+        vocabulary: Values and their present ids.
+        frequent: Values in the order of their new ids; all other values keep their order.
     """
     place = frequent.select("value", place=pl.int_range(pl.len()))
     own = vocabulary if table.dropped_id is None else vocabulary.filter(pl.col("id") != table.dropped_id)
@@ -340,7 +372,7 @@ def renumbered(table: TableShape, vocabulary: pl.DataFrame, frequent: pl.DataFra
 
 
 def parent_ids(parent: Bundle, plan: PlanShape, encoder: Encoder) -> dict[str, np.ndarray]:
-    """By table, an int32 map from the new model's ids to those that the same values have in the parent."""
+    """An int32 map for each table, from the new model's ids to the same values' ids in the parent."""
     maps = {}
     for table, grown in zip(parent.model.tables.plan.tables, plan.tables, strict=True):
         ids_V = np.arange(grown.num_rows, dtype=np.int32)
@@ -356,7 +388,7 @@ def parent_ids(parent: Bundle, plan: PlanShape, encoder: Encoder) -> dict[str, n
 
 
 def table_changes(before: PlanShape, after: PlanShape) -> tuple[TableChange, ...]:
-    """What an update did to each table, by the plans before and after."""
+    """What an update did to each table, from the plans before and after."""
     found = []
     for table, grown in zip(before.tables, after.tables, strict=True):
         new = grown.num_rows - table.num_rows
@@ -369,13 +401,13 @@ def table_changes(before: PlanShape, after: PlanShape) -> tuple[TableChange, ...
 
 @torch.no_grad()
 def grown_model(parent: CTRModel, schema: Schema, plan: PlanShape, ids_before: Mapping[str, np.ndarray]) -> CTRModel:
-    """The parent with the tables of `plan`, whose rows are those that their values read in it.
+    """The parent with the tables of `plan`; each row starts as the row that its value reads in the parent.
 
     Args:
-        parent: the model; it is not changed.
-        schema: with the sizes of the new tables.
-        plan: the parent's, with more rows.
-        ids_before: see `parent_ids`.
+        parent: Model to grow; it is not changed.
+        schema: Schema with the sizes of the new tables.
+        plan: The parent's plan with more rows.
+        ids_before: Ids in the parent, see `parent_ids`.
     """
     model = type(parent)(schema, plan=plan, **parent.hparams).eval()
     state = parent.state_dict()
@@ -396,16 +428,13 @@ def grown_model(parent: CTRModel, schema: Schema, plan: PlanShape, ids_before: M
     return model
 
 
-_ROWS = ("tables.weight", "tables.first_order")
-
-
 def _row_widths(table: TableShape) -> np.ndarray:
     """Width of each compact row."""
     return np.repeat([width for _, width in table.segments], [rows for rows, _ in table.segments])
 
 
 def _metrics_before(model: CTRModel, data: EncodedDataset, split: str, train: TrainConfig) -> dict[str, Any]:
-    """Metrics of the parent, on data that carry its ids under the new schema."""
+    """Metrics of the parent, on data that hold its ids under the new schema."""
     arrays = data.split(split)
     weights = None if arrays.weights is None else np.asarray(arrays.weights)
     return compute_metrics(np.asarray(arrays.labels), predict_logits(model, data, split, train), weights).to_dict()
