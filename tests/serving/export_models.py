@@ -24,7 +24,7 @@ TOLERANCE = 1e-5
 
 
 def schema_of(multi: bool = True, dense: bool = True) -> Schema:
-    """Three plain fields; two that share a table, one of them with several values; a dense one."""
+    """Three plain fields, two fields that share a table (one of them with several values), and a dense field."""
     fields = [FieldSpec(name=f"f{i}", vocab_size=20 + i) for i in range(3)]
     if multi:
         fields.append(FieldSpec(name="tags", type="multi", max_len=3, vocab_size=12))
@@ -35,7 +35,7 @@ def schema_of(multi: bool = True, dense: bool = True) -> Schema:
 
 
 def uniform_blocks(number: int, rows: int) -> tuple[Block, ...]:
-    """Of f0 all columns, of f1 two that are projected and some rows, of f2 nothing, of the tags a scattered column."""
+    """f0 keeps all columns, f1 two projected columns and some rows, f2 nothing, the tags one scattered column."""
     some = np.arange(1, 10, dtype=np.int32)
     return (
         (Block(rows, (0, 1, 2, 3)),),
@@ -46,7 +46,7 @@ def uniform_blocks(number: int, rows: int) -> tuple[Block, ...]:
 
 
 def mixed_blocks(number: int, rows: int) -> tuple[Block, ...]:
-    """The same, but of f0 and of the tags rows of several widths, the rest dropped."""
+    """f0 and the tags keep rows of several widths and drop the rest; f1 and f2 are as in `uniform_blocks`."""
     ids = np.arange(rows, dtype=np.int32)
     if number in (1, 2):
         return uniform_blocks(number, rows)
@@ -56,7 +56,7 @@ def mixed_blocks(number: int, rows: int) -> tuple[Block, ...]:
 def model_of(
     name: str, schema: Schema, blocks: Callable[[int, int], tuple[Block, ...]] | None = None, seed: int = 0
 ) -> CTRModel:
-    """A model in eval mode whose weights and running statistics are all random; without `blocks` a full one."""
+    """A model in eval mode with random weights and running statistics; full without `blocks`."""
     plan = None
     if blocks is not None:
         width = 0 if name == "lr" else 4

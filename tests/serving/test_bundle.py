@@ -65,7 +65,7 @@ def test_a_bundle_scores_the_raw_log_as_the_model_does(saved, raw, encoded):
     folder, model, data = saved
     bundle = load_bundle(folder)
     scores = bundle.predict(raw)
-    # The encoder's ids of the raw rows, brought to the model's, give the same logits.
+    # The encoder's ids of the raw rows, mapped to the model's ids, give the same logits.
     from embtrim.data.encoder import Encoder
 
     ids = Encoder.load(encoded.folder).encode_chunk(raw).ids
@@ -99,7 +99,7 @@ def test_predict_reads_files_and_names_missing_columns(saved, raw, tmp_path):
 def test_dropped_values_are_distinct_from_unseen_ones(encoded, tmp_path):
     model = DeepFM(encoded.schema, embedding_dim=8, hidden_units=(8,), init_std=0.1)
     found = search(CTRTask(model, encoded), UniformConfig(), "6%")
-    # OOV, which training never saw, is among the dropped rows; here it is kept.
+    # The search drops OOV, which training never saw; this plan keeps it.
     blocks = [(dataclasses.replace(b, num_rows=b.num_rows + 1, rows=np.append(np.int32(OOV), b.rows)),)
               if t.has_dropped and b.rows[0] != OOV else t.blocks for t in found.tables for b in t.blocks]  # fmt: skip
     tables = [dataclasses.replace(t, blocks=b) for t, b in zip(found.tables, blocks, strict=True)]
@@ -143,7 +143,7 @@ def test_it_refuses_what_is_damaged(copied, tmp_path):
         load_bundle(copied)
 
 
-# What is wrong with bundle.json, and whether its digest is put right, as a tool that writes one would.
+# A change to bundle.json, whether its digest is made to fit, as a tool that writes one would, and the error.
 DAMAGES = {
     "newer": (lambda info: {**info, "bundle_version": 99}, False, "version 99, this release reads 2; upgrade"),
     "metrics changed": (lambda info: {**info, "metrics": {"test": {"auc": 0.99}}}, False, "digest differs"),
@@ -244,19 +244,19 @@ def test_hostile_names_break_no_table_of_the_card():
     )
     info = {
         "model": "fm", "embtrim": "1", "version": 1, "hparams": {}, "seed": None, "schema": "", "spread": None, "update": None,
-        "metrics": {"te|st": {"auc": 0.5}}, "data": {"num_rows": {}, "split": None, "split_seed": 0},
+        "metrics": {"on|line": {"auc": 0.5}}, "data": {"num_rows": {}, "split": None, "split_seed": 0},
     }  # fmt: skip
     lines = model_card(schema, SizePlan.full(schema, 4), info, 7).splitlines()
     safe = r"a\|b\\\|c | fake |".replace("| fake |", r"\| fake \|")
     assert f"| {safe} | 9 of 9 | 4 of 4 | 32 | 144 | 144 |" in lines
     assert f"| plain | those of {safe} |  |  |  |  |" in lines
-    assert r"| te\|st auc | 0.50000 |  |" in lines
+    assert r"| on\|line auc | 0.50000 |  |" in lines
     rows = [line for line in lines if line.startswith("|")]
     assert {len(re.sub(r"\\.", "", line).split("|")) for line in rows} == {4, 5, 8}
 
 
 def test_bytes_of_the_fields_add_up_to_those_of_the_plan(encoded, tmp_path):
-    """Of tables with projections of their own, and of tables of several widths, which share theirs."""
+    """For tables with projections of their own, and for tables of several widths, which share projections."""
     own = SizePlan.full(encoded.schema, 8).with_columns({"user": (0, 2), "item": (1,)}, "project")
     rows = np.arange(encoded.schema.tables["item"], dtype=np.int32)
     blocks = (Block(20, 3, "project", rows=rows[:20]), Block(len(rows) - 30, 2, "project", rows=rows[20:-10]))
@@ -287,7 +287,7 @@ def test_bytes_are_those_of_the_target_of_the_search(encoded, raw, tmp_path):
     report = embtrim.update(tmp_path / "b", raw, out=tmp_path / "new", retrain=False)
     assert report.table_bytes_before == plan.num_bytes("fbgemm")
     assert report.table_bytes_after == load_bundle(tmp_path / "new").model.tables.plan.num_bytes("fbgemm")
-    # fbgemm has no tables of 8 bits: such a plan is for others, and its model can be saved.
+    # fbgemm has no tables of 8 bits, so a plan with 8 bits is for another target, and its model can be saved.
     small = compact(full, plan.with_bits(8))
     small.tables.quantize()
     save(small, tmp_path / "8 bits", encoded)

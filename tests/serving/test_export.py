@@ -57,7 +57,7 @@ def test_every_compact_model_agrees_as_onnx(name, tmp_path):
 
 
 def test_rows_of_several_widths_agree_as_onnx(tmp_path):
-    # Without dense fields, of which the first-order term must stay free: a product over none is left unset.
+    # Without dense fields the export must leave out their first-order term: ONNX leaves a product over nothing unset.
     model = model_of("deepfm", schema_of(dense=False), mixed_blocks)
     export(model, "onnx", tmp_path / "out")
     check_agreement(model, tmp_path / "out", "onnx")
@@ -120,7 +120,7 @@ def raw() -> pl.DataFrame:
 
 @pytest.fixture(scope="module")
 def bundle_folder(raw, tmp_path_factory) -> Path:
-    """The bundle of a compact model with dropped rows; untrained, but with weights that matter."""
+    """The bundle of a compact model with dropped rows; untrained, with weights large enough to tell scores apart."""
     folder = tmp_path_factory.mktemp("exported")
     fields = (
         FieldSpec(name="user"),
@@ -151,7 +151,7 @@ def test_a_bundle_is_exported_with_all_a_server_needs(bundle_folder, raw, tmp_pa
     for name, entry in manifest["files"].items():
         content = (out / name).read_bytes()
         assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    # 11 rows of 2 columns and a first-order weight for each table; of the full one 31 rows (OOV first) of 4 columns.
+    # Each table has 11 rows of 2 columns and a first-order weight; in the full model 31 rows (OOV first) of 4 columns.
     assert manifest["table_bytes"] == 2 * 4 * 11 * 3
     assert manifest["full_table_bytes"] == 2 * 4 * 31 * 5
     assert manifest["metrics"] == {"test": {"auc": 0.5}}
@@ -203,7 +203,7 @@ def test_bad_commands(bundle_folder, tmp_path):
 
 # ---- errors ------------------------------------------------------------------------------------------------------------
 class Jagged:
-    """A container that looks into the tensors it is made of."""
+    """A container that reads the tensors it is made of, as a KeyedJaggedTensor does."""
 
     def __init__(self, values: Tensor) -> None:
         self.values, self.size = values, values.numel()
@@ -263,7 +263,7 @@ def test_onnx_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_leaves_nothing(tmp_path):
-    """In a process of its own, which torch's writer would take down."""
+    """Runs in a process of its own, since torch's writer would abort it."""
     script = f"""
 import resource
 from embtrim import EmbtrimError, Schema, export, models

@@ -23,7 +23,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 
 class NestedModel(nn.Module):
-    """Takes a dict, and a tensor by keyword; a table that is left alone."""
+    """Takes a dict, and a tensor by keyword."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def test_a_quantised_module_says_its_bytes(bits, reads, tmp_path):
 
 
 class WideModel(nn.Module):
-    """Tables of many rows, padded and not, two bags of one weight, of which one padding row is far from the first."""
+    """Tables of many rows, with padding and without, and two bags that share one weight."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Export: the bytes that the manifest says are those of the files."""
+"""Export: the manifest's bytes are those of the files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LAYOUTS = {
 
 
 def sized_model(name: str, layout: str, bits: int, multi: bool = False) -> CTRModel:
-    """Six fields of 20,000 values at width 16 of which a layout keeps some, and a network of next to nothing."""
+    """A model of six fields with 20,000 values at width 16, some of which a layout keeps, and a tiny network."""
     many = {"type": "multi", "max_len": 2} if multi else {}
     fields = [FieldSpec(name=f"f{i}", vocab_size=20_000, **(many if i % 2 else {})) for i in range(6)]
     schema = Schema(label="y", fields=tuple(fields))

@@ -21,7 +21,7 @@ from tests.serving.export_models import batch_of, mixed_blocks, model_of, schema
 
 
 def test_torchrec_tables_pool_to_what_the_model_reads(tmp_path):
-    """The configs and weights, looked up with nn.EmbeddingBag alone, give every field's columns of `concat`."""
+    """Configs and weights, read with embedding_bag alone, give every field's columns of `concat`."""
     model = model_of("deepfm", schema_of(), uniform_blocks)
     export(model, "torchrec", tmp_path / "out")
     ids = batch_of(model, 9)["ids"]
@@ -61,7 +61,7 @@ def test_torchrec_tables_pool_to_what_the_model_reads(tmp_path):
     concat = torch.cat([by_field[name] for name in slices if name in by_field], 1)
     assert torch.allclose(concat, views.concat, atol=1e-6)
     assert torch.allclose(sum(pooled("first_order").values())[:, 0], views.first_order, atol=1e-6)  # type: ignore[index]
-    # Everything else the model knows is beside it.
+    # All other weights of the model are in network.safetensors.
     network = load_file(tmp_path / "out" / "network.safetensors")
     state = {n: v for n, v in model.state_dict().items() if n not in ("tables.weight", "tables.first_order")}
     assert set(network) == set(state)

@@ -1,4 +1,4 @@
-"""update: new values get rows, dropped ones return, what stays keeps id and weights, nothing is half-written."""
+"""update: new values get rows, dropped values return, other values keep id and weights, nothing is half-written."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SCHEMA = Schema(
 
 
 def log_of(users: list[str], friends: list[str], tags: list[list[str]]) -> pl.DataFrame:
-    """Rows of these users, friends and tags in turn; every third is a click."""
+    """Rows of these users, friends and tags in turn; every third row is a click."""
     num_rows = len(users)
     return pl.DataFrame(
         {
@@ -54,13 +54,13 @@ def log_of(users: list[str], friends: list[str], tags: list[list[str]]) -> pl.Da
     )
 
 
-# u00 is the most frequent, so that id i + 1 is that of user i: 21 rows with OOV.
+# u00 is the most frequent user, so user i has id i + 1; with OOV there are 21 rows.
 OLD = log_of(
     [f"u{u:02d}" for u in range(20) for _ in range(24 - u)],
     ["u00", "u01"],
     [["a", "b"], ["c"], [], ["a"], ["b"], ["a"]],
 )
-# New are x0, x1 (in the shared table as a friend only) and the tag z; y occurs once. u12 and u13 may return, u14 occurs once.
+# x0, x1 (only as a friend, in the shared table) and the tag z are new; y occurs once. u12 and u13 may return; u14 occurs once.
 NEW = log_of(
     [*["u01", "u12", "u13", "x0"] * 30, "u14", "y"], ["u02", "u01", "x1", "x1", "u12"], [["a", "z"], ["z"], ["b"]]
 )
@@ -80,7 +80,7 @@ def encoded(tmp_path_factory) -> EncodedDataset:
 
 
 def plan_of(kind: str, schema: Schema) -> SizePlan:
-    """A plan of a kind; those of rows keep users 0..7 or fewer and drop the others."""
+    """A plan of one kind; plans of rows keep users 0..7 or fewer and drop the others."""
     full = SizePlan.full(schema, 4, first_order=True)
     if kind == "full":
         return full
@@ -103,7 +103,7 @@ def plan_of(kind: str, schema: Schema) -> SizePlan:
 
 
 def bundle_of(kind: str, encoded: EncodedDataset, folder: Path) -> Path:
-    """A bundle of random weights, OOV and DROPPED rows included."""
+    """A bundle with random weights, also in its OOV and DROPPED rows."""
     plan = plan_of(kind, encoded.schema)
     return save_random(plan, encoded, folder)
 
@@ -139,7 +139,9 @@ def test_values_that_stay_keep_ids_weights_and_scores(bundles, kind, tmp_path):
 
     user, tags, page = report.tables
     returned = {"full": 0, "columns": 0, "rows": 2, "rows_without_oov": 0, "mixed": 2}[kind]
-    new = 4 if kind == "rows_without_oov" else 2  # the bundle lists no dropped values then: u12 and u13 count as new
+    new = (
+        4 if kind == "rows_without_oov" else 2
+    )  # without OOV the bundle lists no dropped values, so u12 and u13 count as new
     assert (user.new, user.returned) == (new, returned)
     assert (tags.new, tags.returned) == (1, 0)
     assert (page.new, page.returned, page.rows_before) == (0, 0, page.rows_after)
@@ -155,7 +157,7 @@ def test_values_that_stay_keep_ids_weights_and_scores(bundles, kind, tmp_path):
         found = np.unique(ids[:, column][ids[:, column] >= 0])
         pairs = zip(child.model.tables.get_rows(name, found), parent.model.tables.get_rows(name, found), strict=True)
         assert all(torch.equal(a, b) for (_, a), (_, b) in pairs)
-    # Those dropped still, and those never seen, score as before; so does all else, where the rows are of one width.
+    # Values still dropped and values never seen score as before; so do all others if the rows have one width.
     unknown = STAY.with_columns(pl.lit("nobody").alias("user"))
     known = (
         NEW if kind != "mixed" else NEW.filter(pl.col("user").is_in(["u01", "u14", "y"]) & (pl.col("friend") < "u12"))
@@ -225,7 +227,7 @@ def test_renumbered_values_have_the_ids_of_a_fresh_encode_and_score_as_before(bu
     order = pl.read_parquet(fresh.folder / "vocab.parquet")
     moved = 0
     for table in child.model.tables.plan.tables:
-        if table.name == "page":  # hashed: its ids are those of the hash
+        if table.name == "page":  # hashed: its ids come from the hash
             continue
         found = child.encoder.vocabularies[table.name].filter(pl.col("id") != (table.dropped_id or -1))
         before = same.encoder.vocabularies[table.name].filter(pl.col("id") != (table.dropped_id or -1))
@@ -253,7 +255,7 @@ def test_renumbered_values_have_the_ids_of_a_fresh_encode_and_score_as_before(bu
 
 
 def test_renumbering_moves_rows_of_one_width_only():
-    """Ids 0 (OOV) and 4 (DROPPED) stay; of the values c to f, of which e and f are narrow, d and f come first now."""
+    """Ids 0 (OOV) and 4 (DROPPED) stay. Among the wide values d now comes first, among the narrow ones f."""
     table = TableShape(
         "t", 7, 4, (BlockShape(3, 4, "project"), BlockShape(1, 4, "project"), BlockShape(2, 2, "project"))
     )
@@ -374,12 +376,12 @@ W4, W2, W0 = (4, "project"), (2, "project"), (0, "project")
     ("num_rows", "blocks", "new", "returned", "ids", "num_blocks"),
     [
         (3, [(3, *W4)], 2, 0, [3, 4], 1),
-        (5, [(3, *W4)], 1, 1, [3, 4], 1),  # DROPPED goes from 3 to 5
-        (5, [(3, *W4)], 0, 2, [3, 4], 1),  # and leaves
+        (5, [(3, *W4)], 1, 1, [3, 4], 1),  # DROPPED moves from 3 to 5
+        (5, [(3, *W4)], 0, 2, [3, 4], 1),  # DROPPED disappears
         (7, [(2, *W4), (2, *W2)], 1, 1, [5, 6], 2),  # DROPPED stays, at 2
-        (6, [(2, *W4), (2, *W2)], 0, 2, [2, 5], 2),  # nobody reads DROPPED any more: its place is taken
+        (6, [(2, *W4), (2, *W2)], 0, 2, [2, 5], 2),  # no value reads DROPPED any more, so a new row takes its place
         (7, [(2, *W2), (2, *W4)], 1, 1, [5, 6], 3),
-        (7, [(2, *W4), (2, *W0)], 2, 0, [2, 5], 3),  # the narrow rows are as wide as the widest: DROPPED joins them
+        (7, [(2, *W4), (2, *W0)], 2, 0, [2, 5], 3),  # new rows take the only width, and DROPPED moves behind them
         (4, [], 1, 1, [0, 1], 1),
     ],
 )

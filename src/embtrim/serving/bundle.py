@@ -32,7 +32,7 @@ from embtrim.data.encoder import Encoder
 from embtrim.data.log_file import Chunk
 from embtrim.data.read_options import ReadOptions
 from embtrim.data.reading import open_log, read_ahead
-from embtrim.errors import BundleError, ModelError
+from embtrim.errors import BundleError, ConfigError, EmbtrimError, ModelError
 from embtrim.models import MODELS
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import PlanShape, SizePlan
