@@ -22,6 +22,7 @@ import report
 import synthetic
 import workloads
 from embtrim.data.dataset import EncodedDataset, SplitArrays
+from embtrim.tables.views import stacked_projections
 
 ROWS = 2000
 PRECISIONS = {"fp32": {"matmul": "medium", "bf16": False}, "auto": {"matmul": "medium", "bf16": True}}
@@ -421,7 +422,7 @@ def test_the_plain_head_is_the_same_model(layout):
         for own, of_model in zip(head.mlp.parameters(), model.mlp.parameters(), strict=True):
             own.copy_(of_model)
         if layout == "mixed":
-            head.projection_SD.copy_(model.tables.projection_SD())
+            head.projection_SD.copy_(stacked_projections(model.tables))
         views = model.tables(batch.ids_BC)
         assert torch.allclose(head(views.concat, views.first_order), model(batch.ids_BC), rtol=1e-4, atol=1e-3)
 

@@ -81,7 +81,7 @@ def cases(draw) -> tuple[EmbeddingTables, Tensor]:
     compact_rows = {t.name: t.num_compact_rows for t in plans}
     columns = []
     for field in schema.id_fields:
-        low = PAD if tables.is_pooled else 0
+        low = PAD if tables.layout.is_pooled else 0
         columns += [torch.randint(low, compact_rows[field.table_name], (6,), generator=generator) for _ in range(field.length)]  # fmt: skip
     return tables, torch.stack(columns, 1).int()
 

@@ -22,7 +22,7 @@ def inherit_weights(full: CTRModel, small: CTRModel) -> None:
     for table in plan.tables:
         _inherit_table(full.tables, small.tables, table)
     kept_S = small.kept_inputs("concat")
-    if small.tables.has_projections:
+    if small.tables.layout.has_projections:
         selection_SD = small.tables.projection.new_zeros(len(kept_S), small.tables.width)
         selection_SD[torch.arange(len(kept_S)), kept_S % small.tables.width] = 1.0
         small.tables.projection.copy_(selection_SD[small.tables.projected_S])

@@ -48,7 +48,8 @@ from embtrim.methods.registry import register
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
 from embtrim.system.progress import tracked
-from embtrim.tasks.sites import RowGate, Site, SlotGate, gate_sites
+from embtrim.tables.embedding_tables import RowGate
+from embtrim.tasks.sites import Site, SlotGate, gate_sites
 from embtrim.tasks.task import Task, alignment_of
 from embtrim.training.checkpoint import Checkpoint
 from embtrim.training.settings import Hooks

@@ -17,7 +17,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from embtrim.plan.table import projects
-from embtrim.tables.embedding_tables import EmbeddingTables, EmbeddingViews
+from embtrim.tables.embedding_tables import EmbeddingTables
+from embtrim.tables.views import EmbeddingViews
 
 Units = tuple[Annotated[int, Field(ge=1, strict=True)], ...]
 

@@ -22,7 +22,8 @@ from embtrim.errors import DataError, PlanError
 from embtrim.models.blocks import Units
 from embtrim.plan.plan import PlanShape, SizePlan
 from embtrim.schema import Schema
-from embtrim.tables.embedding_tables import EmbeddingTables, EmbeddingViews
+from embtrim.tables.embedding_tables import EmbeddingTables
+from embtrim.tables.views import EmbeddingViews
 
 
 class HyperParameters(Config):

@@ -112,7 +112,7 @@ def torchrec_weights(model: CTRModel) -> dict[str, dict[str, Tensor]]:
     tables = model.tables
     weights: dict[str, dict[str, Tensor]] = {"tables": {}, "first_order": {}}
     for table in tables.plan.tables:
-        name, start = torchrec_name(table.name), tables.segment_starts[table.name][0]
+        name, start = torchrec_name(table.name), tables.layout.segment_starts[table.name][0]
         stop = start + table.num_compact_rows
         group = next(g for g in tables.groups if g.width == table.output_width)
         if group.width:

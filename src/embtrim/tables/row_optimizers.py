@@ -32,9 +32,10 @@ import torch
 from torch import Tensor
 
 from embtrim.errors import ConfigError, EmbtrimError
-from embtrim.tables.embedding_tables import EmbeddingTables, Lookup
+from embtrim.tables.embedding_tables import EmbeddingTables
 from embtrim.tables.kernels import kernels_for
 from embtrim.tables.kernels.torch import sum_rows
+from embtrim.tables.storage import Lookup
 
 # All rows are caught up in chunks of about this many elements, which bounds the memory that settling takes.
 SETTLE_ELEMENTS = 1 << 20
@@ -171,7 +172,7 @@ class RowOptimizer:
 
     def detach(self) -> None:
         """Settle the decay owed and release the tables, which are an ordinary module again."""
-        if self.tables._optimizer is self:
+        if self.tables.row_owner is self:
             self.tables.attach(None)
 
     @property
@@ -201,7 +202,7 @@ class RowOptimizer:
 
     def _check_attached(self) -> None:
         name = type(self).__name__
-        if self.tables._optimizer is not self:
+        if self.tables.row_owner is not self:
             raise EmbtrimError(f"this {name} was detached from its tables; make a new one to train them further")
         for value in self.state.values():
             if value.device != self.tables.weight.device or (

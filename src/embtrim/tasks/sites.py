@@ -14,7 +14,7 @@ Shapes: S slots of a site, B batch, O output columns of a site, U distinct rows 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -24,14 +24,13 @@ from torch import Tensor, nn
 
 from embtrim.errors import EmbtrimError
 from embtrim.schema import OOV
-from embtrim.tables.embedding_tables import EmbeddingTables
+from embtrim.tables.embedding_tables import EmbeddingTables, OutputGate, RowGate
 from embtrim.tables.replacements import pool_entries
 
 # Rows a batch where many gatings are scored: activations of larger ones fall out of the cache.
 GATED_BATCH_SIZE = 2_048
 
-SlotGate = Tensor | Callable[[Tensor], Tensor]
-RowGate = Callable[[Tensor, Tensor], Tensor]
+SlotGate = Tensor | OutputGate
 
 
 class Site(Protocol):

@@ -17,7 +17,7 @@ from embtrim.training.settings import TrainConfig
 
 def kernels_used(tables: EmbeddingTables, config: TrainConfig) -> str | None:
     """ "torch" or "fused": the kernels that a training goes through; None where torch's own dense gradients serve."""
-    if config.tables == "dense" and not tables.mixed_fields:
+    if config.tables == "dense" and not tables.layout.mixed_fields:
         return None
     return kernels_name(torch.empty(0, device=device_of(config)))
 

@@ -1,0 +1,355 @@
+"""TableStorage: the rows of all embedding tables in one flat buffer, and the forms that they take for inference.
+
+Rows are trained in one 1-D parameter `weight`, of which each group is a 2-D view (see `layout.py`). Two forms serve
+inference only: one parameter for each group, for export (`split_by_width`), and rows in the bits of the plan
+(`quantize`).
+
+Axes: N rows, D full width, R storage rows, U distinct rows of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embtrim.errors import ModelError
+from embtrim.plan.plan import SizePlan
+from embtrim.schema import Schema
+from embtrim.tables.indices import Indices, index_tensors, packed_tensors, segment_tensors
+from embtrim.tables.layout import Group, lay_out
+from embtrim.tables.packing import PackedRows
+
+
+@dataclass
+class Lookup:
+    """The distinct rows of one forward pass, as leaves that collect gradients.
+
+    Attributes:
+        rows_U: int32 storage rows, ascending.
+        bounds: For each group, the range of `rows_U` that lies in it.
+        leaves: For each group, the looked-up rows (U_g, width). Backward sets their `.grad`.
+        first_order_U: The looked-up first-order weights, or None.
+        has_gradient: Whether backward has reached any of the leaves.
+    """
+
+    rows_U: Tensor
+    bounds: list[tuple[int, int]]
+    leaves: list[Tensor]
+    first_order_U: Tensor | None = None
+    has_gradient: bool = False
+
+
+class RowOwner(Protocol):
+    """The row optimiser that owns the updates of the rows, as far as the tables know it."""
+
+    def catch_up(self, rows_U: Tensor | None) -> None:
+        """Apply the decay owed to these storage rows (None: to all), in place."""
+        ...
+
+
+class TableStorage(nn.Module, Indices):
+    """The rows of all embedding tables, read and written by table.
+
+    Args:
+        schema: Fields and vocabulary sizes of the full tables.
+        plan: The rows and columns to store.
+        init_std: Standard deviation of the initial weights. OOV and DROPPED rows start at zero.
+        generator: Source of the initial weights.
+
+    Attributes:
+        layout: Where the rows of each table lie.
+        width: Full width D.
+        num_fields: Fields that read a table, F.
+        weight: Flat fp32 rows; absent once the tables are split by width or quantised.
+        first_order: (R,) first-order weights, or None.
+        projection: Rows of the projections that uniform tables own; there only if a table owns one.
+        shared_projections: PME's projections (s, D) of mixed tables, by the width s as text.
+        weight_by_width: None, or the rows of each group by its name; see `split_by_width`.
+        packed: None, or the rows of each group; see `quantize`.
+        packed_first_order: None, or the first-order weights of each precision, by its bits as text.
+        row_owner: None, or the row optimiser that owns the updates; see `attach`.
+        lookups: Passes since the owner's last step that have gradients.
+
+    Raises:
+        PlanError: The plan was made for another schema.
+    """
+
+    def __init__(
+        self, schema: Schema, plan: SizePlan, init_std: float = 1e-4, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        plan.check_schema(schema)
+        self.schema = schema
+        self.plan = plan
+        self.layout = lay_out(schema, plan)
+        self.width = plan.width
+        self.num_fields = len(self.layout.fields)
+        self.weight_by_width: nn.ParameterDict | None = None
+        self.packed: nn.ModuleList | None = None
+        self.packed_first_order: nn.ModuleDict | None = None
+        self.row_owner: RowOwner | None = None
+        self.lookups: list[Lookup] = []
+        self._register(index_tensors(self.layout))
+        self.weight = nn.Parameter(torch.empty(self.layout.num_elements).normal_(0, init_std, generator=generator))
+        self.first_order = (
+            nn.Parameter(torch.empty(self.num_rows).normal_(0, init_std, generator=generator))
+            if plan.first_order
+            else None
+        )
+        self._init_projections(generator)
+        self._zero_special_rows()
+
+    def _register(self, indices: Mapping[str, Tensor]) -> None:
+        """Make buffers of index tensors; a file does not hold them, since the plan gives them again."""
+        for name, value in indices.items():
+            self.register_buffer(name, value, persistent=False)
+
+    def _init_projections(self, generator: torch.Generator | None) -> None:
+        layout = self.layout
+        if layout.has_projections:
+            widths = [layout.widths[layout.field_of_output[s]] for s in layout.first_projected_outputs]
+            noise = torch.empty(len(widths), self.width).normal_(generator=generator)
+            self.projection = nn.Parameter(noise * torch.tensor([width**-0.5 for width in widths])[:, None])
+        self.shared_projections = nn.ParameterDict(
+            {
+                str(s): nn.Parameter(torch.empty(s, self.width).normal_(0, s**-0.5, generator=generator))
+                for s in self.plan.shared_projection_widths
+            }
+        )
+
+    @torch.no_grad()
+    def _zero_special_rows(self) -> None:
+        """OOV and DROPPED rows start at zero, so that an untrained one adds no noise."""
+        for table in self.plan.tables:
+            for row in (table.dropped_id, table.oov_id()):
+                if row is None:
+                    continue
+                self.set_rows(table.name, np.array([row]), torch.zeros(1, self.width))
+                if self.first_order is not None:
+                    self.first_order[int(self.storage_rows(table.name, np.array([row]))[0])] = 0.0
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups of rows of one width and precision."""
+        return self.layout.groups
+
+    @property
+    def num_rows(self) -> int:
+        """Storage rows, R."""
+        return self.layout.num_rows
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Columns of each field in `concat`."""
+        return self.layout.widths
+
+    # ---- reading and writing rows by table --------------------------------------------------------------------
+
+    def group_view(self, group: Group) -> Tensor:
+        """The (num_rows, width) view of a group's rows.
+
+        Raises:
+            ModelError: The tables are quantised.
+        """
+        self.check_fp32()
+        if self.weight_by_width is not None:
+            return self.weight_by_width[group.name]
+        return self.weight[group.offset : group.offset + group.num_rows * group.width].view(group.num_rows, group.width)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the rows as they are read."""
+        return torch.float32 if self.packed is not None else self.group_view(self.groups[0]).dtype
+
+    def storage_rows(self, name: str, ids: np.ndarray) -> np.ndarray:
+        """Storage rows of compact ids of a table."""
+        return self.layout.storage_rows(name, ids)
+
+    @torch.no_grad()
+    def get_rows(self, name: str, ids: np.ndarray) -> list[tuple[np.ndarray, Tensor]]:
+        """Stored rows of a table, by width: (positions in `ids`, values (N, width)) for each width among them."""
+        return [(inside, view[index]) for inside, index, view in self._by_group(name, ids)]
+
+    @torch.no_grad()
+    def set_rows(self, name: str, ids: np.ndarray, values_ND: Tensor) -> None:
+        """Write rows of a table. A row takes the leading columns of its value, as many as it stores."""
+        for inside, index, view in self._by_group(name, ids):
+            values = values_ND[torch.from_numpy(inside).to(values_ND.device), : view.shape[1]]
+            view[index] = values.to(self.weight)
+
+    def _by_group(self, name: str, ids: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+        """For each group that has any of the rows: their positions in `ids`, their places in its view, and the view."""
+        self.check_fp32()
+        self.settle()  # decay is owed on the weights as they are, also on those that are about to be overwritten
+        rows = self.storage_rows(name, ids)
+        for group in self.groups:
+            inside = np.flatnonzero((rows >= group.start) & (rows < group.stop))
+            if len(inside):
+                index = torch.from_numpy(rows[inside] - group.start).to(self.weight.device)
+                yield inside, index, self.group_view(group)
+
+    # ---- the row optimiser, copies and files ------------------------------------------------------------------
+
+    def attach(self, optimizer: RowOwner | None) -> None:
+        """Let a row-sparse optimiser own the updates; None releases the tables, with all decay owed applied."""
+        self.check_fp32()
+        self.settle()
+        self.lookups.clear()
+        self.row_owner = optimizer
+
+    def settle(self) -> None:
+        """Apply the decay that untouched rows are owed; needed before weights are read from outside."""
+        if self.row_owner is not None:
+            self.row_owner.catch_up(None)
+
+    def __getstate__(self) -> dict:
+        # A copy (deepcopy, a saved module) has settled weights and no optimiser of its own.
+        self.settle()
+        return {**self.__dict__, "row_owner": None, "lookups": []}
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        self.settle()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        self.settle()  # decay is owed on the weights as they are, which are about to be overwritten
+        if self.packed is None and any(key.startswith(f"{prefix}packed.") for key in state_dict):
+            self._take_packed(*self._empty_packed())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    # ---- quantised --------------------------------------------------------------------------------------------
+
+    def check_fp32(self) -> None:
+        """Raise ModelError if the tables are quantised: they can only be read."""
+        if self.packed is not None:
+            raise ModelError(
+                "these tables are quantised, for inference only; train, search and change the model before "
+                "model.tables.quantize(), or go on from what its codes read with model.tables.dequantize()"
+            )
+
+    def check_quantized(self) -> None:
+        """Raise ModelError if the tables are fp32 and their plan says fewer bits."""
+        if self.plan.is_quantized and self.packed is None:
+            raise ModelError(
+                "the plan of this model says fewer than 32 bits, its tables are fp32 still; call model.tables.quantize() "
+                "once it is trained, or compact with plan.with_bits(32)"
+            )
+
+    def check_free(self) -> None:
+        """Raise ModelError if a row optimiser owns the tables."""
+        if self.row_owner is not None:
+            raise ModelError("a row optimiser owns these tables; release them with model.tables.attach(None)")
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the tables have a form for inference only: split by width, or quantised."""
+        return self.weight_by_width is not None or self.packed is not None
+
+    @torch.no_grad()
+    def quantize(self) -> None:
+        """Store the tables in the bits of their plan, in place: for inference only. Projections stay fp32.
+
+        Raises:
+            ModelError: The tables are quantised already, are split by width, are gated, or a row optimiser owns them.
+
+        Example:
+            >>> plan = SizePlan.full(Schema.from_sizes([100, 10]), width=4).with_bits(8)
+            >>> tables = TableStorage(Schema.from_sizes([100, 10]), plan)
+            >>> tables.quantize()
+            >>> sum(b.nbytes for b in tables.state_dict().values()) == plan.num_bytes()
+            True
+        """
+        self.check_fp32()
+        self.check_free()
+        if self.weight_by_width is not None:
+            raise ModelError("these tables are split by width, for export; quantise the model before that")
+        packed, packed_first_order = self._empty_packed()
+        for store, stretch, local, rows_RW in self._stretches(packed, packed_first_order):
+            store.store(stretch, local, rows_RW[local])
+        self._take_packed(packed, packed_first_order)
+
+    @torch.no_grad()
+    def dequantize(self) -> None:
+        """Store quantised tables in fp32 again, with the values that their codes stand for, in place: to train on."""
+        if self.packed is None or self.packed_first_order is None:
+            return
+        packed, packed_first_order = list(self.packed), dict(self.packed_first_order.items())
+        device = self.shift_C.device
+        self.packed = self.packed_first_order = None
+        self.weight = nn.Parameter(torch.zeros(self.layout.num_elements, device=device))
+        if self.plan.first_order:
+            self.first_order = nn.Parameter(torch.zeros(self.num_rows, device=device))
+        for store, stretch, local, rows_RW in self._stretches(packed, packed_first_order):
+            rows_RW[local] = store(local[:, None], torch.tensor([stretch], device=device))[:, 0]
+
+    def _stretches(
+        self, packed: Sequence[nn.Module], packed_first_order: Mapping[str, nn.Module]
+    ) -> Iterator[tuple[Any, int, Tensor, Tensor]]:
+        """For each stretch: its packed rows, its number among them, the places of its rows, and the fp32 rows of all places."""
+        for table in self.plan.tables:
+            rows = torch.from_numpy(self.storage_rows(table.name, np.arange(table.num_compact_rows)))
+            rows = rows.to(self.weight.device)
+            for group, store in zip(self.groups, packed, strict=True):
+                local = rows[(rows >= group.start) & (rows < group.stop)] - group.start
+                if table.name in group.tables:
+                    yield store, group.tables.index(table.name), local, self.group_view(group)
+            if self.first_order is not None:
+                bits = table.first_order_bits
+                start = self.layout.first_order_start(bits)
+                stretch = self.layout.first_order_tables(bits).index(table.name)
+                yield packed_first_order[str(bits)], stretch, rows - start, self.first_order[start:, None]
+
+    def _empty_packed(self) -> tuple[list[PackedRows], dict[str, PackedRows]]:
+        """Room for the rows of each group, and for the first-order weights of each precision."""
+        device = self.weight.device
+        packed = [PackedRows(g.num_rows, g.width, g.bits, len(g.tables)).to(device) for g in self.groups]
+        first_order = {}
+        for bits in self.layout.first_order_bits:
+            tables = [self.layout.tables[name] for name in self.layout.first_order_tables(bits)]
+            num_rows = sum(t.num_compact_rows for t in tables)
+            first_order[str(bits)] = PackedRows(num_rows, 1, bits, len(tables)).to(device)
+        return packed, first_order
+
+    def _take_packed(self, packed: Sequence[PackedRows], packed_first_order: Mapping[str, PackedRows]) -> None:
+        """Read from packed rows from now on."""
+        device = self.shift_C.device
+        self.packed, self.packed_first_order = nn.ModuleList(packed), nn.ModuleDict(packed_first_order)
+        del self.weight
+        self.first_order = None
+        self._register({name: value.to(device) for name, value in packed_tensors(self.layout).items()})
+
+    # ---- export -----------------------------------------------------------------------------------------------
+
+    def split_by_width(self) -> None:
+        """Take the form that is exported, for good: inference only, on one path for any batch size.
+
+        `weight` gives way to one parameter for each group, so that a graph gathers from a table instead of slicing it
+        out of the buffer first. Each is a copy, because torch.export.save mistakes views of one storage for each other.
+        Ids of mixed tables find their segment by comparison, because ONNX has no binary search. To keep the files small,
+        indices are int32, and matrices of 0 and 1 are built from them.
+        """
+        # Rows are gathered at every batch size, not elements. In onnxruntime a gather of elements takes 30 us against 60
+        # at batch 1 where a plan left several widths, but 30 against 23 with full tables and 40 ms against 7 at batch 4096.
+        if self.packed is None:
+            self.weight_by_width = nn.ParameterDict(
+                {g.name: nn.Parameter(self.group_view(g).detach().clone(), requires_grad=False) for g in self.groups}
+            )
+            del self.weight
+            if self.layout.mixed_columns:
+                device = self.shift_C.device
+                self._register({name: value.to(device) for name, value in segment_tensors(self.layout).items()})
+        if not self.layout.is_equal_width:
+            self.fixed_projection_SD = self.same_field_PP = None
+        for name, value in list(self.named_buffers(recurse=False)):
+            if value.dtype == torch.int64:
+                self.register_buffer(name, value.int(), persistent=False)
+
+    def extra_repr(self) -> str:
+        """Sizes, for print(model)."""
+        widths = ", ".join(f"{g.num_rows:,} x {g.width}" for g in self.groups)
+        return f"fields={self.num_fields}, rows by width: {widths}, first_order={self.plan.first_order}"
