@@ -44,12 +44,12 @@ def build(name: str, schema: Schema, **hparams: Any) -> CTRModel:
     """Build a base model by name.
 
     Args:
-        name: key of MODELS, such as "deepfm".
-        schema: fields and vocabulary sizes of the data.
-        hparams: constructor arguments of the model; `plan` may be among them.
+        name: Name of the model, such as "deepfm"; a key of MODELS.
+        schema: Fields and vocabulary sizes of the data.
+        hparams: Constructor arguments of the model. `plan` may be among them.
 
     Raises:
-        ConfigError: the name or an argument is unknown, or a value is out of range.
+        ConfigError: The name or an argument is unknown, or a value is out of range.
 
     Example:
         >>> build("fm", Schema.from_sizes([100, 10]), embedding_dim=4).hparams["embedding_dim"]
@@ -67,7 +67,7 @@ def build(name: str, schema: Schema, **hparams: Any) -> CTRModel:
 
 
 def arguments(name: str) -> dict[str, Any]:
-    """Names and defaults of a model's settings: its constructor arguments but `schema` and `plan`.
+    """Names and defaults of a model's settings: its constructor arguments without `schema` and `plan`.
 
     Example:
         >>> arguments("lr")["init_std"]

@@ -1,7 +1,7 @@
 """Building blocks of base models: MLP, first-order part, cross layers, inner products of pairs.
 
-Weights are initialised as in FuxiCTR, the code behind the BARS benchmark: Xavier normal, biases zero; from a given
-generator, so that the global one is left alone.
+Weights are initialised as in FuxiCTR, the code behind the BARS benchmark: Xavier normal, with zero biases. They come
+from a given generator, so that the global one is left alone.
 
 Axes: B batch, E dense fields, F id fields, D full width, P pairs, L layers, N inputs.
 """
@@ -30,7 +30,7 @@ def xavier_normal(num_outputs: int, num_inputs: int, generator: torch.Generator)
 
 
 def linear(num_inputs: int, num_outputs: int, generator: torch.Generator) -> nn.Linear:
-    """A Linear layer with Xavier normal weights and zero bias; either side may be empty, where a plan left nothing."""
+    """A Linear layer with Xavier normal weights and zero bias. Either side may be empty, where a plan keeps nothing."""
     # torch's own initialisation would draw from the global generator, and warn about empty sides.
     layer = nn.utils.skip_init(nn.Linear, 1, 1)
     assert isinstance(layer, nn.Linear)
@@ -41,13 +41,13 @@ def linear(num_inputs: int, num_outputs: int, generator: torch.Generator) -> nn.
 
 
 def side_by_side(*parts: Tensor) -> Tensor:
-    """Concatenate (B, n) tensors along the columns; what has none costs no copy."""
+    """Concatenate (B, n) tensors along the columns. A part without columns costs no copy."""
     filled = [part for part in parts if part.shape[1]]
     return filled[0] if len(filled) == 1 else torch.cat(filled or parts, 1)
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm1d that takes a training batch of one row, which has no variance, by the running statistics."""
+    """BatchNorm1d that normalises a training batch of one row, which has no variance, by the running statistics."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, N) -> (B, N)."""
@@ -59,11 +59,11 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout whose mask costs 16 random bits an element on the CPU.
+    """nn.Dropout whose mask costs 16 random bits per element on the CPU.
 
-    There torch's own draws one variate an element in series, which took 12 ms for (4096, 400) where this takes 1: more
-    than the layer's matmul. The share kept is rounded to 1/65536, and the scale is of the rounded share. What torch compiles
-    is torch's own: it draws within the loops beside it.
+    On the CPU, torch's own dropout draws one variate per element in series. For (4096, 400) it takes 12 ms, more than the
+    layer's matmul, where this one takes 1 ms. The share kept is rounded to 1/65536, and the scale follows the rounded
+    share. Compiled models use torch's own dropout, which then draws within the loops beside it.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -80,12 +80,12 @@ class MLP(nn.Sequential):
     """Hidden layers of Linear -> BatchNorm -> ReLU -> Dropout, and a last Linear.
 
     Args:
-        num_inputs: N; may be 0.
-        hidden_units: width of each hidden layer.
-        dropout: share of hidden units dropped in training.
-        batch_norm: whether hidden layers are normalised.
-        generator: source of the weights.
-        num_outputs: width of the last Linear; None leaves it out.
+        num_inputs: Number of inputs, N; may be 0.
+        hidden_units: Width of each hidden layer.
+        dropout: Share of hidden units dropped in training.
+        batch_norm: Whether hidden layers are normalised over the batch.
+        generator: Source of the weights.
+        num_outputs: Width of the last Linear. None leaves the layer out.
     """
 
     def __init__(
@@ -113,14 +113,14 @@ class MLP(nn.Sequential):
 
 
 class FirstOrder(nn.Module):
-    """The linear part: bias, one weight a feature value (held by the tables), one weight a dense field.
+    """The linear part: a bias, one weight per feature value (held by the tables), and one weight per dense field.
 
         y = w_0 + sum_i w_i + sum_e v_e x_e
 
     Args:
-        num_dense: E.
-        init_std: standard deviation of the initial v.
-        generator: source of the weights.
+        num_dense: Number of dense fields, E.
+        init_std: Standard deviation of the initial v.
+        generator: Source of the weights.
     """
 
     def __init__(self, num_dense: int, init_std: float, generator: torch.Generator) -> None:
@@ -132,7 +132,7 @@ class FirstOrder(nn.Module):
         """(B,) linear term of a batch."""
         assert views.first_order is not None, "these tables carry no first-order weights"
         first_B = self.bias + views.first_order
-        # No product over no fields: onnxruntime leaves the result of an empty one unset.
+        # Without dense fields there is no product: onnxruntime leaves the result of an empty one unset.
         return first_B + dense_BE @ self.dense_E if len(self.dense_E) else first_B
 
 
@@ -141,13 +141,13 @@ class CrossVectors(nn.Module):
 
         x_{l+1} = x_0 (w_l . x_l + c_l) + b_l + x_l
 
-    In the paper c is zero. In a compact model it carries what the coordinates that a plan removed contribute to
-    w_l . x_l: their x_0 is zero, yet they hold the sum of the biases so far.
+    In the paper c is zero. In a compact model c is the share of w_l . x_l that the coordinates contribute which a plan
+    removed: their x_0 is zero, yet they hold the sum of the biases so far.
 
     Args:
-        num_inputs: N.
-        num_layers: L.
-        generator: source of the weights.
+        num_inputs: Number of inputs, N.
+        num_layers: Number of layers, L.
+        generator: Source of the weights.
     """
 
     carried_L: Tensor
@@ -174,9 +174,9 @@ class CrossMatrices(nn.ModuleList):
         x_{l+1} = x_0 * (W_l x_l + b_l) + x_l
 
     Args:
-        num_inputs: N.
-        num_layers: L.
-        generator: source of the weights.
+        num_inputs: Number of inputs, N.
+        num_layers: Number of layers, L.
+        generator: Source of the weights.
     """
 
     def __init__(self, num_inputs: int, num_layers: int, generator: torch.Generator) -> None:
@@ -193,15 +193,15 @@ class CrossMatrices(nn.ModuleList):
 class PairProducts(nn.Module):
     """Inner products of the pairs of vectors (i, j), i < j, that a plan has not made zero.
 
-    Pairs run row by row: (0, 1), (0, 2), ..., (1, 2), ... The vectors are the fields' embeddings and, last,
-    `num_extra` others of full width.
+    Pairs run row by row: (0, 1), (0, 2), ..., (1, 2), ... The vectors are the fields' embeddings, then `num_extra` others
+    of full width.
 
     Args:
-        tables: the embeddings.
-        num_extra: vectors that are no embeddings.
+        tables: Embeddings of all fields.
+        num_extra: Number of vectors that are not embeddings.
 
     Attributes:
-        kept: positions of the kept pairs among all of them.
+        kept: Positions of the kept pairs among all pairs.
     """
 
     place_P: Tensor
@@ -210,7 +210,7 @@ class PairProducts(nn.Module):
         super().__init__()
         plans = {table.name: table for table in tables.plan.tables}
         of_field = [plans[field.table_name] for field in tables.schema.id_fields]
-        # A vector may be nonzero in these columns: a projected one in all of them, a scattered one where it was kept.
+        # Columns in which each vector may be nonzero: all for a projected vector, the kept ones for a scattered vector.
         everywhere = frozenset(range(tables.width))
         columns = [everywhere if projects(table) else frozenset(table.columns) for table in of_field]
         columns += [everywhere] * num_extra

@@ -1,8 +1,8 @@
-"""CTRModel: what every base model has in common.
+"""CTRModel: the base class of all base models.
 
 A model reads its embeddings through `EmbeddingTables` alone and never knows whether they are full, masked or compact.
-It says which axes of its parameters read which parts of its input (`reads`), and which positions of a part are left
-(`kept_inputs`); from these a compact model inherits the weights of a full one.
+It says which axes of its parameters read which parts of its input (`reads`), and which positions of a part it keeps
+(`kept_inputs`). With both, a compact model inherits the weights of a full model.
 
 Axes: B batch, C id columns, E dense fields, F id fields, D full width, S columns of `concat` (sum of the widths).
 """
@@ -27,17 +27,17 @@ from embtrim.tables.views import EmbeddingViews
 
 
 class HyperParameters(Config):
-    """What base models can be given; each takes some of these.
+    """Constructor arguments of base models. Each model takes some of them.
 
     Attributes:
-        embedding_dim: D, columns of the full tables; a plan brings its own width, which then counts.
-        seed: of all initial weights.
-        init_std: standard deviation of the initial embeddings and first-order weights.
-        hidden_units: width of each hidden layer of the deep part.
-        bottom_units: DLRM: width of each hidden layer of the MLP over dense fields.
-        num_cross_layers: DCN, DCNv2: number of cross layers.
-        dropout: share of hidden units dropped in training.
-        batch_norm: normalise hidden layers over the batch.
+        embedding_dim: Columns of the full tables, D. A plan's own width takes precedence.
+        seed: Seed of all initial weights.
+        init_std: Standard deviation of the initial embeddings and first-order weights.
+        hidden_units: Width of each hidden layer of the deep part.
+        bottom_units: Width of each hidden layer of DLRM's MLP over dense fields.
+        num_cross_layers: Number of cross layers of DCN and DCNv2.
+        dropout: Share of hidden units dropped in training.
+        batch_norm: Whether hidden layers are normalised over the batch.
     """
 
     embedding_dim: int = Field(default=16, ge=1, strict=True)
@@ -52,12 +52,12 @@ class HyperParameters(Config):
 
 @dataclass(frozen=True)
 class Reads:
-    """One axis of a parameter reads parts of the model's input.
+    """An axis of a parameter that reads parts of the model's input.
 
     Attributes:
-        parameter: name of the parameter (or buffer), as in `named_parameters`.
-        axis: the axis that reads.
-        parts: names of the parts, in order; see `CTRModel.kept_inputs`.
+        parameter: Name of the parameter or buffer, as in `named_parameters`.
+        axis: Number of the axis.
+        parts: Names of the parts in order; see `CTRModel.kept_inputs`.
     """
 
     parameter: str
@@ -66,29 +66,29 @@ class Reads:
 
 
 class CTRModel(nn.Module):
-    """What base models share: tables, hyper-parameters, checks of the input.
+    """A base model: embedding tables, hyper-parameters, checks of the input.
 
     Args:
-        schema: fields and vocabulary sizes of the data.
-        generator: source of the initial embeddings; models draw their other weights from it afterwards.
-        plan: how the tables are laid out; None keeps everything. Whether first-order weights are stored is the
-            model's own choice, whatever the plan says.
-        hparams: the model's other constructor arguments, see HyperParameters.
+        schema: Fields and vocabulary sizes of the data.
+        generator: Source of the initial embeddings. A model draws its other weights from it afterwards.
+        plan: The rows and columns that the tables store; None keeps everything. Whether first-order weights are stored
+            is the model's own choice, whatever the plan says.
+        hparams: Other constructor arguments of the model; see HyperParameters.
 
     Attributes:
-        name: short name, as in `embtrim.models.MODELS`.
-        needs_aligned: whether the model reads embeddings of equal width (`aligned` or `fm()`).
-        has_first_order: whether its tables carry first-order weights.
-        tables: the embeddings.
-        hparams: JSON-able constructor arguments except schema and plan; `type(model)(schema, plan=plan, **hparams)`
+        name: Short name, a key of `embtrim.models.MODELS`.
+        needs_aligned: Whether the model reads embeddings of equal width (`aligned` or `fm()`).
+        has_first_order: Whether the model reads first-order weights.
+        tables: Embeddings of all fields.
+        hparams: Constructor arguments as JSON values, without schema and plan. `type(model)(schema, plan=plan, **hparams)`
             builds the same model.
-        num_dense: dense fields, E.
-        num_inputs: columns of [concat, dense], S + E.
+        num_dense: Number of dense fields, E.
+        num_inputs: Columns of [concat, dense], S + E.
 
     Raises:
-        ConfigError: a hyper-parameter is out of range.
-        DataError: the schema has no id field.
-        PlanError: the plan was made for another schema.
+        ConfigError: A hyper-parameter is out of range.
+        DataError: The schema has no id field.
+        PlanError: The plan was made for another schema.
     """
 
     name: ClassVar[str]
@@ -118,19 +118,19 @@ class CTRModel(nn.Module):
         """Check the input of a forward pass and look up its embeddings.
 
         Args:
-            ids_BC: integer ids, PAD = -1.
-            dense_BE: values of the dense fields; None if the schema has none.
+            ids_BC: Integer ids, PAD = -1.
+            dense_BE: Values of the dense fields, or None if the schema has none.
 
         Returns:
-            The views of the tables, and the dense values (B, E) in the tables' dtype (E may be 0).
+            The views of the tables, and the dense values (B, E) in the tables' dtype. E may be 0.
 
         Raises:
-            DataError: ids or dense values are missing, or not of the schema's number of columns.
+            DataError: Ids or dense values are missing, or have the wrong number of columns for the schema.
         """
         columns = self.schema.num_id_columns
         if ids_BC is None or ids_BC.ndim != 2 or ids_BC.shape[1] != columns:
             given = "none" if ids_BC is None else tuple(ids_BC.shape)
-            raise DataError(f"{self.name}: ids must be (batch, {columns}), one column an id column of schema "
+            raise DataError(f"{self.name}: ids must be (batch, {columns}), one column for each id column of schema "
                             f"{self.schema.describe()}; given {given}")  # fmt: skip
         views = self.tables(ids_BC)
         shape = (ids_BC.shape[0], self.num_dense)
@@ -139,31 +139,31 @@ class CTRModel(nn.Module):
         if dense_BE is None or dense_BE.shape != shape:
             names = ", ".join(field.name for field in self.schema.dense_fields) or "none"
             given = "none" if dense_BE is None else tuple(dense_BE.shape)
-            raise DataError(f"{self.name}: dense values must be (batch, {self.num_dense}), one column a dense field of "
-                            f"the schema ({names}); given {given} for {shape[0]} rows")  # fmt: skip
+            raise DataError(f"{self.name}: dense values must be (batch, {self.num_dense}), one column for each dense field "
+                            f"of the schema ({names}); given {given} for {shape[0]} rows")  # fmt: skip
         return views, dense_BE.to(views.concat.dtype)
 
     def forward(self, ids_BC: Tensor, dense_BE: Tensor | None = None) -> Tensor:
         """(B,) logits of a batch.
 
         Args:
-            ids_BC: integer ids local to their table, PAD = -1.
-            dense_BE: values of the dense fields, needed if the schema has any.
+            ids_BC: Integer ids local to their table, PAD = -1.
+            dense_BE: Values of the dense fields, needed if the schema has any.
 
         Raises:
-            DataError: see `look_up`.
+            DataError: Ids or dense values are missing, or have the wrong number of columns for the schema.
         """
         raise NotImplementedError
 
     def reads(self) -> list[Reads]:
-        """Which axes of which parameters read which parts of the input; all others do not depend on the plan."""
+        """The axes of parameters that read parts of the input. No other axis depends on the plan."""
         return []
 
     def kept_inputs(self, part: str) -> Tensor:
-        """int64 positions, in the full model's `part`, of what this model keeps; on the CPU.
+        """int64 positions, in a part of the full model's input, that this model keeps; on the CPU.
 
-        Parts are "concat" (columns of the embeddings, F D in the full model), "dense" (dense fields) and those
-        which a model adds.
+        Parts are "concat" (columns of the embeddings, F D in the full model), "dense" (dense fields), and the parts
+        that a model adds.
         """
         if part == "concat":
             return self.tables.place_S.cpu()
@@ -171,7 +171,7 @@ class CTRModel(nn.Module):
         return torch.arange(self.num_dense)
 
     def fold_dropped(self, full: CTRModel) -> None:
-        """Take over the constants which removed coordinates leave in `full`; called after weights were inherited.
+        """Take over the constants that removed coordinates leave in `full`, once the weights are inherited.
 
-        Nothing for models in which a zero embedding leaves nothing.
+        The default does nothing: in most models a zero embedding leaves no constant.
         """

@@ -3,8 +3,8 @@
     x_0 = [e_1, ..., e_F, x],   x_{l+1} = x_0 (w_l . x_l) + b_l + x_l
     logit = v . [x_L, h] + c,   h the last hidden layer of MLP(x_0)
 
-A coordinate that a plan removes has x_0 = 0, yet it holds the sum of the biases b_0 .. b_{l-1}, a constant. The compact
-model carries what these constants add to w_l . x_l and to the logit, so it equals the masked model exactly.
+A coordinate that a plan removes has x_0 = 0, yet in x_l it holds the constant b_0 + .. + b_{l-1}. The compact model adds
+these constants' share of w_l . x_l and of the logit, so it equals the masked model exactly.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from embtrim.schema import Schema
 
 
 class DCN(CTRModel):
-    """Deep & Cross network. Arguments: see HyperParameters."""
+    """Deep & Cross network. Its arguments are described in HyperParameters."""
 
     name = "dcn"
 
@@ -63,19 +63,19 @@ class DCN(CTRModel):
         return [*reads, Reads("out.weight", 1, (*inputs, "deep"))]
 
     def kept_inputs(self, part: str) -> Tensor:
-        """See CTRModel; "deep" is the last hidden layer of the deep network, which no plan shrinks."""
+        """See CTRModel. The part "deep" is the last hidden layer of the deep network, which no plan shrinks."""
         return torch.arange(self.num_deep) if part == "deep" else super().kept_inputs(part)
 
     @torch.no_grad()
     def fold_dropped(self, full: CTRModel) -> None:
-        """Take over what the removed coordinates add in `full` to each w_l . x_l, and to the logit."""
+        """Take over the constants that the removed coordinates of `full` add to each w_l . x_l and to the logit."""
         assert isinstance(full, DCN)
         removed_N = torch.ones(full.num_inputs, dtype=torch.bool)
         removed_N[self.kept_inputs("concat")] = False
         removed_N[full.num_inputs - full.num_dense :] = False
         removed_N = removed_N.to(full.cross.bias_LN.device)
         bias_LR = full.cross.bias_LN[:, removed_N]
-        # Removed coordinates of x_l hold b_0 + .. + b_{l-1}; those of x_L the sum of all.
+        # Removed coordinates of x_l hold b_0 + .. + b_{l-1}; removed coordinates of x_L hold the sum of all biases.
         constant_LR = bias_LR.cumsum(0) - bias_LR
         self.cross.carried_L.copy_((full.cross.weight_LN[:, removed_N] * constant_LR).sum(1))
         weight_R = full.out.weight[0, : full.num_inputs][removed_N]

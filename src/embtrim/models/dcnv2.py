@@ -3,7 +3,8 @@
     x_0 = [e_1, ..., e_F, x],   x_{l+1} = x_0 * (W_l x_l + b_l) + x_l
     logit = v . [x_L, h] + c,   h the last hidden layer of MLP(x_0)
 
-A coordinate that a plan removes is zero in every x_l: rows and columns of W_l and entries of b_l go with it.
+A coordinate that a plan removes is zero in every x_l. The compact model drops its rows and columns of W_l, and its entries
+of b_l.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from embtrim.schema import Schema
 
 
 class DCNv2(CTRModel):
-    """Deep & Cross network, second version. Arguments: see HyperParameters."""
+    """Deep & Cross network, second version. Its arguments are described in HyperParameters."""
 
     name = "dcnv2"
 
@@ -65,5 +66,5 @@ class DCNv2(CTRModel):
         return [*reads, Reads("out.weight", 1, (*inputs, "deep"))]
 
     def kept_inputs(self, part: str) -> Tensor:
-        """See CTRModel; "deep" is the last hidden layer of the deep network, which no plan shrinks."""
+        """See CTRModel. The part "deep" is the last hidden layer of the deep network, which no plan shrinks."""
         return torch.arange(self.num_deep) if part == "deep" else super().kept_inputs(part)

@@ -17,7 +17,7 @@ from embtrim.schema import Schema
 
 
 class DeepFM(CTRModel):
-    """FM and deep part side by side. Arguments: see HyperParameters."""
+    """FM and deep part side by side. Its arguments are described in HyperParameters."""
 
     name = "deepfm"
     needs_aligned = True

@@ -3,7 +3,7 @@
     z = ReLU(MLP_bottom(x)) in R^D, only if there are dense fields
     logit = MLP_top([<v_i, v_j> for i < j, z]),   v = e_1, ..., e_F, z
 
-As in FuxiCTR z is the last of the vectors. A plan that leaves two fields without a common column makes their product
+As in FuxiCTR, z is the last of the vectors. A plan that leaves two fields without a common column makes their product
 zero; the compact model drops it.
 """
 
@@ -22,7 +22,7 @@ from embtrim.schema import Schema
 
 
 class DLRM(CTRModel):
-    """Deep learning recommendation model with dot interactions. Arguments: see HyperParameters."""
+    """Deep learning recommendation model with dot interactions. Its arguments are described in HyperParameters."""
 
     name = "dlrm"
     needs_aligned = True
@@ -66,11 +66,11 @@ class DLRM(CTRModel):
 
     def reads(self) -> list[Reads]:
         """See CTRModel."""
-        # The index of the pairs is a buffer: what is inherited of it are the pairs kept.
+        # The index of the pairs is a buffer, of which a compact model inherits the kept pairs.
         return [Reads("pairs.place_P", 0, ("pairs",)), Reads("mlp.0.weight", 1, ("pairs", "bottom"))]
 
     def kept_inputs(self, part: str) -> Tensor:
-        """See CTRModel; "pairs" are inner products of vectors i < j, row by row, "bottom" is z."""
+        """See CTRModel. The part "pairs" holds the inner products of vectors i < j, row by row; "bottom" is z."""
         if part == "bottom":
             return torch.arange(0 if self.bottom is None else self.tables.width)
         return torch.tensor(self.pairs.kept, dtype=torch.int64) if part == "pairs" else super().kept_inputs(part)

@@ -17,7 +17,7 @@ from embtrim.schema import Schema
 
 
 class FM(CTRModel):
-    """Factorization machine of second order. Arguments: see HyperParameters."""
+    """Factorization machine of second order. Its arguments are described in HyperParameters."""
 
     name = "fm"
     needs_aligned = True

@@ -2,8 +2,8 @@
 
     logit = MLP([e_1, ..., e_F, x])
 
-Departure: the paper initialises the embeddings from a trained FM; here all is trained together, as "DNN" is in the
-BARS benchmark.
+Departure: the paper initialises the embeddings from a trained FM. Here embeddings and network are trained together, as
+"DNN" is in the BARS benchmark.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from embtrim.schema import Schema
 
 
 class FNN(CTRModel):
-    """Deep network over embeddings. Arguments: see HyperParameters."""
+    """Deep network over embeddings. Its arguments are described in HyperParameters."""
 
     name = "fnn"
 

@@ -20,7 +20,7 @@ from embtrim.schema import Schema
 
 
 class IPNN(CTRModel):
-    """Product-based network with inner products. Arguments: see HyperParameters."""
+    """Product-based network with inner products. Its arguments are described in HyperParameters."""
 
     name = "ipnn"
     needs_aligned = True
@@ -53,9 +53,9 @@ class IPNN(CTRModel):
 
     def reads(self) -> list[Reads]:
         """See CTRModel."""
-        # The index of the pairs is a buffer: what is inherited of it are the pairs kept.
+        # The index of the pairs is a buffer, of which a compact model inherits the kept pairs.
         return [Reads("pairs.place_P", 0, ("pairs",)), Reads("mlp.0.weight", 1, ("concat", "pairs", "dense"))]
 
     def kept_inputs(self, part: str) -> Tensor:
-        """See CTRModel; "pairs" are the inner products of fields i < j, row by row."""
+        """See CTRModel. The part "pairs" holds the inner products of fields i < j, row by row."""
         return torch.tensor(self.pairs.kept, dtype=torch.int64) if part == "pairs" else super().kept_inputs(part)

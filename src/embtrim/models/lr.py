@@ -15,7 +15,7 @@ from embtrim.schema import Schema
 
 
 class LR(CTRModel):
-    """Logistic regression: one weight a feature value and no embeddings. Arguments: see HyperParameters."""
+    """Logistic regression: one weight per feature value and no embeddings. Its arguments are described in HyperParameters."""
 
     name = "lr"
     has_first_order = True

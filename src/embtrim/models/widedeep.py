@@ -19,7 +19,7 @@ from embtrim.schema import Schema
 
 
 class WideDeep(CTRModel):
-    """Wide (linear) and deep part side by side. Arguments: see HyperParameters."""
+    """Wide (linear) and deep part side by side. Its arguments are described in HyperParameters."""
 
     name = "widedeep"
     has_first_order = True

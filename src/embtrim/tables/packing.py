@@ -1,13 +1,13 @@
-"""PackedRows: rows of an embedding table in 32, 16, 8 or 4 bits a value, read-only.
+"""PackedRows: rows of embedding tables in 32, 16, 8 or 4 bits per value, read-only.
 
-At 8 and 4 bits a value is a code of b bits, by uniform quantisation of each column of a *stretch*, the rows that one table
-stores at one width:
+At 8 and 4 bits a value is a code of b bits. A *stretch*, the rows that one table stores at one width, is quantised
+uniformly, column by column:
 
     out = code * scale + offset,   code = round((value - offset) / scale) in 0 .. 2^b - 1
 
-The range that the codes span is the column's own, drawn in towards its mean by the factor among CLIPS that leaves the
-smallest squared error; values outside of it get its ends. A byte holds two codes of 4 bits: column j of the first half in
-the low bits, column j of the second half in the high ones.
+The codes span the range of the column, drawn in towards its mean by the factor among CLIPS that leaves the smallest
+squared error; a value outside this range gets the code of its nearer end. A byte holds two codes of 4 bits: column j of
+the first half in the low bits, column j of the second half in the high bits.
 
 Axes: N rows, W columns, T stretches.
 """
@@ -17,20 +17,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# The share of the way from the mean to the largest and to the smallest value that the codes span: 1 clips nothing.
+# Shares of the way from a column's mean to its largest and its smallest value that the codes may span; 1 clips nothing.
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-# Rows that are coded at a time.
+# Rows coded at a time, which bounds the memory that coding takes.
 CHUNK_ROWS = 65_536
 
 
 class PackedRows(nn.Module):
-    """Rows of one width and precision, of one table or several; zero until they are stored.
+    """Rows of one width and precision, from one table or several. They are zero until they are stored.
 
     Args:
-        num_rows: N.
-        width: W.
-        bits: 32, 16, 8 or 4.
-        num_stretches: T; each has a scale and an offset of its own for every column, at 8 and 4 bits.
+        num_rows: Number of rows, N.
+        width: Columns of each row, W.
+        bits: Bits per value: 32, 16, 8 or 4.
+        num_stretches: Number of stretches, T. At 8 and 4 bits each has a scale and an offset for every column.
+
+    Attributes:
+        values: (N, W) stored values; uint8 codes at 8 bits, and (N, (W + 1) // 2) bytes of two codes at 4 bits.
+        scale: (T, W) step from one code to the next; at 8 and 4 bits alone.
+        offset: (T, W) value of code 0; at 8 and 4 bits alone.
     """
 
     values: Tensor
@@ -52,9 +57,9 @@ class PackedRows(nn.Module):
         """Pack all rows of a stretch.
 
         Args:
-            stretch: its number.
-            rows_N: int64 places to write to.
-            values_NW: what to write there.
+            stretch: Number of the stretch.
+            rows_N: int64 rows to write to.
+            values_NW: Values of these rows.
         """
         if self.bits > 8:
             self.values[rows_N] = values_NW.to(self.values.dtype)
@@ -71,7 +76,7 @@ class PackedRows(nn.Module):
             self.values[place_N] = codes_NW
 
     def forward(self, index: Tensor, stretch_C: Tensor) -> Tensor:
-        """fp32 rows (.., C, W) of places `index` (.., C), whose columns are of the stretches `stretch_C`."""
+        """fp32 rows (.., C, W) for row numbers `index` (.., C); column c of `index` reads rows of stretch `stretch_C[c]`."""
         found = self.values.index_select(0, index.reshape(-1)).view(*index.shape, self.values.shape[1])
         if self.bits > 8:
             return found.float()
@@ -83,14 +88,14 @@ class PackedRows(nn.Module):
 
 
 def fit_codes(values_NW: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and offset (W,) of each column, whose codes leave the smallest squared error; a constant has scale 0."""
+    """Scale and offset (W,) of the columns, chosen for the smallest squared error. A constant column has scale 0."""
     if not len(values_NW):
         return values_NW.new_zeros(values_NW.shape[1]), values_NW.new_zeros(values_NW.shape[1])
     low_W, high_W = torch.aminmax(values_NW, dim=0)
     mean_W = values_NW.mean(0).clamp(low_W, high_W)
     best_scale_W, best_offset_W, least_W = torch.zeros_like(low_W), low_W, torch.full_like(low_W, torch.inf)
     for clip in CLIPS:
-        # lerp is exact at weight 1, so that a range that is not clipped has the smallest value itself as its offset.
+        # lerp is exact at weight 1, so the offset of a range that is not clipped is the smallest value itself.
         offset_W = torch.lerp(mean_W, low_W, clip)
         scale_W = (torch.lerp(mean_W, high_W, clip) - offset_W) / (2**bits - 1)
         error_W = torch.zeros_like(low_W)

@@ -1,7 +1,8 @@
-"""What stands in for the nn.Embedding or nn.EmbeddingBag of a foreign model once a plan made its tables smaller.
+"""Replacements: modules that stand in for the nn.Embedding or nn.EmbeddingBag of a foreign model in compact form.
 
-They take the ids of the full table and give its full width, so that nothing else in the model changes; or the stored
-columns alone, where all that reads them was told. A saved module needs this file, `packing` and `plan`, no search code.
+A replacement takes the ids of the full table and gives its full width, so that nothing else in the model changes. Where
+every reader of a table can take fewer columns, it gives the stored columns alone. To open a saved module takes this
+file, `packing` and `embtrim.plan`, but no search code.
 
 Shapes: N rows, D full width; ids (...) of any shape.
 """
@@ -15,22 +16,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embtrim.errors import EmbtrimError
+from embtrim.errors import ModelError
 from embtrim.plan.table import TablePlan, projects
 from embtrim.tables.packing import PackedRows
 
 
-class WeightError(EmbtrimError, AttributeError):
-    """A model reads the weight of an embedding that was replaced: there is no such weight."""
+class WeightError(ModelError, AttributeError):
+    """A model reads the weight of an embedding that was replaced, and that has no weight.
+
+    It is an AttributeError too, so that `hasattr` answers no.
+    """
 
 
 class Replacement(nn.Module):
-    """What all replacements have in common.
+    """A module that stands in for an nn.Embedding or an nn.EmbeddingBag.
 
     Attributes:
-        path: of the module that it stands in for.
-        num_embeddings: rows of that module.
-        padding_idx: of that module.
+        path: Path of the replaced module in the model.
+        num_embeddings: Rows of the replaced module.
+        padding_idx: Padding id of the replaced module, or None.
     """
 
     path = ""
@@ -46,11 +50,11 @@ class Replacement(nn.Module):
         return super().__getattr__(name)
 
     def full_table(self, generator: torch.Generator) -> nn.Embedding | nn.EmbeddingBag:
-        """A module like the one that this stands in for, with few rows, though it says the number of that one's."""
+        """A module like the replaced one, with few rows, though its `num_embeddings` says the full number."""
         raise NotImplementedError
 
     def _few_rows(self, table: CompactEmbedding, generator: torch.Generator) -> nn.Embedding:
-        """Such an nn.Embedding, made like one of its compact tables; the padding row is among the few."""
+        """An nn.Embedding of few rows, the padding row among them, with the settings of a compact table."""
         num_rows = min(max(2, 1 + (self.padding_idx or 0)), self.num_embeddings)
         found = nn.Embedding(
             num_rows,
@@ -68,21 +72,21 @@ class Replacement(nn.Module):
 class CompactEmbedding(Replacement):
     """Drop-in for an nn.Embedding of which a plan keeps some columns or rows: zeros, or projections, fill the rest.
 
-    Ids stay those of the full table. Where the kept rows are the first ones, larger ids read the DROPPED row; else,
-    where rows were dropped or re-sized, a map takes ids to compact ones.
-
-    Attributes:
-        weights: rows of each width, while they are fp32; none once they are quantised.
-        packed: None, or the rows of each width, by the width as text; see `quantize`.
-        embedding_dim: columns given out: D, or those stored after `narrow`.
-        full_width: D.
+    Ids stay those of the full table. If the kept rows are the first ones, larger ids read the DROPPED row. Otherwise,
+    where rows were dropped or have several widths, a map takes ids to compact ids.
 
     Args:
-        table: plan of the table, with its rows.
-        padding_idx: as in nn.Embedding; where the plan dropped its row it reads zero.
-        max_norm: as in nn.Embedding, of what is given out; stored rows are left as they are.
-        norm_type: as in nn.Embedding.
-        sparse: as in nn.Embedding.
+        table: Plan of the table, with its rows.
+        padding_idx: As in nn.Embedding. If the plan drops the padding row, its id reads zero.
+        max_norm: As in nn.Embedding, but applied to the embeddings that are returned; stored rows stay as they are.
+        norm_type: As in nn.Embedding.
+        sparse: As in nn.Embedding.
+
+    Attributes:
+        weights: fp32 rows of each width; empty once they are quantised.
+        packed: None, or the quantised rows of each width, by the width as text.
+        embedding_dim: Columns returned: D, or the stored columns after `narrow`.
+        full_width: Width of the full table, D.
     """
 
     columns: Tensor
@@ -108,7 +112,7 @@ class CompactEmbedding(Replacement):
         self.padding_row = padding_idx if padding_idx is None or id_map is None else int(id_map[padding_idx])
         self.zeroes_padding = self.padding_row is not None and self.padding_row == table.dropped_id
         if self.zeroes_padding:
-            self.padding_row = None  # it shares a row that other values train
+            self.padding_row = None  # the padding id shares a row that other values train
         dtype = table.map_dtype
         self.register_buffer("id_map", None if dtype is None else torch.from_numpy(id_map.astype(dtype)))  # type: ignore[union-attr]
         self.last_row = table.dropped_id if dtype is None else None
@@ -125,7 +129,7 @@ class CompactEmbedding(Replacement):
         if not self.stores_columns:
             return self.weights[0].new_zeros(*input.shape, self.embedding_dim)
         if self.packed is not None and self.training and torch.is_grad_enabled():
-            raise EmbtrimError(f"the table of {self.path!r} is quantised, for inference only; train before quantize()")
+            raise ModelError(f"the table of {self.path!r} is quantised, for inference only; train before quantize()")
         rows = self.rows_of(input)
         if len(self.segments) == 1:
             found = self.widen(self._read(rows, 0, 0))
@@ -143,9 +147,9 @@ class CompactEmbedding(Replacement):
         return found.masked_fill((input == self.padding_idx)[..., None], 0.0) if self.zeroes_padding else found
 
     def check_ids(self, ids: Tensor) -> None:
-        """Raise IndexError for an id of no row, as nn.Embedding does, where no lookup of this table would.
+        """Raise IndexError for an id without a row, as nn.Embedding does, where no lookup of this table would.
 
-        On the CPU: elsewhere the answer would have to be waited for, and nn.Embedding raises no IndexError either.
+        Ids are checked on the CPU alone: a GPU would have to be waited for, and nn.Embedding raises no IndexError there.
         """
         fails_itself = self.id_map is not None or (len(self.segments) == 1 and self.last_row is None)
         if (fails_itself and self.stores_columns) or is_exporting() or not ids.is_cpu or not ids.numel():
@@ -158,17 +162,17 @@ class CompactEmbedding(Replacement):
 
     @property
     def stores_columns(self) -> bool:
-        """Whether any column is kept; else all that is given out is zero."""
+        """Whether any column is kept; otherwise every embedding is zero."""
         return any(width for _, width in self.segments)
 
     @property
     def num_full_bytes(self) -> int:
-        """Bytes of the table that this one stands in for, in the type of its values."""
+        """Bytes of the full table, in the type of its values."""
         return self.num_embeddings * self.full_width * self.dtype.itemsize
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the values given out."""
+        """Type of the embeddings that are returned."""
         return self.weights[0].dtype if self.packed is None else self.value_dtype
 
     def full_table(self, generator: torch.Generator) -> nn.Embedding:
@@ -182,7 +186,7 @@ class CompactEmbedding(Replacement):
         return ids if self.last_row is None else ids.clamp(max=self.last_row)
 
     def widen(self, narrow: Tensor) -> Tensor:
-        """Embeddings of one width at width D."""
+        """Stored rows of one width, brought to width D."""
         width = narrow.shape[-1]
         if str(width) in self.projections:
             return narrow @ self.projections[str(width)]
@@ -192,7 +196,7 @@ class CompactEmbedding(Replacement):
 
     @torch.no_grad()
     def set_rows(self, compact_ids: np.ndarray, values_ND: Tensor) -> None:
-        """Write rows; of each value as many leading columns are taken as the row stores."""
+        """Write rows. A row takes the leading columns of its value, as many as it stores."""
         start = 0
         for weight in self.weights:
             inside = torch.from_numpy((compact_ids >= start) & (compact_ids < start + len(weight)))
@@ -201,7 +205,7 @@ class CompactEmbedding(Replacement):
             start += len(weight)
 
     def narrow(self) -> None:
-        """Give out the stored columns alone from now on; rows of several widths still come at width D."""
+        """Return the stored columns alone from now on. Rows of several widths are still returned at width D."""
         if len(self.columns) < self.embedding_dim:
             self.embedding_dim = len(self.columns)
             self.projections = nn.ParameterDict()
@@ -210,12 +214,12 @@ class CompactEmbedding(Replacement):
     def quantize(self) -> None:
         """Store the rows in the bits of the plan, in place: for inference only. Projections stay as they are.
 
-        All rows of one width share a scale and an offset for each column; a padding row of zeros stays zero.
+        All rows of one width share a scale and an offset for each column. A padding row of zeros stays zero.
         """
         stored = list(self.weights)
         if self.bits == 32 or self.packed is not None or not self.stores_columns:
             return
-        # Zero is not a code of every column.
+        # Not every column has a code for zero.
         zeroes = (
             self.padding_row is not None and not self(torch.tensor(self.padding_idx, device=stored[0].device)).any()
         )
@@ -224,11 +228,11 @@ class CompactEmbedding(Replacement):
         for store in self.packed.values():  # type: ignore[union-attr]
             values_NW = torch.cat([weight for weight in stored if weight.shape[1] == store.width])
             store.store(0, torch.arange(len(values_NW), device=values_NW.device), values_NW)
-        for weight in stored:  # a list of the model, as for a penalty, may hold them still
+        for weight in stored:  # the model may still hold them elsewhere, as in a list of weights to penalise
             weight.data = weight.data.new_zeros(0, weight.shape[1])
 
     def _take_packed(self) -> None:
-        """Read from packed rows from now on, all zero so far."""
+        """Read from packed rows from now on; they are zero until they are stored."""
         like = self.weights[0]
         rows_by_width: dict[int, int] = {}
         for num_rows, width in self.segments:
@@ -239,7 +243,7 @@ class CompactEmbedding(Replacement):
         self.weights = nn.ParameterList()
 
     def _zero_padding(self, zeroes: bool) -> None:
-        """Give out zeros for the padding id, or what its row holds; an empty tensor in the state says that it is zeros."""
+        """Return zeros for the padding id, or what its row holds. An empty tensor in the state stands for zeros."""
         if self.padding_row is not None:
             self.zeroes_padding = zeroes
             self.register_buffer("zero_padding", torch.empty(0) if zeroes else None)
@@ -271,11 +275,11 @@ class CompactEmbedding(Replacement):
 
 
 class CompactFlatEmbedding(Replacement):
-    """Drop-in for an nn.Embedding whose ids run through several fields: a compact table for each.
+    """Drop-in for an nn.Embedding whose ids run through several fields, with a compact table for each field.
 
     Args:
-        tables: of the fields, in the order of their ids.
-        padding_idx: as in nn.Embedding.
+        tables: A compact table for each field, in the order of the ids.
+        padding_idx: As in nn.Embedding.
     """
 
     def __init__(self, tables: Sequence[CompactEmbedding], padding_idx: int | None = None) -> None:
@@ -293,7 +297,7 @@ class CompactFlatEmbedding(Replacement):
             return self._forward_fixed(input)
         ids = input.flatten()
         field_N = torch.bucketize(ids.long(), self.ends[:-1], right=True)  # type: ignore[index]
-        order = torch.argsort(field_N, stable=True)  # one lookup a field, of all its ids
+        order = torch.argsort(field_N, stable=True)  # one lookup for each field, of all its ids
         counts = torch.bincount(field_N, minlength=len(self.tables)).tolist()
         parts, start = [], 0
         for table, ids_n in zip(self.tables, ids[order].split(counts), strict=True):
@@ -307,7 +311,7 @@ class CompactFlatEmbedding(Replacement):
         return self._few_rows(self.tables[0], generator)  # type: ignore[arg-type]
 
     def _forward_fixed(self, input: Tensor) -> Tensor:
-        """The same with shapes that depend on no values, for exporters: every table looks up every id."""
+        """`forward` with shapes that depend on no values, for exporters: every table looks up every id."""
         found, start = None, 0
         for table in self.tables:
             num_rows: int = table.num_embeddings  # type: ignore[assignment]
@@ -325,8 +329,8 @@ class CompactEmbeddingBag(Replacement):
     """Drop-in for an nn.EmbeddingBag of mode sum or mean.
 
     Args:
-        entries: gives the embeddings (..., D) of single ids (...).
-        bag: what it stands in for; says how to pool.
+        entries: Looks up the embeddings (..., D) of single ids (...).
+        bag: The module to replace; it says how to pool.
     """
 
     def __init__(self, entries: CompactEmbedding | CompactFlatEmbedding, bag: nn.EmbeddingBag) -> None:
@@ -336,7 +340,7 @@ class CompactEmbeddingBag(Replacement):
         self.mode, self.include_last_offset, self.padding_idx = bag.mode, bag.include_last_offset, bag.padding_idx
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """(bags, D) pooled embeddings; arguments as in nn.EmbeddingBag."""
+        """(bags, D) pooled embeddings. Arguments are those of nn.EmbeddingBag."""
         entries = self.entries
         if (
             isinstance(entries, CompactFlatEmbedding)
@@ -378,28 +382,28 @@ class CompactEmbeddingBag(Replacement):
         return bag
 
     def narrow(self) -> None:
-        """Give out the stored columns alone from now on; see CompactEmbedding."""
+        """Return the stored columns alone from now on; see CompactEmbedding."""
         assert isinstance(self.entries, CompactEmbedding)
         self.entries.narrow()
         self.embedding_dim = self.entries.embedding_dim
 
 
 def is_exporting() -> bool:
-    """Whether a graph is made of what is computed, so that shapes must not depend on values."""
+    """Whether torch is recording a graph, in which shapes must not depend on values."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def pool_entries(
     module: Any, entries: Tensor, ids: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
 ) -> Tensor:
-    """Pool the embeddings of single ids as an nn.EmbeddingBag does; those of an nn.Embedding stay as they are.
+    """Pool the embeddings of single ids as an nn.EmbeddingBag does. Those of an nn.Embedding stay as they are.
 
     Args:
-        module: says how, by `mode`, `include_last_offset` and `padding_idx`.
-        entries: embeddings (..., D) of ids (...).
-        ids: of one dimension, with `offsets`, or of two.
-        offsets: as in nn.EmbeddingBag.
-        per_sample_weights: as in nn.EmbeddingBag.
+        module: Says how to pool, by its `mode`, `include_last_offset` and `padding_idx`.
+        entries: Embeddings (..., D) of ids (...).
+        ids: Ids of one dimension, with `offsets`, or of two.
+        offsets: As in nn.EmbeddingBag.
+        per_sample_weights: As in nn.EmbeddingBag.
     """
     if not hasattr(module, "mode"):
         return entries
@@ -409,7 +413,7 @@ def pool_entries(
         pooled = (entries * weights[..., None]).sum(-2)
         return pooled / counts.sum(-1, keepdim=True).clamp(min=1) if module.mode == "mean" else pooled
     flat_ND = entries.flatten(0, -2)
-    # Row 0 is of zeros, and counts for nothing.
+    # Row 0 holds zeros. As the padding row it counts for nothing.
     index = torch.arange(1, flat_ND.shape[0] + 1, device=ids.device, dtype=ids.dtype).view(ids.shape)
     if module.padding_idx is not None:
         index = index.masked_fill(ids == module.padding_idx, 0)

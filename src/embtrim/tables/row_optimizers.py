@@ -1,21 +1,21 @@
 """Row-sparse optimisers over EmbeddingTables: a step moves the rows of the batch and no others.
 
-A constructor attaches the optimiser to its tables, which then make no dense gradient: each forward pass leaves its
+The constructor attaches the optimiser to its tables, which then make no dense gradient. Each forward pass leaves its
 distinct rows in `tables.lookups`, and `step` updates these rows in the flat buffers. Several passes before a step add
 up, as gradients do. State is flat and laid out as the weights are.
 
-L2 of strength `l2` (lambda) comes in two forms: coupled adds lambda W to the gradient (the loss gains
-lambda/2 ||W||^2), decoupled shrinks W by lr lambda a step. And in two scopes: "batch" decays the rows of the batch;
-"table" decays every row at every step, as dense optimisers do. Then an untouched row is caught up when it is next read
+L2 of strength `l2` (lambda) has two forms. Coupled L2 adds lambda W to the gradient (the loss gains lambda/2 ||W||^2);
+decoupled L2 shrinks W by the share lr lambda at each step. L2 also has two scopes. "batch" decays the rows of the batch;
+"table" decays every row at every step, as dense optimisers do. An untouched row then catches up when it is next read
 (the tables call `catch_up`), or when the tables settle:
 
     SGD, either form        exact: W times the product of 1 - lr lambda
     Adam, Adagrad decoupled exact: the same product; an untouched row keeps its moments
-    Adam coupled            the missed steps of dense Adam are replayed, momentum included: approximate
-    Adagrad coupled         the missed steps are replayed: approximate
+    Adam coupled            approximate: the missed steps of dense Adam are replayed, momentum included
+    Adagrad coupled         approximate: the missed steps are replayed
 
-A replay takes strides of 1, 1, 2, 4, .. `max_stride` steps at once (kernels/torch.py says how); with max_stride = 1 it
-is exact, and costs what the missed steps would have. First-order weights are treated alike, as rows of width 1.
+A replay takes strides of 1, 1, 2, 4, .. `max_stride` steps at once (see kernels/torch.py). With max_stride = 1 it is
+exact, and costs as much as the missed steps. First-order weights are treated alike, as rows of width 1.
 
 Axes: U distinct rows of the lookups, R rows of a view, W its width.
 """
@@ -31,13 +31,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from embtrim.errors import ConfigError, EmbtrimError
+from embtrim.errors import ConfigError, EmbtrimError, ModelError
 from embtrim.tables.embedding_tables import EmbeddingTables
 from embtrim.tables.kernels import kernels_for
 from embtrim.tables.kernels.torch import sum_rows
 from embtrim.tables.storage import Lookup
 
-# All rows are caught up in chunks of about this many elements, which bounds the memory that settling takes.
+# Settling works in chunks of about this many elements, which bounds its memory.
 SETTLE_ELEMENTS = 1 << 20
 
 L2Scope = Literal["table", "batch"]
@@ -48,10 +48,10 @@ class Part:
     """A 2-D view of the weights: the rows of one width, or the first-order weights.
 
     Attributes:
-        weight_RW: the view.
-        state: prefix of its state's names.
-        rows: its storage rows.
-        elements: its elements in flat state as large as the weights.
+        weight_RW: The view.
+        state: Prefix of the names of the part's state.
+        rows: Storage rows of the part.
+        elements: Elements of the part in flat state as large as the weights.
     """
 
     weight_RW: Tensor
@@ -61,18 +61,22 @@ class Part:
 
 
 class RowOptimizer:
-    """What the row-sparse optimisers share: merging lookups, the decay owed, and state.
+    """A row-sparse optimiser without its update rule: merges lookups, applies the decay owed, keeps state.
 
     Args:
-        tables: whose rows to train. An optimiser attached before is detached, and refuses to step from then on.
-        lr: learning rate; may be set at any time.
-        l2: strength of the decay, lambda.
-        l2_scope: "table" or "batch"; see the module docstring.
-        decoupled: shrink the weights directly instead of through the gradient.
-        max_stride: most missed steps that a replay takes at once.
+        tables: The tables to train. An optimiser that is attached to them is detached, and refuses to step from then on.
+        lr: Learning rate. It may be set at any time.
+        l2: Strength of the decay, lambda.
+        l2_scope: "table" decays every row at every step, "batch" the rows of the batch; see the module docstring.
+        decoupled: Shrink the weights directly, not through the gradient.
+        max_stride: Missed steps that a replay takes at once, at most.
+
+    Attributes:
+        steps: Steps taken so far.
+        state: Tensors of the state, by name.
 
     Raises:
-        ConfigError: a setting is out of range.
+        ConfigError: A setting is out of range.
     """
 
     # Whether coupled decay of untouched rows is replayed step by step; otherwise it is one factor.
@@ -105,8 +109,8 @@ class RowOptimizer:
         self._settled_at = 0
         if self._owes:
             device = tables.weight.device
-            # The step up to which each row has its decay; and, over the steps since all rows had theirs, running sums
-            # of what a missed step amounts to: log(1 - lr l2), or for a replay lr.
+            # The step up to which each row has its decay; and running sums, over the steps since the tables settled,
+            # of log(1 - lr l2), or of lr where steps are replayed.
             self.state["decayed_until"] = torch.zeros(tables.num_rows, dtype=torch.int32, device=device)
             self._sums_T = torch.zeros(1024, dtype=torch.float64, device=device)
             self._last_sum = 0.0
@@ -130,10 +134,10 @@ class RowOptimizer:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update the rows that have gradients, then forget the lookups; without a gradient nothing happens.
+        """Update the rows that have gradients, then forget the lookups. Without a gradient nothing happens.
 
         Raises:
-            EmbtrimError: the tables have another optimiser by now, or were moved to another device or type.
+            ModelError: The tables belong to another optimiser by now, or have moved to another device or type.
             ConfigError: lr * l2 is 1 or more, where a step multiplies weights by 1 - lr * l2.
         """
         self._check_attached()
@@ -163,15 +167,16 @@ class RowOptimizer:
         self.zero_grad()
 
     def zero_grad(self) -> None:
-        """Forget the passes since the last step and their gradients."""
+        """Forget the passes since the last step, and their gradients."""
         for lookup in self.tables.lookups:
-            # A leaf's hook holds its lookup: unless the ring is cut it lives until the garbage collector runs.
+            # A leaf's hook holds its lookup, which holds the leaf: unless this ring is cut, both live until the garbage
+            # collector runs.
             lookup.leaves = []
             lookup.first_order_U = None
         self.tables.lookups.clear()
 
     def detach(self) -> None:
-        """Settle the decay owed and release the tables, which are an ordinary module again."""
+        """Apply the decay owed and release the tables, which are an ordinary module again."""
         if self.tables.row_owner is self:
             self.tables.attach(None)
 
@@ -181,7 +186,7 @@ class RowOptimizer:
 
     @property
     def _decay(self) -> float:
-        """The factor on weights that decoupled decay is, in one step."""
+        """The factor by which one step of decoupled decay multiplies weights."""
         return 1 - self.lr * self.l2 if self._by_factor else 1.0
 
     def _parts(self) -> list[Part]:
@@ -190,7 +195,7 @@ class RowOptimizer:
             Part(
                 tables.group_view(g),
                 "embedding",
-                slice(g.start, g.start + g.num_rows),
+                slice(g.start, g.stop),
                 slice(g.offset, g.offset + g.num_rows * g.width),
             )
             for g in tables.groups
@@ -203,12 +208,12 @@ class RowOptimizer:
     def _check_attached(self) -> None:
         name = type(self).__name__
         if self.tables.row_owner is not self:
-            raise EmbtrimError(f"this {name} was detached from its tables; make a new one to train them further")
+            raise ModelError(f"this {name} was detached from its tables; make a new one to train them further")
         for value in self.state.values():
             if value.device != self.tables.weight.device or (
                 value.is_floating_point() and value.dtype != self.tables.weight.dtype
             ):
-                raise EmbtrimError(
+                raise ModelError(
                     f"the tables are {self.tables.weight.dtype} on {self.tables.weight.device}, the state of their "
                     f"{name} {value.dtype} on {value.device}; move the model first, then make the optimiser"
                 )
@@ -216,7 +221,7 @@ class RowOptimizer:
     # ---- decay owed to untouched rows -------------------------------------------------------------------------
 
     def _note_step(self) -> None:
-        """Append what this step amounts to for a row that misses it."""
+        """Append to the running sums what a row that misses this step is owed."""
         place = self.steps - self._settled_at
         if place == len(self._sums_T):
             self._sums_T = torch.cat([self._sums_T, torch.zeros_like(self._sums_T)])
@@ -225,10 +230,10 @@ class RowOptimizer:
 
     @torch.no_grad()
     def catch_up(self, rows_U: Tensor | None) -> None:
-        """Give rows the decay of the steps they missed.
+        """Give rows the decay of the steps that they missed.
 
         Args:
-            rows_U: storage rows, ascending and distinct; None means all rows, in chunks of bounded memory.
+            rows_U: Storage rows, ascending and distinct. None means all rows, in chunks of bounded memory.
         """
         if not self._owes or self.steps == self._settled_at:
             return
@@ -237,8 +242,8 @@ class RowOptimizer:
             return
         for group in self.tables.groups:
             chunk = max(1, SETTLE_ELEMENTS // max(1, group.width))
-            for start in range(group.start, group.start + group.num_rows, chunk):
-                stop = min(start + chunk, group.start + group.num_rows)
+            for start in range(group.start, group.stop, chunk):
+                stop = min(start + chunk, group.stop)
                 self._catch_up(torch.arange(start, stop, device=self.tables.weight.device))
         self._settled_at = self.steps
         self._last_sum = 0.0
@@ -273,17 +278,17 @@ class RowOptimizer:
         return sum(value.nbytes for value in self.state.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """Settle the tables; return the learning rate, the number of steps and the state (not a copy)."""
+        """Settle the tables, and return the learning rate, the number of steps and the state (not a copy)."""
         self._check_attached()
         self.tables.settle()
         return {"kind": type(self).__name__, "lr": self.lr, "steps": self.steps, "state": dict(self.state)}
 
     @torch.no_grad()
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned; load the model's weights, which belong to it, as well.
+        """Load what `state_dict` returned. Load the model's weights as well, since the two belong together.
 
         Raises:
-            EmbtrimError: it is of another optimiser, of other tables, or of other L2 settings.
+            EmbtrimError: The state belongs to another optimiser, to other tables, or to other L2 settings.
         """
         self._check_attached()
         name = type(self).__name__
@@ -300,9 +305,9 @@ class RowOptimizer:
         self._settled_at = self.steps
 
     def owing_state(self) -> dict[str, Any]:
-        """All state, decay that is owed still owed (not a copy): for a checkpoint that changes nothing.
+        """The state with the decay owed still owed (not a copy), so that writing a checkpoint changes nothing.
 
-        It belongs to the weights as they are in memory; `model.state_dict()` would settle them.
+        This state belongs to the weights as they are in memory; `model.state_dict()` would settle them.
         """
         self._check_attached()
         owed = {"settled_at": self._settled_at}
@@ -313,7 +318,7 @@ class RowOptimizer:
 
     @torch.no_grad()
     def load_owing_state(self, values: Mapping[str, Any]) -> None:
-        """Take over what `owing_state` returned; the weights are put back by whoever put them away."""
+        """Load what `owing_state` returned. The caller puts back the weights that belong to it."""
         self._check_attached()
         for key, value in self.state.items():
             value.copy_(values["state"][key])
@@ -328,18 +333,18 @@ class RowOptimizer:
 class RowAdam(RowOptimizer):
     """Lazy Adam: the moments and weights of the batch's rows move; bias corrections count all steps.
 
-    As torch.optim.SparseAdam, with decay. With coupled decay of the whole table untouched rows follow dense Adam by
+    It is torch.optim.SparseAdam with decay. With coupled decay of the whole table, untouched rows follow dense Adam by
     approximate replay; see the module docstring.
 
     Args:
-        tables: whose rows to train; see RowOptimizer, also for `decoupled` and `max_stride`.
-        lr: learning rate; may be set at any time.
-        betas: decay rates of the first and second moment.
-        eps: added to the denominator.
-        l2: strength of the decay, lambda.
-        l2_scope: "table" or "batch".
-        decoupled: AdamW's decay instead of coupled L2.
-        max_stride: most missed steps that the replay takes at once.
+        tables: The tables to train. An optimiser that is attached to them is detached.
+        lr: Learning rate. It may be set at any time.
+        betas: Decay rates of the first and second moment.
+        eps: Term added to the denominator.
+        l2: Strength of the decay, lambda.
+        l2_scope: "table" decays every row at every step, "batch" the rows of the batch.
+        decoupled: Use AdamW's decay, not coupled L2.
+        max_stride: Missed steps that the replay takes at once, at most.
 
     Example:
         >>> from embtrim.schema import Schema
@@ -412,19 +417,19 @@ class RowAdam(RowOptimizer):
 
 
 class RowAdagrad(RowOptimizer):
-    """Row-wise Adagrad: one accumulator a row, of the mean of the squared gradients over the row.
+    """Row-wise Adagrad: one accumulator for each row, which sums the mean of the squared gradients over the row.
 
-    As FBGEMM's exact_rowwise_adagrad; state is 1 / width of the weights. Coupled decay enters the accumulator, as it
-    does in a dense optimiser; of untouched rows it is replayed, a scalar a row.
+    It is FBGEMM's exact_rowwise_adagrad, whose state is 1 / width of the weights. Coupled decay enters the accumulator,
+    as it does in a dense optimiser. For untouched rows the decay is replayed with one scalar for each row.
 
     Args:
-        tables: whose rows to train; see RowOptimizer, also for `decoupled` and `max_stride`.
-        lr: learning rate; may be set at any time.
-        eps: added to the denominator.
-        l2: strength of the decay, lambda.
-        l2_scope: "table" or "batch".
-        decoupled: shrink the weights directly.
-        max_stride: most missed steps that the replay takes at once.
+        tables: The tables to train. An optimiser that is attached to them is detached.
+        lr: Learning rate. It may be set at any time.
+        eps: Term added to the denominator.
+        l2: Strength of the decay, lambda.
+        l2_scope: "table" decays every row at every step, "batch" the rows of the batch.
+        decoupled: Shrink the weights directly, not through the gradient.
+        max_stride: Missed steps that the replay takes at once, at most.
     """
 
     def __init__(
@@ -473,11 +478,11 @@ class RowSGD(RowOptimizer):
     """Plain SGD on the rows of the batch; decay is exact in every form.
 
     Args:
-        tables: whose rows to train; see RowOptimizer.
-        lr: learning rate; may be set at any time.
-        l2: strength of the decay, lambda.
-        l2_scope: "table" or "batch".
-        decoupled: the same as coupled, for SGD without momentum.
+        tables: The tables to train. An optimiser that is attached to them is detached.
+        lr: Learning rate. It may be set at any time.
+        l2: Strength of the decay, lambda.
+        l2_scope: "table" decays every row at every step, "batch" the rows of the batch.
+        decoupled: No effect; SGD without momentum decays alike in either form.
     """
 
     replays = False
@@ -499,12 +504,12 @@ class RowSGD(RowOptimizer):
 def merge_lookups(
     tables: EmbeddingTables,
 ) -> tuple[Tensor, list[tuple[int, int]], list[Tensor | None], Tensor | None]:
-    """The rows and gradients of all passes since the last step, gradients of one row summed.
+    """The rows and gradients of all passes since the last step. Gradients of one row are summed.
 
     Returns:
-        int64 storage rows (U,), ascending and distinct; for each group the range of them that lies in it; for each
-        group the gradients of its rows (U_g, W), or None where there are none; the first-order gradients (U, 1), or
-        None.
+        int64 storage rows (U,), ascending and distinct; for each group, the range of storage rows that lies in it; for
+        each group, the gradients of its rows (U_g, W), or None if they have no gradient; the first-order gradients
+        (U, 1), or None.
     """
     first, *more = tables.lookups
     if not more:

@@ -1,7 +1,7 @@
 """Row kernels: `torch.py` is the definition; `fused.py`, the [fast] extra, serves in its place where it can.
 
-The two sum in the same order, yet round differently: a training is the same each time with the same kernels, and its
-checkpoint says with which. The environment variable EMBTRIM_KERNELS=torch turns `fused.py` off.
+The two sum in the same order, yet round differently. A training is the same each time with the same kernels, and its
+checkpoint names them. The environment variable EMBTRIM_KERNELS=torch turns `fused.py` off.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ log = logging.getLogger(__name__)
 
 
 def kernels_for(weight: Tensor) -> ModuleType:
-    """The module of kernels for tables of this weight: fused ones for fp32 on CPUs, if numba is there."""
+    """The module of kernels for tables of this weight: `fused` for fp32 on CPUs if numba is installed, else `torch`."""
     if weight.dtype != float32 or weight.device.type != "cpu" or os.environ.get("EMBTRIM_KERNELS") == "torch":
         return plain
     return _fused() or plain
 
 
 def kernels_name(weight: Tensor) -> str:
-    """ "torch" or "fused": the kernels for tables of this weight."""
+    """Name of the kernels for tables of this weight, "torch" or "fused"."""
     return kernels_for(weight).NAME
 
 
 @functools.cache
 def _fused() -> ModuleType | None:
-    """The fused kernels, imported at the first training step: `import embtrim` stays light."""
+    """The fused kernels, imported at the first training step so that `import embtrim` stays light; None without numba."""
     try:
         from embtrim.tables.kernels import fused
     except ImportError as error:
@@ -58,7 +58,7 @@ class Expand(autograd.Function):
         first_order_U: Tensor | None,
         *sources: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, S) outputs, and (B,) first-order sums or None; see `expand` in torch.py."""
+        """(B, S) outputs, and (B,) first-order sums or None. See `expand` in torch.py."""
         ctx.set_materialize_grads(False)
         ctx.backward_arguments = kernels, expansion, distinct, lows, pool_N, [len(source) for source in sources]
         return kernels.expand(expansion, distinct, lows, pool_N, sources, first_order_U)

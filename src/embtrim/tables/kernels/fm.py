@@ -1,11 +1,11 @@
-"""The FM term of a batch with its gradient by hand: autograd's own takes several passes over (B, F, D) where two do.
+"""The FM term of a batch with a gradient by hand, in two passes over (B, F, D) where autograd's own takes several.
 
 With E the embeddings side by side (B, S), P the stacked projections (S, D), G = blockdiag(P_f P_f^T) (S, S):
 
     Z = E P,   H = E G,   y_b = (|Z_b|^2 - H_b . E_b) / 2          (Rendle 2010: the sum over pairs of fields)
     dE_b = g_b (P Z_b - H_b),   dP = E^T (g Z),   dG = -E^T (g E) / 2
 
-Where fields are D wide, P is a stack of unit matrices. G is the unit matrix but for the projected outputs.
+For a field that is D wide, P_f is the unit matrix. G is the unit matrix except for projected outputs.
 
 Axes: B batch, F fields, D full width, S columns of all fields, P projected ones among them.
 """
@@ -34,15 +34,16 @@ class FMTerm(autograd.Function):
         """(B,) FM term.
 
         Args:
-            ctx: autograd's.
-            concat_BS: embeddings side by side in field order.
-            num_fields: F.
-            projection_SD: None where every field is D wide.
-            projected_P: columns that are projected; None for all.
-            gram_PP: G of the projected columns, symmetric; None where there are none.
+            ctx: Context of autograd.
+            concat_BS: Embeddings side by side in field order.
+            num_fields: Number of fields, F.
+            projection_SD: Stacked projections, or None if every field is D wide.
+            projected_P: Columns of `concat_BS` that are projected, or None if all are.
+            gram_PP: G of the projected columns, symmetric, or None if no column is projected.
         """
         device, dtype = concat_BS.device.type, concat_BS.dtype
-        # What autocast would bring to its precision product by product, once for both directions; float64 it leaves alone.
+        # Autocast would convert the operands of each product; here each is converted once, for both directions. Autocast
+        # leaves float64 alone.
         autocast = torch.is_autocast_enabled(device) and dtype != torch.float64
         low = torch.get_autocast_dtype(device) if autocast else dtype
         with torch.autocast(device, enabled=False):
@@ -58,7 +59,7 @@ class FMTerm(autograd.Function):
                 projected_low_BP = concat_low_BS if projected_P is None else concat_low_BS.index_select(1, projected_P)
                 own_BS = (projected_low_BP @ gram_PP.to(low)).to(dtype)
                 if projected_P is not None:
-                    own_BS = concat_BS.index_copy(1, projected_P.long(), own_BS)  # it takes no int32
+                    own_BS = concat_BS.index_copy(1, projected_P.long(), own_BS)  # index_copy takes no int32
             ctx.save_for_backward(concat_BS, sum_BD, concat_low_BS, projection_SD, projected_low_BP, own_BS)
             return 0.5 * (
                 sum_BD.square().sum(1) - torch.linalg.vecdot(concat_BS if own_BS is None else own_BS, concat_BS)
@@ -72,7 +73,7 @@ class FMTerm(autograd.Function):
         concat_BS, sum_BD, *saved = ctx.saved_tensors
         weighted_BD = grad_B1 * sum_BD
         if not saved:
-            # No view: to one that is, autograd adds the gradients of the other readers out of place.
+            # The result must not be a view: autograd adds the gradients of other readers to a view out of place.
             grad_BS = torch.empty_like(concat_BS)
             parts = weighted_BD[:, None], concat_BS.view(ctx.shape), grad_B1[:, None]
             torch.addcmul(*parts, value=-1, out=grad_BS.view(ctx.shape))

@@ -1,11 +1,11 @@
 """Row kernels in numba, for fp32 tables on CPUs: each does in one pass over memory what `torch.py` defines.
 
-They give the same numbers with any number of threads: no two threads write to one row or one sample. What is missing
-here is taken from `torch.py`; summing the gradients of lookups is, because embedding_bag took a fraction of the time of
-loops in numba.
+The kernels give the same numbers with any number of threads, because no two threads write to one row or one sample.
+Kernels that are missing here come from `torch.py`. Summing the gradients of lookups is one of them, because embedding_bag
+takes a fraction of the time of loops in numba.
 
-The first call compiles, once a machine: numba keeps its work in `__pycache__`, or in NUMBA_CACHE_DIR. Where it may write
-to no folder every process compiles.
+The first call on a machine compiles: numba keeps its work in `__pycache__`, or in NUMBA_CACHE_DIR. If numba may write to
+neither folder, every process compiles.
 
 Axes: B batch, S output columns, R rows of a view, W its width, U distinct rows, N lookups (rows with repeats).
 """
@@ -47,17 +47,17 @@ __all__ = [
     "sgd_rows_",
 ]
 
-# OpenMP first, of which a process has one where torch brings libgomp: numba then has torch's threads. Those of another
-# layer wait for torch's, which spin for a while after each operator: an update of Adam took 1.8 ms instead of 0.8.
+# OpenMP comes first: where torch brings libgomp, a process has one OpenMP, and numba runs on torch's threads. Threads of
+# another layer wait for torch's, which spin for a while after each operator: an update of Adam takes 1.8 ms instead of 0.8.
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "workqueue", "tbb"]  # pyright: ignore[reportAttributeAccessIssue]
-# Where they share OpenMP, numba also sets torch's number of threads when it starts its own, which to ask for theirs does.
+# Where the two share OpenMP, numba sets torch's number of threads when it starts its own, which get_num_threads does.
 _threads = torch.get_num_threads()
 numba.get_num_threads()
 torch.set_num_threads(_threads)
 
 
 def distinct_rows(expansion: Expansion, rows_BC: Tensor, num_rows: int) -> Distinct:
-    """As in `torch.py`, by a radix sort: what it takes does not grow with the table."""
+    """`distinct_rows` of torch.py, by a radix sort, whose time does not grow with the table."""
     columns_C, _, steps_C = _places(expansion)
     found = _run(_distinct_rows, rows_BC, columns_C, steps_C, num_rows)
     return Distinct(*map(torch.from_numpy, found))
@@ -71,7 +71,8 @@ def expand(
     sources: Sequence[Tensor],
     first_order_U: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """As in `torch.py`; rows go straight to their output columns. One copy of wide rows is index_select's own, faster."""
+    """`expand` of torch.py. Rows go straight to their output columns."""
+    # One copy of wide rows is faster by index_select.
     if expansion.is_identity:
         return plain.expand(expansion, distinct, lows, pool_N, sources, first_order_U)
     output_BS = expansion.new_output(sources[0], pool_N is not None)
@@ -92,7 +93,7 @@ def expand(
 
 
 def sgd_rows_(weight_RW: Tensor, rows_U: Tensor, grad_UW: Tensor, *, lr: float, decay: float) -> None:
-    """As in `torch.py`."""
+    """`sgd_rows_` of torch.py."""
     _run(_sgd_rows, weight_RW, rows_U, grad_UW, lr, decay)
 
 
@@ -107,7 +108,7 @@ def adagrad_rows_(
     l2: float,
     decay: float,
 ) -> None:
-    """As in `torch.py`."""
+    """`adagrad_rows_` of torch.py."""
     _run(_adagrad_rows, weight_RW, square_R, rows_U, grad_UW, lr, eps, l2, decay)
 
 
@@ -125,7 +126,7 @@ def adam_rows_(
     l2: float,
     decay: float,
 ) -> None:
-    """As in `torch.py`."""
+    """`adam_rows_` of torch.py."""
     lr_hat, root_scale = lr / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5
     gains = 1 - betas[0], 1 - betas[1]
     _run(
@@ -134,7 +135,7 @@ def adam_rows_(
 
 
 def _places(expansion: Expansion) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each lookup of a sample: its id column, its place among the lookups, and how far the next sample's is."""
+    """For each lookup of a sample: its id column, its place among the lookups, and the distance to the next sample's."""
     steps = np.array([len(columns) for columns in expansion.columns])
     steps_C = np.repeat(steps, steps)
     within_C = np.concatenate([np.arange(n) for n in steps])
@@ -143,9 +144,9 @@ def _places(expansion: Expansion) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _columns(expansion: Expansion, lows: Sequence[int], sources: Sequence[Tensor]) -> tuple[np.ndarray, ...]:
-    """Of each lookup of a sample: its row's width, first output column, and what to add to place x width in the source.
+    """For each lookup of a sample: width of its row, first output column, and the offset to add to place x width.
 
-    Lookups of no group have width 0.
+    The sum is the first element of the row in the source. Lookups that belong to no group have width 0.
     """
     widths_C, outputs_C, offsets_C = np.zeros((3, sum(map(len, expansion.columns))), np.int64)
     begin = element = 0
@@ -158,7 +159,7 @@ def _columns(expansion: Expansion, lows: Sequence[int], sources: Sequence[Tensor
 
 
 def _run(kernel: Callable[..., Any], *arguments: Tensor | np.ndarray | float) -> Any:
-    """Call a compiled kernel, on as many threads as torch has."""
+    """Call a compiled kernel on as many threads as torch uses."""
     most, before = numba.config.NUMBA_NUM_THREADS, numba.get_num_threads()  # pyright: ignore[reportAttributeAccessIssue]
     numba.set_num_threads(min(torch.get_num_threads(), most))
     try:
@@ -168,7 +169,7 @@ def _run(kernel: Callable[..., Any], *arguments: Tensor | np.ndarray | float) ->
 
 
 def _native(value: Any) -> Any:
-    """A tensor as an array that shares its memory, a float as float32: in float64 all sums would be."""
+    """A tensor as an array that shares its memory; a float as float32, because a float64 would turn all sums to float64."""
     if isinstance(value, Tensor):
         return value.contiguous().detach().numpy()
     return np.float32(value) if isinstance(value, float) else value
@@ -182,25 +183,25 @@ def _or_empty(value: Tensor | None) -> Tensor:
 
 
 def _can_cache() -> bool:
-    """Whether numba finds a folder to keep its work in; a user without a home may have none."""
+    """Whether numba finds a folder for its compiled kernels; a user without a home may have none."""
     try:
-        njit(cache=True)(_can_cache)  # compiles at the first call, and there is none
+        njit(cache=True)(_can_cache)  # compiles at the first call, which never comes
     except RuntimeError as error:
-        log.warning("%s; each process compiles its kernels anew; set NUMBA_CACHE_DIR to a folder to write to", error)
+        log.warning("%s; every process compiles its kernels again; set NUMBA_CACHE_DIR to a folder to write to", error)
         return False
     return True
 
 
 _CACHE = _can_cache()
 
-# What one pass of the radix sort sorts by: the counters of 13 bits take 32 KB, all of the cache next to a core.
+# Bits that one pass of the radix sort sorts by: the counters of 13 bits take 32 KB, all of the cache next to a core.
 _DIGIT_BITS = 13
 _DIGIT = np.uint64((1 << _DIGIT_BITS) - 1)
 
 
 @njit(cache=_CACHE)
 def _distinct_rows(rows_BC, columns_C, steps_C, num_rows):
-    # Rows and places are unsigned: see `_expand`. A word has a row in its upper half, in the lower one its lookup.
+    # Rows and places are unsigned: see `_expand`. The upper half of a word is a row, the lower half its lookup.
     half, lower = np.uint64(32), np.uint64(0xFFFFFFFF)
     words_N = np.empty(rows_BC.size, np.uint64)
     places = _places_by_digit(rows_BC.reshape(-1), np.uint64(0))
@@ -241,7 +242,7 @@ def _distinct_rows(rows_BC, columns_C, steps_C, num_rows):
 
 @njit(cache=_CACHE)
 def _places_by_digit(values_N, bit):
-    """Where the first value of each digit goes, of the digits that begin at `bit`."""
+    """Where the first value of each digit goes; a digit is the _DIGIT_BITS bits from `bit` on."""
     places = np.zeros(1 << _DIGIT_BITS, np.uint32)
     for value in values_N:
         places[(np.uint64(value) >> bit) & _DIGIT] += np.uint32(1)
@@ -260,7 +261,7 @@ def _expand(
         for c in range(len(widths_C)):
             i = starts_C[c] + b * steps_C[c]
             place = inverse_N[i]
-            # Unsigned, because numba looks at each signed index for whether it counts from the end: a third of the time.
+            # Unsigned, because numba checks whether a signed index counts from the end, which takes a third of the time.
             width = np.uint64(widths_C[c])
             output = np.uint64(outputs_C[c])
             begin = np.uint64(offsets_C[c] + place * widths_C[c])

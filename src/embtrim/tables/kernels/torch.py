@@ -1,8 +1,9 @@
 """Row kernels in plain torch, on any device: the definition that a faster kernel must equal.
 
-Updates work in place on 2-D views of flat buffers and touch only the rows they are given. What was measured:
-index_select to gather and index_copy_ to write back cost a fraction of `W[index]`, of `index_put_` and of F.embedding's
-backward; embedding_bag over sorted lookups a fraction of index_add.
+Updates work in place on 2-D views of flat buffers and touch only the rows that they are given. Rows are gathered by
+index_select and written back by index_copy_, which take a fraction of the time of `W[index]`, of `index_put_` and of
+F.embedding's backward. Gradients are summed by embedding_bag over sorted lookups, which takes a fraction of the time of
+index_add.
 
 Axes: B batch, S output columns, R rows of a view, W its width, U distinct rows, N lookups (rows with repeats).
 """
@@ -26,10 +27,10 @@ class Distinct:
     """The distinct rows among N lookups.
 
     Attributes:
-        rows_U: int32, ascending.
-        inverse_N: of each lookup its row's place in `rows_U`.
-        order_N: the lookups sorted by row, those of one row in their order.
-        starts_U: where each row begins in `order_N`.
+        rows_U: int32 storage rows, ascending.
+        inverse_N: For each lookup, the place of its row in `rows_U`.
+        order_N: The lookups sorted by row; lookups of one row keep their order.
+        starts_U: For each row, where its lookups begin in `order_N`.
     """
 
     rows_U: Tensor
@@ -42,15 +43,15 @@ class Distinct:
 class Expansion:
     """Where the looked-up rows of a batch go.
 
-    Lookups stand group by group: those of a group are (B, columns) of rows of one width. Behind the groups may stand
-    lookups of no group, for their first-order weights.
+    Lookups stand group by group: a group has (B, columns) lookups of rows of one width. Lookups that belong to no group
+    may follow the groups, for their first-order weights.
 
     Attributes:
-        batch_size: B.
-        num_outputs: S.
-        columns: for each group, and for the lookups of none, their id columns.
-        outputs: for each group the output columns (columns x width,) of its looked-up rows, one after another.
-        is_identity: whether there is one group, whose `outputs` are 0, 1, .. S - 1.
+        batch_size: Number of samples, B.
+        num_outputs: Number of output columns, S.
+        columns: Id columns of each group, then those of lookups that belong to no group.
+        outputs: For each group, the output columns (columns x width,) of its looked-up rows, one row after another.
+        is_identity: Whether there is one group, whose `outputs` are 0, 1, .. S - 1.
     """
 
     batch_size: int
@@ -61,7 +62,7 @@ class Expansion:
 
     @property
     def lookups(self) -> list[slice]:
-        """The range of the N lookups for each of `columns`."""
+        """The range of the N lookups that belongs to each of `columns`."""
         ends = itertools.accumulate(self.batch_size * len(columns) for columns in self.columns)
         return [slice(*pair) for pair in itertools.pairwise([0, *ends])]
 
@@ -72,13 +73,13 @@ class Expansion:
         return torch.cat([values_BC.index_select(1, columns).view(-1) for columns in self.columns])
 
     def new_output(self, like: Tensor, pools: bool) -> Tensor:
-        """(B, S) memory for the outputs, zero where something is added to it or nothing is written."""
+        """(B, S) memory for the outputs: zeros if rows are added to it or some columns stay unwritten."""
         make = like.new_zeros if pools or sum(map(len, self.outputs)) < self.num_outputs else like.new_empty
         return make(self.batch_size, self.num_outputs)
 
 
 def distinct_rows(expansion: Expansion, rows_BC: Tensor, num_rows: int) -> Distinct:
-    """The distinct rows among lookups, int32 below num_rows."""
+    """The distinct rows among the lookups of int32 storage rows below num_rows."""
     sorted_N, order_N = expansion.by_group(rows_BC).sort(stable=True)
     rows_U, places_N, counts_U = torch.unique_consecutive(sorted_N, return_inverse=True, return_counts=True)
     inverse_N = torch.empty_like(order_N).index_copy_(0, order_N, places_N)
@@ -93,15 +94,15 @@ def expand(
     sources: Sequence[Tensor],
     first_order_U: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Write each lookup's row to its output columns; rows that share columns are summed.
+    """Write each lookup's row to its output columns. Rows that share columns are summed.
 
     Args:
-        expansion: where the rows go.
-        distinct: the distinct rows.
-        lows: for each group the place of its first row among them.
-        pool_N: factor of each lookup, or None for 1 and no shared columns.
-        sources: for each group its distinct rows (U_g, W).
-        first_order_U: first-order weights of the distinct rows, or None.
+        expansion: Where the rows go.
+        distinct: The distinct rows.
+        lows: For each group, the place of its first row among the distinct rows.
+        pool_N: Factor of each lookup. None means 1, and that no rows share columns.
+        sources: For each group, its distinct rows (U_g, W).
+        first_order_U: First-order weights of the distinct rows, or None.
 
     Returns:
         (B, S) outputs; and (B,) sums of the first-order weights, or None.
@@ -140,17 +141,17 @@ def expand_backward(
     """Sum the gradients of a row's lookups, in the order of the lookups.
 
     Args:
-        expansion: as in `expand`.
-        distinct: as in `expand`.
-        lows: as in `expand`.
-        pool_N: as in `expand`.
-        sizes: for each group the number of its distinct rows, U_g.
-        grad_BS: gradient of the outputs, or None.
-        grad_B: gradient of the first-order sums, or None.
+        expansion: Where the rows go.
+        distinct: The distinct rows.
+        lows: For each group, the place of its first row among the distinct rows.
+        pool_N: Factor of each lookup, or None; see `expand`.
+        sizes: For each group, the number of its distinct rows, U_g.
+        grad_BS: Gradient of the outputs, or None.
+        grad_B: Gradient of the first-order sums, or None.
 
     Returns:
-        For each group the gradients (U_g, W) of its distinct rows, None without `grad_BS`; and (U,) those of the
-        first-order weights, None without `grad_B`.
+        For each group, the gradients (U_g, W) of its distinct rows, or None without `grad_BS`; and the gradients (U,) of
+        the first-order weights, or None without `grad_B`.
     """
     order_N, starts_U = distinct.order_N, distinct.starts_U
     grads: list[Tensor | None] = [None] * len(sizes)
@@ -174,7 +175,7 @@ def expand_backward(
 
 
 def sum_rows(values_NW: Tensor, index_N: Tensor, num_rows: int) -> Tensor:
-    """(num_rows, W): the sum of all values with one index."""
+    """(num_rows, W): for each index, the sum of its values."""
     return values_NW.new_zeros(num_rows, values_NW.shape[1]).index_add_(0, index_N, values_NW)
 
 
@@ -198,9 +199,9 @@ def adagrad_rows_(
     l2: float,
     decay: float,
 ) -> None:
-    """Row-wise Adagrad: one accumulator a row takes the mean of the squared gradients over the row.
+    """Row-wise Adagrad: one accumulator for each row sums the mean of the squared gradients over the row.
 
-    s <- s + mean(g^2),  W <- decay W - lr g / (sqrt(s) + eps),  g = G + l2 W. As FBGEMM's exact_rowwise_adagrad.
+    s <- s + mean(g^2),  W <- decay W - lr g / (sqrt(s) + eps),  g = G + l2 W. This is FBGEMM's exact_rowwise_adagrad.
     """
     weight_UW = weight_RW.index_select(0, rows_U)
     if l2:
@@ -227,7 +228,7 @@ def adam_rows_(
     l2: float,
     decay: float,
 ) -> None:
-    """Adam (Kingma & Ba 2015) on the given rows, bias corrections by the number of this step (from 1).
+    """Adam (Kingma & Ba 2015) on the given rows. Steps count from 1 in the bias corrections.
 
     m <- b1 m + (1 - b1) g,  v <- b2 v + (1 - b2) g^2,  W <- decay W - lr mhat / (sqrt(vhat) + eps),  g = G + l2 W.
     """
@@ -246,22 +247,22 @@ def adam_rows_(
 
 
 def scale_rows_(weight_RW: Tensor, rows_U: Tensor, factor: Tensor | float) -> None:
-    """W <- factor W on the given rows; one factor, or (U, 1)."""
+    """W <- factor W on the given rows, with one factor for all, or factors (U, 1)."""
     weight_RW.index_copy_(0, rows_U, weight_RW.index_select(0, rows_U).mul_(factor))
 
 
 def strides(missed_U: Tensor, max_stride: int) -> Iterator[tuple[int, Tensor | slice]]:
     """Cut the missed steps of each row into strides of 1, 1, 2, 4, .., powers of two up to max_stride.
 
-    k missed steps are 1 + (1 + 2 + .. + 2^(p-1)) + rest; each power of two that is in the rest makes a second stride
-    of this length beside the first, so that strides grow, and all rows of a stride go equally far.
+    k missed steps are 1 + (1 + 2 + .. + 2^(p-1)) + rest. Each power of two in the rest makes a second stride of that
+    length beside the first, so that strides grow, and all rows that take a stride go equally far.
 
     Args:
-        missed_U: missed steps of each row, at least 1, descending.
-        max_stride: the longest stride; what is not a power of two is rounded down.
+        missed_U: Missed steps of each row, at least 1, descending.
+        max_stride: Longest stride. It is rounded down to a power of two.
 
     Yields:
-        (length, rows that take the stride): a slice of the first rows, or their indices.
+        (length, rows that take the stride). Rows are a slice of the first rows, or indices.
     """
     if len(missed_U) == 0:
         return
@@ -277,7 +278,7 @@ def strides(missed_U: Tensor, max_stride: int) -> Iterator[tuple[int, Tensor | s
     yield 1, slice(None)
     levels = range(min(cap, longest.bit_length() - 1))
     counts = at_least([1 << (p + 1) for p in levels])
-    # Levels that a row climbs, as many as fit: 2^p <= k, p <= cap. The rest is below 2^p unless the cap cut it off.
+    # A row climbs as many levels as fit: 2^p <= k, p <= cap. The rest is below 2^p unless the cap limits p.
     climbed_U = torch.zeros_like(missed_U)
     for count in counts:
         climbed_U[:count] += 1
@@ -305,28 +306,29 @@ def replay_adam_rows_(
     l2: float,
     max_stride: int,
 ) -> None:
-    """Catch up rows with the steps of dense Adam they missed, where the gradient was l2 W alone.
+    """Catch up rows with the steps of dense Adam that they missed, in which the gradient was l2 W alone.
 
-    A stride of n steps holds the denominator at its value in mid-stride; W and m then follow the linear map
+    A stride of n steps holds the denominator at its value in mid-stride. W and m then follow the linear map
 
         m' = b1 m + (1 - b1) l2 W,   W' = W - a m',   a = lr / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
 
-    whose n-th power is taken by squaring, so that a weight that swings through zero, as it may under Adam, does so
-    here. Approximate are the constant denominator, the mean learning rate, and a bound a (1 - b1) l2 <= 3, past which
-    the map diverges. A stride of 1 is Adam itself.
+    whose n-th power is taken by squaring, so that a weight that swings through zero under Adam does so here. Three
+    things are approximate: the constant denominator, the mean learning rate, and the bound a (1 - b1) l2 <= 3, past
+    which the map diverges. A stride of 1 is Adam itself.
 
     Args:
-        weight_RW: weights, updated in place.
-        mean_RW: first moments, updated in place.
-        square_RW: second moments, updated in place.
-        rows_U: rows to catch up, each once.
-        missed_U: steps that each has missed, at least 1.
-        step: steps done, by which all rows are caught up.
-        lr_sums: float64; difference i of it, counted from the end, is the learning rate of step `step` - i.
-        betas: decay rates of the moments.
-        eps: added to the denominator.
-        l2: lambda.
-        max_stride: longest stride; 1 replays every single step.
+        weight_RW: Weights, updated in place.
+        mean_RW: First moments, updated in place.
+        square_RW: Second moments, updated in place.
+        rows_U: Rows to catch up, each once.
+        missed_U: Steps that each row has missed, at least 1.
+        step: Steps done so far; the rows catch up with this step.
+        lr_sums: float64 running sums of the learning rates. Their difference i, counted from the end, is the learning
+            rate of step `step` - i.
+        betas: Decay rates of the moments.
+        eps: Term added to the denominator.
+        l2: Strength of the decay, lambda.
+        max_stride: Longest stride; 1 replays every single step.
     """
     missed_U, order = missed_U.sort(descending=True)
     rows_U = rows_U[order]
@@ -403,21 +405,22 @@ def replay_adagrad_rows_(
     l2: float,
     max_stride: int,
 ) -> None:
-    """Catch up rows with the steps of dense row-wise Adagrad they missed, where the gradient was l2 W alone.
+    """Catch up rows with the steps of dense row-wise Adagrad that they missed, in which the gradient was l2 W alone.
 
-    All weights of a row shrink by one factor, 1 - lr l2 / (sqrt(s) + eps) a step, so that scalars suffice. A stride
-    of n steps holds the accumulator s at its value in mid-stride; a stride of 1 is Adagrad itself. A factor that
-    would change the sign of the weights in a longer stride is taken as zero.
+    At each step all weights of a row shrink by one factor, 1 - lr l2 / (sqrt(s) + eps), so scalars suffice. A stride of
+    n steps holds the accumulator s at its value in mid-stride; a stride of 1 is Adagrad itself. In a longer stride, a
+    factor that would change the sign of the weights is taken as zero.
 
     Args:
-        weight_RW: weights, updated in place.
-        square_R: accumulators, updated in place.
-        rows_U: rows to catch up, each once.
-        missed_U: steps that each has missed, at least 1.
-        lr_sums: float64; difference i of it, counted from the end, is the learning rate of the step i before the last.
-        eps: added to the denominator.
-        l2: lambda.
-        max_stride: longest stride; 1 replays every single step.
+        weight_RW: Weights, updated in place.
+        square_R: Accumulators, updated in place.
+        rows_U: Rows to catch up, each once.
+        missed_U: Steps that each row has missed, at least 1.
+        lr_sums: float64 running sums of the learning rates. Their difference i, counted from the end, is the learning
+            rate of the step i before the last.
+        eps: Term added to the denominator.
+        l2: Strength of the decay, lambda.
+        max_stride: Longest stride; 1 replays every single step.
     """
     missed_U, order = missed_U.sort(descending=True)
     rows_U = rows_U[order]
