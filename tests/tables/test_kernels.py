@@ -19,7 +19,7 @@ from embtrim.tables.kernels import torch as plain
 from embtrim.tables.kernels.torch import Expansion
 from embtrim.tables.row_optimizers import RowAdagrad, RowAdam, RowSGD
 from embtrim.training.fitting import fit
-from tests.tables.test_optim import mixed_tables
+from tests.tables.test_row_optimizers import mixed_tables
 
 pytest.importorskip("numba")
 from embtrim.tables.kernels import fused

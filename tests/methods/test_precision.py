@@ -1,0 +1,340 @@
+"""Searches at fewer bits, of mixed bits and for FBGEMM: they fill their budget, and spend bytes where most loss is saved."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from embtrim.compaction.compacting import compact
+from embtrim.config import Config
+from embtrim.errors import BudgetError, ConfigError, PlanError
+from embtrim.methods import (
+    METHODS,
+    FrequencyConfig,
+    GuidedConfig,
+    MDEConfig,
+    PMEConfig,
+    RandomConfig,
+    SSEDSConfig,
+    UniformConfig,
+    search,
+)
+from embtrim.methods.precision import (
+    Choice,
+    code_loss,
+    energy_of_rows,
+    least_loss_plan,
+    mixed_bits,
+    row_choices,
+    some_numbers,
+    spend,
+    trained_rows,
+)
+from embtrim.methods.registry import register
+from embtrim.models import FNN, DeepFM
+from embtrim.plan.budget import Budget
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import Block, TablePlan
+from embtrim.schema import Schema
+from embtrim.tables.embedding_tables import EmbeddingTables
+from embtrim.tables.packing import PackedRows
+from embtrim.tasks.task import CTRTask, Task
+from embtrim.testing.checks import foreign_task, planted_data
+from embtrim.training.settings import TrainConfig
+
+
+@pytest.fixture(scope="module")
+def task() -> CTRTask:
+    data = planted_data(num_rows=1000, noise_vocab=200)
+    return CTRTask(DeepFM(data.schema, embedding_dim=8, hidden_units=(8,)), data, TrainConfig(batch_size=256))
+
+
+@pytest.mark.parametrize("config", [UniformConfig(), UniformConfig(align="project"), FrequencyConfig(), MDEConfig(), PMEConfig()])  # fmt: skip
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("budget", ["1500 b", "10%", "100%", "300 params"])
+def test_a_search_fills_the_budget_at_its_bits(task, config, bits, budget):
+    limit = Budget.parse(budget)
+    plan = search(task, config, budget, bits=bits)
+    assert {t.bits for t in plan.tables} == {bits}
+    assert plan.budget == limit
+    if limit.kind == "params":
+        assert plan.num_params == search(task, config, budget).num_params
+    else:
+        assert plan.num_bytes() <= plan.max_bytes(limit) + 1e-6
+        assert plan.num_params > min(plan.num_full_params - 1, search(task, config, budget).num_params)
+
+
+def test_a_budget_that_scales_alone_exceed(task):
+    with pytest.raises(BudgetError):
+        search(task, UniformConfig(align="project"), "20 b", bits=4)
+
+
+def test_an_error_quotes_the_budget_that_was_given(task):
+    with pytest.raises(
+        BudgetError, match=r"^budget of 100 bytes for tables of 8 bits for torch, .* within 400 bytes: "
+    ):
+        search(task, RandomConfig(), "100 b", bits=8)  # it drops columns, no rows and their first-order weights
+    with pytest.raises(BudgetError, match=r"^budget of 100 bytes is below the first-order weights alone"):
+        search(task, RandomConfig(), "100 b")
+
+
+def test_bits_go_where_they_save_most_loss_a_byte(task):
+    plan, budget = SizePlan.full(task.data.schema, 8, first_order=True), Budget.parse("20%")
+    names = [t.name for t in plan.tables]
+    found = mixed_bits(task, plan, budget)
+    weights = dict(zip(names, task.sites(task.model)[0].weights(), strict=True))
+    counts = task.row_counts()
+    assert len({t.bits for t in found.tables}) > 1
+    assert found.num_bytes() <= found.max_bytes(budget)
+
+    def loss_by_hand(name: str, bits: int) -> float:
+        tables = EmbeddingTables(task.data.schema, plan.with_bits(bits))
+        tables.load_state_dict(task.model.tables.state_dict())
+        ids = np.arange(len(weights[name]))
+        rows = torch.from_numpy(tables.storage_rows(name, ids))
+        tables.quantize()
+        stretch = torch.tensor([tables.groups[0].tables.index(name)])
+        error = tables.packed[0](rows[:, None], stretch)[:, 0] - weights[name]
+        return float((error.double().square().sum(1) * torch.from_numpy(counts[name])).sum())
+
+    losses = {
+        (t.name, bits): code_loss(t, weights[t.name], counts[t.name], bits) for t in plan.tables for bits in (4, 8, 16)
+    }
+    for (name, bits), loss in losses.items():
+        assert loss == pytest.approx(loss_by_hand(name, bits), rel=1e-3)
+    # No table's next level fits any more, and no other allotment within the bytes loses much less.
+    for table in found.tables:
+        if table.bits < 16:
+            wider = found.with_bits({table.name: 2 * table.bits})
+            assert wider.num_bytes() > wider.max_bytes(budget)
+    least = min(
+        sum(losses[name, bits] for name, bits in zip(names, allotted, strict=True))
+        for allotted in itertools.product((4, 8, 16), repeat=len(names))
+        if plan.with_bits(dict(zip(names, allotted, strict=True))).num_bytes() <= found.max_bytes(budget)
+    )
+    assert sum(losses[t.name, t.bits] for t in found.tables) <= 1.1 * least
+    everything = mixed_bits(task, plan, Budget.parse("100%"))
+    assert {t.bits for t in everything.tables} == {16}
+
+
+def test_padding_loses_nothing_whatever_its_bits():
+    """Two tables alike, but that one is padded: bits go to the other, whose rows are all read."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({name: torch.nn.Embedding(200, 8, padding_idx=0) for name in ("padded", "full")})
+    with torch.no_grad():
+        for table in model.values():
+            table.weight[1:].uniform_(1, 2)  # the code of zero is far off
+    rows = torch.arange(1, 200)
+    batches = [(torch.cat([torch.zeros(100_000, dtype=torch.int64), rows]), rows.repeat(2))]
+    task = Task(model, lambda m, b: m["padded"](b[0]).mean() + m["full"](b[1]).mean(), batches)
+    plan = task.full_plan()
+    assert task.row_counts()["padded"][0] == 100_000
+    budget = Budget("bytes", plan.with_bits({"padded": 4, "full": 8}).num_bytes())
+    assert [t.bits for t in mixed_bits(task, plan, budget).tables] == [4, 8]
+
+
+def test_a_table_of_few_rows_is_smallest_in_16_bits(task):
+    """Scales and offsets, 8 bytes a column, are more than what codes save on a few rows."""
+    few = search(task, FrequencyConfig(), "60 params")
+    smallest = mixed_bits(task, few, Budget.parse("1 b"))
+    for table in smallest.tables:
+        sizes = {bits: few.with_bits({table.name: bits}).num_bytes() for bits in (4, 8, 16)}
+        assert sizes[table.bits] == min(sizes.values())
+    assert 16 in {t.bits for t in smallest.tables}
+
+
+@pytest.mark.parametrize("config", [UniformConfig(), PMEConfig()])
+def test_a_search_of_mixed_bits(task, config):
+    sizes = {}
+    for bits in (8, "mixed", 4):
+        plan = search(task, config, "15%", bits=bits)
+        assert plan.num_bytes() <= plan.max_bytes(Budget.parse("15%")) + 1e-6
+        sizes[bits] = plan.num_params
+    assert sizes[8] < sizes["mixed"] <= sizes[4]
+    with pytest.raises(ConfigError, match="mixed bits need a budget in percent or bytes, given 300 params"):
+        search(task, config, "300 params", bits="mixed")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(1, 20), st.integers(0, 50)), min_size=1, max_size=5), min_size=1, max_size=3
+    ),
+    st.integers(0, 50),
+)
+def test_bytes_are_spent_where_they_save_most(tables, more):
+    nothing = TablePlan("t", 1, 1, ())
+    choices = [[Choice(size, float(loss), nothing) for size, loss in of_table] for of_table in tables]
+    least = sum(min(choice.num_bytes for choice in of_table) for of_table in choices)
+    chosen = spend(choices, least + more)
+    assert sum(choice.num_bytes for choice in chosen) <= least + more
+    # Greedy steps miss the optimum by less than the one step that did not fit.
+    best = min(
+        sum(choice.loss for choice in every)
+        for every in itertools.product(*choices)
+        if sum(choice.num_bytes for choice in every) <= least + more
+    )
+    largest_step = max(max(c.loss for c in of_table) - min(c.loss for c in of_table) for of_table in choices)
+    assert sum(choice.loss for choice in chosen) <= best + largest_step
+    # No table has a better choice that still fits.
+    left = least + more - sum(choice.num_bytes for choice in chosen)
+    for of_table, choice in zip(choices, chosen, strict=True):
+        assert all(c.loss >= choice.loss for c in of_table if c.num_bytes - choice.num_bytes <= left)
+
+
+def test_what_a_choice_of_rows_loses_by_hand():
+    torch.manual_seed(0)
+    weight_VD, count_V = torch.randn(30, 4, dtype=torch.float64), np.arange(30, 0, -1)
+    table = SizePlan.full(Schema.from_sizes([30]), 4).tables[0]
+    energy_V = energy_of_rows(weight_VD, count_V)
+    mean_D = np.average(weight_VD.numpy(), axis=0, weights=count_V)
+    assert energy_V == pytest.approx(count_V * ((weight_VD.numpy() - mean_D) ** 2).sum(1))
+    kept_V = np.cumsum(np.sort(energy_V)[::-1])
+    choices = row_choices(table, kept_V, Block(0, (0, 1)), [(4, 0.25), (16, 0.1)])
+    assert {stored.num_kept for _, stored in choices} == {0, *some_numbers(30)}
+    for loss, stored in choices:
+        kept = np.sort(energy_V)[::-1][: stored.num_kept].sum()
+        part = {4: 0.25, 16: 0.1}[stored.bits]
+        assert loss == pytest.approx(4 * (energy_V.sum() - kept) + part * kept)
+        assert stored.output_width == (2 if stored.blocks else 0)
+
+
+def test_some_numbers_of_rows():
+    assert some_numbers(1) == [1]
+    assert some_numbers(6) == [1, 2, 3, 4, 5, 6]
+    assert some_numbers(20) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 13, 16, 19, 20]
+    assert len(some_numbers(10**8)) < 120
+
+
+def rows_of(task):
+    weights, counts = trained_rows(task)
+    return list(weights.values()), [counts[name] for name in weights]
+
+
+@pytest.mark.parametrize("budget", ["1500 b", "5%", "20%"])
+def test_a_plan_of_least_loss_fills_its_budget(budget):
+    data = planted_data(num_rows=1000, noise_vocab=200)
+    model = DeepFM(data.schema, embedding_dim=8, hidden_units=(8,), init_std=0.5, seed=1)
+    limit = Budget.parse(budget)
+    for task in (CTRTask(model, data, TrainConfig(batch_size=256)), foreign_task()):
+        plan = least_loss_plan(task, limit, "scatter")
+        allowed = min(plan.max_bytes(limit), task.full_plan().with_bits(16).num_bytes())
+        assert 0.8 * allowed <= plan.num_bytes() <= allowed + 1e-6
+        compact(task.model, plan)
+        assert len({t.output_width for t in plan.tables if t.blocks and t.output_width < t.width}) <= 1
+        for table, energy in zip(plan.tables, map(energy_of_rows, *rows_of(task)), strict=True):
+            if table.blocks and table.blocks[0].rows is not None:
+                dropped = np.setdiff1d(np.arange(table.num_rows), table.blocks[0].rows)
+                assert energy[table.blocks[0].rows].min() >= energy[dropped].max()
+
+
+@pytest.mark.parametrize("budget", ["1500 b", "5%", "20%"])
+def test_guided_chooses_rows_columns_and_bits_together(budget):
+    data = planted_data(num_rows=1000, noise_vocab=200)
+    model = DeepFM(data.schema, embedding_dim=8, hidden_units=(8,), init_std=0.5, seed=1)
+    for task in (CTRTask(model, data, TrainConfig(batch_size=256)), foreign_task()):
+        plan = search(task, GuidedConfig(), budget, bits="mixed")
+        assert plan.is_quantized
+        assert plan.num_bytes() <= plan.max_bytes(Budget.parse(budget)) + 1e-6
+        assert plan.method == "guided"
+        assert not plan.diff(least_loss_plan(task, Budget.parse(budget), plan.tables[0].alignment))
+
+
+def test_guided_refuses_bytes_that_its_smallest_choices_exceed(task):
+    with pytest.raises(BudgetError, match="smallest plan of method 'guided' with mixed bits, ") as caught:
+        search(task, GuidedConfig(), "14 bytes", bits="mixed")
+    least = re.search(r"\d+ bytes(?=; give)", str(caught.value))
+    assert least is not None
+    assert search(task, GuidedConfig(), least[0], bits="mixed").num_bytes() == int(least[0].split()[0])
+
+
+@pytest.mark.parametrize("plans_bits", [True, False])
+def test_a_method_of_anyones_may_choose_bits_itself(task, plans_bits):
+    class HalvesConfig(Config):
+        bits: int = 8
+
+    def by_table(task: Task, config: HalvesConfig, budget: Budget, seed: int) -> SizePlan:
+        return rows_and_columns(task, config, budget, seed).with_bits({"strong": 16, "noise": config.bits})
+
+    def rows_and_columns(task: Task, config: HalvesConfig, budget: Budget, seed: int) -> SizePlan:
+        return search(task, FrequencyConfig(), budget, seed).made_by("halves", budget, seed, {})
+
+    register("halves", HalvesConfig, "nothing", ("rows",), by_table if plans_bits else None)(rows_and_columns)
+    try:
+        plan = search(task, HalvesConfig(), "30%", seed=3, bits="mixed")
+        assert (plan.method, plan.budget, plan.seed) == ("halves", Budget.parse("30%"), 3)
+        assert ([t.bits for t in plan.tables] == [16, 32, 8]) == plans_bits
+        assert (plan.num_params > 0.3 * plan.num_full_params) != plans_bits  # else what bits free buys rows
+        everywhere = search(task, HalvesConfig(), "30%", seed=3, bits=8)  # one precision is not the method's to choose
+        assert {t.bits for t in everywhere.tables} == {8}
+    finally:
+        del METHODS["halves"]
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_large_tables_are_read_in_parts(bits, monkeypatch):
+    """Energies, losses and codes of ten rows, in parts of three, are those of all at once."""
+    generator = torch.Generator().manual_seed(0)
+    weight_VD, count_V = torch.randn(10, 4, generator=generator), np.arange(10)
+    table = TablePlan("f0", 10, 4, (Block(7, (0, 2, 3), "concat", np.arange(7, dtype=np.int32)),))
+
+    def found() -> tuple[np.ndarray, float, Tensor]:
+        packed = PackedRows(10, 4, bits, 1)
+        packed.store(0, torch.arange(10).flip(0), weight_VD)
+        loss = code_loss(table, weight_VD, count_V, bits)
+        return energy_of_rows(weight_VD, count_V), loss, packed(torch.arange(10)[:, None], torch.zeros(1).long())
+
+    energies, loss, stored = found()
+    for module in ("tables.packing", "methods.precision"):
+        monkeypatch.setattr(f"embtrim.{module}.CHUNK_ROWS", 3)
+    in_parts = found()
+    np.testing.assert_allclose(in_parts[0], energies, rtol=1e-12)
+    assert in_parts[1] == pytest.approx(loss, rel=1e-6)
+    torch.testing.assert_close(in_parts[2], stored)
+    mean_D = np.average(weight_VD.double(), axis=0, weights=count_V)
+    np.testing.assert_allclose(energies, count_V * ((weight_VD.numpy() - mean_D) ** 2).sum(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("config", [RandomConfig(), MDEConfig(align="scatter"), SSEDSConfig()])
+def test_a_search_for_fbgemm_leaves_no_room_for_four_columns_more(config):
+    """Padding makes of narrow tables up to four times as much: what the search then takes back is given out again."""
+    data = planted_data(num_rows=600, noise_vocab=2000, strong_vocab=300, weak_vocab=40)
+    model = FNN(data.schema, embedding_dim=16, hidden_units=(4,), init_std=0.1)
+    task = CTRTask(model, data, TrainConfig(batch_size=256))
+    for budget in ("5%", "20%", "50%", "12 KB"):
+        plan = search(task, config, budget, seed=1, target="fbgemm")
+        room = plan.max_bytes(Budget.parse(budget), "fbgemm") - plan.num_bytes("fbgemm")
+        assert room >= -1e-6
+        for t in plan.tables:
+            assert t.output_width == 16 or 4 * 4 * t.num_rows > room, (budget, t.name, t.output_width)
+    wanted = {t.name: 0 for t in plan.tables} | {"noise": 16}
+    assert (
+        max(plan.with_padded_columns(Budget.parse("100%"), wanted).tables, key=lambda t: t.num_rows).output_width == 16
+    )
+
+
+def test_sizes_are_refused_for_fbgemm_whatever_the_budget_counts(task):
+    for budget in ("30%", "500 params"):
+        with pytest.raises(PlanError, match="rows of several widths, which fbgemm's tables cannot"):
+            search(task, PMEConfig(), budget, target="fbgemm")
+
+
+@pytest.mark.parametrize("config", [UniformConfig(), FrequencyConfig(), MDEConfig(align="scatter")])
+def test_a_search_for_fbgemm_fills_rows_up(task, config):
+    for budget in ("30%", "8 KB"):
+        plan = search(task, config, budget, target="fbgemm")
+        assert plan.num_bytes("fbgemm") <= plan.max_bytes(Budget.parse(budget), "fbgemm") + 1e-6
+        assert all(t.output_width % 4 == 0 for t in plan.tables)
+        assert 0 < plan.num_params < plan.num_full_params
+        assert f"{plan.num_bytes('fbgemm'):,} bytes with" in plan.summary()
+        assert plan.target == "fbgemm"
+    assert search(task, config, "30%", target="onnx").target == "onnx"
+    assert search(task, config, "30%").target is None
+    assert search(foreign_task(), UniformConfig(align="scatter"), "60%", target="fbgemm").num_params
