@@ -26,7 +26,7 @@ WITH_EMBEDDINGS = [name for name in NAMES if name != "lr"]
 
 
 def make_schema(dense: bool = True) -> Schema:
-    """Two plain fields, a mean-pooled one, a sum-pooled one that shares the table of the second, two dense ones."""
+    """Two plain fields, a mean-pooled one, a sum-pooled one that shares the second field's table, and two dense fields."""
     fields = [
         FieldSpec(name="user", vocab_size=9),
         FieldSpec(name="item", vocab_size=7),
@@ -53,7 +53,7 @@ def make_batch(schema: Schema, rows: int = 17, seed: int = 0) -> tuple[torch.Ten
 
 
 def make_model(name: str, schema: Schema, **hparams):
-    """Small, float64, eval mode, with random weights everywhere and running statistics that do something."""
+    """A small float64 model in eval mode, with random weights and running statistics that have an effect."""
     takes = inspect.signature(MODELS[name].__init__).parameters
     small = {"embedding_dim": DIM, "hidden_units": (8, 6), "bottom_units": (7,), "num_cross_layers": 3}
     model = build(name, schema, **{k: v for k, v in {**small, **hparams}.items() if k in takes}).double().eval()
@@ -73,7 +73,7 @@ def make_model(name: str, schema: Schema, **hparams):
 
 
 class Sample:
-    """What the formulas read of one row: embeddings, first-order sum, dense values; `w` are the model's weights."""
+    """One row as the formulas read it: embeddings, first-order sum, dense values; `w` holds the model's weights."""
 
     def __init__(self, model, ids: np.ndarray, dense: np.ndarray) -> None:
         self.w = {name: value.detach().numpy() for name, value in model.state_dict().items()}
@@ -107,7 +107,7 @@ class Sample:
         return [float(np.dot(a, b)) for a, b in itertools.combinations(vectors, 2)]
 
     def mlp(self, prefix: str, x: np.ndarray, num_hidden: int, batch_norm: bool = True, output: bool = True):
-        """Linear, batch norm with running statistics, ReLU a hidden layer; then Linear. Dropout does nothing."""
+        """Each hidden layer is Linear, batch norm with running statistics, and ReLU; then a Linear. Dropout does nothing."""
         step = 3 if batch_norm else 2
         for layer in range(num_hidden):
             x = self.w[f"{prefix}.{layer * step}.weight"] @ x + self.w[f"{prefix}.{layer * step}.bias"]
@@ -208,7 +208,7 @@ def column_plan(model, columns: dict[str, tuple[int, ...]], alignment="scatter")
 
 
 def random_columns(schema: Schema, seed: int) -> dict[str, tuple[int, ...]]:
-    """Each table keeps 0 to D columns; the first table none."""
+    """A plan whose tables keep 0 to D columns each, the first table none."""
     rng = np.random.default_rng(seed)
     sizes = [0, *rng.integers(1, DIM + 1, len(schema.tables) - 1)]
     return {t: tuple(rng.choice(DIM, n, replace=False)) for t, n in zip(schema.tables, sizes, strict=True)}
@@ -216,7 +216,7 @@ def random_columns(schema: Schema, seed: int) -> dict[str, tuple[int, ...]]:
 
 @torch.no_grad()
 def inherit(full, plan: SizePlan, fold: bool = True):
-    """The compact model with what the plan keeps of the full one's weights."""
+    """A compact model with the weights that the plan keeps of the full model."""
     small = type(full)(full.schema, plan=plan, **full.hparams).double().eval()
     for table in plan.tables:
         ids = np.arange(table.num_rows)
@@ -298,7 +298,7 @@ def test_dcn_needs_the_folded_constants():
 
 
 def test_dcn_folded_constants_by_hand():
-    """One field of width 2, column 1 removed, two cross layers: it holds 0, b_0, b_0 + b_1 in x_0, x_1, x_2."""
+    """One field of width 2 without column 1, two cross layers: the column holds 0, b_0, b_0 + b_1 in x_0, x_1, x_2."""
     full = DCN(Schema.from_sizes([3]), embedding_dim=2, hidden_units=(2,), num_cross_layers=2).double()
     with torch.no_grad():
         full.cross.weight_LN.copy_(torch.tensor([[1.0, 7.0], [2.0, 3.0]]))

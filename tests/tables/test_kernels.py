@@ -35,7 +35,7 @@ def _nothing_is_turned_off(monkeypatch):
 
 @st.composite
 def batches(draw) -> tuple[Expansion, Tensor, int, Tensor | None, torch.Generator]:
-    """Groups of columns in any order, widths from 0, the last columns perhaps of no group, and storage rows (B, C)."""
+    """Groups of columns in any order and of widths from 0, last columns that may belong to no group; storage rows (B, C)."""
     widths = draw(st.lists(st.sampled_from([0, 1, 3, 4]), min_size=1, max_size=3))
     counts = draw(st.lists(st.integers(1, 3), min_size=len(widths), max_size=len(widths)))
     pooled = draw(st.booleans())
@@ -126,7 +126,7 @@ OPTIMIZERS = {
 
 
 def trained(name: str) -> Tensor:
-    """All weights after steps on random batches, some of two passes, one without first-order gradients."""
+    """All weights after steps on random batches; some steps take two passes, one has no first-order gradients."""
     tables = mixed_tables(multi_valued=True)
     optimizer = OPTIMIZERS[name](tables)
     generator = torch.Generator().manual_seed(1)
@@ -166,7 +166,7 @@ def restored_threads():
 
 
 def test_a_training_does_not_go_on_with_other_kernels(data, tmp_path, monkeypatch):
-    """They round differently, so that it would end elsewhere."""
+    """Kernels round differently, so the training would end elsewhere."""
     model = DeepFM(data.schema, embedding_dim=2, hidden_units=(4,))
     initial = copy.deepcopy(model)
     fit(model, data, epochs=1, checkpoint=tmp_path / "state.safetensors")

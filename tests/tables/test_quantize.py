@@ -91,7 +91,7 @@ def test_half_precision_is_rounded_once():
 
 
 def decoded(tables: EmbeddingTables, table: TablePlan, compact_id: int) -> np.ndarray:
-    """One stored row, out of the buffers that a file holds."""
+    """One stored row, decoded from the buffers that a file holds."""
     state = tables.state_dict()
     row = int(tables.storage_rows(table.name, np.array([compact_id]))[0])
     ((number, group),) = [(n, g) for n, g in enumerate(tables.groups) if g.start <= row < g.start + g.num_rows]
@@ -253,7 +253,7 @@ def test_a_run_trains_in_fp32_and_keeps_the_quantised_model(raw, tmp_path):
             refused()
     fp32 = compact(full.model, done.plan)
     for refused in (lambda: save(fp32, tmp_path / "b", recoded), lambda: export(fp32, "pt2", tmp_path / "e")):
-        with pytest.raises(EmbtrimError, match=r"its tables are fp32 still; call model\.tables\.quantize\(\)"):
+        with pytest.raises(EmbtrimError, match=r"its tables are still fp32; call model\.tables\.quantize\(\)"):
             refused()
     auto = shrink(full, data, config.replace(bits="auto"), "uniform", {}, "6%", seed=0)
     tried = [shrink(full, data, config.replace(bits=b), "uniform", {}, "6%", seed=0) for b in (8, "mixed", 4)]

@@ -319,7 +319,7 @@ def test_an_output_without_gradient_leaves_its_weights_to_the_decay(name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_cuda_moves_rows_as_the_cpu_does(name):
-    """Of tables of several widths too, some pooled, with decay that is replayed."""
+    """Tables of one width and of several, some pooled, with decay that is replayed."""
     sizes = [40, 7, 40, 25, 9, 50, 50, 50, 40, 40]
     found = []
     for device in ("cpu", "cuda"):
@@ -500,7 +500,7 @@ def test_tables_moved_after_the_optimizer_was_made():
 
 def test_state_of_another_optimizer():
     adam = RowAdam(make_tables()).state_dict()
-    with pytest.raises(EmbtrimError, match="state is of a RowAdam, not of a RowSGD"):
+    with pytest.raises(EmbtrimError, match="state belongs to a RowAdam, not to a RowSGD"):
         RowSGD(make_tables()).load_state_dict(adam)
     with pytest.raises(EmbtrimError, match="other tables or another l2"):
         RowAdam(make_tables((9,))).load_state_dict(adam)

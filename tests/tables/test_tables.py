@@ -90,7 +90,7 @@ def cases(draw) -> tuple[EmbeddingTables, Tensor]:
 
 
 def row_vector(tables: EmbeddingTables, table: TablePlan, compact_id: int) -> np.ndarray:
-    """What one row of a table gives: its own columns, or D columns if the table is mixed."""
+    """The embedding of one row: its own columns, or D columns if the table is mixed."""
     ((_, values),) = tables.get_rows(table.name, np.array([compact_id]))
     vector = values[0].numpy()
     if not table.mixed or len(vector) == table.width:
@@ -166,7 +166,7 @@ def all_paths(tables: EmbeddingTables, ids: Tensor):
 
 
 def test_the_form_that_is_exported_has_the_fm_term_of_projected_and_whole_tables():
-    """Its indices are int32, which not every operator takes."""
+    """Indices of the exported form are int32, which not every operator takes."""
     schema = Schema.from_sizes([4, 3, 5])
     tables = [
         TablePlan(name, rows, 2, (Block(rows, tuple(range(width)), "project"),))

@@ -214,8 +214,8 @@ class RowOptimizer:
                 value.is_floating_point() and value.dtype != self.tables.weight.dtype
             ):
                 raise ModelError(
-                    f"the tables are {self.tables.weight.dtype} on {self.tables.weight.device}, the state of their "
-                    f"{name} {value.dtype} on {value.device}; move the model first, then make the optimiser"
+                    f"the tables are {self.tables.weight.dtype} on {self.tables.weight.device}, but the state of their "
+                    f"{name} is {value.dtype} on {value.device}; move the model first, then make the optimiser"
                 )
 
     # ---- decay owed to untouched rows -------------------------------------------------------------------------
@@ -293,11 +293,13 @@ class RowOptimizer:
         self._check_attached()
         name = type(self).__name__
         if values.get("kind") != name:
-            raise EmbtrimError(f"this state is of a {values.get('kind')}, not of a {name}")
+            raise EmbtrimError(f"this state belongs to a {values.get('kind')}, not to a {name}")
         sizes = {key: tuple(value.shape) for key, value in self.state.items()}
         given = {key: tuple(value.shape) for key, value in values["state"].items()}
         if sizes != given:
-            raise EmbtrimError(f"this state has tensors {given}, this {name} needs {sizes}: other tables or another l2")
+            raise EmbtrimError(
+                f"this state has tensors {given}, this {name} needs {sizes}; the state belongs to other tables or another l2"
+            )
         self.tables.settle()
         for key, value in self.state.items():
             value.copy_(values["state"][key])

@@ -229,14 +229,14 @@ class TableStorage(nn.Module, Indices):
         if self.packed is not None:
             raise ModelError(
                 "these tables are quantised, for inference only; train, search and change the model before "
-                "model.tables.quantize(), or go on from what its codes read with model.tables.dequantize()"
+                "model.tables.quantize(), or store them in fp32 again with model.tables.dequantize()"
             )
 
     def check_quantized(self) -> None:
         """Raise ModelError if the tables are fp32 and their plan says fewer bits."""
         if self.plan.is_quantized and self.packed is None:
             raise ModelError(
-                "the plan of this model says fewer than 32 bits, its tables are fp32 still; call model.tables.quantize() "
+                "the plan of this model says fewer than 32 bits, but its tables are still fp32; call model.tables.quantize() "
                 "once it is trained, or compact with plan.with_bits(32)"
             )
 
@@ -267,7 +267,7 @@ class TableStorage(nn.Module, Indices):
         self.check_fp32()
         self.check_free()
         if self.weight_by_width is not None:
-            raise ModelError("these tables are split by width, for export; quantise the model before that")
+            raise ModelError("these tables are split by width, for export; quantise the model before you split them")
         packed, packed_first_order = self._empty_packed()
         for store, stretch, local, rows_RW in self._stretches(packed, packed_first_order):
             store.store(stretch, local, rows_RW[local])
