@@ -1,4 +1,4 @@
-"""EmbeddingTables: looks up the embeddings of all fields, of whatever widths, in one storage.
+"""EmbeddingTables: the embeddings of all fields, looked up in one storage of mixed widths.
 
 Training looks up the distinct rows of a batch once, in buffers of their own, and expands them. With a row optimiser
 attached only these buffers get gradients, and only these rows move; without one the tables are an ordinary module with
@@ -38,7 +38,7 @@ RowGate = Callable[[Tensor, Tensor], Tensor]
 
 
 class EmbeddingTables(TableStorage):
-    """All embedding tables of a model in one flat storage, laid out by a plan.
+    """All embedding tables of a model in one flat storage, laid out by a plan. TableStorage describes what is stored.
 
     Args:
         schema: Fields and vocabulary sizes of the full tables.
@@ -47,8 +47,8 @@ class EmbeddingTables(TableStorage):
         generator: Source of the initial weights.
 
     Attributes:
-        slot_gate: None, or what is applied to `concat` (B, S). It may differ per sample. See `gated`.
-        row_gate: None, or what is applied to the distinct rows of each group before pooling. See `gated`.
+        slot_gate: None, or the gate of `concat` (B, S), which may differ per sample; see `gated`.
+        row_gate: None, or the gate of the distinct rows of each group, before they are pooled; see `gated`.
 
     Raises:
         PlanError: The plan was made for another schema.
@@ -68,7 +68,7 @@ class EmbeddingTables(TableStorage):
         """Apply gates inside a `with` block. Gates do not nest.
 
         Args:
-            slot_gate: Takes `concat` (B, S) and returns it gated.
+            slot_gate: Takes `concat` (B, S) and returns it gated. The gate may differ per sample.
             row_gate: Takes storage rows (U,) and their embeddings (U, W), and returns embeddings.
 
         Raises:

@@ -1,7 +1,7 @@
 """The index tensors by which a batch of ids finds its rows and its columns of `concat`, made from a layout.
 
-The tables register them as buffers, which are not saved: a layout gives them again. `named_buffers` and the checksum of
-a model see them in the order in which they are made here.
+The tables register index tensors as buffers, which no file holds, since the layout gives them again. Their order matters:
+the checksum of a model reads buffers in the order in which they are made here.
 
 Axes: C id columns, F fields, G groups, D full width, S columns of `concat`, P projected ones among them, K segments of
 the mixed table that has most.
@@ -19,36 +19,38 @@ from embtrim.tables.layout import Layout
 
 
 class Indices:
-    """Names and types of the buffers that are made from a layout; annotations alone.
+    """Names and types of the buffers that are made from a layout. The class holds annotations alone.
 
-    Beside these each group has two, by its number: `columns_0`, the id columns of its uniform tables, and `outputs_0`,
-    the columns of `concat` that their rows fill. Quantised tables have more; see `packed_tensors`.
+    Each group has two more, named by its number: `columns_0` holds the id columns of its uniform tables, and `outputs_0`
+    the columns of `concat` that their rows fill. Quantised tables have further ones; see `packed_tensors`.
 
     Attributes:
         group_starts: int32 (G + 1,). First storage row of each group, and R.
-        shift_C: int32. What takes an id of a uniform table to its storage row; 0 for a mixed table.
-        mean_F: bool. Whether a field takes the mean of its embeddings, not their sum.
+        shift_C: int32. Offset from an id of a uniform table to its storage row; 0 for a mixed table.
+        mean_F: bool. Whether a field takes the mean of its embeddings rather than their sum.
         field_of_column_C: Field of each id column.
-        place_S: Where a column of `concat` stands in the flattened (F, D).
-        element_S: First element in the flat buffer that a column of `concat` may read. There where tables are uniform
-            and no field is pooled, as are `field_S` and `width_S`.
-        field_S: Field of each column of `concat`.
-        width_S: Width of that field.
-        plain_outputs: Columns of `concat` that no uniform table projects. There unless every field is D wide, as are the
-            others that follow.
-        projected_S: For each row of `projection`, the first column of `concat` that it projects.
-        projected_outputs: (P,) columns of `concat` that a uniform table projects.
-        projection_rows: (P,) row of `projection` for each of them.
-        fixed_projection_SD: See `scatter_matrix`; None once tables are split by width.
-        same_field_PP: See `same_field_matrix`; None once tables are split by width.
-        mixed_C: Id columns that read a mixed table. There only if there are any, as are the others that follow.
-        mixed_outputs: Columns of `concat` that mixed tables fill.
-        mixed_first_id: int32, by column of `mixed_C`. What to add to an id, so that the ids of all mixed tables are
-            different keys.
-        mixed_bounds: int32. First key of each segment of the mixed tables, ascending.
-        mixed_shifts: int32. What takes a key of each segment to its storage row.
-        segment_ids_CK: int32, by column of `mixed_C`. First id of each segment; in tables for inference only.
-        segment_steps_CK: int32. How far storage rows jump at that id; in tables for inference only.
+        place_S: Position of each column of `concat` in the flattened (F, D).
+        element_S: First element of the flat buffer that a column of `concat` may read. Exists if the layout
+            `gathers_elements`.
+        field_S: Field of each column of `concat`. Exists if the layout `gathers_elements`.
+        width_S: Width of the field of each column of `concat`. Exists if the layout `gathers_elements`.
+        plain_outputs: Columns of `concat` that no uniform table projects. Exists unless every field is D wide.
+        projected_S: For each row of `projection`, the first column of `concat` that it projects. Exists unless every
+            field is D wide.
+        projected_outputs: (P,) columns of `concat` that a uniform table projects. Exists unless every field is D wide.
+        projection_rows: (P,) row of `projection` for each of `projected_outputs`. Exists unless every field is D wide.
+        fixed_projection_SD: The `scatter_matrix`; None once tables are split by width. Exists unless every field is D
+            wide.
+        same_field_PP: The `same_field_matrix`; None once tables are split by width. Exists unless every field is D wide.
+        mixed_C: Id columns that read a mixed table. Exists if a table is mixed.
+        mixed_outputs: Columns of `concat` that mixed tables fill. Exists if a table is mixed.
+        mixed_first_id: int32, for each of `mixed_C`. Offset from an id to its key, which is unique over all mixed
+            tables. Exists if a table is mixed.
+        mixed_bounds: int32. First key of each segment of the mixed tables, ascending. Exists if a table is mixed.
+        mixed_shifts: int32. Offset from the keys of each segment to their storage rows. Exists if a table is mixed.
+        segment_ids_CK: int32, for each of `mixed_C`. First id of each segment. Exists in mixed tables for inference only.
+        segment_steps_CK: int32, for each of `mixed_C`. Jump of the storage rows at each segment's first id. Exists in
+            mixed tables for inference only.
     """
 
     group_starts: Tensor
@@ -100,7 +102,7 @@ def index_tensors(layout: Layout) -> dict[str, Tensor]:
 
 
 def _mixed_tensors(layout: Layout) -> dict[str, Tensor]:
-    """What takes an id of a mixed table to its storage row, by the segment in which it lies."""
+    """Index tensors that take an id of a mixed table to its storage row, by the segment in which it lies."""
     names = [layout.table_of_column[c] for c in layout.mixed_columns]
     first_key, bounds, shifts = {}, [], []
     key = 0
@@ -125,7 +127,7 @@ def _outputs_of(layout: Layout, columns: Iterable[int], width: int) -> Tensor:
 
 
 def _projection_tensors(layout: Layout, place_S: Tensor) -> dict[str, Tensor]:
-    """What brings `concat` to the full width."""
+    """Index tensors and matrices that bring `concat` to the full width."""
     plain = sorted(set(range(len(place_S))) - set(layout.projected_outputs))
     row_of = {layout.projection_key(s): row for row, s in enumerate(layout.first_projected_outputs)}
     projected_outputs = int64(layout.projected_outputs)
@@ -152,7 +154,7 @@ def same_field_matrix(place_S: Tensor, projected_outputs: Tensor, width: int) ->
 
 
 def _element_tensors(layout: Layout) -> dict[str, Tensor]:
-    """The address of each column of `concat` in the flat buffer: `element_S`, and `width_S` for each id above 0."""
+    """The address of each column of `concat` in the flat buffer: `element_S` + id * `width_S`."""
     group_of = {i: group for group in layout.groups for i in group.fields}
     elements = []
     for i, (table, width) in enumerate(zip(layout.table_of_field, layout.widths, strict=True)):
@@ -166,7 +168,7 @@ def _element_tensors(layout: Layout) -> dict[str, Tensor]:
 
 
 def segment_tensors(layout: Layout) -> dict[str, Tensor]:
-    """For each id column of a mixed table, the first id of each segment and how far storage rows jump there."""
+    """For each id column of a mixed table, the first id of each segment, and the jump of the storage rows there."""
     names = [layout.table_of_column[c] for c in layout.mixed_columns]
     num_segments = max(len(layout.tables[name].segments) for name in names)
     # Segments that a table does not have start at its first id and jump by nothing.
@@ -187,15 +189,16 @@ def packed_tensors(layout: Layout) -> dict[str, Tensor]:
     own for each column.
 
     Returns:
-        For each group, by its number, `stretches_0`: the stretch of each of its id columns; and `mixed_stretches_0`: the
-        stretch of each id column of a mixed table. For each precision of the first-order weights, by its bits,
-        `first_order_columns_8`: id columns; and `first_order_stretches_8`: the stretch of each. Then `segment_tensors`.
+        For each group, named by its number, `stretches_0` with the stretch of each of its id columns, and
+        `mixed_stretches_0` with the stretch of each id column of a mixed table. For each precision of the first-order
+        weights, named by its bits, `first_order_columns_8` with id columns, and `first_order_stretches_8` with the stretch
+        of each. If a table is mixed, the `segment_tensors`.
     """
     found = {}
     names = layout.table_of_column
     for number, group in enumerate(layout.groups):
         found[f"stretches_{number}"] = int64(group.tables.index(names[c]) for c in group.columns)
-        # A mixed table without rows here reads those of another, times zero.
+        # A mixed table without rows in this group reads rows of another table, which are multiplied by zero.
         mixed = [names[c] for c in layout.mixed_columns]
         found[f"mixed_stretches_{number}"] = int64(
             group.tables.index(name) if name in group.tables else 0 for name in mixed
