@@ -64,14 +64,14 @@ class TableStorage(nn.Module, Indices):
     Attributes:
         layout: Where the rows of each table lie.
         width: Full width D.
-        num_fields: Fields that read a table, F.
+        num_fields: Number of fields that read a table, F.
         weight: Flat fp32 rows; absent once the tables are split by width or quantised.
         first_order: (R,) first-order weights, or None.
-        projection: Rows of the projections that uniform tables own; there only if a table owns one.
+        projection: Rows of the projections that uniform tables own. Exists if a table owns one.
         shared_projections: PME's projections (s, D) of mixed tables, by the width s as text.
         weight_by_width: None, or the rows of each group by its name; see `split_by_width`.
         packed: None, or the rows of each group; see `quantize`.
-        packed_first_order: None, or the first-order weights of each precision, by its bits as text.
+        packed_first_order: None, or the first-order weights of each precision by its bits as text; see `quantize`.
         row_owner: None, or the row optimiser that owns the updates; see `attach`.
         lookups: Passes since the owner's last step that have gradients.
 
