@@ -368,7 +368,7 @@ def settled_weights() -> Tensor:
     lambda t: (t.get_rows("f0", torch.arange(1).numpy()), t.weight.detach())[1],
     lambda t: (RowSGD(t), t.weight.detach())[1],
 ], ids=["state_dict", "deepcopy", "detach", "eval", "get_rows", "replaced"])  # fmt: skip
-def test_whoever_reads_weights_reads_settled_ones(read):
+def test_weights_are_settled_before_they_are_read(read):
     torch.testing.assert_close(read(fresh_owing()), settled_weights(), rtol=0, atol=0)
 
 
@@ -429,7 +429,7 @@ def test_state_saved_is_state_loaded(name):
     straight, resumed = make_tables(), make_tables()
     problem = Problem()
     optimizer = OPTIMIZERS[name](straight)
-    train_rows(straight, optimizer, problem, 10)  # settles, as state_dict does: strides of a replay start anew
+    train_rows(straight, optimizer, problem, 10)  # settles, as state_dict does: strides of a replay start again
     train_rows(straight, optimizer, problem, 10)
     problem = Problem()
     optimizer = OPTIMIZERS[name](resumed)
