@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from embtrim.errors import ModelError, PlanError
-from embtrim.plan.plan import SizePlan
+from embtrim.plan.plan import PlanShape, SizePlan
 from embtrim.schema import PAD, Schema
 from embtrim.tables.kernels import Expand, kernels_for
 from embtrim.tables.kernels.torch import Expansion
@@ -55,7 +55,7 @@ class EmbeddingTables(TableStorage):
     """
 
     def __init__(
-        self, schema: Schema, plan: SizePlan, init_std: float = 1e-4, generator: torch.Generator | None = None
+        self, schema: Schema, plan: PlanShape, init_std: float = 1e-4, generator: torch.Generator | None = None
     ) -> None:
         super().__init__(schema, plan, init_std, generator)
         self.slot_gate: OutputGate | None = None

@@ -16,8 +16,8 @@ from functools import cached_property
 
 import numpy as np
 
-from embtrim.plan.plan import SizePlan
-from embtrim.plan.table import TablePlan, projects
+from embtrim.plan.plan import PlanShape
+from embtrim.plan.table import TableShape, projects
 from embtrim.schema import FieldSpec, Schema
 
 
@@ -77,7 +77,7 @@ class Layout:
     """
 
     fields: tuple[FieldSpec, ...]
-    tables: Mapping[str, TablePlan]
+    tables: Mapping[str, TableShape]
     width: int
     first_order: bool
     groups: tuple[Group, ...]
@@ -118,7 +118,7 @@ class Layout:
     # ---- id columns and output columns --------------------------------------------------------------------------
 
     @cached_property
-    def table_of_field(self) -> tuple[TablePlan, ...]:
+    def table_of_field(self) -> tuple[TableShape, ...]:
         """The plan of the table that each field reads."""
         return tuple(self.tables[field.table_name] for field in self.fields)
 
@@ -209,7 +209,7 @@ class Layout:
         return self.table_of_field[self.field_of_output[output]].name, self.column_of_output[output]
 
 
-def lay_out(schema: Schema, plan: SizePlan) -> Layout:
+def lay_out(schema: Schema, plan: PlanShape) -> Layout:
     """Number the storage rows: groups descend in bits and width; in a group uniform tables stand before mixed ones."""
     tables = {table.name: table for table in plan.tables}
     segment_starts = {table.name: [0] * len(table.segments) for table in plan.tables}

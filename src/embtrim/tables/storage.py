@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from embtrim.errors import ModelError
-from embtrim.plan.plan import SizePlan
+from embtrim.plan.plan import PlanShape
 from embtrim.schema import Schema
 from embtrim.tables.indices import Indices, index_tensors, packed_tensors, segment_tensors
 from embtrim.tables.layout import Group, lay_out
@@ -80,7 +80,7 @@ class TableStorage(nn.Module, Indices):
     """
 
     def __init__(
-        self, schema: Schema, plan: SizePlan, init_std: float = 1e-4, generator: torch.Generator | None = None
+        self, schema: Schema, plan: PlanShape, init_std: float = 1e-4, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
         plan.check_schema(schema)
@@ -258,6 +258,7 @@ class TableStorage(nn.Module, Indices):
             ModelError: The tables are quantised already, are split by width, are gated, or a row optimiser owns them.
 
         Example:
+            >>> from embtrim.plan.plan import SizePlan
             >>> plan = SizePlan.full(Schema.from_sizes([100, 10]), width=4).with_bits(8)
             >>> tables = TableStorage(Schema.from_sizes([100, 10]), plan)
             >>> tables.quantize()
