@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any, TypeVar
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import to_jsonable_python
 
 from embtrim.errors import ConfigError, hint
 
@@ -43,6 +46,32 @@ class Config(BaseModel):
     def replace(self: ConfigT, **changes: Any) -> ConfigT:
         """Return a validated copy with some fields changed."""
         return type(self).parse({**self.model_dump(), **changes})
+
+
+def describe_settings(cls: type[BaseModel]) -> list[dict[str, Any]]:
+    """Name, default (JSON-able) and documentation of each setting; a required setting has no default.
+
+    The documentation is the setting's entry in the Attributes of the class's docstring.
+
+    Example:
+        >>> class Speed(Config):
+        ...     '''Attributes:
+        ...         limit: Kilometres
+        ...             an hour.
+        ...     '''
+        ...     limit: int = 30
+        >>> describe_settings(Speed)
+        [{'name': 'limit', 'default': 30, 'what': 'Kilometres an hour.'}]
+    """
+    section = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+    documented = dict(re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, flags=re.MULTILINE))
+    found = []
+    for name, field in cls.model_fields.items():
+        value = (
+            {} if field.is_required() else {"default": to_jsonable_python(field.get_default(call_default_factory=True))}
+        )
+        found.append({"name": name, **value, "what": " ".join(documented.get(name, "").split())})
+    return found
 
 
 def describe_errors(cls: type[BaseModel], error: ValidationError, where: str) -> str:

@@ -34,7 +34,7 @@ from embtrim.methods import (
 )
 from embtrim.methods.guided import Trial, propose, row_energies
 from embtrim.methods.pme import entry_saliency, fill_sizes, reassign, sized_plan
-from embtrim.methods.registry import register
+from embtrim.methods.registry import Implementation, register
 from embtrim.methods.selection import field_plan, largest, row_plan
 from embtrim.methods.sseds import slot_gradients
 from embtrim.models import FNN, LR, DeepFM
@@ -265,7 +265,9 @@ TINY = ("8 bytes", "1 params", "0.01%")
 @pytest.mark.parametrize("name", METHODS)
 def test_a_budget_that_allows_nothing_is_refused_before_the_search(name, bits, monkeypatch):
     """Whatever the method: what it would train for nothing is not trained."""
-    monkeypatch.setitem(METHODS, name, dataclasses.replace(METHODS[name], search=None, search_mixed=None))
+    method = METHODS[name]
+    untouched = Implementation(method.config, None, None)
+    monkeypatch.setitem(METHODS, name, dataclasses.replace(method, implementation=lambda: untouched))
     for task in (zoo_task(), foreign_task()):
         for budget in TINY:
             if task.full_plan().standalone and budget == "8 bytes" and bits != 8:

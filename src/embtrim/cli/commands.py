@@ -35,7 +35,7 @@ from embtrim.cli.terminal import (
     start_log,
     wants_progress,
 )
-from embtrim.config import Config, apply_overrides, merge, read_toml, to_toml
+from embtrim.config import Config, apply_overrides, describe_settings, merge, read_toml, to_toml
 from embtrim.errors import BudgetError, ConfigError, DataError, EmbtrimError
 from embtrim.plan.budget import Budget
 
@@ -759,20 +759,28 @@ def models(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def methods(as_json: AsJson = False) -> None:
-    """List the search methods and their settings."""
-    from embtrim.methods import METHODS
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Method whose settings are shown.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the search methods, or the settings of one."""
+    from embtrim.methods import METHODS, method_named
 
-    rows = [
-        {
-            "name": method.name,
-            "what": first_line(sys.modules[method.search.__module__].__doc__),
-            "needs": method.needs,
-            "settings": method.config().model_dump(mode="json"),
-        }
-        for method in METHODS.values()
-    ]
-    show_rows(rows, as_json)
+    if name is None:
+        show_rows([{"name": m.name, "needs": m.needs, "what": m.what} for m in METHODS.values()], as_json)
+        return
+    method = method_named(name)
+    facts: dict[str, Any] = {"name": method.name, "needs": method.needs, "what": method.what}
+    if faithful := getattr(method.config, "faithful", None):
+        facts["preset_faithful"] = faithful
+    settings = describe_settings(method.config)
+    if as_json:
+        print_json({**facts, "settings": settings})
+        return
+    show_facts(facts, as_json)
+    if settings:
+        print_text("")
+        show_rows([{**setting, "default": json.dumps(setting.get("default"))} for setting in settings], as_json)
 
 
 # --- settings -------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from embtrim.config import Config
-from embtrim.methods.registry import register
 from embtrim.methods.selection import filled, row_plan
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
@@ -14,7 +13,6 @@ class FrequencyConfig(Config):
     """Settings of the frequency control: none."""
 
 
-@register("frequency", FrequencyConfig, needs="nothing", adds=("rows",))
 def search_frequency(task: Task, config: FrequencyConfig, budget: Budget, seed: int) -> SizePlan:
     """Keep rows by how often they occur in the training data, over all fields."""
     full = task.full_plan()

@@ -46,7 +46,6 @@ from embtrim.config import Config
 from embtrim.errors import BudgetError
 from embtrim.methods.mde import MDEConfig, search_mde
 from embtrim.methods.precision import least_loss_plan
-from embtrim.methods.registry import register
 from embtrim.methods.selection import field_plan, filled, row_plan, slot_costs
 from embtrim.methods.sseds import SSEDSConfig, slot_gradients
 from embtrim.methods.uniform import UniformConfig, search_uniform
@@ -98,7 +97,6 @@ def search_mixed(task: Task, config: GuidedConfig, budget: Budget, seed: int) ->
     return least_loss_plan(task, budget, alignment_of(task, config.align)).made_by("guided", budget, seed, details)
 
 
-@register("guided", GuidedConfig, needs="trained", adds=(), search_mixed=search_mixed)
 def search_guided(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> SizePlan:
     """Propose plans by several rules and keep the one that short trainings favour."""
     candidates = propose(task, config, budget, seed)

@@ -42,7 +42,6 @@ from torch import Tensor, nn
 
 from embtrim.config import Config
 from embtrim.errors import EmbtrimError
-from embtrim.methods.registry import register
 from embtrim.methods.selection import field_plan, lowest_threshold, rank_slots, slot_costs
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
@@ -91,7 +90,6 @@ class HardMaskConfig(Config):
     align: Literal["scatter", "project"] = "scatter"
 
 
-@register("hard_mask", HardMaskConfig, needs="trained")
 def search_hard_mask(task: Task, config: HardMaskConfig, budget: Budget, seed: int) -> SizePlan:
     """Train a copy of the model under masks, then fill the budget by what the masks learned."""
     full = task.full_plan()

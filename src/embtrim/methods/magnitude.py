@@ -10,7 +10,6 @@ from typing import Literal
 import numpy as np
 
 from embtrim.config import Config
-from embtrim.methods.registry import register
 from embtrim.methods.selection import field_plan, filled, row_plan, slot_costs
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
@@ -31,7 +30,6 @@ class MagnitudeConfig(Config):
     align: Literal["scatter", "project"] = "scatter"
 
 
-@register("magnitude", MagnitudeConfig, needs="trained", adds=("columns", "rows"))
 def search_magnitude(task: Task, config: MagnitudeConfig, budget: Budget, seed: int) -> SizePlan:
     """Keep the slots, or the rows, of the largest norm."""
     full = task.full_plan()

@@ -14,7 +14,6 @@ import numpy as np
 from pydantic import Field
 
 from embtrim.config import Config
-from embtrim.methods.registry import register
 from embtrim.methods.selection import field_plan
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
@@ -35,7 +34,6 @@ class MDEConfig(Config):
     align: Literal["project", "scatter"] = "project"
 
 
-@register("mde", MDEConfig, needs="nothing")
 def search_mde(task: Task, config: MDEConfig, budget: Budget, seed: int) -> SizePlan:
     """Give each table a width by its popularity."""
     full = task.full_plan()

@@ -44,7 +44,6 @@ from torch import Tensor, nn
 from embtrim.config import Config
 from embtrim.errors import BudgetError
 from embtrim.methods.evolution import Space, Widths, evolve, fill, fits, kept_rows, raise_thresholds
-from embtrim.methods.registry import register
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
 from embtrim.system.progress import tracked
@@ -96,7 +95,6 @@ class OptEmbedConfig(Config):
     align: Literal["scatter", "project"] = "scatter"
 
 
-@register("optembed", OptEmbedConfig, needs="initial")
 def search_optembed(task: Task, config: OptEmbedConfig, budget: Budget, seed: int) -> SizePlan:
     """Train a supernet that drops rows, then evolve the widths of what it kept.
 

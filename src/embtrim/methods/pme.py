@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 from embtrim.config import Config
 from embtrim.errors import EmbtrimError
-from embtrim.methods.registry import register
 from embtrim.methods.selection import largest
 from embtrim.plan.budget import BYTES_PER_PARAM, Budget
 from embtrim.plan.plan import PlanShape, SizePlan
@@ -56,7 +55,6 @@ class PMEConfig(Config):
     warmup_epochs: int = Field(default=0, ge=0)
 
 
-@register("pme", PMEConfig, needs="initial", adds=("sizes",))
 def search_pme(task: Task, config: PMEConfig, budget: Budget, seed: int) -> SizePlan:
     """Give every feature value a size."""
     full = task.full_plan()

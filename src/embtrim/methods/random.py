@@ -7,7 +7,6 @@ from typing import Literal
 import numpy as np
 
 from embtrim.config import Config
-from embtrim.methods.registry import register
 from embtrim.methods.selection import field_plan
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
@@ -24,7 +23,6 @@ class RandomConfig(Config):
     align: Literal["scatter", "project"] = "scatter"
 
 
-@register("random", RandomConfig, needs="nothing")
 def search_random(task: Task, config: RandomConfig, budget: Budget, seed: int) -> SizePlan:
     """Fill the budget with slots in random order."""
     full = task.full_plan()

@@ -1,18 +1,59 @@
-"""The list of search methods: a config type, a name and a search function each."""
+"""The list of search methods: our own, those that a program registers, and those of installed packages.
+
+One of our own is a line of OWN, and its module is imported when its settings or its search are first needed: the list
+can be shown without torch. A package offers a method through an entry point of the group `embtrim.methods`, and its
+module calls `register`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+import ast
+import logging
+import re
+import sys
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
 from embtrim.config import Config
 from embtrim.errors import ConfigError, hint
-from embtrim.plan.budget import Budget
-from embtrim.plan.limits import Unit
-from embtrim.plan.plan import SizePlan
 
-SearchT = TypeVar("SearchT", bound=Callable[..., SizePlan])
+if TYPE_CHECKING:  # numpy takes longer than the list itself
+    from embtrim.plan.budget import Budget
+    from embtrim.plan.limits import Unit
+    from embtrim.plan.plan import SizePlan
+
+    Search = Callable[[Any, Any, Budget, int], SizePlan]
+
+Needs = Literal["trained", "initial", "nothing"]
+SearchT = TypeVar("SearchT", bound="Search")
+
+log = logging.getLogger(__name__)
+
+ENTRY_POINTS = "embtrim.methods"
+# `embtrim compare` calls the model before a search, and the list of all methods, by these names.
+TAKEN_NAMES = ("full", "all")
+
+
+class Implementation(NamedTuple):
+    """What the module of a method defines.
+
+    Attributes:
+        config: Settings class of the method.
+        search: Function of (task, config, budget, seed) that returns a plan within the budget.
+        search_mixed: Function of the same arguments that returns a plan with the bits of each table, for `bits="mixed"`
+            and a budget in percent or bytes. With None, bits are chosen for the rows and columns that `search` finds.
+    """
+
+    config: type[Config]
+    search: Search
+    search_mixed: Search | None = None
 
 
 @dataclass(frozen=True)
@@ -20,28 +61,48 @@ class Method:
     """One search method.
 
     Attributes:
-        name: as on the command line.
-        config: its settings class.
-        search: (task, config, budget, seed) -> plan.
-        needs: whether it reads a "trained" model, an "initial" one, or "nothing".
-        adds: units that it fills a budget with to the last that fits: one more column of a table, one more row, or the
-            next size of a row; empty for a rule that may leave room.
-        search_mixed: (task, config, budget, seed) -> plan that also says the bits of each table, for `bits="mixed"` and a
-            budget in percent or bytes; None where bits are chosen for the rows and columns that `search` finds.
+        name: Name on the command line and in records.
+        module: Name of the module that defines the method.
+        config_name: Name of the settings class.
+        needs: Model that the method reads: a "trained" one, an "initial" one, or "nothing".
+        adds: Units with which the method fills a budget to the last one that fits: one more column of a table, one more
+            row, or the next size of a row. Empty for a method that may leave room.
+        implementation: Function that returns the method's Implementation, and imports its module for it.
     """
 
     name: str
-    config: type[Config]
-    search: Callable[[Any, Any, Budget, int], SizePlan]
-    needs: Literal["trained", "initial", "nothing"]
+    module: str
+    config_name: str
+    needs: Needs
     adds: tuple[Unit, ...]
-    search_mixed: Callable[[Any, Any, Budget, int], SizePlan] | None = None
+    implementation: Callable[[], Implementation] = field(repr=False)
+
+    @property
+    def config(self) -> type[Config]:
+        """Settings class of the method."""
+        return self.implementation().config
+
+    @property
+    def search(self) -> Search:
+        """Function of (task, config, budget, seed) that returns a plan."""
+        return self.implementation().search
+
+    @property
+    def search_mixed(self) -> Search | None:
+        """Like `search`, for a plan with the bits of each table; None if the method leaves bits to others."""
+        return self.implementation().search_mixed
+
+    @property
+    def what(self) -> str:
+        """One line about the method: the first of its module's docstring. The module is not imported for it."""
+        line = _docstring(self.module).strip().partition("\n")[0]
+        return line.partition(": ")[2] or line
 
     def parse(self, values: Mapping[str, Any], where: str = "search") -> Config:
-        """Settings of this method; `preset = "faithful"` among them starts from the paper's instead of our defaults.
+        """Settings of this method; `preset = "faithful"` among them starts from the paper's values instead of our defaults.
 
         Raises:
-            ConfigError: an unknown or wrong setting, or a preset that this method has not.
+            ConfigError: A setting is unknown or wrong, or the method does not have the preset.
         """
         values = dict(values)
         preset = values.pop("preset", None)
@@ -54,36 +115,207 @@ class Method:
         return self.config.parse(values, where=where)
 
 
-METHODS: dict[str, Method] = {}
+def _docstring(module: str) -> str:
+    """The docstring of a module, read from its source unless the module is imported already."""
+    if module in sys.modules:
+        return sys.modules[module].__doc__ or ""
+    spec = find_spec(module)
+    source = spec.loader.get_source(module) if spec and spec.loader else None  # pyright: ignore[reportAttributeAccessIssue]
+    return ast.get_docstring(ast.parse(source or "")) or ""
+
+
+def _own(name: str, config: str, needs: Needs, adds: tuple[Unit, ...] = ("columns",), mixed: bool = False) -> Method:
+    """A method of ours: `search_NAME` in the module NAME of this package, and `search_mixed` there if it is `mixed`."""
+    home = f"{__package__}.{name}"
+
+    def implementation() -> Implementation:
+        module = import_module(home)
+        mixed_search = module.search_mixed if mixed else None
+        return Implementation(getattr(module, config), getattr(module, f"search_{name}"), mixed_search)
+
+    return Method(name, home, config, needs, adds, implementation)
+
+
+OWN = {
+    method.name: method
+    for method in (
+        _own("frequency", "FrequencyConfig", needs="nothing", adds=("rows",)),
+        _own("mde", "MDEConfig", needs="nothing"),
+        _own("sseds", "SSEDSConfig", needs="trained"),
+        _own("uniform", "UniformConfig", needs="nothing", adds=()),
+        _own("guided", "GuidedConfig", needs="trained", adds=(), mixed=True),
+        _own("hard_mask", "HardMaskConfig", needs="trained"),
+        _own("magnitude", "MagnitudeConfig", needs="trained", adds=("columns", "rows")),
+        _own("optembed", "OptEmbedConfig", needs="initial"),
+        _own("pme", "PMEConfig", needs="initial", adds=("sizes",)),
+        _own("random", "RandomConfig", needs="nothing"),
+    )
+}
+
+
+# ---- methods of others -------------------------------------------------------------------------------------------------
+
+
+class Methods(UserDict[str, Method]):
+    """Methods by name.
+
+    The module of an installed package is imported when its method, or the whole list, is first needed. A package that
+    does not work is logged and left out.
+    """
+
+    def __missing__(self, name: str) -> Method:
+        if _fault(name) is None and name in self.data:
+            return self.data[name]
+        raise KeyError(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.data or (isinstance(name, str) and _fault(name) is None and name in self.data)
+
+    def __iter__(self) -> Iterator[str]:
+        for name in _installed():
+            _fault(name)
+        return iter(list(self.data))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+METHODS = Methods(OWN)
+
+
+@cache
+def _installed() -> dict[str, EntryPoint]:
+    """Entry points of installed packages by method name; of two with one name the first counts."""
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=ENTRY_POINTS):
+        if entry.name in OWN or entry.name in found:
+            owner = "embtrim" if entry.name in OWN else _distribution(found[entry.name])
+            log.warning(
+                "%s: its method %r is left out: %s has one of this name", _distribution(entry), entry.name, owner
+            )
+        else:
+            found[entry.name] = entry
+    return found
+
+
+@cache
+def _fault(name: str) -> str | None:
+    """Import the package that offers a method, and say what is wrong with it; None without fault, or without package."""
+    entry = _installed().get(name)
+    if entry is None or name in METHODS.data:
+        return None
+    about = f"{_distribution(entry)}: its method {name!r} cannot be used: "
+    try:
+        import_module(entry.module)
+    except (Exception, SystemExit) as error:  # whatever a stranger's module does must not break the other methods
+        fault = f"{about}importing {entry.module!r} failed with {type(error).__name__}: {error}; repair or uninstall it"
+    else:
+        if name in METHODS.data:
+            return None
+        fault = (
+            f"{about}importing {entry.module!r} registers no method of this name; the module must call "
+            f"embtrim.methods.register({name!r}, ...)"
+        )
+    log.warning("%s", fault)
+    return fault
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return f"package {entry.dist.name} {entry.dist.version}" if entry.dist else "a package"
 
 
 def register(
     name: str,
     config: type[Config],
-    needs: Literal["trained", "initial", "nothing"],
+    needs: Needs,
     adds: tuple[Unit, ...] = ("columns",),
-    search_mixed: Callable[[Any, Any, Budget, int], SizePlan] | None = None,
+    search_mixed: Search | None = None,
 ) -> Callable[[SearchT], SearchT]:
-    """Decorator that lists a search function under a name and a config type; for the other arguments see Method."""
+    """Decorator that adds a search function to the methods of `search`, `run`, `compare` and the command line.
+
+    The name is known once the call has run. For `embtrim` commands, and for the processes of `compare`, offer the module
+    as an entry point of an installed package: `[project.entry-points."embtrim.methods"]` with `NAME = "package.module"`.
+    `embtrim.testing.check_method` checks what every method promises.
+
+    Args:
+        name: Name of the method: lower-case letters, digits, "_" and "-". A second call with the name replaces the first.
+        config: Settings class, a subclass of `embtrim.config.Config`; `config()` must give the defaults.
+        needs: Model that the method reads: a "trained" one, an "initial" one, or "nothing".
+        adds: Units with which the method fills a budget to the last one that fits: "columns", "rows" or "sizes". Empty
+            for a method that may leave room.
+        search_mixed: Function of (task, config, budget, seed) that also chooses the bits of each table, for
+            `bits="mixed"`. With None, bits are chosen for the rows and columns that the search function finds.
+
+    Returns:
+        A decorator for a function of (task, config, budget, seed) that returns a SizePlan within the budget; it returns
+        the function itself.
+
+    Raises:
+        ConfigError: The name is malformed or taken, or another argument is of the wrong kind.
+
+    Example:
+        >>> import embtrim
+        >>> from embtrim import testing
+        >>> from embtrim.config import Config
+        >>> from embtrim.methods import register
+        >>> class LastColumnsConfig(Config):
+        ...     '''Settings: none.'''
+        >>> @register("last_columns", LastColumnsConfig, needs="nothing")
+        ... def search_last_columns(task, config, budget, seed):
+        ...     full = task.full_plan()
+        ...     limit, rows = full.max_params(budget), sum(table.num_rows for table in full.tables)
+        ...     kept = {t.name: range(max(0, t.width - limit // rows), t.width) for t in full.tables}
+        ...     return full.with_columns(kept).made_by("last_columns", {"budget": str(budget), "seed": seed})
+        >>> plan = embtrim.search(testing.foreign_task(), LastColumnsConfig(), "50%")
+        >>> plan.num_params <= 0.5 * plan.num_full_params
+        True
+    """
+    from embtrim.plan.limits import Unit
+
+    if not re.fullmatch("[a-z][a-z0-9_-]*", name):
+        raise ConfigError(f"method name {name!r} is malformed; allowed: lower-case letters, digits, '_' and '-'")
+    if name in OWN or name in TAKEN_NAMES:
+        raise ConfigError(f"method name {name!r} is taken by embtrim; give the method another name")
+    if not (isinstance(config, type) and issubclass(config, Config)):
+        raise ConfigError(f"method {name!r}: config {config!r} is not a subclass of embtrim.config.Config")
+    if needs not in get_args(Needs):
+        raise ConfigError(f"method {name!r}: needs {needs!r} is not known; {hint(str(needs), get_args(Needs))}")
+    if unknown := [unit for unit in adds if unit not in get_args(Unit)]:
+        raise ConfigError(f"method {name!r}: adds {unknown[0]!r} is not known; {hint(str(unknown[0]), get_args(Unit))}")
 
     def add(search: SearchT) -> SearchT:
-        METHODS[name] = Method(name, config, search, needs, adds, search_mixed)
+        implementation = Implementation(config, search, search_mixed)
+        METHODS[name] = Method(name, search.__module__, config.__name__, needs, tuple(adds), lambda: implementation)
         return search
 
     return add
 
 
+# ---- lookups -----------------------------------------------------------------------------------------------------------
+
+
 def method_named(name: str) -> Method:
-    """The method of this name; ConfigError with the nearest name if there is none."""
+    """The method of this name.
+
+    Raises:
+        ConfigError: No method has the name, or the package that offers it does not work.
+    """
     if name in METHODS:
         return METHODS[name]
+    if fault := _fault(name):
+        raise ConfigError(fault)
     raise ConfigError(f"unknown method {name!r}; {hint(name, METHODS)}")
 
 
 def method_of(config: Config) -> Method:
-    """The method whose settings these are."""
-    for method in METHODS.values():
-        if type(config) is method.config:
+    """The method that a settings object belongs to.
+
+    Raises:
+        ConfigError: The object is not the settings of a method.
+    """
+    kind = type(config)
+    for method in chain(METHODS.data.copy().values(), METHODS.values()):  # those of packages only if no other fits
+        if method.config_name == kind.__name__ and method.config is kind:
             return method
-    names = ", ".join(f"{m.config.__name__}()" for m in METHODS.values())
+    names = ", ".join(f"{m.config_name}()" for m in METHODS.values())
     raise ConfigError(f"{config!r} is not the config of a search method; there are {names}")

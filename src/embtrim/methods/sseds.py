@@ -25,7 +25,6 @@ from pydantic import Field, model_validator
 
 from embtrim.config import Config
 from embtrim.errors import EmbtrimError
-from embtrim.methods.registry import register
 from embtrim.methods.selection import columns_cost, field_plan, slot_costs
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
@@ -69,7 +68,6 @@ class SSEDSConfig(Config):
         return self
 
 
-@register("sseds", SSEDSConfig, needs="trained")
 def search_sseds(task: Task, config: SSEDSConfig, budget: Budget, seed: int) -> SizePlan:
     """Score all slots in one pass and fill the budget with the best."""
     model = task.model

@@ -11,7 +11,6 @@ from typing import Literal
 import numpy as np
 
 from embtrim.config import Config
-from embtrim.methods.registry import register
 from embtrim.methods.selection import columns_cost, field_plan, filled, largest, row_plan
 from embtrim.plan.budget import Budget
 from embtrim.plan.limits import full_limit
@@ -30,7 +29,6 @@ class UniformConfig(Config):
     align: Literal["scatter", "project"] = "scatter"
 
 
-@register("uniform", UniformConfig, needs="nothing", adds=())
 def search_uniform(task: Task, config: UniformConfig, budget: Budget, seed: int) -> SizePlan:
     """Give every table the same width."""
     full = task.full_plan()
