@@ -55,7 +55,9 @@ def describe_settings(cls: type[BaseModel]) -> list[dict[str, Any]]:
 
     Example:
         >>> class Speed(Config):
-        ...     '''Attributes:
+        ...     '''Settings of a road.
+        ...
+        ...     Attributes:
         ...         limit: Kilometres
         ...             an hour.
         ...     '''
