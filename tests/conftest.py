@@ -9,7 +9,7 @@ import torch
 
 from embtrim.data.dataset import EncodedDataset
 from embtrim.data.encoding_state import WorkingFolder
-from embtrim.testing.checks import planted_data
+from embtrim.testing.toys import planted_data
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from embtrim.experiments.grid import CompareConfig, resolve
 from embtrim.experiments.settings import RunConfig
 from embtrim.methods import method_named
 from embtrim.models import MODELS
-from embtrim.testing.checks import planted_data
+from embtrim.testing.toys import planted_data
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

@@ -499,7 +499,7 @@ def _search_module(module: str = "ForeignModel", budget: str = "50%", **changes:
     import torch
 
     import embtrim
-    from embtrim.testing import checks as testing
+    from embtrim import testing
 
     made = testing.ForeignModel() if module == "ForeignModel" else torch.nn.Linear(3, 1)
     given = {"loss": lambda model, batch: model(batch[0]).sum(), "train": list(testing.foreign_batches()), **changes}
@@ -508,7 +508,7 @@ def _search_module(module: str = "ForeignModel", budget: str = "50%", **changes:
 
 def _compact_other() -> object:
     import embtrim
-    from embtrim.testing import checks as testing
+    from embtrim import testing
 
     plan = embtrim.search(testing.foreign_task(), embtrim.methods.UniformConfig(), "50%")
     return embtrim.compact(testing.PooledModel(), plan, init="inherit")
@@ -519,7 +519,7 @@ def _of_module(call: Callable[[Any, Any], object]) -> Callable[[], object]:
 
     def made() -> object:
         import embtrim
-        from embtrim.testing import checks as testing
+        from embtrim import testing
 
         return call(embtrim, testing.foreign_task())
 

@@ -22,7 +22,7 @@ from embtrim.plan.table import Block, TablePlan
 from embtrim.tables.embedding_tables import EmbeddingTables
 from embtrim.tasks.survey import find_sites, site_plan
 from embtrim.tasks.task import CTRTask, Task
-from embtrim.testing.checks import ForeignModel, foreign_batches, foreign_task
+from embtrim.testing.toys import ForeignModel, foreign_batches, foreign_task
 
 TABLE_MODELS = [name for name in MODELS if name != "lr"]
 

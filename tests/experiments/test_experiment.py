@@ -27,7 +27,7 @@ from embtrim.serving.bundle import Bundle, load_bundle
 from embtrim.serving.predicting import write_predictions
 from embtrim.system import memory
 from embtrim.system.memory import peak_memory
-from embtrim.testing.checks import planted_data
+from embtrim.testing.toys import planted_data
 from embtrim.training.evaluation import predict_logits
 from embtrim.training.fitting import training_settings
 from embtrim.training.settings import TrainConfig
@@ -172,7 +172,7 @@ import resource, sys
 from contextlib import nullcontext
 import embtrim
 from embtrim.training import loop, settings
-from embtrim.testing.checks import planted_data
+from embtrim.testing.toys import planted_data
 if sys.argv[1] == "given back":
     loop.freed_pages_kept = nullcontext
 data = planted_data(num_rows=20_000)

@@ -22,7 +22,8 @@ from embtrim.models import FNN, DeepFM
 from embtrim.plan.budget import Budget
 from embtrim.tables.row_optimizers import RowAdam
 from embtrim.tasks.task import CTRTask, Task
-from embtrim.testing.checks import CHECKS, ForeignModel, foreign_batches, foreign_task, planted_data, zoo_task
+from embtrim.testing.checks import CHECKS
+from embtrim.testing.toys import ForeignModel, foreign_batches, foreign_task, planted_data, zoo_task
 from embtrim.training.fitting import fit
 from embtrim.training.settings import Hooks, TrainConfig
 

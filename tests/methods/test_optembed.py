@@ -30,7 +30,7 @@ from embtrim.schema import OOV, Schema
 from embtrim.tables.embedding_tables import full_tables
 from embtrim.tasks.sites import ModuleSite, TableSite, gate_sites
 from embtrim.tasks.task import CTRTask, Task
-from embtrim.testing.checks import ForeignModel, foreign_batches, planted_data
+from embtrim.testing.toys import ForeignModel, foreign_batches, planted_data
 from embtrim.training.evaluation import evaluate
 from embtrim.training.settings import TrainConfig
 

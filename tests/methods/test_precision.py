@@ -46,7 +46,7 @@ from embtrim.schema import Schema
 from embtrim.tables.embedding_tables import EmbeddingTables
 from embtrim.tables.packing import PackedRows
 from embtrim.tasks.task import CTRTask, Task
-from embtrim.testing.checks import foreign_task, planted_data
+from embtrim.testing.toys import foreign_task, planted_data
 from embtrim.training.settings import TrainConfig
 
 

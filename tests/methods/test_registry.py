@@ -124,7 +124,7 @@ def test_a_package_that_does_not_work_does_not_stop_a_search(monkeypatch: pytest
         assert search(foreign_task(), embtrim.methods.UniformConfig(), "50%").method == "uniform"
         assert "absent" not in METHODS
         assert set(METHODS) >= set(OWN)
-        with pytest.raises(ConfigError, match="a package: its method 'absent' cannot be used: .* uninstall it"):
+        with pytest.raises(ConfigError, match=r"a package: its method 'absent' cannot be used: .* uninstall it"):
             method_named("absent")
     finally:
         registry._fault.cache_clear()
@@ -201,7 +201,7 @@ def test_unknown_method_names_the_nearest():
     with pytest.raises(ConfigError, match="not the config of a search method"):
         search(foreign_task(), TrainConfig(), "10%")
     assert set(METHODS) >= {"sseds", "uniform", "random"}
-    with pytest.raises(AttributeError, match="'embtrim.methods' has no attribute 'Sseds'"):
+    with pytest.raises(AttributeError, match=r"'embtrim\.methods' has no attribute 'Sseds'"):
         _ = embtrim.methods.Sseds
 
 

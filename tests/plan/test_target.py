@@ -31,7 +31,7 @@ from embtrim.serving.bundle import load_bundle, save
 from embtrim.serving.exporting import export
 from embtrim.system.folders import folder_bytes
 from embtrim.tasks.task import CTRTask
-from embtrim.testing.checks import foreign_task
+from embtrim.testing.toys import foreign_task
 from embtrim.training.settings import TrainConfig
 
 HPARAMS = {"embedding_dim": 8, "hidden_units": (8,)}

@@ -31,7 +31,7 @@ from embtrim.serving import graphs
 from embtrim.serving.bundle import load_bundle, save
 from embtrim.serving.exporting import export
 from embtrim.tables.row_optimizers import RowAdam
-from embtrim.testing.checks import foreign_batches, foreign_task
+from embtrim.testing.toys import foreign_batches, foreign_task
 from tests.cli.bad_inputs import call
 from tests.serving.export_models import (
     TOLERANCE,

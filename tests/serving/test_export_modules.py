@@ -16,7 +16,7 @@ from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Block
 from embtrim.serving import exporting
 from embtrim.serving.exporting import export
-from embtrim.testing.checks import ForeignModel, PooledModel, foreign_batches, foreign_task, odd_task, pooled_task
+from embtrim.testing.toys import ForeignModel, PooledModel, foreign_batches, foreign_task, odd_task, pooled_task
 from tests.serving.export_models import TOLERANCE
 
 onnxruntime = pytest.importorskip("onnxruntime")

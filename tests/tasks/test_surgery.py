@@ -40,16 +40,8 @@ from embtrim.tables.replacements import CompactEmbedding, CompactEmbeddingBag, C
 from embtrim.tasks.sites import ModuleSite, gate_sites
 from embtrim.tasks.survey import fields_of, find_sites, site_plan, survey
 from embtrim.tasks.task import Task
-from embtrim.testing.checks import (
-    CHECKS,
-    ForeignModel,
-    PooledModel,
-    check_budget,
-    foreign_batches,
-    foreign_task,
-    odd_task,
-    pooled_task,
-)
+from embtrim.testing.checks import CHECKS, check_budget
+from embtrim.testing.toys import ForeignModel, PooledModel, foreign_batches, foreign_task, odd_task, pooled_task
 
 ROWS, WIDTH = 12, 4
 FIELDS = {"user": 7, "city": 5}

@@ -36,7 +36,7 @@ from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import SizePlan
 from embtrim.system.unfinished import unfinished
 from embtrim.tasks.task import CTRTask, Task
-from embtrim.testing.checks import foreign_task, planted_data, planted_task
+from embtrim.testing.toys import foreign_task, planted_data, planted_task
 from embtrim.training import fitting
 from embtrim.training.checkpoint import Checkpoint, CheckpointFolder
 from embtrim.training.fitting import fit

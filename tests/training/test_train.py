@@ -22,7 +22,8 @@ from embtrim.models import LR, MODELS, DeepFM, arguments, build
 from embtrim.plan.table import Block
 from embtrim.schema import Schema
 from embtrim.tasks.task import CTRTask, Task
-from embtrim.testing.checks import CHECKS, foreign_task, zoo_task
+from embtrim.testing.checks import CHECKS
+from embtrim.testing.toys import foreign_task, zoo_task
 from embtrim.training.evaluation import evaluate, predict_logits, rarest_value_counts
 from embtrim.training.fitting import fit
 from embtrim.training.settings import Hooks, TrainConfig

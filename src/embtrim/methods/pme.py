@@ -38,6 +38,8 @@ from embtrim.plan.table import Block, BlockShape, TablePlan, TableShape, map_par
 from embtrim.tasks.sites import Site, gate_sites
 from embtrim.tasks.task import Task, loss_weight
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
 
 class PMEConfig(Config):
     """Settings of PME; the defaults are our reading of the paper.
@@ -108,7 +110,7 @@ def entry_saliency(task: Task, model: nn.Module, sites: list[Site], fraction: fl
     grads = [torch.zeros_like(torch.cat(site.weights())) for site in sites]
     model.eval()  # no dropout
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BATCH_NORMS):
             module.train()  # running statistics mean nothing yet
     leaves: list[tuple[int, Tensor, Tensor]] = []
 

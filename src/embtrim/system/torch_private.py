@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 try:
     from torch.utils import _pytree
@@ -36,6 +37,11 @@ def _processor_has(function: str, flag: str) -> bool:
         return flag in Path("/proc/cpuinfo").read_text().split()
     except OSError:
         return False
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks that run before or after its forward pass; False if torch does not say."""
+    return any(getattr(module, name, None) for name in ("_forward_pre_hooks", "_forward_hooks"))
 
 
 def compile_error() -> type[Exception]:

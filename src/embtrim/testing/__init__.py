@@ -1,10 +1,11 @@
 """What every search method promises, as checks that anyone can run on a method of their own: see checks.py."""
 
-from embtrim.testing.checks import (
-    CHECKS,
+from embtrim.testing.checks import CHECKS, check_method, check_planted
+from embtrim.testing.matrix import conformance_matrix
+from embtrim.testing.toys import (
+    TASKS,
     ForeignModel,
     PooledModel,
-    check_planted,
     foreign_batches,
     foreign_task,
     odd_task,
@@ -16,9 +17,12 @@ from embtrim.testing.checks import (
 
 __all__ = [
     "CHECKS",
+    "TASKS",
     "ForeignModel",
     "PooledModel",
+    "check_method",
     "check_planted",
+    "conformance_matrix",
     "foreign_batches",
     "foreign_task",
     "odd_task",

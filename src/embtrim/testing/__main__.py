@@ -2,7 +2,7 @@
 
 import argparse
 
-from embtrim.testing.checks import conformance_matrix, matrix_configs
+from embtrim.testing.matrix import conformance_matrix, matrix_configs
 
 argparse.ArgumentParser(
     prog="python -m embtrim.testing",

@@ -1,0 +1,15 @@
+"""Tasks that several tests of methods share."""
+
+from __future__ import annotations
+
+import pytest
+
+from embtrim.tasks.task import CTRTask
+from embtrim.testing.toys import (
+    planted_task,
+)
+
+
+@pytest.fixture(scope="session")
+def planted() -> CTRTask:
+    return planted_task()

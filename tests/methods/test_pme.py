@@ -1,0 +1,105 @@
+"""PME: saliency and sizes by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from embtrim.compaction.compacting import compact
+from embtrim.errors import EmbtrimError
+from embtrim.methods import (
+    PMEConfig,
+    search,
+)
+from embtrim.methods.pme import entry_saliency, fill_sizes, reassign, sized_plan
+from embtrim.models import FNN, DeepFM
+from embtrim.plan.plan import SizePlan
+from embtrim.schema import Schema
+from embtrim.tasks.task import CTRTask
+from embtrim.testing.checks import kept_shares
+from embtrim.testing.toys import (
+    foreign_task,
+    planted_data,
+)
+from embtrim.training.fitting import fit
+from embtrim.training.settings import TrainConfig
+
+
+class TestPME:
+    """Sizes per feature value."""
+
+    def test_saliency_equals_autograd_of_an_explicit_entry_mask(self):
+        data = planted_data(num_rows=400, noise_vocab=50)
+        model = DeepFM(data.schema, embedding_dim=3, hidden_units=(4,), init_std=0.5)
+        task = CTRTask(model, data, TrainConfig(batch_size=64))
+        sites = task.sites(model)
+        found = torch.cat(entry_saliency(task, model, sites, 1.0, seed=0))
+        mask = torch.ones_like(found, requires_grad=True)
+        start = torch.tensor([0, 30, 50])
+        for batch in task.batches("train", 0):
+            rows_BF = batch.ids_BC + start
+
+            def masked(concat: torch.Tensor, rows_BF: torch.Tensor = rows_BF) -> torch.Tensor:
+                return concat * mask[rows_BF].reshape(len(concat), -1)
+
+            with model.tables.gated(slot_gate=masked):
+                task.loss(model, batch).backward()
+        np.testing.assert_allclose(found.numpy(), mask.grad.abs().numpy(), rtol=1e-3, atol=1e-7)
+        assert found.max() > 0
+
+    def test_sizes_are_counts_of_the_largest_entries_bucketed_down(self):
+        full = SizePlan.full(Schema.from_sizes((8,)), 4)
+        ranked = [np.array([[9.0, 8, 7, 1], [6, 5, 0.5, 0.5], [4, 0.1, 0.1, 0.1], *[[0.0] * 4] * 5])]
+        # Entries above 3.5 are 3, 2, 1, 0 .. of the values: sizes 2, 2, 1, 0 .., 2 for DROPPED and 4 + 8 of W.
+        sizes = fill_sizes(full, ranked, 19)
+        assert sizes[0].tolist() == [2, 2, 1, 0, 0, 0, 0, 0]
+        plan = sized_plan(full, sizes)
+        assert plan.num_params == 2 + 2 + 1 + 2 + 4 + 8
+        assert [(b.width, b.rows.tolist()) for b in plan.tables[0].blocks] == [(2, [0, 1]), (1, [2])]
+        # One less, and only W_2 is left: what it frees goes to the next values in order.
+        assert fill_sizes(full, ranked, 18)[0].tolist() == [2, 2, 2, 2, 0, 0, 0, 0]
+        assert fill_sizes(full, ranked, 32)[0].tolist() == [4] * 8
+
+    def test_controls_give_the_same_histogram_to_other_values(self):
+        rng = np.random.default_rng(0)
+        ranked = [np.sort(rng.random((n, 4)))[:, ::-1] for n in (5, 3)]
+        key = np.array([0, 1, 2, 3, 4, 7, 6, 5])
+        given = reassign(ranked, key)
+        assert sorted(map(tuple, np.concatenate(given))) == sorted(map(tuple, np.concatenate(ranked)))
+        sums = np.concatenate(given).sum(1)
+        assert np.argsort(sums).tolist() == np.argsort(key).tolist()
+
+    def test_frequency_sizes_grow_with_frequency(self, data):
+        task = CTRTask(FNN(data.schema, embedding_dim=8, hidden_units=(4,)), data)
+        plan = search(task, PMEConfig(score="frequency"), "20%")
+        counts = task.row_counts()
+        blocks = [(b.width, counts[t.name][b.rows]) for t in plan.tables for b in t.blocks if b.rows is not None]
+        means = {w: np.mean(np.concatenate([c for width, c in blocks if width == w])) for w, _ in blocks}
+        assert len(means) > 2
+        assert sorted(means, key=means.get) == sorted(means)
+
+    def test_ids_are_renumbered_by_size(self, data):
+        task = CTRTask(DeepFM(data.schema, embedding_dim=8, hidden_units=(4,)), data)
+        plan = search(task, PMEConfig(), "20%")
+        small = compact(task.model, plan)
+        fit(small, data.recode(plan), epochs=1)
+        assert small.tables.weight.numel() + sum(p.numel() for p in small.tables.shared_projections.values()) == (
+            plan.num_params
+        )
+
+    def test_no_batches(self):
+        task = foreign_task()
+        task._train = []
+        with pytest.raises(EmbtrimError, match="no training batches"):
+            search(task, PMEConfig(), "50%")
+
+
+def test_warming_up_mends_pme_a_little(planted: CTRTask):
+    """Read after an epoch of training the saliency puts the strong field further ahead of the noise."""
+
+    def lead(config: PMEConfig) -> float:
+        kept = kept_shares(search(planted, config, "30%"))
+        return kept["strong"] / kept["noise"]
+
+    assert lead(PMEConfig(warmup_epochs=1)) > 1.2 * lead(PMEConfig())
