@@ -101,8 +101,8 @@ def test_tables_and_vocabulary_are_within_the_budget(request, name, config, bits
 
 def searches_of(config: Config, task: CTRTask, budget: str, **settings: Any) -> tuple[SizePlan, int]:
     """A plan, and how many searches it took."""
-    within = searching._search_within
-    with mock.patch.object(searching, "_search_within", side_effect=within) as searched:
+    within = searching._search_tables
+    with mock.patch.object(searching, "_search_tables", side_effect=within) as searched:
         plan = search(task, config, budget, target="onnx", **settings)
     assert plan.num_bytes() + plan.vocabulary_bytes <= Budget.parse(budget).amount
     return plan, searched.call_count

@@ -200,16 +200,6 @@ def fill_sizes(full: SizePlan, ranked: list[np.ndarray], limit: int, row_cost: i
     def reached(prefix: int) -> np.ndarray:
         return keep_few(np.bincount(row_of[order[:prefix]], minlength=first_row[-1]))
 
-    def wider_map(level_R: np.ndarray) -> np.ndarray:
-        """What one more row costs each table because its id map then needs more bytes an entry."""
-        kept = [int((part > 0).sum()) for part in np.split(level_R, first_row[1:-1])]
-        return np.array(
-            [
-                map_params(t.num_rows, n + 2) - map_params(t.num_rows, n + 1) if full.standalone else 0
-                for t, n in zip(full.tables, kept, strict=True)
-            ]
-        )
-
     def stepped(level_R: np.ndarray, row: np.ndarray, level: np.ndarray) -> np.ndarray:
         """Levels after as many of these steps as fit: together they may need a wider map, which no single one does."""
 
@@ -229,16 +219,13 @@ def fill_sizes(full: SizePlan, ranked: list[np.ndarray], limit: int, row_cost: i
     size_TL = np.array([np.pad(b, (0, max(steps) + 1 - len(b))) for b in levels_of])
     while True:
         # A step to the next size that its table has already changes nothing but its own row.
-        target_TL = np.full(size_TL.shape, -1)
-        for table in range(len(ranked)):
-            used = np.unique(level_R[first_row[table] : first_row[table + 1]])
-            for level in range(size_TL.shape[1]):
-                target_TL[table, level] = min(used[used > level], default=-1)
+        levels = np.split(level_R, first_row[1:-1])
+        target_TL = next_levels(levels, size_TL.shape[1])
         left = limit - count(level_R)
         step = later[level_of[later] == target_TL[table_R, level_R][row_of[later]]]
         row = row_of[step]
         cost = size_TL[table_R[row], level_of[step]] - size_TL[table_R[row], level_R[row]]
-        cost += np.where(level_R[row] == 0, wider_map(level_R)[table_R[row]] + row_cost, 0)
+        cost += np.where(level_R[row] == 0, wider_map(full, levels)[table_R[row]] + row_cost, 0)
         step, row, cost = (part[cost <= left] for part in (step, row, cost))
 
         fitting = np.cumsum(cost) <= left
@@ -246,6 +233,27 @@ def fill_sizes(full: SizePlan, ranked: list[np.ndarray], limit: int, row_cost: i
         if (changed_R == level_R).all():
             return sizes_of(level_R)
         level_R = changed_R
+
+
+def next_levels(levels: Sequence[np.ndarray], num_levels: int) -> np.ndarray:
+    """For each table and level (T, num_levels) the next level that rows of the table have; -1 if there is none."""
+    target_TL = np.full((len(levels), num_levels), -1)
+    for table, level_V in enumerate(levels):
+        used = np.unique(level_V)
+        for level in range(num_levels):
+            target_TL[table, level] = min(used[used > level], default=-1)
+    return target_TL
+
+
+def wider_map(full: SizePlan, levels: Sequence[np.ndarray]) -> np.ndarray:
+    """What one more row costs each table (T,) because its id map then needs more bytes an entry."""
+    kept = [int((level_V > 0).sum()) for level_V in levels]
+    return np.array(
+        [
+            map_params(t.num_rows, n + 2) - map_params(t.num_rows, n + 1) if full.standalone else 0
+            for t, n in zip(full.tables, kept, strict=True)
+        ]
+    )
 
 
 def sized_plan(full: SizePlan, sizes: Sequence[np.ndarray]) -> SizePlan:

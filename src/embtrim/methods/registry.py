@@ -265,7 +265,7 @@ def register(
         ...     full = task.full_plan()
         ...     limit, rows = full.max_params(budget), sum(table.num_rows for table in full.tables)
         ...     kept = {t.name: range(max(0, t.width - limit // rows), t.width) for t in full.tables}
-        ...     return full.with_columns(kept).made_by("last_columns", {"budget": str(budget), "seed": seed})
+        ...     return full.with_columns(kept).made_by("last_columns", budget, seed, {})
         >>> plan = embtrim.search(testing.foreign_task(), LastColumnsConfig(), "50%")
         >>> plan.num_params <= 0.5 * plan.num_full_params
         True
