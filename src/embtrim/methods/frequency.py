@@ -1,4 +1,4 @@
-"""frequency: keep the most frequent values at full width and drop the rest; what a choice of rows must beat."""
+"""frequency: the most frequent values at full width, the rest dropped; a control that every choice of rows must beat."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from embtrim.tasks.task import Task, alignment_of
 
 
 class FrequencyConfig(Config):
-    """Settings of the frequency control: none."""
+    """Settings of the frequency control; there are none."""
 
 
 def search_frequency(task: Task, config: FrequencyConfig, budget: Budget, seed: int) -> SizePlan:
-    """Keep rows by how often they occur in the training data, over all fields."""
+    """Keep the rows of all fields that occur most often in the training data."""
     full = task.full_plan()
     columns = {t.name: range(t.width) for t in full.tables}
     details = {"config": config.model_dump()}

@@ -4,30 +4,29 @@
     s_{f,j} = -g_{f,j} / cost_{f,j}^gamma                                                            (importance)
     q_r     = n_r ||e_r||^2, with n_r how often the row occurs in the training data                      (energy)
 
-The energy is what the embedded training data lose, in squared length, when a row becomes zero: of all choices of as
-many rows the one by energy leaves the least error. It ranks rows of all tables together. A rare value that training
-moved far counts, and so does a frequent one that it hardly moved.
+The energy of a row is the squared length that the embedded training data lose when the row becomes zero. Among all
+choices of as many rows, the choice by energy leaves the least error. It ranks rows of all tables together: a rare value
+that training moved far counts, and so does a frequent value that training hardly moved.
 
 The evidence (docs/results.md) says that no rule wins everywhere. Importance wins where high-cardinality ids only
-overfit, and there less can be better than all that the budget allows; dropping rows of little energy buys width that
-is worth more where two id fields hold nearly all parameters; one width for all rows is hard to beat elsewhere. So the
-search
+overfit; there a plan smaller than the budget can be better. Dropping rows of little energy buys width that is worth more
+where two id fields hold nearly all parameters. Elsewhere one width for all rows is hard to beat. So the search
 
-    propose     equal widths of all rows, or larger ones of the rows of most energy; the slots of most importance for
-                the same rows; with all rows also importance per parameter, importance within a part of the budget, and
+    propose     equal widths of all rows, or larger widths of the rows of most energy; the slots of most importance for
+                the same rows; for all rows also importance per parameter, importance within a part of the budget, and
                 mixed widths by cardinality
     race        train the compact candidates from scratch for some steps, keep the best third by validation score, train
-                these on for twice as long, and so on (successive halving, Jamieson & Talwalkar 2016). Every round ends with
-                some steps at a lower learning rate: before these, scores are mostly the noise of the last steps, and plans
-                that end up .002 apart in AUC pass each other (docs/results.md)
-    prove       a leader whose lead over the plan of the uniform control has more than halved in a round is not ahead for
-                certain: the race goes on
+                the survivors for twice as long, and so on (successive halving, Jamieson & Talwalkar 2016). Every round
+                ends with some steps at a lower learning rate. Without them, scores are mostly the noise of the last
+                steps, and plans that end up .002 apart in AUC pass each other (docs/results.md)
+    prove       a leader whose lead over the plan of the uniform control has more than halved in a round is not certainly
+                ahead: the race goes on
 
 Early scores favour few, wide rows, and the lead of such plans melts away where a model needs twenty epochs (MovieLens).
-The plan of the uniform control therefore stays in the race to the end, so that the search loses to it only by what the
-longest trial cannot tell. The test split is never read. The plan may be smaller than the budget.
+The plan of the uniform control therefore stays in the race to the end: the search loses to it only by what the longest
+trial cannot tell. The test split is never read. The plan may be smaller than the budget.
 
-Where bits may differ by table there is no race: rows, columns and bits come of `least_loss_plan` (precision.py), in a second.
+If bits may differ by table there is no race: `least_loss_plan` (precision.py) chooses rows, columns and bits in a second.
 """
 
 from __future__ import annotations
@@ -57,14 +56,14 @@ from embtrim.tables.packing import CHUNK_ROWS
 from embtrim.tasks.task import Task, alignment_of, weights_by_table
 from embtrim.training.settings import Hooks
 
-# Of the candidates of a round this part goes on, beside the plan of the uniform control, until this many are left.
+# Part of a round's candidates that goes on, beside the plan of the uniform control, until FINALISTS are left.
 KEPT_PART = 1 / 3
 FINALISTS = 3
 EQUAL = "equal widths"
-# The first round is no longer than this many epochs, however few steps they have.
+# Most epochs of the first round, however few steps an epoch has.
 MOST_EPOCHS = 4
-# Of a round's steps this many more follow at a lower learning rate, an epoch of them at most: where a longer one would
-# overfit, early stopping ends the training proper.
+# A round ends with this part of its steps, and an epoch at most, at a lower learning rate. The real training ends by early
+# stopping where longer training would overfit.
 ANNEALED_PART = 1 / 4
 ANNEALED_RATE = 0.1
 
@@ -73,13 +72,13 @@ class GuidedConfig(Config):
     """Settings of the guided search.
 
     Attributes:
-        width_factors: by how much larger than equal widths of all rows those of the rows of most energy are.
-        cost_powers: gammas: 0 ranks slots by importance, 1 by importance per parameter.
-        budget_parts: parts of the budget that are filled by importance.
-        trial_epochs: epochs of a candidate's training in the first round, twice that in the next; may be a fraction.
-        trial_steps: least number of steps in the first round, for sets with few batches.
-        most_rounds: rounds after which the leader wins, however its lead has shrunk: each costs twice the one before.
-        align: how narrow fields reach the full width in models that need it: "scatter" or "project".
+        width_factors: Widths of the rows of most energy, as multiples of the equal width of all rows.
+        cost_powers: Values of gamma: 0 ranks slots by importance, 1 by importance per parameter.
+        budget_parts: Parts of the budget that are filled by importance.
+        trial_epochs: Epochs of a candidate's training in the first round, such as 0.5; each round doubles them.
+        trial_steps: Least number of steps in the first round, for data with few batches.
+        most_rounds: Rounds after which the leader wins, however much its lead has shrunk; each costs twice the one before.
+        align: How narrow fields reach the full width in models that need it: "scatter" or "project".
     """
 
     width_factors: tuple[float, ...] = (4 / 3, 5 / 3, 5 / 2)
@@ -98,7 +97,7 @@ def search_mixed(task: Task, config: GuidedConfig, budget: Budget, seed: int) ->
 
 
 def search_guided(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> SizePlan:
-    """Propose plans by several rules and keep the one that short trainings favour."""
+    """Propose plans by several rules and choose the one that scores best in short trainings."""
     candidates = propose(task, config, budget, seed)
     epoch_steps = max(1, task.num_batches("train"))
     steps = max(config.trial_steps, math.ceil(config.trial_epochs * epoch_steps))
@@ -119,7 +118,7 @@ def search_guided(task: Task, config: GuidedConfig, budget: Budget, seed: int) -
 
 
 def is_decided(leader: list[float], equal: list[float]) -> bool:
-    """Whether the leader, by its scores of all rounds, is equal widths, or has kept half of its lead over them or more."""
+    """Whether the leader is equal widths itself, or its last round left it half of its lead over them or more."""
     if leader is equal:
         return True
     return len(leader) > 1 and leader[-1] - equal[-1] >= (leader[-2] - equal[-2]) / 2
@@ -134,7 +133,7 @@ class Trial:
         self.model = compact(task.fresh(seed), plan, init="scratch", seed=seed)
 
     def train(self, steps: int, seed: int) -> float:
-        """Train on for some steps, then for fewer at a lower learning rate, and return the validation score."""
+        """Train for some more steps, then for fewer at a lower learning rate, and return the validation score."""
         self._fit(steps, seed)
         annealed = min(math.ceil(steps * ANNEALED_PART), self.epoch_steps)
         self._fit(annealed, seed + 1, lr_factor=ANNEALED_RATE)
@@ -155,7 +154,7 @@ def propose(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> dict
     found = {EQUAL: search_uniform(task, UniformConfig(align=config.align), budget, seed)}
 
     def by_importance(power: float, limit: int, kept: dict[str, np.ndarray] | None = None) -> SizePlan:
-        key_S = gradient_S / slot_costs(full, alignment, kept) ** power  # the smallest first: the largest -g
+        key_S = gradient_S / slot_costs(full, alignment, kept) ** power  # ascending: the largest -g comes first
         return field_plan(full, np.argsort(key_S, kind="stable"), limit, alignment, kept=kept)
 
     if limit:
@@ -172,7 +171,7 @@ def propose(task: Task, config: GuidedConfig, budget: Budget, seed: int) -> dict
         fewer = filled(full, budget, partial(row_plan, full, energies, columns, alignment=alignment))
         kept = {t.name: t.blocks[0].rows for t in fewer.tables if t.blocks and t.blocks[0].rows is not None}
         found[f"width {width}, rows of most energy"] = fewer
-        with suppress(BudgetError):  # tables of which no row is left count all first-order weights here
+        with suppress(BudgetError):  # a table without rows still counts its first-order weights here
             found[f"importance, rows as of width {width}"] = filled(
                 full, budget, partial(by_importance, 0.0, kept=kept)
             )

@@ -17,12 +17,12 @@ trimmed, or the budget refilled, by a. `refill = "per_cost"` starves the fields 
 reach its target (Frappe at 10%, one seed: validation AUC 0.945, by a alone 0.983).
 Reconstructed units: a mask step divides by U, the largest mean |dL/da| so far, and by the number of mask steps;
 lambda_c is in units of U over the largest dC/da, and eta is spread over its updates. The settings then mean the same on
-a set of 50 steps an epoch and on one of 10,000.
+data with 50 steps per epoch and on data with 10,000.
 
 `mode = "quantile"` has no cost term: m = 1[a >= tau], tau the lowest threshold whose slots fit the budget, which falls
-from everything to the target over the first part of the search (at the start all a are equal). There a is not clamped
-and dm/da := 1, since a moving threshold has no fixed window. It is never over the final budget; slots are lumpy, so
-what tau leaves unused is refilled.
+from everything to the target over the first part of the search (at the start all a are equal). In this mode a is not
+clamped and dm/da := 1, since a moving threshold has no fixed window. The masks never exceed the final budget; slots are
+lumpy, so what tau leaves unused is refilled.
 """
 
 from __future__ import annotations
@@ -53,24 +53,25 @@ from embtrim.training.state import random_states, set_random_states
 
 
 class HardMaskConfig(Config):
-    """Settings of HAM; the paper's own numbers are not public, so the defaults are ours.
+    """Settings of HAM; the paper's numbers are not public, so the defaults are ours.
 
     Attributes:
-        mode: "penalty" prices slots; "quantile" keeps the best within a budget that falls to the target.
-        start: "trained" searches in a copy of the given, trained model; "initial" in a fresh one, without pretraining.
-        single_level: read the mask's gradient on training batches too, instead of validation batches.
-        epochs: passes over the training rows. With the mask's own steps 0.4 takes less time than one plain epoch.
-        min_steps: least number of mask steps, for sets with few batches.
-        mask_every: weights steps to one mask step.
-        mask_lr: how far a slot of average gradient moves over the whole search, if its gradient keeps its sign.
-        ramp: part of the search over which the budget falls to the target ("quantile").
-        eta: growth of lambda_c over the whole search at C - C_target = 1 ("penalty").
-        cost_updates: updates of lambda_c in the whole search ("penalty").
-        orthogonality: lambda_o.
-        orthogonality_every: weights steps to one with the regulariser.
-        refill: trim and refill by a alone ("plain"), or by a "per_cost".
-        min_dim: columns that every table keeps.
-        align: how narrow fields reach the full width in models that need it: "scatter" or "project".
+        mode: How the budget is reached: "penalty" puts a price on slots; "quantile" keeps the best slots within a budget that
+            falls to the target.
+        start: Model that is searched: "trained" takes a copy of the given, trained model; "initial" takes a fresh one.
+        single_level: Read the mask's gradient on training batches instead of validation batches.
+        epochs: Passes over the training rows. At 0.4, mask steps included, the search takes less time than one plain epoch.
+        min_steps: Least number of mask steps, for data with few batches.
+        mask_every: Number of weights steps per mask step.
+        mask_lr: How far a slot of average gradient moves over the whole search if its gradient keeps its sign.
+        ramp: Part of the search over which the budget falls to the target ("quantile" only).
+        eta: Growth of lambda_c over the whole search at C - C_target = 1 ("penalty" only).
+        cost_updates: Number of updates of lambda_c in the whole search ("penalty" only).
+        orthogonality: Weight of the regulariser, lambda_o.
+        orthogonality_every: Number of weights steps per step with the regulariser.
+        refill: How slots are trimmed and refilled after the search: by a alone ("plain") or by a per parameter ("per_cost").
+        min_dim: Columns that every table keeps.
+        align: How narrow fields reach the full width in models that need it: "scatter" or "project".
     """
 
     mode: Literal["penalty", "quantile"] = "penalty"
@@ -119,15 +120,16 @@ class MaskedSupernet:
     """The state of one search: a model under masks, trained in place, the mask parameters a, and their price.
 
     Attributes:
-        a_S: mask parameters, all sites in order.
-        mask_S: bool (S,), slots in use.
-        threshold: of a: 0, or tau_B.
+        a_S: Mask parameters (S,), all sites in order.
+        mask_S: Slots in use, bool (S,).
+        threshold: Threshold of a: 0, or tau.
         cost: C(a), the part of the parameters in use.
         cost_weight: lambda_c.
-        weight_steps, mask_steps: steps done.
+        weight_steps: Number of weights steps done.
+        mask_steps: Number of mask steps done.
     """
 
-    # What steps change, and checkpoints hold.
+    # The state that steps change and that checkpoints hold.
     CHANGES = (
         "a_S", "mask_S", "threshold", "cost", "cost_weight", "unit", "weight_steps", "mask_steps", "_place", "_order_from"
     )  # fmt: skip
@@ -150,11 +152,11 @@ class MaskedSupernet:
         self.weight_steps = self.mask_steps = 0
         self._gates = ExitStack()
         self._rows: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.sites]
-        self._place, self._order_from = [0, 0], []  # in the mask's batches: epoch, batches read of it; random states
+        self._place, self._order_from = [0, 0], []  # epoch and batches read of the mask's batches; random states
         self._mask_batches = self._endless(0)
 
     def train(self) -> None:
-        """Alternate weights steps and mask steps as often as planned, or until the price has done its work."""
+        """Alternate weights steps and mask steps as often as planned, or until C reaches the target."""
         depends_on = {"search": self.config.model_dump(mode="json"), "cost_target": self.target}
         hooks = Hooks(extra_loss=self._extra_loss, on_step=self._on_step, state=self, settings=depends_on)
         with self._gates:
@@ -162,11 +164,11 @@ class MaskedSupernet:
             self.task.fit(self.model, epochs=self.epochs, seed=self.seed, hooks=hooks)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the search has changed so far, beside the model."""
+        """The state of the search, apart from the model."""
         return {name: getattr(self, name) for name in self.CHANGES}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from a state that `state_dict` returned."""
         vars(self).update(state)
         self.a_S, self.mask_S = self.a_S.to(self.device), self.mask_S.to(self.device)
         epoch, num_read = self._place
@@ -181,7 +183,7 @@ class MaskedSupernet:
     def _endless(self, first_epoch: int) -> Iterator[Any]:
         split = "train" if self.config.single_level else "valid"
         for epoch in itertools.count(first_epoch):
-            self._place, self._order_from = [epoch, 0], random_states(self.device)  # which a loader may draw from
+            self._place, self._order_from = [epoch, 0], random_states(self.device)  # a loader may draw from them
             for batch in self.task.batches(split, self.seed * 100_003 + epoch):
                 self._place[1] += 1
                 yield batch
@@ -191,7 +193,7 @@ class MaskedSupernet:
     # ---- weights steps ----------------------------------------------------------------------------------------
 
     def _open_gates(self) -> None:
-        """Mask the sites for the next weights step, and read its rows where the regulariser needs them."""
+        """Mask the sites for the next weights step, and record its rows if the regulariser is due."""
         reads = self.config.orthogonality > 0 and self.weight_steps % self.config.orthogonality_every == 0
         rows = [partial(self._read, found) for found in self._rows] if reads else None
         slots = self.mask_S.float().split(self.slots)
@@ -203,7 +205,7 @@ class MaskedSupernet:
         return found_UD
 
     def _extra_loss(self, _model: nn.Module, _batch: Any) -> Tensor:
-        """lambda_o R on the rows that this weights step read, zero where it read none."""
+        """lambda_o R on the rows that this weights step recorded; zero if there are none."""
         total = torch.zeros((), device=self.device)
         for site, found, mask_s in zip(self.sites, self._rows, self.mask_S.split(self.slots), strict=True):
             if not found:
@@ -211,7 +213,7 @@ class MaskedSupernet:
             starts = np.cumsum([0, *site.num_rows]).tolist()
             for number, active_D in enumerate(mask_s.split(site.widths)):
                 low, high = starts[number], starts[number + 1]
-                # A module used several times gives the distinct rows of each use.
+                # A module that is used several times records the distinct rows of each use.
                 parts = [
                     emb[slice(*torch.searchsorted(rows, rows.new_tensor([low, high])).tolist())] for rows, emb in found
                 ]
@@ -220,7 +222,7 @@ class MaskedSupernet:
         return self.config.orthogonality * total
 
     def _on_step(self, step: int) -> bool:
-        """After a weights step: step the mask where it is due. True ends the search."""
+        """Step the mask after a weights step if it is due; True ends the search."""
         self.weight_steps = step
         self._gates.close()
         done = False
@@ -256,9 +258,9 @@ class MaskedSupernet:
         return self.cost <= self.target
 
     def _mask_gradient(self, batch: Any) -> Tensor:
-        """dBCE/da (S,) on one batch; neither the weights nor their optimiser notice.
+        """dBCE/da (S,) on one batch; the weights and their optimiser are not changed.
 
-        Row gates let the tables catch up on the rows of this batch alone, where the row optimiser owes decay.
+        With row gates the tables catch up only on the rows of this batch, if the row optimiser owes decay.
         """
         window = 1.0 if self.config.mode == "penalty" else math.inf
         a_S = self.a_S.clone().requires_grad_()
@@ -287,9 +289,9 @@ def column_correlation(emb_UD: Tensor, active_D: Tensor, num_rows: int) -> Tenso
     """Equation (orth) for one table, on some of its rows: how far its active columns are from orthogonal; a scalar.
 
     Args:
-        emb_UD: embeddings of distinct rows.
-        active_D: bool, columns in use.
-        num_rows: rows of the whole table, n_f.
+        emb_UD: Embeddings of distinct rows.
+        active_D: Columns in use, bool (D,).
+        num_rows: Rows of the whole table, n_f.
     """
     columns = nn.functional.normalize(emb_UD[:, active_D], dim=0)
     gram = columns.T @ columns

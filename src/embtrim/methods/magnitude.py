@@ -1,4 +1,4 @@
-"""magnitude: columns, or rows, by their norm in the trained tables; what a gradient must beat to be worth its pass.
+"""magnitude: columns, or rows, by their norm in the trained tables; a control that every gradient score must beat.
 
 s_{f,j} = ||E_f[:, j]||_2        or        s_v = ||E_v||_2
 """
@@ -20,9 +20,9 @@ class MagnitudeConfig(Config):
     """Settings of the magnitude control.
 
     Attributes:
-        unit: "columns" ranks slots by their norm over the table's rows, "rows" keeps rows at full width by theirs.
-        cost_aware: rank by norm per parameter.
-        align: how narrow fields reach the full width in models that need it: "scatter" or "project".
+        unit: What is ranked by its norm: "columns" (slots, over all rows of their table) or "rows" (at full width).
+        cost_aware: Rank by norm per parameter.
+        align: How narrow fields reach the full width in models that need it: "scatter" or "project".
     """
 
     unit: Literal["columns", "rows"] = "columns"
@@ -31,7 +31,7 @@ class MagnitudeConfig(Config):
 
 
 def search_magnitude(task: Task, config: MagnitudeConfig, budget: Budget, seed: int) -> SizePlan:
-    """Keep the slots, or the rows, of the largest norm."""
+    """Keep the slots, or the rows, with the largest norms."""
     full = task.full_plan()
     weights = weights_by_table(task.sites(task.model))
     alignment = alignment_of(task, config.align)

@@ -21,12 +21,13 @@ from embtrim.tasks.task import Task, alignment_of
 
 
 class MDEConfig(Config):
-    """Settings of the mixed-dimension rule.
+    """Settings of the mixed-dimension rule (MDE).
 
     Attributes:
-        alpha: temperature; 0 gives all fields one width.
-        popularity: of a field: "rows", 1 / n_f; or "occurrences", how often its mean row occurs in the training data.
-        align: how narrow fields reach the full width in models that need it: "project" or "scatter".
+        alpha: Temperature of the rule; 0 gives all fields one width.
+        popularity: Popularity of a field: "rows" takes 1 / n_f, "occurrences" how often the mean row of the field occurs in
+            the training data.
+        align: How narrow fields reach the full width in models that need it: "project" or "scatter".
     """
 
     alpha: float = Field(default=0.3, ge=0)
@@ -42,7 +43,7 @@ def search_mde(task: Task, config: MDEConfig, budget: Budget, seed: int) -> Size
     else:
         counts = task.row_counts()
         popularity = [max(1.0, float(counts[t.name].sum())) / t.num_rows for t in full.tables]
-    # Column j of field f is wanted once the scale reaches j / p_f^alpha: the order in which widths grow with the scale.
+    # The rule wants column j of field f once the scale reaches j / p_f^alpha. Slots are taken in this order.
     scale_S = np.concatenate(
         [np.arange(1, t.width + 1) / p**config.alpha for t, p in zip(full.tables, popularity, strict=True)]
     )

@@ -8,21 +8,21 @@
 
 Certain, from the authors' public code: all of the above; dense Adam with L2 inside the gradient for everything but t;
 population 20, 30 generations of 10 mutations (p = 0.1 a field) and 10 crossovers; the plan is retrained from the
-supernet's initial weights, `compact(init="initial")`. What prunes rows is Adam with L2: it drives rows that are rarely
-seen to norm ~0, below a slightly positive threshold. Lazy rows with replayed decay are an option.
+supernet's initial weights, `compact(init="initial")`. Adam with L2 is what prunes rows: it drives rarely seen rows to
+norm ~0, below a slightly positive threshold. Lazy rows with replayed decay are an option.
 Put right: parents are cloned, scores stay with their candidates, the crossover point ranges over fields, widths are
 drawn from 1..D and counted as drawn, no candidate is scored twice, the best 15 live on.
 
 Departures:
-- L2 is of the embeddings, by the task's settings; the paper's is of all parameters.
+- L2 applies to the embeddings, by the task's settings; in the paper it applies to all parameters.
 - A table's reserved row (OOV, or a padding row) passes the row gate and stays while any other row does: zero at the
   start, it could never leave a norm-based mask. Rows also stay where their table is no smaller without them, because
   of the shared DROPPED row or a foreign model's row map.
-- Budget (the paper has none; `natural` keeps its behaviour): candidates over it are repaired by lowering widths. If
-  width 1 everywhere does not fit, all thresholds are raised by one amount until it does. In the end what is left of
-  the budget widens tables, those first that gain most.
-  Fewer rows of larger widths than that - all thresholds raised further - were tried and gain nothing: the supernet's
-  fitness hardly ever prefers them, for a table of small norms then loses all its rows at once.
+- Budget (the paper has none; `natural` keeps its behaviour): widths of candidates over the budget are lowered. If
+  width 1 everywhere does not fit, all thresholds are raised by one amount until it does. In the end the rest of the
+  budget widens tables, first the ones that gain most.
+  Fewer rows of larger widths - all thresholds raised further - gain nothing: the supernet's fitness hardly ever prefers
+  them, because a table of small norms then loses all its rows at once.
 - A dropped row's first-order weight goes with it in the fitness too, as it does in the compact model.
 - Fitness is read on a sample of the validation rows and the finalists are scored on all.
 
@@ -55,25 +55,26 @@ from embtrim.training.settings import Hooks
 
 
 class OptEmbedConfig(Config):
-    """Settings of OptEmbed; population, generations and rates are the paper's, and all of `faithful`.
+    """Settings of OptEmbed; population, generations and rates are the paper's, like all values of the preset "faithful".
 
     Attributes:
-        epochs: of training the supernet.
-        optimizer: "dense", or "lazy": only the rows of the batch move and decay is replayed (approximate).
-        l2: of the embeddings; None takes the task's.
-        threshold_lr: learning rate of the thresholds, lr_t. A step moves them by about lr_t * lambda: on small data, of
-            few steps an epoch, the paper's values leave them at zero and all rows stay.
-        threshold_weight: lambda of exp(-t).
-        population: candidates of the first generation.
-        generations: how many follow.
-        mutations: a generation.
-        mutation_rate: chance of each field to draw its width again.
-        crossovers: a generation.
-        num_elite: candidates that outlive a generation and are parents of the next.
-        fitness_rows: validation rows that fitness is read on; 0 means all.
-        finalists: best candidates that are scored on all validation rows.
-        natural: take the best candidate as it is: no repair, no filling; a budget it exceeds is an error.
-        align: how narrow fields reach the full width in models that need it: "scatter" or "project".
+        epochs: Epochs of training the supernet.
+        optimizer: Optimiser of the tables: "dense" moves all rows; "lazy" moves only the rows of the batch and replays their
+            decay (approximate).
+        l2: L2 of the embeddings; None takes the task's.
+        threshold_lr: Learning rate of the thresholds, lr_t. A step moves them by about lr_t * lambda: on small data, with
+            few steps per epoch, the paper's values leave the thresholds at zero, and all rows stay.
+        threshold_weight: Weight of exp(-t) in the loss, lambda.
+        population: Number of candidates in the first generation.
+        generations: Number of generations after the first.
+        mutations: Number of mutations per generation.
+        mutation_rate: Chance of each field to draw its width again.
+        crossovers: Number of crossovers per generation.
+        num_elite: Number of candidates that survive a generation and are parents of the next.
+        fitness_rows: Validation rows that fitness is read on; 0 takes all.
+        finalists: Number of best candidates that are scored on all validation rows.
+        natural: Take the best candidate as it is, without repair and filling; a budget that it exceeds is an error.
+        align: How narrow fields reach the full width in models that need it: "scatter" or "project".
     """
 
     faithful: ClassVar[dict[str, Any]] = {"threshold_lr": 1e-4, "threshold_weight": 1e-4, "fitness_rows": 0}
@@ -98,8 +99,8 @@ class OptEmbedConfig(Config):
 def search_optembed(task: Task, config: OptEmbedConfig, budget: Budget, seed: int) -> SizePlan:
     """Train a supernet that drops rows, then evolve the widths of what it kept.
 
-    The plan's details: "thresholds" by table and what they were "raised" by; "full_width_params", the size of the kept
-    rows before widths; "num_evaluated" candidates; "fitness" on all validation rows; "natural_params" if natural.
+    Details of the plan: "thresholds" by table and the amount "raised"; "full_width_params", the size of the kept rows at
+    full width; "num_evaluated" candidates; "fitness" on all validation rows; "natural_params" if natural.
     """
     model, thresholds = train_supernet(task, config, seed)
     sites = task.sites(model)
@@ -191,7 +192,7 @@ def train_supernet(task: Task, config: OptEmbedConfig, seed: int) -> tuple[nn.Mo
 
 
 def row_gate(site: Site, threshold_T: Tensor) -> RowGate:
-    """Multiply rows by r_v; the site's reserved rows pass."""
+    """Multiply rows by r_v; the reserved rows of the site pass unchanged."""
     ends_T = np.cumsum(site.num_rows)
     first_T = ends_T - site.num_rows
     open_rows = [int(f) + r for f, r in zip(first_T, site.reserved_rows, strict=True) if r is not None]
@@ -207,14 +208,14 @@ def row_gate(site: Site, threshold_T: Tensor) -> RowGate:
 
 
 def width_gate(site: Site, model: nn.Module, generator: torch.Generator) -> SlotGate:
-    """While the model trains keep the first d coordinates, d drawn for each sample and field."""
+    """Keep the first d coordinates while the model trains; d is drawn for each sample and field."""
     width = site.widths[0]
     prefixes_DD = torch.ones(width, width).tril()  # row d - 1 keeps the first d
 
     def gate(output: Tensor) -> Tensor:
         if not model.training:
             return output
-        fields = output.shape[-1] // width  # a site's tables are equally wide
+        fields = output.shape[-1] // width  # all tables of a site have one width
         lead = (len(output), *[1] * (output.ndim - 2)) if output.ndim > 1 else ()  # a scalar id is one sample
         drawn = torch.randint(width, (math.prod(lead) * fields,), generator=generator)  # (supernet): d - 1
         mask = prefixes_DD[drawn].view(*lead, -1)
@@ -226,18 +227,18 @@ def width_gate(site: Site, model: nn.Module, generator: torch.Generator) -> Slot
 class Fitness:
     """Validation scores of a supernet under candidate widths, each computed once.
 
-    Nothing else in an evolution takes long, and all else follows from them and the seed: one that starts again with the
-    scores of its last checkpoint comes to the same population and draws, at once, and goes on from there.
+    Only scoring takes long in an evolution, and everything else follows from the scores and the seed: an evolution that
+    starts again with the scores of its last checkpoint is quickly back where it was interrupted.
 
     Args:
-        task: of the supernet.
-        model: the supernet, its dropped rows zero.
-        max_rows: see Task.gated_scores.
-        checkpoint: where the scores are kept, if anywhere.
+        task: Task of the supernet.
+        model: The supernet, its dropped rows zero.
+        max_rows: Validation rows to score on; see Task.gated_scores.
+        checkpoint: Checkpoint that keeps the scores; None keeps none.
 
     Attributes:
-        scores: by candidate.
-        seconds: what scoring took.
+        scores: Score of each candidate.
+        seconds: Time spent on scoring.
     """
 
     def __init__(self, task: Task, model: nn.Module, max_rows: int, checkpoint: Checkpoint | None = None) -> None:
@@ -249,7 +250,7 @@ class Fitness:
             task.checkpoints.spent_seconds += self.seconds
 
     def __call__(self, candidates: Sequence[Widths]) -> list[float]:
-        """Scores of candidates; those not seen before are scored together."""
+        """Scores of candidates; candidates without a score are scored together."""
         new = [c for c in dict.fromkeys(candidates) if c not in self.scores]
         if new:
             started = time.perf_counter()
@@ -262,7 +263,7 @@ class Fitness:
 
 
 def width_masks(sites: Sequence[Site], widths: Widths) -> list[Tensor]:
-    """For each site its slot gate (S,): ones for the first columns of each table."""
+    """The slot gate (S,) of each site: ones for the first columns of each table."""
     width_of_table = iter(widths)
     return [
         torch.cat([(torch.arange(width) < next(width_of_table)).float() for width in site.widths]).to(
@@ -276,7 +277,7 @@ def width_masks(sites: Sequence[Site], widths: Widths) -> list[Tensor]:
 
 
 def row_margins(sites: Sequence[Site], thresholds: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """For each table ||E_v||_1 - t_f of its rows (V,); rows above zero are kept."""
+    """||E_v||_1 - t_f of the rows of each table (V,); rows above zero are kept."""
     return [
         weight_VD.abs().sum(1).cpu().numpy() - threshold
         for site, threshold_T in zip(sites, thresholds, strict=True)

@@ -45,10 +45,11 @@ class PMEConfig(Config):
     """Settings of PME; the defaults are our reading of the paper.
 
     Attributes:
-        score: "saliency", or a control: "frequency", "random" (the same sizes, given to other values) or "magnitude".
-        search_fraction: share of the training batches that the gradient is summed over, evenly spread.
-        init_std: spread of the embeddings that the saliency is read at, of all fields.
-        warmup_epochs: epochs of training before the saliency is read; 0 is the paper's.
+        score: What ranks entries: "saliency"; or a control: "magnitude", or "frequency" and "random", which give the sizes
+            of "saliency" to other values.
+        search_fraction: Share of the training batches, evenly spread, that the gradient is summed over.
+        init_std: Standard deviation of the embeddings of all fields at which the saliency is read.
+        warmup_epochs: Epochs of training before the saliency is read; the paper has 0.
     """
 
     score: Literal["saliency", "frequency", "random", "magnitude"] = "saliency"
@@ -69,7 +70,7 @@ def search_pme(task: Task, config: PMEConfig, budget: Budget, seed: int) -> Size
         scores = [weight_VD.abs() for site in sites for weight_VD in site.weights()]
     else:
         scores = entry_saliency(task, model, sites, config.search_fraction, seed)
-    # Only the order of a value's entries counts: column j of `ranked` is the (j + 1)-th largest score of each value.
+    # Only the order of a value's entries matters: column j of `ranked` is the (j + 1)-th largest score of each value.
     ranked = [np.sort(score_VD.cpu().numpy(), axis=1)[:, ::-1] for score_VD in scores]
     if config.score == "frequency":
         counts = task.row_counts()
@@ -85,7 +86,7 @@ def search_pme(task: Task, config: PMEConfig, budget: Budget, seed: int) -> Size
     found, rows = np.unique(np.concatenate(sizes), return_counts=True)
     details["rows_by_size"] = dict(zip(map(str, found.tolist()), rows.tolist(), strict=True))
     plan = sized_plan(full, sizes)
-    plan.max_params(budget)  # raises where the first-order weights alone exceed it
+    plan.max_params(budget)  # raises if the first-order weights alone exceed the budget
     return plan.made_by("pme", budget, seed, details)
 
 
@@ -94,7 +95,7 @@ def search_pme(task: Task, config: PMEConfig, budget: Budget, seed: int) -> Size
 
 @torch.no_grad()
 def draw_weights(sites: list[Site], std: float, seed: int) -> None:
-    """Draw all embeddings with one spread; rows that start at zero (OOV, padding) stay there."""
+    """Draw all embeddings with one standard deviation; rows that start at zero (OOV, padding) stay zero."""
     generator = torch.Generator().manual_seed(seed)
     for site in sites:
         for weight_VD in site.weights():
@@ -103,15 +104,15 @@ def draw_weights(sites: list[Site], std: float, seed: int) -> None:
 
 
 def entry_saliency(task: Task, model: nn.Module, sites: list[Site], fraction: float, seed: int) -> list[Tensor]:
-    """|E * sum_b dL_b/dE| of each table (V, D): gradients of `fraction` of the training batches, with no update.
+    """|E * sum_b dL_b/dE| of each table (V, D), over `fraction` of the training batches, with no update.
 
-    The mean loss of a batch counts by the batch's rows: a small last one no more than they do.
+    The mean loss of a batch counts by the rows of the batch, so that a small last batch does not count too much.
     """
     grads = [torch.zeros_like(torch.cat(site.weights())) for site in sites]
     model.eval()  # no dropout
     for module in model.modules():
         if isinstance(module, BATCH_NORMS):
-            module.train()  # running statistics mean nothing yet
+            module.train()  # running statistics are not fitted yet
     leaves: list[tuple[int, Tensor, Tensor]] = []
 
     def reader(number: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -157,16 +158,21 @@ def reassign(ranked: list[np.ndarray], key_R: np.ndarray) -> list[np.ndarray]:
 
 
 def buckets(width: int) -> list[int]:
-    """Sizes that a value may have, beside 0: powers of two, and D."""
+    """Sizes that a value may have, apart from 0: powers of two below D, and D."""
     return [*(2**k for k in range(width.bit_length()) if 2**k < width), width]
 
 
 def fill_sizes(full: SizePlan, ranked: list[np.ndarray], limit: int, row_cost: int = 0) -> list[np.ndarray]:
-    """The size of each value (V,), by table: the entries above the lowest threshold that fits, bucketed down.
+    """The size of each value (V,), by table: its entries above the lowest threshold that fits, bucketed down.
 
-    A value reaches bucket s when its s-th largest entry passes the threshold; these steps are taken in order of their
-    thresholds. What the last steps leave over goes to the next ones that still fit. A compact row costs its size, and
-    `row_cost` beside it.
+    A value reaches bucket s when its s-th largest entry passes the threshold. Such steps are taken in order of their
+    thresholds until one does not fit. The parameters left over go to the next steps that still fit.
+
+    Args:
+        full: The plan that keeps everything.
+        ranked: Scores of each table (V, D), in falling order along each row.
+        limit: Parameters allowed.
+        row_cost: Cost of a compact row beside its size.
     """
     levels_of = [np.array([0, *buckets(t.width)]) for t in full.tables]
     # (capacity): d_v >= s where v's s-th largest entry is among the top K.
@@ -189,7 +195,7 @@ def fill_sizes(full: SizePlan, ranked: list[np.ndarray], limit: int, row_cost: i
         return plan.num_params + row_cost * sum(t.num_compact_rows for t in plan.tables)
 
     def keep_few(level_R: np.ndarray) -> np.ndarray:
-        """Values of size 0 get their table's smallest size where that takes less than the vector they would share."""
+        """Give values of size 0 their table's smallest size if this takes less than the vector they would share."""
         for number, sizes in enumerate(levels_of):
             levels = level_R[first_row[number] : first_row[number + 1]]
             used = np.unique(levels[levels > 0])
@@ -201,7 +207,7 @@ def fill_sizes(full: SizePlan, ranked: list[np.ndarray], limit: int, row_cost: i
         return keep_few(np.bincount(row_of[order[:prefix]], minlength=first_row[-1]))
 
     def stepped(level_R: np.ndarray, row: np.ndarray, level: np.ndarray) -> np.ndarray:
-        """Levels after as many of these steps as fit: together they may need a wider map, which no single one does."""
+        """Levels after as many of the steps as fit: all steps together may need a wider id map than any one alone."""
 
         def after(num: int) -> np.ndarray:
             changed_R = level_R.copy()
@@ -210,7 +216,7 @@ def fill_sizes(full: SizePlan, ranked: list[np.ndarray], limit: int, row_cost: i
 
         return after(largest(len(row), lambda num: count(after(num)) <= limit) if full.standalone else len(row))
 
-    # Keeping everything needs no projections, so it may fit where a little less does not.
+    # Keeping everything needs no projections, so it may fit although a little less does not.
     everything = count(reached(len(order))) <= limit
     taken = len(order) if everything else largest(len(order), lambda prefix: count(reached(prefix)) <= limit)
     level_R = reached(taken)
@@ -218,7 +224,7 @@ def fill_sizes(full: SizePlan, ranked: list[np.ndarray], limit: int, row_cost: i
     table_R = np.repeat(np.arange(len(ranked)), np.diff(first_row))
     size_TL = np.array([np.pad(b, (0, max(steps) + 1 - len(b))) for b in levels_of])
     while True:
-        # A step to the next size that its table has already changes nothing but its own row.
+        # A step to the next size that its table already has changes only its own row.
         levels = np.split(level_R, first_row[1:-1])
         target_TL = next_levels(levels, size_TL.shape[1])
         left = limit - count(level_R)
@@ -246,7 +252,7 @@ def next_levels(levels: Sequence[np.ndarray], num_levels: int) -> np.ndarray:
 
 
 def wider_map(full: SizePlan, levels: Sequence[np.ndarray]) -> np.ndarray:
-    """What one more row costs each table (T,) because its id map then needs more bytes an entry."""
+    """Cost of one more row for each table (T,) because the table's id map then needs more bytes per entry."""
     kept = [int((level_V > 0).sum()) for level_V in levels]
     return np.array(
         [

@@ -1,4 +1,4 @@
-"""random: random slots at the same budget; what a ranking must beat to be a ranking."""
+"""random: random slots at the same budget; a control that every ranking must beat."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RandomConfig(Config):
     """Settings of the random control.
 
     Attributes:
-        align: how narrow fields reach the full width in models that need it: "scatter" or "project".
+        align: How narrow fields reach the full width in models that need it: "scatter" or "project".
     """
 
     align: Literal["scatter", "project"] = "scatter"

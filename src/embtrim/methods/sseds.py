@@ -24,7 +24,7 @@ import torch
 from pydantic import Field, model_validator
 
 from embtrim.config import Config
-from embtrim.errors import EmbtrimError
+from embtrim.errors import EmbtrimError, ModelError
 from embtrim.methods.selection import columns_cost, field_plan, slot_costs
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
@@ -33,19 +33,20 @@ from embtrim.tasks.task import Task, alignment_of, loss_weight, num_slots
 
 
 class SSEDSConfig(Config):
-    """Settings of SSEDS; `faithful` are the paper's.
+    """Settings of SSEDS; the preset "faithful" has the paper's values.
 
     Attributes:
-        score: "abs" ranks by |g|, "signed" by -g (a slot whose removal would raise the loss is useful).
-        data: batches that the gradient is read on.
-        batches: how many (0: all of the split).
-        average: "sum" adds the signed gradients of the batches before the score; "abs", for score = "abs", adds their
-            absolute values.
-        cost_aware: rank by score per parameter.
-        pretrain: "early_stop" scores the given, trained model; "epochs:k" trains a fresh one for k epochs first.
-        min_dim: columns that every table keeps; None keeps one if the budget has room for it, else none. By their signs alone
-            scores may take the last column of an id that matters (MovieLens, docs/results.md); 0 lets useless tables go.
-        align: how narrow fields reach the full width in models that need it: "scatter" or "project".
+        score: How slots are ranked: "abs" by |g|; "signed" by -g, which is large if removing the slot would raise the loss.
+        data: Split whose batches the gradient is read on: "train" or "valid".
+        batches: Number of batches that the gradient is read on; 0 takes the whole split.
+        average: What is added up over batches: "sum" adds signed gradients; "abs" adds absolute values and needs
+            score = "abs".
+        cost_aware: Rank by score per parameter.
+        pretrain: Model that is scored: "early_stop" takes the given, trained model; "epochs:k" trains a fresh model for k
+            epochs.
+        min_dim: Columns that every table keeps. None keeps one column if the budget has room for it; 0 lets useless tables
+            go. By signs alone, scores may take the last column of an id that matters (MovieLens, docs/results.md).
+        align: How narrow fields reach the full width in models that need it: "scatter" or "project".
     """
 
     faithful: ClassVar[dict[str, Any]] = {"score": "abs", "data": "train", "batches": 1, "min_dim": 0}
@@ -90,9 +91,9 @@ def search_sseds(task: Task, config: SSEDSConfig, budget: Budget, seed: int) -> 
 
 
 def slot_gradients(task: Task, model: torch.nn.Module, config: SSEDSConfig, seed: int) -> np.ndarray:
-    """float64 (S,): gradient of the mean loss by the gate of each slot, all sites in order; the model stays as it is.
+    """Gradient of the mean loss by the gate of each slot, float64 (S,), all sites in order; the model is not changed.
 
-    Batches count by their rows: the last one of a split, which may be small, weighs no more than its rows do.
+    A batch counts by its rows, so that a small last batch of a split does not count too much.
     """
     sites = task.sites(model)
     was_training = model.training
@@ -108,7 +109,7 @@ def slot_gradients(task: Task, model: torch.nn.Module, config: SSEDSConfig, seed
             with gate_sites(sites, gates):
                 loss = task.loss(model, batch)
             if not loss.requires_grad:
-                raise EmbtrimError(
+                raise ModelError(
                     "the Task's loss has no gradient by the embeddings: it detaches them, or this runs in torch.inference_mode()"
                 )
             # (one backward); a table that the batch does not use has gradient 0

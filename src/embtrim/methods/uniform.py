@@ -1,7 +1,7 @@
-"""uniform: one width for all fields, as far as the budget goes; the baseline that every method must beat.
+"""uniform: one width for all fields, the largest that the budget allows; the baseline that every method must beat.
 
-The floor width for all, then one more column in random order of the tables until nothing fits. Below width 1 the most
-frequent rows of all tables at width 1; the others share their table's DROPPED row.
+All tables get the largest width that fits. One more column then goes to tables in random order until nothing fits. If not
+even width 1 fits, the most frequent rows of all tables are kept at width 1; the other rows share their table's DROPPED row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class UniformConfig(Config):
     """Settings of the uniform control.
 
     Attributes:
-        align: how narrow fields reach the full width in models that need it: "scatter" or "project".
+        align: How narrow fields reach the full width in models that need it: "scatter" or "project".
     """
 
     align: Literal["scatter", "project"] = "scatter"
@@ -42,9 +42,10 @@ def search_uniform(task: Task, config: UniformConfig, budget: Budget, seed: int)
 
 
 def equal_widths(full: SizePlan, limit: int, alignment: Alignment, seed: int) -> SizePlan | None:
-    """The largest width that fits for all tables, and one more column for those tables, drawn at random, where it fits.
+    """The largest width that fits for all tables, and one more column, in random order of the tables, wherever it fits.
 
-    None where not even width 1 fits.
+    Returns:
+        The plan; None if not even width 1 fits.
     """
 
     def cost(width: int) -> int:
@@ -53,7 +54,8 @@ def equal_widths(full: SizePlan, limit: int, alignment: Alignment, seed: int) ->
     floor = largest(full.width, lambda width: cost(width) <= limit)
     if not floor:
         return None
-    # Column 0 of all tables, then column 1, in random order of the tables; the last round, beyond the floor, is cut short.
+    # Column 0 of all tables, then column 1 and so on, each in random order of the tables. The round after the floor is cut
+    # short by the budget.
     order = np.random.default_rng(seed).permutation(len(full.tables))
     place = {full.tables[table].name: rank for rank, table in enumerate(order)}
     round_S = np.concatenate([np.arange(t.width) for t in full.tables])
