@@ -1,7 +1,7 @@
-"""Rows by threshold, and one width a table by evolution, within a budget: a pure solver, apart from models.
+"""Rows by threshold, and one width per table by evolution, within a budget: a pure solver that knows no model.
 
-A candidate is a tuple of widths, one a table; a table without rows has width 0, any other at least 1. Costs are those
-of plans.
+A candidate is a tuple of widths, one per table; a table without rows has width 0, any other table at least 1. Costs are
+the parameters of the candidate's plan.
 
 Axes: T tables, D width of the full table, V rows of a table.
 """
@@ -35,21 +35,21 @@ class EvolutionConfig(Protocol):
 
 
 class Space:
-    """The candidates that a set of kept rows leaves.
+    """The candidates that are possible with a set of kept rows.
 
     Args:
-        full: plan that keeps everything.
-        alignment: of the plans made.
-        kept: for each table bool (V,).
-        budget: candidates are repaired to it; None allows every width.
+        full: The plan that keeps everything.
+        alignment: How narrow tables reach the full width in the candidates' plans.
+        kept: Rows that each table keeps, bool (V,).
+        budget: Budget that candidates are repaired to; None allows every width.
 
     Attributes:
-        least_T: smallest widths: 1, or 0 where no row is kept.
-        most_T: largest widths.
-        limit: parameters allowed, or None.
+        least_T: Smallest widths: 1, or 0 for a table that keeps no row.
+        most_T: Largest widths.
+        limit: Parameters allowed; None without a budget.
 
     Raises:
-        BudgetError: not even the smallest widths fit.
+        BudgetError: Not even the smallest widths fit.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Space:
 
     @cached_property
     def costs(self) -> list[np.ndarray]:
-        """For each table int64 (D + 1,): parameters by width."""
+        """Parameters of each table by its width, int64 (D + 1,)."""
         return [
             np.array([table_cost(self.full, t, v, d, self.alignment) for d in range(t.width + 1)], np.int64)
             for t, v in zip(self.full.tables, self.kept, strict=True)
@@ -97,8 +97,8 @@ class Space:
     def repair(self, widths_T: np.ndarray, rng: np.random.Generator) -> Widths:
         """Lower widths until the budget holds.
 
-        A table is drawn by what it costs beyond width 1. If it can make up the excess alone it gets the largest width
-        that does, else a smaller one at random.
+        A table is drawn in proportion to its cost beyond width 1. If it can save the excess alone, it gets the largest
+        width that does; otherwise it gets a smaller width at random.
         """
         widths_T = widths_T.copy()
         while self.limit is not None and (excess := self.cost(widths_T) - self.limit) > 0:
@@ -111,7 +111,7 @@ class Space:
         return tuple(widths_T.tolist())
 
     def widest(self, widths: Widths, table: int) -> int:
-        """The largest width of a table that still fits beside the other widths."""
+        """The largest width of a table that fits beside the other widths."""
         assert self.limit is not None
         cost = self.costs[table]
         left = self.limit - self.cost(widths) + int(cost[widths[table]])
@@ -124,7 +124,7 @@ class Space:
 def evolve(
     space: Space, score: Score, config: EvolutionConfig, rng: np.random.Generator, generations: Iterable[int]
 ) -> list[Widths]:
-    """The best candidates found, best first, after a first population and as many generations as are counted."""
+    """The best candidates, best first, after a first population and one generation for each item of `generations`."""
     best = ranked([space.repair(space.draw(rng), rng) for _ in range(config.population)], score)[: config.num_elite]
     for _ in generations:
         parents = np.array(best)
@@ -137,25 +137,25 @@ def evolve(
 
 
 def ranked(candidates: Sequence[Widths], score: Score) -> list[Widths]:
-    """Distinct candidates by falling score; equal scores in order of widths."""
+    """Distinct candidates by falling score; candidates of equal score in order of their widths."""
     distinct = list(dict.fromkeys(candidates))
     scores = dict(zip(distinct, score(distinct), strict=True))
     return sorted(distinct, key=lambda widths: (-scores[widths], widths))
 
 
 def mutate(space: Space, parent_T: np.ndarray, config: EvolutionConfig, rng: np.random.Generator) -> np.ndarray:
-    """A copy with each width drawn again at the mutation rate."""
+    """A copy of a candidate in which each width is drawn again with the chance of the mutation rate."""
     return np.where(rng.random(len(parent_T)) < config.mutation_rate, space.draw(rng), parent_T)
 
 
 def crossover(left_T: np.ndarray, right_T: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The first tables of one parent and the others of the other."""
+    """The widths of the first tables from one parent and the rest from the other."""
     point = rng.integers(1, len(left_T)) if len(left_T) > 1 else 1
     return np.concatenate([left_T[:point], right_T[point:]])
 
 
 def fill(space: Space, widths: Widths, score: Score) -> Widths:
-    """Widen tables as far as the budget goes: first the one whose own widening scores best."""
+    """Widen tables as far as the budget allows, first the table whose widening alone scores best."""
 
     def widened(widths: Widths, table: int) -> Widths:
         return (*widths[:table], space.widest(widths, table), *widths[table + 1 :])
@@ -163,7 +163,7 @@ def fill(space: Space, widths: Widths, score: Score) -> Widths:
     candidates = [widened(widths, table) for table in range(len(widths))]
     scores = score(candidates)
     before: Widths = ()
-    while before != widths:  # a projection that full width makes needless leaves room for others
+    while before != widths:  # a table at full width needs no projection, which leaves room for others
         before = widths
         for table in sorted(range(len(widths)), key=lambda t: -scores[t]):
             widths = widened(widths, table)
@@ -178,7 +178,7 @@ def kept_rows(
     widths: Sequence[int],
     raised: float = 0.0,
 ) -> list[np.ndarray]:
-    """For each table bool (V,): rows whose margin exceeds `raised`; all, if fewer do not make it smaller at `widths`."""
+    """Rows of each table whose margin exceeds `raised`, bool (V,); all rows if fewer save nothing at `widths`."""
     found = []
     for table, margin_V, row, width in zip(full.tables, margins, reserved, widths, strict=True):
         kept_V = margin_V > raised
@@ -192,7 +192,7 @@ def kept_rows(
 
 
 def fits(full: SizePlan, alignment: Alignment, kept: Sequence[np.ndarray], budget: Budget) -> bool:
-    """Whether width 1 of the kept rows is within the budget."""
+    """Whether the kept rows fit the budget at width 1."""
     try:
         Space(full, alignment, kept, budget)
     except BudgetError:
@@ -207,10 +207,10 @@ def raise_thresholds(
     reserved: Sequence[int | None],
     budget: Budget,
 ) -> tuple[list[np.ndarray], float]:
-    """Raise all thresholds by one amount, no more than it takes for width 1 everywhere to fit the budget.
+    """Raise all thresholds by the smallest common amount at which width 1 everywhere fits the budget.
 
     Returns:
-        Kept rows for each table, and the amount.
+        The kept rows of each table, bool (V,), and the amount.
     """
     levels = np.unique(np.concatenate([[0.0], *(m[m > 0] for m in margins)]))
     ones = [min(1, t.width) for t in full.tables]
@@ -229,7 +229,7 @@ def raise_thresholds(
 
 
 def table_plan(table: TablePlan, kept_V: np.ndarray, width: int, alignment: Alignment) -> TablePlan:
-    """A table with some rows and its first columns."""
+    """The plan of a table that keeps some rows and its first columns."""
     rows = np.flatnonzero(kept_V).astype(np.int32)
     if not len(rows):
         return dataclasses.replace(table, blocks=())
@@ -238,5 +238,5 @@ def table_plan(table: TablePlan, kept_V: np.ndarray, width: int, alignment: Alig
 
 
 def table_cost(full: SizePlan, table: TablePlan, kept_V: np.ndarray, width: int, alignment: Alignment) -> int:
-    """Parameters of one table of a plan that keeps some rows and its first columns."""
+    """Parameters of a table that keeps some rows and its first columns."""
     return dataclasses.replace(full, tables=(table_plan(table, kept_V, width, alignment),)).num_params

@@ -1,22 +1,23 @@
-"""The bits of each table by what storing its values in so many loses; or rows, columns and bits together.
+"""The bits of each table by the loss of storing its values in them; or rows, columns and bits together.
 
     loss_f(b) = sum_r n_r ||e_r - stored_b(e_r)||^2 over the kept rows and columns of a table
 
-n_r is how often row r occurs in the training data, e_r its embedding in the trained model: the squared length that the
-embedded training data lose, as in the row energies of the guided search.
+n_r is how often row r occurs in the training data, e_r its embedding in the trained model. The loss is the squared length
+that the embedded training data lose, as in the row energies of the guided search.
 
     loss_f(n, w, b) = 4 sum_{other rows} q_r + (g(w) + rho_b) sum_{n rows of most q} q_r,    q_r = n_r ||e_r - mean||^2
     g(w) = 0.75 (w^-1.25 - D^-1.25)
 
-for n rows, w columns and b bits of a table, all about the mean row, which the DROPPED row can hold. rho_b is the part that
-codes of b bits lose of the whole table, measured. g is what a table of w columns lacks once it is trained again: no spectrum
-of the trained model tells, since that has energy in more directions than it needs. All tables get one width, as products of
-embeddings are worth no more than the narrower one.
+is the loss of n rows, w columns and b bits of a table, about the mean row, which the DROPPED row can hold. rho_b is the part
+of the whole table that codes of b bits lose, as measured. g is the part that a table of w columns lacks once it is trained
+again. The spectrum of the trained model does not tell g, because the model has energy in more directions than it needs. All
+tables get one width, since a product of embeddings is worth no more than the narrower one.
 
 The numbers are ours, set by validation AUC (docs/results.md). Equal widths fall behind the full model as w^-1.25 on Frappe,
-w^-1.31 on MovieLens and w^-0.97 on flights; the factor of g makes a loss of columns and one of bits that cost the same AUC
-equal, and lies between that of Frappe (1.5) and of MovieLens (0.36). A dropped row counts four times: counted as noise is,
-fp32 tables on Frappe and quantised ones on MovieLens were left too few rows.
+w^-1.31 on MovieLens and w^-0.97 on flights. The factor of g makes a loss of columns equal to a loss of bits that costs the
+same AUC; it lies between the factors of Frappe (1.5) and MovieLens (0.36). Dropping a row is penalised four times as much as
+the same energy lost to quantisation noise. With equal weights, fp32 tables on Frappe and quantised tables on MovieLens kept
+too few rows.
 """
 
 from __future__ import annotations
@@ -37,16 +38,17 @@ from embtrim.tables.packing import CHUNK_ROWS, codes_of, fit_codes
 from embtrim.tasks.sites import ModuleSite
 from embtrim.tasks.task import Task, weights_by_table
 
-# Bits that a search of other methods than guided counts for a value, where bits are by table.
+# Bits per value that a method other than guided assumes while it searches, if bits are chosen for each table.
 MIXED_BITS = 6
-# Numbers of rows that are looked at: so many to each doubling. Of columns: all of the first eight, then likewise.
+# Numbers of rows and columns that are tried: all up to eight, then this many per doubling.
 CHOICES_PER_DOUBLING = 4
-# Of the energy of a table, what w columns lose: COLUMN_LOSS / w^COLUMN_POWER, less that of all columns; and a dropped row.
+# w columns lose COLUMN_LOSS / w^COLUMN_POWER of the energy of a table, less the same term for all columns. A dropped row
+# loses ROW_LOSS times its energy.
 COLUMN_LOSS, COLUMN_POWER, ROW_LOSS = 0.75, 1.25, 4.0
 
 
 class Choice(NamedTuple):
-    """One way to store a table: its bytes, what it loses, and its plan, which lists no rows yet."""
+    """One way to store a table: its bytes, its loss, and its plan, which lists no rows yet."""
 
     num_bytes: int
     loss: float
@@ -54,15 +56,15 @@ class Choice(NamedTuple):
 
 
 def mixed_bits(task: Task, plan: SizePlan, budget: Budget) -> SizePlan:
-    """The plan with the bits of each table that lose least within the budget; see `spend`.
+    """The plan with the bits for each table that lose least within the budget; see `spend`.
 
-    Every table starts where it takes fewest bytes. That is not always 4 bits: a scale and an offset a column cost more
-    than a few rows in 16 save.
+    Every table starts with the bits that take fewest bytes. These are not always 4 bits: a scale and an offset per column
+    cost more than few rows save over 16 bits.
 
     Args:
-        task: of the trained full model.
-        plan: rows and columns; a number of columns means the first ones.
-        budget: a percentage or bytes; if the fewest bytes exceed it, so does the plan that comes back.
+        task: Task of the trained full model.
+        plan: Plan with rows and columns; a number of columns means the first ones.
+        budget: Budget in percent or bytes. If even the fewest bytes exceed it, so does the returned plan.
     """
     weights, counts = trained_rows(task)
     choices = []
@@ -78,12 +80,12 @@ def mixed_bits(task: Task, plan: SizePlan, budget: Budget) -> SizePlan:
 
 
 def least_loss_plan(task: Task, budget: Budget, alignment: Alignment) -> SizePlan:
-    """Rows, columns and bits of every table, chosen together so that the least is lost; see the module docstring.
+    """Rows, columns and bits of every table, chosen together for the least loss; see the module docstring.
 
     Args:
-        task: of the trained full model.
-        budget: a percentage or bytes.
-        alignment: how narrow tables reach the full width; "scatter" or "concat".
+        task: Task of the trained full model.
+        budget: Budget in percent or bytes.
+        alignment: How narrow tables reach the full width: "scatter" or "concat".
     """
     full = task.full_plan()
     weights, counts = trained_rows(task)
@@ -118,8 +120,8 @@ def least_loss_plan(task: Task, budget: Budget, alignment: Alignment) -> SizePla
 
 
 def energy_of_rows(weight_VD: Tensor, count_V: np.ndarray) -> np.ndarray:
-    """n_r ||e_r - mean||^2 of each row, (V,); the mean is weighted by n_r, too."""
-    # In parts: in float64 a large table would take twice its memory, and its squares as much again.
+    """n_r ||e_r - mean||^2 of each row (V,); the mean is weighted by n_r."""
+    # In parts, because a large table in float64 takes twice its memory, and its squares as much again.
     parts = list(zip(torch.from_numpy(count_V).double().split(CHUNK_ROWS), weight_VD.split(CHUNK_ROWS), strict=True))
     total_D = sum(
         (count @ part_VD.double().cpu() for count, part_VD in parts), torch.zeros(weight_VD.shape[1]).double()
@@ -132,13 +134,13 @@ def energy_of_rows(weight_VD: Tensor, count_V: np.ndarray) -> np.ndarray:
 def row_choices(
     table: TableShape, kept_V: np.ndarray, block: BlockShape, parts: Sequence[tuple[int, float]]
 ) -> list[tuple[float, TableShape]]:
-    """What a table loses by how it is stored, from nothing to all of its rows; plans that keep some rows do not list them.
+    """The loss of a table for each way to store it, from no row to all rows; plans do not list the rows that they keep.
 
     Args:
-        table: of the full plan.
-        kept_V: energy of the first row, the first two and so on, those of most energy first.
-        block: columns of the rows that are kept.
-        parts: (bits, part of a kept row's energy that is lost then).
+        table: Table of the full plan.
+        kept_V: Cumulated energy of the rows, those of most energy first.
+        block: Columns of the rows that are kept.
+        parts: Pairs of bits and the part of a kept row's energy that they lose.
     """
     total = float(kept_V[-1])
     table = table.shape()
@@ -154,21 +156,21 @@ def row_choices(
 
 
 def some_numbers(most: int) -> list[int]:
-    """Numbers from 1 to `most`, ascending: each up to eight, then some to each doubling."""
+    """Numbers from 1 to `most`, ascending: all up to eight, then some per doubling."""
     steps = range(3 * CHOICES_PER_DOUBLING, int(np.log2(most) * CHOICES_PER_DOUBLING) + 1)
     return sorted({*range(1, min(8, most) + 1), *(round(2 ** (k / CHOICES_PER_DOUBLING)) for k in steps), most})
 
 
 def spend(choices: Sequence[Sequence[Choice]], allowed: float) -> list[Choice]:
-    """One choice of each table, so that their losses add up to little within so many bytes.
+    """One choice for each table, such that the losses add up to little within a number of bytes.
 
-    Each starts with its smallest one. Then the step that saves most loss a byte is taken, again and again, along the lower
-    convex hull of each table's choices: no other choices of as many bytes lose less (Everett 1963). Where a step does not fit
-    any more, the table gets its best choice that does.
+    Each table starts with its smallest choice. The step that saves most loss per byte is then taken, again and again, along
+    the lower convex hull of each table's choices: no other choices of as many bytes lose less (Everett 1963). If a step does
+    not fit, the table gets its best choice that does.
 
     Args:
-        choices: of each table; any order.
-        allowed: bytes of all together. If the smallest choices exceed it, these come back.
+        choices: Choices of each table, in any order.
+        allowed: Bytes of all tables together. If the smallest choices exceed them, the smallest choices are returned.
     """
     hulls = [lower_hull(of_table) for of_table in choices]
     place, chosen = [0] * len(hulls), [hull[0] for hull in hulls]
@@ -192,7 +194,7 @@ def spend(choices: Sequence[Sequence[Choice]], allowed: float) -> list[Choice]:
 
 
 def lower_hull(choices: Sequence[Choice]) -> list[Choice]:
-    """The choices on the lower convex hull of loss over bytes: bytes ascend, losses descend, by less and less a byte."""
+    """The choices on the lower convex hull of loss over bytes: bytes rise, and losses fall by less and less per byte."""
     hull: list[Choice] = []
     for choice in sorted(choices, key=lambda choice: (choice.num_bytes, choice.loss)):
         if hull and choice.loss >= hull[-1].loss:
@@ -204,23 +206,23 @@ def lower_hull(choices: Sequence[Choice]) -> list[Choice]:
 
 
 def _saved(smaller: Choice, larger: Choice) -> float:
-    """Loss that a larger choice saves a byte."""
+    """Loss that a larger choice saves per byte."""
     return (smaller.loss - larger.loss) / (larger.num_bytes - smaller.num_bytes)
 
 
 def trained_rows(task: Task) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
-    """Weights of each table (V, D) and how often its rows occur in the training data (V,); rows of padding never do."""
+    """Weights of each table (V, D), and how often its rows occur in the training data (V,); padding rows count 0."""
     sites, counts = task.sites(task.model), task.row_counts()
     for site in sites:
         if isinstance(site, ModuleSite):
             for name, row in zip(site.names, site.reserved_rows, strict=True):
                 if row is not None:
-                    counts[name][row] = 0  # padding reads zeros, or is left out of its bag, at any bits
+                    counts[name][row] = 0  # padding reads zeros or is left out of its bag, at any bits
     return weights_by_table(sites), counts
 
 
 def code_loss(table: TablePlan, weight_VD: Tensor, count_V: np.ndarray, bits: int) -> float:
-    """What storing a table's kept rows and columns in 16, 8 or 4 bits loses; see the module docstring."""
+    """The loss of storing a table's kept rows and columns in 16, 8 or 4 bits; see the module docstring."""
     total = 0.0
     for block in table.blocks:
         kept = weight_VD if block.rows is None else weight_VD[torch.from_numpy(block.rows).to(weight_VD.device)]

@@ -1,7 +1,7 @@
-"""Fill a budget with slots or rows: a pure solver, apart from models and tables.
+"""Fill a budget with slots or rows: a pure solver that knows no model.
 
-A slot is a (table, column) pair and costs the table's rows; projected tables pay D more a column. What a plan costs is
-what SizePlan counts.
+A slot is a (table, column) pair. It costs the table's rows; a column of a projected table costs D more. Costs are the
+parameters that SizePlan counts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from embtrim.plan.table import Alignment, Block, TablePlan, map_params
 
 
 def slot_costs(plan: SizePlan, alignment: Alignment, kept: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
-    """int64 (S,): parameters that each slot costs, table by table, column by column; see `field_plan`."""
+    """Parameters that each slot costs, int64 (S,), table by table, column by column; see `field_plan`."""
     kept = kept or {}
     costs = []
     for t in plan.tables:
@@ -35,20 +35,20 @@ def rank_slots(margin_S: np.ndarray, costs_S: np.ndarray, mask_S: np.ndarray, by
     """Slots (S,), best first: those in use, then the others.
 
     Args:
-        margin_S: a above its threshold.
-        costs_S: parameters that each slot costs.
-        mask_S: bool, slots in use.
-        by: "plain" ranks by a; "per_cost" divides the margin by the cost, or multiplies by it where the slot is not in
-            use: there a quotient would put the dearest first.
+        margin_S: Score a of each slot, less the threshold.
+        costs_S: Parameters that each slot costs.
+        mask_S: Slots in use, bool (S,).
+        by: "plain" ranks by the margin. "per_cost" divides the margin by the cost; for slots that are not in use, whose
+            margins are negative, it multiplies, since a quotient would put the dearest slots first.
     """
     key_S = np.where(mask_S, margin_S / costs_S, margin_S * costs_S) if by == "per_cost" else margin_S
     return np.lexsort((-key_S, ~mask_S))
 
 
 def lowest_threshold(a_S: Tensor, share_S: Tensor, target: float) -> float:
-    """tau_B: the lowest value of a such that the slots with a >= tau take at most `target` of the parameters.
+    """The lowest value tau of a such that the slots with a >= tau take at most `target` of the parameters.
 
-    Above them all if not even the best, perhaps tied, fit.
+    If not even the best slots, which may be tied, fit, tau lies above all values.
     """
     values, place_S = torch.unique(a_S, return_inverse=True)
     share_of_value = torch.zeros(len(values), dtype=share_S.dtype, device=a_S.device).index_add(0, place_S, share_S)
@@ -65,7 +65,7 @@ def columns_by_table(plan: SizePlan, accepted: np.ndarray) -> Mapping[str, Seque
 
 
 def slot_tables(plan: SizePlan) -> np.ndarray:
-    """int64 (S,): number of each slot's table."""
+    """The number of each slot's table, int64 (S,)."""
     return np.repeat(np.arange(len(plan.tables)), [t.width for t in plan.tables])
 
 
@@ -79,19 +79,19 @@ def field_plan(
 ) -> SizePlan:
     """The plan that accepts slots in order of rank while they fit, skipping those that do not.
 
-    No table costs more than the whole one: where d columns of some rows, with their projection and map, would, the
-    table keeps all columns of all rows instead.
+    No table costs more than the whole table: if d columns of some rows, with their projection and id map, would cost more,
+    the table keeps all columns of all rows instead.
 
     Args:
-        full: the plan that keeps everything; it says rows and widths.
-        ranking: slots, best first, all or a part; slots run table by table, column by column.
-        limit: parameters allowed; never exceeded.
-        alignment: how narrow tables reach the full width.
-        min_dim: columns that every table gets first, its best ones.
-        kept: ids of the rows that a table keeps, ascending, by name; others keep all.
+        full: The plan that keeps everything, with rows and widths.
+        ranking: All slots or a part of them, best first; slots run table by table, column by column.
+        limit: Parameters allowed; never exceeded.
+        alignment: How narrow tables reach the full width.
+        min_dim: Columns that every table gets before others; its best ones.
+        kept: Ids of the rows that a table keeps, ascending, by table name; other tables keep all rows.
 
     Raises:
-        BudgetError: the minimum does not fit.
+        BudgetError: The columns of `min_dim` do not fit.
     """
     kept = kept or {}
     accepted = np.zeros(sum(t.width for t in full.tables), bool)
@@ -120,7 +120,9 @@ def field_plan(
             )
     for number, t in enumerate(full.tables):
         if widths[number] and cost(t, int(widths[number])) == t.num_rows * t.width:
-            accepted[of_slot == number] = True  # paid for, also where the ranking ends before its last column
+            accepted[of_slot == number] = (
+                True  # all its columns are paid for, even if the ranking ends before the last one
+            )
     plan = full.with_columns(columns_by_table(full, accepted), alignment)
     tables = []
     for t in plan.tables:
@@ -133,9 +135,9 @@ def field_plan(
 def columns_cost(
     full: SizePlan, table: TablePlan, width: int, alignment: Alignment, kept: Mapping[str, np.ndarray] | None = None
 ) -> int:
-    """Parameters of `width` columns of a table's kept rows: with their DROPPED row, projection and row map.
+    """Parameters of `width` columns of a table's kept rows, with their DROPPED row, projection and id map.
 
-    No more than the whole table; of a table that keeps nothing, none.
+    They are at most the parameters of the whole table, and 0 for a table that keeps nothing.
     """
     if not width:
         return 0
@@ -155,17 +157,17 @@ def row_plan(
     limit: int,
     alignment: Alignment,
 ) -> SizePlan:
-    """The plan that keeps the rows of the highest score of all tables while they fit; the others are dropped.
+    """The plan that keeps the rows with the highest scores over all tables while they fit, and drops the others.
 
-    A table keeps more than these where that takes no more: all rows up to the last of them where a foreign model would
-    else need a map of its ids, or the whole table.
+    A table keeps more rows if they take no more parameters: the whole table, or all rows up to the last kept one in a
+    foreign model, which then needs no id map.
 
     Args:
-        full: the plan that keeps everything.
-        scores: of each row, (V,) by table name.
-        columns: kept columns of the rows, by table name.
-        limit: parameters allowed; never exceeded.
-        alignment: how narrow tables reach the full width.
+        full: The plan that keeps everything.
+        scores: Scores of the rows (V,), by table name.
+        columns: Kept columns of the rows, by table name.
+        limit: Parameters allowed; never exceeded.
+        alignment: How narrow tables reach the full width.
     """
     sizes = [t.num_rows for t in full.tables]
     table_of = np.repeat(np.arange(len(sizes)), sizes)
@@ -177,7 +179,7 @@ def row_plan(
     last = [np.maximum.accumulate(rows) for rows in by_table]
 
     def cheapest(number: int, count: int) -> tuple[int, int, bool]:
-        """Parameters of a table that keeps its `count` best rows, how many it then keeps, whether these are the first."""
+        """Parameters of a table that keeps its `count` best rows, the rows it then keeps, and whether they are the first."""
         t, width = full.tables[number], len(columns[full.tables[number].name])
         if not count:
             return 0, 0, True
@@ -199,7 +201,7 @@ def row_plan(
 
     counts = count(largest(len(order), lambda prefix: cost(count(prefix)) <= limit))
     left = limit - cost(counts)
-    # Of what is left the next best row of a narrower table may still fit.
+    # The next best row of a narrower table may still fit in the rest.
     for number, size in enumerate(sizes):
         while counts[number] < size:
             more = cheapest(number, counts[number] + 1)[0] - cheapest(number, counts[number])[0]
@@ -218,27 +220,27 @@ def row_plan(
 
 
 def rows_cost(full: SizePlan, table: TablePlan, count: int, width: int, first: bool = False) -> int:
-    """Parameters of `count` rows at a width, their DROPPED row, and the map that a foreign table needs.
+    """Parameters of `count` rows at a width, their DROPPED row, and the id map that a foreign table needs.
 
-    It needs none where the rows are the `first` ones.
+    A table that keeps its `first` rows needs no map.
     """
     mapped = full.standalone and not first
     return (count + 1) * width + (map_params(table.num_rows, count + 1) if mapped else 0)
 
 
 def filled(full: SizePlan, budget: Budget, make: Callable[[int], SizePlan]) -> SizePlan:
-    """The plan that `make` gives for as many parameters as a budget allows.
+    """The plan that `make` returns for as many parameters as a budget allows.
 
-    A number of bytes counts first-order weights, and a plan that drops rows has fewer: how many parameters that leaves
-    shows in the plan only.
+    A budget in bytes includes first-order weights, and a plan that drops rows has fewer of them. The parameters left for
+    the tables are therefore known only once there is a plan.
 
     Args:
-        full: the plan that keeps everything.
-        budget: percent, parameters or bytes.
-        make: limit of parameters -> a plan within it; a larger limit gives no smaller plan.
+        full: The plan that keeps everything.
+        budget: Budget in percent, parameters or bytes.
+        make: Function of a limit of parameters that returns a plan within it; a larger limit gives no smaller plan.
 
     Raises:
-        BudgetError: the first-order weights alone exceed a number of bytes.
+        BudgetError: The first-order weights alone exceed a number of bytes.
     """
     if budget.kind != "bytes" or not full.first_order:
         return make(full.max_params(budget))
@@ -248,12 +250,12 @@ def filled(full: SizePlan, budget: Budget, make: Callable[[int], SizePlan]) -> S
         return plan.num_params <= full_limit(plan, budget)
 
     plan = make(largest(full.num_full_params, fits))
-    plan.max_params(budget)  # raises where nothing fits
+    plan.max_params(budget)  # raises if nothing fits
     return plan
 
 
 def largest(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest number in 0..most that fits, where a smaller one fits if a larger does; 0 is taken to fit."""
+    """The largest number in 0..most that fits; 0 is assumed to fit, and so is every number below one that fits."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2

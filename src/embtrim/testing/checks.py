@@ -39,7 +39,7 @@ BUDGETS = ("80%", "30%", "12%", "500 params", "2500 bytes")
 
 
 def check_same_seed_same_plan(task: Task, config: Config) -> None:
-    """Two searches with one seed find one plan, whatever the state of the global generators."""
+    """Two searches with one seed find the same plan, whatever the state of the global generators."""
     first = search(task, config, "50%", seed=3)
     torch.manual_seed(11)
     np.random.seed(11)  # noqa: NPY002 (somebody else's code may draw from it)
@@ -48,7 +48,7 @@ def check_same_seed_same_plan(task: Task, config: Config) -> None:
 
 
 def check_budget(task: Task, config: Config) -> None:
-    """No budget is exceeded, and no further unit that the method may add still fits."""
+    """No budget is exceeded, and no further unit that the method adds would fit."""
     for budget in BUDGETS:
         try:
             plan = search(task, config, budget)
@@ -59,7 +59,7 @@ def check_budget(task: Task, config: Config) -> None:
 
 
 def check_filled(plan: SizePlan, config: Config, budget: Budget) -> None:
-    """A plan does not exceed its budget, and no further unit that the method may add still fits."""
+    """A plan does not exceed its budget, and no further unit that the method adds would fit."""
     limit = plan.max_params(budget)
     assert plan.num_params <= limit, f"{plan.num_params:,} parameters, {budget} allows {limit:,}"
     natural = plan.details.get("natural_params")
@@ -70,7 +70,7 @@ def check_filled(plan: SizePlan, config: Config, budget: Budget) -> None:
 
 
 def one_unit_larger(plan: SizePlan, adds: tuple[str, ...]) -> Iterator[tuple[str, PlanShape]]:
-    """Plans that keep one column, one row or one row's size more; rows are only counted."""
+    """Plans that keep one more column, one more row or the next size of a row; rows are only counted."""
     for number, t in enumerate(plan.tables):
         if not t.output_width:
             yield from first_units(plan, number, adds)
@@ -102,8 +102,9 @@ def one_unit_larger(plan: SizePlan, adds: tuple[str, ...]) -> Iterator[tuple[str
 def first_units(plan: PlanShape, number: int, adds: tuple[str, ...]) -> Iterator[tuple[str, PlanShape]]:
     """Plans that keep a column, a row or a row's smallest size of a table that keeps nothing so far.
 
-    A method that adds columns or rows adds rows where the plan has cut some. Where it has not, only the dearer of the two
-    is sure not to fit. Columns alone are added to the rows that a method keeps, which may be none where it cuts rows.
+    A method that adds columns and rows adds rows if the plan has dropped some. If it has not, only the dearer of the two
+    certainly does not fit. A method that adds only columns adds them to the rows that it keeps; if the plan has dropped
+    rows, a table may keep none.
     """
     t = plan.tables[number]
     alignments: list[Alignment] = [b.alignment for other in plan.tables for b in other.blocks if b.width]
@@ -130,7 +131,7 @@ def first_units(plan: PlanShape, number: int, adds: tuple[str, ...]) -> Iterator
 
 
 def check_keep_all_is_the_identity(task: Task, config: Config) -> None:
-    """A plan that keeps everything gives the model back, and a method that fills budgets keeps it within the whole one."""
+    """A plan that keeps everything gives the model back, and a budget of 100% is filled."""
     plan = task.full_plan()
     check_filled(search(task, config, "100%"), config, Budget.parse("100%"))
     small = compact(task.model, plan, init="inherit")
@@ -141,7 +142,7 @@ def check_keep_all_is_the_identity(task: Task, config: Config) -> None:
 
 
 def check_plan_round_trips(task: Task, config: Config) -> None:
-    """A plan that was saved and read again is the same."""
+    """A plan that is saved and read again is the same."""
     plan = search(task, config, "30%")
     with tempfile.TemporaryDirectory() as folder:
         plan.save(Path(folder) / "plan.json")
@@ -153,14 +154,14 @@ def check_plan_round_trips(task: Task, config: Config) -> None:
 
 
 def check_compact_equals_masked(task: Task, config: Config) -> None:
-    """The compact model equals the masked one; of a plan that only counts columns, a naive lookup of each value."""
+    """The compact model equals the masked model; for a plan of sizes, it equals a naive lookup of each value."""
     plan = search(task, config, "40%", seed=1)
     assert any(t.output_width for t in plan.tables), "nothing is kept"
     verify(task.model, plan, task.data if isinstance(task, CTRTask) else task).require()
 
 
 def check_only_declared_parameters_move(task: Task, config: Config) -> None:
-    """A search leaves the model as it was, and reads trained weights only if it says so."""
+    """A search does not change the model, and reads trained weights only if the method declares it."""
     model = task.model
     before, training = copy.deepcopy(model.state_dict()), model.training
     plan = search(task, config, "30%")
@@ -174,7 +175,7 @@ def check_only_declared_parameters_move(task: Task, config: Config) -> None:
     if method_of(config).needs != "trained":
         other = copy.copy(task)
         other.model = copy.deepcopy(model)
-        generator = torch.Generator().manual_seed(20_240_101)  # no seed that the model's own weights were drawn with
+        generator = torch.Generator().manual_seed(20_240_101)  # a seed other than those of the model's weights
         with torch.no_grad():
             for p in other.model.parameters():
                 p.add_(torch.randn(p.shape, generator=generator).to(p))
@@ -224,7 +225,7 @@ def broken_promise(check: Callable[[Task, Config], None], task: Task, config: Co
         check(copy.deepcopy(task), config)
     except AssertionError as error:
         return " ".join(str(error).split())
-    except Exception as error:  # of anyone's code; the other promises are checked all the same
+    except Exception as error:  # in the method's code; the other promises are still checked
         return " ".join(f"{type(error).__name__}: {error}".split())
     return ""
 
@@ -233,12 +234,12 @@ def broken_promise(check: Callable[[Task, Config], None], task: Task, config: Co
 
 
 def kept_shares(plan: SizePlan) -> dict[str, float]:
-    """Kept share of each table's entries."""
+    """The share of each table's entries that a plan keeps."""
     return {t.name: sum(b.num_rows * b.width for b in t.blocks) / max(1, t.num_rows * t.width) for t in plan.tables}
 
 
 def check_planted(config: Config) -> None:
-    """Noise goes first: at a budget that strong and weak could fill alone nearly none of it is kept, and most of strong."""
+    """Noise goes first: within a budget that strong and weak could fill alone, nearly no noise is kept, and most of strong."""
     kept = kept_shares(search(copy.deepcopy(noisy_task()), config, "20%"))
     said = ", ".join(f"{share:.1%} of {name}" for name, share in kept.items())
     assert kept["noise"] < 0.05, f"noise is kept: {said}"

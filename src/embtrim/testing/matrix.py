@@ -9,7 +9,7 @@ from embtrim.methods import METHODS, MagnitudeConfig, SSEDSConfig
 from embtrim.testing.checks import CHECKS, broken_promise, check_planted
 from embtrim.testing.toys import TASKS
 
-# Of the matrix' rows those that keep planted noise: why, and the settings that mend it, if any do.
+# Rows of the matrix that keep planted noise: the reason, and the settings that mend it, if there are any.
 KEEPS_NOISE: Mapping[str, tuple[str, Config | None]] = {
     "uniform": ("one width for all fields", None),
     "random": ("it looks at nothing", None),
@@ -27,16 +27,19 @@ KEEPS_NOISE: Mapping[str, tuple[str, Config | None]] = {
 
 
 def matrix_configs() -> dict[str, Config]:
-    """The rows of the matrix: every method with its defaults, and with the preset "faithful" if it has one."""
+    """The rows of the matrix: every method with its defaults, and with its preset "faithful" if it has one."""
     configs = {name: method.config() for name, method in METHODS.items()}
     presets = {name: method for name, method in METHODS.items() if hasattr(method.config, "faithful")}
     return {**configs, **{f"{name}-faithful": method.parse({"preset": "faithful"}) for name, method in presets.items()}}
 
 
 def conformance_matrix(configs: Mapping[str, Config]) -> str:
-    """Run all checks with these configs on the toy tasks: a markdown table, one line a config and task.
+    """A markdown table with all checks of methods on the toy tasks, one line per method and task.
 
     The last column is `check_planted`, which has a task of its own.
+
+    Args:
+        configs: Settings of methods, by the name of their row.
     """
     names = [*CHECKS, "planted noise goes first"]
     lines = [f"| method | task | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
@@ -51,7 +54,7 @@ def conformance_matrix(configs: Mapping[str, Config]) -> str:
 
 
 def planted_cell(name: str, config: Config) -> str:
-    """What `check_planted` says of a row of the matrix, in words; where it is known to fail, also of what mends it."""
+    """The result of `check_planted` for a row of the matrix, in words; where it is known to fail, also the remedy."""
     try:
         check_planted(config)
         return "holds"

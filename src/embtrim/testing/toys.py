@@ -1,4 +1,4 @@
-"""Toy tasks for checks of a method: data with a planted signal, a model of ours, and modules of a stranger."""
+"""Toy tasks for the checks of a method: data with a planted signal, a base model, and foreign modules."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def planted_data(
     strong_vocab: int = 30,
     weak_vocab: int = 20,
 ) -> EncodedDataset:
-    """Data with a planted signal: fields strong, weak (a third of its effect) and noise (no signal).
+    """Data with a planted signal: the fields strong, weak (a third of the effect of strong) and noise (no signal).
 
     Args:
-        num_rows: rows of all splits, 8:1:1.
-        noise_vocab: values of the noise field.
-        seed: of the data.
-        multi: add a multi-valued field with signal, "tags" (12 values).
-        dense: add a dense field with signal, "price".
-        strong_vocab: values of the strong field.
-        weak_vocab: values of the weak field.
+        num_rows: Rows of all splits together, which are 8:1:1.
+        noise_vocab: Number of values of the noise field.
+        seed: Seed of the data.
+        multi: Add a multi-valued field with signal, "tags" (12 values).
+        dense: Add a dense field with signal, "price".
+        strong_vocab: Number of values of the strong field.
+        weak_vocab: Number of values of the weak field.
     """
     rng = np.random.default_rng(seed)
     fields = [
@@ -81,7 +81,7 @@ def zoo_task(epochs: int = 1) -> CTRTask:
 
 
 class ForeignModel(nn.Module):
-    """A stranger's model: an nn.Embedding per field, of unequal widths, one of them used twice, one of width 1."""
+    """A foreign model: an nn.Embedding per field, of unequal widths, one of them used twice, one of width 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class ForeignModel(nn.Module):
 
 
 class PooledModel(nn.Module):
-    """A stranger's model of other habits: a flat table of users and cities, a bag of items padded with 0, shared."""
+    """A foreign model with a flat table of users and cities, and two bags of items padded with 0 that share a weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class PooledModel(nn.Module):
 
 
 class OddModel(nn.Module):
-    """A stranger's model of rare habits: a path with brackets, rows held to a norm, a table that no batch reads."""
+    """A foreign model of rare habits: a path with brackets, rows held to a norm, a table that no batch reads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class OddModel(nn.Module):
 
 
 def foreign_batches(num: int = 4) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches (ids, labels) for ForeignModel; the label is told by the user."""
+    """Batches (ids, labels) for ForeignModel; the user decides the label."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(num):
         ids = torch.stack([torch.randint(0, n, (64,), generator=generator) for n in (40, 25, 25)], 1)
@@ -138,7 +138,7 @@ def foreign_batches(num: int = 4) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def foreign_task(model_class: type[nn.Module] = ForeignModel, fields: Fields | None = None) -> Task:
-    """A ForeignModel, or one that is called alike, with everything a search may ask for."""
+    """A Task with everything a search may ask for, around a ForeignModel or a model that is called alike."""
 
     def fresh(seed: int) -> nn.Module:
         with torch.random.fork_rng([]):
@@ -158,12 +158,12 @@ def foreign_task(model_class: type[nn.Module] = ForeignModel, fields: Fields | N
 
 
 def pooled_task() -> Task:
-    """A PooledModel with everything a search may ask for."""
+    """A Task with everything a search may ask for, around a PooledModel."""
     return foreign_task(PooledModel, {"flat": {"user": 40, "city": 12}})
 
 
 def odd_task() -> Task:
-    """An OddModel with everything a search may ask for."""
+    """A Task with everything a search may ask for, around an OddModel."""
     return foreign_task(OddModel)
 
 
@@ -189,5 +189,5 @@ def planted_task(seed: int = 1, noise_vocab: int = 400) -> CTRTask:
 
 @functools.cache
 def noisy_task() -> CTRTask:
-    """A planted task whose noise has 2,000 values: seven tenths of all parameters."""
+    """A planted task whose noise field has 2,000 values: seven tenths of all parameters."""
     return planted_task(noise_vocab=2000)
