@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import embtrim.methods
-from embtrim.config import Config
+from embtrim.config import Config, describe_settings
 from embtrim.errors import ConfigError
 from embtrim.methods import METHODS, SSEDSConfig, method_named, method_of, registry, search
 from embtrim.methods.registry import OWN, register
@@ -130,6 +131,21 @@ def test_a_package_that_does_not_work_does_not_stop_a_search(monkeypatch: pytest
         registry._fault.cache_clear()
 
 
+def test_one_method_shows_its_settings_and_its_preset():
+    done = call("methods", "sseds")
+    assert done.code == 0
+    assert "needs: trained" in done.out
+    assert "preset faithful: score abs, data train, batches 1, min_dim 0" in done.out
+    assert re.search(r'score +"signed" +How slots are ranked', done.out)
+    assert call("methods", "frequency").out.splitlines()[-1].startswith("what: ")
+    as_json = json.loads(call("methods", "sseds", "--json").out)
+    defaults = {setting["name"]: setting["default"] for setting in as_json["settings"]}
+    assert defaults == SSEDSConfig().model_dump(mode="json")
+    unknown = call("methods", "ssed")
+    assert unknown.code == 2
+    assert "did you mean 'sseds'?" in unknown.err
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["methods"], ["methods", "--json"]])
 def test_the_list_of_methods_needs_no_torch(arguments: list[str]):
     code = (
@@ -150,6 +166,8 @@ def test_each_method_of_ours_is_what_its_line_says(name: str):
     assert method.config.__module__ == method.search.__module__ == method.module
     assert method_of(method.config()) is method
     assert method.what.endswith(".")
+    undocumented = [s["name"] for s in describe_settings(method.config) if not re.match(r"[A-Z].*\.$", s["what"])]
+    assert not undocumented, "a setting's entry under Attributes is a sentence or a noun phrase that stands alone"
     assert sys.modules[method.module].__doc__.startswith(f"{name}: ") or method.config_name.startswith(
         sys.modules[method.module].__doc__.partition(":")[0]
     )

@@ -1,7 +1,7 @@
-"""The list of search methods: our own, those that a program registers, and those of installed packages.
+"""The list of search methods: our own methods, registered methods, and methods of installed packages.
 
-One of our own is a line of OWN, and its module is imported when its settings or its search are first needed: the list
-can be shown without torch. A package offers a method through an entry point of the group `embtrim.methods`, and its
+A method of our own is a line of OWN. Its module is imported when its settings or its search are first needed, so that the
+list can be shown without torch. A package offers a method through an entry point of the group `embtrim.methods`, whose
 module calls `register`.
 """
 
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 from embtrim.config import Config
 from embtrim.errors import ConfigError, hint
 
-if TYPE_CHECKING:  # numpy takes longer than the list itself
+if TYPE_CHECKING:  # importing numpy would take longer than the list
     from embtrim.plan.budget import Budget
     from embtrim.plan.limits import Unit
     from embtrim.plan.plan import SizePlan
@@ -37,7 +37,7 @@ SearchT = TypeVar("SearchT", bound="Search")
 log = logging.getLogger(__name__)
 
 ENTRY_POINTS = "embtrim.methods"
-# `embtrim compare` calls the model before a search, and the list of all methods, by these names.
+# Names that `embtrim compare` gives to the full model and to the list of all methods.
 TAKEN_NAMES = ("full", "all")
 
 
@@ -65,9 +65,9 @@ class Method:
         module: Name of the module that defines the method.
         config_name: Name of the settings class.
         needs: Model that the method reads: a "trained" one, an "initial" one, or "nothing".
-        adds: Units with which the method fills a budget to the last one that fits: one more column of a table, one more
-            row, or the next size of a row. Empty for a method that may leave room.
-        implementation: Function that returns the method's Implementation, and imports its module for it.
+        adds: Units that the method adds while one fits the budget: "columns" of a table, "rows", or "sizes" of rows. Empty
+            for a method that may leave room.
+        implementation: Function that imports the method's module and returns its Implementation.
     """
 
     name: str
@@ -89,12 +89,12 @@ class Method:
 
     @property
     def search_mixed(self) -> Search | None:
-        """Like `search`, for a plan with the bits of each table; None if the method leaves bits to others."""
+        """Function like `search` that also chooses the bits of each table; None if the method has none."""
         return self.implementation().search_mixed
 
     @property
     def what(self) -> str:
-        """One line about the method: the first of its module's docstring. The module is not imported for it."""
+        """One line about the method: the first line of its module's docstring, read without importing the module."""
         line = _docstring(self.module).strip().partition("\n")[0]
         return line.partition(": ")[2] or line
 
@@ -185,7 +185,7 @@ METHODS = Methods(OWN)
 
 @cache
 def _installed() -> dict[str, EntryPoint]:
-    """Entry points of installed packages by method name; of two with one name the first counts."""
+    """Entry points of installed packages by method name; if two have one name, the first counts."""
     found: dict[str, EntryPoint] = {}
     for entry in entry_points(group=ENTRY_POINTS):
         if entry.name in OWN or entry.name in found:
@@ -200,14 +200,14 @@ def _installed() -> dict[str, EntryPoint]:
 
 @cache
 def _fault(name: str) -> str | None:
-    """Import the package that offers a method, and say what is wrong with it; None without fault, or without package."""
+    """Import the package that offers a method. Returns what is wrong with the package; None if nothing is, or without one."""
     entry = _installed().get(name)
     if entry is None or name in METHODS.data:
         return None
     about = f"{_distribution(entry)}: its method {name!r} cannot be used: "
     try:
         import_module(entry.module)
-    except (Exception, SystemExit) as error:  # whatever a stranger's module does must not break the other methods
+    except (Exception, SystemExit) as error:  # a foreign module must not break the other methods
         fault = f"{about}importing {entry.module!r} failed with {type(error).__name__}: {error}; repair or uninstall it"
     else:
         if name in METHODS.data:
@@ -233,15 +233,19 @@ def register(
 ) -> Callable[[SearchT], SearchT]:
     """Decorator that adds a search function to the methods of `search`, `run`, `compare` and the command line.
 
-    The name is known once the call has run. For `embtrim` commands, and for the processes of `compare`, offer the module
-    as an entry point of an installed package: `[project.entry-points."embtrim.methods"]` with `NAME = "package.module"`.
+    A registered method is known in the running process only. To offer it to the command line and to the processes of
+    `compare`, install a package with an entry point that names the module of the method:
+
+        [project.entry-points."embtrim.methods"]
+        NAME = "package.module"
+
     `embtrim.testing.check_method` checks what every method promises.
 
     Args:
         name: Name of the method: lower-case letters, digits, "_" and "-". A second call with the name replaces the first.
         config: Settings class, a subclass of `embtrim.config.Config`; `config()` must give the defaults.
         needs: Model that the method reads: a "trained" one, an "initial" one, or "nothing".
-        adds: Units with which the method fills a budget to the last one that fits: "columns", "rows" or "sizes". Empty
+        adds: Units that the method adds while one fits the budget: "columns" of a table, "rows", or "sizes" of rows. Empty
             for a method that may leave room.
         search_mixed: Function of (task, config, budget, seed) that also chooses the bits of each table, for
             `bits="mixed"`. With None, bits are chosen for the rows and columns that the search function finds.
@@ -259,8 +263,8 @@ def register(
         >>> from embtrim.config import Config
         >>> from embtrim.methods import register
         >>> class LastColumnsConfig(Config):
-        ...     '''Settings: none.'''
-        >>> @register("last_columns", LastColumnsConfig, needs="nothing")
+        ...     '''Settings of the last columns; there are none.'''
+        >>> @register("last_columns", LastColumnsConfig, needs="nothing", adds=())
         ... def search_last_columns(task, config, budget, seed):
         ...     full = task.full_plan()
         ...     limit, rows = full.max_params(budget), sum(table.num_rows for table in full.tables)
@@ -314,7 +318,9 @@ def method_of(config: Config) -> Method:
         ConfigError: The object is not the settings of a method.
     """
     kind = type(config)
-    for method in chain(METHODS.data.copy().values(), METHODS.values()):  # those of packages only if no other fits
+    for method in chain(
+        METHODS.data.copy().values(), METHODS.values()
+    ):  # packages are imported only if no other method fits
         if method.config_name == kind.__name__ and method.config is kind:
             return method
     names = ", ".join(f"{m.config_name}()" for m in METHODS.values())
