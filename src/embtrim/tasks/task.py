@@ -31,6 +31,7 @@ from embtrim.training.fitting import fit
 from embtrim.training.loop import scale_learning_rates, train_loop
 from embtrim.training.metrics import compute_metrics
 from embtrim.training.settings import FitResult, Hooks, TrainConfig
+from embtrim.training.state import Training
 
 
 class Task:
@@ -171,19 +172,10 @@ class Task:
                 next(found)
             return found
 
-        result = train_loop(
-            model,
-            loss=self.loss,
-            batches=batches,
-            num_rows=None,
-            optimizers=[optimizer],
-            score=None if patience is None else lambda: self.valid_score(model),
-            config=config,
-            hooks=hooks,
-            progress=self.progress,
-            checkpoint=self.next_checkpoint(depends_on, model),
-        )
-        return self._noted(result)
+        checkpoint = self.next_checkpoint(depends_on, model)
+        score = None if patience is None else lambda: self.valid_score(model)
+        training = Training(model, self.loss, batches, [optimizer], config, hooks, score)
+        return self._noted(train_loop(training, progress=self.progress, checkpoint=checkpoint))
 
     def next_checkpoint(self, settings: Mapping[str, Any], model: nn.Module) -> Checkpoint | None:
         """Where the next piece of work of a search keeps its state, if anywhere; see Checkpoint for the arguments."""

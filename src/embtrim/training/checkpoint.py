@@ -23,7 +23,20 @@ from torch import nn
 from embtrim.config import first_change
 from embtrim.system.files import write_then_rename
 from embtrim.system.unfinished import OtherTrainingError
-from embtrim.training.state import checksum
+from embtrim.training.settings import FitResult
+from embtrim.training.state import (
+    Position,
+    Training,
+    TrainingState,
+    checksum,
+    optimizer_states,
+    own_values,
+    random_states,
+    set_optimizer_states,
+    set_own_values,
+    set_weights,
+    weights_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -142,4 +155,59 @@ class CheckpointFolder:
         return self.folder / f"training-{self._count}.safetensors"
 
 
-# --- the state of what is trained -----------------------------------------------------------------------------------
+def write_checkpoint(checkpoint: Checkpoint, training: Training, state: TrainingState, ended: bool = False) -> None:
+    """Write the state of a training.
+
+    Args:
+        checkpoint: The file.
+        training: What is trained.
+        state: How far it has come; its `result.seconds` is brought up to date.
+        ended: Whether the training has ended. The file then holds the result alone.
+    """
+    hooks, result = training.hooks, state.result
+    result.seconds = time.perf_counter() - state.started
+    values = {
+        "ended": ended,
+        "weights": weights_of(training.model),
+        "own_values": own_values(training.optimizers, training.model),
+        "result": vars(result),
+        "position": vars(state.position),
+        "best_state": None if ended else state.best_weights,
+        "hooks_state": None if hooks.state is None else hooks.state.state_dict(),
+    }
+    if not ended:
+        values["optimizers"] = optimizer_states(training.optimizers)
+        values["epoch_random"] = state.epoch_random
+        values["random"] = random_states(training.device, hooks.generators)
+    checkpoint.save(values)
+
+
+def restore_checkpoint(checkpoint: Checkpoint, training: Training, state: TrainingState) -> None:
+    """Bring a training to where its checkpoint was written; without a checkpoint on disk nothing changes.
+
+    Weights, optimisers and the state of the hooks are restored at once. The random states come back with the batches
+    of the epoch, see `batches_of_epoch` in `embtrim.training.loop`.
+
+    Args:
+        checkpoint: The file.
+        training: What is trained, changed in place.
+        state: How far it has come, changed in place.
+
+    Raises:
+        OtherTrainingError: The file belongs to another training.
+    """
+    saved = checkpoint.load()
+    if saved is None:
+        return
+    state.had_ended = saved["ended"]
+    state.result, state.position = FitResult(**saved["result"]), Position(**saved["position"])
+    state.result.restored_seconds = state.result.seconds
+    state.started -= state.result.seconds
+    state.best_weights = saved["best_state"]
+    set_weights(training.model, saved["weights"])
+    set_own_values(training.optimizers, training.model, saved["own_values"])
+    if training.hooks.state is not None:
+        training.hooks.state.load_state_dict(saved["hooks_state"])
+    if not saved["ended"]:
+        set_optimizer_states(training.optimizers, saved["optimizers"])
+        state.epoch_random, state.restored_random = saved["epoch_random"], saved["random"]

@@ -1,4 +1,4 @@
-"""fit and evaluate: one plain loop with three hooks. No search method writes its own.
+"""fit: train a zoo model on encoded data.
 
 The loop follows the recipe of the BARS benchmark: Adam, early stopping on a validation metric, the learning rate
 reduced where it stops improving, best weights restored. Embedding L2 is lambda W in the gradient of the whole table at
@@ -25,6 +25,7 @@ from embtrim.training.devices import computes_in, device_of, kernels_used
 from embtrim.training.evaluation import check_data, evaluate, logloss_of_batch
 from embtrim.training.loop import train_loop
 from embtrim.training.settings import FitResult, Hooks, Optimizer, TrainConfig
+from embtrim.training.state import Training
 
 
 def fit(
@@ -74,19 +75,18 @@ def fit(
         depends_on = {**training_settings(model, data, config), **hooks.settings}
         state = Checkpoint(checkpoint, config.checkpoint_seconds, depends_on, model)
     with compiled(model) if config.compile else nullcontext():
-        return train_loop(
+        training = Training(
             model,
             loss=loss,
             batches=lambda epoch, skip: data.batches("train", config.batch_size, config.seed * 100_003 + epoch, skip),
-            num_rows=data.num_rows("train"),
             optimizers=make_optimizers(model, config),
-            score=score if valid else None,
             config=config,
             hooks=hooks,
+            score=score if valid else None,
             monitor=config.monitor,
-            progress=progress,
-            checkpoint=state,
+            num_rows=data.num_rows("train"),
         )
+        return train_loop(training, progress=progress, checkpoint=state)
 
 
 @contextmanager

@@ -1,12 +1,16 @@
-"""The one training loop, with three hooks: of zoo models and of any Task."""
+"""The one training loop: an epoch at a time, with early stopping, until the best weights are restored.
+
+No search method writes a loop of its own: a method adds to this one through Hooks. How the state of a training is
+written and restored is in `embtrim.training.checkpoint`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,205 +22,193 @@ from embtrim.errors import DataError, EmbtrimError
 from embtrim.system.memory import freed_pages_kept
 from embtrim.system.progress import progress_bar
 from embtrim.tables.row_optimizers import RowOptimizer
-from embtrim.training.checkpoint import Checkpoint
+from embtrim.training.checkpoint import Checkpoint, restore_checkpoint, write_checkpoint
 from embtrim.training.devices import fast_matmul
-from embtrim.training.settings import FitResult, Hooks, Optimizer, TrainConfig
-from embtrim.training.state import (
-    optimizer_states,
-    own_values,
-    random_states,
-    set_optimizer_states,
-    set_own_values,
-    set_random_states,
-    set_weights,
-    weights_of,
-)
+from embtrim.training.settings import FitResult, Optimizer
+from embtrim.training.state import Training, TrainingState, random_states, set_random_states
 
 log = logging.getLogger(__name__)
 
-
-@dataclass
-class _Position:
-    """Where a training is, between two steps."""
-
-    epoch: int = 1
-    batches: int = 0
-    rows: int = 0
-    total_loss: float = 0.0
-    epoch_seconds: float = 0.0
-    step: int = 0
-    stopped: bool = False
-    bad_epochs: int = 0
-    factor: float = 1.0
-    train_seconds: float = 0.0
-    train_rows: int = 0
-
-    def next_epoch(self) -> None:
-        self.epoch, self.batches, self.rows, self.total_loss, self.epoch_seconds = self.epoch + 1, 0, 0, 0.0, 0.0
+Autocast = Callable[[], AbstractContextManager[Any]]
 
 
-def train_loop(
-    model: nn.Module,
-    *,
-    loss: Callable[[nn.Module, Any], Tensor],
-    batches: Callable[[int, int], Iterable[Any]],
-    num_rows: int | None,
-    optimizers: Sequence[Optimizer],
-    score: Callable[[], float] | None,
-    config: TrainConfig,
-    hooks: Hooks,
-    monitor: str = "score",
-    progress: bool = False,
-    checkpoint: Checkpoint | None = None,
-) -> FitResult:
-    """The one training loop: of zoo models (`fit`) and of any Task.
+def train_loop(training: Training, *, progress: bool = False, checkpoint: Checkpoint | None = None) -> FitResult:
+    """Train a model in place: the loop of zoo models (`fit`) and of any Task.
 
     Args:
-        model: trained in place.
-        loss: mean loss of a batch, a scalar tensor.
-        batches: (epoch from 1, number of batches to skip) -> the batches of an epoch.
-        num_rows: rows an epoch, if known; for the progress bar.
-        optimizers: stepped together; those over tables are detached at the end.
-        score: validation score, higher is better; None trains all epochs.
-        config: epochs, patience, reduce_lr, precision and seed are read here; and whether the first step compiles.
-        hooks: see Hooks.
-        monitor: what the score is, for the progress bar.
-        progress: show a progress bar.
-        checkpoint: where the state is kept, if anywhere.
+        training: model, loss, batches, optimisers and settings. Optimisers over tables are detached at the end.
+        progress: Show a progress bar.
+        checkpoint: File that holds the state of the training. A training that finds its state there goes on from it.
+
+    Raises:
+        DataError: There are no training rows, or the checkpoint belongs to another training.
+        EmbtrimError: The loss became infinite or NaN.
     """
-    optimizers = [*optimizers, *(hooks.param_groups(model) if hooks.param_groups else ())]
-    result, at = FitResult(), _Position()
-    best_state: dict[str, Tensor] | None = None
-    started, compiles = time.perf_counter(), config.compile
-    device = next(iter(model.parameters())).device
-    forked = [device] if device.type == "cuda" else []
-    saved = None if checkpoint is None else checkpoint.load()
+    model, hooks, config = training.model, training.hooks, training.config
+    if hooks.param_groups is not None:
+        training = dataclasses.replace(training, optimizers=[*training.optimizers, *hooks.param_groups(model)])
+    state, device = TrainingState(compiles=config.compile), training.device
     with (
-        fast_matmul(config.precision, device) as (autocast, result.precision),
+        fast_matmul(config.precision, device) as (autocast, state.result.precision),
         freed_pages_kept(),
-        torch.random.fork_rng(forked),
-        released(optimizers, model),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        released(training.optimizers, model),
     ):
         torch.manual_seed(config.seed)
-        epoch_random = random_states(device)  # a loader may draw the order of its batches from these
-        if saved is not None:
-            result, at, best_state = FitResult(**saved["result"]), _Position(**saved["position"]), saved["best_state"]
-            result.restored_seconds = result.seconds
-            started -= result.seconds
-            set_weights(model, saved["weights"])
-            set_own_values(optimizers, model, saved["own_values"])
-            if hooks.state is not None:
-                hooks.state.load_state_dict(saved["hooks_state"])
-            if not saved["ended"]:
-                set_optimizer_states(optimizers, saved["optimizers"])
-                epoch_random = saved["epoch_random"]
-
-        def write(ended: bool = False) -> None:
-            assert checkpoint is not None
-            result.seconds = time.perf_counter() - started
-            state = {
-                "ended": ended,
-                "weights": weights_of(model),
-                "own_values": own_values(optimizers, model),
-                "result": vars(result),
-                "position": vars(at),
-                "best_state": None if ended else best_state,
-                "hooks_state": None if hooks.state is None else hooks.state.state_dict(),
-            }
-            if not ended:
-                state["optimizers"] = optimizer_states(optimizers)
-                state["epoch_random"] = epoch_random
-                state["random"] = random_states(device, hooks.generators)
-            checkpoint.save(state)
-
-        with progress_bar(progress) as bar:
-            task = bar.add_task(f"epoch {at.epoch}", total=num_rows)
-            while saved is None or not saved["ended"]:
-                if at.stopped or at.epoch > config.epochs:
-                    break
-                model.train()
-                bar.reset(task, total=num_rows, completed=at.rows)
-                epoch_started = time.perf_counter() - at.epoch_seconds
-                total_loss = torch.full((), at.total_loss, device=device)
-                # Here, not where the last epoch ended: a loader of the validation rows may draw, too.
-                if saved is not None:
-                    set_random_states(epoch_random, device)
-                else:
-                    epoch_random = random_states(device)
-                found = iter(batches(at.epoch, at.batches))
-                if saved is not None:
-                    set_random_states(saved["random"], device, hooks.generators)
-                    saved = None
-                for batch in found:
-                    step_started = time.perf_counter()
-                    for optimizer in optimizers:
-                        optimizer.zero_grad()
-                    with autocast():
-                        batch_loss = loss(model, batch)
-                    if hooks.extra_loss is not None:
-                        batch_loss = batch_loss + hooks.extra_loss(model, batch)
-                    batch_loss.backward()
-                    for optimizer in optimizers:
-                        optimizer.step()
-                    if compiles:
-                        compiles, step_seconds = False, time.perf_counter() - step_started
-                        result.compile_seconds += step_seconds
-                        epoch_started += step_seconds
-                        at.train_rows -= len(batch)
-                    at.step += 1
-                    total_loss += batch_loss.detach()
-                    at.batches += 1
-                    at.rows += len(batch) if isinstance(batch, Batch) else 0
-                    bar.advance(task, len(batch) if hasattr(batch, "__len__") else 1)
-                    at.stopped = hooks.on_step is not None and bool(hooks.on_step(at.step))
-                    if at.stopped:
-                        break
-                    if checkpoint is not None and checkpoint.is_due:
-                        at.total_loss, at.epoch_seconds = float(total_loss), time.perf_counter() - epoch_started
-                        write()
-                if at.batches == 0:
-                    raise DataError("there are no training rows")
-                seconds = time.perf_counter() - epoch_started
-                at.train_seconds, at.train_rows = at.train_seconds + seconds, at.train_rows + at.rows
-                mean_loss = float(total_loss) / at.batches
-                if not np.isfinite(mean_loss):
-                    raise EmbtrimError(f"training loss is {mean_loss} in epoch {at.epoch}; lower learning_rate")
-                record = {"epoch": at.epoch, "loss": mean_loss, "lr_factor": at.factor, "seconds": seconds}
-                result.history.append(record)
-                epoch = at.epoch
-                at.next_epoch()
-                if score is None:
-                    result.best_epoch = epoch
-                    continue
-                record["score"] = score()
-                bar.update(task, description=f"epoch {epoch + 1} (valid {monitor} {abs(record['score']):.4f})")
-                if result.best_score is None or record["score"] > result.best_score:
-                    result.best_score, result.best_epoch, at.bad_epochs = record["score"], epoch, 0
-                    best_state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-                    continue
-                at.bad_epochs += 1
-                if config.patience and at.bad_epochs >= config.patience:
-                    break
-                at.factor *= config.reduce_lr
-                scale_learning_rates(optimizers, config.reduce_lr)
-    if best_state is not None:
-        model.load_state_dict(best_state)
+        if checkpoint is not None:
+            restore_checkpoint(checkpoint, training, state)
+        if not state.had_ended:
+            run_epochs(training, state, autocast, progress, checkpoint)
+    if state.best_weights is not None:
+        model.load_state_dict(state.best_weights)
     model.eval()
-    if saved is not None:  # it had ended before
+    result, position = state.result, state.position
+    if state.had_ended:
         return result
-    result.seconds = time.perf_counter() - started
-    result.rows_per_second = at.train_rows / max(at.train_seconds, 1e-9)
+    result.seconds = time.perf_counter() - state.started
+    result.rows_per_second = position.train_rows / max(position.train_seconds, 1e-9)
     if checkpoint is not None:
-        write(ended=True)
-    # Trainings inside a search, which stop at no score, are many.
-    level = logging.DEBUG if score is None else logging.INFO
+        write_checkpoint(checkpoint, training, state, ended=True)
+    # A search runs many trainings without a score: they are logged as details.
+    level = logging.DEBUG if training.score is None else logging.INFO
     log.log(level, "trained %d epochs in %.1f s (%s)", len(result.history), result.seconds, result.precision)
     return result
 
 
+def run_epochs(
+    training: Training,
+    state: TrainingState,
+    autocast: Autocast,
+    progress: bool,
+    checkpoint: Checkpoint | None,
+) -> None:
+    """Run epochs until the last one, or until early stopping or a hook ends the training."""
+    result, position = state.result, state.position
+    with progress_bar(progress) as bar:
+        task = bar.add_task(f"epoch {position.epoch}", total=training.num_rows)
+        while not position.stopped and position.epoch <= training.config.epochs:
+            bar.reset(task, total=training.num_rows, completed=position.rows)
+            record = run_epoch(training, state, autocast, lambda rows: bar.advance(task, rows), checkpoint)
+            epoch = position.epoch
+            position.start_next_epoch()
+            if training.score is None:
+                result.best_epoch = epoch
+                continue
+            record["score"] = training.score()
+            label = f"epoch {epoch + 1} (valid {training.monitor} {abs(record['score']):.4f})"
+            bar.update(task, description=label)
+            if after_epoch(training, state, epoch, record["score"]):
+                break
+
+
+def run_epoch(
+    training: Training,
+    state: TrainingState,
+    autocast: Autocast,
+    advance: Callable[[int], None],
+    checkpoint: Checkpoint | None,
+) -> dict[str, float]:
+    """Train on the batches that an epoch still has, and write a checkpoint whenever one is due.
+
+    Args:
+        training: see `train_loop`.
+        state: moved on in place.
+        autocast: makes the context of a forward pass.
+        advance: called with the rows of each batch.
+        checkpoint: see `train_loop`.
+
+    Returns:
+        The epoch's entry in the history of the result.
+    """
+    model, hooks, position = training.model, training.hooks, state.position
+    model.train()
+    started = time.perf_counter() - position.epoch_seconds
+    total_loss = torch.full((), position.total_loss, device=training.device)
+    for batch in batches_of_epoch(training, state):
+        step_started = time.perf_counter()
+        batch_loss = run_step(training, batch, autocast)
+        if state.compiles:  # The first step compiles; its time and its rows stay out of the speed.
+            state.compiles, step_seconds = False, time.perf_counter() - step_started
+            state.result.compile_seconds += step_seconds
+            started += step_seconds
+            position.train_rows -= len(batch)
+        position.step += 1
+        total_loss += batch_loss.detach()
+        position.batches += 1
+        position.rows += len(batch) if isinstance(batch, Batch) else 0
+        advance(len(batch) if hasattr(batch, "__len__") else 1)
+        position.stopped = hooks.on_step is not None and bool(hooks.on_step(position.step))
+        if position.stopped:
+            break
+        if checkpoint is not None and checkpoint.is_due:
+            position.total_loss, position.epoch_seconds = float(total_loss), time.perf_counter() - started
+            write_checkpoint(checkpoint, training, state)
+    if position.batches == 0:
+        raise DataError("there are no training rows")
+    seconds = time.perf_counter() - started
+    position.train_seconds, position.train_rows = position.train_seconds + seconds, position.train_rows + position.rows
+    mean_loss = float(total_loss) / position.batches
+    if not np.isfinite(mean_loss):
+        raise EmbtrimError(f"training loss is {mean_loss} in epoch {position.epoch}; lower learning_rate")
+    record = {"epoch": position.epoch, "loss": mean_loss, "lr_factor": position.factor, "seconds": seconds}
+    state.result.history.append(record)
+    return record
+
+
+def batches_of_epoch(training: Training, state: TrainingState) -> Iterator[Any]:
+    """The batches that the epoch still has, in the same order whether or not the training was interrupted in it.
+
+    A loader may draw the order of its batches from the random states of the epoch's start. They are read here, not at
+    the end of the last epoch, because a loader of the validation rows may draw as well.
+    """
+    device = training.device
+    if state.restored_random is None:
+        state.epoch_random = random_states(device)
+    else:
+        set_random_states(state.epoch_random, device)
+    batches = iter(training.batches(state.position.epoch, state.position.batches))
+    if state.restored_random is not None:
+        set_random_states(state.restored_random, device, training.hooks.generators)
+        state.restored_random = None
+    return batches
+
+
+def run_step(training: Training, batch: Any, autocast: Autocast) -> Tensor:
+    """Move every optimiser by one batch; the loss of the batch, a scalar."""
+    for optimizer in training.optimizers:
+        optimizer.zero_grad()
+    with autocast():
+        loss = training.loss(training.model, batch)
+    if training.hooks.extra_loss is not None:
+        loss = loss + training.hooks.extra_loss(training.model, batch)
+    loss.backward()
+    for optimizer in training.optimizers:
+        optimizer.step()
+    return loss
+
+
+def after_epoch(training: Training, state: TrainingState, epoch: int, score: float) -> bool:
+    """Keep the weights of the best epoch, or reduce the learning rate after a worse one.
+
+    Returns:
+        Whether early stopping ends the training.
+    """
+    result, position, config = state.result, state.position, training.config
+    if result.best_score is None or score > result.best_score:
+        result.best_score, result.best_epoch, position.bad_epochs = score, epoch, 0
+        state.best_weights = {name: value.detach().clone() for name, value in training.model.state_dict().items()}
+        return False
+    position.bad_epochs += 1
+    if config.patience and position.bad_epochs >= config.patience:
+        return True
+    position.factor *= config.reduce_lr
+    scale_learning_rates(training.optimizers, config.reduce_lr)
+    return False
+
+
 @contextmanager
 def released(optimizers: Sequence[Optimizer], model: nn.Module) -> Iterator[None]:
-    """Leave the model to others after a `with` block, also where it was interrupted: no table is owned, no gradient kept."""
+    """Free the model for other work after a `with` block, even an interrupted one: tables detached, gradients dropped."""
     try:
         yield
     finally:

@@ -2,14 +2,109 @@
 
 from __future__ import annotations
 
+import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from embtrim.tables.row_optimizers import RowOptimizer
+from embtrim.training.settings import FitResult, Hooks, Optimizer, TrainConfig
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the training loop trains, and how.
+
+    Attributes:
+        model: The model, trained in place.
+        loss: (model, batch) -> mean loss of the batch, a scalar tensor.
+        batches: (epoch from 1, number of batches to skip) -> batches of the epoch.
+        optimizers: Optimisers that step together.
+        config: Settings of the loop. It reads epochs, patience, reduce_lr, precision, seed and compile.
+        hooks: Additions of a search method.
+        score: Gives the validation score, higher is better; None trains all epochs.
+        monitor: Name of the score in the progress bar.
+        num_rows: Rows per epoch for the progress bar, or None where unknown.
+    """
+
+    model: nn.Module
+    loss: Callable[[nn.Module, Any], Tensor]
+    batches: Callable[[int, int], Iterable[Any]]
+    optimizers: Sequence[Optimizer]
+    config: TrainConfig
+    hooks: Hooks
+    score: Callable[[], float] | None = None
+    monitor: str = "score"
+    num_rows: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return next(iter(self.model.parameters())).device
+
+
+@dataclass
+class Position:
+    """Where a training stands between two steps. Checkpoints store these attributes by name.
+
+    Attributes:
+        epoch: Current epoch, from 1.
+        batches: Batches of the epoch done.
+        rows: Rows of the epoch done.
+        total_loss: Sum of the losses of these batches.
+        epoch_seconds: Seconds spent in the epoch.
+        step: Steps done in all epochs.
+        stopped: Whether a hook has ended the training.
+        bad_epochs: Epochs since the last better score.
+        factor: Product of all reductions of the learning rate.
+        train_seconds: Seconds of all finished epochs, without validation.
+        train_rows: Rows of all finished epochs.
+    """
+
+    epoch: int = 1
+    batches: int = 0
+    rows: int = 0
+    total_loss: float = 0.0
+    epoch_seconds: float = 0.0
+    step: int = 0
+    stopped: bool = False
+    bad_epochs: int = 0
+    factor: float = 1.0
+    train_seconds: float = 0.0
+    train_rows: int = 0
+
+    def start_next_epoch(self) -> None:
+        """Move to the start of the next epoch."""
+        self.epoch, self.batches, self.rows, self.total_loss, self.epoch_seconds = self.epoch + 1, 0, 0, 0.0, 0.0
+
+
+@dataclass
+class TrainingState:
+    """How far a training has come.
+
+    Attributes:
+        compiles: Whether the next step compiles the model.
+        started: Time at which the training would have started had it never been interrupted, by `time.perf_counter`.
+        result: What `fit` returns.
+        position: Where the training stands.
+        best_weights: State dict of the best epoch; None without a score.
+        epoch_random: Random states at the start of the epoch.
+        restored_random: Random states of a checkpoint, until the first step after it.
+        had_ended: Whether the checkpoint holds the result of a finished training.
+    """
+
+    compiles: bool = False
+    started: float = field(default_factory=time.perf_counter)
+    result: FitResult = field(default_factory=FitResult)
+    position: Position = field(default_factory=Position)
+    best_weights: dict[str, Tensor] | None = None
+    epoch_random: list[Tensor] = field(default_factory=list)
+    restored_random: list[Tensor] | None = None
+    had_ended: bool = False
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
