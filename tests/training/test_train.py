@@ -19,7 +19,6 @@ from embtrim.data.dataset import WINDOW_ROWS, EncodedDataset, SplitArrays
 from embtrim.errors import ConfigError, DataError, EmbtrimError
 from embtrim.methods import METHODS, PMEConfig, SSEDSConfig, search
 from embtrim.models import LR, MODELS, DeepFM, arguments, build
-from embtrim.plan.table import Block
 from embtrim.schema import Schema
 from embtrim.tasks.task import CTRTask, Task
 from embtrim.testing.checks import CHECKS
@@ -282,27 +281,6 @@ def test_a_fitted_model_can_be_copied_and_trained_by_anyone(data):
     clone(batch.ids_BC).sum().backward()
     optimizer.step()
     assert not torch.equal(before, clone.tables.weight)
-
-
-def test_data_recoded_by_another_plan_are_refused(wide_data):
-    """Their ids would read other rows: of plans of equal sizes without any error."""
-    model, rng = model_of(wide_data), np.random.default_rng(0)
-    full, plans = model.tables.plan, []
-    for _ in range(2):
-        tables = []
-        for t in full.tables:
-            rows = np.sort(rng.choice(t.num_rows, t.num_rows // 2, replace=False)).astype(np.int32)
-            tables.append(dataclasses.replace(t, blocks=(Block(len(rows), t.columns, "scatter", rows),)))
-        plans.append(dataclasses.replace(full, tables=tuple(tables)))
-    small = compact(model, plans[0])
-    evaluate(small, wide_data.recode(plans[0]), "test")
-    for call in (lambda data: evaluate(small, data, "test"), lambda data: fit(small, data, QUICK)):
-        with pytest.raises(DataError, match="are re-coded by another plan than the model's"):
-            call(wide_data.recode(plans[1]))
-    with pytest.raises(DataError, match="as stored, but the model is compact"):
-        evaluate(small, wide_data, "test")
-    with pytest.raises(DataError, match="re-coded, but the model reads the stored ones"):
-        evaluate(model, wide_data.recode(plans[0]), "test")
 
 
 def test_errors(data, wide_data):

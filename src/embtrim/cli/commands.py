@@ -897,7 +897,7 @@ def _needed(out: Path | None) -> Path:
 def _load_full(folder: Path, data: EncodedDataset) -> Bundle:
     """A bundle of a full model on the data given."""
     from embtrim.serving.bundle import load_bundle
-    from embtrim.training.evaluation import check_data
+    from embtrim.training.recoding import data_for
 
     bundle = load_bundle(folder)
     plan = bundle.model.tables.plan
@@ -905,7 +905,7 @@ def _load_full(folder: Path, data: EncodedDataset) -> Bundle:
         raise DataError(
             f"{folder} holds a compact model ({plan.method}); give the bundle of a full one, see `embtrim train`"
         )
-    check_data(bundle.model, data)
+    data_for(bundle.model, data)  # raises where the data are of another schema
     return bundle
 
 

@@ -21,7 +21,7 @@ from embtrim.plan.table import TablePlan, projects
 from embtrim.schema import PAD
 from embtrim.system.torch_private import tree_leaves
 from embtrim.tasks.task import Task
-from embtrim.training.evaluation import check_data
+from embtrim.training.recoding import data_for
 
 # verify: |compact - masked| <= TOLERANCE * (1 + |masked|), in float64; of a foreign module in its own precision.
 TOLERANCE = 1e-9
@@ -100,7 +100,7 @@ def verify(
         return _verify_module(model, plan, data, split, max_rows, reads)
     if not isinstance(data, EncodedDataset):
         raise EmbtrimError(f"verify compares a zoo model on encoded data, given a {type(data).__name__}; give its data")
-    check_data(model, data)
+    data = data_for(model, data)
     if any(table.only_counts for table in plan.tables):
         return _verify_lookup(model, plan, data, split, min(max_rows, LOOKUP_ROWS))
     full = copy.deepcopy(model).cpu().double().eval()

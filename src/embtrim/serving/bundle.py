@@ -41,7 +41,8 @@ from embtrim.serving.model_card import model_card
 from embtrim.system.files import read_json, write_then_rename
 from embtrim.system.folders import check_replaceable, file_digest, folder_bytes, write_folder
 from embtrim.system.memory import freed_pages_kept
-from embtrim.training.evaluation import EVAL_BATCH_SIZE, check_data
+from embtrim.training.evaluation import EVAL_BATCH_SIZE
+from embtrim.training.recoding import data_for
 
 # Version 1 has no digest of bundle.json itself and says less about the origin of a model; it still opens.
 BUNDLE_VERSION = 2
@@ -146,9 +147,10 @@ def save(
     Args:
         model: Full or compact model of embtrim.models; quantised, if its plan says fewer than 32 bits.
         folder: Folder to write.
-        data: the encoded data it was trained on (either the stored or the re-coded ids): their folder holds the
-            vocabulary, without which raw logs cannot be scored.
-        plan: the plan with its rows, if rows were dropped and `data` are not re-coded.
+        data: Encoded data that it was trained on, re-coded or not. Their folder holds the vocabulary, without which raw
+            logs cannot be scored.
+        plan: Plan with its rows. Only a compact model that comes from a bundle needs it, and only if `data` are not
+            re-coded.
         metrics: Metrics by split, for bundle.json and the model card.
         seed: Seed of training, for bundle.json and the model card.
         version: Version of plan and schema; 1 unless this is an update.
@@ -169,8 +171,7 @@ def save(
     if data.folder is None:
         raise BundleError("these data were made in memory and have no vocabulary on disk; encode a log first")
     model.tables.check_quantized()
-    id_maps = data.id_maps or (data.recode(plan).id_maps if plan is not None else {})
-    check_data(model, data.with_id_maps(id_maps))
+    id_maps = data_for(model, data if plan is None or data.id_maps else data.recode(plan)).id_maps
     encoder = Encoder.load(data.folder)
     encoder = encoder.with_id_maps(id_maps) if id_maps else encoder
     with write_folder(folder, what="bundle") as temporary:

@@ -48,7 +48,7 @@ from embtrim.schema import OOV, Schema
 from embtrim.serving.bundle import Bundle, check_out, load_bundle, save
 from embtrim.system.folders import file_digest, folder_bytes
 from embtrim.system.unfinished import unfinished
-from embtrim.training.evaluation import evaluate, predict_logits
+from embtrim.training.evaluation import evaluate, logits_of_split
 from embtrim.training.fitting import fit
 from embtrim.training.metrics import compute_metrics
 from embtrim.training.settings import TrainConfig
@@ -437,4 +437,4 @@ def _metrics_before(model: CTRModel, data: EncodedDataset, split: str, train: Tr
     """Metrics of the parent, on data that hold its ids under the new schema."""
     arrays = data.split(split)
     weights = None if arrays.weights is None else np.asarray(arrays.weights)
-    return compute_metrics(np.asarray(arrays.labels), predict_logits(model, data, split, train), weights).to_dict()
+    return compute_metrics(np.asarray(arrays.labels), logits_of_split(model, data, split, train), weights).to_dict()

@@ -30,6 +30,7 @@ from embtrim.training.evaluation import evaluate, logloss_of_batch
 from embtrim.training.fitting import fit
 from embtrim.training.loop import scale_learning_rates, train_loop
 from embtrim.training.metrics import compute_metrics
+from embtrim.training.recoding import data_for
 from embtrim.training.settings import FitResult, Hooks, TrainConfig
 from embtrim.training.state import Training
 
@@ -341,7 +342,7 @@ class CTRTask(Task):
                 f"a CTRTask is of a model of embtrim.models, given a {type(model).__name__}; give that one to a "
                 "Task(model, loss=.., train=.., valid=..)"
             )
-        self.data = data
+        self.data = data_for(model, data)
         self.config = config or TrainConfig()
         model.to(device_of(self.config))  # in place, as `fit` does: batches go there too
         super().__init__(model, logloss_of_batch, train=(), score=self._score)
@@ -366,8 +367,8 @@ class CTRTask(Task):
 
     def recoded(self, plan: SizePlan) -> CTRTask:
         """See Task."""
-        task = CTRTask(self.model, self.data.recode(plan), self.config)
-        task.checkpoints = self.checkpoints
+        task = copy.copy(self)
+        task.data, task.score, task.progress = self.data.recode(plan), task._score, False
         return task
 
     def num_batches(self, split: str) -> int:

@@ -1,4 +1,4 @@
-"""evaluate: exact metrics of a model over a split."""
+"""evaluate and predict_logits: exact metrics and logits of a zoo model over a whole split."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from embtrim.data.dataset import WINDOW_ROWS, Batch, EncodedDataset
-from embtrim.errors import DataError, EmbtrimError
 from embtrim.models.ctr_model import CTRModel
 from embtrim.system.memory import freed_pages_kept
 from embtrim.training.devices import device_of, fast_matmul
 from embtrim.training.metrics import Metrics, auc_by_frequency_decile, compute_metrics
+from embtrim.training.recoding import data_for
 from embtrim.training.settings import TrainConfig
 
 # Inference batches: large enough to keep the matmuls busy, small enough that (B, F, D) stays in cache-sized chunks.
@@ -28,11 +28,29 @@ def logloss_of_batch(model: nn.Module, batch: Batch) -> Tensor:
     return (losses_B * batch.weights_B).sum() / batch.weights_B.sum().clamp(min=1e-12)
 
 
-@torch.no_grad()
 def predict_logits(
     model: CTRModel, data: EncodedDataset, split: str = "test", config: TrainConfig | None = None
 ) -> np.ndarray:
-    """float32 logits (N,) of a split, in stored order."""
+    """Logits of a whole split; always in fp32.
+
+    Args:
+        model: Full or compact zoo model.
+        data: Data of the model's schema; see `evaluate`.
+        split: "train", "valid" or "test".
+        config: Gives the device.
+
+    Returns:
+        float32 (N,), in the stored order of the rows.
+
+    Raises:
+        DataError: See `data_for` in `embtrim.training.recoding`; or the split is missing.
+    """
+    return logits_of_split(model, data_for(model, data), split, config)
+
+
+@torch.no_grad()
+def logits_of_split(model: CTRModel, data: EncodedDataset, split: str, config: TrainConfig | None = None) -> np.ndarray:
+    """`predict_logits` for data that already carry the ids of the model; they are not checked."""
     config = config or TrainConfig()
     device = device_of(config)
     model.to(device).eval()
@@ -57,18 +75,21 @@ def evaluate(
     """Exact metrics over a whole split; always in fp32.
 
     Args:
-        model: full or compact (give a compact one `data.recode(plan)`).
-        data: encoded data of the model's schema.
+        model: Full or compact zoo model.
+        data: Data of the model's schema, as they were encoded. Data re-coded by the model's plan are taken as well; the
+            model of a bundle needs them.
         split: "train", "valid" or "test".
-        config: for the device.
-        deciles: also AUC by how often the row's rarest value occurs in the training rows.
+        config: Gives the device.
+        deciles: Also compute AUC by how often a row's rarest value occurs in the training rows.
 
     Raises:
-        DataError: the split is missing or has one class only.
+        DataError: The data do not fit the model, see `data_for` in `embtrim.training.recoding`; or the split is missing
+            or has one class only.
+        ModelError: The model is not one of embtrim.models, or the data are not encoded.
     """
-    check_data(model, data)
+    data = data_for(model, data)
     arrays = data.split(split)
-    logits = predict_logits(model, data, split, config)
+    logits = logits_of_split(model, data, split, config)
     labels = np.asarray(arrays.labels)
     weights = None if arrays.weights is None else np.asarray(arrays.weights)
     metrics = compute_metrics(labels, logits, weights)
@@ -79,7 +100,7 @@ def evaluate(
 
 
 def rarest_value_counts(data: EncodedDataset, split: str) -> np.ndarray:
-    """int64 (N,): for each row, how often its rarest feature value occurs in the training rows."""
+    """How often the rarest feature value of each row occurs in the training rows; int64 (N,)."""
     stored = EncodedDataset(data.schema, data.splits)
     counts = stored.value_counts("train")
     rarest = np.full(data.num_rows(split), np.iinfo(np.int64).max)
@@ -91,36 +112,3 @@ def rarest_value_counts(data: EncodedDataset, split: str) -> np.ndarray:
                 found = counts[spec.table_name][np.maximum(ids[:, column], 0)]
                 np.minimum(rarest_here, found, out=rarest_here, where=ids[:, column] >= 0)
     return rarest
-
-
-def check_data(model: CTRModel, data: EncodedDataset) -> None:
-    """Raise DataError unless the data carry the ids that the model reads.
-
-    Raises:
-        EmbtrimError: the model is not one of embtrim.models, or the data are not encoded.
-    """
-    if not isinstance(model, CTRModel):
-        raise EmbtrimError(
-            f"this is for the models of embtrim.models, given a {type(model).__name__}; train, evaluate and save it as "
-            "before, by its own means, and search it through a Task"
-        )
-    if not isinstance(data, EncodedDataset):
-        raise EmbtrimError(
-            f"a {model.name} is trained, evaluated and saved on encoded data, given a {type(data).__name__}; make them "
-            "with embtrim.encode"
-        )
-    if data.schema.fingerprint != model.schema.fingerprint:
-        raise DataError(
-            f"model was made for schema {model.schema.describe()}, this dataset is {data.schema.describe()}"
-        )
-    for table in model.tables.plan.tables:
-        mapped = table.name in data.id_maps
-        if mapped != table.renumbers:
-            raise DataError(
-                f"ids of table {table.name!r} are {'re-coded, but the model reads the stored ones' if mapped else 'as stored, but the model is compact'};"
-                " give a compact model data.recode(plan), a full one the data as they are"
-            )
-        if mapped and not table.reads(data.id_maps[table.name]):
-            raise DataError(
-                f"ids of table {table.name!r} are re-coded by another plan than the model's; give data.recode(plan) of its own"
-            )

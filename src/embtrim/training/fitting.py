@@ -22,8 +22,9 @@ from embtrim.system.torch_private import compile_error
 from embtrim.tables.row_optimizers import RowAdagrad, RowAdam, RowSGD
 from embtrim.training.checkpoint import Checkpoint
 from embtrim.training.devices import computes_in, device_of, kernels_used
-from embtrim.training.evaluation import check_data, evaluate, logloss_of_batch
+from embtrim.training.evaluation import evaluate, logloss_of_batch
 from embtrim.training.loop import train_loop
+from embtrim.training.recoding import data_for
 from embtrim.training.settings import FitResult, Hooks, Optimizer, TrainConfig
 from embtrim.training.state import Training
 
@@ -58,7 +59,7 @@ def fit(
         >>> embtrim.fit(model, data, epochs=3, embedding_l2=0.05)  # doctest: +SKIP
     """
     config = (config or TrainConfig()).replace(**settings) if settings else config or TrainConfig()
-    check_data(model, data)
+    data = data_for(model, data)
     valid = "valid" in data.splits and data.num_rows("valid") > 0
     device = device_of(config)
     model.to(device)
