@@ -53,7 +53,8 @@ from embtrim.plan.limits import full_limit
 from embtrim.plan.plan import SizePlan
 from embtrim.system.progress import tracked
 from embtrim.tables.packing import CHUNK_ROWS
-from embtrim.tasks.task import Task, alignment_of, weights_by_table
+from embtrim.tasks.sites import weights_by_table
+from embtrim.tasks.task import Task, alignment_of
 from embtrim.training.settings import Hooks
 
 # Part of a round's candidates that goes on, beside the plan of the uniform control, until FINALISTS are left.

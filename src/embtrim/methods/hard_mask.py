@@ -46,8 +46,8 @@ from embtrim.methods.selection import field_plan, lowest_threshold, rank_slots, 
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
 from embtrim.tables.embedding_tables import RowGate
-from embtrim.tasks.sites import gate_sites
-from embtrim.tasks.task import Task, alignment_of, num_slots
+from embtrim.tasks.sites import gate_sites, num_slots
+from embtrim.tasks.task import Task, alignment_of
 from embtrim.training.settings import Hooks
 from embtrim.training.state import random_states, set_random_states
 

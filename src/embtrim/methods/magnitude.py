@@ -13,7 +13,8 @@ from embtrim.config import Config
 from embtrim.methods.selection import field_plan, filled, row_plan, slot_costs
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
-from embtrim.tasks.task import Task, alignment_of, weights_by_table
+from embtrim.tasks.sites import weights_by_table
+from embtrim.tasks.task import Task, alignment_of
 
 
 class MagnitudeConfig(Config):

@@ -36,7 +36,8 @@ from embtrim.plan.budget import BYTES_PER_PARAM, Budget
 from embtrim.plan.plan import PlanShape, SizePlan
 from embtrim.plan.table import Block, BlockShape, TablePlan, TableShape, map_params
 from embtrim.tasks.sites import Site, gate_sites
-from embtrim.tasks.task import Task, loss_weight
+from embtrim.tasks.task import Task
+from embtrim.training.evaluation import loss_weight
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 

@@ -35,8 +35,8 @@ from embtrim.plan.limits import LEVELS
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Alignment, Block, BlockShape, TablePlan, TableShape
 from embtrim.tables.packing import CHUNK_ROWS, codes_of, fit_codes
-from embtrim.tasks.sites import ModuleSite
-from embtrim.tasks.task import Task, weights_by_table
+from embtrim.tasks.sites import ModuleSite, weights_by_table
+from embtrim.tasks.task import Task
 
 # Bits per value that a method other than guided assumes while it searches, if bits are chosen for each table.
 MIXED_BITS = 6

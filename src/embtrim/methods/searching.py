@@ -29,8 +29,8 @@ from embtrim.plan.limits import (
 )
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Bits, Target
-from embtrim.tasks.sites import ModuleSite, Site
-from embtrim.tasks.task import Task, weights_kept
+from embtrim.tasks.sites import ModuleSite, Site, weights_kept
+from embtrim.tasks.task import Task
 
 log = logging.getLogger(__name__)
 

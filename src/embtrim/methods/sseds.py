@@ -28,8 +28,9 @@ from embtrim.errors import EmbtrimError, ModelError
 from embtrim.methods.selection import columns_cost, field_plan, slot_costs
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
-from embtrim.tasks.sites import gate_sites
-from embtrim.tasks.task import Task, alignment_of, loss_weight, num_slots
+from embtrim.tasks.sites import gate_sites, num_slots
+from embtrim.tasks.task import Task, alignment_of
+from embtrim.training.evaluation import loss_weight
 
 
 class SSEDSConfig(Config):

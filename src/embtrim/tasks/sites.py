@@ -27,9 +27,6 @@ from embtrim.schema import OOV
 from embtrim.tables.embedding_tables import EmbeddingTables, OutputGate, RowGate
 from embtrim.tables.replacements import pool_entries
 
-# Rows a batch where many gatings are scored: activations of larger ones fall out of the cache.
-GATED_BATCH_SIZE = 2_048
-
 SlotGate = Tensor | OutputGate
 
 
@@ -214,3 +211,27 @@ def gate_sites(
         for number, site in enumerate(sites):
             stack.enter_context(site.gated(slots[number] if slots else None, rows[number] if rows else None))
         yield
+
+
+@contextmanager
+def weights_kept(model: nn.Module) -> Iterator[None]:
+    """Undo on leaving what max_norm does: an nn.Embedding then renormalises rows in place as they are read."""
+    limited = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None]
+    weights = [module.weight for module in limited]
+    before = [weight.detach().clone() for weight in weights]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, values in zip(weights, before, strict=True):
+                weight.copy_(values)
+
+
+def weights_by_table(sites: Sequence[Site]) -> dict[str, Tensor]:
+    """The embeddings (V, D) of every table by its name; see `Site.weights`."""
+    return {name: weight_VD for site in sites for name, weight_VD in zip(site.names, site.weights(), strict=True)}
+
+
+def num_slots(site: Site) -> int:
+    """Slots of a site, S."""
+    return sum(site.widths)

@@ -7,7 +7,6 @@ import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,18 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embtrim.data.dataset import Batch, EncodedDataset, SplitArrays
+from embtrim.data.dataset import EncodedDataset, SplitArrays
 from embtrim.data.encoder import vocabulary_bytes
 from embtrim.errors import EmbtrimError
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Alignment
 from embtrim.system.progress import tracked
-from embtrim.tasks.sites import GATED_BATCH_SIZE, ModuleSite, Site, SlotGate, gate_sites, read_call
+from embtrim.tasks.sites import ModuleSite, Site, SlotGate, gate_sites, read_call
 from embtrim.tasks.survey import Fields, Finding, find_sites, site_plan, survey
 from embtrim.training.checkpoint import Checkpoint, CheckpointFolder
 from embtrim.training.devices import device_of, fast_matmul
-from embtrim.training.evaluation import evaluate, logloss_of_batch
+from embtrim.training.evaluation import evaluate, logloss_of_batch, loss_weight
 from embtrim.training.fitting import fit
 from embtrim.training.loop import scale_learning_rates, train_loop
 from embtrim.training.metrics import compute_metrics
@@ -305,19 +304,6 @@ class Task:
         }
 
 
-def loss_weight(batch: Any) -> float:
-    """What the mean loss of a batch counts among those of others: its rows, or the sum of their sample weights.
-
-    Of a batch of a loader's own making the rows are those of its first part; 1 if that is not a tensor and holds none first.
-    """
-    if isinstance(batch, Batch):
-        return float(len(batch) if batch.weights_B is None else batch.weights_B.sum())
-    if isinstance(batch, Tensor):
-        return float(len(batch)) if batch.ndim else 1.0
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    return next((loss_weight(part) for part in parts), 1.0)
-
-
 def takes_seed(fresh: Callable[..., nn.Module]) -> bool:
     """Whether `fresh=` of a Task wants a seed: an argument that it cannot do without, or its first one is `seed`."""
     positional = [p for p in inspect.signature(fresh).parameters.values() if p.kind <= p.VAR_POSITIONAL]
@@ -433,30 +419,10 @@ class CTRTask(Task):
         return self.data.value_counts("train")
 
 
-@contextmanager
-def weights_kept(model: nn.Module) -> Iterator[None]:
-    """Undo on leaving what max_norm does: an nn.Embedding then renormalises rows in place as they are read."""
-    limited = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None]
-    weights = [module.weight for module in limited]
-    before = [weight.detach().clone() for weight in weights]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for weight, values in zip(weights, before, strict=True):
-                weight.copy_(values)
-
-
-def weights_by_table(sites: Sequence[Site]) -> dict[str, Tensor]:
-    """The embeddings (V, D) of every table by its name; see `Site.weights`."""
-    return {name: weight_VD for site in sites for name, weight_VD in zip(site.names, site.weights(), strict=True)}
-
-
-def num_slots(site: Site) -> int:
-    """Slots of a site, S."""
-    return sum(site.widths)
-
-
 def alignment_of(task: Task, wanted: Alignment) -> Alignment:
     """The alignment a plan for this task needs: none for a model that only concatenates."""
     return wanted if task.needs_aligned else "concat"
+
+
+# Rows a batch where many gatings are scored: activations of larger ones fall out of the cache.
+GATED_BATCH_SIZE = 2_048

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -112,3 +115,16 @@ def rarest_value_counts(data: EncodedDataset, split: str) -> np.ndarray:
                 found = counts[spec.table_name][np.maximum(ids[:, column], 0)]
                 np.minimum(rarest_here, found, out=rarest_here, where=ids[:, column] >= 0)
     return rarest
+
+
+def loss_weight(batch: Any) -> float:
+    """What the mean loss of a batch counts among those of others: its rows, or the sum of their sample weights.
+
+    Of a batch of a loader's own making the rows are those of its first part; 1 if that is not a tensor and holds none first.
+    """
+    if isinstance(batch, Batch):
+        return float(len(batch) if batch.weights_B is None else batch.weights_B.sum())
+    if isinstance(batch, Tensor):
+        return float(len(batch)) if batch.ndim else 1.0
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    return next((loss_weight(part) for part in parts), 1.0)
