@@ -1,12 +1,12 @@
-"""Where embeddings live in a model, and the Task that a search sees.
+"""Sites: the places where embeddings enter a model, and the gates that a search puts on them.
 
-A *site* is a place where embeddings enter a model: the EmbeddingTables of a zoo model (one site, all fields), or each
-nn.Embedding and nn.EmbeddingBag of a foreign model. Its *slots* are (table, column) pairs; a slot gate multiplies what the site puts out.
-A search reads a Task and its sites and knows neither the model nor the kind of site.
+A site is the EmbeddingTables of a zoo model (one site for all fields), or one nn.Embedding or nn.EmbeddingBag of a
+foreign model. Its *slots* are (table, column) pairs. A search reads a Task and its sites, and knows neither the model
+nor the kind of site.
 
-Two gates. A *slot gate* multiplies what a site puts out, after pooling, and may differ per sample. A *row gate* sees
-the distinct rows of a batch before they are expanded and pooled: single rows are masked, or their gradients read,
-through it. Rows of a site are numbered table by table.
+There are two gates. A *slot gate* multiplies the output of a site, after pooling, and may differ per sample. A *row
+gate* sees the distinct rows of a batch before they are expanded and pooled; through it a search masks single rows or
+reads their gradients. Rows of a site are numbered table by table.
 
 Shapes: S slots of a site, B batch, O output columns of a site, U distinct rows of a batch, V rows of a table.
 """
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embtrim.errors import EmbtrimError
+from embtrim.errors import ModelError
 from embtrim.schema import OOV
 from embtrim.tables.embedding_tables import EmbeddingTables, OutputGate, RowGate
 from embtrim.tables.replacements import pool_entries
@@ -34,10 +34,10 @@ class Site(Protocol):
     """A place where embeddings enter a model.
 
     Attributes:
-        names: names of its tables.
-        num_rows: rows of each table.
-        widths: columns of each table.
-        reserved_rows: for each table the row that outlives all others, if any: OOV, or a padding row.
+        names: Names of the site's tables.
+        num_rows: Rows of each table.
+        widths: Columns of each table.
+        reserved_rows: Row of each table that is kept longer than all others (OOV or a padding row), or None.
     """
 
     names: tuple[str, ...]
@@ -46,24 +46,24 @@ class Site(Protocol):
     reserved_rows: tuple[int | None, ...]
 
     def gated(self, slots: SlotGate | None = None, rows: RowGate | None = None) -> AbstractContextManager[None]:
-        """Apply gates inside a `with` block; those of one site do not nest.
+        """Apply gates inside a `with` block. Gates of one site do not nest.
 
         Args:
-            slots: multiply the site's slots by a tensor (S,) or (B, S), or apply a function to its output. Slots run
-                table by table, column by column; a function gets the pooled output (B, O), field by field.
-            rows: function of (rows of the site (U,), their embeddings (U, D)), which returns embeddings.
+            slots: Tensor (S,) or (B, S) that multiplies the slots, table by table and column by column; or a function of
+                the pooled output (B, O), field by field.
+            rows: Function of (rows of the site (U,), their embeddings (U, D)) that returns embeddings.
         """
         ...
 
     def weights(self) -> list[Tensor]:
-        """The tables' embeddings (V, D), as views of the parameters without their gradient."""
+        """Embeddings (V, D) of each table: views of the parameters, without gradient."""
         ...
 
     def drop_rows(self, kept: Sequence[Tensor]) -> None:
-        """Set rows to zero in place, and their first-order weights.
+        """Set rows and their first-order weights to zero, in place.
 
         Args:
-            kept: for each table, bool (V,): the rows to leave alone.
+            kept: Rows to leave alone: bool (V,) for each table.
         """
         ...
 
@@ -73,7 +73,7 @@ class TableSite:
 
     def __init__(self, tables: EmbeddingTables) -> None:
         if not tables.plan.keeps_all:
-            raise EmbtrimError("these tables are compact already; search in the full model")
+            raise ModelError("these tables are compact already; search in the full model")
         self.tables = tables
         plans = tables.plan.tables
         self.names = tuple(t.name for t in plans)
@@ -86,7 +86,7 @@ class TableSite:
             for f, width in zip(tables.schema.id_fields, tables.widths, strict=True)
             for column in range(width)
         ]
-        # None where the slots are the output columns in order: no table is shared.
+        # None if no table is shared: the slots are then the output columns, in order.
         self.slot_of_output = None if slots == list(range(len(slots))) else torch.tensor(slots)
 
     def gated(self, slots: SlotGate | None = None, rows: RowGate | None = None) -> AbstractContextManager[None]:
@@ -113,19 +113,19 @@ class TableSite:
 
 
 class ModuleSite:
-    """The nn.Embedding or nn.EmbeddingBag of a foreign model that holds a weight, used any number of times in a pass.
+    """An nn.Embedding or nn.EmbeddingBag of a foreign model, called any number of times in a forward pass.
 
-    A *flat table*, whose ids run through several fields, has a table a field; slots then gate single entries, before
-    they are pooled.
+    A *flat table* holds several fields, whose ids follow each other. Its site has one table per field, and slot gates act
+    on single entries before they are pooled.
 
     Args:
-        name: path of the module; tables of a flat one are called "path[field]".
-        module: what holds the weight.
-        fields: rows of each field, in order, where the table is flat.
+        name: Path of the module. Tables of a flat one are called "path[field]".
+        module: Module that holds the weight.
+        fields: Rows of each field of a flat table, in order.
 
     Attributes:
-        path: `name`.
-        modules: `module`, and others with the same weight and the same settings.
+        path: Path of the module.
+        modules: The module, and all others with the same weight and the same settings.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class ModuleSite:
 
     @contextmanager
     def gated(self, slots: SlotGate | None = None, rows: RowGate | None = None) -> Iterator[None]:
-        """See Site; a slot function gets the module's output (..., D), of a flat table ones (B, S)."""
+        """See Site. A slot function gets the module's output (..., D), or ones (B, S) if the table is flat."""
         by_entry = slots if len(self.names) > 1 else None
 
         def apply(module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class ModuleSite:
             yield
 
     def _entry_gates(self, slots: SlotGate, ids: Tensor, offsets: Tensor | None) -> Tensor:
-        """What multiplies each entry (..., D) of a flat table, by the field that its id is of, and its sample."""
+        """Factors (..., D) of the entries of a flat table, by the field of each id and by its sample."""
         width = self.widths[0]
         ends = torch.tensor(np.cumsum(self.num_rows), device=ids.device)
         field = torch.bucketize(ids.long(), ends, right=True)
@@ -197,7 +197,7 @@ class ModuleSite:
 
 
 def read_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Ids, offsets and per-sample weights of a call of an nn.Embedding or nn.EmbeddingBag."""
+    """Ids, offsets and per-sample weights of one call of an nn.Embedding or nn.EmbeddingBag."""
     given = {**dict(zip(("input", "offsets", "per_sample_weights"), args, strict=False)), **kwargs}
     return given["input"], given.get("offsets"), given.get("per_sample_weights")
 
@@ -206,7 +206,7 @@ def read_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, T
 def gate_sites(
     sites: Sequence[Site], slots: Sequence[SlotGate] | None = None, rows: Sequence[RowGate] | None = None
 ) -> Iterator[None]:
-    """Gate every site, by the slot gates and the row gates given: one each a site."""
+    """Gate every site inside a `with` block, with one slot gate and one row gate for each site."""
     with ExitStack() as stack:
         for number, site in enumerate(sites):
             stack.enter_context(site.gated(slots[number] if slots else None, rows[number] if rows else None))
@@ -215,7 +215,7 @@ def gate_sites(
 
 @contextmanager
 def weights_kept(model: nn.Module) -> Iterator[None]:
-    """Undo on leaving what max_norm does: an nn.Embedding then renormalises rows in place as they are read."""
+    """Restore embeddings with max_norm after a `with` block: torch renormalises their rows in place as it reads them."""
     limited = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None]
     weights = [module.weight for module in limited]
     before = [weight.detach().clone() for weight in weights]
@@ -228,10 +228,10 @@ def weights_kept(model: nn.Module) -> Iterator[None]:
 
 
 def weights_by_table(sites: Sequence[Site]) -> dict[str, Tensor]:
-    """The embeddings (V, D) of every table by its name; see `Site.weights`."""
+    """Embeddings (V, D) of every table by its name; see `Site.weights`."""
     return {name: weight_VD for site in sites for name, weight_VD in zip(site.names, site.weights(), strict=True)}
 
 
 def num_slots(site: Site) -> int:
-    """Slots of a site, S."""
+    """Number of slots of a site, S."""
     return sum(site.widths)

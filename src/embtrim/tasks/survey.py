@@ -1,4 +1,4 @@
-"""What of a module of one's own can be searched: its embeddings, found and named, or why they are left alone."""
+"""The survey of a model: which of its embeddings can be searched, and why the others are left alone."""
 
 from __future__ import annotations
 
@@ -9,26 +9,31 @@ from typing import Any
 
 from torch import nn
 
-from embtrim.errors import EmbtrimError
+from embtrim.errors import ModelError
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Block, TablePlan
 from embtrim.tables.embedding_tables import EmbeddingTables
 from embtrim.tables.replacements import Replacement
 from embtrim.tasks.sites import ModuleSite, Site, TableSite
 
+# Fields of each flat table by module path, with the rows of each field in the order of their offsets.
+Fields = Mapping[str, Mapping[str, int]]
+
+COMPACT_NOTE = "compact already; search and compact the full model"
+
 
 @dataclass(frozen=True)
 class Finding:
-    """What `survey` says of one module with embeddings.
+    """One module with embeddings, as `survey` reports it.
 
     Attributes:
-        name: path of the module.
-        kind: its type.
-        num_rows: rows of its tables.
-        width: their columns.
-        found: whether it is a site, or part of one.
-        note: why it was left alone, or its fields, or what it shares.
-        num_bytes: of its parameters, but of those that an earlier finding counts.
+        name: Path of the module.
+        kind: Type of the module.
+        num_rows: Rows of the module's tables.
+        width: Columns of the module's tables.
+        found: Whether a search can shrink the module.
+        note: Why the module is left alone; or its fields; or the modules that share its weight.
+        num_bytes: Bytes of the module's parameters, without those that an earlier finding counts.
     """
 
     name: str
@@ -44,11 +49,8 @@ class Finding:
         return f"{self.name}: {self.kind} {self.num_rows:,} x {self.width}, {'found' if self.found else 'left'}{note}"
 
 
-Fields = Mapping[str, Mapping[str, int]]
-
-
 def survey(model: nn.Module, keep: Callable[[str], bool] | None = None, fields: Fields | None = None) -> list[Finding]:
-    """Say of each module with embeddings whether it is found or left alone, and why; for arguments see `find_sites`.
+    """Report every module with embeddings: found, or left alone and why. Arguments are those of `find_sites`.
 
     Example:
         >>> print(*survey(nn.Sequential(nn.Embedding(9, 4), nn.Embedding(9, 1))), sep="; ")
@@ -60,89 +62,110 @@ def survey(model: nn.Module, keep: Callable[[str], bool] | None = None, fields: 
 def find_sites(model: nn.Module, keep: Callable[[str], bool] | None = None, fields: Fields | None = None) -> list[Site]:
     """Find where embeddings enter a model.
 
-    Modules that hold one weight are one site. Left alone are first-order terms (width 1), pooling by max, gradients
-    scaled by frequency, subclasses with a forward of their own, and weights that other kinds of modules read too.
+    Modules that share one weight are one site. These are left alone: first-order terms (width 1), pooling by max,
+    gradients scaled by frequency, subclasses with a forward of their own, and weights that other kinds of modules read
+    as well.
 
     Args:
-        model: zoo model or foreign module.
-        keep: filter on module paths; False leaves a module alone.
-        fields: of each flat table, by module path: the fields that its ids run through, in order, and their rows.
+        model: Zoo model or foreign module.
+        keep: Filter on module paths; False leaves a module alone.
+        fields: Fields of each flat table by module path, in order, with the rows of each field.
 
     Raises:
-        EmbtrimError: nothing was found, with what was seen and why it was left; or `fields` names no module that was
-            found, or rows that do not add up to its table.
+        ModelError: No embedding was found; the message lists every module seen and why it was left. Or `fields` names a
+            module that was not found, or rows that do not add up to its table.
     """
     findings, sites = _look(model, keep, fields)
     if not sites:
         seen = "; ".join(map(str, findings)) or "it has no nn.Embedding or nn.EmbeddingBag"
-        raise EmbtrimError(f"no embedding to shrink was found in {type(model).__name__}: {seen}")
+        raise ModelError(f"no embedding to shrink was found in {type(model).__name__}: {seen}")
     return sites
 
 
 def _look(
     model: nn.Module, keep: Callable[[str], bool] | None, fields: Fields | None
 ) -> tuple[list[Finding], list[Site]]:
-    """One pass for `survey` and `find_sites`, so that what is said is what is done."""
+    """One pass over the modules for both `survey` and `find_sites`, so that the report matches the search."""
     if keep is not None and not callable(keep):
-        raise EmbtrimError(
-            f"keep= is a function of a module's path, such as lambda path: path != 'user'; given {keep!r}"
-        )
+        raise ModelError(f"keep= is a function of a module's path, such as lambda path: path != 'user'; given {keep!r}")
     findings: list[Finding] = []
     sites: list[Site] = []
+    by_weight: dict[int, ModuleSite] = {}
+    holders, counted = _weight_holders(model), set()
+    for name, module in model.named_modules():
+        if isinstance(module, Replacement):
+            if any(name.startswith(f"{f.name}.") for f in findings if f.note == COMPACT_NOTE):
+                continue  # part of a replacement that is reported already
+            found, note, size = False, COMPACT_NOTE, (module.num_embeddings, module.embedding_dim)
+        elif isinstance(module, EmbeddingTables):
+            sites.append(TableSite(module))
+            found, note, size = True, "", (sum(sites[-1].num_rows), module.width)
+        elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            sharing = holders.get(id(module._parameters.get("weight")), [])
+            note, named = _why_not_searched(name, module, sharing, keep), (fields or {}).get(name)
+            found, size = not note, (module.num_embeddings, module.embedding_dim)
+            if found:
+                note = _note_on_site(name, module, sharing, named)
+                site = by_weight.get(id(module.weight))
+                if site is not None:
+                    site.modules.append(module)
+                else:
+                    by_weight[id(module.weight)] = site = ModuleSite(name, module, named)
+                    sites.append(site)
+        else:
+            continue
+        findings.append(Finding(name, type(module).__name__, *size, found, note, _new_bytes(module, counted)))  # type: ignore[arg-type]
+    unknown = set(fields or ()) - {site.path for site in by_weight.values()}
+    if unknown:
+        seen = "; ".join(map(str, findings)) or "it has none"
+        raise ModelError(f"fields= names {sorted(unknown)[0]!r}, which is not an embedding that was found: {seen}")
+    return findings, sites
+
+
+def _weight_holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
+    """Paths and modules that hold each parameter, by the id of the parameter."""
     holders: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
             holders.setdefault(id(parameter), []).append((name, module))
-    by_weight: dict[int, ModuleSite] = {}
-    counted: set[int] = set()
+    return holders
 
-    def num_bytes(module: nn.Module) -> int:
-        new = {id(p): p.nbytes for p in module.parameters() if id(p) not in counted}
-        counted.update(new)
-        return sum(new.values())
 
-    for name, module in model.named_modules():
-        if isinstance(module, Replacement):
-            note = "compact already; search and compact the full model"
-            if not any(name.startswith(f"{f.name}.") for f in findings if f.note == note):  # else a part of one
-                rows, width = module.num_embeddings, module.embedding_dim
-                findings.append(Finding(name, type(module).__name__, rows, width, False, note, num_bytes(module)))  # type: ignore[arg-type]
-        elif isinstance(module, EmbeddingTables):
-            sites.append(TableSite(module))
-            rows = sum(sites[-1].num_rows)
-            findings.append(Finding(name, type(module).__name__, rows, module.width, True, "", num_bytes(module)))
-        elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            sharing = holders.get(id(module._parameters.get("weight")), [])
-            reasons = [_why_left(name, module, keep), *(_why_left(*other, keep) for other in sharing)]
-            note = next(filter(None, reasons), "")
-            others = [other for other, their in sharing if their is not module]
-            if not note and any(_settings(their) != _settings(module) for _, their in sharing):
-                note = f"shares its weight with {others[0]}, whose settings differ"
-            found = not note
-            named = (fields or {}).get(name)
-            if found and named is not None:
-                _check_fields(name, module.num_embeddings, named)
-                note = f"fields {', '.join(named)}"
-            elif found and others:
-                note = f"one table with {', '.join(others)}"
-            rows, width = module.num_embeddings, module.embedding_dim
-            findings.append(Finding(name, type(module).__name__, rows, width, found, note, num_bytes(module)))
-            if not found:
-                continue
-            if id(module.weight) in by_weight:
-                by_weight[id(module.weight)].modules.append(module)
-            else:
-                by_weight[id(module.weight)] = ModuleSite(name, module, named)
-                sites.append(by_weight[id(module.weight)])
-    unknown = set(fields or ()) - {site.path for site in by_weight.values()}
-    if unknown:
-        seen = "; ".join(map(str, findings)) or "it has none"
-        raise EmbtrimError(f"fields= names {sorted(unknown)[0]!r}, which is not an embedding that was found: {seen}")
-    return findings, sites
+def _new_bytes(module: nn.Module, counted: set[int]) -> int:
+    """Bytes of the parameters whose ids are not in `counted` yet; their ids are added."""
+    new = {id(p): p.nbytes for p in module.parameters() if id(p) not in counted}
+    counted.update(new)
+    return sum(new.values())
+
+
+def _why_not_searched(
+    name: str, module: nn.Module, sharing: Sequence[tuple[str, nn.Module]], keep: Callable[[str], bool] | None
+) -> str:
+    """Why an embedding is left alone, because of itself or of the modules that share its weight; empty if it is not."""
+    reasons = [_why_left(name, module, keep), *(_why_left(*other, keep) for other in sharing)]
+    note = next(filter(None, reasons), "")
+    if not note and any(_settings(other) != _settings(module) for _, other in sharing):
+        first = next(path for path, other in sharing if other is not module)
+        note = f"shares its weight with {first}, whose settings differ"
+    return note
+
+
+def _note_on_site(
+    name: str,
+    module: nn.Embedding | nn.EmbeddingBag,
+    sharing: Sequence[tuple[str, nn.Module]],
+    fields: Mapping[str, int] | None,
+) -> str:
+    """The fields of a searched embedding, or the modules that share its weight; empty if there are none."""
+    if fields is not None:
+        _check_fields(name, module.num_embeddings, fields)
+        return f"fields {', '.join(fields)}"
+    others = [path for path, other in sharing if other is not module]
+    return f"one table with {', '.join(others)}" if others else ""
 
 
 def _why_left(name: str, module: nn.Module, keep: Callable[[str], bool] | None) -> str:
-    """Why a module that holds an embedding weight is not a site; empty if it is one."""
+    """Why one holder of an embedding weight cannot be searched; empty if it can."""
     if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return f"{name or type(module).__name__}, a {type(module).__name__}, reads its weight too"
     if type(module).forward not in (nn.Embedding.forward, nn.EmbeddingBag.forward):
@@ -161,27 +184,28 @@ def _why_left(name: str, module: nn.Module, keep: Callable[[str], bool] | None) 
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
-    """What two modules with one weight must have in common to be replaced by one."""
+    """Settings that must agree in two modules with one weight, so that one replacement serves both."""
     names = ("padding_idx", "max_norm", "norm_type", "sparse", "mode", "include_last_offset")
     return tuple(getattr(module, name, None) for name in names)
 
 
 def _check_fields(name: str, num_rows: int, fields: Mapping[str, int]) -> None:
+    """Raise ModelError unless the fields of a flat table add up to its rows."""
     total = sum(fields.values())
     if total != num_rows or min(fields.values()) < 1:
         listed = " + ".join(f"{rows:,} ({field})" for field, rows in fields.items())
-        raise EmbtrimError(
+        raise ModelError(
             f"the fields of {name!r} have {listed or 'none'} = {total:,} rows, the table has {num_rows:,}; name "
             "every field of the table with its rows, at least one each, in the order of their offsets"
         )
 
 
 def fields_of(model: nn.Module, plan: SizePlan) -> dict[str, dict[str, int]]:
-    """Fields of each module of `model` that a plan is for, with their rows; none of a table that is not flat."""
+    """Fields and their rows of each module that a plan names, by module path; empty for a table that is not flat."""
     paths = {path for path, _ in model.named_modules()}
     found: dict[str, dict[str, int]] = {}
     for table in plan.tables:
-        # Of "path[field]" either part may hold brackets of its own: the longest path that the model has is meant.
+        # Either part of "path[field]" may hold brackets itself: the longest path that exists in the model counts.
         starts = [i for i, character in enumerate(table.name) if character == "["]
         candidates = [table.name, *(table.name[:i] for i in reversed(starts))]
         path = next((c for c in candidates if c in paths), candidates[-1])
@@ -192,7 +216,7 @@ def fields_of(model: nn.Module, plan: SizePlan) -> dict[str, dict[str, int]]:
 
 
 def site_plan(sites: Sequence[Site]) -> SizePlan:
-    """The keep-everything plan of a foreign model's sites; its fingerprint covers names, rows and widths."""
+    """The plan that keeps everything in a foreign model. Its fingerprint covers names, rows and widths of the sites."""
     tables = tuple(
         TablePlan(name, rows, width, (Block(rows, tuple(range(width))),))
         for site in sites
