@@ -1,10 +1,11 @@
-"""Task: a model, its loss and its batches, which is all that a search sees."""
+"""Task: all that a search sees of a model, its loss and its batches. CTRTask: the Task of a zoo model."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from embtrim.data.dataset import EncodedDataset, SplitArrays
 from embtrim.data.encoder import vocabulary_bytes
-from embtrim.errors import EmbtrimError
+from embtrim.errors import ModelError
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Alignment
@@ -33,28 +34,32 @@ from embtrim.training.recoding import data_for
 from embtrim.training.settings import FitResult, Hooks, TrainConfig
 from embtrim.training.state import Training
 
+log = logging.getLogger(__name__)
+
+# Rows per batch when many gatings are scored: the activations of larger batches fall out of the cache.
+GATED_BATCH_SIZE = 2_048
+
 
 class Task:
-    """A model with everything a search may ask of it.
+    """A model with everything that a search may need.
 
     Args:
-        model: the model to shrink; searches never change it.
-        loss: (model, batch) -> mean loss, a scalar tensor.
-        train: training batches: an iterable that starts anew at each `iter`, such as a DataLoader.
-        valid: validation batches, likewise; needed by searches that score on validation data.
-        score: model -> validation score, higher is better, by which searches compare models; without one it is minus the
-            mean validation loss.
-        optimizer: model -> optimiser; needed by searches that train.
-        fresh: seed -> a model with initial weights; needed by searches that start from them. It may also take no
-            argument: torch's generator is then seeded around the call.
-        keep: filter on module paths, see `find_sites`.
-        fields: of each flat table, by module path: the fields that its ids run through, and their rows; such as
-            `{"embedding": {"user": 1000, "item": 500}}`.
+        model: Model to shrink. Searches never change it.
+        loss: (model, batch) -> mean loss of the batch, a scalar tensor.
+        train: Training batches: an iterable that can be read again, such as a DataLoader.
+        valid: Validation batches, likewise. Searches that score on validation data need them.
+        score: model -> validation score, higher is better. Without it a model's score is minus its mean validation loss.
+        optimizer: model -> optimiser. Searches that train need it.
+        fresh: seed -> model with initial weights. Searches that start from initial weights need it. If it takes no
+            argument, torch's generator is seeded around the call.
+        keep: Filter on module paths, see `find_sites`.
+        fields: Rows of each field of a flat table, by module path, such as
+            `{"embedding": {"user": 1000, "item": 500}}`. A flat table holds several fields, told apart by offsets.
 
     Attributes:
-        progress: whether searches show progress bars on stderr.
-        checkpoints: where a search keeps the state of its trainings, and of other work that takes long, if anywhere: an
-            interrupted search that is started again with the same folder goes on where it was.
+        progress: Whether searches show progress bars on stderr.
+        checkpoints: Folder for the state of trainings and other long work, or None. A search started again with the
+            same folder continues where it was interrupted.
     """
 
     needs_aligned = True  # a foreign module's forward expects the full width
@@ -80,11 +85,11 @@ class Task:
         self._optimizer, self._fresh, self._keep, self._fields = optimizer, fresh, keep, fields
 
     def sites(self, model: nn.Module) -> list[Site]:
-        """The sites of a model of this task."""
+        """Sites of a model of this task."""
         return find_sites(model, self._keep, self._fields)
 
     def survey(self) -> list[Finding]:
-        """What was found of the model's embeddings, what was left alone, and why."""
+        """Every module of the model with embeddings: found, or left alone and why."""
         return survey(self.model, self._keep, self._fields)
 
     def full_plan(self) -> SizePlan:
@@ -92,31 +97,39 @@ class Task:
         return site_plan(self.sites(self.model))
 
     def batches(self, split: str, seed: int | None = None) -> Iterable[Any]:
-        """Batches of "train" or "valid"; `seed` shuffles where the task can."""
+        """Batches of "train" or "valid". A seed shuffles them if the task can.
+
+        Raises:
+            ModelError: The Task has no such batches.
+        """
         batches = self._train if split == "train" else self._valid
         if batches is None:
-            raise EmbtrimError(f"this search reads {split} batches; give the Task `{split}=`")
+            raise ModelError(f"this search reads {split} batches; give the Task `{split}=`")
         return batches
 
     def probe(self) -> list[Any]:
-        """One batch, of "valid" if there are any; none of an iterator, which gives each batch once, or of no batches."""
+        """One batch, from "valid" if the task has it; none from an iterator, which gives each batch only once."""
         batches = self._train if self._valid is None else self._valid
         return [] if batches is None or isinstance(batches, Iterator) else list(itertools.islice(batches, 1))
 
     def tracked_batches(self, split: str, what: str, seed: int | None = None) -> Iterable[Any]:
-        """`batches`, with a progress bar where the task shows them."""
+        """`batches`, with a progress bar if the task shows progress."""
         total = self.num_batches(split) if self.progress else None
         return tracked(self.batches(split, seed), what, total, self.progress)
 
     def num_batches(self, split: str) -> int:
-        """Batches a pass over "train" or "valid"; a loader without a length is read once."""
+        """Number of batches of "train" or "valid". A loader without a length is read once to count them."""
         batches = self.batches(split)
         return len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
 
     def fresh(self, seed: int) -> nn.Module:
-        """A model with initial weights."""
+        """A model with initial weights.
+
+        Raises:
+            ModelError: The Task has no `fresh=`.
+        """
         if self._fresh is None:
-            raise EmbtrimError("this search starts from initial weights; give the Task `fresh=` (seed -> model)")
+            raise ModelError("this search starts from initial weights; give the Task `fresh=` (seed -> model)")
         if takes_seed(self._fresh):
             return self._fresh(seed)
         with torch.random.fork_rng([]):
@@ -133,29 +146,30 @@ class Task:
         lr_factor: float = 1.0,
         **settings: Any,
     ) -> FitResult:
-        """Train a model of this task, full or compact; with `patience` stop early and restore the best weights.
+        """Train a full or compact model of this task; with `patience` stop early and restore the best weights.
 
         Args:
-            model: trained in place.
-            epochs: passes over the training batches, at most.
-            seed: of shuffling and dropout.
-            hooks: additions of a search method.
-            patience: epochs without a better validation score (`valid_score`) after which training stops; 0 never stops
-                early, but restores the best weights. None looks at no score.
-            lr_factor: on the learning rates of the task.
-            settings: fields of TrainConfig that a method asks for, such as `tables="dense"`; they have no effect on a
-                task with an `optimizer=` of its own.
+            model: Model, trained in place.
+            epochs: Most passes over the training batches.
+            seed: Seed of shuffling and dropout.
+            hooks: Additions of a search method.
+            patience: Epochs without a better validation score (`valid_score`) after which training stops; 0 never stops
+                early, but restores the best weights; None computes no score.
+            lr_factor: Factor on the learning rates of the task.
+            settings: Fields of TrainConfig that a method asks for, such as `tables="dense"`. The `optimizer=` of a Task
+                ignores them, and a warning says so.
 
         Raises:
-            EmbtrimError: the task has no `optimizer=`, or for `patience` neither `valid=` nor `score=`.
+            ModelError: The Task has no `optimizer=`; or `patience` is given, but neither `valid=` nor `score=`.
 
         Example:
             >>> task.fit(small, epochs=40, seed=0, patience=3)  # doctest: +SKIP
         """
         if self._optimizer is None:
-            raise EmbtrimError("this trains; give the Task `optimizer=` (model -> optimiser)")
+            raise ModelError("this trains; give the Task `optimizer=` (model -> optimiser)")
         if patience is not None and self.score is None and self._valid is None:
-            raise EmbtrimError("patience watches a validation score; give the Task `valid=` or `score=`")
+            raise ModelError("patience watches a validation score; give the Task `valid=` or `score=`")
+        _warn_of_ignored(settings)
         hooks = hooks or Hooks()
         sizes = [tuple(p.shape) for p in model.parameters()]
         depends_on = {
@@ -165,31 +179,32 @@ class Task:
         if lr_factor != 1:
             scale_learning_rates([optimizer], lr_factor)
         config = TrainConfig(epochs=epochs, seed=seed, precision="fp32", patience=patience or 0, reduce_lr=1.0)
-
-        def batches(epoch: int, skip: int) -> Iterator[Any]:
-            found = iter(self.batches("train", seed * 100_003 + epoch))
-            for _ in range(skip):  # now: a loader draws its order when the first batch is asked for
-                next(found)
-            return found
-
+        batches = partial(self._train_batches, seed)
         checkpoint = self.next_checkpoint(depends_on, model)
         score = None if patience is None else lambda: self.valid_score(model)
         training = Training(model, self.loss, batches, [optimizer], config, hooks, score)
         return self._noted(train_loop(training, progress=self.progress, checkpoint=checkpoint))
 
+    def _train_batches(self, seed: int, epoch: int, skip: int) -> Iterator[Any]:
+        """Training batches of an epoch, without the first `skip`."""
+        found = iter(self.batches("train", seed * 100_003 + epoch))
+        for _ in range(skip):  # At once, not on first use: a loader draws its order when the first batch is read.
+            next(found)
+        return found
+
     def next_checkpoint(self, settings: Mapping[str, Any], model: nn.Module) -> Checkpoint | None:
-        """Where the next piece of work of a search keeps its state, if anywhere; see Checkpoint for the arguments."""
+        """Checkpoint of the next piece of work, or None without a folder; see Checkpoint for the arguments."""
         if self.checkpoints is None:
             return None
         return Checkpoint(self.checkpoints.next_path(), self.checkpoints.interval, settings, model)
 
     def kept(self, what: str, model: nn.Module, make: Callable[[], Any]) -> Any:
-        """What `make` gives, or in a search that goes on what it gave before.
+        """Result of `make`, read from the checkpoint if a resumed search computed it before.
 
         Args:
-            what: name of the work and of its settings; the result of other work is refused.
-            model: what it is done on.
-            make: work that changes nothing, with a tensor or a JSON-able value as its result.
+            what: Name of the work with its settings. The result of other work is refused.
+            model: Model that the work is done on.
+            make: Work that changes nothing. Its result is a tensor or a JSON-able value.
         """
         checkpoint = self.next_checkpoint({"work": what}, model)
         if checkpoint is None or self.checkpoints is None:
@@ -204,19 +219,19 @@ class Task:
         return value
 
     def _noted(self, result: FitResult) -> FitResult:
-        """The result of a training; what it took before it was interrupted is added up."""
+        """The result of a training, as given; its time before an interruption is added to the folder's total."""
         if self.checkpoints is not None:
             self.checkpoints.spent_seconds += result.restored_seconds
         return result
 
     def vocabulary_bytes(self, plan: SizePlan | None = None) -> int:
-        """Bytes of the vocabulary that goes along with a model of a plan, or with the full one; 0 where none is known of."""
+        """Bytes of the vocabulary that is served with a model of a plan, or with the full model; 0 where unknown."""
         return 0
 
     def recoded(self, plan: SizePlan) -> Task:
-        """This task for a compact model: its batches carry the ids of the plan, where the task can re-number them.
+        """This task for a compact model: its batches carry the ids of the plan, if the task can re-number them.
 
-        It shows no progress: whoever trains many candidates counts them.
+        The returned task shows no progress bars: a search that trains many candidates shows one of its own.
         """
         task = copy.copy(self)
         task.progress = False
@@ -224,7 +239,7 @@ class Task:
 
     @torch.no_grad()
     def valid_score(self, model: nn.Module) -> float:
-        """`score=` of a model, or without one minus its mean validation loss; higher is better."""
+        """Validation score of a model, higher is better: its `score=`, or else minus its mean validation loss."""
         model.eval()
         if self.score is not None:
             return float(self.score(model))
@@ -236,14 +251,12 @@ class Task:
 
     @torch.no_grad()
     def gated_scores(self, model: nn.Module, gates: Sequence[Sequence[SlotGate]], max_rows: int = 0) -> list[float]:
-        """Validation score of a model under each of several slot gatings, higher is better.
-
-        Without a `score=` it is minus the mean validation loss.
+        """Validation score of a model under each of several slot gatings; see `valid_score`.
 
         Args:
-            model: put into evaluation mode.
-            gates: for each gating, the slot gate of each site.
-            max_rows: validation rows to score on, where the task can draw a sample; 0 means all.
+            model: Model, put into evaluation mode.
+            gates: Slot gates of all sites, for each gating.
+            max_rows: Most validation rows to score on, if the task can draw a sample; 0 means all.
         """
         sites = self.sites(model)
         model.eval()
@@ -264,13 +277,13 @@ class Task:
 
     @staticmethod
     def _scored(rows: float) -> float:
-        """Validation rows that were scored; without any no score means anything."""
+        """The number of rows scored, as given; ModelError if it is zero."""
         if not rows:
-            raise EmbtrimError("there are no valid batches to score on; give some that can be read again")
+            raise ModelError("there are no valid batches to score on; give some that can be read again")
         return rows
 
     def row_counts(self) -> dict[str, np.ndarray]:
-        """Occurrences of each row in the training data, int64 (V,) by table; one forward pass over the batches."""
+        """Occurrences of each row in the training batches, int64 (V,) by table name. Takes a pass over the batches."""
         sites = [site for site in self.sites(self.model) if isinstance(site, ModuleSite)]
         totals = [np.zeros(sum(site.num_rows), np.int64) for site in sites]
 
@@ -296,7 +309,7 @@ class Task:
             for hook in hooks:
                 hook.remove()
         if not num_batches:
-            raise EmbtrimError("there are no train batches to count rows on; give some that can be read again")
+            raise ModelError("there are no train batches to count rows on; give some that can be read again")
         return {
             name: part
             for site, total_V in zip(sites, totals, strict=True)
@@ -304,33 +317,55 @@ class Task:
         }
 
 
+def _warn_of_ignored(settings: Mapping[str, Any]) -> None:
+    """Warn of settings that a method asks for and that a Task with its own `optimizer=` cannot follow."""
+    default = TrainConfig()
+    asked = default.replace(**settings)
+    ignored = [
+        f"{name} = {getattr(asked, name)!r}" for name in settings if getattr(asked, name) != getattr(default, name)
+    ]
+    if ignored:
+        log.warning(
+            "this Task trains with its own optimizer=, which ignores what the search asks for: %s; build it into that "
+            "optimizer, such as embedding_l2 as weight decay",
+            ", ".join(ignored),
+        )
+
+
 def takes_seed(fresh: Callable[..., nn.Module]) -> bool:
-    """Whether `fresh=` of a Task wants a seed: an argument that it cannot do without, or its first one is `seed`."""
+    """Whether `fresh=` of a Task takes a seed: it requires an argument, or its first one is called `seed`."""
     positional = [p for p in inspect.signature(fresh).parameters.values() if p.kind <= p.VAR_POSITIONAL]
     return any(p.default is p.empty for p in positional) or any(p.name == "seed" for p in positional[:1])
+
+
+def alignment_of(task: Task, wanted: Alignment) -> Alignment:
+    """Alignment that a plan for this task needs: "concat" if the model only concatenates embeddings."""
+    return wanted if task.needs_aligned else "concat"
 
 
 class CTRTask(Task):
     """The task of a zoo model on encoded data.
 
     Args:
-        model: zoo model; trained already, for searches that need one.
-        data: encoded data with a "train" and, for most searches, a "valid" split.
-        config: how `fit` trains; batch size, L2 and so on of the search's own training.
+        model: Zoo model. Some searches need a trained one.
+        data: Encoded data with a "train" split and, for most searches, a "valid" split. A compact model gets its
+            batches re-coded, see `data_for` in `embtrim.training.recoding`.
+        config: Settings of the trainings inside a search: batch size, L2 and so on.
 
     Raises:
-        EmbtrimError: the model is not one of embtrim.models.
+        DataError: The data do not fit the model.
+        ModelError: The model is not one of embtrim.models.
     """
 
     def __init__(self, model: CTRModel, data: EncodedDataset, config: TrainConfig | None = None) -> None:
         if not isinstance(model, CTRModel):
-            raise EmbtrimError(
-                f"a CTRTask is of a model of embtrim.models, given a {type(model).__name__}; give that one to a "
+            raise ModelError(
+                f"a CTRTask takes a model of embtrim.models, given a {type(model).__name__}; give that model to a "
                 "Task(model, loss=.., train=.., valid=..)"
             )
         self.data = data_for(model, data)
         self.config = config or TrainConfig()
-        model.to(device_of(self.config))  # in place, as `fit` does: batches go there too
+        model.to(device_of(self.config))  # in place, as in `fit`: batches go to the same device
         super().__init__(model, logloss_of_batch, train=(), score=self._score)
         self.model: CTRModel = model
         self.needs_aligned = model.needs_aligned
@@ -376,14 +411,14 @@ class CTRTask(Task):
         lr_factor: float = 1.0,
         **settings: Any,
     ) -> FitResult:
-        """See Task; the score is the AUC."""
+        """See Task. The score is the AUC."""
         assert isinstance(model, CTRModel)
         splits = {"train": self.data.split("train")}
         if patience is not None:
             splits["valid"] = self.data.split("valid")
             settings |= {"patience": patience, "monitor": "auc"}
         data = EncodedDataset(self.data.schema, splits, id_maps=self.data.id_maps)
-        config = self.config.replace(epochs=epochs, seed=seed, compile=False, **settings)  # they are short, and many
+        config = self.config.replace(epochs=epochs, seed=seed, compile=False, **settings)  # short and many
         config = config.replace(learning_rate=config.learning_rate * lr_factor)
         checkpoint = None
         if self.checkpoints is not None:
@@ -393,7 +428,7 @@ class CTRTask(Task):
 
     @torch.no_grad()
     def gated_scores(self, model: nn.Module, gates: Sequence[Sequence[SlotGate]], max_rows: int = 0) -> list[float]:
-        """See Task; the score is the AUC, of the same sample of rows at every call."""
+        """See Task. The score is the AUC on a sample of rows that is the same at every call."""
         arrays = self.data.split("valid")
         if 0 < max_rows < len(arrays):
             rows = np.sort(np.random.default_rng(0).choice(len(arrays), max_rows, replace=False))
@@ -417,12 +452,3 @@ class CTRTask(Task):
     def row_counts(self) -> dict[str, np.ndarray]:
         """See Task."""
         return self.data.value_counts("train")
-
-
-def alignment_of(task: Task, wanted: Alignment) -> Alignment:
-    """The alignment a plan for this task needs: none for a model that only concatenates."""
-    return wanted if task.needs_aligned else "concat"
-
-
-# Rows a batch where many gatings are scored: activations of larger ones fall out of the cache.
-GATED_BATCH_SIZE = 2_048
