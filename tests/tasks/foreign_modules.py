@@ -7,7 +7,7 @@ import dataclasses
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Block, TablePlan
