@@ -109,7 +109,7 @@ class TestReads:
             counted = dataclasses.replace(plan.tables[1], blocks=(Block(25, 2),))
             plan = dataclasses.replace(plan, tables=(plan.tables[0], counted))
         assert verify(task.model, plan, task).passed
-        with pytest.raises(EmbtrimError, match="what reads= says of deep, wide does not hold"):
+        with pytest.raises(EmbtrimError, match="reads= is wrong for deep, wide"):
             verify(task.model, plan, task, reads=self.READS)
 
     def test_another_order_is_found(self):
@@ -128,7 +128,7 @@ class TestReads:
             ({"user": ["user"]}, "names 'user', which is a CompactEmbedding; name an nn.Linear"),
             ({"wide": ["user", "itm"]}, "'wide' reads 'itm', which is not a module of this model"),
             ({"wide": ["user", "deep"]}, "'wide' reads 'deep', which is a Linear; name embeddings"),
-            ({"wide": ["user"]}, "what 'wide' reads, user, has 6 columns, but it takes 10"),
+            ({"wide": ["user"]}, "the parts that reads= names for 'wide', user, have 6 columns, but it takes 10"),
         ],
     )
     def test_what_does_not_add_up(self, reads, message: str):

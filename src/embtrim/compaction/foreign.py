@@ -1,4 +1,4 @@
-"""compact for modules of one's own: their embeddings replaced by smaller ones of the same output width."""
+"""compact for foreign modules: smaller embeddings of the same output width replace those of the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from embtrim.compaction.inheriting import check_inheritable, kept_rows_of
-from embtrim.errors import EmbtrimError, PlanError
+from embtrim.errors import ModelError, PlanError
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import TablePlan
 from embtrim.tables.replacements import CompactEmbedding, CompactEmbeddingBag, CompactFlatEmbedding
@@ -19,9 +19,14 @@ from embtrim.tasks.sites import ModuleSite
 from embtrim.tasks.survey import fields_of, find_sites, site_plan
 from embtrim.tasks.task import Task
 
+Init = Literal["scratch", "initial", "inherit"]
+
+# Parts of the concatenation that each nn.Linear reads, by its path; see `compact`.
+Reads = Mapping[str, Sequence[str | int]]
+
 
 def module_sites(model: nn.Module, plan: SizePlan) -> list[ModuleSite]:
-    """The sites of a foreign module that a plan is for; PlanError if it was made for others."""
+    """Sites of a foreign module that a plan names; PlanError if the plan was made for other sites."""
     names = {table.name for table in plan.tables}
     flat = {path: fields for path, fields in fields_of(model, plan).items() if fields}
     sites = [s for s in find_sites(model, fields=flat) if isinstance(s, ModuleSite) and s.names[0] in names]
@@ -39,7 +44,7 @@ def module_sites(model: nn.Module, plan: SizePlan) -> list[ModuleSite]:
 def compact_module(model: nn.Module, plan: SizePlan, init: Init, seed: int | None) -> nn.Module:
     """A copy of a foreign module with smaller embeddings of the same output width."""
     if init == "initial":
-        raise EmbtrimError("init = 'initial' needs a zoo model; build a foreign one anew and use 'inherit'")
+        raise ModelError("init = 'initial' needs a zoo model; build a fresh foreign module and use 'inherit'")
     generator = torch.Generator().manual_seed(0 if seed is None else seed)
     tables = iter(plan.tables)
     memo: dict[int, Any] = {}
@@ -51,7 +56,7 @@ def compact_module(model: nn.Module, plan: SizePlan, init: Init, seed: int | Non
             replacement = CompactEmbeddingBag(replacement, site.module)  # type: ignore[arg-type]
         replacement.path = site.path  # type: ignore[assignment]
         replacement.to(site.module.weight.device).train(site.module.training)
-        # Wherever the model keeps the module, or its weight in a list of its own (as for a penalty), it gets ours.
+        # The replacement goes wherever the model keeps the module, or its weight in a list (as for a penalty).
         memo.update((id(module), replacement) for module in site.modules)
         pieces = [weight for table in found for weight in table.weights]
         if len(pieces) == 1:
@@ -62,7 +67,7 @@ def compact_module(model: nn.Module, plan: SizePlan, init: Init, seed: int | Non
     for site, pieces in in_pieces:
         stale = memo.get(id(site.module.weight))
         if stale is not None and not _replace_in_lists(small, stale, pieces):
-            raise EmbtrimError(
+            raise ModelError(
                 f"the model keeps the weight of {site.path!r} outside of its modules too, and not just in lists; this plan "
                 f"stores it in {len(pieces)} pieces, which cannot take its place; leave it alone with the Task's keep="
             )
@@ -70,7 +75,7 @@ def compact_module(model: nn.Module, plan: SizePlan, init: Init, seed: int | Non
 
 
 def _replace_in_lists(model: nn.Module, stale: Tensor, pieces: Sequence[Tensor]) -> bool:
-    """Put `pieces` in the place of a weight in lists that a model's attributes hold; False if it is elsewhere too."""
+    """Replace a weight by its pieces in the lists that a model's attributes hold; False if it is kept elsewhere too."""
     containers: list[Any] = [vars(module) for module in model.modules()]
     seen: set[int] = set()
     found = False
@@ -91,12 +96,12 @@ def _replace_in_lists(model: nn.Module, stale: Tensor, pieces: Sequence[Tensor])
 
 @torch.no_grad()
 def narrow_linears(small: nn.Module, reads: Reads) -> None:
-    """Let the named Linears of a compact foreign module read stored columns alone, and its tables give out no others."""
+    """Let the named Linears of a compact foreign module read only the columns that its tables store."""
     narrowed: list[CompactEmbedding | CompactEmbeddingBag] = []
     for path, parts in reads.items():
         linear = _submodule(small, path)
         if type(linear) is not nn.Linear:
-            raise EmbtrimError(f"reads= names {path!r}, which is {_kind(linear)}; name an nn.Linear")
+            raise ModelError(f"reads= names {path!r}, which is {_kind(linear)}; name an nn.Linear")
         kept, width = [], 0
         for part in parts:
             if isinstance(part, int):
@@ -106,7 +111,7 @@ def narrow_linears(small: nn.Module, reads: Reads) -> None:
             module = _submodule(small, part)
             entries = module.entries if isinstance(module, CompactEmbeddingBag) else module
             if not isinstance(entries, CompactEmbedding):
-                raise EmbtrimError(
+                raise ModelError(
                     f"{path!r} reads {part!r}, which is {_kind(module)}; name embeddings that were found, of one field "
                     "each, or numbers of other columns"
                 )
@@ -114,15 +119,15 @@ def narrow_linears(small: nn.Module, reads: Reads) -> None:
             width += entries.embedding_dim
             narrowed.append(module)  # type: ignore[arg-type]
         if width != linear.in_features:
-            raise EmbtrimError(
-                f"what {path!r} reads, {', '.join(map(str, parts))}, has {width:,} columns, but it takes "
-                f"{linear.in_features:,}; name every part of the concatenation, in order"
+            raise ModelError(
+                f"the parts that reads= names for {path!r}, {', '.join(map(str, parts))}, have {width:,} columns, but it "
+                f"takes {linear.in_features:,}; name every part of the concatenation, in order"
             )
         columns_S = torch.cat(kept)
         # In place: a list of the model, as for a penalty, may hold this weight.
         linear.weight.data = linear.weight.data[:, columns_S.to(linear.weight.device)]
         linear.in_features = len(columns_S)
-        # An export says what the full model takes.
+        # An export states the input width of the full model.
         linear.full_in_features = width  # type: ignore[assignment]
     for module in narrowed:
         module.narrow()
@@ -138,11 +143,11 @@ def _kind(module: nn.Module | None) -> str:
 
 @torch.no_grad()
 def check_compactable(task: Task) -> None:
-    """Run a batch through a copy of a foreign model with compact tables: a search for one that fails would be in vain.
+    """Run a batch through a compact copy of a foreign model, before a search that could not be used otherwise.
 
     Raises:
-        EmbtrimError: the model, or its loss, reads the weight of an embedding that was found by other means than its module;
-            or the loss is not a scalar tensor.
+        ModelError: The model or its loss reads the weight of a searched embedding outside of the embedding's module; or
+            the loss is not a scalar tensor.
     """
     full = task.full_plan()
     plan = full.with_columns({table.name: (0,) for table in full.tables})
@@ -154,7 +159,7 @@ def check_compactable(task: Task) -> None:
                 given = (
                     f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
                 )
-                raise EmbtrimError(
+                raise ModelError(
                     f"the Task's loss= must give the mean loss of a batch as a scalar tensor, it gave {given}"
                 )
 
@@ -163,7 +168,7 @@ def check_compactable(task: Task) -> None:
 def _compact_table(
     site: ModuleSite, table: TablePlan, weight_VD: Tensor, init: Init, generator: torch.Generator
 ) -> CompactEmbedding:
-    """One table of a foreign module, with weights."""
+    """The compact table of a foreign module, with its weights."""
     module = site.module
     padding = site.reserved_rows[site.names.index(table.name)]
     compacted = CompactEmbedding(table, padding, module.max_norm, module.norm_type, module.sparse).to(weight_VD.dtype)
@@ -173,7 +178,7 @@ def _compact_table(
         compacted.set_rows(compact_ids, weight_VD[torch.from_numpy(kept_rows)][:, list(table.columns)])
         select_columns(table, compacted)
     else:
-        # With the spread of the model's own rows: a foreign module does not tell how it was initialised.
+        # New rows get the spread of the present ones: a foreign module does not tell how it was initialised.
         for weight in compacted.weights:
             weight.normal_(0, float(weight_VD.std()), generator=generator)
         for projection in compacted.projections.values():
@@ -186,23 +191,16 @@ def _compact_table(
 
 
 def select_columns(table: TablePlan, compacted: CompactEmbedding) -> None:
-    """Let the projection of a uniform table, if it has one, select the kept columns."""
+    """Set the projection of a uniform table, if it has one, to the selection of the kept columns."""
     for projection in compacted.projections.values():
         projection.copy_(torch.eye(table.width)[list(table.columns)])
 
 
 def compact_tables(small: nn.Module, plan: SizePlan) -> list[CompactEmbedding]:
-    """The tables of a compact foreign module, in the plan's order."""
+    """Compact tables of a foreign module, in the order of the plan."""
     found: list[CompactEmbedding] = []
     for path in fields_of(small, plan):
         module: Any = small.get_submodule(path)
         entries = module.entries if isinstance(module, CompactEmbeddingBag) else module
         found.extend(list(entries.tables) if isinstance(entries, CompactFlatEmbedding) else [entries])  # type: ignore[arg-type]
     return found
-
-
-Init = Literal["scratch", "initial", "inherit"]
-
-
-# By the path of an nn.Linear, what its input concatenates; see `compact`.
-Reads = Mapping[str, Sequence[str | int]]

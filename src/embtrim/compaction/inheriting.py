@@ -1,4 +1,4 @@
-"""What a compact model inherits of a full one: the kept rows and columns, and the axes that read them."""
+"""Weights that a compact model inherits from the full one: kept rows and columns, and the axes that read them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from embtrim.tables.embedding_tables import EmbeddingTables
 
 @torch.no_grad()
 def inherit_weights(full: CTRModel, small: CTRModel) -> None:
-    """Copy into `small` what its plan keeps of `full`: rows and columns of tables, and the axes that read them."""
+    """Copy the kept part of `full` into `small`: rows and columns of tables, and the axes that read them."""
     plan = small.tables.plan
     assert isinstance(plan, SizePlan), "a plan without rows does not say what is kept"
     full.tables.settle()
@@ -57,7 +57,7 @@ def _inherit_table(full: EmbeddingTables, small: EmbeddingTables, table: TablePl
 
 
 def check_inheritable(table: TablePlan) -> None:
-    """Raise PlanError where a plan says how many columns of a table are kept, but not which."""
+    """Raise PlanError if the plan of a table counts its kept columns without saying which."""
     if table.only_counts:
         raise PlanError(f"plan for table {table.name!r} says how many columns, not which; use init='scratch'")
 

@@ -1,4 +1,4 @@
-"""verify: prove that a compact model equals the masked full one."""
+"""verify: prove that a compact model equals the masked full model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from embtrim.compaction.compacting import compact
 from embtrim.compaction.foreign import Reads, compact_tables, module_sites, narrow_linears, select_columns
 from embtrim.compaction.inheriting import kept_rows_of
 from embtrim.data.dataset import EncodedDataset
-from embtrim.errors import EmbtrimError
+from embtrim.errors import EmbtrimError, ModelError
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import TablePlan, projects
@@ -23,28 +23,26 @@ from embtrim.system.torch_private import tree_leaves
 from embtrim.tasks.task import Task
 from embtrim.training.recoding import data_for
 
-# verify: |compact - masked| <= TOLERANCE * (1 + |masked|), in float64; of a foreign module in its own precision.
+# A model passes if |compact - masked| <= tolerance * (1 + |masked|): zoo models in float64, foreign modules in their own
+# precision.
 TOLERANCE = 1e-9
-
-
 MODULE_TOLERANCE = 1e-5
 
-
-# Rows that are looked up value by value, where a plan only counts columns.
+# Rows to look up value by value for a plan that only counts columns.
 LOOKUP_ROWS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """Whether the compact model equals what the plan stands for on real rows.
+    """Result of `verify`: whether a compact model equals the full model under its plan, on real rows.
 
     Attributes:
-        against: "masked" - outputs of the full model with the removed entries set to zero; or "lookup" - a naive lookup
-            of each value's embedding, for plans that only count columns.
-        max_difference: largest |compact - expected| / (1 + |expected|) over the rows, in float64 for a zoo model.
-        num_rows: rows compared; of a foreign module, as its output counts them.
-        tolerance: what is allowed.
-        passed: whether it holds.
+        max_difference: Largest |compact - expected| / (1 + |expected|) over the rows; in float64 for a zoo model.
+        num_rows: Rows compared. A foreign module's rows are counted by its output.
+        tolerance: Largest difference allowed.
+        passed: Whether the difference is within the tolerance.
+        against: Source of the expected values. "masked": the full model with the removed entries set to zero. "lookup":
+            each value's embedding by definition of the plan, for plans that only count columns.
     """
 
     max_difference: float
@@ -54,7 +52,7 @@ class Verification:
     against: Literal["masked", "lookup"] = "masked"
 
     def require(self) -> None:
-        """Raise EmbtrimError unless the comparison holds."""
+        """Raise EmbtrimError unless the comparison passed."""
         if not self.passed:
             raise EmbtrimError(
                 f"compact and {self.against} model differ by {self.max_difference:.2e} (allowed {self.tolerance:.0e}); "
@@ -70,36 +68,39 @@ def verify(
     max_rows: int = 65_536,
     reads: Reads | None = None,
 ) -> Verification:
-    """Compare a compact copy with inherited weights with the masked full model on real batches, in float64.
+    """Compare a compact copy with the masked full model on real batches.
 
-    Of a foreign module all outputs that the task's loss asks for are compared, and the loss, in its own precision.
+    The masked model is the full one with the removed entries set to zero. `verify` makes the compact copy itself: it
+    inherits the weights of the full model, and narrow tables are aligned by selection under every alignment. A plan that
+    only counts columns has no masked model: its compact tables, with random weights, are compared with a lookup value by
+    value instead.
 
-    The masked model is the full one with the removed entries set to zero. The compact copy is verify's own: narrow
-    tables are aligned by selection, whatever the plan says, before any re-initialisation. A plan that only counts
-    columns has no masked model: its compact tables, with random weights, are compared with a naive lookup instead.
+    Zoo models are compared in float64. Foreign modules are compared in their own precision: every output that the loss
+    of the Task uses, and the loss.
 
     Args:
-        model: the full model.
-        plan: made for its schema, or for its sites.
-        data: the full model's data; for a foreign module, its Task.
-        split: which rows, or batches.
-        max_rows: how many at most.
-        reads: as given to `compact`.
+        model: Full model.
+        plan: Plan made for the model's schema, or for the foreign module's sites.
+        data: Data of the full model, as they were encoded; for a foreign module, its Task.
+        split: Split to compare on.
+        max_rows: Most rows to compare.
+        reads: Same as for `compact`.
 
     Raises:
-        PlanError: the plan was made for something else.
-        EmbtrimError: something reads the embeddings that `reads` narrows besides its Linears, or in another order; or the
-            Task has no batches to compare on.
+        PlanError: The plan was made for another model.
+        DataError: The data do not fit the model.
+        ModelError: The embeddings that `reads` narrows are also read outside of its Linears, or in another order; the
+            Task has no batches to compare on; or `data` is not of the kind that the model needs.
     """
     if not isinstance(model, CTRModel):
         if not isinstance(data, Task):
-            raise EmbtrimError(
-                f"verify got a {type(model).__name__} and a {type(data).__name__}; a module that is none of "
+            raise ModelError(
+                f"verify got a {type(model).__name__} and a {type(data).__name__}; a module that is not one of "
                 "embtrim.models is compared on the batches of its Task"
             )
         return _verify_module(model, plan, data, split, max_rows, reads)
     if not isinstance(data, EncodedDataset):
-        raise EmbtrimError(f"verify compares a zoo model on encoded data, given a {type(data).__name__}; give its data")
+        raise ModelError(f"verify compares a zoo model on encoded data, given a {type(data).__name__}; give its data")
     data = data_for(model, data)
     if any(table.only_counts for table in plan.tables):
         return _verify_lookup(model, plan, data, split, min(max_rows, LOOKUP_ROWS))
@@ -122,7 +123,7 @@ def verify(
 
 @torch.no_grad()
 def _verify_lookup(model: CTRModel, plan: SizePlan, data: EncodedDataset, split: str, max_rows: int) -> Verification:
-    """Compare the compact tables with embeddings looked up value by value, by nothing but the plan's definition."""
+    """Compare the compact tables with embeddings looked up value by value, straight from the definition of the plan."""
     full_ids_BC = next(iter(data.batches(split, max_rows))).ids_BC.numpy()
     ids_BC = next(iter(data.recode(plan).batches(split, max_rows))).ids_BC
     tables = compact(copy.deepcopy(model).cpu().double(), plan, seed=0).eval().tables
@@ -163,7 +164,7 @@ def _verify_lookup(model: CTRModel, plan: SizePlan, data: EncodedDataset, split:
 
 @torch.no_grad()
 def mask_tables(model: CTRModel, plan: SizePlan) -> CTRModel:
-    """Set every entry that the plan removes to zero, in place: the masked model that papers evaluate."""
+    """Set every entry that the plan removes to zero, in place. Papers evaluate this masked model."""
     tables = model.tables
     for table in plan.tables:
         rows = np.arange(table.num_rows)
@@ -181,13 +182,13 @@ def mask_tables(model: CTRModel, plan: SizePlan) -> CTRModel:
 def _verify_module(
     model: nn.Module, plan: SizePlan, task: Task, split: str, max_rows: int, reads: Reads | None
 ) -> Verification:
-    """See `verify`."""
+    """`verify` for a foreign module."""
     counts_only = any(table.only_counts for table in plan.tables)
     if counts_only:
         by_lookup = _verify_module_lookup(model, plan)
         if reads is None:
             return by_lookup
-        # There is no masked model: the compact one of full output width stands for it, narrow tables aligned by selection.
+        # Without a masked model, the compact model of full output width takes its place, aligned by selection.
         expected_of = compact(model, plan, seed=0).eval()
         for table, compacted in zip(plan.tables, compact_tables(expected_of, plan), strict=True):
             if projects(table):
@@ -206,19 +207,19 @@ def _verify_module(
         try:
             found = _outputs(task, small, batch)
             worst = max(worst, *(_difference(a, b) for a, b in zip(found, expected, strict=True)))
-        except Exception as error:  # a model may do anything with a width that it does not expect
+        except Exception as error:  # a model may fail in any way on a width that it does not expect
             if reads is None:
                 raise
-            raise EmbtrimError(f"{_misread(reads)}; it fails: {error}") from error
+            raise ModelError(f"{_misread(reads)}; it fails: {error}") from error
         rows += len(expected[0]) if expected[0].ndim else 1
         if rows >= max_rows:
             break
     if not rows:
-        raise EmbtrimError(
+        raise ModelError(
             f"verify compared no row: the Task's {split} batches are empty or spent; give some that can be read again"
         )
     if reads is not None and worst > MODULE_TOLERANCE:
-        raise EmbtrimError(f"{_misread(reads)}; outputs differ by {worst:.2e}")
+        raise ModelError(f"{_misread(reads)}; outputs differ by {worst:.2e}")
     if counts_only:
         return dataclasses.replace(by_lookup, max_difference=max(worst, by_lookup.max_difference))
     return Verification(worst, rows, MODULE_TOLERANCE, worst <= MODULE_TOLERANCE)
@@ -226,19 +227,19 @@ def _verify_module(
 
 def _misread(reads: Reads) -> str:
     return (
-        f"what reads= says of {', '.join(reads)} does not hold: the Linear reads its parts in another order, or something "
-        "else reads them too; correct it, or leave it out"
+        f"reads= is wrong for {', '.join(reads)}: the Linear reads its parts in another order, or something else reads them "
+        "too; correct it, or leave it out"
     )
 
 
 def _outputs(task: Task, model: nn.Module, batch: Any) -> list[Tensor]:
-    """Every tensor that a model puts out while the task's loss is computed, and the loss."""
+    """Every output tensor of a model during the task's loss, and the loss."""
     found: list[Tensor] = []
     hook = model.register_forward_hook(
         lambda _module, _args, output: found.extend(x for x in tree_leaves(output) if isinstance(x, Tensor))
     )
     try:
-        with torch.random.fork_rng([]):  # a loss may draw negatives: the next model gets the same
+        with torch.random.fork_rng([]):  # a loss may draw negatives: both models get the same
             loss = task.loss(model, batch)
     finally:
         hook.remove()
@@ -253,8 +254,8 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 @torch.no_grad()
 def _verify_module_lookup(model: nn.Module, plan: SizePlan) -> Verification:
-    """Compare compact tables of random weights with the embedding of every id by nothing but the plan's definition."""
-    small = compact(model, plan, seed=0).cpu().eval()  # where the generator is
+    """Compare compact tables of random weights with the embedding of every id, straight from the definition of the plan."""
+    small = compact(model, plan, seed=0).cpu().eval()  # the generator is on the CPU
     generator = torch.Generator().manual_seed(0)
     worst, rows = 0.0, 0
     for table, compacted in zip(plan.tables, compact_tables(small, plan), strict=True):
