@@ -1,1 +1,1 @@
-"""From a plan to a smaller model, and the proof that the two are equal."""
+"""From a plan to a smaller model, and the proof that it equals the masked full model."""

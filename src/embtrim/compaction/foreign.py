@@ -138,7 +138,7 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def _kind(module: nn.Module | None) -> str:
-    return "no module of this model" if module is None else f"a {type(module).__name__}"
+    return "not a module of this model" if module is None else f"a {type(module).__name__}"
 
 
 @torch.no_grad()

@@ -1,1 +1,1 @@
-"""One training loop: settings, fit, evaluate, metrics, checkpoints."""
+"""Training: settings, the one loop, fit, evaluate, metrics and checkpoints."""

@@ -1,9 +1,10 @@
-"""Checkpoints: the state of a training on disk, from which an interrupted one goes on, to the same end.
+"""Checkpoints: the state of a training on disk, from which an interrupted training continues to the same end.
 
-A checkpoint is taken between two steps and holds all that the rest depends on: weights, the optimisers' state, random
-states, the position in the data, the best weights so far. It changes nothing: decay that untouched rows are owed stays
-owed, so that a training gives the same weights, bit by bit, however often it was written down or interrupted. The last
-one, of a training that has ended, holds the result alone; who started the training removes it when the result is kept.
+A checkpoint is written between two steps. It holds everything that the rest of the training depends on: weights,
+optimiser states, random states, the position in the data, and the best weights so far. Writing one changes nothing:
+untouched rows keep the decay that they still owe. A training therefore ends with the same weights, bit by bit, however
+often it is written or interrupted. After the end of the training its checkpoint holds the result alone, and the caller
+removes the file when the result is saved.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ class Checkpoint:
     """The file of one training.
 
     Args:
-        path: where; it need not exist.
-        interval: seconds between two writings; 0 writes after every step.
-        settings: what the training depends on, as JSON-able values; a file of other settings is refused.
-        model: as it is before training: its weights are among what the training depends on.
+        path: Path of the file; it need not exist.
+        interval: Seconds between two writings; 0 writes after every step.
+        settings: JSON-able values that the training depends on. A file with other values is refused.
+        model: Model before training. The training depends on its weights as well.
     """
 
     def __init__(self, path: str | Path, interval: float, settings: Mapping[str, Any], model: nn.Module) -> None:
@@ -59,10 +60,10 @@ class Checkpoint:
         self._written = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
-        """What was saved last; None if nothing was, or if the file is damaged (then a warning says so).
+        """The state saved last; None without a file. If the file is damaged, a warning says so and None is returned.
 
         Raises:
-            OtherTrainingError: the file is of another training.
+            OtherTrainingError: The file belongs to another training.
         """
         if not self.path.exists():
             return None
@@ -72,18 +73,25 @@ class Checkpoint:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
             version, settings = head["version"], head["settings"]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            log.warning("%s is damaged (%s); this training starts anew", self.path, str(error).partition("\n")[0])
+            log.warning(
+                "%s is damaged (%s); this training starts again from the beginning",
+                self.path,
+                str(error).partition("\n")[0],
+            )
             return None
         if version != VERSION:
             log.warning(
-                "%s has version %s, this release reads %s; the training starts anew", self.path, version, VERSION
+                "%s has version %s, this release reads %s; the training starts again from the beginning",
+                self.path,
+                version,
+                VERSION,
             )
             return None
-        # A setting that came after the file was written is not known of its training.
+        # A file from before a setting existed says nothing about that setting.
         change = first_change(settings, {name: value for name, value in self.settings.items() if name in settings})
         if change is not None:
             raise OtherTrainingError(
-                f"{self.path} is of a training with {change}; remove it, or give the settings of before"
+                f"{self.path} belongs to a training with {change}; remove it, or give the settings of that training"
             )
         return _with_tensors(head["values"], tensors)
 
@@ -93,7 +101,7 @@ class Checkpoint:
         return time.monotonic() - self._written >= self.interval
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Write the state, or leave the former one where it is: where it cannot be written training goes on, warned."""
+        """Write the state. If it cannot be written, a warning says so, and the previous file stays."""
         tensors: dict[str, torch.Tensor] = {}
         head = {"version": VERSION, "settings": self.settings, "values": _without_tensors(state, tensors)}
         try:
@@ -104,12 +112,12 @@ class Checkpoint:
 
 
 def _without_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """The value as JSON, its tensors put into `tensors` and named in their place."""
+    """The value as JSON. Tensors move to `tensors`, and their names take their place."""
     if isinstance(value, torch.Tensor):
         name = str(len(tensors))
         value = value.detach().cpu().contiguous()
         if any(value.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() for other in tensors.values()):
-            value = value.clone()  # such as a weight tied to a part of another: the file has none that share memory
+            value = value.clone()  # such as a weight tied to a part of another: safetensors refuses shared memory
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, Mapping):
@@ -120,7 +128,7 @@ def _without_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def _with_tensors(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """What `_without_tensors` was given; tuples come back as lists."""
+    """The value that `_without_tensors` was given. Tuples come back as lists."""
     if isinstance(value, list):
         return [_with_tensors(v, tensors) for v in value]
     if not isinstance(value, dict):
@@ -131,17 +139,16 @@ def _with_tensors(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 
 class CheckpointFolder:
-    """Checkpoints of the trainings of one search, and of what else it keeps, numbered in the order of their start.
+    """Checkpoints of the trainings and other long work of one search, numbered in the order of their start.
 
-    A search that is started again makes the same trainings in the same order; those that had ended give their result at
-    once.
+    A search that is started again does the same work in the same order. Finished work gives its result at once.
 
     Args:
-        folder: where; made when it is needed.
-        interval: see Checkpoint.
+        folder: Path of the folder, made when needed.
+        interval: Seconds between two writings, see Checkpoint.
 
     Attributes:
-        spent_seconds: what the work that was found here had taken before.
+        spent_seconds: Time that the work found in the folder took before.
     """
 
     def __init__(self, folder: str | Path, interval: float = 300.0) -> None:
@@ -150,7 +157,7 @@ class CheckpointFolder:
         self._count = 0
 
     def next_path(self) -> Path:
-        """The file of the next training, or other piece of work."""
+        """Path of the next training or other piece of work."""
         self._count += 1
         return self.folder / f"training-{self._count}.safetensors"
 

@@ -1,4 +1,4 @@
-"""Devices, and the precision that matmuls run in."""
+"""Device, kernels and matmul precision of a training."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from embtrim.training.settings import TrainConfig
 
 
 def kernels_used(tables: EmbeddingTables, config: TrainConfig) -> str | None:
-    """ "torch" or "fused": the kernels that a training goes through; None where torch's own dense gradients serve."""
+    """Kernels of a training, "torch" or "fused"; None if it uses torch's own dense gradients."""
     if config.tables == "dense" and not tables.layout.mixed_fields:
         return None
     return kernels_name(torch.empty(0, device=device_of(config)))
 
 
 def device_of(config: TrainConfig) -> torch.device:
-    """The device asked for; never another in its place.
+    """The device of the settings; never another one instead.
 
     Raises:
-        ConfigError: no such device, or torch does not see it.
+        ConfigError: The device does not exist, or torch does not see it.
     """
     try:
         device = torch.device(config.device)
@@ -44,13 +44,13 @@ def device_of(config: TrainConfig) -> torch.device:
 
 @contextmanager
 def fast_matmul(precision: str, device: torch.device) -> Iterator[tuple[Callable[[], Any], str]]:
-    """Choose matmul precision inside a `with` block and restore the global flag after it.
+    """Choose the matmul precision inside a `with` block, and restore torch's global flag after it.
 
-    "medium" routes fp32 matmuls to oneDNN on CPUs. Without AMX tiles these stay exact fp32; with them oneDNN may use
-    bf16, so "fp32" then keeps torch's default.
+    torch's "medium" sends fp32 matmuls to oneDNN on CPUs. Without AMX tiles oneDNN computes them in exact fp32. With AMX
+    tiles it may use bf16, so `precision` "fp32" then keeps torch's default.
 
     Yields:
-        A factory of autocast contexts for the forward pass, and what was chosen, in words.
+        A factory of autocast contexts for the forward pass, and the chosen precision in words.
     """
     before = torch.get_float32_matmul_precision()
     onednn, bf16 = _matmul_choice(precision, device)
@@ -65,7 +65,7 @@ def fast_matmul(precision: str, device: torch.device) -> Iterator[tuple[Callable
 
 
 def computes_in(precision: str, device: torch.device) -> str:
-    """What a forward pass runs in, in words."""
+    """Precision of a forward pass, in words."""
     onednn, bf16 = _matmul_choice(precision, device)
     return ("bf16 autocast" if bf16 else "fp32") + (", oneDNN matmul" if onednn else "")
 

@@ -18,12 +18,12 @@ from embtrim.training.metrics import Metrics, auc_by_frequency_decile, compute_m
 from embtrim.training.recoding import data_for
 from embtrim.training.settings import TrainConfig
 
-# Inference batches: large enough to keep the matmuls busy, small enough that (B, F, D) stays in cache-sized chunks.
+# Rows per batch: enough to keep the matmuls busy, few enough that (B, F, D) stays in cache-sized chunks.
 EVAL_BATCH_SIZE = 8_192
 
 
 def logloss_of_batch(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean binary cross entropy of a batch, weighted where the data have sample weights; a scalar."""
+    """Mean binary cross entropy of a batch, weighted by sample weights if the data have them; a scalar."""
     logits_B = model(batch.ids_BC, batch.dense_BE).float()
     if batch.weights_B is None:
         return functional.binary_cross_entropy_with_logits(logits_B, batch.labels_B)
@@ -118,9 +118,10 @@ def rarest_value_counts(data: EncodedDataset, split: str) -> np.ndarray:
 
 
 def loss_weight(batch: Any) -> float:
-    """What the mean loss of a batch counts among those of others: its rows, or the sum of their sample weights.
+    """Weight of a batch's mean loss in an average over batches: its rows, or the sum of their sample weights.
 
-    Of a batch of a loader's own making the rows are those of its first part; 1 if that is not a tensor and holds none first.
+    The rows of any other batch are the length of its first tensor, looked for in the first part of a mapping, list or
+    tuple. Without a tensor there, or if the tensor is a scalar, the weight is 1.
     """
     if isinstance(batch, Batch):
         return float(len(batch) if batch.weights_B is None else batch.weights_B.sum())

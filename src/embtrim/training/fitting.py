@@ -42,18 +42,21 @@ def fit(
     """Train a model in place on the "train" split; with a "valid" split stop early and restore the best weights.
 
     Args:
-        model: any zoo model, full or compact (give a compact one `data.recode(plan)`).
-        data: encoded data of the model's schema.
-        config: see TrainConfig; `settings` are its fields by name, for short calls.
-        hooks: additions of a search method.
-        progress: show a progress bar with rows/s and ETA on stderr.
-        checkpoint: file for the state of the training, written every `checkpoint_seconds` and at the end. A training
-            that finds it goes on from there, to the weights of an uninterrupted one. Remove it when the result is kept.
+        model: Full or compact zoo model.
+        data: Data of the model's schema, as they were encoded. Data re-coded by the model's plan are taken as well; the
+            model of a bundle needs them.
+        config: Settings of the training, see TrainConfig.
+        hooks: Additions of a search method.
+        progress: Show a progress bar with rows/s and ETA on stderr.
+        checkpoint: File for the state of the training, written every `checkpoint_seconds` and at the end. A training
+            that finds the file continues to the weights of an uninterrupted one. Remove it when the result is saved.
+        settings: Fields of TrainConfig by name, in place of those of `config`.
 
     Raises:
-        DataError: the data are of another schema, or a split is empty or has one class only; or the checkpoint is of
-            another training.
-        EmbtrimError: the loss became infinite or NaN; or torch cannot compile here.
+        DataError: The data do not fit the model, see `data_for` in `embtrim.training.recoding`; a split is empty or has
+            one class only; or the checkpoint belongs to another training.
+        ModelError: The model is not one of embtrim.models, or the data are not encoded.
+        EmbtrimError: The loss became infinite or NaN; or torch cannot compile here.
 
     Example:
         >>> embtrim.fit(model, data, epochs=3, embedding_l2=0.05)  # doctest: +SKIP
@@ -92,9 +95,9 @@ def fit(
 
 @contextmanager
 def compiled(model: CTRModel) -> Iterator[None]:
-    """Inside a `with` block the model's forward in training mode is compiled, from the looked-up embeddings on.
+    """Compile the training forward of a model inside a `with` block, from the looked-up embeddings on.
 
-    The model is as before otherwise: what reads its state, copies it or evaluates it sees no difference.
+    Reading the model's state, copying it and evaluating it work as without compilation.
 
     Raises:
         EmbtrimError: torch cannot compile here.
@@ -113,17 +116,17 @@ def compiled(model: CTRModel) -> Iterator[None]:
                 "name one in the environment variable CXX, or set compile = false"
             ) from error
 
-    # On the model itself, where they hide the methods of its class.
+    # Attributes of the model itself hide the methods of its class.
     vars(model).update(forward=forward, look_up=torch.compiler.disable(model.look_up))
     try:
         yield
     finally:
         del vars(model)["forward"], vars(model)["look_up"]
-        torch.compiler.reset()  # torch compiles one forward for so many models, and no more
+        torch.compiler.reset()  # torch limits how many models it compiles one forward for
 
 
 def training_settings(model: CTRModel, data: EncodedDataset, config: TrainConfig) -> dict[str, Any]:
-    """What a training of a zoo model depends on, beside its initial weights: of a checkpoint, to tell it by."""
+    """Everything that a training depends on beside the initial weights; a checkpoint is recognised by it."""
     tables = model.tables
     return {
         **config.model_dump(mode="json", exclude={"checkpoint_seconds"}),
@@ -132,14 +135,14 @@ def training_settings(model: CTRModel, data: EncodedDataset, config: TrainConfig
         "plan": tables.plan.digest,
         "schema": data.schema.fingerprint,
         "num_rows": {name: data.num_rows(name) for name in data.splits},
-        # These round differently, and another machine may choose others.
+        # Kernels and precisions round differently, and another machine may choose others.
         "kernels": kernels_used(tables, config),
         "computes_in": computes_in(config.precision, device_of(config)),
     }
 
 
 def make_optimizers(model: CTRModel, config: TrainConfig) -> list[Optimizer]:
-    """The optimisers of a zoo model: one over the rows of its tables, one over everything else."""
+    """Optimisers of a zoo model: one over everything but the tables, and one over the rows of the tables."""
     tables = model.tables
     tables.check_fp32()
     in_tables = {id(p) for p in (tables.weight, tables.first_order) if p is not None}

@@ -1,7 +1,8 @@
 """Exact metrics over a whole split: AUC, logloss, calibration, and AUC by how often a row's values were seen.
 
-All are of all rows, in float64; none is an average over batches. Memory: a byte a row for labels and, for AUC, a sorted copy
-of the scores in the precision they come in (with sample weights some 50 bytes a row); the rest goes by CHUNK_ROWS.
+Every metric is computed over all rows, in float64, never as an average over batches. Memory: one byte per row for
+labels, and for AUC a sorted copy of the scores in their own precision (with sample weights some 50 bytes per row).
+Everything else is computed CHUNK_ROWS rows at a time.
 
 Shapes: N rows.
 """
@@ -19,26 +20,26 @@ from numpy.typing import ArrayLike, NDArray
 from embtrim.errors import DataError
 
 Floats = NDArray[np.float64]
-# In the precision they come in: float32 scores are compared as such.
+# Numbers keep their own precision: float32 scores are compared as float32.
 Numbers = NDArray[Any]
 Bools = NDArray[np.bool_]
 
 NUM_DECILES = 10
-# Rows whose values in float64 are at hand at a time.
+# Rows that are converted to float64 at a time.
 CHUNK_ROWS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """How well a model does on one split.
+    """Metrics of a model on one split.
 
     Attributes:
-        auc: probability that a positive row scores above a negative one, ties counting half.
-        logloss: mean binary cross entropy, in nats.
-        calibration: mean predicted probability / mean label; 1 is right on average.
-        num_rows: rows of the split.
-        auc_by_decile: (decile, rows, mean frequency, AUC or None) from the rarest to the most frequent, if asked for;
-            see `auc_by_frequency_decile`.
+        auc: Probability that a positive row scores above a negative one. Ties count half.
+        logloss: Mean binary cross entropy, in nats.
+        calibration: Mean predicted probability / mean label; 1 is right on average.
+        num_rows: Rows of the split.
+        auc_by_decile: (decile, rows, mean frequency, AUC or None) for each group of rows, rarest first; None unless
+            requested. See `auc_by_frequency_decile`.
     """
 
     auc: float
@@ -66,7 +67,7 @@ def compute_metrics(labels: ArrayLike, logits: ArrayLike, weights: ArrayLike | N
         weights: (N,) non-negative sample weights, or None.
 
     Raises:
-        DataError: no rows, one class only, NaN among the logits, or lengths that differ.
+        DataError: There are no rows or only one class, a logit is NaN, or lengths differ.
 
     Example:
         >>> compute_metrics([0, 1, 1], [-1.0, -2.0, 3.0]).auc
@@ -82,7 +83,7 @@ def compute_metrics(labels: ArrayLike, logits: ArrayLike, weights: ArrayLike | N
 
 
 def auc(labels: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None) -> float:
-    """Area under the ROC curve, exact, ties counting half (the Mann-Whitney statistic).
+    """Exact area under the ROC curve (the Mann-Whitney statistic). Ties count half.
 
     Args:
         labels: (N,) 0 or 1.
@@ -90,7 +91,7 @@ def auc(labels: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None) 
         weights: (N,) non-negative sample weights, or None.
 
     Raises:
-        DataError: no rows, one class only, NaN among the scores, or lengths that differ.
+        DataError: There are no rows or only one class, a score is NaN, or lengths differ.
 
     Example:
         >>> auc([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8])
@@ -100,7 +101,7 @@ def auc(labels: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None) 
 
 
 def logloss(labels: ArrayLike, logits: ArrayLike, weights: ArrayLike | None = None) -> float:
-    """Mean binary cross entropy in nats, from logits: large ones lose nothing to a saturated sigmoid.
+    """Mean binary cross entropy in nats, from logits, so that large logits do not saturate a sigmoid.
 
     Args:
         labels: (N,) 0 or 1.
@@ -108,7 +109,7 @@ def logloss(labels: ArrayLike, logits: ArrayLike, weights: ArrayLike | None = No
         weights: (N,) non-negative sample weights, or None.
 
     Raises:
-        DataError: see `auc`; one class only is allowed here.
+        DataError: See `auc`; a single class is allowed here.
     """
     return _logloss(*_check(labels, logits, weights, both_classes=False))
 
@@ -122,7 +123,7 @@ def calibration(labels: ArrayLike, logits: ArrayLike, weights: ArrayLike | None 
         weights: (N,) non-negative sample weights, or None.
 
     Raises:
-        DataError: see `auc`.
+        DataError: See `auc`.
     """
     return _calibration(*_check(labels, logits, weights))
 
@@ -132,29 +133,28 @@ def auc_by_frequency_decile(
 ) -> list[tuple[int, int, float, float | None]]:
     """AUC within ten groups of rows, from those with the rarest values to those with the most frequent.
 
-    The groups hold equally many rows; rows of one frequency may fall into two of them.
+    The groups have equal sizes. Rows of one frequency may fall into two groups.
 
     Args:
         labels: (N,) 0 or 1.
         scores: (N,) logits or probabilities.
-        frequency: (N,) how often the row's rarest value - or the value of a field of interest - occurs in the
-            training rows.
+        frequency: (N,) occurrences of the row's rarest value, or of its value in one field, in the training rows.
 
     Returns:
-        (decile 1..10, rows, mean frequency, AUC or None if the group has one class only) a group; groups that are
-        empty, for want of rows, are left out.
+        (decile 1..10, rows, mean frequency, AUC or None if the group has one class only) for each group. Empty groups
+        are left out; there are some if there are fewer than ten rows.
 
     Raises:
-        DataError: no rows, NaN, or lengths that differ.
+        DataError: There are no rows, a number is NaN, or lengths differ.
     """
     labels_N, scores_N, _ = _check(labels, scores, None, both_classes=False)
     frequency_N = _numbers(frequency)
     if frequency_N.shape != labels_N.shape or np.isnan(frequency_N).any():
         raise DataError(
-            f"metrics: frequencies must be {len(labels_N)} numbers, one a row; given shape {frequency_N.shape}"
+            f"metrics: frequencies must be {len(labels_N)} numbers, one per row; given shape {frequency_N.shape}"
             + (" with NaN" if np.isnan(frequency_N).any() else "")
         )
-    # Stable: rows of one frequency stay in the order of the log, so the groups are the same at every call.
+    # A stable sort keeps rows of one frequency in the order of the log, so that every call makes the same groups.
     groups = np.array_split(np.argsort(frequency_N, kind="stable"), NUM_DECILES)
     return [
         (decile, len(rows), float(frequency_N[rows].mean()), _auc_or_none(labels_N[rows], scores_N[rows]))
@@ -166,7 +166,7 @@ def auc_by_frequency_decile(
 def _check(
     labels: ArrayLike, scores: ArrayLike, weights: ArrayLike | None, both_classes: bool = True
 ) -> tuple[Bools, Numbers, Numbers | None]:
-    """Which labels are 1, the scores and the weights; or DataError."""
+    """Positive rows (bool), scores and weights of checked inputs; DataError if an input is wrong."""
     labels_N, scores_N = _numbers(labels), _numbers(scores)
     weights_N = None if weights is None else _numbers(weights)
     if labels_N.ndim != 1 or labels_N.shape != scores_N.shape:
@@ -196,7 +196,7 @@ def _check(
 
 
 def _numbers(values: ArrayLike) -> Numbers:
-    """An array of real numbers as it is, without a copy; others in float64."""
+    """The values as an array: real numbers without a copy, anything else in float64."""
     array = np.asarray(values)
     return array if array.dtype.kind in "biuf" else array.astype(np.float64)
 
@@ -207,7 +207,7 @@ def _auc(positive_N: Bools, scores_N: Numbers, weights_N: Numbers | None) -> flo
     positives, negatives = scores_N[positive_N], scores_N[~positive_N]
     positives.sort()
     negatives.sort()
-    # Twice the negatives below each positive: those below it, and those not above it. In whole numbers, without rounding.
+    # Twice the negatives below each positive: negatives below it plus negatives not above it. Integers do not round.
     beaten = 0
     for start in range(0, len(positives), CHUNK_ROWS):
         part = positives[start : start + CHUNK_ROWS]
@@ -218,12 +218,12 @@ def _auc(positive_N: Bools, scores_N: Numbers, weights_N: Numbers | None) -> flo
 def _weighted_auc(positive_N: Bools, scores_N: Numbers, weights_N: Numbers) -> float:
     order = np.argsort(scores_N)
     sorted_N = scores_N[order]
-    # Last row of each run of equal scores; running sums there are all that ties leave of the order.
+    # Last row of each run of equal scores. Running sums are read there only: within a run the order means nothing.
     ends = np.append(np.flatnonzero(sorted_N[1:] != sorted_N[:-1]), len(sorted_N) - 1)
     positive_N, sorted_weights_N = positive_N[order], weights_N[order].astype(np.float64)
     positives = np.cumsum(positive_N * sorted_weights_N)[ends]
     negatives = np.cumsum(~positive_N * sorted_weights_N)[ends]
-    # Trapezoids: a run's positives beat all negatives before it, and half of those in it.
+    # Trapezoids: the positives of a run beat all negatives before the run, and half of the negatives in it.
     gained = np.diff(positives, prepend=0.0)
     below = np.append(0.0, negatives[:-1]) + negatives
     return float(0.5 * (gained @ below) / (positives[-1] * negatives[-1]))
@@ -235,7 +235,7 @@ def _auc_or_none(positive_N: Bools, scores_N: Numbers) -> float | None:
 
 def _logloss(positive_N: Bools, logits_N: Numbers, weights_N: Numbers | None) -> float:
     def losses(rows: slice) -> Floats:
-        # log(1 + e^z) - y z, written as log(1 + e^s) with s = -z for positives, z for negatives: exact for infinite z too.
+        # log(1 + e^z) - y z is log(1 + e^s) with s = -z for positives and z for negatives, which holds for infinite z too.
         logits = logits_N[rows].astype(np.float64)
         return np.logaddexp(0.0, np.where(positive_N[rows], -logits, logits))
 
@@ -244,7 +244,7 @@ def _logloss(positive_N: Bools, logits_N: Numbers, weights_N: Numbers | None) ->
 
 def _calibration(positive_N: Bools, logits_N: Numbers, weights_N: Numbers | None) -> float:
     def probabilities(rows: slice) -> Floats:
-        # sigmoid(z) = (1 + tanh(z / 2)) / 2 overflows nowhere.
+        # sigmoid(z) = (1 + tanh(z / 2)) / 2 never overflows.
         return 0.5 * (1.0 + np.tanh(0.5 * logits_N[rows].astype(np.float64)))
 
     predicted = _average(probabilities, len(logits_N), weights_N)
@@ -252,7 +252,7 @@ def _calibration(positive_N: Bools, logits_N: Numbers, weights_N: Numbers | None
 
 
 def _average(values: Callable[[slice], Floats], num_rows: int, weights_N: Numbers | None) -> float:
-    """The mean of what `values` gives for some rows, over all rows."""
+    """Weighted mean over all rows; `values` computes the values of a slice of rows."""
     total, total_weight = 0.0, 0.0
     for start in range(0, num_rows, CHUNK_ROWS):
         rows = slice(start, min(start + CHUNK_ROWS, num_rows))

@@ -1,4 +1,4 @@
-"""How a model is trained, what a search may add to the loop, and what training did."""
+"""Settings of a training, hooks that a search adds to it, and its result."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ class TrainConfig(Config):
     """How `fit` trains.
 
     Attributes:
-        epochs: most passes over the training rows; early stopping usually ends sooner.
-        batch_size: rows a step.
-        optimizer: "adam", "adagrad" (row-wise over the tables: one accumulator a row) or "sgd".
-        learning_rate: of all parameters.
-        tables: "lazy" moves only the rows of the batch; "dense" updates the whole tables at every step by a fused
-            dense optimiser, as the field's code does: faithful, and slow on large tables.
-        embedding_l2: lambda of the embeddings' L2, first-order weights included.
-        l2_scope: "table" decays every row at every step (an untouched row is caught up when it is next read);
-            "batch" decays the rows of the batch. The dense mode knows "table" only.
-        l2_form: "coupled" puts lambda W into the gradient; "decoupled" shrinks the weights directly (AdamW).
-        monitor: validation metric that early stopping and the learning rate watch.
-        patience: epochs without improvement after which training stops; 0 never stops early.
-        reduce_lr: factor on the learning rate after an epoch without improvement; 1 keeps it.
-        precision: "fp32", "bf16" (autocast), or "auto": oneDNN matmuls, and bf16 where the processor has it.
-        compile: let torch compile all but the tables, with a C++ compiler: steps then take a little less time, the first
-            one up to a minute more, unless torch finds what it compiled before (in TORCHINDUCTOR_CACHE_DIR). Trainings
+        epochs: Most passes over the training rows. Early stopping usually ends sooner.
+        batch_size: Rows per step.
+        optimizer: "adam", "adagrad" (over the tables row-wise, with one accumulator per row) or "sgd".
+        learning_rate: Learning rate of all parameters.
+        tables: "lazy" moves only the rows of the batch. "dense" updates the whole tables at every step with a fused
+            dense optimiser, like most published code, and is slow on large tables.
+        embedding_l2: Lambda of the L2 regularisation of embeddings and first-order weights.
+        l2_scope: "table" decays every row at every step; a row outside the batch catches up when it is next read.
+            "batch" decays only the rows of the batch. The dense mode allows "table" only.
+        l2_form: "coupled" adds lambda W to the gradient. "decoupled" shrinks the weights directly (AdamW).
+        monitor: Validation metric for early stopping and for reducing the learning rate.
+        patience: Epochs without improvement after which training stops; 0 never stops early.
+        reduce_lr: Factor on the learning rate after an epoch without improvement; 1 keeps it.
+        precision: "fp32", "bf16" (autocast), or "auto": oneDNN matmuls, and bf16 if the processor has it.
+        compile: Let torch compile everything but the tables, with a C++ compiler. Steps take a little less time, and the
+            first step up to a minute more, unless torch finds an earlier result in TORCHINDUCTOR_CACHE_DIR. Trainings
             inside a search never compile.
         device: "cpu", "cuda" or "cuda:1".
-        seed: of shuffling and dropout.
-        checkpoint_seconds: time between two checkpoints, where checkpoints are written; 0 means after every step.
+        seed: Seed of shuffling and dropout.
+        checkpoint_seconds: Seconds between two checkpoints, if checkpoints are written; 0 writes one after every step.
     """
 
     epochs: int = Field(default=50, ge=1)
@@ -58,7 +58,7 @@ class TrainConfig(Config):
 
 
 class Stateful(Protocol):
-    """What changes while a model trains, and can be put back."""
+    """An object whose state changes while a model trains, and can be restored."""
 
     def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...  # noqa: D102
@@ -66,16 +66,16 @@ class Stateful(Protocol):
 
 @dataclass
 class Hooks:
-    """What a search may add to the loop.
+    """Additions of a search method to the training loop.
 
     Attributes:
-        param_groups: extra (optimiser, parameters) a method trains beside the model: called once with the model.
-        extra_loss: added to the loss of each batch.
-        on_step: called after each optimiser step with the number of steps done; True ends the training there.
-        generators: random sources of the method's own; checkpoints hold their states.
-        state: what the hooks change beside what they train and `generators`; checkpoints hold its `state_dict()`, of
-            tensors and JSON-able values, and give it back before the first step.
-        settings: what the hooks depend on, as JSON-able values; a checkpoint of other ones is refused.
+        param_groups: Called once with the model; gives the optimisers of parameters that train beside the model.
+        extra_loss: (model, batch) -> term added to the loss of each batch.
+        on_step: Called after each step with the number of steps done. Returning True ends the training.
+        generators: Random generators of the method. Checkpoints hold their states.
+        state: Further state that the hooks change. Checkpoints hold its `state_dict()`, made of tensors and JSON-able
+            values, and restore it before the first step.
+        settings: JSON-able values that the hooks depend on. A checkpoint with other values is refused.
     """
 
     param_groups: Callable[[nn.Module], Sequence[torch.optim.Optimizer]] | None = None
@@ -87,7 +87,7 @@ class Hooks:
 
 
 class Optimizer(Protocol):
-    """What the loop needs of an optimiser."""
+    """The methods of an optimiser that the loop calls."""
 
     def step(self) -> Any: ...  # noqa: D102
     def zero_grad(self) -> Any: ...  # noqa: D102
@@ -95,17 +95,17 @@ class Optimizer(Protocol):
 
 @dataclass
 class FitResult:
-    """What training did.
+    """Result of a training.
 
     Attributes:
-        history: one entry an epoch: mean loss, validation score, learning rate factor, seconds.
-        best_epoch: epoch (from 1) whose weights the model has now.
-        best_score: its validation score, or None without a validation split.
-        seconds: wall time of training, validation included.
-        rows_per_second: training rows over the seconds of training alone, `compile_seconds` aside.
-        compile_seconds: of the first step, with its compilation; 0 where nothing is compiled.
-        precision: what the forward pass ran in, in words.
-        restored_seconds: the part of `seconds` that had passed when the training was interrupted last.
+        history: One entry per epoch: mean loss, validation score, learning rate factor, seconds.
+        best_epoch: Epoch (from 1) whose weights the model has.
+        best_score: Validation score of the best epoch; None without a validation split.
+        seconds: Wall time of the training, with validation.
+        rows_per_second: Training rows per second, without validation and `compile_seconds`.
+        compile_seconds: Time of the first step with its compilation; 0 if nothing is compiled.
+        precision: Precision of the forward pass, in words.
+        restored_seconds: Part of `seconds` that passed before the last interruption.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""The state of a training: weights, optimisers and random sources, read and put back."""
+"""The state of a training: its position and result, and weights, optimiser and random states, read and set."""
 
 from __future__ import annotations
 
@@ -108,28 +108,28 @@ class TrainingState:
 
 
 def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers as they are, decay that is owed not settled; no copies."""
+    """Parameters and buffers by name, without copies. Rows keep the decay that they still owe."""
     return {name: value.detach() for name, value in [*model.named_parameters(), *model.named_buffers()]}
 
 
 def checksum(model: nn.Module) -> int:
-    """CRC-32 of the weights: the same on every machine and for any number of threads."""
+    """CRC-32 of the weights; the same on every machine and for any number of threads."""
     found = 0
     for value in weights_of(model).values():
-        whole = torch.empty(value.shape, dtype=value.dtype).copy_(value)  # an expanded one has strides of zero
+        whole = torch.empty(value.shape, dtype=value.dtype).copy_(value)  # an expanded tensor has strides of zero
         found = zlib.crc32(whole.view(-1).view(torch.uint8).numpy().data, found)
     return found
 
 
 @torch.no_grad()
 def set_weights(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    """Put back what `weights_of` gave."""
+    """Set the weights that `weights_of` gave."""
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         value.copy_(values[name])
 
 
 def own_values(optimizers: Sequence[Any], model: nn.Module) -> list[torch.Tensor]:
-    """What optimisers train beside the model: parameters of a search."""
+    """Parameters that optimisers train beside the model, such as those of a search."""
     inside = {id(p) for p in model.parameters()}
     groups = [group for o in optimizers if isinstance(o, torch.optim.Optimizer) for group in o.param_groups]
     return [p.detach() for group in groups for p in group["params"] if id(p) not in inside]
@@ -137,18 +137,18 @@ def own_values(optimizers: Sequence[Any], model: nn.Module) -> list[torch.Tensor
 
 @torch.no_grad()
 def set_own_values(optimizers: Sequence[Any], model: nn.Module, values: Sequence[torch.Tensor]) -> None:
-    """Put back what `own_values` gave."""
+    """Set the parameters that `own_values` gave."""
     for target, value in zip(own_values(optimizers, model), values, strict=True):
         target.copy_(value)
 
 
 def optimizer_states(optimizers: Sequence[Any]) -> list[dict[str, Any]]:
-    """The state of each optimiser."""
+    """State of each optimiser."""
     return [o.owing_state() if isinstance(o, RowOptimizer) else o.state_dict() for o in optimizers]
 
 
 def set_optimizer_states(optimizers: Sequence[Any], states: Sequence[dict[str, Any]]) -> None:
-    """Put back what `optimizer_states` gave."""
+    """Set the states that `optimizer_states` gave."""
     for optimizer, state in zip(optimizers, states, strict=True):
         if isinstance(optimizer, RowOptimizer):
             optimizer.load_owing_state(state)
@@ -157,7 +157,7 @@ def set_optimizer_states(optimizers: Sequence[Any], states: Sequence[dict[str, A
 
 
 def random_states(device: torch.device, generators: Sequence[torch.Generator] = ()) -> list[torch.Tensor]:
-    """States of torch's random sources (CPU, and the device's own), then of the generators given."""
+    """States of torch's random generators (the CPU's, and a CUDA device's), then of the given ones."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
@@ -167,7 +167,7 @@ def random_states(device: torch.device, generators: Sequence[torch.Generator] = 
 def set_random_states(
     states: Sequence[torch.Tensor], device: torch.device, generators: Sequence[torch.Generator] = ()
 ) -> None:
-    """Put back what `random_states` gave."""
+    """Set the states that `random_states` gave."""
     first, *more = states
     torch.set_rng_state(first)
     if device.type == "cuda":
