@@ -152,7 +152,7 @@ def test_bad_input_is_named(labels, scores, weights, message):
 
 
 def test_bad_frequencies_are_named():
-    with pytest.raises(DataError, match=r"must be 2 numbers, one a row; given shape \(3,\)"):
+    with pytest.raises(DataError, match=r"must be 2 numbers, one per row; given shape \(3,\)"):
         auc_by_frequency_decile([0, 1], [0.1, 0.2], [1, 2, 3])
     with pytest.raises(DataError, match="with NaN"):
         auc_by_frequency_decile([0, 1], [0.1, 0.2], [1, np.nan])

@@ -39,7 +39,7 @@ def data_for(model: CTRModel, data: EncodedDataset) -> EncodedDataset:
             f"model was made for schema {model.schema.describe()}, this dataset is {data.schema.describe()}"
         )
     plan = model.tables.plan
-    if not data.id_maps and lists_rows(plan):
+    if not data.id_maps and isinstance(plan, SizePlan):
         data = data.recode(plan)
     for table in plan.tables:
         is_recoded = table.name in data.id_maps
@@ -59,9 +59,3 @@ def data_for(model: CTRModel, data: EncodedDataset) -> EncodedDataset:
                 "encoded, or data.recode(plan) with the plan of the model"
             )
     return data
-
-
-def lists_rows(plan: SizePlan) -> bool:
-    """Whether a plan lists the rows that it keeps; the plan in a bundle counts them only."""
-    blocks = [(table, block) for table in plan.tables for block in table.blocks]
-    return all(block.rows is not None or block.num_rows == table.num_rows for table, block in blocks)
