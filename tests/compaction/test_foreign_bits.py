@@ -25,7 +25,7 @@ from tests.tasks.foreign_modules import FIELDS, KINDS, PAIRS, ROWS, WIDTH, Owner
 
 
 def quantized_rows(compacted: CompactEmbedding) -> Tensor:
-    """What its ids read once it is quantised, by nothing but the definition of the codes; at width D."""
+    """Rows that the ids of a quantised table read, at width D, straight from the definition of the codes."""
     rows = []
     for width in {weight.shape[1] for weight in compacted.weights}:
         together = torch.cat([w for w in compacted.weights if w.shape[1] == width]).detach()
@@ -45,7 +45,7 @@ def quantized_rows(compacted: CompactEmbedding) -> Tensor:
 
 
 class TestBits:
-    """Tables of a stranger's model in 16, 8 and 4 bits."""
+    """Tables of a foreign model in 16, 8 and 4 bits."""
 
     @pytest.mark.parametrize("bits", [16, 8, 4])
     @pytest.mark.parametrize("kind", [*KINDS, "sizes", "one size twice"])
@@ -111,7 +111,7 @@ class TestBits:
 
     @pytest.mark.parametrize("saved_is_zero", [False, True])
     def test_loaded_padding_reads_what_was_saved(self, saved_is_zero: bool):
-        """Whatever the padding row of the module that the state is loaded into holds."""
+        """The padding row of the module that loads the state does not matter."""
         torch.manual_seed(0)
         zero, other = (nn.Sequential(nn.Embedding(ROWS, WIDTH, padding_idx=3)) for _ in range(2))
         with torch.no_grad():

@@ -31,7 +31,7 @@ def planned_table(num_rows: int, rows: np.ndarray, width: int = 2) -> SizePlan:
 
 
 class TestMaps:
-    """A map is as narrow as the compact ids allow, is counted, and is none where the kept rows come first."""
+    """A map is as narrow as the compact ids allow and is counted. No map is needed if the kept rows come first."""
 
     @pytest.mark.parametrize(
         ("kept", "dtype"),
@@ -84,7 +84,7 @@ class TestMaps:
 
     @pytest.mark.parametrize("first_is_rare", [False, True])
     def test_frequency_on_ordered_ids_makes_none(self, first_is_rare: bool):
-        """Even if row 0 is kept for the unknown and hardly occurs: it costs less than a map."""
+        """Even if row 0 hardly occurs and is kept for unknown values: the row costs less than a map."""
         ids = torch.from_numpy(np.random.default_rng(0).zipf(1.3, 4000).clip(max=300) - 1) + int(first_is_rare)
         order = torch.argsort(torch.bincount(ids, minlength=301), descending=True, stable=True)
         order = torch.cat([order[order == 0], order[order > 0]]) if first_is_rare else order
@@ -134,7 +134,7 @@ def test_budgets_hold_where_maps_change_their_width(config, monkeypatch):
 
 
 def test_sizes_stop_where_the_map_would_need_two_bytes():
-    """With 255 rows and DROPPED the map takes a byte a row; one row more would cost 175 parameters for it."""
+    """With 255 rows and DROPPED the map takes one byte per row. One more row would add 175 parameters to the map."""
     first, second = nn.Embedding(700, 4), nn.Embedding(5000, 4)
     full = site_plan([ModuleSite("first", first), ModuleSite("second", second)])
     ranked = [np.zeros((700, 4)), np.zeros((5000, 4))]

@@ -20,7 +20,7 @@ class TestVerify:
     """The masked module against the compact one, on batches, of any outputs."""
 
     class Outputs(nn.Module):
-        """Gives a dictionary of a list, and a mask that is minus infinity in places."""
+        """Puts out a dictionary with a list: pooled embeddings, and a mask of minus infinity."""
 
         def __init__(self) -> None:
             super().__init__()

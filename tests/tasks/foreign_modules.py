@@ -19,7 +19,7 @@ FIELDS = {"user": 7, "city": 5}
 
 
 def blocks_of(kind: str, num_rows: int) -> tuple[Block, ...]:
-    """Some columns; some rows, or the first ones, or those but a padding row 0; several sizes a row; or nothing."""
+    """Blocks of one kind: some columns, some rows, the first rows, rows without the padding row 0, several sizes, or nothing."""
     columns = (1, 2)
     if kind == "columns":
         return (Block(num_rows, columns),)
@@ -36,7 +36,7 @@ def blocks_of(kind: str, num_rows: int) -> tuple[Block, ...]:
 
 
 def ordered_sizes(table: TablePlan) -> TablePlan:
-    """The table with all rows in their order, the first ones wider: ids need no map."""
+    """The table with all rows in order and the first rows wider, so that ids need no map."""
     rows = np.arange(table.num_rows, dtype=np.int32)
     parts = [(4, rows[:2]), (2, rows[2:])]
     return dataclasses.replace(table, blocks=tuple(Block(len(part), size, "project", part) for size, part in parts))

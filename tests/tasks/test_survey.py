@@ -16,7 +16,7 @@ from tests.tasks.foreign_modules import FIELDS, ROWS, WIDTH, plan_for
 
 
 class TestSurvey:
-    """Every module with embeddings is named, with the reason where it was left alone."""
+    """Every module with embeddings is named, with a reason if it is left alone."""
 
     class Own(nn.Embedding):
         def forward(self, input: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from tests.tasks.foreign_modules import PAIRS, ROWS, WIDTH
 
 
 class TestTask:
-    """What a Task makes of what it is given."""
+    """How a Task uses its model, its batches and its functions."""
 
     def test_a_search_where_gradients_are_off_turns_them_on(self):
         plan = search(foreign_task(), SSEDSConfig(), "50%")
@@ -129,7 +129,7 @@ def test_an_id_alone_is_searched(config) -> None:
 
 
 def test_validation_batches_that_can_be_read_once_only_are_an_error() -> None:
-    """Candidates that were scored on nothing would win over all that were scored."""
+    """A candidate scored on no rows would win over every candidate with a score."""
     batches = foreign_batches()
     task = Task(
         ForeignModel(),

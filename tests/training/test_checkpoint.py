@@ -55,7 +55,7 @@ def test_training_ends_as_if_it_had_not_been_interrupted(data, tmp_path: Path, s
 
 
 def test_checkpoints_change_nothing(data, tmp_path: Path) -> None:
-    """Writing one settles no decay that is owed: a replay in other strides would end elsewhere."""
+    """Writing a checkpoint settles no owed decay: replaying the decay in other strides would end elsewhere."""
     plain, watched = model_of(data), model_of(data)
     config = TRAIN.replace(embedding_l2=0.05)
     fit(plain, data, config)
@@ -165,7 +165,7 @@ def test_checkpoint_waits_for_its_interval(data, tmp_path: Path, monkeypatch) ->
 
 
 def test_weights_that_share_memory_are_kept(tmp_path: Path) -> None:
-    """As where a head was made of a part of the embedding's weight."""
+    """Such as a head made from a part of an embedding's weight."""
     base = torch.arange(12.0).view(4, 3)
     model = nn.Linear(2, 1)
     checkpoint = Checkpoint(tmp_path / "state.safetensors", 0, {}, model)

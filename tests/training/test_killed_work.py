@@ -70,8 +70,8 @@ def work(what: str, shop: Path, out: Path) -> None:
 
 
 def start(what: str, shop: Path, out: Path) -> None:
-    """The work in a process of its own, which Ctrl-C ends with 130."""
-    os.environ["EMBTRIM_KERNELS"] = "torch"  # the fused ones would be loaded anew by every process
+    """Do the work in a separate process, which exits with 130 on Ctrl-C."""
+    os.environ["EMBTRIM_KERNELS"] = "torch"  # every process would load the fused ones again
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         work(what, shop, out)
@@ -81,7 +81,7 @@ def start(what: str, shop: Path, out: Path) -> None:
 
 
 def outcome(what: str, out: Path) -> dict[str, Any]:
-    """What was made, but for times and memory."""
+    """Everything that the work made, without times and memory."""
     if what == "encode":
         return EncodeJob.files(out)
     if what == "train":  # which holds the digests of all files beside it
@@ -118,7 +118,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("what", NUM_KILLS)
 def test_killed_at_random_moments_it_ends_the_same(what: str, shop: Path, tmp_path: Path) -> None:
-    """Only kills count that came after the first change on disk and before the end."""
+    """A kill counts only after the first change on disk and before the end."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.training.test_killed_work", "torch._dynamo"])
     name = "out.json" if what == "search" else "out"
@@ -134,7 +134,7 @@ def test_killed_at_random_moments_it_ends_the_same(what: str, shop: Path, tmp_pa
         return started
 
     def finish(out: Path) -> float:
-        """Seconds from the first change on."""
+        """Seconds since the first change."""
         last, began = process(out), time.monotonic()
         last.join()
         assert last.exitcode == 0
@@ -172,7 +172,7 @@ def test_there_are_ten_kills() -> None:
 
 
 def last_change(folder: Path) -> int:
-    """Of anything below a folder, in nanoseconds."""
+    """Time of the last change below a folder, in nanoseconds."""
     times = [0]
     for path in [folder, *folder.rglob("*")]:
         with suppress(FileNotFoundError):

@@ -107,7 +107,7 @@ def test_metrics_of_a_split():
 
 
 def test_deciles_are_equal_masses_from_rare_to_frequent():
-    """Of the rarest tenth scores are reversed, of the next all rows are positive, the others are perfect."""
+    """Scores of the rarest tenth are reversed, all rows of the next tenth are positive, and all other scores are perfect."""
     frequency = np.repeat([5, 7, 100, 1000], [10, 10, 40, 40])
     labels = np.tile([0, 1], 50)
     labels[10:20] = 1

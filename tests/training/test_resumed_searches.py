@@ -51,7 +51,7 @@ def test_search_ends_as_if_it_had_not_been_interrupted(
 
 
 def interrupted_after(num_calls: int, call: Callable[..., Any], seen: list[Any]) -> Callable[..., Any]:
-    """The function, which notes its last argument; Ctrl-C comes after so many calls."""
+    """The function, wrapped to note its last argument and to raise Ctrl-C after `num_calls` calls."""
 
     def watched(*args: Any) -> Any:
         if len(seen) == num_calls:
@@ -144,7 +144,7 @@ def test_state_of_another_search_is_refused(config: Any, change: Any, message: s
 
 @pytest.mark.parametrize("patience", [None, 1])
 def test_foreign_loader_that_shuffles_goes_on_in_its_order(tmp_path: Path, patience: int | None) -> None:
-    """A DataLoader draws its order from torch's random state at the start of each epoch; one of valid draws, too."""
+    """A DataLoader draws its order from torch's random state at the start of each epoch, and so does the valid loader."""
     table = torch.utils.data.TensorDataset(torch.arange(60) % 10, (torch.arange(60) % 10 > 4).float())
 
     def task() -> Task:

@@ -203,7 +203,7 @@ def test_bf16_and_fp32_agree(data):
 
 
 def torch_warns_of_itself(test):
-    """Compiling, torch calls what it deprecated, and reads gradients of tensors that have none."""
+    """While compiling, torch calls its own deprecated functions and reads gradients of tensors without one."""
     for warning in ("The .grad attribute of a Tensor that is not a leaf", ".torch.jit.script_method. is deprecated"):
         test = pytest.mark.filterwarnings(f"ignore:{warning}")(test)
     return test
@@ -211,7 +211,7 @@ def torch_warns_of_itself(test):
 
 @pytest.fixture
 def traced_only(monkeypatch):
-    """torch.compile without code generation, which takes a C++ compiler many seconds; gives what was run by it."""
+    """torch.compile without code generation, which takes many seconds; the fixture lists the graphs that ran."""
     calls = []
 
     def backend(graph, _inputs):
