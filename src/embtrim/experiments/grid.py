@@ -19,7 +19,7 @@ from embtrim.compaction.foreign import Init
 from embtrim.config import Config, first_change, read_toml
 from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import BudgetError, ConfigError, DataError, hint
-from embtrim.experiments.records import RunRecord
+from embtrim.experiments.records import RECORDS_FILE, RunRecord, read_records
 from embtrim.experiments.run import check_run
 from embtrim.experiments.settings import RunConfig
 from embtrim.methods import METHODS, method_named
@@ -282,15 +282,22 @@ def _under(section: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_skipped(out: str | Path) -> list[Skipped]:
-    """The cells of a folder that could not be made when they were last tried, and still have no record."""
+    """The cells of a folder that could not be made when they were last tried, and still have no record.
+
+    Raises:
+        DataError: skipped.json or the folder's records.jsonl is damaged.
+    """
     path = Path(out) / "skipped.json"
     try:
-        found = [Skipped.parse(values, where=str(path)) for values in json.loads(path.read_text("utf-8"))]
-        return [s for s in found if not record_path(Path(out), s.cell).exists()]
+        skipped = [Skipped.parse(values, where=str(path)) for values in json.loads(path.read_text("utf-8"))]
     except FileNotFoundError:
         return []
     except (ValueError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}); remove it and start the comparison again") from None
+    if (Path(out) / RECORDS_FILE).exists():
+        made = {Cell(r.model, r.seed, r.variant, r.budget).name for r in read_records(out)}
+        return [s for s in skipped if s.cell.name not in made]
+    return [s for s in skipped if not record_path(Path(out), s.cell).exists()]
 
 
 def write_skipped(out: Path, skipped: Iterable[Skipped]) -> None:

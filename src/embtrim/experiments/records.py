@@ -30,6 +30,9 @@ from embtrim.training.settings import FitResult
 
 RECORD_VERSION = 1
 
+# The file of published records: one record a line.
+RECORDS_FILE = "records.jsonl"
+
 
 class RunRecord(Config):
     """One trained model: what it was, what it cost, how well it does. Written as JSON.
@@ -110,25 +113,35 @@ class RunRecord(Config):
 
     @classmethod
     def load(cls, path: str | Path) -> RunRecord:
-        """Read a record; DataError if it is none."""
+        """Read a record.
+
+        Raises:
+            DataError: the file is not a record, is damaged, or is of another version.
+        """
         try:
-            values = json.loads(Path(path).read_text("utf-8"))
+            text = Path(path).read_text("utf-8")
         except (OSError, ValueError) as error:
             raise DataError(f"{path} is not a run record ({error})") from None
-        version = values.get("record_version") if isinstance(values, dict) else None
-        if version != RECORD_VERSION:
-            given = (
-                "it has no record_version"
-                if version is None
-                else f"version {version}, this release reads {RECORD_VERSION}"
-            )
-            raise DataError(f"{path} is not a run record that can be read: {given}")
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise DataError(
-                f"{path} is a damaged run record: {describe_errors(cls, error, '').splitlines()[0]}"
-            ) from None
+        return _parse_record(text, str(path))
+
+
+def _parse_record(text: str, where: str) -> RunRecord:
+    """The record that a JSON text holds; errors name `where` it stands."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{where} is not a run record ({error})") from None
+    version = values.get("record_version") if isinstance(values, dict) else None
+    if version != RECORD_VERSION:
+        given = (
+            "it has no record_version" if version is None else f"version {version}, this release reads {RECORD_VERSION}"
+        )
+        raise DataError(f"{where} is not a run record that can be read: {given}")
+    try:
+        return RunRecord.model_validate(values)
+    except ValidationError as error:
+        first = describe_errors(RunRecord, error, "").splitlines()[0]
+        raise DataError(f"{where} is a damaged run record: {first}") from None
 
 
 @cache
@@ -222,16 +235,39 @@ def make_record(
 
 
 def read_records(folder: str | Path) -> list[RunRecord]:
-    """The records of a run folder (`records/*.json`), or of a folder of records.
+    """The records of a run or a comparison.
+
+    A run and a grid in progress write one file a record, `records/*.json`. Records that are published stand in one
+    file, `records.jsonl`: one record a line, in the order of the names that their files had. Both give the same list. A
+    folder with both `records/*.json` and `records.jsonl` is rejected: nothing tells which of them is meant.
+
+    Args:
+        folder: The folder of the run or comparison, or a folder that holds the `*.json` files themselves.
 
     Raises:
-        DataError: there is no such folder, it holds no records, or one is damaged.
+        DataError: there is no such folder, it holds no records or both kinds of files, or a record is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; give the --out folder of `embtrim run`")
     inside = folder / "records" if (folder / "records").is_dir() else folder
-    paths = sorted(inside.glob("*.json"))
-    if not paths:
-        raise DataError(f"{folder} holds no records (records/*.json); give the --out folder of `embtrim run`")
-    return [RunRecord.load(path) for path in paths]
+    paths, lines = sorted(inside.glob("*.json")), folder / RECORDS_FILE
+    if not lines.exists():
+        if not paths:
+            raise DataError(f"{folder} holds no records (records/*.json); give the --out folder of `embtrim run`")
+        return [RunRecord.load(path) for path in paths]
+    if inside != folder and paths:
+        raise DataError(f"{folder} has both {inside.name}/*.json and {RECORDS_FILE}; remove one of them")
+    return _read_lines(lines)
+
+
+def _read_lines(path: Path) -> list[RunRecord]:
+    """The records of a file with one record a line."""
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error})") from None
+    records = [_parse_record(text, f"{path} line {n:,}") for n, text in enumerate(lines, start=1) if text.strip()]
+    if not records:
+        raise DataError(f"{path} holds no records; give the --out folder of `embtrim run`")
+    return records
