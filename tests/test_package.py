@@ -17,7 +17,9 @@ def test_wheel_holds_the_package_alone_and_stays_small(tmp_path: Path) -> None:
     with zipfile.ZipFile(built) as archive:
         names = archive.namelist()
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"embtrim"}
-    assert "embtrim/py.typed" in names
+    assert {"embtrim/py.typed", "embtrim/reports/templates/run.html.j2", "embtrim/reports/templates/page.css"} <= set(
+        names
+    )
     assert Path(built).stat().st_size < 3_000_000
 
 

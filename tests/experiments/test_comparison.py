@@ -37,18 +37,8 @@ from embtrim.experiments.records import RunRecord, read_records
 from embtrim.methods import METHODS
 from embtrim.plan.plan import SizePlan
 from embtrim.reports.comparison_page import MARK, render_comparison, write_comparison
-from embtrim.reports.comparison_report import (
-    auc_of,
-    comparison_tables,
-    comparison_terminal,
-    entries,
-    groups,
-    is_comparison,
-    labels,
-    paired_differences,
-    ranks,
-    sheets,
-)
+from embtrim.reports.comparison_tables import comparison_tables, comparison_terminal, sheets
+from embtrim.reports.entries import auc_of, entries_of, groups, is_comparison, labels, paired_differences, ranks
 from embtrim.system.processes import in_processes
 from embtrim.system.progress import grid_bar, seconds_left
 from embtrim.training.checkpoint import Checkpoint
@@ -647,7 +637,7 @@ def by_hand() -> list[RunRecord]:
 
 
 def test_differences_by_hand(by_hand: list[RunRecord]) -> None:
-    found = entries(by_hand)
+    found = entries_of(by_hand)
     group = {g[0].label: g for g in groups(found)}
     assert paired_differences(found, group["sseds"], "full", auc_of) == pytest.approx([0.0, -0.15, 0.0])
     assert paired_differences(found, group["sseds"], "uniform", auc_of) == pytest.approx([0.1, -0.1, 0.1])
@@ -658,7 +648,7 @@ def test_differences_by_hand(by_hand: list[RunRecord]) -> None:
         cell("sseds", 0, 0.9, model="fm"),
         cell("sseds", 0, 0.9, data={"fingerprint": "xyz", "folder": "more", "num_rows": {}}),
     ]
-    found = entries([*by_hand, *others])
+    found = entries_of([*by_hand, *others])
     for group in groups(found):
         if group[0].label == "sseds" and group[0].record.test["auc"] == 0.9:
             assert paired_differences(found, group, "uniform", auc_of) == []
@@ -671,7 +661,7 @@ def test_differences_by_hand(by_hand: list[RunRecord]) -> None:
 
 
 def test_ranks_by_hand(by_hand: list[RunRecord]) -> None:
-    given, num_cells = ranks(entries(by_hand))
+    given, num_cells = ranks(entries_of(by_hand))
     # Seed 0: .80, .70, .70; seed 1: .60, .70, .65; seed 2 has not all labels.
     assert given == {"sseds": [1, 3], "uniform": [2.5, 1], "random": [2.5, 2]}
     assert num_cells == 3
@@ -716,13 +706,13 @@ def test_results_and_cost_by_hand(by_hand: list[RunRecord]) -> None:
 
 def test_variants_stand_beside_their_method_and_repeats_are_told_apart(by_hand: list[RunRecord]) -> None:
     variant = cell("a-variant", 0, 0.7, method="sseds")
-    assert labels(entries([variant, *by_hand])) == ["sseds", "a-variant", "random", "uniform"]
+    assert labels(entries_of([variant, *by_hand])) == ["sseds", "a-variant", "random", "uniform"]
     # Records of a folder that names no variants: settings tell them apart.
     signed = record("sseds", 0, 0.7, search={"score": "signed", "data": "train"})
     plain = record("sseds", 0, 0.7, search={"score": "abs", "data": "train"})
-    assert labels(entries([record(), signed, plain])) == ["sseds score=abs", "sseds score=signed"]
+    assert labels(entries_of([record(), signed, plain])) == ["sseds score=abs", "sseds score=signed"]
     with pytest.raises(DataError, match="two records of logs, deepfm, sseds, 10%, seed 0"):
-        entries([plain, plain])
+        entries_of([plain, plain])
     with pytest.raises(DataError, match="no records"):
         comparison_tables([])
 

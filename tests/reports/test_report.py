@@ -14,7 +14,9 @@ from rich.console import Console
 from embtrim.errors import DataError
 from embtrim.experiments.records import RunRecord, read_records
 from embtrim.reports.numbers import format_bytes, format_count, format_seconds, format_values
-from embtrim.reports.run_page import auc_differences, render_page, table_rows, terminal_table, variants, write_report
+from embtrim.reports.run_page import render_page, write_report
+from embtrim.reports.run_tables import result_rows, terminal_table
+from embtrim.reports.variants import auc_differences, variants_of
 
 HOSTILE = """</script><script>window.hacked=1</script><img src=x onerror="hack()">'"&<b>[red]"""
 
@@ -119,9 +121,9 @@ def test_numbers_as_text() -> None:
 
 
 def test_table_by_hand(two_seeds: list[RunRecord]) -> None:
-    groups = variants(two_seeds)
-    assert [v.label for v in groups] == ["full", "sseds 10%", "uniform 10%"]
-    rows = dict(table_rows(groups))
+    variants = variants_of(two_seeds)
+    assert [v.label for v in variants] == ["full", "sseds 10%", "uniform 10%"]
+    rows = dict(result_rows(variants))
     # sd of (.75, .76) = .01 / sqrt 2; differences of sseds: -.01 and 0, of uniform: -.05 and -.04.
     assert rows["test AUC"] == ["0.7550 ± 0.0071", "0.7500 ± 0.0141", "0.7100 ± 0.0141"]
     assert rows["  difference to full"] == ["-", "-0.0050 ± 0.0071", "-0.0450 ± 0.0071"]
@@ -140,9 +142,9 @@ def test_table_by_hand(two_seeds: list[RunRecord]) -> None:
 
 
 def test_bits_have_a_row_where_there_are_fewer_than_32(two_seeds: list[RunRecord]) -> None:
-    assert "bits of a value" not in dict(table_rows(variants(two_seeds)))
+    assert "bits of a value" not in dict(result_rows(variants_of(two_seeds)))
     quantised = [r.replace(bits="mixed" if r.seed else 8) if r.variant == "sseds" else r for r in two_seeds]
-    assert dict(table_rows(variants(quantised)))["bits of a value"] == ["32", "8, mixed", "32"]
+    assert dict(result_rows(variants_of(quantised)))["bits of a value"] == ["32", "8, mixed", "32"]
 
 
 def test_table_fits_eighty_columns(two_seeds: list[RunRecord]) -> None:
@@ -154,17 +156,17 @@ def test_table_fits_eighty_columns(two_seeds: list[RunRecord]) -> None:
 
 def test_what_is_not_known_is_a_dash() -> None:
     alone = record("sseds", bundle_bytes=0, peak_memory_bytes=None, test={})
-    rows = dict(table_rows(variants([alone])))
+    rows = dict(result_rows(variants_of([alone])))
     for name in ("test AUC", "  difference to full", "calibration", "bundle on disk", "peak memory"):
         assert rows[name] == ["-"]
-    assert auc_differences(variants([alone])[0]) == [None]
+    assert auc_differences(variants_of([alone])[0]) == [None]
     figures = json.loads(Page(render_page([alone])).scripts["figures"])
     assert [name for name, figure in figures.items() if not figure["data"]] == ["auc-bytes", "deciles", "calibration"]
 
 
 def test_budgets_and_settings_tell_variants_apart() -> None:
     def labels(*records: RunRecord) -> list[str]:
-        return [v.label for v in variants(records)]
+        return [v.label for v in variants_of(records)]
 
     several = [record("sseds", s, budget=b, table_bytes=n) for b, n in (("10%", 10), ("20%", 20)) for s in (0, 1)]
     assert labels(record(), *several) == ["full", "sseds 20%", "sseds 10%"]
@@ -176,7 +178,7 @@ def test_budgets_and_settings_tell_variants_apart() -> None:
     assert labels(record(), other) == ["logs deepfm full", "more deepfm full"]
     # Compared with the full model of its own data.
     compact = record("sseds", data=other.data, auc=0.49)
-    assert auc_differences(variants([record(), other, compact])[-1]) == pytest.approx([-0.01])
+    assert auc_differences(variants_of([record(), other, compact])[-1]) == pytest.approx([-0.01])
 
 
 def test_page_holds_everything(two_seeds: list[RunRecord], tmp_path: Path) -> None:

@@ -704,7 +704,7 @@ def report(
     from embtrim.experiments.grid import read_skipped
     from embtrim.experiments.records import read_records
     from embtrim.reports.comparison_page import write_comparison
-    from embtrim.reports.comparison_report import is_comparison
+    from embtrim.reports.entries import is_comparison
     from embtrim.reports.run_page import write_report
 
     records = read_records(folder)

@@ -89,14 +89,14 @@ def show_records(records: Sequence[RunRecord], as_json: bool, many: bool = True)
         dumped = [record.model_dump(mode="json") for record in records]
         print_json(dumped if many else dumped[0])
         return
-    from embtrim.reports.run_page import terminal_table
+    from embtrim.reports.run_tables import terminal_table
 
     _print_table(terminal_table(records))
 
 
 def show_comparison(records: Sequence[RunRecord], skipped: Sequence[Skipped]) -> None:
     """Print the tables of a grid."""
-    from embtrim.reports.comparison_report import comparison_terminal
+    from embtrim.reports.comparison_tables import comparison_terminal
 
     for table in comparison_terminal(records, skipped):
         _print_table(table)

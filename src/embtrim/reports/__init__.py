@@ -1,1 +1,1 @@
-"""From records to tables and pages."""
+"""Tables and pages made from run records."""

@@ -18,7 +18,7 @@ def format_bytes(count: float | None) -> str:
     """
     if not count:
         return NONE if count is None else "0 B"
-    # 999,950 bytes would round to 1000.0 KB: the unit is chosen by what will be printed.
+    # 999,950 bytes would round to 1000.0 KB, so the printed number chooses the unit.
     for power, unit in enumerate(("B", "KB", "MB", "GB", "TB")):
         scaled = count / 1000**power
         if scaled < 999.95 or unit == "TB":
@@ -52,18 +52,18 @@ def format_share(share: float | None) -> str:
 
 
 def format_values(values: Sequence[float | None], *, digits: int = 4, signed: bool = False) -> str:
-    """Mean ± sample standard deviation of a value over seeds.
+    """Mean ± sample standard deviation over seeds; None and NaN are left out.
 
     Example:
         >>> format_values([0.75, 0.76])
         '0.7550 ± 0.0071'
     """
-    found = [v for v in values if v is not None and not math.isnan(v)]
-    if not found:
+    known = [v for v in values if v is not None and not math.isnan(v)]
+    if not known:
         return NONE
-    mean = statistics.fmean(found)
+    mean = statistics.fmean(known)
     text = f"{mean:{'+' if signed else ''}.{digits}f}"
-    return f"{text} ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else text
+    return f"{text} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else text
 
 
 def byte_ticks(low: int, high: int) -> list[float]:
