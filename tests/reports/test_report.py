@@ -142,9 +142,9 @@ def test_table_by_hand(two_seeds: list[RunRecord]) -> None:
 
 
 def test_bits_have_a_row_where_there_are_fewer_than_32(two_seeds: list[RunRecord]) -> None:
-    assert "bits of a value" not in dict(result_rows(variants_of(two_seeds)))
+    assert "bits per value" not in dict(result_rows(variants_of(two_seeds)))
     quantised = [r.replace(bits="mixed" if r.seed else 8) if r.variant == "sseds" else r for r in two_seeds]
-    assert dict(result_rows(variants_of(quantised)))["bits of a value"] == ["32", "8, mixed", "32"]
+    assert dict(result_rows(variants_of(quantised)))["bits per value"] == ["32", "8, mixed", "32"]
 
 
 def test_table_fits_eighty_columns(two_seeds: list[RunRecord]) -> None:

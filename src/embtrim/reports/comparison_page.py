@@ -71,7 +71,7 @@ def render_comparison(records: Sequence[RunRecord], skipped: Sequence[Skipped] =
 def _figures(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """The figures in their order, each with a title and a note."""
     names = labels(entries)
-    band = "Means over seeds with a band of one sample standard deviation; grey: the full model."
+    band = "Means over seeds with a band of one sample standard deviation. The full model is grey."
     figures = []
 
     def show(figure: dict[str, Any], title: str, note: str) -> None:
@@ -81,11 +81,19 @@ def _figures(entries: Sequence[Entry]) -> list[dict[str, Any]]:
         show(metric_against_bytes(part, names, "test AUC", auc_of), f"AUC against bytes: {name}", band)
         show(metric_against_bytes(part, names, "test logloss", logloss_of), f"Logloss against bytes: {name}", band)
     for name, part in scopes(entries):
-        show(widths_heat_map(part), f"Width of each field: {name}", "Columns of each field by label, mean over seeds.")
+        show(
+            widths_heat_map(part),
+            f"Width of each field: {name}",
+            "Embedding columns of each field by label, mean over seeds.",
+        )
     epochs = cost_bars(entries, "search in epochs of the full model", lambda r: r.search_epochs, log_axis=True)
     show(epochs, "Search time", "Mean over budgets and seeds, on a logarithmic axis.")
     memory = cost_bars(entries, "MB", lambda r: None if r.search_peak_bytes is None else r.search_peak_bytes / 1e6)
-    show(memory, "Search memory", "Peak above what was resident at the start; mean over budgets and seeds.")
+    show(
+        memory,
+        "Search memory",
+        "Peak above the memory that was resident when the search started, mean over budgets and seeds.",
+    )
     return figures
 
 

@@ -93,8 +93,8 @@ def _results(name: str, entries: Sequence[Entry]) -> Sheet:
             ]
         )
     note = (
-        "Mean ± sample standard deviation over seeds; the rarest tenth is the AUC of those test rows whose rarest value is "
-        "rarest in training; search in training epochs of the full model."
+        "Mean ± sample standard deviation over seeds. The rarest tenth is the AUC of the tenth of the test rows whose rarest "
+        "value is rarest in training. The search is counted in training epochs of the full model."
     )
     return Sheet(f"Results: {name}", note, header, rows)
 
@@ -113,7 +113,8 @@ def _differences(name: str, entries: Sequence[Entry]) -> Sheet:
                 row += [*(format_values(pair, signed=True) for pair in pairs), str(len(pairs[0]))]
         rows.append(row)
     note = (
-        f"Seed by seed against the full model and against {REFERENCE}: mean ± sample standard deviation of the pairs."
+        f"Each seed is compared with the full model and with {REFERENCE} of the same seed: mean ± sample standard deviation "
+        "of the differences."
     )
     return Sheet(f"Differences: {name}", note, tuple(header), rows)
 
@@ -127,8 +128,8 @@ def _ranks(entries: Sequence[Entry]) -> Sheet:
         if values
     ]
     note = (
-        f"By test AUC, 1 is best, over the {complete} of {num_cells} cells (model, budget, seed) in which all labels are "
-        "present."
+        f"Ranks by test AUC, where 1 is best, over the {complete} of {num_cells} cells (model, budget, seed) that have every "
+        "label."
     )
     return Sheet("Ranks", note, ("label", "mean rank", "times first"), rows)
 
@@ -150,10 +151,12 @@ def _cost(entries: Sequence[Entry]) -> Sheet:
                 str(len(group)),
             ]
         )
-    header = ("label", "time", "longest", "epochs", "most", "peak memory", "highest", "searches")
+    header = (
+        "label", "mean time", "longest time", "mean epochs", "most epochs", "mean peak memory", "highest peak memory", "searches",
+    )  # fmt: skip
     note = (
-        "Means over all searches of a label, their own pretraining included. Epochs are training epochs of the full "
-        "model, validation not counted; memory is what the search needed above what was resident at its start."
+        "All searches of a label, with their own pretraining. Epochs are training epochs of the full model, without "
+        "validation. Peak memory is counted above what was resident when the search started."
     )
     return Sheet("Search cost", note, header, rows)
 
@@ -166,14 +169,14 @@ def _skipped(skipped: Sequence[Skipped]) -> Sheet:
         [model, label, budget, ", ".join(map(str, sorted(own))), why]
         for (model, label, budget, why), own in seeds.items()
     ]
-    note = "They are tried again when the comparison is started again."
+    note = "These cells are tried again when the comparison is started again."
     return Sheet(
         "Cells that could not be made", note, ("model", "label", "budget", "seeds", "reason"), rows, kind="facts"
     )
 
 
 def comparison_tables(records: Sequence[RunRecord], skipped: Sequence[Skipped] = ()) -> str:
-    """The tables in markdown; records may be those of several data sets' folders.
+    """The tables in Markdown; the records of several data sets may be given together.
 
     Raises:
         DataError: There are no records, or two of the same.

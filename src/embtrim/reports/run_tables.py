@@ -35,10 +35,10 @@ def result_rows(variants: Sequence[Variant]) -> list[tuple[str, list[str]]]:
     add_row("embedding params", lambda v: format_count(v.mean(lambda r: r.num_params)))
     add_row("  of the full tables", lambda v: format_share(v.mean(lambda r: r.num_params / max(1, r.num_full_params))))
     if any(r.bits != 32 for v in variants for r in v.records):
-        add_row("bits of a value", lambda v: ", ".join(dict.fromkeys(str(r.bits) for r in v.records)))
+        add_row("bits per value", lambda v: ", ".join(dict.fromkeys(str(r.bits) for r in v.records)))
     add_row("table bytes", lambda v: format_bytes(v.mean(lambda r: r.table_bytes)))
     add_row("bundle on disk", lambda v: format_bytes(v.mean(lambda r: r.bundle_bytes or None)))
-    add_row("vocabulary in it", lambda v: format_bytes(v.mean(lambda r: r.vocabulary_bytes or None)))
+    add_row("  its vocabulary", lambda v: format_bytes(v.mean(lambda r: r.vocabulary_bytes or None)))
     add_row("peak memory", lambda v: format_bytes(v.mean(lambda r: r.peak_memory_bytes)))
     add_row("search time", lambda v: NONE if v.is_full else format_seconds(v.mean(lambda r: r.search_seconds)))
     add_row("training time", lambda v: format_seconds(v.mean(lambda r: r.train_seconds)))
