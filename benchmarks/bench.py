@@ -1,10 +1,11 @@
-"""The benchmark suite: embtrim beside its peers, floors of the machine, goals met and missed. See docs/benchmarks.md.
+"""The benchmark suite: embtrim beside other libraries, floors of the machine, goals met and missed. See docs/benchmarks.md.
 
     make bench
     python benchmarks/bench.py --quick --only train encode
 
 Every job runs in a process of its own, alone; repeats are interleaved. Results are written after each job, and the same
-command goes on from where an interrupted one was. Peers live in a virtual environment of their own, made on first use.
+command continues an interrupted run. The other libraries, called peers, are installed on first use into a virtual
+environment of their own.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from embtrim.training.devices import fast_matmul
 HERE = Path(__file__).parent
 REQUIREMENTS = HERE / "peers-requirements.txt"
 PEERS = ("fuxictr", "torchrec", "fbgemm-gpu-cpu", "torch", "polars", "pandas")
-# Thread counts of the libraries that contenders use.
+# Variables that set the thread counts of the contenders' libraries.
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -80,25 +81,31 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
+    parser.add_argument("--quick", action="store_true", help="Tiny sizes, to see whether the suite runs.")
     parser.add_argument("--only", nargs="+", choices=workloads.NAMES, default=workloads.NAMES, metavar="WORKLOAD",
-                        help=f"some of: {', '.join(workloads.NAMES)}")  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each job, whose medians count (5)")
-    parser.add_argument("--threads", type=int, default=available_cores(), help="of every contender (all cores)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where models compute (cpu)")
+                        help=f"Workloads to run, instead of all: {', '.join(workloads.NAMES)}.")  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=5, help="Runs of each job; medians over them are reported (5).")
+    parser.add_argument(
+        "--threads", type=int, default=available_cores(), help="Threads of every contender (all cores)."
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="Device on which models compute (cpu)."
+    )
     parser.add_argument("--data", type=Path, default=HERE.parents[1] / "shared" / "data",
-                        help=f"folder with the real data: {', '.join(raw for raw, _ in workloads.REAL.values())}")  # fmt: skip
-    parser.add_argument("--out", type=Path, help="folder for bench.json and bench.md")
-    parser.add_argument("--peers-venv", type=Path, default=HERE / ".peers-venv", help="the peers' environment")
-    parser.add_argument("--log-rows", type=int, help="rows of the log to encode (5,000,000)")
-    parser.add_argument("--big-log-gb", type=float, help="size of the log to encode in little memory (10)")
+                        help=f"Folder with the real data: {', '.join(raw for raw, _ in workloads.REAL.values())}.")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="Folder for bench.json and bench.md.")
+    parser.add_argument(
+        "--peers-venv", type=Path, default=HERE / ".peers-venv", help="Virtual environment of the peers."
+    )
+    parser.add_argument("--log-rows", type=int, help="Rows of the log to encode (5,000,000).")
+    parser.add_argument("--big-log-gb", type=float, help="Gigabytes of the log to encode in little memory (10).")
     parser.add_argument("--fit-rows", type=int, nargs="+",
-                        help="rows of the datasets to train on (1, 5, 10 and 20 million)")  # fmt: skip
+                        help="Rows of the datasets to train on (1, 5, 10 and 20 million).")  # fmt: skip
     args = parser.parse_args()
     if args.repeats < 1 or args.threads < 1:
         parser.error(f"--repeats and --threads must be 1 or more, given {args.repeats} and {args.threads}")
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device cuda: torch {torch.__version__} sees no such device")
+        parser.error(f"--device cuda: torch {torch.__version__} finds no CUDA device")
     if args.out is None:
         args.out = HERE.parent / "runs" / "bench-quick" if args.quick else HERE / "results" / "bench"
     return args
@@ -112,7 +119,7 @@ def say(text: str) -> None:
 
 
 def run_once(job: workloads.Job, repeat: int, results: dict[str, Any], peers_python: Path | None, why_not: str) -> None:
-    """Run a job and append what came of it, unless it ran before or cannot run."""
+    """Run a job and append its result, unless this repeat has a result, the job failed before, or it has enough runs."""
     threads, device = results["settings"]["threads"], results["settings"]["device"]
     earlier = [run for run in results["runs"] if run["key"] == job.key]
     if repeat >= job.max_repeats or any(run["repeat"] == repeat or "error" in run for run in earlier):
@@ -127,7 +134,7 @@ def run_once(job: workloads.Job, repeat: int, results: dict[str, Any], peers_pyt
             order = json.dumps([job.kind, threads, device, job.settings])
             env = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
             result = measure.run_alone([str(python), str(HERE / job.script), order], env)
-        except (embtrim.EmbtrimError, OSError) as error:  # no data, no room for them
+        except (embtrim.EmbtrimError, OSError) as error:  # the data are missing, or the disk is full
             result = {"error": str(error)}
     results["runs"].append({"key": job.key, "repeat": repeat, "commit": results["machine"]["commit"], **result})
     figures = [f"{k} {v:,.4g}" for k, v in result.items() if k in ("step_ms", "rows_per_s", "peak_bytes")]
@@ -140,22 +147,22 @@ def save(path: Path, results: dict[str, Any]) -> None:
 
 
 def started_results(path: Path, machine: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Results to go on with: those on disk without their errors, or new ones; with this machine's load and commit."""
+    """Results to continue: those on disk without their errors, or empty ones, with the present load and commit."""
     fresh = {"machine": machine, "settings": settings, "runs": []}
     if not path.exists():
         return fresh
     found = json.loads(path.read_text("utf-8"))
-    passing = ("started", "load", "commit")  # every run has its commit
+    passing = ("started", "load", "commit")  # the commit is noted with every run
     same_machine = all(found["machine"].get(k) == v for k, v in machine.items() if k not in passing)
     if not same_machine or found["settings"] != settings:
         sys.exit(f"{path} holds results of another machine or settings; move it away or choose another --out")
     found["runs"] = [run for run in found["runs"] if "error" not in run]
-    say(f"going on with {len(found['runs'])} runs of {path}")
+    say(f"continuing with {len(found['runs'])} runs of {path}")
     return {**found, "machine": machine}
 
 
 def check_commits(path: Path, listed: Sequence[workloads.Job], results: Mapping[str, Any]) -> None:
-    """Leave the suite where a workload has results of another commit: contenders of two would be compared."""
+    """Stop if a workload has results of another commit: contenders of two commits must not be compared."""
     keys, now = {job.key for job in listed}, results["machine"]["commit"]
     others = sorted({run["commit"] for run in results["runs"] if run["key"] in keys and run["commit"] != now})
     if others:
@@ -169,13 +176,13 @@ def check_commits(path: Path, listed: Sequence[workloads.Job], results: Mapping[
 
 
 def precision_here(name: str, device: torch.device) -> dict[str, Any]:
-    """What embtrim's "fp32" or "auto" is on this machine, in torch's terms: see workloads.jobs."""
+    """embtrim's precision "fp32" or "auto" on this machine, in torch's terms; see `workloads.jobs`."""
     with fast_matmul(name, device) as (_, words):
         return {"matmul": torch.get_float32_matmul_precision(), "bf16": "bf16" in words}
 
 
 def describe_machine(load: float, peers_python: Path | None, device: torch.device) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Everything about the machine that the figures depend on."""
     variables = (
         "OMP_WAIT_POLICY",
         "OMP_PROC_BIND",
@@ -202,7 +209,7 @@ def describe_machine(load: float, peers_python: Path | None, device: torch.devic
 
 
 def commit() -> str:
-    """The commit of the working tree, with a digest of what differs from it; results of this suite aside."""
+    """The commit of the working tree, with a digest of uncommitted changes outside the results of this suite."""
     git = ["git", "-C", str(HERE.parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
@@ -223,9 +230,10 @@ def peer_versions(python: Path | None) -> dict[str, str]:
 
 
 def peers_environment(folder: Path, device: str) -> tuple[Path | None, str]:
-    """Python of the peers' environment, made if it is missing or of other versions; or None, and why there is none.
+    """Python of the peers' environment, or None with the reason.
 
-    Requirements are those of CPUs. For another device the folder must hold an environment that its user made.
+    The environment is made if it is missing or has other versions than the requirements. The requirements are for CPUs; for
+    another device the user makes the environment.
     """
     python, marker = folder.absolute() / "bin" / "python", folder / "installed"
     if device != "cpu":
@@ -251,8 +259,8 @@ def peers_environment(folder: Path, device: str) -> tuple[Path | None, str]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the job under way must not outlive the suite
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the running job must not outlive the suite
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here")
+        sys.exit("interrupted; run the same command to continue")

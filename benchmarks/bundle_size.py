@@ -1,9 +1,9 @@
-"""Bytes of a bundle, and peak anonymous memory of a process that loads it: full against compact, 5M rows of tables.
+"""Size of a bundle and peak anonymous memory of a process that loads it, full against compact, with 5M table rows.
 
     python benchmarks/bundle_size.py
 
-Tables are hashed (no vocabulary), 39 of them with sizes like Criteo's; the weights are untrained. Each bundle is loaded
-by a process of its own; a process that only imports what loading needs is measured beside them.
+The 39 tables are hashed, so there is no vocabulary; their sizes are like Criteo's, and their weights are untrained. Each
+bundle is loaded by a process of its own. A process that only imports what loading needs is measured for comparison.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def main(num_rows: int = 5_000_000, num_fields: int = 39, width: int = 16) -> No
         floor = peak_of_loading()
         print("| | table bytes (plan) | bundle bytes | peak anonymous memory | above the bare process |")
         print("|---|---|---|---|---|")
-        for name, of in (("full", model.tables.plan), ("compact", plan)):
+        for name, size_plan in (("full", model.tables.plan), ("compact", plan)):
             peak = peak_of_loading(str(Path(folder) / name))
             size = folder_bytes(Path(folder) / name)
-            print(f"| {name} | {of.num_bytes():,} | {size:,} | {peak:,} | {peak - floor:,} |")
+            print(f"| {name} | {size_plan.num_bytes():,} | {size:,} | {peak:,} | {peak - floor:,} |")
 
 
 if __name__ == "__main__":

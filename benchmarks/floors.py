@@ -1,7 +1,7 @@
-"""What this machine can do at best, measured on the spot: matmuls of the MLP's shapes, random reads and updates of rows.
+"""The best that this machine can do, as measured: matmuls of the MLP's shapes, random reads and updates of rows.
 
-The floor of a training step is the time of its matmuls, of reading a row for each lookup, and of reading and writing
-weight and two moments of each distinct row, each at the best rate seen here; everything else would be free.
+The floor of a training step is the time of its matmuls, of one row read for each lookup, and of reading and writing the
+weight and two moments of each distinct row, each at the best rate measured here. Everything else counts as free.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HIDDEN = (400, 400, 400)
 
 
 def matmul_ms(num_inputs: int, batch_size: int, precision: str, seconds: float) -> dict[str, float]:
-    """Forward and both backward products of every layer of the MLP: milliseconds in all, and GFLOP/s."""
+    """Forward and both backward products of all layers of the MLP: milliseconds in total, and GFLOP/s."""
     torch.set_float32_matmul_precision("medium" if precision == "medium" else "highest")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     total, flops = 0.0, 0
@@ -36,7 +36,7 @@ def matmul_ms(num_inputs: int, batch_size: int, precision: str, seconds: float) 
 
 
 def row_rates(num_rows: int, width: int, num_reads: int, distinct_U: Tensor, seconds: float) -> dict[str, float]:
-    """Rows a second: uniformly random reads by the fastest gather at hand, and updates of three tables in place."""
+    """Rows per second: uniformly random reads by the fastest of several gathers, and in-place updates of three tables."""
     table = torch.zeros(num_rows, width, device=measure.device)
     index = torch.randint(num_rows, (num_reads,), generator=torch.Generator().manual_seed(0)).to(measure.device)
     out = np.empty((num_reads, width), np.float32)
@@ -55,14 +55,14 @@ def row_rates(num_rows: int, width: int, num_reads: int, distinct_U: Tensor, sec
 
 
 def copied_bytes_per_s(seconds: float) -> float:
-    """Memory bandwidth: bytes read and written a second by a copy that no cache holds."""
+    """Memory bandwidth: bytes that a copy too large for any cache reads and writes per second."""
     source = torch.zeros(64 << 20, device=measure.device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / measure.time_calls(lambda: target.copy_(source), seconds) * 1000
 
 
 def floors(source: int | str, batch_size: int, seconds: float) -> dict[str, Any]:
-    """Memory bandwidth, matmul rates, row rates, and from them the floors of a step by (layout, precision)."""
+    """Memory bandwidth, matmul rates and row rates, and the floors of a step that follow, by layout and precision."""
     sizes = synthetic.table_sizes(source)
     ids, _ = next(synthetic.batches(source, batch_size, 1))
     starts = np.cumsum([0, *sizes[:-1]])

@@ -1,9 +1,9 @@
-"""Does it matter for accuracy that only touched rows move, and that matmuls are bf16? The same settings otherwise.
+"""Do lazy tables, which update only the rows of a batch, and bf16 matmuls change accuracy? All other settings are equal.
 
     python benchmarks/lazy_dense.py frappe-64 --data DATA/frappe --seeds 3 --out runs/lazy_dense.json
 
-prints a table with a verdict (see report.NOISE) and writes the JSON behind it; `bench.py --only accuracy` does the same
-for Frappe and MovieLens. A training ends by early stopping, at the latest after the recipe's epochs, or --epochs.
+prints a table with a verdict (see report.NOISE) and writes its numbers as JSON; `bench.py --only accuracy` does the same
+for Frappe and MovieLens. A training ends by early stopping, and at the latest after the recipe's epochs or --epochs.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import workloads
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="name of a file in recipes/, without .toml")
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, help="at most, instead of the recipe's")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("recipe", help="Name of a file in recipes/, without .toml.")
+    parser.add_argument("--data", required=True, help="Encoded folder, or a known dataset.")
+    parser.add_argument("--seeds", type=int, default=3, help="Number of seeds (3).")
+    parser.add_argument("--epochs", type=int, help="Epochs at most, instead of the recipe's.")
+    parser.add_argument("--out", type=Path, help="JSON file to write.")
     args = parser.parse_args()
     settings = {"recipe": args.recipe, "data": args.data, "seeds": args.seeds, "epochs": args.epochs}
     runs = []

@@ -1,4 +1,4 @@
-"""How things are timed, and how a process is run alone and its memory watched."""
+"""Timing of steps and calls, and of processes that run alone while their memory is watched."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ import torch
 RESULT = "RESULT "
 SAMPLE_SECONDS = 0.1
 JOB_SECONDS = 3600
-# Parts that timed calls are split into, and those before them that warm up.
+# Timed calls are split into blocks; the warm-up blocks before them do not count.
 BLOCKS, WARMUP_BLOCKS = 10, 2
 
 Times = tuple[float, ...]
 
-# Where the job of this process computes; set by `worker`.
+# The device on which the job of this process computes; set by `worker`.
 device = torch.device("cpu")
 
 
@@ -34,7 +34,7 @@ device = torch.device("cpu")
 
 
 def now() -> float:
-    """Seconds, read once the device has done all it was asked to."""
+    """Seconds, read when the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -43,7 +43,11 @@ def now() -> float:
 def train_step(
     loss: Callable[[Any], Any], optimizers: Sequence[Any], batch: Any, autocast: Callable[[], Any] = nullcontext
 ) -> tuple[Any, Times]:
-    """One step as `embtrim.fit` takes it. Returns the loss, and the times before and after forward, backward, update."""
+    """One training step, as `embtrim.fit` takes it.
+
+    Returns:
+        The loss, and the times before and after forward, backward and update.
+    """
     times = [now()]
     for optimizer in optimizers:
         optimizer.zero_grad()
@@ -59,9 +63,10 @@ def train_step(
 
 
 def time_steps(step: Callable[[Any], tuple[Any, Times]], batches: Iterable[Any], warmup: int) -> dict[str, Any]:
-    """Median milliseconds of steps over batches, the first `warmup` left out; of the parts where `step` tells them.
+    """Median milliseconds of steps over batches, without the first `warmup`.
 
-    `step` returns the loss, or None where there is none, and the times before and after each part.
+    `step` returns the loss or None, and the times before and after each of its parts. Steps of three parts are also
+    reported by forward, backward and update.
     """
     losses, rows = [], []
     for batch in batches:
@@ -84,13 +89,16 @@ def _median_ms(rows: Sequence[Times], start: int, stop: int) -> float:
 
 
 def time_calls(call: Callable[[], Any], seconds: float) -> float:
-    """Median milliseconds of a call, repeated for about `seconds` after a fifth of that as warm-up."""
+    """Median milliseconds of a call that is repeated for about `seconds`, after a warm-up of a fifth of `seconds`."""
     return time_in_turn({"": call}, seconds)[""]
 
 
 def time_in_turn(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """The same of several calls, each for about `seconds`, in turn in blocks of a tenth of that: what else the machine does
-    falls on all of them, and within its block a call finds the caches as it left them itself."""
+    """Median milliseconds of several calls, each repeated for about `seconds`.
+
+    The calls take turns in blocks of a tenth of `seconds`. A disturbance of the machine then falls on all of them, while
+    within a block each call finds the caches as it left them itself.
+    """
     found: dict[str, list[float]] = {name: [] for name in calls}
     for block in range(WARMUP_BLOCKS + BLOCKS):
         for name, call in calls.items():
@@ -105,7 +113,7 @@ def time_in_turn(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict
 
 
 def worker(kinds: dict[str, Callable[..., dict[str, Any]]]) -> None:
-    """Run the job of the command line, (kind, threads, device, settings), and print its result, or why there is none."""
+    """Run the job of the command line, a JSON list [kind, threads, device, settings], and print its result or its error."""
     global device
     kind, threads, name, settings = json.loads(sys.argv[1])
     device = torch.device(name)
@@ -125,11 +133,11 @@ def worker(kinds: dict[str, Callable[..., dict[str, Any]]]) -> None:
 
 
 def run_alone(command: Sequence[str], env: dict[str, str]) -> dict[str, Any]:
-    """Run a worker; its result with the peaks of the memory of it and its descendants, sampled.
+    """Run a worker and return its result with the peak memory of the process and its descendants, as sampled.
 
-    `peak_bytes` is anonymous memory: memory maps of files do not count, nor does shared memory. `peak_file_bytes` is what is
-    resident of mapped files, libraries included; what processes share counts in each. A process that dies or takes over
-    JOB_SECONDS gives an "error".
+    `peak_bytes` is anonymous memory, without mapped files and shared memory. `peak_file_bytes` is the resident part of
+    mapped files, libraries included; a page that several processes share counts once for each. A process that dies or takes
+    over JOB_SECONDS gives an "error".
     """
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, env=env, stdout=output, stderr=errors, start_new_session=True)
@@ -162,13 +170,13 @@ def family(pid: int) -> list[int]:
         try:
             for task in Path(f"/proc/{parent}/task").iterdir():
                 found += map(int, (task / "children").read_text().split())
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended
             continue
     return found
 
 
 def resident_bytes(pid: int) -> tuple[int, int]:
-    """Resident memory of a process, anonymous and of mapped files; zeros once it has ended."""
+    """Resident memory of a process, anonymous and of mapped files; zeros if it has ended."""
     found = {"RssAnon": 0, "RssFile": 0}
     with suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():

@@ -23,12 +23,12 @@ from embtrim.training.evaluation import evaluate
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipe", help="name of a file in recipes/, without .toml")
-    parser.add_argument("--data", required=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="Name of a file in recipes/, without .toml.")
+    parser.add_argument("--data", required=True, help="Encoded folder, or a known dataset.")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--l2", type=float, help="instead of the recipe's")
+    parser.add_argument("--l2", type=float, help="L2 of the embeddings, instead of the recipe's.")
     parser.add_argument("--threshold-lr", type=float, default=1e-4)
     parser.add_argument("--threshold-weight", type=float, default=1e-4)
     args = parser.parse_args()
@@ -50,7 +50,7 @@ def main() -> None:
         print(f"{optimizer}: validation AUC {evaluate(model, data, 'valid').auc:.5f}, {seconds:.1f} s, "
               f"{kept[optimizer].mean():.1%} of the rows kept", flush=True)  # fmt: skip
     counts = np.concatenate(list(task.row_counts().values()))
-    print("\n`dense again` is dense with another seed: the agreement that chance leaves.\n")
+    print("\n`dense again` is dense with another seed: two seeds agree this much by chance.\n")
     print(
         "| decile | rows | mean count | kept, dense | kept, lazy | Jaccard dense, lazy | Jaccard dense, dense again |"
     )
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def jaccard(left: np.ndarray, right: np.ndarray) -> str:
-    """Rows that both keep over rows that either keeps."""
+    """Number of rows that both keep, divided by the number that at least one keeps."""
     either = (left | right).sum()
     return f"{(left & right).sum() / either:.3f}" if either else ""
 

@@ -1,4 +1,6 @@
-"""embtrim's side of the benchmarks. One job a process: `python ours.py '[kind, threads, device, settings]'` prints its result.
+"""embtrim's jobs of the benchmarks, one per process.
+
+`python ours.py '[kind, threads, device, settings]'` runs a job and prints its result.
 
 Axes: B batch, F fields, S output columns of all fields.
 """
@@ -48,7 +50,7 @@ VALID_ROWS = 10_000
 
 
 def plan_of(schema: embtrim.Schema, layout: str) -> embtrim.SizePlan:
-    """The layouts that are compared: "full" width, "mixed" widths with projections, "compact": 10%, equal widths."""
+    """The plan of a layout: "full" width; "mixed" widths with projections; "compact", 10% with equal widths."""
     full = embtrim.SizePlan.full(schema, synthetic.FULL_WIDTH, first_order=True)
     if layout == "full":
         return full
@@ -61,7 +63,7 @@ def plan_of(schema: embtrim.Schema, layout: str) -> embtrim.SizePlan:
 
 
 def kept_columns(source: int | str, layout: str) -> list[list[int]]:
-    """Kept columns of each field, for contenders that know no plans."""
+    """Kept columns of each field, for contenders without plans."""
     plan = plan_of(embtrim.Schema.from_sizes(synthetic.table_sizes(source)), layout)
     return [list(table.columns) for table in plan.tables]
 
@@ -80,18 +82,18 @@ def make_batches(source: int | str, batch_size: int, num_batches: int) -> list[B
 
 
 def make_step(model: DeepFM, autocast: Callable[[], Any], config: embtrim.TrainConfig) -> Callable[[Batch], Any]:
-    """The step of `fit`: its loss, its optimisers, its autocast."""
+    """The training step of `fit`, with its loss, optimisers and autocast."""
     optimizers = make_optimizers(model, config)
     model.train()
     return lambda batch: measure.train_step(lambda b: logloss_of_batch(model, b), optimizers, batch, autocast)
 
 
 def use_kernels(name: str) -> str:
-    """From here on plain torch's kernels or the fused ones, whatever the environment says; returns the name.
+    """Use plain torch's kernels or the fused ones from here on, regardless of the environment; return the name.
 
     Raises:
-        ModuleNotFoundError: there are none of this name, or numba is missing.
-        RuntimeError: embtrim takes others on this device.
+        ModuleNotFoundError: There are no kernels of this name, or numba is missing.
+        RuntimeError: embtrim uses other kernels on this device.
     """
     os.environ.pop("EMBTRIM_KERNELS", None)
     if name == "torch":
@@ -114,7 +116,7 @@ def train(
     kernels: str = "torch",
     compile: bool = False,
 ) -> dict[str, Any]:
-    """Whole training steps of a DeepFM; compiled with an empty cache, `compile_seconds` are those of the first step."""
+    """Whole training steps of a DeepFM. With `compile`, the first step fills an empty cache and gives `compile_seconds`."""
     result: dict[str, Any] = {"kernels": use_kernels(kernels)}
     config = embtrim.TrainConfig(precision=precision, batch_size=batch_size)  # type: ignore[arg-type]
     model = deepfm(source, layout)
@@ -136,18 +138,18 @@ def train(
 
 
 def page_faults() -> int:
-    """Minor ones of this process so far: pages of memory that the system had to give it, or fill with zeros, first."""
+    """Minor page faults of this process so far: pages that the system had to map, or fill with zeros, before their use."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def profile(
     source: int | str, layout: str, batch_size: int, warmup: int, steps: int, kernels: str = "torch"
 ) -> dict[str, Any]:
-    """Where a training step in auto precision spends its time, and what it allocates.
+    """Time and memory of a training step in auto precision.
 
-    The minor page faults a step, before the profiler is on; the ten operators with the most time of their own; the five
-    that allocate most, frees of their own taken off; and the share of the time that passes outside of torch's own
-    operators: in Python, autograd, and the fused kernels.
+    The result has the minor page faults per step, counted before the profiler starts; the ten operators with the most time
+    of their own; the five operators that allocate most, less what they free themselves; and the share of the time outside
+    torch's own operators, in Python, autograd and the fused kernels.
     """
     result: dict[str, Any] = {"kernels": use_kernels(kernels)}
     batches = make_batches(source, batch_size, warmup + steps)
@@ -167,7 +169,7 @@ def profile(
                 for batch in batches[warmup:]:
                     step(batch)
                 seconds = measure.now() - started
-            # On a GPU its kernels are listed too, beside the operators whose time they are.
+            # On a GPU the kernels are listed too; their time is already in their operators'.
             operators = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CPU]
             return 1e6 * seconds, operators
 
@@ -202,7 +204,7 @@ def profile(
 def embedding(
     source: int | str, layout: str, optimizer: str, batch_size: int, warmup: int, steps: int, kernels: str = "torch"
 ) -> dict[str, Any]:
-    """The embeddings alone: lookup, backward with a given gradient, update."""
+    """Steps of the embeddings alone: lookup, backward from a given gradient, update."""
     result = {"kernels": use_kernels(kernels)}
     schema = embtrim.Schema.from_sizes(synthetic.table_sizes(source))
     tables = EmbeddingTables(schema, dataclasses.replace(plan_of(schema, layout), first_order=False)).to(measure.device)
@@ -227,7 +229,7 @@ def embedding(
 
 
 def predict(source: int | str, layout: str, batch_sizes: list[int], seconds: float) -> dict[str, Any]:
-    """Latency of the model's forward pass as `predict` runs it."""
+    """Latency of the forward pass, as `predict` runs it."""
     model = deepfm(source, layout).eval()
     latency = {}
     with torch.no_grad(), fast_matmul("fp32", measure.device), freed_pages_kept():
@@ -239,8 +241,10 @@ def predict(source: int | str, layout: str, batch_sizes: list[int], seconds: flo
 
 @torch.no_grad()
 def export(source: int | str, layout: str, batch_sizes: list[int], seconds: float, bits: int = 32) -> dict[str, Any]:
-    """Latency of the forward pass on the CPU, by runtime: eager, torch.export's program, and ONNX in onnxruntime, in turn;
-    and the bytes of the files of the exported ones."""
+    """Latency of the forward pass on the CPU by runtime, and the bytes of the exported files.
+
+    The runtimes are eager, torch.export's program, and ONNX in onnxruntime; they are timed in turn.
+    """
     import onnxruntime
 
     model, latency = deepfm(source, layout, bits).to(CPU).eval(), {}
@@ -266,7 +270,7 @@ def export(source: int | str, layout: str, batch_sizes: list[int], seconds: floa
 
 
 def score(log: str, out: str, layout: str) -> dict[str, Any]:
-    """All that the verb `predict` does: a raw log is read, encoded and scored, and the scores are written."""
+    """The command `predict`: read, encode and score a raw log, and write the scores."""
     folder = Path(out)
     encode(log, f"{folder}-data")
     data = EncodedDataset.load(f"{folder}-data")
@@ -281,7 +285,7 @@ def score(log: str, out: str, layout: str) -> dict[str, Any]:
 
 
 def encode(log: str, out: str) -> dict[str, Any]:
-    """Encode the log: log2 buckets, min_count 10, split 8:1:1."""
+    """Encode the log with log2 buckets, min_count 10 and a split of 8:1:1."""
     numeric = (embtrim.FieldSpec(name=n, type="numeric", transform="log2", min_count=10) for n in synthetic.NUMERIC)
     words = (embtrim.FieldSpec(name=n, min_count=10) for n in synthetic.CATEGORICAL)
     schema = embtrim.Schema(label=synthetic.LABEL, fields=(*numeric, *words))
@@ -299,7 +303,7 @@ def encode(log: str, out: str) -> dict[str, Any]:
 
 
 def read(folder: str, batch_size: int) -> dict[str, Any]:
-    """Shuffled batches from the page cache: a first pass fills it."""
+    """Read shuffled batches from the page cache, which a first pass fills."""
     data = EncodedDataset.load(folder)
     for epoch in range(2):
         started = time.perf_counter()
@@ -309,7 +313,7 @@ def read(folder: str, batch_size: int) -> dict[str, Any]:
 
 
 def train_epoch(folder: str, batch_size: int, kernels: str = "torch") -> dict[str, Any]:
-    """An epoch of `fit` from disk; the watcher notes the memory."""
+    """One epoch of `fit` from disk; the parent process watches the memory."""
     used, data = use_kernels(kernels), EncodedDataset.load(folder)
     model = DeepFM(data.schema, batch_norm=False)
     result = fit(model, data, epochs=1, batch_size=batch_size, device=measure.device.type)
@@ -324,16 +328,16 @@ def train_epoch(folder: str, batch_size: int, kernels: str = "torch") -> dict[st
 def accuracy(
     recipe: str, data: str, tables: str, precision: str, seeds: int, epochs: int | None, max_rows: int | None = None
 ) -> dict[str, Any]:
-    """Test AUC and logloss by seed of a recipe, trained to early stopping.
+    """Test AUC and logloss of a recipe by seed, trained to early stopping.
 
     Args:
-        recipe: name of a file in recipes/, without .toml.
-        data: an encoded folder.
+        recipe: Name of a file in recipes/, without .toml.
+        data: Encoded folder.
         tables: "lazy" or "dense".
-        precision: as in TrainConfig.
-        seeds: how many.
-        epochs: at most; None for the recipe's.
-        max_rows: of every split at most, to see whether it runs.
+        precision: Precision, as in TrainConfig.
+        seeds: Number of seeds.
+        epochs: Most epochs; None for the recipe's.
+        max_rows: Most rows of each split, for a quick check; None for all.
     """
     used = use_kernels("torch")
     config = RunConfig.parse(read_toml(RECIPES / f"{recipe}.toml"), where=recipe)
@@ -356,7 +360,7 @@ def accuracy(
 
 
 def write_dataset(folder: Path, num_rows: int, table_rows: int) -> None:
-    """An encoded dataset, VALID_ROWS for validation; ids and labels are drawn and written chunk by chunk."""
+    """Write an encoded dataset with VALID_ROWS rows for validation, drawn and written chunk by chunk."""
     sizes, rng, chunk = synthetic.table_sizes(table_rows), np.random.default_rng(0), 200_000
     splits = {"train": num_rows, "valid": VALID_ROWS}
     folder.mkdir(parents=True)

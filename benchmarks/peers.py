@@ -1,7 +1,7 @@
-"""The peers' side of the benchmarks: plain PyTorch, FuxiCTR, FBGEMM, torchrec, pandas; none of it imports embtrim.
+"""The peers' jobs of the benchmarks, one per process: plain PyTorch, FuxiCTR, FBGEMM, torchrec and pandas, without embtrim.
 
-One job a process: `python peers.py '[kind, threads, device, settings]'` prints its result. Every contender gets its batches in
-the form it likes best, made beforehand; ids are most frequent first for all.
+`python peers.py '[kind, threads, device, settings]'` runs a job and prints its result. Every contender gets its batches in
+the form that suits it best, made beforehand. For all contenders, ids are in order of frequency.
 
 Axes: B batch, F fields, D full width, S output columns of all fields.
 """
@@ -36,8 +36,8 @@ class Head(nn.Module):
     """The dense part of a DeepFM in plain torch: FM and MLP over [e_1, .., e_F], and the bias.
 
     Args:
-        columns: for each field the columns of the full width that its embedding has.
-        projected: bring narrow embeddings to the full width by learned matrices, instead of putting columns in place.
+        columns: Columns of the full width that each field's embedding has.
+        projected: Bring narrow embeddings to the full width by learned matrices, instead of putting columns in place.
     """
 
     def __init__(self, columns: Sequence[Sequence[int]], projected: bool = False) -> None:
@@ -59,7 +59,7 @@ class Head(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, concat_BS: Tensor, first_order_B: Tensor) -> Tensor:
-        """(B,) logits. Narrow embeddings never become (B, F, D): their squares go through the Gram matrix P P^T."""
+        """Logits (B,). Narrow embeddings are never expanded to (B, F, D): their squares use the Gram matrix P P^T."""
         if self.equal:
             sum_BD = concat_BS.view(len(concat_BS), self.num_fields, -1).sum(1)
         else:
@@ -81,7 +81,7 @@ def logloss(logits_B: Tensor, labels_B: Tensor) -> Tensor:
     return functional.binary_cross_entropy_with_logits(logits_B.float(), labels_B)
 
 
-# ---- contenders: sizes, settings -> (step, what turns (ids, labels) into a batch) ----------------------------------------
+# ---- contenders: each takes sizes and settings, and returns a step and a function that makes its batches -----------------
 
 Prepare = Callable[[np.ndarray, np.ndarray], Any]
 
@@ -91,7 +91,7 @@ def on_device(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def one_table(sizes: list[int], optimizer: str) -> tuple[Callable[[Any], Any], Prepare]:
-    """All fields in one nn.Embedding, first-order weights in another; as careful users write it."""
+    """All fields in one nn.Embedding, first-order weights in another, as a careful user writes it."""
     sparse = optimizer == "sparse"
     widths = (synthetic.FULL_WIDTH, 1)
     tables = [nn.Embedding(sum(sizes), width, sparse=sparse, device=measure.device) for width in widths]
@@ -120,7 +120,7 @@ def one_table(sizes: list[int], optimizer: str) -> tuple[Callable[[Any], Any], P
 
 
 def fuxictr(sizes: list[int]) -> tuple[Callable[[Any], Any], Prepare]:
-    """DeepFM of FuxiCTR's layers, trained by its own `train_step` (dense Adam, gradients clipped, which counts as backward)."""
+    """DeepFM of FuxiCTR's layers and its own `train_step`: dense Adam, with gradient clipping in the backward time."""
     from fuxictr.features import FeatureMap
     from fuxictr.pytorch.layers import FactorizationMachine, FeatureEmbedding, MLP_Block
     from fuxictr.pytorch.models import BaseModel
@@ -143,7 +143,7 @@ def fuxictr(sizes: list[int]) -> tuple[Callable[[Any], Any], Prepare]:
             self.compile("adam", "binary_crossentropy", LEARNING_RATE)
             self.reset_parameters()
             self.model_to_device()
-            self._max_gradient_norm = 10.0  # the default of its fit
+            self._max_gradient_norm = 10.0  # the default of FuxiCTR's fit
             self.times: list[float] = []
             self.optimizer.register_step_pre_hook(lambda *_: self.times.append(measure.now()))
 
@@ -174,13 +174,15 @@ def fuxictr(sizes: list[int]) -> tuple[Callable[[Any], Any], Prepare]:
 
 
 def rounded_widths(layout: str, num_fields: int) -> list[int]:
-    """FBGEMM's widths are multiples of four."""
+    """Widths rounded up to multiples of four, as FBGEMM needs."""
     return [-(-width // 4) * 4 for width in synthetic.widths_of(layout, num_fields)]
 
 
 def batched_tables(sizes: list[int], widths: list[int]) -> Any:
-    """FBGEMM's table-batched embeddings, row-wise Adagrad fused into backward: the only such optimiser it has on CPU, and
-    its usual one on GPU."""
+    """FBGEMM's table-batched embeddings with row-wise Adagrad fused into backward.
+
+    FBGEMM has no other fused optimiser on the CPU, and row-wise Adagrad is the usual one on the GPU.
+    """
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
     from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
         ComputeDevice,
@@ -202,12 +204,12 @@ def batched_tables(sizes: list[int], widths: list[int]) -> Any:
 
 
 def bags_of(ids: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Ids table by table, and offsets of bags of one id each."""
+    """Ids, table by table, and the offsets of bags with one id each."""
     return on_device(torch.from_numpy(ids.T.astype(np.int64).ravel()), torch.arange(ids.size + 1))
 
 
 def fbgemm(sizes: list[int], layout: str, autocast: Callable[[], Any]) -> tuple[Callable[[Any], Any], Prepare]:
-    """FBGEMM's tables and the plain head; a first-order weight is a row of width 4, its sum."""
+    """FBGEMM's tables and the plain head; a first-order weight is the sum of a row of width 4."""
     widths = rounded_widths(layout, len(sizes))
     tables, first_order = batched_tables(sizes, widths), batched_tables(sizes, [4] * len(sizes))
     head = Head([range(width) for width in widths], projected=layout == "mixed").to(measure.device)
@@ -224,7 +226,7 @@ def fbgemm(sizes: list[int], layout: str, autocast: Callable[[], Any]) -> tuple[
 
 
 def torchrec(sizes: list[int], autocast: Callable[[], Any]) -> tuple[Callable[[Any], Any], Prepare]:
-    """torchrec's fused EmbeddingBagCollection at full width and the plain head."""
+    """torchrec's fused EmbeddingBagCollection at full width, and the plain head."""
     from torchrec.modules.embedding_configs import EmbeddingBagConfig
     from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
     from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
@@ -278,7 +280,7 @@ def train(
     bf16: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Whole training steps; `matmul` is torch's float32 matmul precision, "highest" being its default."""
+    """Whole training steps. `matmul` is torch's float32 matmul precision, whose default is "highest"."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision(matmul)
     if contender in ("fbgemm", "torchrec"):
@@ -297,7 +299,7 @@ def train(
 
 
 def embedding(source: int | str, layout: str, batch_size: int, warmup: int, steps: int) -> dict[str, Any]:
-    """FBGEMM's embeddings alone: lookup, then backward with a given gradient, which updates."""
+    """Steps of FBGEMM's embeddings alone: lookup, then backward from a given gradient, which includes the update."""
     sizes = synthetic.table_sizes(source)
     widths = rounded_widths(layout, len(sizes))
     tables = batched_tables(sizes, widths)
@@ -316,7 +318,7 @@ def embedding(source: int | str, layout: str, batch_size: int, warmup: int, step
 def predict(
     source: int | str, columns: list[list[int]], matmul: str, batch_sizes: list[int], seconds: float
 ) -> dict[str, Any]:
-    """Latency of a forward pass: one nn.Embedding a field, the plain head."""
+    """Latency of a forward pass with one nn.Embedding per field and the plain head."""
     torch.set_float32_matmul_precision(matmul)
     sizes, device = synthetic.table_sizes(source), measure.device
     tables = nn.ModuleList(nn.Embedding(n, len(own), device=device) for n, own in zip(sizes, columns, strict=True))
@@ -336,13 +338,13 @@ def predict(
 
 
 def encode_fuxictr(log: str, out: str) -> dict[str, Any]:
-    """FuxiCTR's own preprocessing with its Criteo processor; all rows are for training."""
+    """Encode the log with FuxiCTR's preprocessing and its Criteo processor; all rows are for training."""
     from fuxictr.datasets.criteo import CustomizedFeatureProcessor
     from fuxictr.preprocess import build_dataset
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    shutil.rmtree(out, ignore_errors=True)  # it does nothing where it finds what an earlier run made
-    # Its reader takes files named .csv only.
+    shutil.rmtree(out, ignore_errors=True)  # FuxiCTR skips the work if an earlier result exists
+    # FuxiCTR reads only files named .csv.
     source = Path(out).with_suffix(".csv")
     source.unlink(missing_ok=True)
     source.symlink_to(Path(log).resolve())
@@ -366,7 +368,7 @@ def encode_fuxictr(log: str, out: str) -> dict[str, Any]:
 
 
 def encode_pandas(log: str, out: str) -> dict[str, Any]:
-    """The script one writes with pandas: read it all, count, map, save."""
+    """Encode the log with a plain pandas script: read everything, count, map, save."""
     import pandas as pd
 
     started = time.perf_counter()

@@ -1,4 +1,7 @@
-"""From the JSON of the suite to tables and goals: `python benchmarks/report.py RESULTS.json` prints the markdown."""
+"""Tables and goals from the results of the suite, as Markdown.
+
+python benchmarks/report.py benchmarks/results/bench/bench.json
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 GB = 1e9
-# Runs that a median wants.
+# Fewer runs than this do not give a median worth quoting.
 RUNS = 5
-# Whose accuracy is compared with whose: of lazy tables, then of auto precision.
+# Each setting's accuracy is compared with another's: first lazy with dense tables, then auto with fp32 precision.
 NOISE = {"lazy fp32": "dense fp32", "lazy auto": "lazy fp32"}
-# Microseconds of a DeepFM at batch 1, onnxruntime's and eager's best layouts of the prototypes (29 to 58, 70 to 240), on
-# two cores of an AVX512+BF16 server. Only their ratio carries over to other machines.
+# Microseconds of a DeepFM at batch 1 on two cores of an AVX512+BF16 server: the best prototypes took 29 in onnxruntime (of
+# 29 to 58) and 70 in eager mode (of 70 to 240). Only the ratio carries over to other machines.
 ONNX_OVER_EAGER = 29 / 70
 
 
@@ -26,9 +29,10 @@ ONNX_OVER_EAGER = 29 / 70
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """By key, the medians over the repeats of every number; with `step_ms_range`, and `error` only if no run went well.
+    """Medians of every number over the repeats, by key.
 
-    What NOISE compares has `difference_over_spread` too.
+    A key whose runs all failed has an `error`. Timed steps have a `step_ms_range` too, and the accuracies that NOISE
+    compares have a `difference_over_spread`.
     """
     by_key: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
@@ -49,14 +53,14 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def difference_over_spread(auc: Sequence[float], other: Sequence[float]) -> float:
-    """How far apart the means are, over the standard deviation over seeds (of both, pooled); 1 and below is noise."""
+    """Difference of two means over the pooled standard deviation of their seeds; at most 1 is noise."""
     difference = abs(statistics.mean(auc) - statistics.mean(other))
     spread = statistics.mean(map(statistics.variance, (auc, other))) ** 0.5
     return difference / spread if spread else math.inf
 
 
 def median_of(values: Sequence[Any]) -> Any:
-    """Medians of numbers, entry by entry in dicts; of anything else the first."""
+    """The median of numbers; in a dict, of each entry; for anything else the first value."""
     first = values[0]
     if isinstance(first, Mapping):
         return {key: median_of([value[key] for value in values if key in value]) for key in first}
@@ -73,11 +77,11 @@ class Goal:
     """A number that the suite must show.
 
     Attributes:
-        text: what is compared.
-        of: where the number stands in the summary: a key, then names inside its entry.
-        over: divide by the number that stands here, or by a plain number; None takes `of` itself.
-        at_least: the goal, or None.
-        at_most: the goal, or None.
+        text: What is compared.
+        of: Place of the number in the summary: a key, then names inside its entry.
+        over: Place of the number to divide by, or the divisor itself; None does not divide.
+        at_least: Smallest value that meets the goal, or None.
+        at_most: Largest value that meets the goal, or None.
     """
 
     text: str
@@ -147,11 +151,11 @@ GOALS = (
     Goal("step at middle tables: full over compact at 10%", _step("middle", "embtrim width 16 auto"),
          _step("middle", "embtrim compact 10% auto"), at_least=1.3),
     *(
-        Goal(f"minor page faults a step at middle tables, {same}", (f"profile/embtrim {same}", "page_faults"), at_most=100)
+        Goal(f"minor page faults per step at middle tables, {same}", (f"profile/embtrim {same}", "page_faults"), at_most=100)
         for same in ("width 16 auto", "width 16 auto [fast]", "mixed widths auto", "mixed widths auto [fast]")
     ),
     Goal("encoding, rows/s: embtrim over FuxiCTR", (_ENCODE, "rows_per_s"), (_ENCODE_PEER, "rows_per_s"), at_least=8),
-    Goal("encoding, rows/s: embtrim over FuxiCTR, with [fast], which changes nothing in it", (_ENCODE, "rows_per_s"),
+    Goal("encoding, rows/s: embtrim over FuxiCTR, with [fast], which encoding does not use", (_ENCODE, "rows_per_s"),
          (_ENCODE_PEER, "rows_per_s"), at_least=10),
     Goal("encoding: peak anonymous memory, GB", (_ENCODE, "peak_bytes"), GB, at_most=2),
     Goal("encoding the big log: peak anonymous memory, GB", (f"{_ENCODE}, big log", "peak_bytes"), GB, at_most=2),
@@ -177,7 +181,12 @@ GOALS = (
 
 
 def judge(goal: Goal, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """`value` and `verdict` ("met", "missed", "not measured") of a goal; `margin`, value over goal or goal over value."""
+    """Compare a goal with the measurements.
+
+    Returns:
+        `value`; `verdict`, which is "met", "missed" or "not measured"; `margin`, 1 or more if the goal is met (value over
+        goal, or goal over value for an upper bound); `why`, the reason if nothing was measured.
+    """
     value = _number(goal.of, summary)
     over = _number(goal.over, summary) if isinstance(goal.over, tuple) else goal.over or 1.0
     if value is None or not over:
@@ -204,7 +213,7 @@ def _number(place: tuple[str, ...], summary: Mapping[str, Any]) -> float | None:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The whole page."""
+    """All sections, in Markdown."""
     summary, scale = summarise(results["runs"]), results["settings"]["scale"]
     sections = [
         "# Benchmarks\n\nWritten by `make bench`; docs/benchmarks.md says what is measured and how.",
@@ -232,15 +241,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def warnings(results: Mapping[str, Any]) -> list[str]:
-    """What makes these figures less than they should be."""
+    """Reasons to doubt these figures."""
     machine, settings, found = results["machine"], results["settings"], []
     if settings["quick"]:
-        found.append("Tiny sizes (`--quick`): these figures show that the suite runs, and nothing else.")
+        found.append("Tiny sizes (`--quick`): these figures only show that the suite runs.")
     if machine["load"] > 0.5:
         found.append(f"The load was {machine['load']:.1f} before the start: the machine was not quiet.")
     if machine["env"].get("OMP_WAIT_POLICY"):
         found.append(
-            f"OMP_WAIT_POLICY was {machine['env']['OMP_WAIT_POLICY']}, which slows contenders unequally; unset it."
+            f"OMP_WAIT_POLICY was {machine['env']['OMP_WAIT_POLICY']}, which slows some contenders more than others; unset it."
         )
     if any("modified" in run["commit"] for run in results["runs"]):
         found.append("The working tree was modified.")
@@ -248,9 +257,9 @@ def warnings(results: Mapping[str, Any]) -> list[str]:
     counts = Counter(run["key"] for run in results["runs"] if "error" not in run)
     few = sorted({f"{key.rpartition('/')[0] or key} ({n})" for key, n in counts.items() if n < RUNS})
     if repeats < RUNS:
-        found.append(f"{repeats} repeats; {RUNS} or more make a median worth quoting.")
+        found.append(f"{repeats} repeats: quote a median only from {RUNS} or more.")
     elif few:
-        found.append(f"Fewer than {RUNS} runs, so no median worth quoting: {', '.join(few)}.")
+        found.append(f"Fewer than {RUNS} runs, too few to quote a median: {', '.join(few)}.")
     versions = {run["torch"] for run in results["runs"] if "torch" in run}
     if len(versions) > 1:
         found.append(f"Contenders ran with different torch versions: {', '.join(sorted(versions))}.")
@@ -281,7 +290,7 @@ def _machine(results: Mapping[str, Any]) -> str:
 
 
 def _commits(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Each commit with what was measured on it."""
+    """Each commit with the workloads that were measured on it."""
     found: dict[str, list[str]] = {}
     for run in runs:
         of_commit, workload = found.setdefault(run["commit"], []), run["key"].partition("/")[0]
@@ -317,7 +326,7 @@ def _range(entry: Mapping[str, Any]) -> str:
 
 
 def _memory(entry: Mapping[str, Any]) -> str:
-    """Of the device, where that is not a CPU."""
+    """Peak memory in GB: the device's, or on the CPU the process's anonymous memory."""
     return f"{entry.get('device_peak_bytes', entry['peak_bytes']) / GB:.2f}"
 
 
@@ -326,13 +335,13 @@ def _mapped(entry: Mapping[str, Any]) -> str:
 
 
 def _bandwidth(entry: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    """Share of the memory bandwidth that the tables' part of a step takes."""
+    """Share of the memory bandwidth that a step uses for its tables."""
     peak = summary.get("floors", {}).get("copied_bytes_per_s")
     return f"{1000 * entry['table_bytes'] / entry['step_ms'] / peak:.1%}" if peak else ""
 
 
 def _good(summary: Mapping[str, Any], prefix: str) -> dict[str, Mapping[str, Any]]:
-    """Entries below a prefix that were measured, by the rest of their key."""
+    """Measured entries whose key starts with the prefix, by the rest of the key."""
     return {
         key.removeprefix(prefix): entry
         for key, entry in summary.items()
@@ -372,10 +381,10 @@ def _step_table(title: str, prefix: str, summary: Mapping[str, Any], scale: Mapp
         )
         for name, entry in sorted(found.items(), key=lambda item: item[1]["step_ms"])
     ]
-    head = ("contender", "precision", "ms a step", "range", "rows/s", "share of bandwidth", "forward", "backward", "update",
-            "peak GB", "times FuxiCTR's speed")  # fmt: skip
+    head = ("contender", "precision", "ms per step", "range", "rows/s", "share of bandwidth", "forward", "backward", "update",
+            "peak GB", "speed over FuxiCTR's")  # fmt: skip
     compiled = [
-        f"\n\n{n}: {e['compile_seconds']:.0f} s for its first step." for n, e in found.items() if "compile_seconds" in e
+        f"\n\n{n}: {e['compile_seconds']:.0f} s for the first step." for n, e in found.items() if "compile_seconds" in e
     ]
     return f"{title}\n\n{table(head, rows)}{''.join(compiled)}" if rows else ""
 
@@ -387,7 +396,7 @@ def _embedding(summary: Mapping[str, Any]) -> str:
         (n.replace("/", ": "), _ms(e, "step_ms"), _range(e), _bandwidth(e, summary), *(_ms(e, p) for p in parts))
         for n, e in found.items()
     ]
-    head = ("contender", "ms a step", "range", "share of bandwidth", "forward", "backward", "update")
+    head = ("contender", "ms per step", "range", "share of bandwidth", "forward", "backward", "update")
     return f"## Embeddings alone, middle tables: lookup, backward, update\n\n{table(head, rows)}" if rows else ""
 
 
@@ -408,7 +417,7 @@ def _floors(summary: Mapping[str, Any]) -> str:
             "## Floors of a step",
             table(("MLP's matmuls", "GFLOP/s", "ms", "floor of the step, ms"), rows),
             table(("random access", "million reads/s", "million updates (weight, two moments)/s"), rates),
-            f"Memory bandwidth, of a copy: {found['copied_bytes_per_s'] / GB:.1f} GB/s, reads and writes counted.",
+            f"Memory bandwidth of a copy, counting reads and writes: {found['copied_bytes_per_s'] / GB:.1f} GB/s.",
         ]
     )
 
@@ -478,7 +487,13 @@ def _exports(summary: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     sizes = next(iter(next(iter(found.values()))["latency_ms"].values()))
-    head = ("model", "runtime", *(f"ms at batch {size}" for size in sizes), "MB of files", "of the full model's")
+    head = (
+        "model",
+        "runtime",
+        *(f"ms at batch {size}" for size in sizes),
+        "MB of files",
+        "share of the full model's files",
+    )
     return f"## Exported models on the CPU, middle tables\n\n{table(head, rows)}"
 
 
@@ -496,22 +511,22 @@ def _profiles(summary: Mapping[str, Any]) -> str:
             (f"`{e['operator']}`", f"{e['self_ms']:.2f}", f"{e['share']:.0%}", f"{e['calls']:.0f}")
             for e in entry["top"]
         ]
-        head = ("operator", "own ms a step", "share", "calls a step")
+        head = ("operator", "own ms per step", "share", "calls per step")
         allocations = [
             (f"`{e['operator']}`", f"{e['bytes'] / 1e6:.2f}", f"{e['calls']:.0f}") for e in entry["allocations"]
         ]
         sections += [
             f"## Profile of a step: {name}, {entry['precision']}",
             table(head, rows),
-            f"Outside of torch's own operators, in Python, autograd and the fused kernels: {entry['outside']:.0%} of {entry['step_ms']:.2f} ms."
-            + (f" Minor page faults a step: {entry['page_faults']:,.0f}." if "page_faults" in entry else ""),
-            table(("allocates most", "own MB a step", "calls a step"), allocations),
+            f"Time outside torch's own operators, in Python, autograd and the fused kernels: {entry['outside']:.0%} of {entry['step_ms']:.2f} ms."
+            + (f" Minor page faults per step: {entry['page_faults']:,.0f}." if "page_faults" in entry else ""),
+            table(("largest allocations", "own MB per step", "calls per step"), allocations),
         ]
     return "\n\n".join(sections)
 
 
 def accuracies(summary: Mapping[str, Any]) -> str:
-    """Test AUC by tables and precision, each with the verdict of NOISE."""
+    """Test AUC by tables and precision, each with a verdict on its difference from the setting that NOISE names."""
     rows = []
     for name, entry in _good(summary, "accuracy/").items():
         ratio = entry.get("difference_over_spread")

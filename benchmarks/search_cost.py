@@ -1,9 +1,9 @@
-"""What the searches cost: seconds and peak memory of the search alone, in training epochs of the full model.
+"""The cost of each search: its seconds, as such and in training epochs of the full model, and its peak memory.
 
-    python benchmarks/search_cost.py compare-frappe --data DATA/frappe --budget 10% --out runs/cost
+    python benchmarks/search_cost.py compare-frappe --data DATA/frappe --budget 10%
 
-The full model is trained once; then every method searches on it, alone in the process and with nothing beside it if
-the machine is quiet. Prints a markdown table.
+The full model is trained once; then every method searches on it, one after another. Run it on a quiet machine. Prints a
+Markdown table.
 """
 
 from __future__ import annotations
@@ -25,11 +25,15 @@ from embtrim.tasks.task import CTRTask
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="name of a grid in recipes/")
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--budget", default="10%")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoint", type=Path, help="of the full model, so that a second run need not train it")
+    parser.add_argument("recipe", help="Name of a grid in recipes/, without .toml.")
+    parser.add_argument("--data", required=True, help="Encoded folder, or a known dataset.")
+    parser.add_argument("--budget", default="10%", help="Budget of every search (10%%).")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the training and the searches (0).")
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="File for the training of the full model, so that a second run need not train it.",
+    )
     given = parser.parse_args()
     recipe = Path(__file__).parents[1] / "recipes" / f"{given.recipe}.toml"
     config = resolve(CompareConfig.parse(read_toml(recipe), where=str(recipe)))

@@ -1,7 +1,7 @@
-"""What is measured: the jobs of every workload, at full and at tiny size.
+"""The jobs of every workload, at full and at tiny size.
 
-A job is one process. The jobs of a workload run interleaved (A B C A B C ..), so that a machine that slows down or
-heats up does so for all contenders.
+A job is one process. The jobs of a workload are interleaved (A B C A B C ..), so that a slow spell of the machine affects
+all contenders.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from embtrim.data.catalog import encode_known
 
 NAMES = ("floors", "train", "real", "embedding", "encode", "big_log", "read", "predict", "profile", "accuracy")
 
-# Of write_log, rounded down.
+# Bytes that `write_log` writes per row, rounded down.
 BYTES_PER_LOG_ROW = 240
-# By the catalog's name: the folder of the raw data, and the recipe whose accuracy is looked at.
+# The real data by their name in the catalog: the folder of the raw data, and the recipe whose accuracy is compared.
 REAL = {"frappe": ("frappe_x1", "frappe-64"), "movielens-1m-ctr": ("ml-1m", "movielens-64")}
-# Tables and precision, of which report.NOISE compares the accuracy.
+# Tables and precision of the settings whose accuracy report.NOISE compares.
 CELLS = (("dense", "fp32"), ("lazy", "fp32"), ("lazy", "auto"))
 
 
@@ -30,19 +30,19 @@ class Scale:
     """Sizes of everything.
 
     Attributes:
-        table_rows: rows of all tables together: small, middle, large.
-        batch_size: rows a step.
-        warmup: steps before those that count.
-        steps: steps that count.
-        seconds: of repeated calls, where single calls are timed.
-        log_rows: rows of the raw log to encode.
-        big_log_gb: size of the log to encode in little memory.
-        read_rows: rows of the encoded dataset to read.
-        fit_rows: rows of the datasets whose training memory is compared, from the smallest.
-        score_rows: rows of the raw log to score.
-        seeds: trainings behind each mean AUC.
-        epochs: of those trainings at most; early stopping ends them sooner.
-        max_rows: of each split of the real data there; None for all.
+        table_rows: Rows of all tables together: small, middle, large.
+        batch_size: Rows per step.
+        warmup: Steps before the timed ones.
+        steps: Timed steps.
+        seconds: Time for which a single call is repeated.
+        log_rows: Rows of the raw log to encode.
+        big_log_gb: Gigabytes of the log to encode in little memory.
+        read_rows: Rows of the encoded dataset to read.
+        fit_rows: Rows of the datasets whose training memory is compared, smallest first.
+        score_rows: Rows of the raw log to score.
+        seeds: Trainings for each mean AUC.
+        epochs: Most epochs of these trainings; early stopping ends them sooner.
+        max_rows: Most rows of each split in these trainings; None for all.
     """
 
     table_rows: tuple[int, int, int] = (1_000_000, 5_000_000, 50_000_000)
@@ -81,13 +81,13 @@ class Job:
     """One process.
 
     Attributes:
-        key: workload/size or detail/contender.
-        script: file in this folder.
-        kind: function of the script.
-        settings: its arguments.
-        python: "own", the one with embtrim; or the "peers'" environment.
-        max_repeats: runs at most, for jobs that take minutes or repeat inside.
-        prepare: makes files that the job reads, if they are not there.
+        key: Name of the job: workload/size or detail/contender.
+        script: File in this folder.
+        kind: Function of the script.
+        settings: Arguments of the function.
+        python: Environment of the job: "own", the one with embtrim, or "peers".
+        max_repeats: Most runs, for jobs that take minutes or repeat inside.
+        prepare: Function that makes the files that the job reads, unless they exist.
     """
 
     key: str
@@ -105,11 +105,11 @@ def jobs(
     """The jobs of a workload.
 
     Args:
-        workload: one of NAMES.
-        scale: sizes.
-        folder: for logs and datasets.
-        data: folder with the raw real data, in the folders that REAL names.
-        precisions: what embtrim's "fp32" and "auto" are here, for peers with the same dense part: `matmul`, torch's
+        workload: One of NAMES.
+        scale: Sizes.
+        folder: Folder for logs and datasets.
+        data: Folder with the raw real data, in the subfolders that REAL names.
+        precisions: embtrim's "fp32" and "auto" on this machine, for peers with the same dense part: `matmul`, torch's
             float32 matmul precision, and `bf16`, whether autocast is on.
     """
     makers = {
@@ -180,7 +180,7 @@ def _train(scale: Scale, precisions: Mapping[str, Mapping[str, Any]]) -> list[Jo
             peer("torchrec width 16 fp32", "torchrec", **precisions["fp32"]),
             peer("torchrec width 16 auto", "torchrec", **precisions["auto"]),
         ]
-        if name == "large":  # dense optimisers would need 13 GB and more, and seconds a step
+        if name == "large":  # dense optimisers need 13 GB and more, and seconds per step
             continue
         found += [
             ours("embtrim mixed widths fp32", "mixed", "fp32"),

@@ -1,4 +1,4 @@
-"""DeepFM of deepctr-torch (pip install deepctr-torch requests, which it forgets to ask for)."""
+"""DeepFM of deepctr-torch (pip install deepctr-torch requests; its package does not declare requests)."""
 
 from importlib.metadata import version
 

@@ -1,4 +1,4 @@
-"""What the examples share: the bundled flights data, a training with early stopping, and the way to a smaller model."""
+"""Code of all examples: the bundled flights data, a training with early stopping, and the steps to a smaller model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WIDTH = 16
 SEEDS = (0, 1, 2)
 BUDGET = "10%"
 METHODS = {"sseds": embtrim.methods.SSEDSConfig(min_dim=0), "uniform": embtrim.methods.UniformConfig()}
-# Of 0, 1e-5, 1e-4, 1e-3, 2e-3, 5e-3 this weight decay did best, by validation AUC: deepctr-torch's full model, seed 0.
+# The best weight decay of 0, 1e-5, 1e-4, 1e-3, 2e-3, 5e-3 by the validation AUC of deepctr-torch's full model, seed 0.
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-3
 MOST_EPOCHS, PATIENCE = 40, 3
 DATA = embtrim.load("flights")
@@ -30,7 +30,7 @@ Probability = Callable[[nn.Module, Tensor], Tensor]
 
 
 def loader(split: str) -> DataLoader:
-    """Batches (ids_BF, labels_B) of a split; those of training are shuffled."""
+    """Batches (ids_BF, labels_B) of a split; training batches are shuffled."""
     arrays = DATA.split(split)
     rows = TensorDataset(torch.from_numpy(np.array(arrays.ids, np.int64)), torch.from_numpy(np.array(arrays.labels)))
     order = RandomSampler(rows) if split == "train" else SequentialSampler(rows)
@@ -42,8 +42,8 @@ def evaluate(model: nn.Module, probability: Probability, split: str) -> float:
     """AUC over a whole split."""
     model.eval()
     parts = [(probability(model, ids_BF), labels_B) for ids_BF, labels_B in loader(split)]
-    found_N, labels_N = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
-    return auc(labels_N, found_N)
+    probabilities_N, labels_N = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    return auc(labels_N, probabilities_N)
 
 
 def train(model: nn.Module, loss: Callable[[nn.Module, list[Tensor]], Tensor], probability: Probability) -> None:
@@ -69,15 +69,15 @@ def trim(library: str, make_model: Callable[[int], nn.Module], probability: Prob
     """Train a model, search it with each method, compact, retrain, and print the rows of the table in README.md.
 
     Args:
-        library: and its version.
-        make_model: seed -> model with initial weights.
-        probability: (model, ids_BF) -> probability of a late flight (B,).
+        library: Name and version of the library.
+        make_model: Function that takes a seed and returns a model with initial weights.
+        probability: Function that takes a model and ids_BF and returns the probability of a late flight, (B,).
     """
 
     def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
         return nn.functional.binary_cross_entropy(probability(model, batch[0]), batch[1])
 
-    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in METHODS}
+    outcomes_by_method: dict[str, list[tuple[float, ...]]] = {name: [] for name in METHODS}
     for seed in SEEDS:
         model = make_model(seed)
         train(model, loss, probability)
@@ -87,19 +87,18 @@ def trim(library: str, make_model: Callable[[int], nn.Module], probability: Prob
         for name, config in METHODS.items():
             plan = embtrim.search(task, config, BUDGET, seed)
             verified = embtrim.verify(model, plan, task)
-            small = embtrim.compact(
-                make_model(seed), plan, seed=seed
-            )  # of a fresh model: dense layers are kept as given
+            # A fresh model: `compact` keeps the dense layers that it is given.
+            small = embtrim.compact(make_model(seed), plan, seed=seed)
             train(small, loss, probability)
 
             verified.require()
             sizes = (4 * plan.num_full_params, num_bytes(*compact_tables(small, plan)), full_bytes, num_bytes(small))
             aucs = full_auc, evaluate(small, probability, "test")
-            found[name].append((*aucs, *sizes, verified.max_difference))
+            outcomes_by_method[name].append((*aucs, *sizes, verified.max_difference))
 
     for finding in task.survey():
         print(finding)
-    for name, outcomes in found.items():
+    for name, outcomes in outcomes_by_method.items():
         *aucs, table, small_table, whole, small_whole, difference = zip(*outcomes, strict=True)
         row = [library, type(model).__name__, f"{num_lines(Path(sys.argv[0]))}", f"{name} {BUDGET}"]
         row += [
@@ -110,12 +109,12 @@ def trim(library: str, make_model: Callable[[int], nn.Module], probability: Prob
 
 
 def num_bytes(*modules: nn.Module) -> int:
-    """Of what is saved of modules, shared tensors once."""
+    """Bytes of the saved tensors of modules; a shared tensor counts once."""
     tensors = [tensor for module in modules for tensor in module.state_dict().values()]
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 def num_lines(script: Path) -> int:
-    """Lines of code of a script, without descriptions and blank lines."""
+    """Lines of code of a script, without docstrings, comments and blank lines."""
     lines = [line.strip() for line in script.read_text("utf-8").splitlines()]
     return sum(bool(line) and not line.startswith(('"""', "#")) for line in lines)

@@ -1,4 +1,4 @@
-"""A DeepFM of FuxiCTR's layers on its BaseModel (pip install fuxictr ray); its own models are not in the package."""
+"""A DeepFM of FuxiCTR's layers and BaseModel (pip install fuxictr ray); the package does not contain its model zoo."""
 
 from importlib.metadata import version
 

@@ -15,7 +15,7 @@ TABLES = [
 
 
 def make_model(seed: int) -> DLRM:
-    """A model with initial weights; flights have no dense feature, one of ones stands for it."""
+    """A model with initial weights. The flights data have no dense features, so the dense input is a column of ones."""
     torch.manual_seed(seed)
     return DLRM(
         EmbeddingBagCollection(TABLES), 1, dense_arch_layer_sizes=[16, WIDTH], over_arch_layer_sizes=[64, 64, 1]
@@ -23,7 +23,7 @@ def make_model(seed: int) -> DLRM:
 
 
 def probability(model: DLRM, ids_BF: Tensor) -> Tensor:
-    """(B,) of ids, a bag of one id each."""
+    """Probabilities (B,) for ids, each of which is a bag of its own."""
     lengths = torch.ones(ids_BF.numel(), dtype=torch.int64)
     features = KeyedJaggedTensor.from_lengths_sync(list(SIZES), ids_BF.T.flatten(), lengths)
     return model(torch.ones(len(ids_BF), 1), features).squeeze(1).sigmoid()
