@@ -151,14 +151,14 @@ def started_results(path: Path, machine: dict[str, Any], settings: dict[str, Any
     fresh = {"machine": machine, "settings": settings, "runs": []}
     if not path.exists():
         return fresh
-    found = json.loads(path.read_text("utf-8"))
+    stored = json.loads(path.read_text("utf-8"))
     passing = ("started", "load", "commit")  # the commit is noted with every run
-    same_machine = all(found["machine"].get(k) == v for k, v in machine.items() if k not in passing)
-    if not same_machine or found["settings"] != settings:
+    same_machine = all(stored["machine"].get(k) == v for k, v in machine.items() if k not in passing)
+    if not same_machine or stored["settings"] != settings:
         sys.exit(f"{path} holds results of another machine or settings; move it away or choose another --out")
-    found["runs"] = [run for run in found["runs"] if "error" not in run]
-    say(f"continuing with {len(found['runs'])} runs of {path}")
-    return {**found, "machine": machine}
+    stored["runs"] = [run for run in stored["runs"] if "error" not in run]
+    say(f"continuing with {len(stored['runs'])} runs of {path}")
+    return {**stored, "machine": machine}
 
 
 def check_commits(path: Path, listed: Sequence[workloads.Job], results: Mapping[str, Any]) -> None:

@@ -99,7 +99,7 @@ def time_in_turn(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict
     The calls take turns in blocks of a tenth of `seconds`. A disturbance of the machine then falls on all of them, while
     within a block each call finds the caches as it left them itself.
     """
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    times_by_name: dict[str, list[float]] = {name: [] for name in calls}
     for block in range(WARMUP_BLOCKS + BLOCKS):
         for name, call in calls.items():
             until, times = time.perf_counter() + seconds / BLOCKS, []
@@ -108,8 +108,8 @@ def time_in_turn(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict
                 call()
                 times.append(now() - started)
             if block >= WARMUP_BLOCKS:
-                found[name] += times
-    return {name: 1000 * statistics.median(values) for name, values in found.items()}
+                times_by_name[name] += times
+    return {name: 1000 * statistics.median(values) for name, values in times_by_name.items()}
 
 
 def worker(kinds: dict[str, Callable[..., dict[str, Any]]]) -> None:
@@ -165,22 +165,22 @@ def run_alone(command: Sequence[str], env: dict[str, str]) -> dict[str, Any]:
 
 def family(pid: int) -> list[int]:
     """A process and its descendants."""
-    found = [pid]
-    for parent in found:
+    pids = [pid]
+    for parent in pids:
         try:
             for task in Path(f"/proc/{parent}/task").iterdir():
-                found += map(int, (task / "children").read_text().split())
+                pids += map(int, (task / "children").read_text().split())
         except OSError:  # the process has ended
             continue
-    return found
+    return pids
 
 
 def resident_bytes(pid: int) -> tuple[int, int]:
     """Resident memory of a process, anonymous and of mapped files; zeros if it has ended."""
-    found = {"RssAnon": 0, "RssFile": 0}
+    bytes_by_name = {"RssAnon": 0, "RssFile": 0}
     with suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             name, _, value = line.partition(":")
-            if name in found:
-                found[name] = 1024 * int(value.split()[0])
-    return found["RssAnon"], found["RssFile"]
+            if name in bytes_by_name:
+                bytes_by_name[name] = 1024 * int(value.split()[0])
+    return bytes_by_name["RssAnon"], bytes_by_name["RssFile"]

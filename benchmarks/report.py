@@ -38,9 +38,9 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for run in runs:
         by_key.setdefault(run["key"], []).append(run)
     summary = {}
-    for key, found in by_key.items():
-        good = [run for run in found if "error" not in run]
-        summary[key] = median_of(good or found[:1])
+    for key, repeats in by_key.items():
+        good = [run for run in repeats if "error" not in run]
+        summary[key] = median_of(good or repeats[:1])
         steps = [run["step_ms"] for run in good if "step_ms" in run]
         if steps:
             summary[key]["step_ms_range"] = [min(steps), max(steps)]
@@ -242,28 +242,28 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def warnings(results: Mapping[str, Any]) -> list[str]:
     """Reasons to doubt these figures."""
-    machine, settings, found = results["machine"], results["settings"], []
+    machine, settings, reasons = results["machine"], results["settings"], []
     if settings["quick"]:
-        found.append("Tiny sizes (`--quick`): these figures only show that the suite runs.")
+        reasons.append("Tiny sizes (`--quick`): these figures only show that the suite runs.")
     if machine["load"] > 0.5:
-        found.append(f"The load was {machine['load']:.1f} before the start: the machine was not quiet.")
+        reasons.append(f"The load was {machine['load']:.1f} before the start: the machine was not quiet.")
     if machine["env"].get("OMP_WAIT_POLICY"):
-        found.append(
+        reasons.append(
             f"OMP_WAIT_POLICY was {machine['env']['OMP_WAIT_POLICY']}, which slows some contenders more than others; unset it."
         )
     if any("modified" in run["commit"] for run in results["runs"]):
-        found.append("The working tree was modified.")
+        reasons.append("The working tree was modified.")
     repeats = settings["repeats"]
     counts = Counter(run["key"] for run in results["runs"] if "error" not in run)
     few = sorted({f"{key.rpartition('/')[0] or key} ({n})" for key, n in counts.items() if n < RUNS})
     if repeats < RUNS:
-        found.append(f"{repeats} repeats: quote a median only from {RUNS} or more.")
+        reasons.append(f"{repeats} repeats: quote a median only from {RUNS} or more.")
     elif few:
-        found.append(f"Fewer than {RUNS} runs, too few to quote a median: {', '.join(few)}.")
+        reasons.append(f"Fewer than {RUNS} runs, too few to quote a median: {', '.join(few)}.")
     versions = {run["torch"] for run in results["runs"] if "torch" in run}
     if len(versions) > 1:
-        found.append(f"Contenders ran with different torch versions: {', '.join(sorted(versions))}.")
-    return found
+        reasons.append(f"Contenders ran with different torch versions: {', '.join(sorted(versions))}.")
+    return reasons
 
 
 def _machine(results: Mapping[str, Any]) -> str:
@@ -291,11 +291,11 @@ def _machine(results: Mapping[str, Any]) -> str:
 
 def _commits(runs: Sequence[Mapping[str, Any]]) -> str:
     """Each commit with the workloads that were measured on it."""
-    found: dict[str, list[str]] = {}
+    workloads_by_commit: dict[str, list[str]] = {}
     for run in runs:
-        of_commit, workload = found.setdefault(run["commit"], []), run["key"].partition("/")[0]
-        of_commit.extend([workload] * (workload not in of_commit))
-    return "; ".join(f"{commit}: {', '.join(of_commit)}" for commit, of_commit in found.items())
+        workloads, workload = workloads_by_commit.setdefault(run["commit"], []), run["key"].partition("/")[0]
+        workloads.extend([workload] * (workload not in workloads))
+    return "; ".join(f"{commit}: {', '.join(workloads)}" for commit, workloads in workloads_by_commit.items())
 
 
 def _goals(summary: Mapping[str, Any], scale: Mapping[str, Any]) -> str:
@@ -303,12 +303,12 @@ def _goals(summary: Mapping[str, Any], scale: Mapping[str, Any]) -> str:
     sizes = f"Tables are small ({small:,} rows in all), middle ({middle:,}) or large ({large:,})."
     rows = []
     for goal in GOALS:
-        found = judge(goal, summary)
+        judged = judge(goal, summary)
         bound = f"≥ {goal.at_least:g}" if goal.at_least is not None else f"≤ {goal.at_most:g}"
-        verdict = found["verdict"]
-        if found["value"] is not None:
-            verdict += f" by {abs(found['margin'] - 1):.0%}" if math.isfinite(found["margin"]) else ""
-        rows.append((goal.text, bound, _figure(found["value"]) or found["why"], verdict))
+        verdict = judged["verdict"]
+        if judged["value"] is not None:
+            verdict += f" by {abs(judged['margin'] - 1):.0%}" if math.isfinite(judged["margin"]) else ""
+        rows.append((goal.text, bound, _figure(judged["value"]) or judged["why"], verdict))
     return f"## Goals\n\n{sizes}\n\n{table(('goal', 'asked', 'measured', 'verdict'), rows)}"
 
 
@@ -365,8 +365,8 @@ def _real(summary: Mapping[str, Any], scale: Mapping[str, Any]) -> str:
 
 
 def _step_table(title: str, prefix: str, summary: Mapping[str, Any], scale: Mapping[str, Any]) -> str:
-    found = _good(summary, prefix)
-    reference = found.get(_FUXICTR, {}).get("step_ms")
+    contenders = _good(summary, prefix)
+    reference = contenders.get(_FUXICTR, {}).get("step_ms")
     rows = [
         (
             name,
@@ -379,22 +379,24 @@ def _step_table(title: str, prefix: str, summary: Mapping[str, Any], scale: Mapp
             _memory(entry),
             f"{reference / entry['step_ms']:.1f}" if reference else "",
         )
-        for name, entry in sorted(found.items(), key=lambda item: item[1]["step_ms"])
+        for name, entry in sorted(contenders.items(), key=lambda item: item[1]["step_ms"])
     ]
     head = ("contender", "precision", "ms per step", "range", "rows/s", "share of bandwidth", "forward", "backward", "update",
             "peak GB", "speed over FuxiCTR's")  # fmt: skip
     compiled = [
-        f"\n\n{n}: {e['compile_seconds']:.0f} s for the first step." for n, e in found.items() if "compile_seconds" in e
+        f"\n\n{n}: {e['compile_seconds']:.0f} s for the first step."
+        for n, e in contenders.items()
+        if "compile_seconds" in e
     ]
     return f"{title}\n\n{table(head, rows)}{''.join(compiled)}" if rows else ""
 
 
 def _embedding(summary: Mapping[str, Any]) -> str:
-    found = _good(summary, "embedding/")
+    contenders = _good(summary, "embedding/")
     parts = ("forward_ms", "backward_ms", "update_ms")
     rows = [
         (n.replace("/", ": "), _ms(e, "step_ms"), _range(e), _bandwidth(e, summary), *(_ms(e, p) for p in parts))
-        for n, e in found.items()
+        for n, e in contenders.items()
     ]
     head = ("contender", "ms per step", "range", "share of bandwidth", "forward", "backward", "update")
     return f"## Embeddings alone, middle tables: lookup, backward, update\n\n{table(head, rows)}" if rows else ""
@@ -403,21 +405,21 @@ def _embedding(summary: Mapping[str, Any]) -> str:
 def _floors(summary: Mapping[str, Any]) -> str:
     if "floor_ms" not in summary.get("floors", {}):
         return ""
-    found = summary["floors"]
+    measured = summary["floors"]
     rates = [
         (f"{name} rows", f"{rate['reads'] / 1e6:.0f}", f"{rate['updates'] / 1e6:.0f}")
-        for name, rate in found["rows"].items()
+        for name, rate in measured["rows"].items()
     ]
     rows = [
-        (name, f"{entry['gflops']:.0f}", f"{entry['ms']:.2f}", f"{found['floor_ms'][name]:.2f}")
-        for name, entry in found["matmul"].items()
+        (name, f"{entry['gflops']:.0f}", f"{entry['ms']:.2f}", f"{measured['floor_ms'][name]:.2f}")
+        for name, entry in measured["matmul"].items()
     ]
     return "\n\n".join(
         [
             "## Floors of a step",
             table(("MLP's matmuls", "GFLOP/s", "ms", "floor of the step, ms"), rows),
             table(("random access", "million reads/s", "million updates (weight, two moments)/s"), rates),
-            f"Memory bandwidth of a copy, counting reads and writes: {found['copied_bytes_per_s'] / GB:.1f} GB/s.",
+            f"Memory bandwidth of a copy, counting reads and writes: {measured['copied_bytes_per_s'] / GB:.1f} GB/s.",
         ]
     )
 
@@ -469,9 +471,9 @@ def _inference(summary: Mapping[str, Any]) -> str:
 
 
 def _exports(summary: Mapping[str, Any]) -> str:
-    found, rows = _good(summary, "export/"), []
-    full = found.get("full", {}).get("file_bytes", {})
-    for name, entry in found.items():
+    entries, rows = _good(summary, "export/"), []
+    full = entries.get("full", {}).get("file_bytes", {})
+    for name, entry in entries.items():
         files = entry.get("file_bytes", {})
         for runtime, latency in entry["latency_ms"].items():
             size, full_size = files.get(runtime), full.get(runtime)
@@ -486,7 +488,7 @@ def _exports(summary: Mapping[str, Any]) -> str:
             )
     if not rows:
         return ""
-    sizes = next(iter(next(iter(found.values()))["latency_ms"].values()))
+    sizes = next(iter(next(iter(entries.values()))["latency_ms"].values()))
     head = (
         "model",
         "runtime",
@@ -498,8 +500,8 @@ def _exports(summary: Mapping[str, Any]) -> str:
 
 
 def _scoring(summary: Mapping[str, Any]) -> str:
-    found = _good(summary, "score/").items()
-    rows = [(name, f"{e['rows']:,.0f}", f"{e['rows_per_s']:,.0f}") for name, e in found]
+    entries = _good(summary, "score/").items()
+    rows = [(name, f"{e['rows']:,.0f}", f"{e['rows_per_s']:,.0f}") for name, e in entries]
     head = ("model", "rows", "rows/s")
     return f"## From a raw log to scores: the verb `predict`\n\n{table(head, rows)}" if rows else ""
 

@@ -142,7 +142,7 @@ def _floors(scale: Scale, folder: Path) -> list[Job]:
 
 
 def _train(scale: Scale, precisions: Mapping[str, Mapping[str, Any]]) -> list[Job]:
-    found = []
+    listed = []
     for name, table_rows in zip(("small", "middle", "large"), scale.table_rows, strict=True):
         stepping = _stepping(scale, table_rows)
 
@@ -164,7 +164,7 @@ def _train(scale: Scale, precisions: Mapping[str, Mapping[str, Any]]) -> list[Jo
             settings = {"contender": contender, **stepping, **more}
             return Job(f"train/{name}/{label}", "peers.py", "train", settings, "own" if own else "peers")
 
-        found += [
+        listed += [
             ours("embtrim width 16 fp32", "full", "fp32"),
             ours("embtrim width 16 fp32 [fast]", "full", "fp32", kernels="fused"),
             ours("embtrim width 16 auto", "full", "auto"),
@@ -176,13 +176,13 @@ def _train(scale: Scale, precisions: Mapping[str, Mapping[str, Any]]) -> list[Jo
             peer("FBGEMM mixed widths auto", "fbgemm", layout="mixed", **precisions["auto"]),
             peer("nn.Embedding sparse, SparseAdam", "one_table", optimizer="sparse", own=True),
         ]
-        found += [
+        listed += [
             peer("torchrec width 16 fp32", "torchrec", **precisions["fp32"]),
             peer("torchrec width 16 auto", "torchrec", **precisions["auto"]),
         ]
         if name == "large":  # dense optimisers need 13 GB and more, and seconds per step
             continue
-        found += [
+        listed += [
             ours("embtrim mixed widths fp32", "mixed", "fp32"),
             ours("embtrim compact 10% auto", "compact", "auto"),
             peer("FuxiCTR DeepFM as shipped", "fuxictr"),
@@ -190,8 +190,8 @@ def _train(scale: Scale, precisions: Mapping[str, Mapping[str, Any]]) -> list[Jo
             peer("nn.Embedding, fused Adam", "one_table", optimizer="fused", own=True),
         ]
         if name == "middle":
-            found.append(ours("embtrim mixed widths auto, compiled", "mixed", "auto", max_repeats=1, compile=True))
-    return found
+            listed.append(ours("embtrim mixed widths auto, compiled", "mixed", "auto", max_repeats=1, compile=True))
+    return listed
 
 
 def _encode_real(name: str, data: Path, out: Path) -> None:
@@ -200,7 +200,7 @@ def _encode_real(name: str, data: Path, out: Path) -> None:
 
 
 def _real(scale: Scale, folder: Path, data: Path, precisions: Mapping[str, Mapping[str, Any]]) -> list[Job]:
-    found = []
+    listed = []
     for name in REAL:
         stepping = _stepping(scale, str(folder / name))
         prepare = partial(_encode_real, name, data, folder / name)
@@ -208,7 +208,7 @@ def _real(scale: Scale, folder: Path, data: Path, precisions: Mapping[str, Mappi
             for precision in ("fp32", "auto"):
                 settings = {"layout": layout, "precision": precision, **stepping}
                 key = f"real/{name}/embtrim {label} {precision}"
-                found.append(Job(key, "ours.py", "train", settings, prepare=prepare))
+                listed.append(Job(key, "ours.py", "train", settings, prepare=prepare))
         for label, contender, python, settings in (
             ("FuxiCTR DeepFM as shipped", "fuxictr", "peers", {}),
             ("FBGEMM width 16 fp32", "fbgemm", "peers", {"layout": "full", **precisions["fp32"]}),
@@ -218,21 +218,21 @@ def _real(scale: Scale, folder: Path, data: Path, precisions: Mapping[str, Mappi
             ("nn.Embedding sparse, SparseAdam", "one_table", "own", {"optimizer": "sparse"}),
         ):
             settings = {"contender": contender, **settings, **stepping}
-            found.append(Job(f"real/{name}/{label}", "peers.py", "train", settings, python, prepare=prepare))
-    return found
+            listed.append(Job(f"real/{name}/{label}", "peers.py", "train", settings, python, prepare=prepare))
+    return listed
 
 
 def _embedding(scale: Scale, folder: Path) -> list[Job]:
-    stepping, found = _stepping(scale, scale.table_rows[1]), []
+    stepping, listed = _stepping(scale, scale.table_rows[1]), []
     for label, layout in (("width 16", "full"), ("mixed widths", "mixed")):
         for optimizer in ("adam", "adagrad"):
             settings = {"layout": layout, "optimizer": optimizer, **stepping}
             key = f"embedding/{label}/embtrim {optimizer}"
-            found.append(Job(key, "ours.py", "embedding", settings))
-            found.append(Job(f"{key} [fast]", "ours.py", "embedding", {**settings, "kernels": "fused"}))
+            listed.append(Job(key, "ours.py", "embedding", settings))
+            listed.append(Job(f"{key} [fast]", "ours.py", "embedding", {**settings, "kernels": "fused"}))
         settings = {"layout": layout, **stepping}
-        found.append(Job(f"embedding/{label}/FBGEMM adagrad", "peers.py", "embedding", settings, "peers"))
-    return found
+        listed.append(Job(f"embedding/{label}/FBGEMM adagrad", "peers.py", "embedding", settings, "peers"))
+    return listed
 
 
 def _write_log(log: Path, num_rows: int) -> None:
@@ -280,12 +280,12 @@ def _read(scale: Scale, folder: Path) -> list[Job]:
 
 
 def _predict(scale: Scale, folder: Path, matmul: str) -> list[Job]:
-    source, found = scale.table_rows[1], []
+    source, listed = scale.table_rows[1], []
     calls = {"source": source, "batch_sizes": [1, 64, 4096], "seconds": scale.seconds}
     for label, layout in (("full", "full"), ("compact 10%", "compact")):
-        found.append(Job(f"predict/embtrim {label}", "ours.py", "predict", {"layout": layout, **calls}))
+        listed.append(Job(f"predict/embtrim {label}", "ours.py", "predict", {"layout": layout, **calls}))
         settings = {"columns": ours.kept_columns(source, layout), "matmul": matmul, **calls}
-        found.append(Job(f"predict/nn.Embedding a field {label}", "peers.py", "predict", settings))
+        listed.append(Job(f"predict/nn.Embedding a field {label}", "peers.py", "predict", settings))
     for label, layout, bits in (
         ("full", "full", 32),
         ("mixed widths", "mixed", 32),
@@ -293,26 +293,26 @@ def _predict(scale: Scale, folder: Path, matmul: str) -> list[Job]:
         ("compact 10%, 8 bits", "compact", 8),
         ("compact 10%, 4 bits", "compact", 4),
     ):
-        found.append(Job(f"export/{label}", "ours.py", "export", {"layout": layout, "bits": bits, **calls}))
+        listed.append(Job(f"export/{label}", "ours.py", "export", {"layout": layout, "bits": bits, **calls}))
     log = folder / "log.tsv"
     for label, layout in (("full", "full"), ("compact 10%", "compact")):
         settings = {"log": str(log), "out": str(folder / layout), "layout": layout}
         prepare = partial(_write_log, log, scale.score_rows)
-        found.append(Job(f"score/{label}", "ours.py", "score", settings, prepare=prepare))
-    return found
+        listed.append(Job(f"score/{label}", "ours.py", "score", settings, prepare=prepare))
+    return listed
 
 
 def _profile(scale: Scale, folder: Path) -> list[Job]:
-    stepping, found = _stepping(scale, scale.table_rows[1]), []
+    stepping, listed = _stepping(scale, scale.table_rows[1]), []
     for label, layout in (("width 16", "full"), ("mixed widths", "mixed")):
         for suffix, kernels in (("", "torch"), (" [fast]", "fused")):
             settings = {"layout": layout, "kernels": kernels, **stepping}
-            found.append(Job(f"profile/embtrim {label} auto{suffix}", "ours.py", "profile", settings, "own", 1))
-    return found
+            listed.append(Job(f"profile/embtrim {label} auto{suffix}", "ours.py", "profile", settings, "own", 1))
+    return listed
 
 
 def _accuracy(scale: Scale, folder: Path, data: Path) -> list[Job]:
-    found = []
+    listed = []
     for name, (_, recipe) in REAL.items():
         prepare = partial(_encode_real, name, data, folder / name)
         for tables, precision in CELLS:
@@ -326,5 +326,5 @@ def _accuracy(scale: Scale, folder: Path, data: Path) -> list[Job]:
                 "max_rows": scale.max_rows,
             }
             key = f"accuracy/{recipe}/{tables} {precision}"
-            found.append(Job(key, "ours.py", "accuracy", settings, "own", 1, prepare))
-    return found
+            listed.append(Job(key, "ours.py", "accuracy", settings, "own", 1, prepare))
+    return listed
