@@ -13,7 +13,7 @@ from embtrim.experiments.records import RECORDS_FILE, read_records
 from embtrim.reports.comparison_page import write_comparison
 from tests.reports.test_report import record
 
-RESULTS = Path(pack_records.__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 PUBLISHED = sorted(path.parent.name for path in RESULTS.glob(f"*/{RECORDS_FILE}"))
 
 
