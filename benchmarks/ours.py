@@ -347,7 +347,7 @@ def accuracy(
     if max_rows is not None:
         splits = {n: SplitArrays(s.ids[:max_rows], s.labels[:max_rows]) for n, s in stored.splits.items()}
         stored = EncodedDataset(stored.schema, splits)
-    records = [train_full(stored, config.replace(train=train), seed).record for seed in range(seeds)]
+    records = [train_full(stored, config.replace(train=train, seed=seed)).record for seed in range(seeds)]
     return {
         "auc": [record.test["auc"] for record in records],
         "logloss": [record.test["logloss"] for record in records],

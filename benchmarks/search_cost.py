@@ -39,18 +39,18 @@ def main() -> None:
     config = resolve(CompareConfig.parse(read_toml(recipe), where=str(recipe)))
     data = embtrim.load(given.data)
     run = run_config(config, config.models[0])
-    full = train_full(data, run, given.seed, checkpoint=given.checkpoint)
+    full = train_full(data, run.replace(seed=given.seed), checkpoint=given.checkpoint)
     epoch_seconds = full.record.epoch_seconds
     assert epoch_seconds is not None
     print(f"\n{given.recipe}, {config.models[0]}, {given.budget}, {torch.get_num_threads()} threads; ", end="")
     print(f"an epoch of the full model takes {epoch_seconds:.2f} s, its training {full.record.train_seconds:.0f} s\n")
     print("| method | seconds | epochs | peak memory above the start |\n|---|---|---|---|")
-    for label, variant in settings_by_label(config).items():
-        settings = method_named(variant.method).parse(variant.search)
+    for label, setup in settings_by_label(config).items():
+        settings = method_named(setup.method).parse(setup.search)
         task = CTRTask(full.model, data, run.train.replace(seed=given.seed))
         with peak_memory() as peak:
             started = time.perf_counter()
-            embtrim.search(task, settings, given.budget, given.seed, variant.bits)
+            embtrim.search(task, settings, given.budget, given.seed, setup.bits)
             seconds = time.perf_counter() - started
         memory = "" if peak.above_start is None else f"{peak.above_start / 1e6:,.0f} MB"
         print(f"| {label} | {seconds:.2f} | {seconds / epoch_seconds:.2f} | {memory} |", flush=True)

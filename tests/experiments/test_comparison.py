@@ -487,10 +487,12 @@ def test_cell_below_the_floor_is_listed_and_tried_again(
     monkeypatch.setattr(comparison, "shrink", counted)
     assert compare(small, config, tmp_path / "x").skipped == made.skipped
     assert tried == ["floor"]
+
     # What could not be made is made once it can be, and is listed no more.
-    monkeypatch.setattr(
-        comparison, "shrink", lambda *args, **more: shrink(*args[:4], {"min_dim": 0}, *args[5:], **more)
-    )
+    def without_floor(full: Any, data: Any, config: Any, **more: Any) -> Any:
+        return shrink(full, data, config.replace(search={"min_dim": 0}), **more)
+
+    monkeypatch.setattr(comparison, "shrink", without_floor)
     assert compare(small, config, tmp_path / "x").skipped == []
     assert read_skipped(tmp_path / "x") == []
 
@@ -500,10 +502,10 @@ def test_other_cells_survive_a_full_model_that_fails(
 ) -> None:
     train_full = comparison.train_full
 
-    def fails_for_fm(data: Any, config: Any, seed: int, **rest: Any) -> Any:
+    def fails_for_fm(data: Any, config: Any, **rest: Any) -> Any:
         if config.model == "fm":
             raise EmbtrimError("training loss is nan")
-        return train_full(data, config, seed, **rest)
+        return train_full(data, config, **rest)
 
     monkeypatch.setattr(comparison, "train_full", fails_for_fm)
     made = compare(small, CONFIG.replace(budgets=("50%",), variants={}), tmp_path / "x")

@@ -224,8 +224,8 @@ def test_a_run_trains_in_fp32_and_keeps_the_quantised_model(raw, tmp_path):
     data = embtrim.encode(raw, label="click", out=tmp_path / "data")
     config = RunConfig(hparams={"embedding_dim": 8, "hidden_units": [8]}, bits=4,
                        train=TrainConfig(epochs=1, batch_size=256, learning_rate=1e-2, precision="fp32"))  # fmt: skip
-    full = train_full(data, config, seed=0)
-    done = shrink(full, data, config, "pme", {}, "8%", seed=0)
+    full = train_full(data, config)
+    done = shrink(full, data, config.replace(method="pme", budget="8%"))
     assert done.plan is not None
     assert any(t.mixed for t in done.plan.tables)
     for table in done.plan.tables:
@@ -255,8 +255,8 @@ def test_a_run_trains_in_fp32_and_keeps_the_quantised_model(raw, tmp_path):
     for refused in (lambda: save(fp32, tmp_path / "b", recoded), lambda: export(fp32, "pt2", tmp_path / "e")):
         with pytest.raises(EmbtrimError, match=r"its tables are still fp32; call model\.tables\.quantize\(\)"):
             refused()
-    auto = shrink(full, data, config.replace(bits="auto"), "uniform", {}, "6%", seed=0)
-    tried = [shrink(full, data, config.replace(bits=b), "uniform", {}, "6%", seed=0) for b in (8, "mixed", 4)]
+    auto = shrink(full, data, config.replace(bits="auto", method="uniform", budget="6%"))
+    tried = [shrink(full, data, config.replace(bits=b, method="uniform", budget="6%")) for b in (8, "mixed", 4)]
     best = max(tried, key=lambda trained: trained.record.valid["auc"])
     assert auto.plan
     assert best.plan

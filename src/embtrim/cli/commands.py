@@ -40,13 +40,9 @@ from embtrim.errors import BudgetError, ConfigError, DataError, EmbtrimError
 from embtrim.plan.budget import Budget
 
 if TYPE_CHECKING:  # rooms that import torch are imported by the commands that need them: --help must not wait
-    from embtrim.data.dataset import EncodedDataset
     from embtrim.data.read_options import ReadOptions
     from embtrim.experiments.grid import CompareConfig
     from embtrim.experiments.settings import RunConfig
-    from embtrim.models import CTRModel
-    from embtrim.serving.bundle import Bundle
-    from embtrim.training.settings import TrainConfig
 
 SettingsT = TypeVar("SettingsT", bound=Config)
 
@@ -272,8 +268,8 @@ def train(
     """Train the full model and save it as a bundle."""
     start_log(quiet)
     settings = _run_config(data, config, overrides, {"model": model, "seed": seed})
+    from embtrim.experiments.estimates import estimate_training
     from embtrim.experiments.steps import train_full
-    from embtrim.models import build
     from embtrim.serving.bundle import check_out, save
     from embtrim.system.folders import folder_bytes
     from embtrim.system.unfinished import unfinished
@@ -281,15 +277,13 @@ def train(
     encoded = embtrim.load(data)
     for split in ("train", "valid", "test"):
         encoded.split(split)
-    full = build(settings.model, encoded.schema, **{**settings.hparams, "seed": settings.seed})
     if dry_run:
-        facts = {"table_bytes": full.tables.plan.num_bytes(), **_time_at_most(full, encoded, settings.train)}
-        show_dry_run(settings, facts, as_json)
+        show_dry_run(settings, estimate_training(encoded, settings), as_json)
         return
     target = _needed(out)
-    check_out(target, overwrite)  # now: hours of training are not to end in its message
+    check_out(target, overwrite)  # before hours of training, not after them
     with unfinished(target) as work:
-        trained = train_full(encoded, settings, settings.seed, wants_progress(quiet), work / "full.safetensors")
+        trained = train_full(encoded, settings, wants_progress(quiet), work / "full.safetensors")
         record = trained.record
         metrics = {"valid": record.valid, "test": record.test}
         save(trained.model, target, encoded, metrics=metrics, seed=settings.seed, overwrite=overwrite)
@@ -318,41 +312,28 @@ def search(
     start_log(quiet)
     flags = {"method": method, "budget": budget, "bits": _bits(bits), "target": target, "seed": seed}
     settings = _run_config(data, config, overrides, flags)
-    from embtrim.experiments.steps import allowed_bytes, search_settings
-    from embtrim.methods import method_named
-    from embtrim.system.unfinished import claim, unfinished
-    from embtrim.tasks.task import CTRTask
-    from embtrim.training.checkpoint import CheckpointFolder
+    from embtrim.experiments.estimates import estimate_search
+    from embtrim.experiments.settings import method_config
+    from embtrim.experiments.steps import find_plan, load_full
+    from embtrim.system.unfinished import unfinished
 
-    chosen = method_named(settings.method)
-    method_settings = chosen.parse(settings.search)
+    method_config(settings)
     if settings.bits == "auto":
         raise ConfigError(
             "bits = 'auto' tries several plans by training; `embtrim run` does, a search needs a precision"
         )
     encoded = embtrim.load(data)
-    full = _load_full(bundle, encoded).model
+    full = load_full(bundle, encoded)
     if dry_run:
-        plan = full.tables.plan
-        facts = {
-            "table_bytes_before": plan.num_bytes(settings.target),
-            "table_bytes_allowed": allowed_bytes(plan, settings, settings.budget),
-            "seconds_per_epoch": _time_at_most(full, encoded, settings.train.replace(epochs=1))["seconds_at_most"],
-        }
-        show_dry_run(settings, facts, as_json)
+        show_dry_run(settings, estimate_search(full, encoded, settings), as_json)
         return
     path = _needed(out)
     if path.suffix != ".json":
         raise ConfigError(f"a plan is written as .json, --out is {path}")
-    if path.exists() and not overwrite:  # now: hours of searching are not to end in this message
+    if path.exists() and not overwrite:  # before hours of searching, not after them
         raise DataError(f"{path} exists; choose another --out or pass --overwrite")
-    task = CTRTask(full, encoded, settings.train.replace(seed=settings.seed))
-    task.progress = wants_progress(quiet)
-    wanted = (task, method_settings, settings.budget, settings.seed, settings.bits, settings.target)
     with unfinished(path) as work:
-        claim(work, search_settings(*wanted))
-        task.checkpoints = CheckpointFolder(work, settings.train.checkpoint_seconds)
-        plan = embtrim.search(*wanted)
+        plan = find_plan(full, encoded, settings, progress=wants_progress(quiet), unfinished=work).plan
         plan.save(path)
     if as_json:
         print_json(json.loads(path.read_text("utf-8")))
@@ -382,48 +363,42 @@ def compact(
     """Apply a plan: verify that compact equals masked, build the smaller model, retrain, quantise and save it."""
     start_log(quiet)
     settings = _run_config(data, config, overrides, {"init": init, "seed": seed})
+    from embtrim.experiments.estimates import estimate_compacting
+    from embtrim.experiments.steps import compact_and_retrain, load_full, verify_plan
     from embtrim.plan.plan import SizePlan
     from embtrim.serving.bundle import check_out, save
     from embtrim.system.folders import folder_bytes
     from embtrim.system.unfinished import unfinished
     from embtrim.training.evaluation import evaluate
-    from embtrim.training.fitting import fit
 
+    retrain, progress = not no_train, wants_progress(quiet)
     if no_train and settings.init != "inherit":
         raise ConfigError(f"--no-train would save the untrained weights of --init {settings.init}; add --init inherit")
     encoded = embtrim.load(data)
-    full = _load_full(bundle, encoded).model
+    full = load_full(bundle, encoded)
     sizes = SizePlan.load(plan)
     sizes.check_schema(full.schema)
     if dry_run:
-        facts = {
-            "table_bytes_before": full.tables.plan.num_bytes(sizes.target),
-            "table_bytes_after": sizes.num_bytes(sizes.target),
-            **({} if no_train else _time_at_most(full, encoded, settings.train)),
-        }
-        show_dry_run(settings, facts, as_json)
+        show_dry_run(settings, estimate_compacting(full, sizes, encoded, settings, retrain), as_json)
         return
     target = _needed(out)
-    check_out(target, overwrite)  # now: hours of training are not to end in its message
-    checked = embtrim.verify(full, sizes, encoded, split="valid" if "valid" in encoded.splits else "train")
-    checked.require()
+    check_out(target, overwrite)  # before hours of training, not after them
+    checked = verify_plan(full, sizes, encoded)
     log_line(
         f"verified on {checked.num_rows:,} rows: compact equals masked, largest difference {checked.max_difference:.1e}"
     )
-    small = embtrim.compact(full, sizes, init=settings.init, seed=settings.seed)
-    recoded = encoded.recode(sizes)
     with unfinished(target) as work:
-        if not no_train:
-            train = settings.train.replace(seed=settings.seed)
-            fit(small, recoded, train, progress=wants_progress(quiet), checkpoint=work / "retraining.safetensors")
-        if sizes.is_quantized:
-            small.tables.quantize()
-        metrics = {s: evaluate(small, recoded, s).to_dict() for s in ("valid", "test") if s in encoded.splits}
-        save(small, target, recoded, metrics=metrics, seed=settings.seed, overwrite=overwrite)
+        checkpoint = work / "retraining.safetensors"
+        small = compact_and_retrain(
+            full, sizes, encoded, settings, retrain=retrain, progress=progress, checkpoint=checkpoint
+        )
+        splits = [split for split in ("valid", "test") if split in encoded.splits]
+        metrics = {split: evaluate(small.model, small.data, split, settings.train).to_dict() for split in splits}
+        save(small.model, target, small.data, metrics=metrics, seed=settings.seed, overwrite=overwrite)
     result = {
         "bundle": str(target),
         "table_bytes_before": full.tables.plan.num_bytes(sizes.target),
-        "table_bytes_after": small.tables.plan.num_bytes(sizes.target),
+        "table_bytes_after": small.model.tables.plan.num_bytes(sizes.target),
         "bundle_bytes": folder_bytes(target),
         "vocabulary_bytes": folder_bytes(target / "encoder"),
         "verification": vars(checked),
@@ -892,32 +867,6 @@ def _needed(out: Path | None) -> Path:
     if out is None:
         raise ConfigError("--out is needed: where to write (or --dry-run)")
     return out
-
-
-def _load_full(folder: Path, data: EncodedDataset) -> Bundle:
-    """A bundle of a full model on the data given."""
-    from embtrim.serving.bundle import load_bundle
-    from embtrim.training.recoding import data_for
-
-    bundle = load_bundle(folder)
-    plan = bundle.model.tables.plan
-    if plan.num_params < plan.num_full_params:
-        raise DataError(
-            f"{folder} holds a compact model ({plan.method}); give the bundle of a full one, see `embtrim train`"
-        )
-    data_for(bundle.model, data)  # raises where the data are of another schema
-    return bundle
-
-
-def _time_at_most(model: CTRModel, data: EncodedDataset, train: TrainConfig) -> dict[str, float]:
-    """Estimate of the longest training: early stopping usually ends well before."""
-    from embtrim.experiments.estimates import seconds_per_step
-
-    step = seconds_per_step(model, data, train)
-    return {
-        "seconds_per_step": step,
-        "seconds_at_most": step * data.num_batches("train", train.batch_size) * train.epochs,
-    }
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------

@@ -1,10 +1,9 @@
-"""compare: a grid of base models, methods, budgets and seeds on one data set; one record a cell, resumable.
+"""compare: a grid of base models, methods, budgets and seeds on one data set; one record per cell, resumable.
 
-A record that exists is not made again, so a grid that was killed goes on where it was - within a training too, from its
-last checkpoint - and may grow. The full model of a
-(model, seed) is trained once, kept on disk, and shared by all methods. With several worker processes the same cells are
-made with the same seeds; records differ in nothing but times and memory, provided that each process has as many threads
-(matrix products of other thread counts round differently).
+Existing records are kept, so an interrupted grid is continued where it stopped (within a training, from its last
+checkpoint), and a grid can be extended. The full model of a (model, seed) is trained once, kept on disk, and shared by
+all methods. Several worker processes make the same cells with the same seeds; their records differ only in times and
+memory, provided that every process has as many threads (matrix products of other thread counts round differently).
 """
 
 from __future__ import annotations
@@ -23,11 +22,12 @@ from safetensors import SafetensorError
 from embtrim.config import to_toml
 from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import DataError, EmbtrimError
-from embtrim.experiments.estimates import seconds_per_step
+from embtrim.experiments.estimates import longest_training
 from embtrim.experiments.grid import (
     Cell,
     CompareConfig,
     Skipped,
+    cell_config,
     check_compare,
     finished,
     grid,
@@ -50,10 +50,17 @@ from embtrim.training.devices import device_of
 
 log = logging.getLogger(__name__)
 
+OnRecord = Callable[[RunRecord, int, int], None]
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a grid gave: its records in the grid's order, and the cells that could not be made."""
+    """The result of a grid.
+
+    Attributes:
+        records: Records of the cells, in the order of the grid.
+        skipped: Cells that could not be made.
+    """
 
     records: list[RunRecord]
     skipped: list[Skipped]
@@ -64,33 +71,17 @@ class Worker:
 
     def __init__(self, data: EncodedDataset, config: CompareConfig, out: Path) -> None:
         self.data, self.config, self.out = data, config, out
-        self.labels = settings_by_label(config)
         self._full: tuple[Cell, Trained] | None = None
 
     def make(self, cell: Cell) -> tuple[Cell, RunRecord | Skipped]:
-        """Train the model of a cell and write its record; what a user can mend is a reason to skip it."""
-        config, unfinished = run_config(self.config, cell.model), self.out / "unfinished" / cell.name
+        """Train the model of a cell and write its record; a fault that a user can mend is a reason to skip the cell."""
+        unfinished = self.out / "unfinished" / cell.name
         try:
             if cell.budget is None:
-                checkpoint = unfinished / "full.safetensors"
-                try:
-                    trained = train_full(self.data, config, cell.seed, checkpoint=checkpoint)
-                except OtherTrainingError as error:
-                    log.warning("%s: this training starts anew", error)
-                    checkpoint.unlink()
-                    trained = train_full(self.data, config, cell.seed, checkpoint=checkpoint)
-                state = {name: value.detach().cpu().contiguous() for name, value in trained.model.state_dict().items()}
-                weights = safetensors.torch.save(state)
-                # Weights before the record: whoever finds the record may rely on them.
-                write_then_rename(weights_path(self.out, cell), lambda file: file.write(weights))
-                self._full = (cell, trained)
+                trained = self._train_full(cell, unfinished / "full.safetensors")
             else:
-                variant = self.labels[cell.label]
-                config = config.replace(bits=variant.bits, init=variant.init)
-                trained = shrink(
-                    self.full(cell.full), self.data, config, variant.method, variant.search, cell.budget, cell.seed,
-                    label=cell.label, unfinished=unfinished,
-                )  # fmt: skip
+                config = cell_config(self.config, cell)
+                trained = shrink(self.full(cell.full), self.data, config, label=cell.label, unfinished=unfinished)
         except EmbtrimError as error:
             return cell, _skip(cell, str(error))
         if trained.plan is not None:
@@ -98,6 +89,22 @@ class Worker:
         trained.record.save(record_path(self.out, cell))
         shutil.rmtree(unfinished, ignore_errors=True)
         return cell, trained.record
+
+    def _train_full(self, cell: Cell, checkpoint: Path) -> Trained:
+        """Train the full model of a cell and write its weights."""
+        config = cell_config(self.config, cell)
+        try:
+            trained = train_full(self.data, config, checkpoint=checkpoint)
+        except OtherTrainingError as error:
+            log.warning("%s: this training starts again", error)
+            checkpoint.unlink()
+            trained = train_full(self.data, config, checkpoint=checkpoint)
+        state = {name: value.detach().cpu().contiguous() for name, value in trained.model.state_dict().items()}
+        weights = safetensors.torch.save(state)
+        # Weights are written before the record: if the record exists, so do they.
+        write_then_rename(weights_path(self.out, cell), lambda file: file.write(weights))
+        self._full = (cell, trained)
+        return trained
 
     def full(self, cell: Cell) -> Trained:
         """The full model of a cell, from memory or disk.
@@ -107,7 +114,7 @@ class Worker:
         """
         if self._full is None or self._full[0] != cell:
             self._full = None  # before the next one is loaded: one at a time in memory
-            config, path = run_config(self.config, cell.model), weights_path(self.out, cell)
+            config, path = cell_config(self.config, cell), weights_path(self.out, cell)
             model = build(cell.model, self.data.schema, **{**config.hparams, "seed": cell.seed})
             try:
                 model.load_state_dict(safetensors.torch.load_file(path))
@@ -119,8 +126,38 @@ class Worker:
 
 
 def start_worker(data: EncodedDataset | Path, config: CompareConfig, out: Path) -> Callable[[Cell], Any]:
-    """`make` of a new Worker; data that are on disk may be given as their folder."""
+    """`make` of a new Worker; data on disk may be given as their folder."""
     return Worker(EncodedDataset.load(data) if isinstance(data, Path) else data, config, out).make
+
+
+class Outcomes:
+    """The records and the skipped cells of a grid, as they come in; skipped.json on disk is kept in step with them."""
+
+    def __init__(
+        self, cells: list[Cell], records: dict[Cell, RunRecord], out: Path, on_record: OnRecord | None
+    ) -> None:
+        self.cells, self.records, self.out, self.on_record = cells, records, out, on_record
+        self.skipped = {s.cell.name: s for s in read_skipped(out)}
+
+    def keep(self, cell: Cell, outcome: RunRecord | Skipped) -> None:
+        """Take the outcome of one cell."""
+        before = self.skipped.pop(cell.name, None)
+        if isinstance(outcome, RunRecord):
+            self.records[cell] = outcome
+            if self.on_record is not None:
+                self.on_record(outcome, len(self.records), len(self.cells))
+        else:
+            self.skipped[cell.name] = outcome
+            log.warning("%s skipped: %s", cell.name, outcome.reason)
+        if before != self.skipped.get(cell.name):
+            write_skipped(self.out, self.skipped.values())
+
+    def in_order(self) -> Comparison:
+        """All outcomes in the order of the grid."""
+        return Comparison(
+            [self.records[cell] for cell in self.cells if cell in self.records],
+            [self.skipped[cell.name] for cell in self.cells if cell.name in self.skipped],
+        )
 
 
 def compare(
@@ -130,21 +167,21 @@ def compare(
     *,
     jobs: int = 1,
     progress: bool = False,
-    on_record: Callable[[RunRecord, int, int], None] | None = None,
+    on_record: OnRecord | None = None,
 ) -> Comparison:
     """Make the cells of a grid that have no record yet.
 
     Writes into `out`: config.toml (of the latest start), records/*.json, plans/*.json, full/*.safetensors, skipped.json.
-    The tables and the page are comparison_report.py's.
+    `write_comparison` makes the tables and the page.
 
     Args:
         data: encoded data with splits train, valid and test.
         config: see CompareConfig.
-        out: a new folder, or one of an earlier start, to go on or to grow.
-        jobs: worker processes; 1 works in this process. A script that asks for more needs the usual
+        out: a new folder, or the folder of an earlier start, to continue or extend its grid.
+        jobs: number of worker processes; 1 works in this process. A script that asks for more needs the usual
             `if __name__ == "__main__":`.
         progress: show a progress bar on stderr.
-        on_record: called with each new record, the number of cells that are done, and of all.
+        on_record: called with each new record, the number of cells that are done, and the number of all cells.
 
     Raises:
         ConfigError: an unknown model, method, setting or budget.
@@ -156,47 +193,40 @@ def compare(
     check_compare(data, config)
     cells = grid(config)
     records = finished(cells, data, config, out)
-    others = sorted({record.versions["embtrim"] for record in records.values()} - {code_version()})
-    if others:
-        log.warning(
-            "%s has records of embtrim %s, this is %s: what changed between them may show in a comparison",
-            out, ", ".join(others), code_version(),
-        )  # fmt: skip
+    _warn_of_other_code(records.values(), out)
     write_then_rename(out / "config.toml", lambda file: file.write(to_toml(config).encode()))
-    skipped = {s.cell.name: s for s in read_skipped(out)}
     pending = [cell for cell in cells if cell.budget is not None and cell not in records]
     needed = {cell.full for cell in pending}
     fulls = [cell for cell in cells if cell.budget is None]
     fulls = [c for c in fulls if c not in records or (c in needed and not weights_path(out, c).exists())]
-    records = {cell: record for cell, record in records.items() if cell not in fulls}
-
-    def keep(outcomes: Iterable[tuple[Cell, RunRecord | Skipped]]) -> None:
-        for cell, outcome in outcomes:
-            bar.advance(task)
-            before = skipped.pop(cell.name, None)
-            if isinstance(outcome, RunRecord):
-                records[cell] = outcome
-                if on_record is not None:
-                    on_record(outcome, len(records), len(cells))
-            else:
-                skipped[cell.name] = outcome
-                log.warning("%s skipped: %s", cell.name, outcome.reason)
-            if before != skipped.get(cell.name):
-                write_skipped(out, skipped.values())
-
-    # Workers open a folder anew: what is memory-mapped is not copied.
+    outcomes = Outcomes(cells, {cell: record for cell, record in records.items() if cell not in fulls}, out, on_record)
+    # Workers open a folder themselves: memory-mapped data are not copied.
     source = data if jobs == 1 or data.folder is None else data.folder
     with grid_bar(progress) as bar, in_processes(jobs, start_worker, source, config, out) as make:
-        task = bar.add_task("cells", total=len(cells), completed=len(records), before=len(records))
+        done = len(outcomes.records)
+        task = bar.add_task("cells", total=len(cells), completed=done, before=done)
+
+        def keep(made: Iterable[tuple[Cell, RunRecord | Skipped]]) -> None:
+            for cell, outcome in made:
+                bar.advance(task)
+                outcomes.keep(cell, outcome)
+
         keep(make(fulls))
-        keep((cell, _skip(cell, "its full model could not be made")) for cell in pending if cell.full.name in skipped)
-        keep(make(cell for cell in pending if cell.full.name not in skipped))
+        failed = [cell for cell in pending if cell.full.name in outcomes.skipped]
+        keep((cell, _skip(cell, "its full model could not be made")) for cell in failed)
+        keep(make(cell for cell in pending if cell not in failed))
     with suppress(OSError):
         (out / "unfinished").rmdir()
-    return Comparison(
-        [records[cell] for cell in cells if cell in records],
-        [skipped[cell.name] for cell in cells if cell.name in skipped],
-    )
+    return outcomes.in_order()
+
+
+def _warn_of_other_code(records: Iterable[RunRecord], out: Path) -> None:
+    others = sorted({record.versions["embtrim"] for record in records} - {code_version()})
+    if others:
+        log.warning(
+            "%s has records of embtrim %s, this is %s: changes between them may show in a comparison",
+            out, ", ".join(others), code_version(),
+        )  # fmt: skip
 
 
 def _skip(cell: Cell, reason: str) -> Skipped:
@@ -204,24 +234,23 @@ def _skip(cell: Cell, reason: str) -> Skipped:
 
 
 def estimate(data: EncodedDataset, config: CompareConfig, out: Path | None = None) -> dict[str, Any]:
-    """What a grid would do: cells, those that `out` has, and the longest time of training them one after the other.
+    """Estimate a grid: its cells, the cells with a record in `out`, and the longest time of training the others in turn.
 
-    It times a few training steps of each full model and assumes that every model trains all epochs. What the searches
-    take comes on top.
+    A few training steps of each full model are timed. The longest time assumes that every model trains all epochs; the
+    searches come on top.
 
     Raises:
-        See `compare`.
+        ConfigError, DataError: see `compare`.
     """
     config = resolve(config)
     check_compare(data, config)
     cells = grid(config)
     done = {} if out is None else finished(cells, data, config, out)
-    steps = data.num_batches("train", config.train.batch_size) * config.train.epochs
     seconds = 0.0
     for name in config.models:
         model = build(name, data.schema, **run_config(config, name).hparams)
         cells_left = sum(cell.model == name and cell not in done for cell in cells)
-        seconds += seconds_per_step(model, data, config.train) * steps * cells_left
+        seconds += longest_training(model, data, config.train)["seconds_at_most"] * cells_left
     return {
         "models": list(config.models),
         "labels": list(settings_by_label(config)),

@@ -1,4 +1,4 @@
-"""What a run would take: bytes before and after, and an estimate of its longest time."""
+"""Estimates for dry runs: table bytes before and after, and the longest time that the work may take."""
 
 from __future__ import annotations
 
@@ -7,45 +7,84 @@ from itertools import islice
 from typing import Any
 
 from embtrim.data.dataset import EncodedDataset
-from embtrim.experiments.run import check_run
-from embtrim.experiments.settings import RunConfig
-from embtrim.experiments.steps import BISECTIONS, TRIED_BITS, allowed_bytes
+from embtrim.experiments.settings import RunConfig, check_run
+from embtrim.experiments.steps import BISECTIONS, TRIED_BITS
 from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel
+from embtrim.plan.budget import Budget
+from embtrim.plan.plan import SizePlan
 from embtrim.training.devices import device_of, fast_matmul
 from embtrim.training.evaluation import logloss_of_batch
 from embtrim.training.fitting import make_optimizers
 from embtrim.training.settings import TrainConfig
 
-# Steps timed for the estimate of a dry run, after one that warms up.
+# Training steps that an estimate times, after one that warms up.
 TIMED_STEPS = 5
 
 
 def dry_run(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
-    """What a run would do: the resolved settings, bytes before and after, and an estimate of its longest time.
+    """Estimate a run: its resolved settings, table bytes before and after, and its longest time.
 
-    The estimate times a few training steps of the full model and assumes every model trains all epochs; early stopping
-    usually ends well before.
+    A few training steps of the full model are timed. The longest time assumes that every model trains all epochs; early
+    stopping usually ends training well before.
     """
     check_run(data, config)
     model = build(config.model, data.schema, **config.hparams)
-    plan = model.tables.plan
-    step_seconds = seconds_per_step(model, data, config.train)
     models = len(dict.fromkeys((config.method, *config.controls)))
     models += 0 if config.max_loss is None else BISECTIONS - 1
     models = 1 + models * (len(TRIED_BITS) if config.bits == "auto" else 1)
-    steps = data.num_batches("train", config.train.batch_size) * config.train.epochs
+    training = longest_training(model, data, config.train)
     return {
         "config": config.model_dump(mode="json"),
-        "table_bytes_before": plan.num_bytes(config.target),
-        "table_bytes_allowed": allowed_bytes(plan, config, None if config.max_loss is not None else config.budget),
-        "seconds_per_step": step_seconds,
-        "seconds_at_most": step_seconds * steps * models * config.seeds,
+        **_bytes_of_search(model.tables.plan, config, None if config.max_loss is not None else config.budget),
+        "seconds_per_step": training["seconds_per_step"],
+        "seconds_at_most": training["seconds_at_most"] * models * config.seeds,
     }
 
 
+def estimate_training(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
+    """Estimate the training of a full model: its table bytes and its longest time."""
+    model = build(config.model, data.schema, **{**config.hparams, "seed": config.seed})
+    return {"table_bytes": model.tables.plan.num_bytes(), **longest_training(model, data, config.train)}
+
+
+def estimate_search(model: CTRModel, data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
+    """Estimate a search in a trained full model: table bytes before and allowed, and the time of an epoch."""
+    epoch = longest_training(model, data, config.train.replace(epochs=1))
+    return {
+        **_bytes_of_search(model.tables.plan, config, config.budget),
+        "seconds_per_epoch": epoch["seconds_at_most"],
+    }
+
+
+def estimate_compacting(
+    model: CTRModel, plan: SizePlan, data: EncodedDataset, config: RunConfig, retrain: bool = True
+) -> dict[str, Any]:
+    """Estimate the use of a plan: table bytes before and after, and the longest time of retraining."""
+    return {
+        "table_bytes_before": model.tables.plan.num_bytes(plan.target),
+        "table_bytes_after": plan.num_bytes(plan.target),
+        **(longest_training(model, data, config.train) if retrain else {}),
+    }
+
+
+def longest_training(model: CTRModel, data: EncodedDataset, train: TrainConfig) -> dict[str, float]:
+    """Seconds of a training step, and of training for all epochs; early stopping usually ends well before."""
+    step = seconds_per_step(model, data, train)
+    steps = data.num_batches("train", train.batch_size) * train.epochs
+    return {"seconds_per_step": step, "seconds_at_most": step * steps}
+
+
+def _bytes_of_search(full: SizePlan, config: RunConfig, budget: str | None) -> dict[str, int]:
+    """Table bytes before a search, and those that a budget allows; without a budget, at the fewest bits per value."""
+    stored = full.with_bits(4 if config.bits in ("mixed", "auto") else config.bits)
+    most = stored.num_bytes(config.target)
+    allowed = most if budget is None else int(min(most, stored.max_bytes(Budget.parse(budget), config.target)))
+    return {"table_bytes_before": full.num_bytes(config.target), "table_bytes_allowed": allowed}
+
+
 def seconds_per_step(model: CTRModel, data: EncodedDataset, train: TrainConfig) -> float:
-    """Wall time of one training step of a model, the median of a few; moves its weights a little."""
+    """Median wall time of a few training steps of a model; its weights change a little."""
     device = device_of(train)
     model.to(device).train()
     optimizers = make_optimizers(model, train)
@@ -60,7 +99,7 @@ def seconds_per_step(model: CTRModel, data: EncodedDataset, train: TrainConfig) 
             loss.backward()
             for optimizer in optimizers:
                 optimizer.step()
-            float(loss.detach())  # a GPU is waited for
+            float(loss.detach())  # waits for a GPU
             seconds.append(time.perf_counter() - started)
     timed = sorted(seconds[1:] or seconds)
     return timed[len(timed) // 2]

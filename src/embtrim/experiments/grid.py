@@ -1,6 +1,6 @@
-"""The grid of `compare`: its settings, its cells, and which of them are on disk.
+"""The grid of `compare`: its settings, its cells, and the cells that are on disk.
 
-A cell is one trained model. The full model is a cell of its own for each (model, seed), which all methods share.
+A cell is one trained model. The full model of each (model, seed) is a cell, which all methods share.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from embtrim.config import Config, first_change, read_toml
 from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import BudgetError, ConfigError, DataError, hint
 from embtrim.experiments.records import RECORDS_FILE, RunRecord, read_records
-from embtrim.experiments.run import check_run
-from embtrim.experiments.settings import RunConfig
+from embtrim.experiments.settings import RunConfig, check_run
 from embtrim.methods import METHODS, method_named
 from embtrim.models import MODELS, arguments
 from embtrim.models.ctr_model import HyperParameters
@@ -36,21 +35,22 @@ ALL = "all"
 
 
 class CompareConfig(Config):
-    """Everything that a grid depends on, beside the data.
+    """All settings of a grid; its result depends on them and on the data.
 
     Attributes:
-        models: names of base models.
-        hparams: their arguments; a model takes those it knows, and each must be known to one of them.
-        train: how full and compact models are trained.
-        methods: names of search methods, run with their default settings; "all" stands for every one there is.
-        variants: methods with other settings by label: {"method": name, setting: value, ...}; `bits` and `init` among them
-            are not the method's: the precision of the tables, and how the variant's compact models start if not as the
-            grid's (see RunConfig).
-        budgets: such as "10%", "200MB", "1.5M params".
-        init: how compact models start: "scratch", "initial" or "inherit".
-        target: what will store the tables, whose bytes the budgets count; see RunConfig.
-        seed: first seed.
-        seeds: how many seeds.
+        models: Names of base models (`embtrim models`).
+        hparams: Arguments of the base models. A model takes the arguments that it knows; every argument must be known to
+            at least one model.
+        train: Settings of training, for full and compact models alike.
+        methods: Names of search methods, run with their default settings; "all" stands for every method.
+        variants: Methods with other settings, by label: {"method": name, setting: value, ...}. The keys `bits` and `init`
+            set the precision of the variant's tables and the initial weights of its compact models (see RunConfig).
+        budgets: Size limits of the compact tables, such as "10%", "200MB" or "1.5M params".
+        init: Initial weights of compact models: "scratch", "initial" or "inherit".
+        target: Where the tables will be served: "torch", "onnx" or "fbgemm". Sizes are counted as that backend stores
+            them, and a budget in bytes then includes the vocabulary.
+        seed: First seed.
+        seeds: Number of seeds.
     """
 
     models: tuple[str, ...] = Field(default=("deepfm",), min_length=1)
@@ -67,7 +67,14 @@ class CompareConfig(Config):
 
 @dataclass(frozen=True)
 class Cell:
-    """One trained model of a grid; label "full" and no budget for the full one."""
+    """One trained model of a grid.
+
+    Attributes:
+        model: Name of the base model.
+        seed: Seed of training and search.
+        label: Name of a method or label of a variant; "full" for a full model.
+        budget: Size limit of the compact tables; None for a full model.
+    """
 
     model: str
     seed: int
@@ -76,7 +83,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Name of its record, without suffix; budgets written differently but equal give one name."""
+        """Name of the cell's record, without suffix; equal budgets give one name, however they are written."""
         parts = [self.model, self.label, f"seed{self.seed}"]
         if self.budget is not None:
             budget = Budget.parse(self.budget)
@@ -86,12 +93,20 @@ class Cell:
 
     @property
     def full(self) -> Cell:
-        """The cell of its full model."""
+        """The cell of the full model with the same base model and seed."""
         return Cell(self.model, self.seed)
 
 
 class Skipped(Config):
-    """A cell that could not be made, such as one whose budget is below what its method needs, and why."""
+    """A cell that could not be made, for example because its budget is too small for its method.
+
+    Attributes:
+        model: Name of the base model.
+        label: Name of a method or label of a variant; "full" for a full model.
+        budget: Size limit of the compact tables; None for a full model.
+        seed: Seed of training and search.
+        reason: Message of the error.
+    """
 
     model: str
     label: str
@@ -109,10 +124,10 @@ class Skipped(Config):
 
 
 def resolve(config: CompareConfig) -> CompareConfig:
-    """The config with "all" spelled out and nothing twice.
+    """The config with "all" replaced by the names of all methods, and without repetitions.
 
     Raises:
-        ConfigError: an unknown model, method, setting or budget, or a label that is none.
+        ConfigError: a model, method, setting or budget is unknown, or a label is not a name.
     """
     methods = tuple(METHODS) if ALL in config.methods else tuple(dict.fromkeys(config.methods))
     budgets: dict[Budget, str] = {}
@@ -125,7 +140,7 @@ def resolve(config: CompareConfig) -> CompareConfig:
     config = config.replace(models=models, methods=methods, budgets=tuple(budgets.values()))
     if not settings_by_label(config):
         raise ConfigError("no methods and no variants: there is nothing to compare; give methods = ['all']")
-    known = [name for name in models if name in MODELS]  # unknown ones are check_run's to refuse
+    known = [name for name in models if name in MODELS]  # check_run rejects unknown ones
     allowed = sorted({name for model in known for name in arguments(model)})
     for key in config.hparams:
         if known and key not in allowed:
@@ -134,8 +149,15 @@ def resolve(config: CompareConfig) -> CompareConfig:
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A method with all its settings, the bits of its tables, and how its compact models start; None for full ones."""
+class MethodSetup:
+    """A search method with everything that it runs with.
+
+    Attributes:
+        method: Name of the method; "full" for full models.
+        search: All settings of the method.
+        bits: Bits per stored value in the compact tables.
+        init: Initial weights of the compact models; None for full models.
+    """
 
     method: str
     search: dict[str, Any]
@@ -143,14 +165,14 @@ class Variant:
     init: Init | None = None
 
 
-def settings_by_label(config: CompareConfig) -> dict[str, Variant]:
-    """What each label stands for: the methods, then the variants.
+def settings_by_label(config: CompareConfig) -> dict[str, MethodSetup]:
+    """The method and settings of each label: the methods, then the variants.
 
     Raises:
-        ConfigError: an unknown method or setting, or a label that is none.
+        ConfigError: a method or setting is unknown, or a label is not a name.
     """
     found = {
-        name: Variant(name, method_named(name).config().model_dump(mode="json"), init=config.init)
+        name: MethodSetup(name, method_named(name).config().model_dump(mode="json"), init=config.init)
         for name in config.methods
     }
     for label, variant in config.variants.items():
@@ -171,12 +193,12 @@ def settings_by_label(config: CompareConfig) -> dict[str, Variant]:
             if given not in get_args(kind):
                 allowed = ", ".join(map(str, get_args(kind)))
                 raise ConfigError(f"[{where}] {name} must be one of {allowed}; given {given!r}")
-        found[label] = Variant(method.name, method.parse(settings, where).model_dump(mode="json"), bits, init)
+        found[label] = MethodSetup(method.name, method.parse(settings, where).model_dump(mode="json"), bits, init)
     return found
 
 
 def run_config(config: CompareConfig, model: str) -> RunConfig:
-    """What `run` would be told for one model of the grid."""
+    """Settings of a run with one model of the grid; see `cell_config` for those of a cell."""
     known = arguments(model) if model in MODELS else config.hparams
     hparams = {key: value for key, value in config.hparams.items() if key in known}
     return RunConfig(
@@ -184,14 +206,23 @@ def run_config(config: CompareConfig, model: str) -> RunConfig:
     )
 
 
+def cell_config(config: CompareConfig, cell: Cell) -> RunConfig:
+    """Settings of a run that makes one cell of the grid."""
+    run = run_config(config, cell.model).replace(seed=cell.seed)
+    if cell.budget is None:
+        return run
+    setup = settings_by_label(config)[cell.label]
+    return run.replace(method=setup.method, search=setup.search, bits=setup.bits, init=setup.init, budget=cell.budget)
+
+
 def check_compare(data: EncodedDataset, config: CompareConfig) -> None:
-    """Raise what a grid would raise late: a missing split, unknown names or settings; see `resolve` too."""
+    """Raise early, before any training, for a missing split or an unknown name or setting; see `resolve` too."""
     for model in config.models:
         check_run(data, run_config(config, model))
 
 
 def grid(config: CompareConfig) -> list[Cell]:
-    """The cells, in the order in which they are made: the full models, then all of one (seed, model) together."""
+    """The cells in the order of the work: the full models, then all cells of one (seed, model) together."""
     seeds = range(config.seed, config.seed + config.seeds)
     pairs = list(itertools.product(seeds, config.models))
     labels = settings_by_label(config)
@@ -204,20 +235,20 @@ def grid(config: CompareConfig) -> list[Cell]:
 
 
 def record_path(out: Path, cell: Cell) -> Path:
-    """Where the record of a cell is."""
+    """File of a cell's record."""
     return out / "records" / f"{cell.name}.json"
 
 
 def weights_path(out: Path, cell: Cell) -> Path:
-    """Where the weights of a full model are."""
+    """File of a full model's weights."""
     return out / "full" / f"{cell.model}-seed{cell.seed}.safetensors"
 
 
 def finished(cells: Iterable[Cell], data: EncodedDataset, config: CompareConfig, out: Path) -> dict[Cell, RunRecord]:
-    """The records that exist.
+    """The records that exist in the folder of a grid.
 
     Raises:
-        DataError: one was made with other settings or is damaged, or `out` is another folder than one of `compare`.
+        DataError: a record was made with other settings or is damaged, or `out` is not a folder of `compare`.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         settings = out / "config.toml"
@@ -237,26 +268,26 @@ def check_settings(
     path: Path,
     record: RunRecord,
     cell: Cell,
-    labels: dict[str, Variant],
+    labels: dict[str, MethodSetup],
     data: EncodedDataset,
     config: CompareConfig,
 ) -> None:
-    """Raise DataError where a record was made with other settings than the cell asks for."""
-    variant = labels.get(cell.label, Variant(FULL, {}))
+    """Raise DataError if a record was made with other settings than the cell asks for."""
+    setup = labels.get(cell.label, MethodSetup(FULL, {}))
     hparams = {**arguments(cell.model), **run_config(config, cell.model).hparams}
     expected = {
         "the data": data.schema.fingerprint,
         "rows of the data": {name: data.num_rows(name) for name in data.splits},
-        "method": variant.method,
-        "bits": variant.bits,
-        "init": variant.init,
+        "method": setup.method,
+        "bits": setup.bits,
+        "init": setup.init,
         **target_settings(cell.budget, config.target),
         **_under("train", config.train.model_dump(mode="json")),
         **_under("hparams", HyperParameters.parse(hparams).model_dump(mode="json", include=set(hparams))),
-        **_under("search", variant.search),
+        **_under("search", setup.search),
     }
-    # A setting that came after the record was written had its default then.
-    default = {} if cell.label == FULL else method_named(variant.method).config().model_dump(mode="json")
+    # A setting that is newer than the record had its default when the record was made.
+    default = {} if cell.label == FULL else method_named(setup.method).config().model_dump(mode="json")
     made = {
         "the data": record.data["fingerprint"],
         "rows of the data": record.data["num_rows"],
@@ -282,7 +313,7 @@ def _under(section: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_skipped(out: str | Path) -> list[Skipped]:
-    """The cells of a folder that could not be made when they were last tried, and still have no record.
+    """The cells of a folder that failed when they were last tried and still have no record.
 
     Raises:
         DataError: skipped.json or the folder's records.jsonl is damaged.

@@ -18,7 +18,7 @@ from embtrim.compaction.verification import Verification
 from embtrim.config import Config, describe_errors
 from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import DataError
-from embtrim.experiments.settings import RunConfig
+from embtrim.experiments.settings import RunConfig, method_config
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Bits, Target
@@ -26,7 +26,7 @@ from embtrim.system.files import write_then_rename
 from embtrim.system.machine import processor_name
 from embtrim.training.devices import kernels_used
 from embtrim.training.evaluation import evaluate
-from embtrim.training.settings import FitResult
+from embtrim.training.settings import FitResult, TrainConfig
 
 RECORD_VERSION = 1
 
@@ -154,48 +154,73 @@ def code_version() -> str:
 
 @dataclass
 class Trained:
-    """A model of a run with its record, and its plan unless it is the full one."""
+    """A trained model of a run with its record, and with its plan if it is a compact one."""
 
     model: CTRModel
     record: RunRecord
     plan: SizePlan | None = None
 
 
+@dataclass(frozen=True)
+class FoundPlan:
+    """A plan and the cost of its search.
+
+    Attributes:
+        plan: The plan found.
+        seconds: Wall time of the search, its own pretraining included.
+        peak_bytes: Peak anonymous memory of the search above what was resident at its start; None where the system does
+            not tell.
+    """
+
+    plan: SizePlan
+    seconds: float
+    peak_bytes: int | None
+
+
 def make_record(
-    variant: str,
     model: CTRModel,
     data: EncodedDataset,
     config: RunConfig,
-    result: FitResult,
-    seed: int,
-    peak_bytes: int | None,
+    training: FitResult,
     *,
+    peak_bytes: int | None,
     epoch_seconds: float,
-    method: str | None = None,
-    search: dict[str, Any] | None = None,
-    budget: str | None = None,
-    bits: Bits = 32,
-    search_seconds: float = 0.0,
-    search_peak_bytes: int | None = None,
+    label: str | None = None,
+    found: FoundPlan | None = None,
     verification: Verification | None = None,
 ) -> RunRecord:
-    """Evaluate a trained model and write down everything about it."""
-    plan = model.tables.plan
-    stored_widths = {t.name: t.mean_width for t in plan.tables}
-    versions = {"embtrim": code_version(), "torch": torch.__version__, "python": platform.python_version()}
-    kernels = kernels_used(model.tables, config.train)
-    if kernels is not None:
-        versions["kernels"] = kernels
+    """Evaluate a trained model and write down everything about it.
+
+    Args:
+        model: full or compact.
+        data: in the model's ids.
+        config: settings of the run; for a compact model with its method, budget and bits.
+        training: what `fit` returned.
+        peak_bytes: peak memory of search and training.
+        epoch_seconds: see RunRecord.
+        label: variant of a compact model, if it is not the name of the method.
+        found: plan and cost of the search that sized the model; None for the full model.
+        verification: result of `verify` for a compact model.
+    """
+    search_seconds = 0.0 if found is None else found.seconds
+    sized: dict[str, Any] = {"variant": "full"}
+    if found is not None:
+        sized = {
+            "variant": label or config.method,
+            "method": config.method if label else None,
+            "search": method_config(config).model_dump(mode="json"),
+            "budget": config.budget,
+            "init": config.init,
+            "bits": config.bits,
+            "search_peak_bytes": found.peak_bytes,
+        }
     return RunRecord(
-        variant=variant,
-        method=method,
+        **sized,
+        **_sizes(model, data, config.target),
         model=config.model,
         hparams=model.hparams,
-        train=config.train.replace(seed=seed).model_dump(),
-        search=search or {},
-        budget=budget,
-        init=None if variant == "full" else config.init,
-        seed=seed,
+        train=config.train.replace(seed=config.seed).model_dump(),
+        seed=config.seed,
         data={
             "fingerprint": data.schema.fingerprint,
             "folder": None if data.folder is None else data.folder.name,
@@ -203,35 +228,46 @@ def make_record(
         },
         valid=evaluate(model, data, "valid", config.train).to_dict(),
         test=evaluate(model, data, "test", config.train, deciles=True).to_dict(),
-        num_params=plan.num_params,
-        num_full_params=plan.num_full_params,
-        num_first_order_params=plan.num_first_order_params,
-        bits=bits,
         target=config.target,
-        table_bytes=plan.num_bytes(config.target),
-        counted_vocabulary_bytes=plan.vocabulary_bytes,
-        model_params=plan.num_params
-        + plan.num_first_order_params
-        + sum(p.numel() for name, p in model.named_parameters() if not name.startswith("tables.")),
-        bundle_bytes=0,
-        widths={f.name: stored_widths[f.table_name] for f in data.schema.id_fields},
-        full_width=plan.width,
-        kept_rows={t.name: t.num_compact_rows for t in plan.tables},
-        num_rows={t.name: t.num_rows for t in plan.tables},
         search_seconds=search_seconds,
-        search_peak_bytes=search_peak_bytes,
         epoch_seconds=epoch_seconds,
         search_epochs=search_seconds / max(epoch_seconds, 1e-9),
-        train_seconds=result.seconds,
-        epochs=len(result.history),
-        rows_per_second=result.rows_per_second,
-        compile_seconds=result.compile_seconds,
-        precision=result.precision,
+        train_seconds=training.seconds,
+        epochs=len(training.history),
+        rows_per_second=training.rows_per_second,
+        compile_seconds=training.compile_seconds,
+        precision=training.precision,
         peak_memory_bytes=peak_bytes,
         verification=None if verification is None else vars(verification),
-        versions=versions,
+        versions=_versions(model, config.train),
         hardware={"processor": processor_name(), "threads": torch.get_num_threads(), "device": config.train.device},
     )
+
+
+def _sizes(model: CTRModel, data: EncodedDataset, target: Target | None) -> dict[str, Any]:
+    """Entries of a record about the sizes of a model's tables; no bundle is saved yet."""
+    plan = model.tables.plan
+    other_params = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("tables."))
+    stored_widths = {t.name: t.mean_width for t in plan.tables}
+    return {
+        "num_params": plan.num_params,
+        "num_full_params": plan.num_full_params,
+        "num_first_order_params": plan.num_first_order_params,
+        "table_bytes": plan.num_bytes(target),
+        "counted_vocabulary_bytes": plan.vocabulary_bytes,
+        "model_params": plan.num_params + plan.num_first_order_params + other_params,
+        "bundle_bytes": 0,
+        "widths": {f.name: stored_widths[f.table_name] for f in data.schema.id_fields},
+        "full_width": plan.width,
+        "kept_rows": {t.name: t.num_compact_rows for t in plan.tables},
+        "num_rows": {t.name: t.num_rows for t in plan.tables},
+    }
+
+
+def _versions(model: CTRModel, train: TrainConfig) -> dict[str, str]:
+    versions = {"embtrim": code_version(), "torch": torch.__version__, "python": platform.python_version()}
+    kernels = kernels_used(model.tables, train)
+    return versions if kernels is None else {**versions, "kernels": kernels}
 
 
 def read_records(folder: str | Path) -> list[RunRecord]:

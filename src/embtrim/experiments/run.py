@@ -1,4 +1,4 @@
-"""run: the whole way from encoded data to a smaller, retrained, verified model, with one record a trained model."""
+"""run: the whole way from encoded data to smaller, retrained, verified models, with one record per trained model."""
 
 from __future__ import annotations
 
@@ -10,21 +10,15 @@ from typing import Any
 
 from embtrim.config import first_change, read_toml, to_toml
 from embtrim.data.dataset import EncodedDataset
-from embtrim.errors import ConfigError, DataError
+from embtrim.errors import DataError
 from embtrim.experiments.records import RunRecord, Trained
-from embtrim.experiments.settings import RunConfig
+from embtrim.experiments.settings import RunConfig, check_run
 from embtrim.experiments.steps import shrink, smallest_within, train_full
-from embtrim.methods import method_named
-from embtrim.models import build
-from embtrim.models.ctr_model import HyperParameters
-from embtrim.plan.budget import Budget
-from embtrim.plan.limits import check_budget, counts_vocabulary, target_settings
-from embtrim.plan.plan import SizePlan
-from embtrim.plan.table import Bits, Target
+from embtrim.plan.limits import counts_vocabulary, target_settings
+from embtrim.plan.table import Target
 from embtrim.serving.bundle import note_spread, save
 from embtrim.system.files import write_then_rename
 from embtrim.system.folders import folder_bytes
-from embtrim.training.devices import device_of
 
 
 def run(
@@ -37,14 +31,14 @@ def run(
 ) -> list[RunRecord]:
     """Train the full model, search, compact, verify, retrain, and save, for the method and the controls.
 
-    Writes into `out`: config.toml (resolved), records/*.json, plans/*.json, bundles/*. The report is report.py's.
-    What is not finished keeps its state in `out`/unfinished, every `train.checkpoint_seconds`: a run that was interrupted
-    and is started again goes on from there, and ends as if nothing had happened.
+    Writes into `out`: config.toml (resolved), records/*.json, plans/*.json, bundles/*. `write_report` makes the page.
+    Unfinished work keeps its state in `out`/unfinished, written every `train.checkpoint_seconds`. If a run is
+    interrupted and started again, it is continued from there, and its results are those of an uninterrupted run.
 
     Args:
         data: encoded data with splits train, valid and test.
         config: see RunConfig.
-        out: a new folder, or one of an earlier start with the same config.
+        out: a new folder, or the folder of an earlier start with the same config.
         progress: show progress bars on stderr.
         on_record: called with each record as it is written.
 
@@ -62,36 +56,47 @@ def run(
     write_then_rename(out / "config.toml", lambda file: file.write(to_toml(config).encode()))
     records = []
     for seed in range(config.seed, config.seed + config.seeds):
-        variants = ("full", *dict.fromkeys((config.method, *config.controls)))
-        found = {name: _finished(out, name, seed, data, config.target) for name in variants}
-        if all(found.values()):
-            records += found.values()
-            continue
-        unfinished = out / "unfinished" / f"seed{seed}"
-        # The full model of a run that goes on comes out of its last checkpoint.
-        full = train_full(data, config, seed, progress, unfinished / "full.safetensors")
-        full.record = found["full"] or _keep(full, data, out, on_record)
-        records.append(full.record)
-        budget = config.budget
-        for variant in variants[1:]:
-            record = found[variant]
-            if record is None:
-                work = unfinished / variant
-                if variant == config.method and config.max_loss is not None:
-                    trained = smallest_within(full, data, config, seed, config.max_loss, progress, work)
-                else:
-                    settings = config.search if variant == config.method else {}
-                    trained = shrink(full, data, config, variant, settings, budget, seed, progress, unfinished=work)
-                record = _keep(trained, data, out, on_record)
-                shutil.rmtree(work, ignore_errors=True)
-            if variant == config.method:
-                budget = record.budget or budget  # with max_loss the controls get what the method needed
-            records.append(record)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        records += _run_seed(data, config.replace(seed=seed), out, progress, on_record)
     with suppress(OSError):
         (out / "unfinished").rmdir()
     if config.seeds > 1:
         _note_spread(records, out)
+    return records
+
+
+def _run_seed(
+    data: EncodedDataset,
+    config: RunConfig,
+    out: Path,
+    progress: bool,
+    on_record: Callable[[RunRecord], None] | None,
+) -> list[RunRecord]:
+    """The records of one seed: the full model, the method, the controls; finished ones are read."""
+    variants = ("full", *dict.fromkeys((config.method, *config.controls)))
+    finished = {name: _finished(out, name, config.seed, data, config.target) for name in variants}
+    if all(finished.values()):
+        return [record for record in finished.values() if record is not None]
+    unfinished = out / "unfinished" / f"seed{config.seed}"
+    # If a run is continued, its last checkpoint gives the full model.
+    full = train_full(data, config, progress, unfinished / "full.safetensors")
+    full.record = finished["full"] or _keep(full, data, out, on_record)
+    records, budget = [full.record], config.budget
+    for variant in variants[1:]:
+        record, work = finished[variant], unfinished / variant
+        if record is None:
+            if variant != config.method:
+                settings = config.replace(method=variant, search={}, budget=budget)
+                trained = shrink(full, data, settings, progress=progress, unfinished=work)
+            elif config.max_loss is None:
+                trained = shrink(full, data, config, progress=progress, unfinished=work)
+            else:
+                trained = smallest_within(full, data, config, progress=progress, unfinished=work)
+            record = _keep(trained, data, out, on_record)
+            shutil.rmtree(work, ignore_errors=True)
+        if variant == config.method:
+            budget = record.budget or budget  # with max_loss the controls get the budget that the method needed
+        records.append(record)
+    shutil.rmtree(unfinished, ignore_errors=True)
     return records
 
 
@@ -130,34 +135,6 @@ def _finished(out: Path, variant: str, seed: int, data: EncodedDataset, target: 
             f"{path} was made with the vocabulary beside its budget of {record.budget}; choose another --out"
         )
     return record
-
-
-def check_run(data: EncodedDataset, config: RunConfig) -> None:
-    """Raise what a run would raise late: a missing split, unknown names or settings, an impossible budget."""
-    for split in ("train", "valid", "test"):
-        data.split(split)
-    for name in (config.method, *config.controls):
-        method_named(name)
-    method_named(config.method).parse(config.search)
-    device_of(config.train)
-    if "embedding_dim" in config.hparams:
-        HyperParameters.parse({"embedding_dim": config.hparams["embedding_dim"]}, where="hparams")
-    model = build(
-        config.model,
-        data.schema,
-        **{**config.hparams, "embedding_dim": 1} if "embedding_dim" in config.hparams else config.hparams,
-    )
-    if model.tables.width == 0:
-        raise ConfigError(
-            f"model {config.model!r} has no embedding tables to shrink, only first-order weights; choose another"
-        )
-    plan, budget = model.tables.plan, Budget.parse(config.budget)
-    if config.max_loss is None:
-        width = config.hparams.get("embedding_dim", plan.width)
-        bits: Bits = "mixed" if config.bits == "auto" else config.bits
-        if bits == 32 or config.target != "fbgemm":
-            full = SizePlan.full(data.schema, width, plan.first_order)
-            check_budget(full, budget, bits, config.target, method_named(config.method).adds)
 
 
 def _keep(

@@ -1,4 +1,4 @@
-"""Settings of a run."""
+"""Settings of a run, and a check of them before any work is done."""
 
 from __future__ import annotations
 
@@ -8,31 +8,41 @@ from pydantic import Field
 
 from embtrim.compaction.foreign import Init
 from embtrim.config import Config
+from embtrim.data.dataset import EncodedDataset
+from embtrim.errors import ConfigError
+from embtrim.methods import method_named
+from embtrim.models import build
+from embtrim.models.ctr_model import HyperParameters
+from embtrim.plan.budget import Budget
+from embtrim.plan.limits import check_budget
+from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Bits, Target
+from embtrim.training.devices import device_of
 from embtrim.training.settings import TrainConfig
 
 
 class RunConfig(Config):
-    """Everything that a run depends on, beside the data.
+    """All settings of a run; its result depends on them and on the data.
 
     Attributes:
-        model: name of the base model (`embtrim models`).
-        hparams: its arguments, such as embedding_dim and hidden_units.
-        train: how full and compact models are trained.
-        method: name of the search method (`embtrim methods`).
-        search: its settings.
-        budget: such as "10%", "200MB", "1.5M params".
-        max_loss: if set, the budget is ignored and the smallest plan is sought whose validation AUC is at most this
-            much below the full model's, by bisection over budgets.
-        init: how the compact model starts: "scratch", "initial" or "inherit".
-        bits: precision that compact tables are stored in: 32, 16, 8 or 4, see plan.py, or "mixed" for 16, 8 or 4 by
-            table, see precision.py. They are trained in fp32 and quantised after that; the same budget then has room for more
-            parameters. "auto" trains with 8, mixed and 4 and keeps what has the best validation AUC.
-        target: what will store the tables, whose bytes the budget counts, and the vocabulary if it is one in bytes; see
-            `search`. None counts the tables' bytes of "torch" alone.
-        controls: methods run at the same budget for comparison, with their default settings.
-        seed: first seed.
-        seeds: how many seeds.
+        model: Name of the base model (`embtrim models`).
+        hparams: Arguments of the base model, such as embedding_dim and hidden_units.
+        train: Settings of training, for full and compact models alike.
+        method: Name of the search method (`embtrim methods`).
+        search: Settings of the search method.
+        budget: Size limit of the compact tables, such as "10%", "200MB" or "1.5M params".
+        max_loss: Largest loss of validation AUC against the full model. If set, the budget is ignored, and bisection over
+            budgets looks for the smallest plan within this loss.
+        init: Initial weights of the compact model: "scratch", "initial" or "inherit".
+        bits: Bits per stored value in the compact tables: 32, 16, 8 or 4; "mixed" chooses 16, 8 or 4 for each table, and
+            "auto" tries 8, mixed and 4 and keeps the model with the best validation AUC. Tables are trained in fp32 and
+            quantised afterwards; with fewer bits the same budget has room for more parameters.
+        target: Where the tables will be served: "torch", "onnx" or "fbgemm". Sizes are counted as that backend stores
+            them, and a budget in bytes then includes the vocabulary. None counts the tables as torch stores them, without
+            the vocabulary.
+        controls: Methods run at the same budget for comparison, with their default settings.
+        seed: First seed.
+        seeds: Number of seeds.
     """
 
     model: str = "deepfm"
@@ -48,3 +58,38 @@ class RunConfig(Config):
     controls: tuple[str, ...] = ("uniform",)
     seed: int = Field(default=0, ge=0)
     seeds: int = Field(default=1, ge=1)
+
+
+def method_config(config: RunConfig) -> Config:
+    """The settings of a run's search method, parsed.
+
+    Raises:
+        ConfigError: the method or one of the settings is unknown.
+    """
+    return method_named(config.method).parse(config.search)
+
+
+def check_run(data: EncodedDataset, config: RunConfig) -> None:
+    """Raise early, before any training, for a missing split, an unknown name or setting, or an impossible budget."""
+    for split in ("train", "valid", "test"):
+        data.split(split)
+    for name in (config.method, *config.controls):
+        method_named(name)
+    method_config(config)
+    device_of(config.train)
+    hparams = config.hparams
+    if "embedding_dim" in hparams:
+        HyperParameters.parse({"embedding_dim": hparams["embedding_dim"]}, where="hparams")
+        hparams = {**hparams, "embedding_dim": 1}  # a small model is built faster
+    model = build(config.model, data.schema, **hparams)
+    if model.tables.width == 0:
+        raise ConfigError(
+            f"model {config.model!r} has no embedding tables to shrink, only first-order weights; choose another"
+        )
+    plan, budget = model.tables.plan, Budget.parse(config.budget)
+    if config.max_loss is None:
+        width = config.hparams.get("embedding_dim", plan.width)
+        bits: Bits = "mixed" if config.bits == "auto" else config.bits
+        if bits == 32 or config.target != "fbgemm":
+            full = SizePlan.full(data.schema, width, plan.first_order)
+            check_budget(full, budget, bits, config.target, method_named(config.method).adds)

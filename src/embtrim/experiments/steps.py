@@ -1,4 +1,4 @@
-"""The steps of a run: train the full model, search, compact, verify, retrain, quantise."""
+"""The steps of a run: train the full model, search, verify, compact, retrain, quantise; `run` and commands call them."""
 
 from __future__ import annotations
 
@@ -6,138 +6,250 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from embtrim.compaction.compacting import compact
-from embtrim.compaction.verification import verify
-from embtrim.config import Config
+from embtrim.compaction.verification import Verification, verify
 from embtrim.data.dataset import EncodedDataset
-from embtrim.errors import BudgetError, EmbtrimError
-from embtrim.experiments.records import Trained, make_record
-from embtrim.experiments.settings import RunConfig
-from embtrim.methods import method_named, method_of, search
+from embtrim.errors import BudgetError, DataError, EmbtrimError
+from embtrim.experiments.records import FoundPlan, Trained, make_record
+from embtrim.experiments.settings import RunConfig, method_config
+from embtrim.methods import method_named, search
 from embtrim.models import build
-from embtrim.plan.budget import Budget
+from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.limits import target_settings
-from embtrim.plan.plan import PlanShape, SizePlan
-from embtrim.plan.table import Bits, Target
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import Bits
+from embtrim.serving.bundle import load_bundle
 from embtrim.system.files import write_then_rename
 from embtrim.system.memory import peak_memory
 from embtrim.system.unfinished import claim
 from embtrim.tasks.task import CTRTask
 from embtrim.training.checkpoint import CheckpointFolder
 from embtrim.training.fitting import fit, training_settings
+from embtrim.training.recoding import data_for
+from embtrim.training.settings import FitResult
 from embtrim.training.state import checksum
 
 log = logging.getLogger(__name__)
 
-
 # Bisection over budgets for `max_loss`: the smallest budget tried, and how many budgets are tried at most.
 SMALLEST_SHARE = 0.01
-
-
 BISECTIONS = 6
 
-
-# What bits = "auto" tries. Codes of 8 bits lose nothing that AUC shows (docs/results.md), so that more would be wasted.
+# Precisions that bits = "auto" tries. AUC shows no loss from codes of 8 bits (docs/results.md): more bits would be wasted.
 TRIED_BITS: tuple[Bits, ...] = (8, "mixed", 4)
 
 
+# --- single steps ---------------------------------------------------------------------------------------------------
+
+
 def train_full(
-    data: EncodedDataset, config: RunConfig, seed: int, progress: bool = False, checkpoint: Path | None = None
+    data: EncodedDataset, config: RunConfig, progress: bool = False, checkpoint: Path | None = None
 ) -> Trained:
-    """Train the full model of a run and record it; see `fit` for the checkpoint."""
+    """Train the full model of a run, with the run's first seed, and record it; see `fit` for the checkpoint."""
     with peak_memory() as peak:
-        model = build(config.model, data.schema, **{**config.hparams, "seed": seed})
-        result = fit(model, data, config.train.replace(seed=seed), progress=progress, checkpoint=checkpoint)
+        model = build(config.model, data.schema, **{**config.hparams, "seed": config.seed})
+        train = config.train.replace(seed=config.seed)
+        result = fit(model, data, train, progress=progress, checkpoint=checkpoint)
     epoch_seconds = data.num_rows("train") / max(result.rows_per_second, 1e-9)
-    record = make_record("full", model, data, config, result, seed, peak.bytes, epoch_seconds=epoch_seconds)
+    record = make_record(model, data, config, result, peak_bytes=peak.bytes, epoch_seconds=epoch_seconds)
     return Trained(model, record)
+
+
+def load_full(folder: Path, data: EncodedDataset) -> CTRModel:
+    """The full model in a bundle.
+
+    Raises:
+        DataError: the bundle holds a compact model, or one of another schema than the data's.
+    """
+    model = load_bundle(folder).model
+    plan = model.tables.plan
+    if plan.num_params < plan.num_full_params:
+        raise DataError(
+            f"{folder} holds a compact model ({plan.method}); give the bundle of a full one, see `embtrim train`"
+        )
+    data_for(model, data)
+    return model
+
+
+def find_plan(
+    model: CTRModel,
+    data: EncodedDataset,
+    config: RunConfig,
+    *,
+    progress: bool = False,
+    unfinished: Path | None = None,
+    **claimed: Any,
+) -> FoundPlan:
+    """Search for a plan, with the method, budget, bits, target and first seed of a run.
+
+    Args:
+        model: the trained full model.
+        data: its data.
+        config: `bits` is a precision, not "auto".
+        progress: show progress bars on stderr.
+        unfinished: folder for the state of the search. A search that was interrupted is continued from it, and the plan
+            of a finished search is read from it. If its state is of other settings, it is emptied.
+        claimed: further settings on which the folder's contents depend.
+    """
+    assert config.bits != "auto", "a search needs one precision"
+    task = CTRTask(model, data, config.train.replace(seed=config.seed))
+    task.progress = progress
+    if unfinished is not None:
+        claim(unfinished, {**search_settings(task, config), **claimed})
+        if (cost_path := unfinished / "search.json").exists():  # written after the plan
+            cost = json.loads(cost_path.read_text("utf-8"))
+            return FoundPlan(SizePlan.load(unfinished / "plan.json"), cost["seconds"], cost["peak_bytes"])
+        task.checkpoints = CheckpointFolder(unfinished, task.config.checkpoint_seconds)
+    with peak_memory() as peak:
+        started = time.perf_counter()
+        plan = search(task, method_config(config), config.budget, config.seed, config.bits, config.target)
+        seconds = time.perf_counter() - started
+    if task.checkpoints is not None:
+        seconds += task.checkpoints.spent_seconds
+    found = FoundPlan(plan, seconds, peak.above_start)
+    if unfinished is not None:
+        _keep_plan(found, unfinished)
+    return found
+
+
+def search_settings(task: CTRTask, config: RunConfig) -> dict[str, Any]:
+    """The settings that a search depends on; its unfinished state is known by them."""
+    return {
+        "method": method_named(config.method).name,
+        **{f"search.{key}": value for key, value in method_config(config).model_dump(mode="json").items()},
+        "budget": config.budget,
+        "search_seed": config.seed,
+        "bits": config.bits,
+        # State of earlier releases has no word of a vocabulary, and their searches counted none.
+        **{name: value for name, value in target_settings(config.budget, config.target).items() if value},
+        **training_settings(task.model, task.data, task.config),
+        "weights": checksum(task.model),
+    }
+
+
+def _keep_plan(found: FoundPlan, unfinished: Path) -> None:
+    """Write a plan and the cost of its search; remove the checkpoints of trainings within the search."""
+    found.plan.save(unfinished / "plan.json")
+    text = json.dumps({"seconds": found.seconds, "peak_bytes": found.peak_bytes})
+    write_then_rename(unfinished / "search.json", lambda file: file.write(text.encode()))
+    for path in unfinished.glob("training-*.safetensors"):
+        path.unlink()
+
+
+def verify_plan(model: CTRModel, plan: SizePlan, data: EncodedDataset) -> Verification:
+    """Compare the compact model of a plan with the masked full one, on the validation rows if there are any.
+
+    Raises:
+        EmbtrimError: the two models differ.
+    """
+    verification = verify(model, plan, data, split="valid" if "valid" in data.splits else "train")
+    verification.require()
+    return verification
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """A compact model.
+
+    Attributes:
+        model: The compact model, quantised if its plan says so.
+        data: The data in the compact model's ids.
+        training: The cost and the history of retraining; None if the model was not retrained.
+    """
+
+    model: CTRModel
+    data: EncodedDataset
+    training: FitResult | None
+
+
+def compact_and_retrain(
+    model: CTRModel,
+    plan: SizePlan,
+    data: EncodedDataset,
+    config: RunConfig,
+    *,
+    retrain: bool = True,
+    progress: bool = False,
+    checkpoint: Path | None = None,
+) -> Compacted:
+    """Build the compact model of a plan, retrain it in fp32, and quantise it if the plan says so.
+
+    Args:
+        model: the trained full model.
+        plan: made for it.
+        data: the full model's data.
+        config: init, the settings of training and the first seed are read here.
+        retrain: False keeps the weights that `init` gives.
+        progress: show a progress bar on stderr.
+        checkpoint: file for the state of retraining; see `fit`.
+    """
+    small = compact(model, plan, init=config.init, seed=config.seed)
+    recoded, training = data.recode(plan), None
+    if retrain:
+        train = config.train.replace(seed=config.seed)
+        training = fit(small, recoded, train, progress=progress, checkpoint=checkpoint)
+    if plan.is_quantized:
+        small.tables.quantize()
+    return Compacted(small, recoded, training)
+
+
+# --- all steps after the full model ---------------------------------------------------------------------------------
 
 
 def shrink(
     full: Trained,
     data: EncodedDataset,
     config: RunConfig,
-    method: str,
-    settings: dict[str, Any],
-    budget: str,
-    seed: int,
-    progress: bool = False,
+    *,
     label: str | None = None,
+    progress: bool = False,
     unfinished: Path | None = None,
 ) -> Trained:
-    """Search, verify, compact, retrain and quantise within one budget, and record it.
+    """Search, verify, compact, retrain and quantise within one budget, and record the result.
 
     Args:
         full: the trained full model.
         data: its data.
-        config: init, bits and the settings of training are read here.
-        method: name of the search method.
-        settings: its settings.
-        budget: such as "10%".
-        seed: of the search and of retraining.
+        config: method, search, budget, bits, target, init, train and seed are read here; `max_loss` and `controls` are
+            not.
+        label: the record's variant, if it is not the name of the method.
         progress: show progress bars on stderr.
-        label: the record's variant, if that is not the name of the method.
-        unfinished: folder for the state of search and training, from which an interrupted one of the same settings goes
-            on.
+        unfinished: folder for the state of search and training. Interrupted work of the same settings is continued from
+            it.
     """
-    bits = config.bits
-    if bits == "auto":
+    if config.bits == "auto":
 
         def shrink_to(bits: Bits) -> Trained:
             work = None if unfinished is None else unfinished / f"{bits}-bits"
-            return shrink(full, data, config.replace(bits=bits), method, settings, budget, seed, progress, label, work)
+            return shrink(full, data, config.replace(bits=bits), label=label, progress=progress, unfinished=work)
 
         return best_precision(shrink_to)
-    train = config.train.replace(seed=seed)
-    found = method_named(method)
-    parsed = found.parse(settings)
-    task = CTRTask(full.model, data, train)
-    task.progress = progress
-    if unfinished is not None:
-        of_search = search_settings(task, parsed, budget, seed, bits, config.target)
-        claim(unfinished, {**of_search, "init": config.init})
+    checkpoint = None if unfinished is None else unfinished / "retraining.safetensors"
     with peak_memory() as peak:
-        plan, search_seconds, search_peak = _searched(task, parsed, budget, seed, bits, config.target, unfinished)
-        verification = verify(full.model, plan, data)
-        verification.require()
-        small = compact(full.model, plan, init=config.init, seed=seed)
-        recoded = data.recode(plan)
-        checkpoint = None if unfinished is None else unfinished / "retraining.safetensors"
-        result = fit(small, recoded, train, progress=progress, checkpoint=checkpoint)
-        if plan.is_quantized:
-            small.tables.quantize()
+        found = find_plan(full.model, data, config, progress=progress, unfinished=unfinished, init=config.init)
+        verification = verify_plan(full.model, found.plan, data)
+        small = compact_and_retrain(full.model, found.plan, data, config, progress=progress, checkpoint=checkpoint)
+    assert small.training is not None
     record = make_record(
-        label or method,
-        small,
-        recoded,
+        small.model,
+        small.data,
         config,
-        result,
-        seed,
-        peak.bytes,
-        method=method if label else None,
-        search=parsed.model_dump(mode="json"),
-        budget=budget,
-        bits=bits,
-        search_seconds=search_seconds,
-        search_peak_bytes=search_peak,
+        small.training,
+        peak_bytes=peak.bytes,
         epoch_seconds=full.record.data["num_rows"]["train"] / max(full.record.rows_per_second, 1e-9),
+        label=label,
+        found=found,
         verification=verification,
     )
-    return Trained(small, record, plan)
-
-
-def allowed_bytes(full: PlanShape, config: RunConfig, budget: str | None) -> int:
-    """Bytes that compact tables may take within a budget, or without one: at the fewest bits that a table may get."""
-    stored = full.with_bits(4 if config.bits in ("mixed", "auto") else config.bits)
-    most = stored.num_bytes(config.target)
-    return most if budget is None else int(min(most, stored.max_bytes(Budget.parse(budget), config.target)))
+    return Trained(small.model, record, found.plan)
 
 
 def best_precision(shrink_to: Callable[[Bits], Trained]) -> Trained:
-    """Of the compact models at 8, mixed and 4 bits the one of the best validation AUC."""
+    """The compact model with the best validation AUC among those with 8, mixed and 4 bits."""
     trials: list[Trained] = []
     for bits in TRIED_BITS:
         trials.append(shrink_to(bits))
@@ -147,7 +259,7 @@ def best_precision(shrink_to: Callable[[Bits], Trained]) -> Trained:
 
 
 def with_search_seconds(best: Trained, seconds: float) -> Trained:
-    """The model that was kept of several, all of whose `seconds` but those of its own training were search."""
+    """The best of several models; all their `seconds` count as its search, except those of its own training."""
     record = best.record
     seconds -= record.train_seconds
     epochs = seconds * record.search_epochs / max(record.search_seconds, 1e-9)
@@ -155,81 +267,36 @@ def with_search_seconds(best: Trained, seconds: float) -> Trained:
     return best
 
 
-def search_settings(
-    task: CTRTask, config: Config, budget: str, seed: int, bits: Bits, target: Target | None
-) -> dict[str, Any]:
-    """What a search depends on: of its unfinished state, to tell it by."""
-    return {
-        "method": method_of(config).name,
-        **{f"search.{key}": value for key, value in config.model_dump(mode="json").items()},
-        "budget": budget,
-        "search_seed": seed,
-        "bits": bits,
-        # What earlier releases left says nothing of a vocabulary, and counted none.
-        **{name: value for name, value in target_settings(budget, target).items() if value},
-        **training_settings(task.model, task.data, task.config),
-        "weights": checksum(task.model),
-    }
-
-
-def _searched(
-    task: CTRTask, config: Config, budget: str, seed: int, bits: Bits, target: Target | None, unfinished: Path | None
-) -> tuple[SizePlan, float, int | None]:
-    """A plan, the seconds of its search, and the peak memory above the start's; out of `unfinished` if it is there."""
-    if unfinished is not None:
-        plan_path, cost_path = unfinished / "plan.json", unfinished / "search.json"
-        if cost_path.exists():  # written last
-            cost = json.loads(cost_path.read_text("utf-8"))
-            return SizePlan.load(plan_path), cost["seconds"], cost["peak_bytes"]
-        task.checkpoints = CheckpointFolder(unfinished, task.config.checkpoint_seconds)
-    with peak_memory() as peak:
-        started = time.perf_counter()
-        plan = search(task, config, budget, seed, bits, target)
-        seconds = time.perf_counter() - started
-    if unfinished is not None:
-        assert task.checkpoints is not None
-        seconds += task.checkpoints.spent_seconds
-        plan.save(plan_path)
-        text = json.dumps({"seconds": seconds, "peak_bytes": peak.above_start})
-        write_then_rename(cost_path, lambda file: file.write(text.encode()))
-        for path in unfinished.glob("training-*.safetensors"):
-            path.unlink()
-    return plan, seconds, peak.above_start
-
-
 def smallest_within(
     full: Trained,
     data: EncodedDataset,
     config: RunConfig,
-    seed: int,
-    max_loss: float,
+    *,
     progress: bool = False,
     unfinished: Path | None = None,
 ) -> Trained:
-    """The smallest plan whose validation AUC is at most `max_loss` below the full model's.
+    """The smallest plan whose validation AUC is at most `config.max_loss` below the full model's.
 
-    Bisects the share of the full tables on a log scale, on the assumption that more budget does no harm; what comes
-    back was measured, whether or not that holds.
+    Bisects the share of the full tables on a log scale, on the assumption that a larger budget does no harm. The result
+    is measured, whether or not the assumption holds.
 
     Args:
-        full, data, config, seed, progress, unfinished: see `shrink`.
-        max_loss: of validation AUC.
+        full, data, config, progress, unfinished: see `shrink`; the budget is not read.
 
     Raises:
-        BudgetError: not even the largest budget tried is within the tolerance.
+        EmbtrimError: not even the largest budget tried is within the tolerance.
     """
+    assert config.max_loss is not None
     seconds = 0.0
-    wanted = full.record.valid["auc"] - max_loss
+    wanted = full.record.valid["auc"] - config.max_loss
     low, high = SMALLEST_SHARE, 1.0
     best: Trained | None = None
     for _ in range(BISECTIONS):
         share = (low * high) ** 0.5
         budget = f"{share:.4%}"
+        work = None if unfinished is None else unfinished / budget
         try:
-            trained = shrink(
-                full, data, config, config.method, config.search, budget, seed, progress,
-                unfinished=None if unfinished is None else unfinished / budget,
-            )  # fmt: skip
+            trained = shrink(full, data, config.replace(budget=budget), progress=progress, unfinished=work)
         except BudgetError as error:  # so small that the method keeps nothing
             log.info("budget %.2f%%: %s", share * 100, error)
             low = share
@@ -242,7 +309,7 @@ def smallest_within(
             low = share
     if best is None:
         raise EmbtrimError(
-            f"no plan of method {config.method!r} up to {low:.0%} of the tables is within {max_loss} of the full model's "
-            f"validation AUC {full.record.valid['auc']:.4f}; allow more loss, or name a budget"
+            f"no plan of method {config.method!r} up to {low:.0%} of the tables is within {config.max_loss} of the full "
+            f"model's validation AUC {full.record.valid['auc']:.4f}; allow more loss, or name a budget"
         )
     return with_search_seconds(best, seconds)

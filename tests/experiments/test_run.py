@@ -100,15 +100,15 @@ def test_same_seed_same_metrics(encoded, tmp_path):
 def test_max_loss_finds_a_small_plan_within_the_tolerance(encoded, monkeypatch):
     monkeypatch.setattr("embtrim.experiments.steps.BISECTIONS", 3)
     config = CONFIG.replace(train=CONFIG.train.replace(epochs=4), max_loss=0.02)
-    full = train_full(encoded, config, 0)
-    found = smallest_within(full, encoded, config, 0, 0.02)
+    full = train_full(encoded, config)
+    found = smallest_within(full, encoded, config)
     assert found.record.valid["auc"] >= full.record.valid["auc"] - 0.02
     assert found.record.num_params < full.record.num_params / 2
     assert found.record.search_seconds > found.record.train_seconds, "the trainings of the bisection count as search"
     monkeypatch.setattr("embtrim.experiments.steps.SMALLEST_SHARE", 0.0001)
     monkeypatch.setattr("embtrim.experiments.steps.BISECTIONS", 1)
     with pytest.raises(EmbtrimError, match="allow more loss"):
-        smallest_within(full, encoded, config, 0, 1e-9)
+        smallest_within(full, encoded, config.replace(max_loss=1e-9))
 
 
 def test_a_share_that_buys_no_slot_is_too_small_for_any_loss(encoded, monkeypatch):
@@ -116,12 +116,12 @@ def test_a_share_that_buys_no_slot_is_too_small_for_any_loss(encoded, monkeypatc
     monkeypatch.setattr("embtrim.experiments.steps.SMALLEST_SHARE", 0.0001)
     monkeypatch.setattr("embtrim.experiments.steps.BISECTIONS", 2)
     config = CONFIG.replace(method="random", max_loss=0.4)
-    full = train_full(encoded, config, 0)
+    full = train_full(encoded, config)
     with pytest.raises(
         BudgetError, match=r"'random' keeps no row of any table within a budget of 1%; 1\.\d+% is enough"
     ):
-        shrink(full, encoded, config, "random", {}, "1%", 0)
-    assert smallest_within(full, encoded, config, 0, 0.4).record.budget == "10.0000%"
+        shrink(full, encoded, config.replace(method="random", budget="1%"))
+    assert smallest_within(full, encoded, config).record.budget == "10.0000%"
 
 
 def test_dry_run_says_what_would_happen(encoded):
@@ -226,7 +226,7 @@ def test_scoring_keeps_freed_pages(encoded, tmp_path, monkeypatch):
 
 
 def test_search_memory_is_what_the_search_alone_needs(data, monkeypatch):
-    full = train_full(data, CONFIG.replace(train=CONFIG.train.replace(epochs=1)), 0)
+    full = train_full(data, CONFIG.replace(train=CONFIG.train.replace(epochs=1)))
     resident = np.ones(300_000_000, np.uint8)
     really = steps.search
 
@@ -242,7 +242,7 @@ def test_search_memory_is_what_the_search_alone_needs(data, monkeypatch):
 
     monkeypatch.setattr(steps, "search", hungry)
     monkeypatch.setattr(steps, "verify", hungry_after)
-    record = shrink(full, data, CONFIG, "random", {}, "30%", 0).record
+    record = shrink(full, data, CONFIG.replace(method="random", budget="30%")).record
     assert 190e6 < record.search_peak_bytes < 290e6
     assert record.peak_memory_bytes > resident.nbytes + 390e6
     assert record.epoch_seconds == data.num_rows("train") / full.record.rows_per_second
@@ -257,4 +257,4 @@ def test_a_record_says_which_kernels_moved_the_rows(tables, kernels, said, monke
     data = planted_data(num_rows=200, noise_vocab=20)
     config = RunConfig(model="fm", hparams={"embedding_dim": 2}, train=TrainConfig(epochs=1, tables=tables))
     assert training_settings(build("fm", data.schema, embedding_dim=2), data, config.train)["kernels"] == said
-    assert train_full(data, config, seed=0).record.versions.get("kernels") == said
+    assert train_full(data, config).record.versions.get("kernels") == said
