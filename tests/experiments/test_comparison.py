@@ -21,7 +21,7 @@ from rich.console import Console
 from embtrim.config import read_toml
 from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import ConfigError, DataError, EmbtrimError
-from embtrim.experiments import comparison, steps
+from embtrim.experiments import comparison, estimates, steps
 from embtrim.experiments.comparison import Comparison, compare, estimate
 from embtrim.experiments.grid import (
     Cell,
@@ -929,7 +929,7 @@ def test_interrupted_command(encoded: Path, tmp_path: Path) -> None:
 def test_estimate_is_of_what_is_left(
     first: tuple[Path, Comparison], small: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparison, "seconds_per_step", lambda *_: 2.0)
+    monkeypatch.setattr(estimates, "seconds_per_step", lambda *_: 2.0)
     facts = estimate(small, CONFIG.replace(budgets=("50%", "40%")), first[0])
     assert (facts["num_cells"], facts["num_cells_on_disk"]) == (14, 8)
     assert facts["seconds_at_most"] == 2.0 * 7 * 6  # 800 rows are 7 batches of 128; one epoch, six models

@@ -27,6 +27,8 @@ from embtrim.cli.terminal import (
     print_text,
     show_comparison,
     show_dry_run,
+    show_encode_dry_run,
+    show_encoded,
     show_facts,
     show_records,
     show_rows,
@@ -35,7 +37,7 @@ from embtrim.cli.terminal import (
     start_log,
     wants_progress,
 )
-from embtrim.config import Config, apply_overrides, describe_settings, merge, read_toml, to_toml
+from embtrim.config import Config, apply_overrides, describe_settings, merge, read_toml
 from embtrim.errors import BudgetError, ConfigError, DataError, EmbtrimError
 from embtrim.plan.budget import Budget
 
@@ -43,6 +45,7 @@ if TYPE_CHECKING:  # rooms that import torch are imported by the commands that n
     from embtrim.data.read_options import ReadOptions
     from embtrim.experiments.grid import CompareConfig
     from embtrim.experiments.settings import RunConfig
+    from embtrim.schema import Schema
 
 SettingsT = TypeVar("SettingsT", bound=Config)
 
@@ -51,60 +54,81 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Shrink the embedding tables of CTR models: find the size of every field within a budget, retrain, prove it.",
+    help="Shrink the embedding tables of CTR models: find sizes within a budget, retrain, and verify the result.",
 )
 
 # --- flags that several commands take -------------------------------------------------------------------------------
 
-DataName = Annotated[str, typer.Argument(metavar="DATA", help="Encoded folder, or a known dataset such as flights.")]
+DataName = Annotated[
+    str, typer.Argument(metavar="DATA", help="Folder that `embtrim encode` wrote, or a known dataset such as flights.")
+]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a saved model.")]
-OutPath = Annotated[Path | None, typer.Option("--out", help="What to write; needed unless --dry-run.")]
+OutPath = Annotated[Path | None, typer.Option("--out", help="File or folder to write; needed unless --dry-run.")]
 ConfigPath = Annotated[Path | None, typer.Option("--config", help="TOML file with settings.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; repeatable.")
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated.")
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --out.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of all random choices.")]
+NumSeeds = Annotated[
+    int | None, typer.Option("--seeds", help="Number of seeds; the first is --seed, each next one is larger by 1.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file or folder at --out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars, no log but warnings.")]
-ModelName = Annotated[str | None, typer.Option("--model", help="Base model: see `embtrim models`.")]
-MethodName = Annotated[str | None, typer.Option("--method", help="Search method: see `embtrim methods`.")]
-BudgetText = Annotated[str | None, typer.Option("--budget", help="Such as 10%, 200MB, '1.5M params'.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what the command would do, and write nothing.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars, and log only warnings.")]
+ModelName = Annotated[str | None, typer.Option("--model", help="Base model; `embtrim models` lists them.")]
+MethodName = Annotated[str | None, typer.Option("--method", help="Search method; `embtrim methods` lists them.")]
+BudgetText = Annotated[
+    str | None, typer.Option("--budget", help="Size limit of the compact tables: 10%, 200MB or '1.5M params'.")
+]
 InitName = Annotated[
-    str | None, typer.Option("--init", metavar="scratch|initial|inherit", help="How a compact model starts.")
+    str | None,
+    typer.Option("--init", metavar="scratch|initial|inherit", help="Initial weights of a compact model."),
 ]
 BitsName = Annotated[
-    str | None, typer.Option("--bits", metavar="32|16|8|4|mixed|auto", help="Of a stored value of the compact tables.")
+    str | None,
+    typer.Option("--bits", metavar="32|16|8|4|mixed|auto", help="Bits per stored value in the compact tables."),
 ]
 TargetName = Annotated[
     str | None,
     typer.Option(
         "--target",
         metavar="torch|onnx|fbgemm",
-        help="What will store the tables: bytes are its, and a budget in bytes holds the vocabulary too.",
+        help="Where the tables will be served. Sizes are counted as that backend stores them, and a budget in bytes then "
+        "includes the vocabulary.",
     ),
 ]
-FormatName = Annotated[str | None, typer.Option("--format", metavar="csv|parquet|libsvm|libfm", help="Of the log.")]
-NoHeader = Annotated[bool | None, typer.Option("--no-header", help="The first line of the log holds data.")]
+SplitText = Annotated[
+    str | None,
+    typer.Option("--split", help="How rows are split: 8:1:1 (random, the default), time:8:1:1 or time:CUT,CUT."),
+]
+FormatName = Annotated[
+    str | None,
+    typer.Option(
+        "--format", metavar="csv|parquet|libsvm|libfm", help="Format of the log; if not given, its suffix decides."
+    ),
+]
+NoHeader = Annotated[
+    bool | None, typer.Option("--no-header", help="The log has no header line; its first line is data.")
+]
 Columns = Annotated[str | None, typer.Option("--columns", help="Names of the log's columns, separated by commas.")]
-Separator = Annotated[str | None, typer.Option("--separator", help="What separates the log's cells.")]
-Encoding = Annotated[str | None, typer.Option("--encoding", metavar="utf-8|latin-1", help="Of the log's text.")]
+Separator = Annotated[str | None, typer.Option("--separator", help="Character between the cells of the log.")]
+Encoding = Annotated[str | None, typer.Option("--encoding", metavar="utf-8|latin-1", help="Text encoding of the log.")]
 
 
 class EncodeSettings(Config):
-    """Settings of `embtrim encode`: arguments of the functions `encode` and `encode_known`.
+    """Settings of `embtrim encode`.
 
     Attributes:
-        schema_file: TOML file with the schema; None infers one.
-        label: column with the binary label.
-        split: such as "8:1:1", "time:8:1:1" or "time:CUT,CUT".
-        valid: log of the validation split.
-        test: log of the test split.
-        dataset: name of a known dataset whose layout the log has.
-        min_count: for the fields of a known dataset.
-        seed: of a random split.
-        read: how the log is read, see ReadOptions.
+        schema_file: TOML file with the schema; if None, the schema is inferred.
+        label: Column with the binary label.
+        split: How rows are split: "8:1:1", "time:8:1:1" or "time:CUT,CUT".
+        valid: Log of the validation split.
+        test: Log of the test split.
+        dataset: Name of a known dataset; the log has its layout.
+        min_count: Occurrences that a value needs for a row of its own, in the fields of a known dataset.
+        seed: Seed of a random split.
+        read: How the log is read; see ReadOptions.
     """
 
     schema_file: str | None = None
@@ -122,8 +146,8 @@ class PredictSettings(Config):
     """Settings of `embtrim predict`.
 
     Attributes:
-        keep: columns of the log to copy beside the score.
-        read: how the log is read, see ReadOptions.
+        keep: Columns of the log that are copied beside the score.
+        read: How the log is read; see ReadOptions.
     """
 
     keep: tuple[str, ...] = ()
@@ -150,19 +174,21 @@ def encode(
     out: OutPath = None,
     schema: Annotated[
         str | None,
-        typer.Option("--schema", help="Schema as TOML; if not given, it is inferred and written beside --out."),
+        typer.Option("--schema", help="TOML file with the schema; if not given, the schema is inferred."),
     ] = None,
     draft: Annotated[
-        Path | None, typer.Option("--draft", help="Only infer the schema, and write it to this file.")
+        Path | None, typer.Option("--draft", help="Infer the schema, write it to this TOML file, and encode nothing.")
     ] = None,
-    split: Annotated[str | None, typer.Option("--split", help="8:1:1 (default), time:8:1:1 or time:CUT,CUT.")] = None,
+    split: SplitText = None,
     valid: Annotated[str | None, typer.Option("--valid", help="Log of the validation split.")] = None,
     test: Annotated[str | None, typer.Option("--test", help="Log of the test split.")] = None,
     dataset: Annotated[
-        str | None, typer.Option("--dataset", help="Layout of a known dataset: see `embtrim datasets`.")
+        str | None,
+        typer.Option("--dataset", help="Known dataset that the log is; `embtrim datasets` lists them."),
     ] = None,
     min_count: Annotated[
-        int | None, typer.Option("--min-count", help="With --dataset: rarer values are out of vocabulary.")
+        int | None,
+        typer.Option("--min-count", help="With --dataset: occurrences that a value needs for a row of its own."),
     ] = None,
     format: FormatName = None,
     no_header: NoHeader = None,
@@ -177,79 +203,84 @@ def encode(
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
-    """Encode a raw log: vocabulary from the training rows, ids on disk."""
+    """Encode a raw log as ids. The vocabulary is built from the training rows."""
     start_log(quiet)
     flags = {
         "schema_file": schema, "label": label, "split": split, "valid": valid, "test": test, "dataset": dataset,
         "min_count": min_count, "seed": seed, "read": _read_flags(format, no_header, columns, separator, encoding),
     }  # fmt: skip
     settings = _settle(EncodeSettings, config, overrides, flags)
-    from embtrim.data.catalog import encode_known, known
-    from embtrim.data.drafting import infer_schema
+    options = _read_options(settings.read)
+    _check_encode(settings, log)
+    source: Any = log[0] if log and len(log) == 1 else log
+    if draft is None and not dry_run:
+        out = _needed(out)
+        data = _encode_log(settings, source, options, out, overwrite, wants_progress(quiet))
+        show_encoded(data, out, as_json)
+        return
+    drafted = _draft_schema(settings, source, options)
+    if draft is None:
+        show_encode_dry_run(settings, drafted, as_json)
+        return
+    if draft.exists() and not overwrite:
+        raise DataError(f"{draft} exists; choose another name or pass --overwrite")
+    if not dry_run:
+        drafted.save_draft(draft)
+        log_line(f"wrote {draft}; edit it, then: embtrim encode .. --schema {draft}")
+    show_schema(drafted, as_json)
+
+
+def _check_encode(settings: EncodeSettings, log: Sequence[str] | None) -> None:
+    """Raise ConfigError for settings that do not go together, before the log is read."""
+    from embtrim.data.catalog import known
     from embtrim.data.splitting import Split
     from embtrim.schema import Schema
 
-    options = _read_options(settings.read)
     if settings.split is not None:
         Split.from_text(settings.split)
-    source: Any = log[0] if log and len(log) == 1 else log
     if settings.dataset is not None:
         _check_known(settings, log)
-        drafted = known(settings.dataset).schema if draft is not None or dry_run else None
+        known(settings.dataset)
     elif not log:
         raise ConfigError("encode needs LOG, one or more files (or --dataset with the name of a bundled dataset)")
     elif settings.min_count is not None:
         raise ConfigError("--min-count goes with --dataset; otherwise set min_count of each field in the schema")
     elif settings.schema_file is not None:
-        drafted = Schema.load_draft(settings.schema_file)
-    else:
-        drafted = infer_schema(source, settings.label, options) if draft is not None or dry_run else None
-    if draft is not None:
-        if draft.exists() and not overwrite:
-            raise DataError(f"{draft} exists; choose another name or pass --overwrite")
-        if drafted is not None and not dry_run:
-            drafted.save_draft(draft)
-            log_line(f"wrote {draft}; edit it, then: embtrim encode .. --schema {draft}")
-        show_schema(drafted, as_json)
-        return
-    if dry_run:
-        if as_json:
-            assert drafted is not None
-            print_json({"config": settings.model_dump(mode="json"), "schema": drafted.model_dump(mode="json")})
-            return
-        print_text(to_toml(settings))
-        show_schema(drafted, as_json)
-        return
-    out = _needed(out)
-    progress = wants_progress(quiet)
+        Schema.load_draft(settings.schema_file)
+
+
+def _draft_schema(settings: EncodeSettings, source: Any, options: ReadOptions) -> Schema:
+    """The schema that `encode` would use, before there is a vocabulary."""
+    from embtrim.data.catalog import known
+    from embtrim.data.drafting import infer_schema
+    from embtrim.schema import Schema
+
+    if settings.dataset is not None:
+        return known(settings.dataset).schema
+    if settings.schema_file is not None:
+        return Schema.load_draft(settings.schema_file)
+    return infer_schema(source, settings.label, options)
+
+
+def _encode_log(
+    settings: EncodeSettings, source: Any, options: ReadOptions, out: Path, overwrite: bool, progress: bool
+) -> EncodedDataset:
+    from embtrim.data.catalog import encode_known
+
     try:
         if settings.dataset is not None:
-            data = encode_known(
+            return encode_known(
                 settings.dataset, source, out, split=settings.split, seed=settings.seed, min_count=settings.min_count,
                 overwrite=overwrite, progress=progress,
             )  # fmt: skip
-        else:
-            data = embtrim.encode(
-                source, settings.schema_file, label=settings.label, out=out, split=settings.split, valid=settings.valid,
-                test=settings.test, seed=settings.seed, options=options, overwrite=overwrite, progress=progress,
-            )  # fmt: skip
+        return embtrim.encode(
+            source, settings.schema_file, label=settings.label, out=out, split=settings.split, valid=settings.valid,
+            test=settings.test, seed=settings.seed, options=options, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
     except KeyboardInterrupt as interrupt:
         if not interrupt.args:
             raise
         raise _Resumable from None
-    if as_json:
-        print_json(
-            {
-                "folder": str(out),
-                "fingerprint": data.schema.fingerprint,
-                "num_rows": {name: data.num_rows(name) for name in data.splits},
-                "schema": data.schema.model_dump(mode="json"),
-            }
-        )
-        return
-    show_schema(data.schema, as_json)
-    rows = ", ".join(f"{name} {data.num_rows(name):,}" for name in data.splits)
-    print_text(f"{out}: rows {rows}; schema {data.schema.describe()}")
 
 
 @app.command()
@@ -308,7 +339,7 @@ def search(
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
-    """Find what to keep of a trained model's tables within a budget: a plan, as JSON."""
+    """Find a size plan within a budget. The plan is a JSON file that says which parts of a trained model's tables to keep."""
     start_log(quiet)
     flags = {"method": method, "budget": budget, "bits": _bits(bits), "target": target, "seed": seed}
     settings = _run_config(data, config, overrides, flags)
@@ -345,11 +376,11 @@ def search(
 @app.command()
 def compact(
     bundle: BundlePath,
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="JSON file that `embtrim search` wrote.")],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan: the JSON file that `embtrim search` wrote.")],
     data: DataName,
     init: InitName = None,
     no_train: Annotated[
-        bool, typer.Option("--no-train", help="Do not retrain; only sensible with --init inherit.")
+        bool, typer.Option("--no-train", help="Do not retrain the compact model; needs --init inherit.")
     ] = False,
     out: OutPath = None,
     config: ConfigPath = None,
@@ -360,7 +391,7 @@ def compact(
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
-    """Apply a plan: verify that compact equals masked, build the smaller model, retrain, quantise and save it."""
+    """Apply a plan to a trained model. The compact model is built, verified, retrained, quantised and saved."""
     start_log(quiet)
     settings = _run_config(data, config, overrides, {"init": init, "seed": seed})
     from embtrim.experiments.estimates import estimate_compacting
@@ -427,7 +458,7 @@ def predict(
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score a raw log with a saved model; values that training never saw read the OOV row."""
+    """Score a raw log with a saved model. Values that are not in the model's vocabulary use the OOV row."""
     start_log(quiet)
     flags = {
         "keep": None if keep is None else _split_commas(keep),
@@ -456,17 +487,24 @@ def predict(
 @app.command()
 def update(
     bundle: BundlePath,
-    log: Annotated[str, typer.Argument(metavar="NEWLOG", help="New raw log, with labels: a file, a glob or a folder.")],
+    log: Annotated[str, typer.Argument(metavar="NEWLOG", help="New raw log with labels: a file, a glob or a folder.")],
     out: OutPath = None,
-    split: Annotated[str | None, typer.Option("--split", help="8:1:1 (default), time:8:1:1 or time:CUT,CUT.")] = None,
+    split: SplitText = None,
     min_count: Annotated[
-        int | None, typer.Option("--min-count", help="Occurrences a value needs for a row; otherwise each field's own.")
+        int | None,
+        typer.Option(
+            "--min-count",
+            help="Occurrences that a value needs for a row of its own; if not given, each field's min_count.",
+        ),
     ] = None,
     renumber: Annotated[
         bool,
-        typer.Option("--renumber", help="New ids by frequency in the new log; otherwise ids that stay do not change."),
+        typer.Option(
+            "--renumber",
+            help="Number all values again by frequency in the new log; otherwise old values keep their ids.",
+        ),
     ] = False,
-    no_train: Annotated[bool, typer.Option("--no-train", help="Only add the rows; all weights stay.")] = False,
+    no_train: Annotated[bool, typer.Option("--no-train", help="Add the new rows, and do not train.")] = False,
     format: FormatName = None,
     no_header: NoHeader = None,
     columns: Columns = None,
@@ -480,7 +518,7 @@ def update(
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
-    """Take a saved model to a new log: rows for new values, dropped ones back, training on from its weights."""
+    """Update a saved model with a new log. New and dropped values get rows, and training is continued."""
     start_log(quiet)
     from embtrim.serving.updating import UpdateConfig
 
@@ -523,17 +561,20 @@ def update(
 @app.command()
 def export(
     bundle: BundlePath,
-    format: Annotated[str, typer.Option("--format", metavar="pt2|onnx|torchrec", help="What the server reads.")],
+    format: Annotated[str, typer.Option("--format", metavar="pt2|onnx|torchrec", help="Format of the export.")],
     out: OutPath = None,
     external_data: Annotated[
-        bool, typer.Option("--external-data", help="onnx: weights in a file of their own, as always above 2 GB.")
+        bool,
+        typer.Option(
+            "--external-data", help="With onnx: write the weights to a second file; above 2 GB they always are."
+        ),
     ] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a saved model for serving without embtrim: torch.export, ONNX, or TorchRec's configs and tables."""
+    """Export a saved model for serving without embtrim. Formats: torch.export, ONNX, or TorchRec's configs and tables."""
     start_log(quiet)
     from embtrim.serving import exporting
     from embtrim.serving.bundle import load_bundle
@@ -569,15 +610,19 @@ def run(
     max_loss: Annotated[
         float | None,
         typer.Option(
-            "--max-loss", help="Instead of a budget: the smallest plan that loses at most this validation AUC."
+            "--max-loss",
+            help="Largest loss of validation AUC; the smallest plan within it is searched, instead of one within a budget.",
         ),
     ] = None,
     bits: BitsName = None,
     target: TargetName = None,
-    seeds: Annotated[int | None, typer.Option("--seeds", help="How many seeds, from --seed on.")] = None,
+    seeds: NumSeeds = None,
     init: InitName = None,
     controls: Annotated[
-        str | None, typer.Option("--controls", help="Methods run at the same budget, separated by commas; '' for none.")
+        str | None,
+        typer.Option(
+            "--controls", help="Methods to compare with, run at the same budget, separated by commas; '' for none."
+        ),
     ] = None,
     out: OutPath = None,
     config: ConfigPath = None,
@@ -587,7 +632,7 @@ def run(
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
-    """Do it all: train, search, compact, verify, retrain, save, report; started again with the same --out, it goes on."""
+    """Train, search, compact, retrain, save and report. Started again with the same --out, a run is continued."""
     start_log(quiet)
     if budget is not None and max_loss is not None:
         raise ConfigError("--budget and --max-loss exclude each other; give one of them")
@@ -618,15 +663,16 @@ def compare(
     data: DataName,
     models: Annotated[str | None, typer.Option("--models", help="Base models, separated by commas.")] = None,
     methods: Annotated[
-        str | None, typer.Option("--methods", help="Search methods, separated by commas; 'all' for every one.")
+        str | None, typer.Option("--methods", help="Search methods, separated by commas; 'all' for all of them.")
     ] = None,
     budgets: Annotated[
-        str | None, typer.Option("--budgets", help="Separated by commas, such as 50%,20%,10%,5%.")
+        str | None,
+        typer.Option("--budgets", help="Size limits of the compact tables, separated by commas: 50%,20%,10%,5%."),
     ] = None,
-    seeds: Annotated[int | None, typer.Option("--seeds", help="How many seeds, from --seed on.")] = None,
+    seeds: NumSeeds = None,
     init: InitName = None,
     target: TargetName = None,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Worker processes, which share the cores.")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Number of worker processes; they share the cores.")] = 1,
     out: OutPath = None,
     config: ConfigPath = None,
     overrides: Overrides = None,
@@ -635,7 +681,7 @@ def compare(
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a grid of models, methods, budgets and seeds; started again with the same --out, it goes on or grows."""
+    """Run a grid of models, methods, budgets and seeds. Started again with the same --out, it is continued or extended."""
     start_log(quiet)
     lists = {"models": models, "methods": methods, "budgets": budgets}
     flags = {name: None if text is None else _split_commas(text) for name, text in lists.items()}
@@ -669,12 +715,14 @@ def report(
     folder: Annotated[
         Path, typer.Argument(metavar="RUN", help="Folder that `embtrim run` or `embtrim compare` wrote.")
     ],
-    out: Annotated[Path | None, typer.Option("--out", help="Page to write; RUN/report.html if not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="HTML page to write; if not given, RUN/report.html.")
+    ] = None,
     as_json: AsJson = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
-    """Print the tables of a run's or a comparison's records, and write their page."""
+    """Print the tables of a run or a comparison, and write its page."""
     start_log(quiet)
     from embtrim.experiments.grid import read_skipped
     from embtrim.experiments.records import read_records
@@ -768,14 +816,14 @@ def _settle(
     flags: Mapping[str, Any],
     recipe: Mapping[str, Any] | None = None,
 ) -> SettingsT:
-    """Settings from, weakest first: the recipe, the file, --set, the flags that were given."""
+    """Merge settings, from the weakest: the recipe, the file, --set, the flags that were given."""
     values: dict[str, Any] = dict(recipe or {})
     if config is not None:
         in_file = read_toml(config)
-        kind.parse(in_file, where=str(config))  # alone first, so that a message says where the fault is
+        kind.parse(in_file, where=str(config))  # parsed alone first: the message then names the file
         values = merge(values, in_file)
     values = apply_overrides(values, overrides or ())
-    kind.parse(values)  # before the flags, which would cover a fault
+    kind.parse(values)  # parsed before the flags, which would hide a fault
     return kind.parse(merge(values, {key: value for key, value in flags.items() if value is not None}))
 
 
@@ -784,7 +832,7 @@ def _bits(text: str | None) -> int | str | None:
 
 
 def _run_config(data: str, config: Path | None, overrides: Sequence[str] | None, flags: Mapping[str, Any]) -> RunConfig:
-    """The settings of a run; wrong ones are found before any work is done."""
+    """The settings of a run; faults are found before any work is done."""
     if isinstance(flags.get("budget"), str):
         _check_budget(flags["budget"], "--budget")
     from embtrim.experiments.settings import RunConfig
@@ -801,7 +849,7 @@ def _run_config(data: str, config: Path | None, overrides: Sequence[str] | None,
 def _compare_config(
     data: str, config: Path | None, overrides: Sequence[str] | None, flags: Mapping[str, Any]
 ) -> CompareConfig:
-    """The settings of a grid; wrong ones are found before any work is done."""
+    """The settings of a grid; faults are found before any work is done."""
     from embtrim.experiments.grid import CompareConfig, resolve
 
     settings = _settle(CompareConfig, config, overrides, flags)
@@ -810,7 +858,7 @@ def _compare_config(
 
 
 def _known_recipe(data: str, models: Sequence[str]) -> dict[str, Any] | None:
-    """Settings that a dataset known by name brings, or None; it was written for one model, others take what they know."""
+    """The recipe of a known dataset, or None. It was written for one model; other models take the arguments they know."""
     from embtrim.data.catalog import CATALOG
     from embtrim.models import MODELS, arguments
 
@@ -830,7 +878,7 @@ def _check_budget(text: str, where: str) -> None:
 
 
 def _check_known(settings: EncodeSettings, log: Sequence[str] | None) -> None:
-    """Raise ConfigError for what a known dataset brings itself."""
+    """Raise ConfigError for settings that a known dataset has of its own."""
     own = [key for key in ("schema_file", "label", "valid", "test", "read") if getattr(settings, key)]
     if own:
         raise ConfigError(
@@ -873,7 +921,7 @@ def _needed(out: Path | None) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Console entry point: a user's errors become one clear line and an exit code, ours keep their traceback."""
+    """Console entry point. A user's error becomes one clear line and an exit code; a fault of embtrim keeps its traceback."""
     code: Any
     advice = "nothing is half-written; train, search, compact, update, run and compare go on when started again"
     try:
@@ -890,7 +938,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         code = _fail_os(error)
     except Exception as error:
-        show = getattr(error, "show", None)  # a usage error of click, of which typer has its own copy or not
+        show = getattr(error, "show", None)  # a usage error of click, which some versions of typer have a copy of
         if show is None:
             raise
         show(file=sys.stderr)
@@ -904,7 +952,7 @@ _INTERRUPTED: Literal[130] = 130
 
 
 class _Resumable(Exception):
-    """An interrupt of a command that can go on; typer would swallow the interrupt itself, and what it says."""
+    """An interrupt of a command that can be continued; typer would swallow a KeyboardInterrupt with its message."""
 
 
 def _fail(message: str, code: int) -> int:
@@ -914,9 +962,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _fail_os(error: OSError) -> int:
-    if isinstance(
-        error, BrokenPipeError
-    ):  # whoever read stdout has gone, which is not a fault: `embtrim report X | head`
+    if isinstance(error, BrokenPipeError):  # the reader of stdout has closed it, as in `embtrim report X | head`
         return 1
     where = f"{error.filename}: " if error.filename else ""
     advice = "; free space or choose another --out" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""

@@ -1,4 +1,4 @@
-"""What commands print: results on stdout, logs on stderr."""
+"""Output of the commands: results on stdout, logs on stderr."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -15,24 +16,26 @@ from rich.text import Text
 
 from embtrim.config import Config, to_toml
 
-if TYPE_CHECKING:  # as in cli.py
+if TYPE_CHECKING:  # these modules import torch, for which --help must not wait
+    from embtrim.data.dataset import EncodedDataset
     from embtrim.experiments.grid import Skipped
     from embtrim.experiments.records import RunRecord
+    from embtrim.schema import Schema
     from embtrim.serving.updating import UpdateReport
 
-# Columns of a table that goes to a file or a pipe, which has no width of its own.
+# Width of a table, in characters, on a file or a pipe: these have no width of their own.
 PIPE_WIDTH = 160
 
 
 class _LogLines(logging.Handler):
-    """Log lines on whatever stderr is at the time."""
+    """Writes log lines to the present sys.stderr, which tests replace."""
 
     def emit(self, record: logging.LogRecord) -> None:
         typer.echo(self.format(record), err=True)
 
 
 def start_log(quiet: bool) -> None:
-    """Log to stderr; only warnings, if quiet."""
+    """Log to stderr: only warnings if quiet."""
     logger = logging.getLogger("embtrim")
     if not any(isinstance(handler, _LogLines) for handler in logger.handlers):
         logger.addHandler(_LogLines())
@@ -45,17 +48,17 @@ def wants_progress(quiet: bool) -> bool:
 
 
 def log_line(text: str) -> None:
-    """One line of the log."""
-    logging.getLogger("embtrim.cli.commands").info(text)
+    """Write one line to the log."""
+    logging.getLogger("embtrim.cli").info(text)
 
 
 def log_record(record: RunRecord) -> None:
-    """The log's line about a model of a run."""
+    """Log a trained model of a run."""
     _log_trained(record.variant, record)
 
 
 def log_cell(record: RunRecord, done: int, total: int) -> None:
-    """The log's line about a cell of a grid."""
+    """Log a trained cell of a grid."""
     words = [record.model, record.variant, *([] if record.budget is None else [record.budget])]
     _log_trained(f"{done} of {total}: {' '.join(words)}", record)
 
@@ -84,7 +87,7 @@ def _print_table(table: Table) -> None:
 
 
 def show_records(records: Sequence[RunRecord], as_json: bool, many: bool = True) -> None:
-    """Print records as JSON, as a list if there may be many, or as a table."""
+    """Print records as a table or as JSON: a list if `many`, else the one record."""
     if as_json:
         dumped = [record.model_dump(mode="json") for record in records]
         print_json(dumped if many else dumped[0])
@@ -103,7 +106,7 @@ def show_comparison(records: Sequence[RunRecord], skipped: Sequence[Skipped]) ->
 
 
 def show_update(report: UpdateReport) -> None:
-    """What an update changed: a table of tables, a table of metrics, the facts."""
+    """Print the changes of an update: a table of tables, the metrics, the facts."""
     facts = report.to_dict()
     show_rows(
         [{k.replace("_", " "): f"{v:,}" if isinstance(v, int) else v for k, v in t.items()} for t in facts["tables"]],
@@ -123,7 +126,7 @@ def show_update(report: UpdateReport) -> None:
 
 
 def show_dry_run(settings: Config, facts: Mapping[str, Any], as_json: bool) -> None:
-    """Print the settings that would be used, and facts."""
+    """Print the settings that a command would use, and facts."""
     if as_json:
         print_json({"config": settings.model_dump(mode="json"), **facts})
         return
@@ -133,7 +136,7 @@ def show_dry_run(settings: Config, facts: Mapping[str, Any], as_json: bool) -> N
 
 
 def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
-    """Facts line by line; the unit is in the name."""
+    """Print facts line by line, in the unit that the name tells, or as JSON."""
     if as_json:
         print_json(facts)
         return
@@ -154,7 +157,30 @@ def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
             print_text(f"{words}: {format_count(value) if isinstance(value, int) else value}")
 
 
-def show_schema(schema: Any, as_json: bool) -> None:
+def show_encoded(data: EncodedDataset, folder: Path, as_json: bool) -> None:
+    """Print the result of encoding: the fields, the rows of each split, the schema."""
+    num_rows = {name: data.num_rows(name) for name in data.splits}
+    if as_json:
+        schema = data.schema.model_dump(mode="json")
+        print_json(
+            {"folder": str(folder), "fingerprint": data.schema.fingerprint, "num_rows": num_rows, "schema": schema}
+        )
+        return
+    show_schema(data.schema, as_json)
+    rows = ", ".join(f"{name} {count:,}" for name, count in num_rows.items())
+    print_text(f"{folder}: rows {rows}; schema {data.schema.describe()}")
+
+
+def show_encode_dry_run(settings: Config, drafted: Schema, as_json: bool) -> None:
+    """Print the settings and the schema that encoding would use."""
+    if as_json:
+        print_json({"config": settings.model_dump(mode="json"), "schema": drafted.model_dump(mode="json")})
+        return
+    print_text(to_toml(settings))
+    show_schema(drafted, as_json)
+
+
+def show_schema(schema: Schema, as_json: bool) -> None:
     """Print the fields of a schema."""
     if as_json:
         print_json(schema.model_dump(mode="json"))
@@ -174,7 +200,7 @@ def show_schema(schema: Any, as_json: bool) -> None:
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]], as_json: bool, shown: Sequence[str] | None = None) -> None:
-    """Print rows as JSON or as a table of the columns `shown`, by default those of the first row."""
+    """Print rows as JSON or as a table of the columns `shown`, by default all columns of the first row."""
     if as_json:
         print_json(rows)
         return
@@ -196,5 +222,5 @@ def _cell(value: Any) -> str:
 
 
 def first_line(doc: str | None) -> str:
-    """What a module's docstring says first, without the name before the colon."""
+    """The first line of a module's docstring, without the name before the colon."""
     return (doc or "").strip().partition("\n")[0].partition(": ")[2]
