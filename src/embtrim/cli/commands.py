@@ -828,6 +828,7 @@ def _settle(
 
 
 def _bits(text: str | None) -> int | str | None:
+    """The value of --bits: a number, or a word such as "mixed"."""
     return int(text) if text and text.isdecimal() else text
 
 
@@ -891,6 +892,7 @@ def _check_known(settings: EncodeSettings, log: Sequence[str] | None) -> None:
 def _read_flags(
     format: str | None, no_header: bool | None, columns: str | None, separator: str | None, encoding: str | None
 ) -> dict[str, Any]:
+    """The [read] section that the flags about the log make; flags that were not given are left out."""
     flags = {
         "format": format,
         "header": False if no_header else None,
@@ -902,16 +904,19 @@ def _read_flags(
 
 
 def _read_options(values: Mapping[str, Any]) -> ReadOptions:
+    """The options of a [read] section; ConfigError if one is wrong."""
     from embtrim.data.read_options import ReadOptions
 
     return ReadOptions.parse(values, where="read")
 
 
 def _split_commas(text: str) -> tuple[str, ...]:
+    """The parts of a comma-separated flag, without empty ones."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _needed(out: Path | None) -> Path:
+    """The value of --out; ConfigError if it was not given."""
     if out is None:
         raise ConfigError("--out is needed: where to write (or --dry-run)")
     return out
@@ -956,12 +961,14 @@ class _Resumable(Exception):
 
 
 def _fail(message: str, code: int) -> int:
+    """Print an error to stderr and return its exit code."""
     with suppress(OSError):
         typer.echo(f"embtrim: {message}", err=True)
     return code
 
 
 def _fail_os(error: OSError) -> int:
+    """Print an error of the operating system with its file and a remedy; return the exit code."""
     if isinstance(error, BrokenPipeError):  # the reader of stdout has closed it, as in `embtrim report X | head`
         return 1
     where = f"{error.filename}: " if error.filename else ""

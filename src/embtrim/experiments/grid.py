@@ -305,7 +305,7 @@ def check_settings(
         made.pop(free, None)
     change = first_change(made, expected)
     if change is not None:
-        raise DataError(f"{path} was made with {change}; choose another --out, or give the settings of before")
+        raise DataError(f"{path} was made with {change}; choose another --out, or give the earlier settings")
 
 
 def _under(section: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""RunRecord: one trained model, what it was, what it cost, how well it does."""
+"""RunRecord: what one trained model is, what it cost, and how well it does."""
 
 from __future__ import annotations
 
@@ -35,35 +35,51 @@ RECORDS_FILE = "records.jsonl"
 
 
 class RunRecord(Config):
-    """One trained model: what it was, what it cost, how well it does. Written as JSON.
+    """What one trained model is, what it cost, and how well it does. Written as JSON.
 
     Attributes:
-        variant: "full", or the label of what sized it: the name of the method, or of a variant in `compare`.
-        method: name of the method in the records of `compare`; None in those of `run`, whose variant is the method.
-        budget: as asked for; None for the full model.
-        data: fingerprint, folder and rows of the encoded data.
-        valid, test: metrics of the splits, see Metrics; empty where the split is missing.
-        num_params: embedding parameters, projections included, without first-order weights.
-        target: of the run, see RunConfig.
-        counted_vocabulary_bytes: what the vocabulary takes of the budget; None where that need not hold it, see `search`.
-        bits: of the stored values, "mixed" if tables may differ; metrics and bytes are those of the quantised model, if there
-            are fewer than 32.
-        table_bytes: bytes of embedding tables and first-order weights, as the target of the run stores them.
-        bundle_bytes: bytes of the saved bundle on disk, vocabulary included.
-        vocabulary_bytes: of these those of the encoder; 0 where no bundle was saved.
-        widths: columns that each field's rows store; their mean over the compact rows where these have several.
-        kept_rows: compact rows of each table.
-        search_seconds: of the search alone, its own pretraining included; 0 for the full model.
-        search_peak_bytes: peak anonymous memory of the search alone, above what was resident at its start.
-        epoch_seconds: one training epoch of the full model, validation not included.
+        record_version: Version of the record's format.
+        variant: "full", or what sized the model: the name of the method, or the label of a variant in `compare`.
+        method: Name of the search method in records of `compare`; None in records of `run`, where the variant names it.
+        model: Name of the base model.
+        hparams: Arguments of the base model.
+        train: Settings of training; see TrainConfig.
+        search: Settings of the search method; empty for the full model.
+        budget: Size limit of the compact tables, as asked for; None for the full model.
+        init: Initial weights of the compact model; None for the full model.
+        seed: Seed of training and search.
+        data: Fingerprint, folder and number of rows of the encoded data.
+        valid: Metrics on the validation split; see Metrics.
+        test: Metrics on the test split; see Metrics.
+        num_params: Number of embedding parameters, projections included, without first-order weights.
+        num_full_params: Number of embedding parameters of the full model.
+        num_first_order_params: Number of first-order weights.
+        bits: Bits per stored value in the compact tables, "mixed" if tables may differ. With fewer than 32, metrics and
+            bytes are those of the quantised model.
+        target: Backend that sizes are counted for; see RunConfig.
+        table_bytes: Bytes of embedding tables and first-order weights, as the target stores them.
+        model_params: Number of all parameters of the model.
+        bundle_bytes: Bytes of the saved bundle on disk, vocabulary included; 0 if no bundle was saved.
+        vocabulary_bytes: Bytes of the encoder in the saved bundle; 0 if no bundle was saved.
+        counted_vocabulary_bytes: Bytes of the budget that the vocabulary takes; None if the budget does not include it.
+        widths: Stored columns per row of each field; the mean over the compact rows if rows differ.
+        full_width: Embedding dimension of the full model.
+        kept_rows: Number of compact rows of each table.
+        num_rows: Number of rows of each full table.
+        search_seconds: Wall time of the search, its own pretraining included; 0 for the full model.
+        search_peak_bytes: Peak anonymous memory of the search above what was resident at its start.
+        epoch_seconds: Wall time of one training epoch of the full model, without validation.
         search_epochs: search_seconds / epoch_seconds.
-        train_seconds: of training this model, validation included.
-        rows_per_second: see FitResult, as for compile_seconds.
-        peak_memory_bytes: peak anonymous memory of the process over search and training; None where the system does
-            not tell.
-        verification: compact against masked, see Verification; None for the full model.
-        versions: of embtrim, see `code_version`, torch, Python, and the kernels.
-        hardware: processor, threads and device.
+        train_seconds: Wall time of training this model, validation included.
+        epochs: Number of epochs trained.
+        rows_per_second: Training rows per second; see FitResult.
+        compile_seconds: Wall time of compilation; see FitResult.
+        precision: Precision of the forward pass in training, in words.
+        peak_memory_bytes: Peak anonymous memory of the process over search and training; None if the system does not
+            tell.
+        verification: Comparison of the compact with the masked model; see Verification. None for the full model.
+        versions: Versions of embtrim (see `code_version`), torch, Python and the kernels.
+        hardware: Processor, number of threads, and device.
     """
 
     record_version: int = RECORD_VERSION
@@ -146,7 +162,7 @@ def _parse_record(text: str, where: str) -> RunRecord:
 
 @cache
 def code_version() -> str:
-    """The release, and a digest of the sources that run: what a change of the code may have changed shows in a record."""
+    """The release and a digest of all sources: a record tells whether the code has changed since it was made."""
     files = sorted(Path(__file__).parents[1].rglob("*.py"))
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     return f"{__version__}+{digest[:8]}"

@@ -101,7 +101,7 @@ def _run_seed(
 
 
 def _check_folder(out: Path, config: RunConfig) -> None:
-    """Raise DataError unless `out` is free, or was begun by a run of this config."""
+    """Raise DataError unless `out` is free or belongs to a run with the same config."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     settings = out / "config.toml"
@@ -109,26 +109,26 @@ def _check_folder(out: Path, config: RunConfig) -> None:
     if "method" not in values:
         raise DataError(f"output folder {out} exists and is not empty; choose another or remove it")
 
-    def told(config: RunConfig) -> dict[str, Any]:
+    def settings_of(config: RunConfig) -> dict[str, Any]:
         values = config.model_dump(mode="json", exclude={"train": {"checkpoint_seconds"}})
         return {**values, **target_settings(None if config.max_loss else config.budget, config.target)}
 
-    change = first_change(told(RunConfig.parse(values, where=str(settings))), told(config))
+    change = first_change(settings_of(RunConfig.parse(values, where=str(settings))), settings_of(config))
     if change is not None:
         raise DataError(
-            f"{out} is of a run with {change}; choose another --out, or give the settings of before to go on with it"
+            f"{out} belongs to a run with {change}; choose another --out, or give the earlier settings to continue the run"
         )
 
 
 def _finished(out: Path, variant: str, seed: int, data: EncodedDataset, target: Target | None) -> RunRecord | None:
-    """The record of a model that an earlier start has finished; DataError if it is of other data, or of another budget."""
+    """The record of a finished model, or None; DataError if it was made on other data or counted its budget otherwise."""
     path = out / "records" / f"{variant}-seed{seed}.json"
     if not path.exists():
         return None
     record = RunRecord.load(path)
     if record.data["fingerprint"] != data.schema.fingerprint:
         raise DataError(
-            f"{path} was made on data {record.data['fingerprint']}, these are {data.schema.fingerprint}; choose another --out"
+            f"{path} was made on data {record.data['fingerprint']}, given are {data.schema.fingerprint}; choose another --out"
         )
     if counts_vocabulary(record.budget, target) and record.counted_vocabulary_bytes is None:
         raise DataError(
@@ -151,7 +151,7 @@ def _keep(
             plan=trained.plan,
             metrics={"valid": record.valid, "test": record.test},
             seed=record.seed,
-            overwrite=True,  # of a run that was killed before it wrote the record
+            overwrite=True,  # a run that was killed may have written the bundle, but not the record
         )
         bundle = out / "bundles" / name
         record = record.replace(bundle_bytes=folder_bytes(bundle), vocabulary_bytes=folder_bytes(bundle / "encoder"))
@@ -164,10 +164,10 @@ def _keep(
 
 
 def _note_spread(records: list[RunRecord], out: Path) -> None:
-    """Tell the bundles of each variant how its metrics spread over the seeds."""
+    """Write into the bundles of each variant how its metrics spread over the seeds."""
     for variant in dict.fromkeys(record.variant for record in records):
         metrics = {r.seed: {"valid": r.valid, "test": r.test} for r in records if r.variant == variant}
         for seed in metrics:
             bundle = out / "bundles" / f"{variant}-seed{seed}"
-            if bundle.exists():  # not of data that were made in memory
+            if bundle.exists():  # data made in memory have no bundles
                 note_spread(bundle, metrics)
