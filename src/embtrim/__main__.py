@@ -1,5 +1,5 @@
 """`python -m embtrim` is the command line."""
 
-from embtrim.cli.commands import main
+from embtrim.cli.main import main
 
 main()

@@ -1,21 +1,13 @@
-"""Bad inputs, each with the exit code and the words its message must have: of the command line, and in Python those of
-other people's modules.
+"""Bad inputs, each with the exit code and the words that its message must have.
 
-    python -m tests.cli.bad_inputs > docs/bad_inputs.md     what people run into most, with the messages they get
+    python -m tests.cli.bad_inputs > docs/bad_inputs.md     the most frequent ones, with the messages they get
 
-`test_cli.py` runs the same lists, and compares docs/bad_inputs.md with what it gets.
+`test_cli.py` runs this list and the one of bad_calls.py, and compares docs/bad_inputs.md with the messages.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import io
 import json
-import os
-import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,109 +16,8 @@ from typing import Any
 
 import numpy as np
 
-TINY = [
-    *("--set", "hparams.hidden_units=[16]", "--set", "hparams.embedding_dim=8"),
-    *("--set", "train.epochs=2", "--set", "train.batch_size=256", "--set", "train.precision=fp32"),
-]
-# Run main() with a limit on the size of files: what a full disk is to a writer. Python ignores SIGXFSZ by itself.
-LIMITED = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({0}, {0})); from embtrim.cli.commands import main; main()"
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-def call(*arguments: str | Path) -> Result:
-    """The command line in this process."""
-    from embtrim.cli.commands import main
-
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = int(end.code or 0)
-    return Result(code, out.getvalue(), err.getvalue())
-
-
-def call_limited(limit: int, *arguments: str | Path) -> Result:
-    """The command line in a process of its own that can write no file beyond `limit` bytes."""
-    command = [sys.executable, "-c", LIMITED.format(limit), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment())
-    return Result(done.returncode, done.stdout, done.stderr)
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-
-
-def write_log(path: Path, num_rows: int = 3000, seed: int = 0) -> None:
-    """A click log with two categorical fields, a multi-valued one and a number; a planted signal in all but the last."""
-    rng = np.random.default_rng(0)
-    user_effect, item_effect, tag_effect = (1.5 * rng.normal(size=size) for size in (300, 60, 8))
-    rng = np.random.default_rng(seed)
-    user, item = rng.integers(0, 300, num_rows), rng.integers(0, 60, num_rows)
-    tags, num_tags = rng.integers(0, 8, (num_rows, 3)), rng.integers(1, 4, num_rows)
-    price = rng.lognormal(3, 1, num_rows)
-    score = user_effect[user] + item_effect[item] + tag_effect[tags[:, 0]]
-    click = rng.random(num_rows) < 1 / (1 + np.exp(-score))
-    with open(path, "w") as file:
-        file.write("click,user,item,tags,price\n")
-        for row in range(num_rows):
-            listed = "|".join(f"t{tag}" for tag in tags[row, : num_tags[row]])
-            file.write(f"{int(click[row])},u{user[row]},i{item[row]},{listed},{price[row]:.2f}\n")
-
-
-class Workshop:
-    """A folder with a good log, its encoding, a trained bundle, a plan, and a compact bundle, to be broken in copies."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.log, self.data, self.bundle = folder / "log.csv", folder / "data", folder / "full"
-        self.plan, self.small = folder / "plan.json", folder / "small"
-        write_log(self.log)
-        for arguments in (
-            ["encode", self.log, "--label", "click", "--out", self.data],
-            ["train", self.data, "--out", self.bundle, *TINY],
-            ["search", self.bundle, self.data, "--method", "sseds", "--budget", "20%", "--out", self.plan],
-            ["compact", self.bundle, self.plan, self.data, "--out", self.small, *TINY],
-        ):
-            done = call(*arguments)
-            if done.code:
-                raise RuntimeError(f"{arguments}: {done.err}")
-
-    def new(self, name: str) -> Path:
-        """A path in the workshop at which nothing is."""
-        path = self.folder / name
-        shutil.rmtree(self.folder / f".{name}.encoding", ignore_errors=True)
-        if path.is_dir():
-            shutil.rmtree(path)
-        path.unlink(missing_ok=True)
-        return path
-
-    def text(self, name: str, text: str | bytes) -> Path:
-        path = self.new(name)
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return path
-
-    def lines(self, name: str, change: Callable[[list[str]], list[str]]) -> Path:
-        """A copy of the log with its lines changed."""
-        return self.text(name, "\n".join(change(self.log.read_text().splitlines())) + "\n")
-
-    def copy(self, source: Path, name: str) -> Path:
-        return Path(shutil.copytree(source, self.new(name)))
-
-    def snapshot(self) -> dict[str, str]:
-        """Digest of every file and name of every folder."""
-        return {
-            str(path.relative_to(self.folder)): hashlib.md5(path.read_bytes()).hexdigest()
-            if path.is_file()
-            else "folder"
-            for path in sorted(self.folder.rglob("*"))
-        }
+from tests.cli.bad_calls import BAD_CALLS
+from tests.cli.workshop import TINY, Result, Workshop, call, call_limited, write_log
 
 
 @dataclass(frozen=True)
@@ -467,108 +358,6 @@ BAD_INPUTS = (
              limit=20_000),
     BadInput("disk full: run", _run(), 1, ("full-seed0", "could not be written"), limit=10_000, leaves=True),
     BadInput("disk full: predict", _predict(lambda s: s.log), 1, ("scores.parquet could not be written", "File too large"), limit=4_000),
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class BadCall:
-    """A call that fails, about a module of somebody else's.
-
-    Attributes:
-        name: what is wrong, in words.
-        call: makes it.
-        words: what the message must contain.
-    """
-
-    name: str
-    call: Callable[[], object]
-    words: tuple[str, ...]
-
-    def message(self) -> str:
-        from embtrim.errors import EmbtrimError
-
-        try:
-            self.call()
-        except EmbtrimError as error:
-            return str(error)
-        raise AssertionError(f"{self.name}: no error")
-
-
-def _search_module(module: str = "ForeignModel", budget: str = "50%", **changes: Any) -> object:
-    """Search in a module of torch.nn or embtrim.testing, through a Task that lacks or has other things."""
-    import torch
-
-    import embtrim
-    from embtrim import testing
-
-    made = testing.ForeignModel() if module == "ForeignModel" else torch.nn.Linear(3, 1)
-    given = {"loss": lambda model, batch: model(batch[0]).sum(), "train": list(testing.foreign_batches()), **changes}
-    return embtrim.search(embtrim.Task(made, **given), embtrim.methods.FrequencyConfig(), budget)
-
-
-def _compact_other() -> object:
-    import embtrim
-    from embtrim import testing
-
-    plan = embtrim.search(testing.foreign_task(), embtrim.methods.UniformConfig(), "50%")
-    return embtrim.compact(testing.PooledModel(), plan, init="inherit")
-
-
-def _of_module(call: Callable[[Any, Any], object]) -> Callable[[], object]:
-    """A call with embtrim and a Task of a module."""
-
-    def made() -> object:
-        import embtrim
-        from embtrim import testing
-
-        return call(embtrim, testing.foreign_task())
-
-    return made
-
-
-def _search_compact(embtrim: Any, task: Any) -> object:
-    plan = embtrim.search(task, embtrim.methods.UniformConfig(), "50%")
-    return embtrim.search(
-        embtrim.Task(embtrim.compact(task.model, plan), task.loss, task.batches("train")),
-        embtrim.methods.UniformConfig(),
-        "50%",
-    )
-
-
-BAD_CALLS = (
-    BadCall("module without embeddings", lambda: _search_module("Linear"), ("no embedding to shrink", "Linear")),
-    BadCall("module of which nothing may shrink", lambda: _search_module(keep=lambda name: False), ("no embedding to shrink", "user")),
-    BadCall("fields= of no embedding", lambda: _search_module(fields={"usr": {"a": 40}}), ("names 'usr'", "no embedding that was found")),
-    BadCall("fields= whose rows are not the table's", lambda: _search_module(fields={"user": {"a": 30, "b": 5}}),
-            ("fields of 'user'", "30 (a) + 5 (b) = 35 rows, the table has 40")),
-    BadCall("search without the batches it reads", lambda: _search_module(train=None), ("reads train batches", "`train=`")),
-    BadCall("module and a budget of nothing", lambda: _search_module(budget="0%"), ("must be a positive number",)),
-    BadCall("plan of another module", _compact_other,
-            ("plan was made for embeddings", "'user' is 40 x 6 in the plan, here missing", "search again")),
-    BadCall("compact module searched", _of_module(_search_compact),
-            ("no embedding to shrink", "compact already; search and compact the full")),
-    BadCall("loss of a value a row", lambda: _search_module(loss=lambda model, batch: model(batch[0])),
-            ("scalar tensor", "shape (64,)")),
-    BadCall("loss that is not a tensor", lambda: _search_module(loss=lambda model, batch: 0.5), ("scalar tensor", "a float")),
-    BadCall("loss without a gradient", _of_module(lambda e, task: e.search(
-        e.Task(task.model, lambda *given: task.loss(*given).detach(), task.batches("train"), task.batches("valid")),
-        e.methods.SSEDSConfig(), "50%")),
-            ("loss has no gradient by the embeddings",)),
-    BadCall("module where a Task belongs", _of_module(lambda e, task: e.search(task.model, e.methods.SSEDSConfig(), "50%")),
-            ("search takes a Task, given a ForeignModel", "Task(model, loss=..")),
-    BadCall("class of settings", _of_module(lambda e, task: e.search(task, e.methods.SSEDSConfig, "50%")),
-            ("SSEDSConfig'> is not", "SSEDSConfig()")),
-    BadCall("module trained as one of ours", _of_module(lambda e, task: e.fit(task.model, e.load("flights"))),
-            ("for the models of embtrim.models, given a ForeignModel", "a Task")),
-    BadCall("module evaluated as one of ours", _of_module(lambda e, task: e.evaluate(task.model, e.load("flights"))),
-            ("given a ForeignModel",)),
-    BadCall("one of our models trained on a Task",
-            _of_module(lambda e, task: e.fit(e.models.LR(e.Schema.from_sizes([9])), task)),
-            ("a lr is trained, evaluated and saved on encoded data, given a Task",)),
-    BadCall("module saved as a bundle", _of_module(lambda e, task: e.save(task.model, "none", e.load("flights"))),
-            ("a bundle holds a model of embtrim.models, given a ForeignModel", "state_dict()")),
-    BadCall("module in a CTRTask", _of_module(lambda e, task: e.CTRTask(task.model, e.load("flights"))),
-            ("given a ForeignModel", "a Task(model")),
 )  # fmt: skip
 
 # The bad inputs that docs/bad_inputs.md shows.

@@ -16,28 +16,18 @@ import polars as pl
 import pytest
 import torch
 
-from embtrim.cli.commands import EncodeSettings, app
+from embtrim.cli.main import app
+from embtrim.cli.settings import EncodeSettings
 from embtrim.plan.plan import SizePlan
-from tests.cli.bad_inputs import (
-    BAD_CALLS,
-    BAD_INPUTS,
-    DOCUMENTED,
-    HEAD,
-    TINY,
-    BadCall,
-    BadInput,
-    Workshop,
-    call,
-    environment,
-    table_row,
-    write_log,
-)
+from tests.cli.bad_calls import BAD_CALLS, BadCall
+from tests.cli.bad_inputs import BAD_INPUTS, DOCUMENTED, HEAD, BadInput, table_row
+from tests.cli.workshop import TINY, Workshop, call, environment, write_log
 from tests.conftest import interrupt_encoding
 
 PAGE = (Path(__file__).parents[2] / "docs" / "bad_inputs.md").read_text("utf-8").splitlines()
 REWRITE = "docs/bad_inputs.md says something else: python -m tests.cli.bad_inputs > docs/bad_inputs.md"
 INTERRUPTIBLE = (
-    "import signal as s; s.signal(s.SIGINT, s.default_int_handler); from embtrim.cli.commands import main; main()"
+    "import signal as s; s.signal(s.SIGINT, s.default_int_handler); from embtrim.cli.main import main; main()"
 )
 
 
@@ -386,7 +376,7 @@ def test_full_device_and_closed_pipe_as_stdout() -> None:
 
 def test_help_is_quick_and_light() -> None:
     code = (
-        "import sys; from embtrim.cli.commands import main\n"
+        "import sys; from embtrim.cli.main import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
         "assert not {'torch', 'polars', 'plotly'} & set(sys.modules), 'heavy'"

@@ -20,7 +20,7 @@ from embtrim.methods import METHODS, SSEDSConfig, method_named, method_of, regis
 from embtrim.methods.registry import OWN, register
 from embtrim.testing import foreign_task
 from embtrim.training.settings import TrainConfig
-from tests.cli.bad_inputs import TINY, call, environment, write_log
+from tests.cli.workshop import TINY, call, environment, write_log
 
 TOY = '''
 """first: the first columns of all tables, as many as fit."""
@@ -149,7 +149,7 @@ def test_one_method_shows_its_settings_and_its_preset():
 @pytest.mark.parametrize("arguments", [["--help"], ["methods"], ["methods", "--json"]])
 def test_the_list_of_methods_needs_no_torch(arguments: list[str]):
     code = (
-        "import sys; from embtrim.cli.commands import main\n"
+        "import sys; from embtrim.cli.main import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit as end: assert not end.code\n"
         "assert 'torch' not in sys.modules"

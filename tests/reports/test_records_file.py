@@ -11,7 +11,7 @@ import pytest
 from embtrim.errors import DataError
 from embtrim.experiments.grid import Cell, Skipped, read_skipped, record_path, write_skipped
 from embtrim.experiments.records import RECORDS_FILE, read_records
-from tests.cli.bad_inputs import call
+from tests.cli.workshop import call
 from tests.reports.test_report import record
 
 

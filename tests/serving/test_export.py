@@ -32,7 +32,7 @@ from embtrim.serving.bundle import load_bundle, save
 from embtrim.serving.exporting import export
 from embtrim.tables.row_optimizers import RowAdam
 from embtrim.testing.toys import foreign_batches, foreign_task
-from tests.cli.bad_inputs import call
+from tests.cli.workshop import call
 from tests.serving.export_models import (
     TOLERANCE,
     batch_of,

@@ -22,7 +22,7 @@ from embtrim.serving import updating
 from embtrim.serving.bundle import load_bundle, save
 from embtrim.serving.updating import UpdateConfig, added_ids, update
 from embtrim.system.folders import file_digest
-from tests.cli.bad_inputs import call
+from tests.cli.workshop import call
 from tests.conftest import interrupt_encoding
 
 KINDS = ("full", "columns", "rows", "rows_without_oov", "mixed")

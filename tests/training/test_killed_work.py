@@ -25,7 +25,7 @@ from embtrim.experiments.records import RunRecord
 from embtrim.experiments.run import run
 from embtrim.experiments.settings import RunConfig
 from embtrim.testing.toys import planted_data
-from tests.cli.bad_inputs import TINY, call, write_log
+from tests.cli.workshop import TINY, call, write_log
 from tests.data.test_encoding_resume import Job as EncodeJob
 from tests.training.interruptions import SEARCHES, TRAIN
 

@@ -12,7 +12,7 @@ from embtrim.experiments.steps import BISECTIONS, TRIED_BITS
 from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.budget import Budget
-from embtrim.plan.plan import SizePlan
+from embtrim.plan.plan import PlanShape, SizePlan
 from embtrim.training.devices import device_of, fast_matmul
 from embtrim.training.evaluation import logloss_of_batch
 from embtrim.training.fitting import make_optimizers
@@ -75,7 +75,7 @@ def longest_training(model: CTRModel, data: EncodedDataset, train: TrainConfig) 
     return {"seconds_per_step": step, "seconds_at_most": step * steps}
 
 
-def _bytes_of_search(full: SizePlan, config: RunConfig, budget: str | None) -> dict[str, int]:
+def _bytes_of_search(full: PlanShape, config: RunConfig, budget: str | None) -> dict[str, int]:
     """Table bytes before a search, and those that a budget allows; without a budget, at the fewest bits per value."""
     stored = full.with_bits(4 if config.bits in ("mixed", "auto") else config.bits)
     most = stored.num_bytes(config.target)

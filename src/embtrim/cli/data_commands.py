@@ -1,0 +1,154 @@
+"""The command that encodes a raw log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import embtrim
+from embtrim.cli.errors import Resumable
+from embtrim.cli.flags import (
+    AsJson,
+    Columns,
+    ConfigPath,
+    DryRun,
+    Encoding,
+    FormatName,
+    NoHeader,
+    OutPath,
+    Overrides,
+    Overwrite,
+    Quiet,
+    Seed,
+    Separator,
+    SplitText,
+)
+from embtrim.cli.settings import EncodeSettings, check_known, needed, read_flags, read_options, settle
+from embtrim.cli.terminal import log_line, show_encode_dry_run, show_encoded, show_schema, start_log, wants_progress
+from embtrim.errors import ConfigError, DataError
+
+if TYPE_CHECKING:  # these modules import torch: commands import them when they need them, --help does not wait
+    from embtrim.data.dataset import EncodedDataset
+    from embtrim.data.read_options import ReadOptions
+    from embtrim.schema import Schema
+
+
+def encode(
+    log: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="LOG...", help="Raw log: files, a glob or a folder; csv, tsv, parquet, libsvm, libfm."),
+    ] = None,
+    label: Annotated[str | None, typer.Option("--label", help="Column with the binary label.")] = None,
+    out: OutPath = None,
+    schema: Annotated[
+        str | None,
+        typer.Option("--schema", help="TOML file with the schema; if not given, the schema is inferred."),
+    ] = None,
+    draft: Annotated[
+        Path | None, typer.Option("--draft", help="Infer the schema, write it to this TOML file, and encode nothing.")
+    ] = None,
+    split: SplitText = None,
+    valid: Annotated[str | None, typer.Option("--valid", help="Log of the validation split.")] = None,
+    test: Annotated[str | None, typer.Option("--test", help="Log of the test split.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option("--dataset", help="Known dataset that the log is; `embtrim datasets` lists them."),
+    ] = None,
+    min_count: Annotated[
+        int | None,
+        typer.Option("--min-count", help="With --dataset: occurrences that a value needs for a row of its own."),
+    ] = None,
+    format: FormatName = None,
+    no_header: NoHeader = None,
+    columns: Columns = None,
+    separator: Separator = None,
+    encoding: Encoding = None,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Encode a raw log as ids. The vocabulary is built from the training rows."""
+    start_log(quiet)
+    flags = {
+        "schema_file": schema, "label": label, "split": split, "valid": valid, "test": test, "dataset": dataset,
+        "min_count": min_count, "seed": seed, "read": read_flags(format, no_header, columns, separator, encoding),
+    }  # fmt: skip
+    settings = settle(EncodeSettings, config, overrides, flags)
+    options = read_options(settings.read)
+    _check_encode(settings, log)
+    source: Any = log[0] if log and len(log) == 1 else log
+    if draft is None and not dry_run:
+        out = needed(out)
+        data = _encode_log(settings, source, options, out, overwrite, wants_progress(quiet))
+        show_encoded(data, out, as_json)
+        return
+    drafted = _draft_schema(settings, source, options)
+    if draft is None:
+        show_encode_dry_run(settings, drafted, as_json)
+        return
+    if draft.exists() and not overwrite:
+        raise DataError(f"{draft} exists; choose another name or pass --overwrite")
+    if not dry_run:
+        drafted.save_draft(draft)
+        log_line(f"wrote {draft}; edit it, then: embtrim encode .. --schema {draft}")
+    show_schema(drafted, as_json)
+
+
+def _check_encode(settings: EncodeSettings, log: Sequence[str] | None) -> None:
+    """Raise ConfigError for settings that do not go together, before the log is read."""
+    from embtrim.data.catalog import known
+    from embtrim.data.splitting import Split
+    from embtrim.schema import Schema
+
+    if settings.split is not None:
+        Split.from_text(settings.split)
+    if settings.dataset is not None:
+        check_known(settings, log)
+        known(settings.dataset)
+    elif not log:
+        raise ConfigError("encode needs LOG, one or more files (or --dataset with the name of a bundled dataset)")
+    elif settings.min_count is not None:
+        raise ConfigError("--min-count goes with --dataset; otherwise set min_count of each field in the schema")
+    elif settings.schema_file is not None:
+        Schema.load_draft(settings.schema_file)
+
+
+def _draft_schema(settings: EncodeSettings, source: Any, options: ReadOptions) -> Schema:
+    """The schema that `encode` would use, before there is a vocabulary."""
+    from embtrim.data.catalog import known
+    from embtrim.data.drafting import infer_schema
+    from embtrim.schema import Schema
+
+    if settings.dataset is not None:
+        return known(settings.dataset).schema
+    if settings.schema_file is not None:
+        return Schema.load_draft(settings.schema_file)
+    return infer_schema(source, settings.label, options)
+
+
+def _encode_log(
+    settings: EncodeSettings, source: Any, options: ReadOptions, out: Path, overwrite: bool, progress: bool
+) -> EncodedDataset:
+    from embtrim.data.catalog import encode_known
+
+    try:
+        if settings.dataset is not None:
+            return encode_known(
+                settings.dataset, source, out, split=settings.split, seed=settings.seed, min_count=settings.min_count,
+                overwrite=overwrite, progress=progress,
+            )  # fmt: skip
+        return embtrim.encode(
+            source, settings.schema_file, label=settings.label, out=out, split=settings.split, valid=settings.valid,
+            test=settings.test, seed=settings.seed, options=options, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    except KeyboardInterrupt as interrupt:
+        if not interrupt.args:
+            raise
+        raise Resumable from None

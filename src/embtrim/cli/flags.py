@@ -1,0 +1,64 @@
+"""Flags that several commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DataName = Annotated[
+    str, typer.Argument(metavar="DATA", help="Folder that `embtrim encode` wrote, or a known dataset such as flights.")
+]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a saved model.")]
+OutPath = Annotated[Path | None, typer.Option("--out", help="File or folder to write; needed unless --dry-run.")]
+ConfigPath = Annotated[Path | None, typer.Option("--config", help="TOML file with settings.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of all random choices.")]
+NumSeeds = Annotated[
+    int | None, typer.Option("--seeds", help="Number of seeds; the first is --seed, each next one is larger by 1.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file or folder at --out.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what the command would do, and write nothing.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars, and log only warnings.")]
+ModelName = Annotated[str | None, typer.Option("--model", help="Base model; `embtrim models` lists them.")]
+MethodName = Annotated[str | None, typer.Option("--method", help="Search method; `embtrim methods` lists them.")]
+BudgetText = Annotated[
+    str | None, typer.Option("--budget", help="Size limit of the compact tables: 10%, 200MB or '1.5M params'.")
+]
+InitName = Annotated[
+    str | None,
+    typer.Option("--init", metavar="scratch|initial|inherit", help="Initial weights of a compact model."),
+]
+BitsName = Annotated[
+    str | None,
+    typer.Option("--bits", metavar="32|16|8|4|mixed|auto", help="Bits per stored value in the compact tables."),
+]
+TargetName = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        metavar="torch|onnx|fbgemm",
+        help="Where the tables will be served. Sizes are counted as that backend stores them, and a budget in bytes then "
+        "includes the vocabulary.",
+    ),
+]
+SplitText = Annotated[
+    str | None,
+    typer.Option("--split", help="How rows are split: 8:1:1 (random, the default), time:8:1:1 or time:CUT,CUT."),
+]
+FormatName = Annotated[
+    str | None,
+    typer.Option(
+        "--format", metavar="csv|parquet|libsvm|libfm", help="Format of the log; if not given, its suffix decides."
+    ),
+]
+NoHeader = Annotated[
+    bool | None, typer.Option("--no-header", help="The log has no header line; its first line is data.")
+]
+Columns = Annotated[str | None, typer.Option("--columns", help="Names of the log's columns, separated by commas.")]
+Separator = Annotated[str | None, typer.Option("--separator", help="Character between the cells of the log.")]
+Encoding = Annotated[str | None, typer.Option("--encoding", metavar="utf-8|latin-1", help="Text encoding of the log.")]

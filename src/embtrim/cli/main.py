@@ -1,0 +1,73 @@
+"""The command line: one command per verb, each a thin mirror of a Python function.
+
+Results go to stdout, logs and errors to stderr. Exit codes: 0 done; 1 failed; 2 usage (a flag or a setting is wrong);
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+import embtrim
+from embtrim.cli.data_commands import encode
+from embtrim.cli.errors import INTERRUPTED, Resumable, fail, fail_os
+from embtrim.cli.list_commands import datasets, methods, models
+from embtrim.cli.model_commands import compact, search, train
+from embtrim.cli.run_commands import compare, report, run
+from embtrim.cli.serving_commands import export, predict, update
+from embtrim.errors import ConfigError, EmbtrimError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Shrink the embedding tables of CTR models: find sizes within a budget, retrain, and verify the result.",
+)
+
+
+# In the order of --help.
+for command in (
+    encode, train, search, compact, predict, update, export,
+    run, compare, report, datasets, models, methods,
+):  # fmt: skip
+    app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"embtrim {embtrim.__version__}")
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Console entry point. A user's error becomes one clear line and an exit code; a fault of embtrim keeps its traceback."""
+    code: Any
+    advice = "nothing is half-written; train, search, compact, update, run and compare go on when started again"
+    try:
+        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except Resumable:
+        code, advice = INTERRUPTED, "the same command goes on from where it was"
+    except ConfigError as error:
+        code = fail(str(error), 2)
+    except EmbtrimError as error:
+        code = fail(str(error), 1)
+    except OSError as error:
+        code = fail_os(error)
+    except Exception as error:
+        show = getattr(error, "show", None)  # a usage error of click, which some versions of typer have a copy of
+        if show is None:
+            raise
+        show(file=sys.stderr)
+        code = 2
+    if code == INTERRUPTED:
+        fail(f"interrupted; {advice}", INTERRUPTED)
+    sys.exit(code or 0)

@@ -1,0 +1,193 @@
+"""The commands that make models step by step: train, search, compact."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import embtrim
+from embtrim.cli.flags import (
+    AsJson,
+    BitsName,
+    BudgetText,
+    BundlePath,
+    ConfigPath,
+    DataName,
+    DryRun,
+    InitName,
+    MethodName,
+    ModelName,
+    OutPath,
+    Overrides,
+    Overwrite,
+    Quiet,
+    Seed,
+    TargetName,
+)
+from embtrim.cli.settings import needed, parse_bits, run_config
+from embtrim.cli.terminal import (
+    log_line,
+    print_json,
+    print_text,
+    show_dry_run,
+    show_facts,
+    show_records,
+    start_log,
+    wants_progress,
+)
+from embtrim.errors import ConfigError, DataError
+
+
+def train(
+    data: DataName,
+    model: ModelName = None,
+    out: OutPath = None,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the full model and save it as a bundle."""
+    start_log(quiet)
+    settings = run_config(data, config, overrides, {"model": model, "seed": seed})
+    from embtrim.experiments.estimates import estimate_training
+    from embtrim.experiments.steps import train_full
+    from embtrim.serving.bundle import check_out, save
+    from embtrim.system.folders import folder_bytes
+    from embtrim.system.unfinished import unfinished
+
+    encoded = embtrim.load(data)
+    for split in ("train", "valid", "test"):
+        encoded.split(split)
+    if dry_run:
+        show_dry_run(settings, estimate_training(encoded, settings), as_json)
+        return
+    target = needed(out)
+    check_out(target, overwrite)  # before hours of training, not after them
+    with unfinished(target) as work:
+        trained = train_full(encoded, settings, wants_progress(quiet), work / "full.safetensors")
+        record = trained.record
+        metrics = {"valid": record.valid, "test": record.test}
+        save(trained.model, target, encoded, metrics=metrics, seed=settings.seed, overwrite=overwrite)
+    show_records([record.replace(bundle_bytes=folder_bytes(target))], as_json, many=False)
+    log_line(f"bundle: {target}")
+
+
+def search(
+    bundle: BundlePath,
+    data: DataName,
+    method: MethodName = None,
+    budget: BudgetText = None,
+    bits: BitsName = None,
+    target: TargetName = None,
+    out: OutPath = None,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find a size plan within a budget. The plan is a JSON file that says which parts of a trained model's tables to keep."""
+    start_log(quiet)
+    flags = {"method": method, "budget": budget, "bits": parse_bits(bits), "target": target, "seed": seed}
+    settings = run_config(data, config, overrides, flags)
+    from embtrim.experiments.estimates import estimate_search
+    from embtrim.experiments.settings import method_config
+    from embtrim.experiments.steps import find_plan, load_full
+    from embtrim.system.unfinished import unfinished
+
+    method_config(settings)
+    if settings.bits == "auto":
+        raise ConfigError(
+            "bits = 'auto' tries several plans by training; `embtrim run` does, a search needs a precision"
+        )
+    encoded = embtrim.load(data)
+    full = load_full(bundle, encoded)
+    if dry_run:
+        show_dry_run(settings, estimate_search(full, encoded, settings), as_json)
+        return
+    path = needed(out)
+    if path.suffix != ".json":
+        raise ConfigError(f"a plan is written as .json, --out is {path}")
+    if path.exists() and not overwrite:  # before hours of searching, not after them
+        raise DataError(f"{path} exists; choose another --out or pass --overwrite")
+    with unfinished(path) as work:
+        plan = find_plan(full, encoded, settings, progress=wants_progress(quiet), unfinished=work).plan
+        plan.save(path)
+    if as_json:
+        print_json(json.loads(path.read_text("utf-8")))
+    else:
+        print_text(plan.summary())
+    log_line(f"plan: {path}")
+
+
+def compact(
+    bundle: BundlePath,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan: the JSON file that `embtrim search` wrote.")],
+    data: DataName,
+    init: InitName = None,
+    no_train: Annotated[
+        bool, typer.Option("--no-train", help="Do not retrain the compact model; needs --init inherit.")
+    ] = False,
+    out: OutPath = None,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Apply a plan to a trained model. The compact model is built, verified, retrained, quantised and saved."""
+    start_log(quiet)
+    settings = run_config(data, config, overrides, {"init": init, "seed": seed})
+    from embtrim.experiments.estimates import estimate_compacting
+    from embtrim.experiments.steps import compact_and_retrain, load_full, verify_plan
+    from embtrim.plan.plan import SizePlan
+    from embtrim.serving.bundle import check_out, save
+    from embtrim.system.folders import folder_bytes
+    from embtrim.system.unfinished import unfinished
+    from embtrim.training.evaluation import evaluate
+
+    retrain, progress = not no_train, wants_progress(quiet)
+    if no_train and settings.init != "inherit":
+        raise ConfigError(f"--no-train would save the untrained weights of --init {settings.init}; add --init inherit")
+    encoded = embtrim.load(data)
+    full = load_full(bundle, encoded)
+    sizes = SizePlan.load(plan)
+    sizes.check_schema(full.schema)
+    if dry_run:
+        show_dry_run(settings, estimate_compacting(full, sizes, encoded, settings, retrain), as_json)
+        return
+    target = needed(out)
+    check_out(target, overwrite)  # before hours of training, not after them
+    checked = verify_plan(full, sizes, encoded)
+    log_line(
+        f"verified on {checked.num_rows:,} rows: compact equals masked, largest difference {checked.max_difference:.1e}"
+    )
+    with unfinished(target) as work:
+        checkpoint = work / "retraining.safetensors"
+        small = compact_and_retrain(
+            full, sizes, encoded, settings, retrain=retrain, progress=progress, checkpoint=checkpoint
+        )
+        splits = [split for split in ("valid", "test") if split in encoded.splits]
+        metrics = {split: evaluate(small.model, small.data, split, settings.train).to_dict() for split in splits}
+        save(small.model, target, small.data, metrics=metrics, seed=settings.seed, overwrite=overwrite)
+    result = {
+        "bundle": str(target),
+        "table_bytes_before": full.tables.plan.num_bytes(sizes.target),
+        "table_bytes_after": small.model.tables.plan.num_bytes(sizes.target),
+        "bundle_bytes": folder_bytes(target),
+        "vocabulary_bytes": folder_bytes(target / "encoder"),
+        "verification": vars(checked),
+        **metrics,
+    }
+    show_facts(result, as_json)
