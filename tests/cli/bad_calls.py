@@ -75,7 +75,7 @@ def _search_compact(embtrim: Any, task: Any) -> object:
 BAD_CALLS = (
     BadCall("module without embeddings", lambda: _search_module("Linear"), ("no embedding to shrink", "Linear")),
     BadCall("module of which nothing may shrink", lambda: _search_module(keep=lambda name: False), ("no embedding to shrink", "user")),
-    BadCall("fields= of no embedding", lambda: _search_module(fields={"usr": {"a": 40}}), ("names 'usr'", "no embedding that was found")),
+    BadCall("fields= of no embedding", lambda: _search_module(fields={"usr": {"a": 40}}), ("names 'usr'", "not an embedding that was found")),
     BadCall("fields= whose rows are not the table's", lambda: _search_module(fields={"user": {"a": 30, "b": 5}}),
             ("fields of 'user'", "30 (a) + 5 (b) = 35 rows, the table has 40")),
     BadCall("search without the batches it reads", lambda: _search_module(train=None), ("reads train batches", "`train=`")),

@@ -97,10 +97,10 @@ def test_unfinished_full_model_of_other_settings_is_not_taken(
         interrupted(compare, small, config, tmp_path / "y")
     made = compare(small, config.replace(train=config.train.replace(epochs=2)), tmp_path / "x")
     assert [record.variant for record in made.records] == ["full", "uniform"]
-    assert "fm-full-seed0/full.safetensors is of a training with epochs = 3, now it is 2; " in caplog.text
+    assert "fm-full-seed0/full.safetensors belongs to a training with epochs = 3, now it is 2; " in caplog.text
     made = compare(planted_data(num_rows=500, noise_vocab=20), config, tmp_path / "y")
     assert [record.variant for record in made.records] == ["full", "uniform"]
-    assert "fm-full-seed0/full.safetensors is of a training with plan = " in caplog.text
+    assert "fm-full-seed0/full.safetensors belongs to a training with plan = " in caplog.text
 
 
 def test_unfinished_state_of_the_same_settings_is_taken(
