@@ -246,9 +246,10 @@ def test_conformance(config: HardMaskConfig, check: str, task: Task):
 @pytest.mark.parametrize("config", MODES)
 def test_details_say_what_the_search_did(config: HardMaskConfig):
     task = zoo_task()
-    details = search(task, config, "30%", seed=2).details
+    plan = search(task, config, "30%", seed=2)
+    details = plan.details
     assert details["config"] == config.model_dump()
-    assert (details["budget"], details["seed"]) == (str(Budget.parse("30%")), 2)
+    assert (str(plan.budget), plan.seed) == (str(Budget.parse("30%")), 2)
     assert len(details["scores"]) == 24
     assert details["weight_steps"] == details["mask_steps"]
     if config.mode == "quantile":

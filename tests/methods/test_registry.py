@@ -105,6 +105,7 @@ def test_a_broken_package_that_is_asked_for_is_an_error(site: Path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_an_installed_method_runs_in_a_comparison(site: Path, tmp_path: Path):
     write_log(tmp_path / "log.csv", num_rows=600)
     assert call("encode", tmp_path / "log.csv", "--label", "click", "--out", tmp_path / "data").code == 0
