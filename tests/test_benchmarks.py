@@ -260,7 +260,7 @@ def test_without_an_environment_peers_are_not_measured(tmp_path, monkeypatch):
 def test_another_device_needs_an_environment_that_is_there(tmp_path):
     python, why = bench.peers_environment(tmp_path, "cuda")
     assert python is None
-    assert "no environment with cuda builds" in why
+    assert "is not an environment with cuda builds" in why
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").touch()
     assert bench.peers_environment(tmp_path, "cuda") == (tmp_path / "bin" / "python", "")
