@@ -46,7 +46,7 @@ def data_for(model: CTRModel, data: EncodedDataset) -> EncodedDataset:
         if is_recoded and not table.renumbers:
             raise DataError(
                 f"ids of table {table.name!r} are re-coded, but the model reads the stored ones; give the data as they "
-                "were encoded"
+                "were encoded, not data.recode(plan)"
             )
         if table.renumbers and not is_recoded:
             raise DataError(
