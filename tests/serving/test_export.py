@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -136,7 +135,7 @@ def bundle_folder(raw, tmp_path_factory) -> Path:
     return folder / "bundle"
 
 
-def test_a_bundle_is_exported_with_all_a_server_needs(bundle_folder, raw, tmp_path, caplog):
+def test_a_bundle_is_exported_with_all_a_server_needs(bundle_folder, raw, tmp_path, caplog, monkeypatch):
     out = tmp_path / "out"
     done = call("export", bundle_folder, "--format", "onnx", "--out", out, "--json")
     assert done.code == 0, done.err
@@ -160,7 +159,8 @@ def test_a_bundle_is_exported_with_all_a_server_needs(bundle_folder, raw, tmp_pa
     encoded = Encoder.load(out / "encoder").encode_chunk(raw)
     (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), flags=re.DOTALL)
     names = {"ids": encoded.ids, "dense": encoded.dense}
-    with contextlib.chdir(out):
+    with monkeypatch.context() as patch:  # contextlib.chdir needs Python 3.11
+        patch.chdir(out)
         exec(code, names)
     expected = load_bundle(bundle_folder).predict(raw)
     np.testing.assert_allclose(1 / (1 + np.exp(-names["logits"])), expected, atol=1e-6)
