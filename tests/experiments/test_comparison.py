@@ -12,7 +12,7 @@ from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import DataError, EmbtrimError
 from embtrim.experiments import comparison, estimates
 from embtrim.experiments.comparison import Comparison, compare, estimate
-from embtrim.experiments.grid import Cell, CompareConfig, grid, read_skipped, resolve
+from embtrim.experiments.grid import CompareConfig, cell_of, grid, read_skipped, resolve
 from embtrim.experiments.records import RunRecord, read_records
 from embtrim.methods import METHODS
 from embtrim.plan.plan import SizePlan
@@ -67,9 +67,9 @@ def test_a_grid_for_a_target(small: EncodedDataset, tmp_path: Path) -> None:
 def test_grid_writes_records_weights_and_settings(first: tuple[Path, Comparison]) -> None:
     out, made = first
     assert not made.skipped
-    assert [Cell(r.model, r.seed, r.variant, r.budget) for r in made.records] == grid(resolve(CONFIG))
+    assert [cell_of(r.model, r.seed, r.variant, r.budget) for r in made.records] == grid(resolve(CONFIG))
     for r in made.records:
-        assert RunRecord.load(out / "records" / f"{Cell(r.model, r.seed, r.variant, r.budget).name}.json") == r
+        assert RunRecord.load(out / "records" / f"{cell_of(r.model, r.seed, r.variant, r.budget).name}.json") == r
     variant = next(r for r in made.records if r.variant == "wide-sseds")
     assert variant.method == "sseds"
     assert variant.search["min_dim"] == 1

@@ -15,6 +15,7 @@ from embtrim.experiments import comparison
 from embtrim.experiments.comparison import Comparison, compare
 from embtrim.experiments.grid import Cell, CompareConfig, grid, resolve, run_config, settings_by_label
 from embtrim.methods import METHODS
+from embtrim.plan.budget import Budget
 from tests.conftest import planted_data
 from tests.experiments.grids import CONFIG, copy_of, never
 
@@ -23,11 +24,13 @@ def test_cells_and_names() -> None:
     cells = grid(resolve(CONFIG.replace(seeds=2, seed=5)))
     assert [c.name for c in cells[:4]] == ["deepfm-full-seed5", "fm-full-seed5", "deepfm-full-seed6", "fm-full-seed6"]
     assert cells[4:8] == [
-        Cell("deepfm", 5, "uniform", "50%"), Cell("deepfm", 5, "random", "50%"),
-        Cell("deepfm", 5, "wide-sseds", "50%"), Cell("deepfm", 5, "uniform", "30%"),
+        Cell("deepfm", 5, "uniform", Budget.parse("50%")), Cell("deepfm", 5, "random", Budget.parse("50%")),
+        Cell("deepfm", 5, "wide-sseds", Budget.parse("50%")), Cell("deepfm", 5, "uniform", Budget.parse("30%")),
     ]  # fmt: skip
     assert len(cells) == 4 + 2 * 2 * 2 * 3
-    names = {Cell("fm", 0, "pme", budget).name for budget in ("10%", "10.0 %", "2.5%", "1.5M params", "200 MB")}
+    names = {
+        Cell("fm", 0, "pme", Budget.parse(budget)).name for budget in ("10%", "10.0 %", "2.5%", "1.5M params", "200 MB")
+    }
     assert names == {
         "fm-pme-10pct-seed0", "fm-pme-2.5pct-seed0", "fm-pme-1500000params-seed0", "fm-pme-200000000bytes-seed0",
     }  # fmt: skip
@@ -35,7 +38,7 @@ def test_cells_and_names() -> None:
 
 def test_budgets_that_are_nearly_the_same_have_names_of_their_own() -> None:
     budgets = ("10%", "10.00001%", "10.000011%", "1000000 params", "1000000.5 params", "1e12 bytes")
-    names = {Cell("fm", 0, "pme", budget).name for budget in budgets}
+    names = {Cell("fm", 0, "pme", Budget.parse(budget)).name for budget in budgets}
     assert len(names) == len(budgets)
     assert "fm-pme-1000000000000bytes-seed0" in names
 
@@ -43,7 +46,7 @@ def test_budgets_that_are_nearly_the_same_have_names_of_their_own() -> None:
 def test_settings_are_resolved() -> None:
     every = resolve(CompareConfig(budgets=("10%", "10.0%", "5%")))
     assert every.methods == tuple(METHODS)
-    assert every.budgets == ("10%", "5%")
+    assert [budget.text for budget in every.budgets] == ["10%", "5%"]
     found = settings_by_label(CONFIG)
     assert list(found) == ["uniform", "random", "wide-sseds"]
     assert found["wide-sseds"].method == "sseds"
@@ -57,7 +60,7 @@ def test_settings_are_resolved() -> None:
     [
         ({"methods": ("ssed",)}, "unknown method 'ssed'; did you mean 'sseds'"),
         ({"methods": (), "variants": {}}, "nothing to compare"),
-        ({"budgets": ("10 parsecs",)}, "budgets: budget '10 parsecs'"),
+        ({"budgets": ("10 parsecs",)}, "budgets.0, given '10 parsecs': budget '10 parsecs'"),
         ({"hparams": {"hiden_units": [8]}}, r"\[hparams\] 'hiden_units'.*did you mean 'hidden_units'"),
         ({"variants": {"x": {}}}, r"\[variants.x\] needs method"),
         ({"variants": {"x": {"method": "ssed"}}}, r"\[variants.x\] unknown method 'ssed'"),

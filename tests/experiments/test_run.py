@@ -72,7 +72,7 @@ def test_run_writes_records_plans_bundles_and_its_settings(encoded, tmp_path):
             assert plan.num_params == record.num_params
     again = RunConfig.parse(embtrim.config.read_toml(tmp_path / "x" / "config.toml"))
     assert again == CONFIG
-    with pytest.raises(DataError, match=r'run with budget = "50%", now it is "7%"'.replace("50%", CONFIG.budget)):
+    with pytest.raises(DataError, match=r'run with budget = "50%", now it is "7%"'.replace("50%", CONFIG.budget.text)):
         run(encoded, CONFIG.replace(budget="7%"), tmp_path / "x")
     (tmp_path / "x" / "config.toml").unlink()
     with pytest.raises(DataError, match="not empty"):

@@ -314,8 +314,8 @@ def test_budgets_parse(text, kind, amount):
 
 @pytest.mark.parametrize("text, message", [
     ("", "not understood"), ("ten", "not understood"), ("-5%", "not understood"), ("%", "not understood"),
-    ("10", "no unit"), ("10 %%", "not understood"), ("10% params", "no unit"), ("5 furlongs", "no unit"),
-    ("5MB params", "no unit"), ("0%", "must be a positive number"), ("0 params", "positive"), ("0MB", "positive"),
+    ("10", "unknown unit"), ("10 %%", "not understood"), ("10% params", "unknown unit"), ("5 furlongs", "unknown unit"),
+    ("5MB params", "unknown unit"), ("0%", "must be a positive number"), ("0 params", "positive"), ("0MB", "positive"),
     ("150%", "150% is more than the full tables"), ("1.2.3MB", "not understood"), ("nan%", "not understood"),
     ("10%; 20%", "not understood"),
 ])  # fmt: skip

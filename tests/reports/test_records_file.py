@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from embtrim.errors import DataError
-from embtrim.experiments.grid import Cell, Skipped, read_skipped, record_path, write_skipped
+from embtrim.experiments.grid import Skipped, cell_of, read_skipped, record_path, write_skipped
 from embtrim.experiments.records import RECORDS_FILE, read_records
 from tests.cli.workshop import call
 from tests.reports.test_report import record
@@ -21,7 +21,7 @@ def grid_folder(tmp_path: Path) -> Path:
     out = tmp_path / "grid"
     for one in (record("full", 0), record("full", 1), record("sseds", 0), record("a name with\u2028signs", 1)):
         one = one if one.variant == "full" else one.replace(method="sseds")
-        one.save(record_path(out, Cell(one.model, one.seed, one.variant, one.budget)))
+        one.save(record_path(out, cell_of(one.model, one.seed, one.variant, one.budget)))
     write_skipped(out, [skipped("sseds", 0), skipped("sseds", 1)])
     return out
 

@@ -8,13 +8,14 @@ from torch import nn
 
 from embtrim.data.dataset import Batch
 from embtrim.errors import EmbtrimError
-from embtrim.tasks.sites import gate_sites
+from embtrim.tasks.sites import gate_sites, num_slots
 from embtrim.tasks.survey import find_sites
-from embtrim.tasks.task import Task, loss_weight, num_slots
+from embtrim.tasks.task import Task
 from embtrim.testing.toys import (
     TASKS,
     ForeignModel,
 )
+from embtrim.training.evaluation import loss_weight
 
 
 @pytest.fixture(scope="module", params=TASKS)

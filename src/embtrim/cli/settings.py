@@ -79,12 +79,11 @@ def settle(
 def run_config(data: str, config: Path | None, overrides: Sequence[str] | None, flags: Mapping[str, Any]) -> RunConfig:
     """The settings of a run; faults are found before any work is done."""
     if isinstance(flags.get("budget"), str):
-        _check_budget(flags["budget"], "--budget")
+        flags = {**flags, "budget": _budget(flags["budget"])}
     from embtrim.experiments.settings import RunConfig
     from embtrim.methods import method_named
 
     settings = settle(RunConfig, config, overrides, flags)
-    _check_budget(settings.budget, "budget")
     for name in (settings.method, *settings.controls):
         method_named(name)
     recipe = _known_recipe(data, [settings.model])
@@ -115,11 +114,12 @@ def _known_recipe(data: str, models: Sequence[str]) -> dict[str, Any] | None:
     return {"hparams": hparams, "train": recipe.get("train", {})}
 
 
-def _check_budget(text: str, where: str) -> None:
+def _budget(text: str) -> Budget:
+    """The budget of a flag, whose name leads the message of an error."""
     try:
-        Budget.parse(text)
+        return Budget.parse(text)
     except BudgetError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f"--budget: {error}") from None
 
 
 def check_known(settings: EncodeSettings, log: Sequence[str] | None) -> None:

@@ -230,7 +230,9 @@ def _warn_of_other_code(records: Iterable[RunRecord], out: Path) -> None:
 
 
 def _skip(cell: Cell, reason: str) -> Skipped:
-    return Skipped(model=cell.model, label=cell.label, budget=cell.budget, seed=cell.seed, reason=reason)
+    return Skipped(
+        model=cell.model, label=cell.label, budget=cell.budget and cell.budget.text, seed=cell.seed, reason=reason
+    )
 
 
 def estimate(data: EncodedDataset, config: CompareConfig, out: Path | None = None) -> dict[str, Any]:
@@ -254,7 +256,7 @@ def estimate(data: EncodedDataset, config: CompareConfig, out: Path | None = Non
     return {
         "models": list(config.models),
         "labels": list(settings_by_label(config)),
-        "budgets": list(config.budgets),
+        "budgets": [budget.text for budget in config.budgets],
         "num_cells": len(cells),
         "num_cells_on_disk": len(done),
         "seconds_at_most": seconds,

@@ -75,11 +75,11 @@ def longest_training(model: CTRModel, data: EncodedDataset, train: TrainConfig) 
     return {"seconds_per_step": step, "seconds_at_most": step * steps}
 
 
-def _bytes_of_search(full: PlanShape, config: RunConfig, budget: str | None) -> dict[str, int]:
+def _bytes_of_search(full: PlanShape, config: RunConfig, budget: Budget | None) -> dict[str, int]:
     """Table bytes before a search, and those that a budget allows; without a budget, at the fewest bits per value."""
     stored = full.with_bits(4 if config.bits in ("mixed", "auto") else config.bits)
     most = stored.num_bytes(config.target)
-    allowed = most if budget is None else int(min(most, stored.max_bytes(Budget.parse(budget), config.target)))
+    allowed = most if budget is None else int(min(most, stored.max_bytes(budget, config.target)))
     return {"table_bytes_before": full.num_bytes(config.target), "table_bytes_allowed": allowed}
 
 

@@ -18,13 +18,13 @@ from pydantic import Field
 from embtrim.compaction.foreign import Init
 from embtrim.config import Config, first_change, read_toml
 from embtrim.data.dataset import EncodedDataset
-from embtrim.errors import BudgetError, ConfigError, DataError, hint
+from embtrim.errors import ConfigError, DataError, hint
 from embtrim.experiments.records import RECORDS_FILE, RunRecord, read_records
 from embtrim.experiments.settings import RunConfig, check_run
 from embtrim.methods import METHODS, method_named
 from embtrim.models import MODELS, arguments
 from embtrim.models.ctr_model import HyperParameters
-from embtrim.plan.budget import Budget
+from embtrim.plan.budget import Budget, BudgetSetting
 from embtrim.plan.limits import target_settings
 from embtrim.plan.table import Bits, Target
 from embtrim.system.files import write_then_rename
@@ -58,7 +58,9 @@ class CompareConfig(Config):
     train: TrainConfig = TrainConfig()
     methods: tuple[str, ...] = (ALL,)
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    budgets: tuple[str, ...] = Field(default=("50%", "20%", "10%", "5%", "2%", "1%"), min_length=1)
+    budgets: tuple[BudgetSetting, ...] = Field(
+        default=tuple(map(Budget.parse, ("50%", "20%", "10%", "5%", "2%", "1%"))), min_length=1
+    )
     init: Init = "scratch"
     target: Target | None = None
     seed: int = Field(default=0, ge=0)
@@ -79,14 +81,13 @@ class Cell:
     model: str
     seed: int
     label: str = FULL
-    budget: str | None = None
+    budget: Budget | None = None
 
     @property
     def name(self) -> str:
         """Name of the cell's record, without suffix; equal budgets give one name, however they are written."""
         parts = [self.model, self.label, f"seed{self.seed}"]
-        if self.budget is not None:
-            budget = Budget.parse(self.budget)
+        if (budget := self.budget) is not None:
             amount, unit = (100 * budget.amount, "pct") if budget.kind == "percent" else (budget.amount, budget.kind)
             parts.insert(2, f"{amount:.15g}{unit}")
         return "-".join(parts)
@@ -95,6 +96,11 @@ class Cell:
     def full(self) -> Cell:
         """The cell of the full model with the same base model and seed."""
         return Cell(self.model, self.seed)
+
+
+def cell_of(model: str, seed: int, label: str, budget: str | None) -> Cell:
+    """The cell that a file names, its budget in words."""
+    return Cell(model, seed, label, None if budget is None else Budget.parse(budget))
 
 
 class Skipped(Config):
@@ -117,7 +123,7 @@ class Skipped(Config):
     @property
     def cell(self) -> Cell:
         """The cell that was skipped."""
-        return Cell(self.model, self.seed, self.label, self.budget)
+        return cell_of(self.model, self.seed, self.label, self.budget)
 
 
 # --- the grid -------------------------------------------------------------------------------------------------------
@@ -127,17 +133,11 @@ def resolve(config: CompareConfig) -> CompareConfig:
     """The config with "all" replaced by the names of all methods, and without repetitions.
 
     Raises:
-        ConfigError: a model, method, setting or budget is unknown, or a label is not a name.
+        ConfigError: a model, method or setting is unknown, or a label is not a name.
     """
     methods = tuple(METHODS) if ALL in config.methods else tuple(dict.fromkeys(config.methods))
-    budgets: dict[Budget, str] = {}
-    for text in config.budgets:
-        try:
-            budgets.setdefault(Budget.parse(text), text)
-        except BudgetError as error:
-            raise ConfigError(f"budgets: {error}") from None
-    models = tuple(dict.fromkeys(config.models))
-    config = config.replace(models=models, methods=methods, budgets=tuple(budgets.values()))
+    models, budgets = tuple(dict.fromkeys(config.models)), tuple(dict.fromkeys(config.budgets))
+    config = config.replace(models=models, methods=methods, budgets=budgets)
     if not settings_by_label(config):
         raise ConfigError("no methods and no variants: there is nothing to compare; give methods = ['all']")
     known = [name for name in models if name in MODELS]  # check_run rejects unknown ones
@@ -326,8 +326,8 @@ def read_skipped(out: str | Path) -> list[Skipped]:
     except (ValueError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}); remove it and start the comparison again") from None
     if (Path(out) / RECORDS_FILE).exists():
-        made = {Cell(r.model, r.seed, r.variant, r.budget).name for r in read_records(out)}
-        return [s for s in skipped if s.cell.name not in made]
+        made = {cell_of(r.model, r.seed, r.variant, r.budget) for r in read_records(out)}
+        return [s for s in skipped if s.cell not in made]
     return [s for s in skipped if not record_path(Path(out), s.cell).exists()]
 
 

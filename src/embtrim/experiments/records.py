@@ -225,7 +225,7 @@ def make_record(
             "variant": label or config.method,
             "method": config.method if label else None,
             "search": method_config(config).model_dump(mode="json"),
-            "budget": config.budget,
+            "budget": config.budget.text,
             "init": config.init,
             "bits": config.bits,
             "search_peak_bytes": found.peak_bytes,

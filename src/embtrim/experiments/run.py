@@ -14,6 +14,7 @@ from embtrim.errors import DataError
 from embtrim.experiments.records import RunRecord, Trained
 from embtrim.experiments.settings import RunConfig, check_run
 from embtrim.experiments.steps import shrink, smallest_within, train_full
+from embtrim.plan.budget import Budget
 from embtrim.plan.limits import counts_vocabulary, target_settings
 from embtrim.plan.table import Target
 from embtrim.serving.bundle import note_spread, save
@@ -94,7 +95,9 @@ def _run_seed(
             record = _keep(trained, data, out, on_record)
             shutil.rmtree(work, ignore_errors=True)
         if variant == config.method:
-            budget = record.budget or budget  # with max_loss the controls get the budget that the method needed
+            budget = Budget.parse(
+                record.budget or budget
+            )  # with max_loss the controls get the budget that the method needed
         records.append(record)
     shutil.rmtree(unfinished, ignore_errors=True)
     return records
@@ -130,7 +133,11 @@ def _finished(out: Path, variant: str, seed: int, data: EncodedDataset, target: 
         raise DataError(
             f"{path} was made on data {record.data['fingerprint']}, given are {data.schema.fingerprint}; choose another --out"
         )
-    if counts_vocabulary(record.budget, target) and record.counted_vocabulary_bytes is None:
+    if (
+        record.budget
+        and counts_vocabulary(Budget.parse(record.budget), target)
+        and record.counted_vocabulary_bytes is None
+    ):
         raise DataError(
             f"{path} was made with the vocabulary beside its budget of {record.budget}; choose another --out"
         )

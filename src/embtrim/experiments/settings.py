@@ -13,7 +13,7 @@ from embtrim.errors import ConfigError
 from embtrim.methods import method_named
 from embtrim.models import build
 from embtrim.models.ctr_model import HyperParameters
-from embtrim.plan.budget import Budget
+from embtrim.plan.budget import Budget, BudgetSetting
 from embtrim.plan.limits import check_budget
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Bits, Target
@@ -50,7 +50,7 @@ class RunConfig(Config):
     train: TrainConfig = TrainConfig()
     method: str = "guided"
     search: dict[str, Any] = Field(default_factory=dict)
-    budget: str = "10%"
+    budget: BudgetSetting = Budget.parse("10%")
     max_loss: float | None = Field(default=None, gt=0, lt=0.5)
     init: Init = "scratch"
     bits: Literal[Bits, "auto"] = 32
@@ -86,10 +86,10 @@ def check_run(data: EncodedDataset, config: RunConfig) -> None:
         raise ConfigError(
             f"model {config.model!r} has no embedding tables to shrink, only first-order weights; choose another"
         )
-    plan, budget = model.tables.plan, Budget.parse(config.budget)
+    plan = model.tables.plan
     if config.max_loss is None:
         width = config.hparams.get("embedding_dim", plan.width)
         bits: Bits = "mixed" if config.bits == "auto" else config.bits
         if bits == 32 or config.target != "fbgemm":
             full = SizePlan.full(data.schema, width, plan.first_order)
-            check_budget(full, budget, bits, config.target, method_named(config.method).adds)
+            check_budget(full, config.budget, bits, config.target, method_named(config.method).adds)

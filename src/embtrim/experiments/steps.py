@@ -121,7 +121,7 @@ def search_settings(task: CTRTask, config: RunConfig) -> dict[str, Any]:
     return {
         "method": method_named(config.method).name,
         **{f"search.{key}": value for key, value in method_config(config).model_dump(mode="json").items()},
-        "budget": config.budget,
+        "budget": config.budget.text,
         "search_seed": config.seed,
         "bits": config.bits,
         # State of earlier releases has no word of a vocabulary, and their searches counted none.

@@ -13,7 +13,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import PlainSerializer, PlainValidator
 
 from embtrim.errors import BudgetError
 
@@ -40,7 +42,7 @@ class Budget:
     Attributes:
         kind: Unit of the amount: "percent" (a share in (0, 1]), "params" or "bytes" (a count).
         amount: The limit, in the unit of `kind`.
-        text: The budget as the user wrote it; empty for a budget that was computed.
+        text: The budget as the user wrote it; the budget in words, if it was computed.
 
     Example:
         >>> Budget.parse("10%").max_params(full_params=1000, first_order_params=100)
@@ -56,6 +58,8 @@ class Budget:
             raise BudgetError(f"budget must be a positive number, given {self.amount}; {_FORMS}")
         if self.kind == "percent" and self.amount > 1:
             raise BudgetError(f"budget {self.amount:.0%} is more than the full tables; give at most 100%")
+        if not self.text:
+            object.__setattr__(self, "text", str(self))  # the class is frozen
 
     @classmethod
     def parse(cls, text: str | Budget) -> Budget:
@@ -118,3 +122,9 @@ class Budget:
         if self.kind == "params":
             return f"{self.amount:,.0f} params"
         return f"{self.amount:,.0f} bytes"
+
+
+# A budget among settings: read once from its text, and written as that text.
+BudgetSetting = Annotated[
+    Budget, PlainValidator(Budget.parse), PlainSerializer(lambda budget: budget.text, return_type=str)
+]

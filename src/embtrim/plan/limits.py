@@ -22,12 +22,12 @@ Unit = Literal["columns", "rows", "sizes"]
 ROUNDED = 1 + 1e-9
 
 
-def counts_vocabulary(budget: str | Budget | None, target: Target | None) -> bool:
+def counts_vocabulary(budget: Budget | None, target: Target | None) -> bool:
     """Whether a budget includes the vocabulary: a budget in bytes does where a target is named."""
-    return target is not None and budget is not None and Budget.parse(budget).kind == "bytes"
+    return target is not None and budget is not None and budget.kind == "bytes"
 
 
-def target_settings(budget: str | None, target: Target | None) -> dict[str, Any]:
+def target_settings(budget: Budget | None, target: Target | None) -> dict[str, Any]:
     """Settings that depend on a target, by which interrupted work is recognised. No target is written as "torch"."""
     return {"target": target or "torch", "vocabulary in the budget": counts_vocabulary(budget, target)}
 
