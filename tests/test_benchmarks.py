@@ -373,6 +373,7 @@ def test_a_job_that_compiles_runs_compiled_and_says_how_long_that_took(monkeypat
     assert len(modes) == 5
 
 
+@pytest.mark.slow
 def test_exports_of_fewer_bits_are_quantised_and_smaller():
     pytest.importorskip("onnxruntime")
     rows = 500_000

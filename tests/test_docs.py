@@ -49,6 +49,7 @@ def logs(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_python_example_runs(logs):
     (code, _) = blocks("python")
     names: dict[str, object] = {}
@@ -129,6 +130,7 @@ def test_the_example_of_a_model_of_ones_own_runs():
     assert stored == names["plan"].num_params <= 0.5 * names["plan"].num_full_params
 
 
+@pytest.mark.slow
 def test_the_compare_example_parses(tmp_path):
     (script,) = [block for block in blocks("sh") if "embtrim compare" in block]
     line = next(line for line in script.splitlines() if line.startswith("embtrim compare"))
@@ -139,6 +141,7 @@ def test_the_compare_example_parses(tmp_path):
     assert '"deepfm"' in done.stdout
 
 
+@pytest.mark.slow
 def test_the_csv_example_runs(logs):
     (script,) = [block for block in blocks("sh") if "logs.csv" in block]
     ran = []

@@ -43,6 +43,7 @@ def embtrim(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment())
 
 
+@pytest.mark.slow
 def test_whole_way_as_a_process(tmp_path: Path) -> None:
     write_log(tmp_path / "log.csv")
     done = embtrim("encode", tmp_path / "log.csv", "--label", "click", "--out", tmp_path / "data")
@@ -90,6 +91,7 @@ def test_whole_way_as_a_process(tmp_path: Path) -> None:
     assert (tmp_path / "again.html").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_json_is_all_of_stdout(shop: Workshop) -> None:
     out = shop.new("json-run")
     done = call("run", shop.data, *TINY, "--budget", "20%", "--controls", "", "--out", out, "--json")
@@ -103,6 +105,7 @@ def test_json_is_all_of_stdout(shop: Workshop) -> None:
     assert json.loads(shown.out) == records
 
 
+@pytest.mark.slow
 def test_bits_of_a_run_and_of_a_search(shop: Workshop) -> None:
     out, plan = shop.new("bits-run"), shop.new("bits-plan").with_suffix(".json")
     done = call(
@@ -142,6 +145,7 @@ def test_lists(command: str) -> None:
         assert row["name"] in table.out
 
 
+@pytest.mark.slow
 def test_steps_agree_with_the_functions(shop: Workshop) -> None:
     import embtrim
 
@@ -192,6 +196,7 @@ def test_steps_agree_with_the_functions(shop: Workshop) -> None:
         assert frame["score"].to_numpy() == pytest.approx(expected_scores, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_dry_run_writes_nothing(shop: Workshop) -> None:
     out = shop.new("dry")
     before = shop.snapshot()
@@ -215,6 +220,7 @@ def test_dry_run_writes_nothing(shop: Workshop) -> None:
     assert facts["table_bytes_allowed"] < facts["table_bytes_before"]
 
 
+@pytest.mark.slow
 def test_flags_over_set_over_file_over_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from embtrim.data import catalog
 
@@ -262,6 +268,7 @@ def test_encode_reads_settings_and_headerless_files(shop: Workshop) -> None:
     assert EncodeSettings().seed == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", BAD_INPUTS, ids=lambda bad: bad.name)
 def test_bad_input(bad: BadInput, shop: Workshop) -> None:
     result, before, after = bad.run(shop)
@@ -312,6 +319,7 @@ def test_unexpected_errors_keep_their_traceback(shop: Workshop, monkeypatch: pyt
         call("report", shop.folder)
 
 
+@pytest.mark.slow
 def test_interrupt_leaves_nothing_half_written(shop: Workshop) -> None:
     out = shop.new("interrupted")
     settings = [*TINY, "--set", "train.epochs=100000", "--set", "train.patience=0"]
@@ -358,6 +366,7 @@ def _until(seconds: float) -> Iterator[None]:
     raise AssertionError("waited in vain")
 
 
+@pytest.mark.slow
 def test_full_device_and_closed_pipe_as_stdout() -> None:
     command = f"{sys.executable} -m embtrim datasets --json"  # more than a buffer holds
     full = subprocess.run(f"{command} > /dev/full", shell=True, capture_output=True, text=True, env=environment())

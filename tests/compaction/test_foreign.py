@@ -164,6 +164,7 @@ def test_searched_compacted_retrained_and_saved(align: str, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_saved_module_opens_without_search_code(tmp_path: Path):
     task = pooled_task()
     plan = search(task, PMEConfig(), "50%", bits=8)

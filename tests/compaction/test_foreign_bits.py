@@ -158,6 +158,7 @@ class TestBits:
         quantize(small)
         assert small(PAIRS).dtype == torch.float64
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("make", [foreign_task, pooled_task, odd_task])
     @pytest.mark.parametrize("bits", [16, 8, 4, "mixed"])
     def test_a_search_fills_its_budget(self, make: Callable[[], Task], bits):

@@ -34,6 +34,7 @@ class TestExporters:
             quantize(small)
         return small
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("kind", "bits", "strict"),
         [("columns", 32, False), ("rows", 32, True), ("sizes", 32, False), ("sizes", 8, False), ("rows", 4, False)],
@@ -45,6 +46,7 @@ class TestExporters:
         program = torch.export.export(small, (ids[:8],), dynamic_shapes=shapes, strict=strict).module()
         assert torch.allclose(program(ids), small(ids), atol=1e-6)
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
     @pytest.mark.parametrize("bits", [32, 4])
     def test_onnx(self, bits: int, tmp_path: Path):

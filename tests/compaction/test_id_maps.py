@@ -126,6 +126,7 @@ class WideModel(nn.Module):
     ],
     ids=lambda config: type(config).__name__,
 )
+@pytest.mark.slow
 def test_budgets_hold_where_maps_change_their_width(config, monkeypatch):
     task = foreign_task(WideModel)
     monkeypatch.setattr("embtrim.testing.checks.BUDGETS", ("70%", "48%", "47%", "46%", "45%", "44%", "43%", "20%"))

@@ -88,6 +88,7 @@ class TestReplacements:
         assert 0.4 < float(single.detach().norm(dim=1).max()) <= 0.5 + 1e-6
 
     @pytest.mark.parametrize("flat", [False, True])
+    @pytest.mark.slow
     def test_padding_stays_zero_in_training(self, flat: bool):
         for kind in (*KINDS, "sizes"):
             model = nn.Sequential(nn.Embedding(ROWS, WIDTH, padding_idx=0))

@@ -49,6 +49,7 @@ def test_names():
 
 
 class TestLoad:
+    @pytest.mark.slow
     def test_bundled_is_encoded_once(self, cache, caplog):
         with caplog.at_level(logging.INFO):
             first = load("flights")
@@ -95,6 +96,7 @@ def test_bundled_files_carry_their_licence():
     assert sum(path.stat().st_size for path in catalog.BUNDLED_FOLDER.iterdir()) < 2_500_000
 
 
+@pytest.mark.slow
 def test_flights_by_date(tmp_path):
     data = encode_known("flights", None, split="time:8:1:1", **options(tmp_path))
     assert "flight_date" not in [field.name for field in data.schema.fields]
@@ -174,6 +176,7 @@ class TestLayouts:
 
 
 @needs_data
+@pytest.mark.slow
 class TestRealFiles:
     def test_frappe(self, tmp_path):
         data = encode_known("frappe", DATA / "frappe_x1", **options(tmp_path))

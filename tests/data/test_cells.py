@@ -39,6 +39,7 @@ class TestCanonicalValues:
         )
         assert ids(run(frame, schema_of(*fields))) == [[2, 1], [1, 2]]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("nulls", [(), ("-1",)])
     def test_numbers_are_the_same_whether_a_chunk_parses_as_numbers_or_not(self, run, write, nulls):
         cells = [

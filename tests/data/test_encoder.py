@@ -110,6 +110,7 @@ class TestEncoder:
         with pytest.raises(DataError, match="has 2 rows, its ids go up to 3"):
             encoder.with_id_maps({"a": np.arange(2)})
 
+    @pytest.mark.slow
     @settings(max_examples=40, deadline=None)
     @given(
         st.lists(

@@ -258,6 +258,7 @@ print(peak[0] - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_memory_is_bounded_whatever_the_number_of_rows(tmp_path, kind):
@@ -289,6 +290,7 @@ def test_memory_is_bounded_whatever_the_number_of_rows(tmp_path, kind):
         assert peak(1 << 30) > 150
 
 
+@pytest.mark.slow
 def test_interrupt_by_signal_leaves_what_is_done(tmp_path):
     code = (
         "import sys, polars as pl\nfrom embtrim.data.encoding import encode\nfrom embtrim.schema import *\n"
@@ -315,6 +317,7 @@ def test_interrupt_by_signal_leaves_what_is_done(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".data.encoding", "log.csv"]
 
 
+@pytest.mark.slow
 class TestRealData:
     @pytest.mark.skipif(not DATA.exists(), reason="shared data folder is absent")
     def test_frappe(self, run):

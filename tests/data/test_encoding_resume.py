@@ -156,6 +156,7 @@ def _no_waiting_for_the_disk(monkeypatch):
     monkeypatch.setattr(encoding_state.os, "fsync", lambda descriptor: None)
 
 
+@pytest.mark.slow
 class TestSameBytes:
     @pytest.mark.parametrize("kind", ["csv", "csv.gz", "parquet"])
     def test_interrupted_at_every_chunk(self, tmp_path, interrupts, kind):
@@ -241,6 +242,7 @@ class TestSameBytes:
             job.out.rename(tmp_path / "whole" / f"{after}")
 
 
+@pytest.mark.slow
 class TestStartsFromTheBeginning:
     """A run that cannot go on says why in one line, and gives the result of a run without a checkpoint."""
 
@@ -337,6 +339,7 @@ class TestStartsFromTheBeginning:
         assert [r.message for r in caplog.records if r.levelno >= logging.WARNING] == []
 
 
+@pytest.mark.slow
 class TestWorkingFolder:
     @pytest.mark.parametrize("kind", ["csv", "csv.gz", "parquet"])
     def test_a_fault_in_the_data_is_found_where_it_is_and_ends_it_all(self, tmp_path, interrupts, kind):
@@ -385,6 +388,7 @@ class TestWorkingFolder:
         assert (tmp_path / ".data.encoding/checkpoint.json").read_bytes() == before
         assert interrupts.run(job) is not None
 
+    @pytest.mark.slow
     def test_another_process_is_at_work_until_it_is_killed(self, tmp_path):
         job = Job(tmp_path)
         whole = job.whole()

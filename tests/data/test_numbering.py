@@ -89,6 +89,7 @@ def encoder_of(draft: Schema, vocabularies: dict[str, pl.DataFrame]) -> Encoder:
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(ROW, min_size=1, max_size=40), st.integers(0, 40), st.integers(1, 3), st.integers(1, 3))
+@pytest.mark.slow
 def test_ids_are_those_of_plain_python(rows, num_training, min_count, num_blocks):
     draft, num_training = schema(min_count), min(num_training, len(rows))
     frame = frame_of(draft, rows)

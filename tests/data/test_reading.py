@@ -75,6 +75,7 @@ class TestReading:
         paths = [write("1.csv", "y,a\n0,u\n"), write("2.csv", "a,y,z\nv,1,?\n")]
         assert ids(run(paths, ONE)) == [[1], [2]]
 
+    @pytest.mark.slow
     def test_parquet_in_slices(self, run, tmp_path):
         frame = DATED
         frame.write_parquet(tmp_path / "log.parquet", row_group_size=100)
@@ -181,6 +182,7 @@ READERS = {
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gz"])
 @pytest.mark.parametrize("case", READERS)
+@pytest.mark.slow
 def test_reading_goes_on_after_any_chunk(tmp_path, case, zipped):
     text, options = READERS[case]
     content = text.encode()

@@ -14,6 +14,7 @@ from tests.data.small_logs import DATED, ONE, ids
 class TestSplits:
     FRAME = DATED
 
+    @pytest.mark.slow
     def test_ratio_does_not_depend_on_chunks(self, run, tmp_path):
         self.FRAME.write_csv(tmp_path / "log.csv")
         many = run(tmp_path / "log.csv", ONE, split="8:1:1", chunk_bytes=100)

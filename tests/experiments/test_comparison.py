@@ -19,6 +19,8 @@ from embtrim.plan.plan import SizePlan
 from embtrim.reports.comparison_tables import comparison_tables
 from tests.experiments.grids import CONFIG, FM_ONLY, never, outcome
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_variant_of_fewer_bits(small: EncodedDataset, tmp_path: Path) -> None:
     variants = {f"uniform-{bits}": {"method": "uniform", "bits": bits} for bits in (32, 8, "mixed")}

@@ -57,6 +57,7 @@ def task(request) -> Task:
     return TASKS[request.param]()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS, ids=lambda name: name.replace(" ", "-"))
 @pytest.mark.parametrize("name", CONFIGS)
 def test_conformance(name: str, check: str, task: Task):
@@ -129,6 +130,7 @@ class TestTheChecksCanFail:
         with pytest.raises(AssertionError):
             CHECKS["keep-all is the identity"](task, RandomConfig())
 
+    @pytest.mark.slow
     def test_all_broken_promises_are_said_at_once(self, broken):
         with pytest.raises(AssertionError) as caught:
             check_method(broken(fault="not JSON"))
@@ -156,6 +158,7 @@ class TestTheChecksCanFail:
         with pytest.raises(ConfigError, match="not the config of a search method"):
             check_method(CrashesConfig())
 
+    @pytest.mark.slow
     def test_the_matrix_names_what_fails(self, broken, monkeypatch):
         monkeypatch.setattr("embtrim.testing.matrix.CHECKS", {"budget": CHECKS["budget holds and is full"]})
         lines = conformance_matrix({"random": RandomConfig(), "broken": broken(fault="over budget")}).splitlines()

@@ -237,6 +237,7 @@ class TestPriceAndThreshold:
         assert rank_slots(margin_S, costs_S, mask_S, "plain").tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS, ids=lambda name: name.replace(" ", "-"))
 @pytest.mark.parametrize("config", CONFIGS)
 def test_conformance(config: HardMaskConfig, check: str, task: Task):
@@ -276,6 +277,7 @@ def test_single_level_reads_training_batches_only(data):
     assert set(read) == {"valid"}
 
 
+@pytest.mark.slow
 def test_min_dim_keeps_columns_everywhere(data):
     model = FNN(data.schema, embedding_dim=3, hidden_units=(4,))
     task = CTRTask(model, data, TrainConfig(batch_size=512))
@@ -319,6 +321,7 @@ class TestPlantedSignal:
         means = np.array(plan.details["scores"]).reshape(3, 8).mean(1)
         return means.tolist(), [t.output_width for t in plan.tables]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("config", MODES)
     def test_noise_goes_first(self, config: HardMaskConfig, trained: CTRTask):
         (strong, weak, noise), widths = self.by_field(trained, config)

@@ -365,6 +365,7 @@ class TestSearch:
         with pytest.raises(BudgetError):
             search(zoo_task(), QUICK, "4 bytes")
 
+    @pytest.mark.slow
     def test_columns_are_prefixes_and_oov_stays_with_the_rows(self):
         plan = search(zoo_task(), QUICK.replace(**PRUNING, epochs=12), "10%")
         assert any(table.has_dropped for table in plan.tables)
@@ -388,6 +389,7 @@ class TestSearch:
         with pytest.raises(BudgetError, match=f"natural size of this plan is {plan.num_params:,}"):
             search(zoo_task(), config, "5%")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", [FNN, DeepFM])
     def test_masked_equals_compact(self, kind: type):
         task = zoo_task(kind=kind)
@@ -423,6 +425,7 @@ class TestSearch:
         assert plan.num_params == 5 * plan.tables[0].output_width + 40 // 4
         assert plan.tables[1].blocks == ()
 
+    @pytest.mark.slow
     def test_reported_fitness_is_that_of_the_compact_supernet(self):
         task, config = zoo_task(), QUICK.replace(**PRUNING, epochs=12)
         plan = search(task, config, "12%", seed=4)
@@ -441,6 +444,7 @@ class TestSearch:
             search(task, QUICK, "50%")
 
 
+@pytest.mark.slow
 class TestPlantedSignal:
     """Noise of 2,000 values beside two fields of 30 and 20 that carry the label."""
 

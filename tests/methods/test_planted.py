@@ -14,6 +14,8 @@ from embtrim.tasks.task import CTRTask
 from embtrim.testing.checks import check_planted, kept_shares
 from embtrim.testing.matrix import KEEPS_NOISE, matrix_configs, planted_cell
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", [*matrix_configs(), "hard_mask-quantile"])
 def test_planted_noise_of_many_values_goes_first(name: str):

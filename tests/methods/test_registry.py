@@ -75,6 +75,7 @@ def embtrim_beside(site: Path, *arguments: str | Path) -> subprocess.CompletedPr
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=settings)
 
 
+@pytest.mark.slow
 def test_an_installed_package_is_listed_and_broken_ones_are_named(site: Path):
     done = embtrim_beside(site, "methods", "--json")
     assert done.returncode == 0, done.stderr
@@ -90,6 +91,7 @@ def test_an_installed_package_is_listed_and_broken_ones_are_named(site: Path):
         assert done.stderr.count(words) == 1
 
 
+@pytest.mark.slow
 def test_an_installed_method_shows_its_settings(site: Path):
     done = embtrim_beside(site, "methods", "first", "--json")
     assert json.loads(done.stdout)["settings"] == [
@@ -98,6 +100,7 @@ def test_an_installed_method_shows_its_settings(site: Path):
     assert "toy-broken" not in done.stderr, "only the package that was asked for is imported"
 
 
+@pytest.mark.slow
 def test_a_broken_package_that_is_asked_for_is_an_error(site: Path):
     done = embtrim_beside(site, "methods", "broken")
     assert done.returncode == 2
@@ -147,6 +150,7 @@ def test_one_method_shows_its_settings_and_its_preset():
     assert "did you mean 'sseds'?" in unknown.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["methods"], ["methods", "--json"]])
 def test_the_list_of_methods_needs_no_torch(arguments: list[str]):
     code = (

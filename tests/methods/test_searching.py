@@ -48,6 +48,7 @@ def test_bytes_of_first_order_weights_that_go_buy_rows(config: Config):
         search(task, config, "8 bytes")
 
 
+@pytest.mark.slow
 def test_guided_finds_rows_within_few_bytes():
     """Where some tables keep no row: importance for the rows of the others would count all their first-order weights."""
     for budget in ("60 bytes", "300 bytes"):
@@ -76,6 +77,7 @@ def test_a_budget_that_allows_nothing_is_refused_before_the_search(name, bits, m
                 search(task, METHODS[name].config(), budget, bits=bits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("kind", ["bytes", "params", "%"])
 @pytest.mark.parametrize("config", [
@@ -113,6 +115,7 @@ def test_a_task_says_what_it_lacks():
         search(task, SSEDSConfig(pretrain="epochs:1", data="train"), "50%")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config", [SSEDSConfig(), PMEConfig(), GuidedConfig(trial_steps=4), OptEmbedConfig(epochs=1, generations=2)]
 )

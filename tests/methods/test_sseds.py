@@ -84,6 +84,7 @@ def test_sseds_keeps_a_column_of_every_table_where_the_budget_has_room_for_it(pl
         search(planted, SSEDSConfig(min_dim=1), f"{rows - 1} params")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more_epochs", [2, 6])
 def test_faithful_sseds_overrates_memorised_noise(more_epochs: int):
     """Past its best epoch a model has learned the noise by heart, and |g| on training data calls it important.

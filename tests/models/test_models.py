@@ -540,6 +540,7 @@ def test_the_plan_decides_width_and_the_model_first_order():
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_every_model_finds_the_planted_signal(name, wide_data):
     takes = inspect.signature(MODELS[name].__init__).parameters
     small = {"embedding_dim": 4, "hidden_units": (16,), "bottom_units": (8,), "init_std": 0.05}
@@ -548,6 +549,7 @@ def test_every_model_finds_the_planted_signal(name, wide_data):
     assert evaluate(model, wide_data).auc > 0.78
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_graph_fits_any_batch_size(name):
     schema = make_schema()

@@ -34,6 +34,8 @@ from embtrim.tasks.task import CTRTask
 from embtrim.testing.toys import foreign_task
 from embtrim.training.settings import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 HPARAMS = {"embedding_dim": 8, "hidden_units": (8,)}
 TRAIN = TrainConfig(epochs=1, batch_size=512, precision="fp32")
 

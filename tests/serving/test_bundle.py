@@ -307,6 +307,7 @@ print(*embtrim.load_bundle(sys.argv[1]).predict(sys.argv[2])[:20])
 """
 
 
+@pytest.mark.slow
 def test_a_bundle_scores_where_there_is_no_search_code(saved, raw, tmp_path):
     raw.drop("click").write_csv(tmp_path / "log.csv")
     command = [sys.executable, "-c", WITHOUT_SEARCH, str(saved[0]), str(tmp_path / "log.csv")]

@@ -42,6 +42,8 @@ from tests.serving.export_models import (
     uniform_blocks,
 )
 
+pytestmark = pytest.mark.slow
+
 onnx = pytest.importorskip("onnx")
 
 # ---- agreement ---------------------------------------------------------------------------------------------------------

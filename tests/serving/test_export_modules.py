@@ -18,6 +18,8 @@ from embtrim.serving.exporting import export
 from embtrim.testing.toys import ForeignModel, PooledModel, foreign_batches, foreign_task, odd_task, pooled_task
 from tests.serving.export_models import TOLERANCE
 
+pytestmark = pytest.mark.slow
+
 onnxruntime = pytest.importorskip("onnxruntime")
 
 

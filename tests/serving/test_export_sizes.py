@@ -19,6 +19,8 @@ from embtrim.serving import graphs
 from embtrim.serving.exporting import export
 from tests.serving.export_models import READERS, TOLERANCE, batch_of
 
+pytestmark = pytest.mark.slow
+
 onnx = pytest.importorskip("onnx")
 
 

@@ -215,6 +215,7 @@ def test_an_update_that_brings_nothing_new_keeps_the_schema(bundles, kind, tmp_p
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_renumbered_values_have_the_ids_of_a_fresh_encode_and_score_as_before(bundles, encoded, kind, tmp_path):
     update(bundles[kind], NEW, out=tmp_path / "same", split="1:0:0", retrain=False)
     report = update(bundles[kind], NEW, out=tmp_path / "new", split="1:0:0", retrain=False, renumber=True)

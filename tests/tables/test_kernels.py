@@ -196,6 +196,7 @@ def test_plain_torch_serves_where_numba_is_missing(monkeypatch):
         kernels._fused.cache_clear()
 
 
+@pytest.mark.slow
 def test_numba_is_imported_by_training_alone_and_leaves_torch_its_threads():
     code = (
         "import sys, torch, embtrim\n"
@@ -214,6 +215,7 @@ def test_numba_is_imported_by_training_alone_and_leaves_torch_its_threads():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_kernels_compile_where_no_folder_can_be_written_to():
     code = (
         "import tempfile\n"

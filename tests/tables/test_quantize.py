@@ -120,6 +120,7 @@ def decoded_first_order(tables: EmbeddingTables, table: TablePlan, compact_id: i
     return value * float(state[f"{key}.scale"][stretch]) + float(state[f"{key}.offset"][stretch])
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(cases(), st.data())
 def test_every_layout_reads_what_decoding_by_hand_gives(case, draw):
@@ -220,6 +221,7 @@ def raw() -> pl.DataFrame:
     return pl.DataFrame({"user": [f"u{i}" for i in user], "item": [f"i{i}" for i in item], "click": label})
 
 
+@pytest.mark.slow
 def test_a_run_trains_in_fp32_and_keeps_the_quantised_model(raw, tmp_path):
     data = embtrim.encode(raw, label="click", out=tmp_path / "data")
     config = RunConfig(hparams={"embedding_dim": 8, "hidden_units": [8]}, bits=4,
@@ -267,6 +269,7 @@ def test_a_run_trains_in_fp32_and_keeps_the_quantised_model(raw, tmp_path):
         export(done.model, "torchrec", tmp_path / "torchrec")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["pt2", "onnx"])
 def test_an_exported_model_stays_quantised(format, tmp_path):
     from tests.serving import export_models

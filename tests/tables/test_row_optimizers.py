@@ -106,6 +106,7 @@ SCHEDULE = [1e-3 * 0.99**i if i < 60 else 3e-4 for i in range(200)]
 
 @pytest.mark.parametrize("lrs", [None, SCHEDULE], ids=["constant lr", "lr schedule"])
 @pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.slow
 def test_sgd_with_table_decay_is_dense_sgd(decoupled, lrs):
     rows, dense = make_tables(), make_tables()
     lrs = lrs and [100 * lr for lr in lrs]
@@ -126,6 +127,7 @@ def test_adam_is_dense_adam_where_every_row_is_touched(form):
 
 
 @pytest.mark.parametrize("lrs", [None, SCHEDULE], ids=["constant lr", "lr schedule"])
+@pytest.mark.slow
 def test_coupled_adam_replayed_step_by_step_is_dense_adam(lrs):
     rows, dense = make_tables(), make_tables()
     train_rows(rows, RowAdam(rows, l2=1e-3, max_stride=1), Problem(), 120, lrs)
@@ -136,6 +138,7 @@ def test_coupled_adam_replayed_step_by_step_is_dense_adam(lrs):
 # Measured distances at 400 steps, std 1e-2, lr 1e-3; the bounds are about twice these. Under the last setting decay
 # rules: dense Adam leaves all but the last-touched weights at zero, give or take a tenth of lr, and so do we.
 @pytest.mark.parametrize("l2, scale, bound", [(1e-6, 1e-3, 3e-3), (1e-5, 1e-5, 1.5e-3), (1e-5, 1e-3, 4e-3), (1e-3, 1e-3, 1.5e-3), (0.05, 1e-3, 3e-2)])  # fmt: skip
+@pytest.mark.slow
 def test_coupled_adam_replayed_in_strides_stays_near_dense_adam(l2, scale, bound):
     rows, dense = make_tables(), make_tables()
     train_rows(rows, RowAdam(rows, l2=l2), Problem(scale), 400)
@@ -174,6 +177,7 @@ def test_a_weight_at_rest_under_decay_does_not_ring():
 
 
 @pytest.mark.parametrize("max_stride, bound", [(1, 1e-5), (64, 7e-3)])
+@pytest.mark.slow
 def test_coupled_adagrad_is_near_a_dense_one(max_stride, bound):
     rows, dense = make_tables(), make_tables()
     train_rows(rows, RowAdagrad(rows, lr=1e-2, l2=1e-3, max_stride=max_stride), Problem(), 200)

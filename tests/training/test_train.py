@@ -221,6 +221,7 @@ def traced_only(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 @torch_warns_of_itself
 @pytest.mark.parametrize("name", MODELS)
 def test_compiled_models_train_as_the_others_do(name, wide_data, traced_only):
@@ -242,6 +243,7 @@ def test_compiled_models_train_as_the_others_do(name, wide_data, traced_only):
     assert result.rows_per_second == pytest.approx(rows / seconds)
 
 
+@pytest.mark.slow
 @torch_warns_of_itself
 def test_compiled_dropout_is_of_the_seed(data, traced_only):
     found = []
@@ -260,6 +262,7 @@ def test_searches_do_not_compile(data, traced_only):
     assert not traced_only
 
 
+@pytest.mark.slow
 @torch_warns_of_itself
 def test_compilation_without_a_compiler_says_what_to_do(data, tmp_path, monkeypatch):
     import torch._inductor.config as inductor
