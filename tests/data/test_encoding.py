@@ -14,9 +14,9 @@ import polars as pl
 import pytest
 
 from embtrim.data import writing
-from embtrim.data.cells import hash_values
 from embtrim.data.dataset import EncodedDataset
 from embtrim.data.encoder import Encoder
+from embtrim.data.hashing import hash_values
 from embtrim.data.read_options import ReadOptions
 from embtrim.errors import DataError
 from embtrim.schema import FieldSpec, Schema

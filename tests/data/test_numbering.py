@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embtrim.data.cells import hash_values
 from embtrim.data.encoder import Encoder
+from embtrim.data.hashing import hash_values
 from embtrim.data.numbering import Numbering
 from embtrim.data.reading import open_log
 from embtrim.errors import DataError

@@ -55,7 +55,7 @@ def encode(
     test: Annotated[str | None, typer.Option("--test", help="Log of the test split.")] = None,
     dataset: Annotated[
         str | None,
-        typer.Option("--dataset", help="Known dataset that the log is; `embtrim datasets` lists them."),
+        typer.Option("--dataset", help="Name of the known dataset that this log holds; `embtrim datasets` lists them."),
     ] = None,
     min_count: Annotated[
         int | None,

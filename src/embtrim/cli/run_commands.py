@@ -49,7 +49,7 @@ def run(
         float | None,
         typer.Option(
             "--max-loss",
-            help="Largest loss of validation AUC; the smallest plan within it is searched, instead of one within a budget.",
+            help="Largest loss of validation AUC to accept. Replaces --budget: the search finds the smallest plan that loses no more.",
         ),
     ] = None,
     bits: BitsName = None,

@@ -106,7 +106,7 @@ def update(
     dry_run: DryRun = False,
     quiet: Quiet = False,
 ) -> None:
-    """Update a saved model with a new log. New and dropped values get rows, and training is continued."""
+    """Update a saved model with a new log. Values that are new, or that compaction had dropped, get rows, and training continues."""
     start_log(quiet)
     from embtrim.serving.updating import UpdateConfig
 

@@ -12,7 +12,7 @@ from typing import TypeVar, get_args, overload
 
 from torch import nn
 
-from embtrim.compaction.foreign import Init, Reads, compact_module, narrow_linears
+from embtrim.compaction.foreign import Init, LinearReads, compact_module, narrow_linears
 from embtrim.compaction.inheriting import inherit_weights
 from embtrim.errors import EmbtrimError, ModelError
 from embtrim.models.ctr_model import CTRModel
@@ -24,18 +24,18 @@ ZooModel = TypeVar("ZooModel", bound=CTRModel)
 
 @overload
 def compact(
-    model: ZooModel, plan: SizePlan, init: Init = "scratch", seed: int | None = None, reads: Reads | None = None
+    model: ZooModel, plan: SizePlan, init: Init = "scratch", seed: int | None = None, reads: LinearReads | None = None
 ) -> ZooModel: ...
 
 
 @overload
 def compact(
-    model: nn.Module, plan: SizePlan, init: Init = "scratch", seed: int | None = None, reads: Reads | None = None
+    model: nn.Module, plan: SizePlan, init: Init = "scratch", seed: int | None = None, reads: LinearReads | None = None
 ) -> nn.Module: ...
 
 
 def compact(
-    model: nn.Module, plan: SizePlan, init: Init = "scratch", seed: int | None = None, reads: Reads | None = None
+    model: nn.Module, plan: SizePlan, init: Init = "scratch", seed: int | None = None, reads: LinearReads | None = None
 ) -> nn.Module:
     """Build the smaller model that a plan describes. The given model is not changed.
 

@@ -22,7 +22,7 @@ from embtrim.tasks.task import Task
 Init = Literal["scratch", "initial", "inherit"]
 
 # Parts of the concatenation that each nn.Linear reads, by its path; see `compact`.
-Reads = Mapping[str, Sequence[str | int]]
+LinearReads = Mapping[str, Sequence[str | int]]
 
 
 def module_sites(model: nn.Module, plan: SizePlan) -> list[ModuleSite]:
@@ -95,7 +95,7 @@ def _replace_in_lists(model: nn.Module, stale: Tensor, pieces: Sequence[Tensor])
 
 
 @torch.no_grad()
-def narrow_linears(small: nn.Module, reads: Reads) -> None:
+def narrow_linears(small: nn.Module, reads: LinearReads) -> None:
     """Let the named Linears of a compact foreign module read only the columns that its tables store."""
     narrowed: list[CompactEmbedding | CompactEmbeddingBag] = []
     for path, parts in reads.items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from embtrim.compaction.compacting import compact
-from embtrim.compaction.foreign import Reads, compact_tables, module_sites, narrow_linears, select_columns
+from embtrim.compaction.foreign import LinearReads, compact_tables, module_sites, narrow_linears, select_columns
 from embtrim.compaction.inheriting import kept_rows_of
 from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import EmbtrimError, ModelError
@@ -66,7 +66,7 @@ def verify(
     data: EncodedDataset | Task,
     split: str = "valid",
     max_rows: int = 65_536,
-    reads: Reads | None = None,
+    reads: LinearReads | None = None,
 ) -> Verification:
     """Compare a compact copy with the masked full model on real batches.
 
@@ -180,7 +180,7 @@ def mask_tables(model: CTRModel, plan: SizePlan) -> CTRModel:
 
 @torch.no_grad()
 def _verify_module(
-    model: nn.Module, plan: SizePlan, task: Task, split: str, max_rows: int, reads: Reads | None
+    model: nn.Module, plan: SizePlan, task: Task, split: str, max_rows: int, reads: LinearReads | None
 ) -> Verification:
     """`verify` for a foreign module."""
     counts_only = any(table.only_counts for table in plan.tables)
@@ -225,7 +225,7 @@ def _verify_module(
     return Verification(worst, rows, MODULE_TOLERANCE, worst <= MODULE_TOLERANCE)
 
 
-def _misread(reads: Reads) -> str:
+def _misread(reads: LinearReads) -> str:
     return (
         f"reads= is wrong for {', '.join(reads)}: the Linear reads its parts in another order, or something else reads them "
         "too; correct it, or leave it out"

@@ -4,27 +4,23 @@ A categorical value is its text. Whole floats are written without a fraction (`5
 `true` and `false`, dates in ISO form; text stays as it is (`05` is not `5`). A missing value is null, NaN in a number,
 or a text in `nulls`. In a multi field a missing cell is an empty list, and missing or empty elements are left out.
 
-Hashes: id = 1 + blake2b-64(UTF-8 text, key "embtrim") mod hash_size; a missing value is hashed as the text
-"\\0missing".
+Values of hashed fields: see hashing.py.
 
 Shapes: N rows, C id columns, E dense fields.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import polars as pl
 
+from embtrim.data.hashing import hash_values
 from embtrim.data.transforms import bucket_numbers, bucket_texts, transformed
 from embtrim.errors import DataError
 from embtrim.schema import PAD, FieldSpec, Schema
-
-HASH_KEY = b"embtrim"
-MISSING_TOKEN = "\0missing"
 
 
 def needed_columns(schema: Schema) -> tuple[str, ...]:
@@ -265,17 +261,6 @@ def _text(field: FieldSpec, dtype: pl.DataType, column: pl.Expr) -> pl.Expr:
 def flatten(lists: pl.Series) -> pl.Series:
     """The elements of all lists in order."""
     return lists.filter(lists.list.len().fill_null(0) > 0).explode()
-
-
-def hash_values(values: pl.Series, hash_size: int) -> np.ndarray:
-    """Hashed ids 1..hash_size of texts: int32 (N,); see the module docstring."""
-    texts = values.fill_null(MISSING_TOKEN)
-    distinct = texts.unique()
-    digests = [hashlib.blake2b(text.encode(), digest_size=8, key=HASH_KEY).digest() for text in distinct]
-    ids = [1 + int.from_bytes(digest, "little") % hash_size for digest in digests]
-    if not ids:
-        return np.empty(0, np.int32)
-    return texts.replace_strict(distinct, ids, return_dtype=pl.Int32).to_numpy()
 
 
 def _has_numeric_nulls(schema: Schema, field: FieldSpec) -> bool:

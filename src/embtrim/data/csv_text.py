@@ -106,7 +106,7 @@ class CsvFile(LogFile):
             yield Chunk(frame.select(columns), 0, self._locator(block, first_line), done, end)
 
     def _is_even(self, rows: bytes) -> bool:
-        """Whether the block has as many separators as lines with a cell for each column have in all."""
+        """Whether the block has the number of separators that it has if every line has a cell for each column."""
         if self.quoted and b'"' in rows:
             rows = re.sub(rb'"[^"]*"', b"", rows)
         num_lines = rows.count(b"\n") + (not rows.endswith(b"\n"))

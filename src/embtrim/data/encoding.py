@@ -80,8 +80,8 @@ def encode(
         schema: The fields, or a TOML file with them; None infers a draft and writes it to `<out>.schema.toml`.
         label: The label column; needed without a schema, unless the column has a usual name (label, click, ..).
         out: Folder to write.
-        split: How `source` is divided, such as "8:1:1" (the default) or "time:8:1:1". With `valid` or `test` given, all
-            of `source` is for training, unless a split is given that leaves out the parts for these logs.
+        split: How `source` is divided, such as "8:1:1" (the default) or "time:8:1:1". With `valid` or `test`, all
+            of `source` is for training; a split given as well must not have parts for these logs.
         valid: Log with the validation rows.
         test: Log with the test rows.
         seed: Seed of the random split and of the sample for quantiles.

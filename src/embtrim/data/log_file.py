@@ -42,7 +42,7 @@ class Chunk:
         frame: The rows; text cells are strings, parquet columns keep their type.
         first_row: Index of the first row in the whole log, over all files.
         locate: Says where a row of this chunk lies, such as `logs.csv line 18,204`.
-        done: Part of the log, in 0..1, that is read once this chunk is.
+        done: Share of the log, in 0..1, that is read up to the end of this chunk.
         end: Place in the log after this chunk.
     """
 

@@ -48,7 +48,7 @@ from embtrim.system.progress import grid_bar
 from embtrim.system.unfinished import OtherTrainingError
 from embtrim.training.devices import device_of
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 OnRecord = Callable[[RunRecord, int, int], None]
 
@@ -96,7 +96,7 @@ class Worker:
         try:
             trained = train_full(self.data, config, checkpoint=checkpoint)
         except OtherTrainingError as error:
-            log.warning("%s: this training starts again", error)
+            logger.warning("%s: this training starts again", error)
             checkpoint.unlink()
             trained = train_full(self.data, config, checkpoint=checkpoint)
         state = {name: value.detach().cpu().contiguous() for name, value in trained.model.state_dict().items()}
@@ -148,7 +148,7 @@ class Outcomes:
                 self.on_record(outcome, len(self.records), len(self.cells))
         else:
             self.skipped[cell.name] = outcome
-            log.warning("%s skipped: %s", cell.name, outcome.reason)
+            logger.warning("%s skipped: %s", cell.name, outcome.reason)
         if before != self.skipped.get(cell.name):
             write_skipped(self.out, self.skipped.values())
 
@@ -223,7 +223,7 @@ def compare(
 def _warn_of_other_code(records: Iterable[RunRecord], out: Path) -> None:
     others = sorted({record.versions["embtrim"] for record in records} - {code_version()})
     if others:
-        log.warning(
+        logger.warning(
             "%s has records of embtrim %s, this is %s: changes between them may show in a comparison",
             out, ", ".join(others), code_version(),
         )  # fmt: skip

@@ -25,7 +25,7 @@ from embtrim.methods import METHODS, method_named
 from embtrim.models import MODELS, arguments
 from embtrim.models.ctr_model import HyperParameters
 from embtrim.plan.budget import Budget, BudgetSetting
-from embtrim.plan.limits import target_settings
+from embtrim.plan.budget_limits import target_settings
 from embtrim.plan.table import Bits, Target
 from embtrim.system.files import write_then_rename
 from embtrim.training.settings import TrainConfig

@@ -15,7 +15,7 @@ from embtrim.experiments.records import RunRecord, Trained
 from embtrim.experiments.settings import RunConfig, check_run
 from embtrim.experiments.steps import shrink, smallest_within, train_full
 from embtrim.plan.budget import Budget
-from embtrim.plan.limits import counts_vocabulary, target_settings
+from embtrim.plan.budget_limits import counts_vocabulary, target_settings
 from embtrim.plan.table import Target
 from embtrim.serving.bundle import note_spread, save
 from embtrim.system.files import write_then_rename

@@ -14,7 +14,7 @@ from embtrim.methods import method_named
 from embtrim.models import build
 from embtrim.models.ctr_model import HyperParameters
 from embtrim.plan.budget import Budget, BudgetSetting
-from embtrim.plan.limits import check_budget
+from embtrim.plan.budget_limits import check_budget
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Bits, Target
 from embtrim.training.devices import device_of

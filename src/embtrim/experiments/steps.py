@@ -19,7 +19,7 @@ from embtrim.experiments.settings import RunConfig, method_config
 from embtrim.methods import method_named, search
 from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel
-from embtrim.plan.limits import target_settings
+from embtrim.plan.budget_limits import target_settings
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Bits
 from embtrim.serving.bundle import load_bundle
@@ -33,7 +33,7 @@ from embtrim.training.recoding import data_for
 from embtrim.training.settings import FitResult
 from embtrim.training.state import checksum
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Bisection over budgets for `max_loss`: the smallest budget tried, and how many budgets are tried at most.
 SMALLEST_SHARE = 0.01
@@ -253,7 +253,7 @@ def best_precision(shrink_to: Callable[[Bits], Trained]) -> Trained:
     trials: list[Trained] = []
     for bits in TRIED_BITS:
         trials.append(shrink_to(bits))
-        log.info("%s bits: validation AUC %.4f", bits, trials[-1].record.valid["auc"])
+        logger.info("%s bits: validation AUC %.4f", bits, trials[-1].record.valid["auc"])
     best = max(trials, key=lambda trained: trained.record.valid["auc"])
     return with_search_seconds(best, sum(t.record.search_seconds + t.record.train_seconds for t in trials))
 
@@ -298,11 +298,11 @@ def smallest_within(
         try:
             trained = shrink(full, data, config.replace(budget=budget), progress=progress, unfinished=work)
         except BudgetError as error:  # so small that the method keeps nothing
-            log.info("budget %.2f%%: %s", share * 100, error)
+            logger.info("budget %.2f%%: %s", share * 100, error)
             low = share
             continue
         seconds += trained.record.search_seconds + trained.record.train_seconds
-        log.info("budget %.2f%%: validation AUC %.4f, wanted %.4f", share * 100, trained.record.valid["auc"], wanted)
+        logger.info("budget %.2f%%: validation AUC %.4f, wanted %.4f", share * 100, trained.record.valid["auc"], wanted)
         if trained.record.valid["auc"] >= wanted:
             best, high = trained, share
         else:

@@ -49,7 +49,7 @@ from embtrim.methods.selection import field_plan, filled, row_plan, slot_costs
 from embtrim.methods.sseds import SSEDSConfig, slot_gradients
 from embtrim.methods.uniform import UniformConfig, search_uniform
 from embtrim.plan.budget import Budget
-from embtrim.plan.limits import full_limit
+from embtrim.plan.budget_limits import full_limit
 from embtrim.plan.plan import SizePlan
 from embtrim.system.progress import tracked
 from embtrim.tables.packing import CHUNK_ROWS

@@ -1,8 +1,8 @@
 """OptEmbed: rows by learned thresholds, widths by evolution (Lyu et al., CIKM 2022, arXiv 2208.04482).
 
-    r_v = 1[ ||E_v||_1 - t_f > 0 ],  t_f learned, one a table, from 0                                  (row mask)
+    r_v = 1[ ||E_v||_1 - t_f > 0 ],  t_f learned, one per table, from 0                                  (row mask)
     dr/dx := 2 - 4|x| for |x| <= 0.4;  0.4 for 0.4 < |x| <= 1;  else 0                                 (surrogate)
-    e~_v = r_v * (first d_f coordinates of E_v),  d_f ~ Uniform{1..D} a sample and field               (supernet)
+    e~_v = r_v * (first d_f coordinates of E_v),  d_f ~ Uniform{1..D} per sample and field             (supernet)
     loss = BCE + lambda * sum_f exp(-t_f);  t by plain SGD                                             (loss)
     fitness(d) = validation AUC of the supernet with masked rows and widths d                          (evolution)
 
@@ -10,13 +10,13 @@ Certain, from the authors' public code: all of the above; dense Adam with L2 ins
 population 20, 30 generations of 10 mutations (p = 0.1 a field) and 10 crossovers; the plan is retrained from the
 supernet's initial weights, `compact(init="initial")`. Adam with L2 is what prunes rows: it drives rarely seen rows to
 norm ~0, below a slightly positive threshold. Lazy rows with replayed decay are an option.
-Put right: parents are cloned, scores stay with their candidates, the crossover point ranges over fields, widths are
+Faults of the public code, put right here: parents are cloned, scores stay with their candidates, the crossover point ranges over fields, widths are
 drawn from 1..D and counted as drawn, no candidate is scored twice, the best 15 live on.
 
 Departures:
 - L2 applies to the embeddings, by the task's settings; in the paper it applies to all parameters.
-- A table's reserved row (OOV, or a padding row) passes the row gate and stays while any other row does: zero at the
-  start, it could never leave a norm-based mask. Rows also stay where their table is no smaller without them, because
+- A table's reserved row (OOV, or a padding row) passes the row gate and stays as long as any other row stays. It is zero
+  at the start, so that a mask based on norms could never bring it back. Rows also stay where their table is no smaller without them, because
   of the shared DROPPED row or a foreign model's row map.
 - Budget (the paper has none; `natural` keeps its behaviour): widths of candidates over the budget are lowered. If
   width 1 everywhere does not fit, all thresholds are raised by one amount until it does. In the end the rest of the

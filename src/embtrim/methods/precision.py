@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from embtrim.plan.budget import BYTES_PER_PARAM, Budget
-from embtrim.plan.limits import LEVELS
+from embtrim.plan.budget_limits import LEVELS
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Alignment, Block, BlockShape, TablePlan, TableShape
 from embtrim.tables.packing import CHUNK_ROWS, codes_of, fit_codes

@@ -26,7 +26,7 @@ from embtrim.errors import ConfigError, hint
 
 if TYPE_CHECKING:  # importing numpy would take longer than the list
     from embtrim.plan.budget import Budget
-    from embtrim.plan.limits import Unit
+    from embtrim.plan.budget_limits import Unit
     from embtrim.plan.plan import SizePlan
 
     Search = Callable[[Any, Any, Budget, int], SizePlan]
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # importing numpy would take longer than the list
 Needs = Literal["trained", "initial", "nothing"]
 SearchT = TypeVar("SearchT", bound="Search")
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "embtrim.methods"
 # Names that `embtrim compare` gives to the full model and to the list of all methods.
@@ -190,7 +190,7 @@ def _installed() -> dict[str, EntryPoint]:
     for entry in entry_points(group=ENTRY_POINTS):
         if entry.name in OWN or entry.name in found:
             owner = "embtrim" if entry.name in OWN else _distribution(found[entry.name])
-            log.warning(
+            logger.warning(
                 "%s: its method %r is left out: %s has one of this name", _distribution(entry), entry.name, owner
             )
         else:
@@ -216,7 +216,7 @@ def _fault(name: str) -> str | None:
             f"{about}importing {entry.module!r} registers no method of this name; the module must call "
             f"embtrim.methods.register({name!r}, ...)"
         )
-    log.warning("%s", fault)
+    logger.warning("%s", fault)
     return fault
 
 
@@ -274,7 +274,7 @@ def register(
         >>> plan.num_params <= 0.5 * plan.num_full_params
         True
     """
-    from embtrim.plan.limits import Unit
+    from embtrim.plan.budget_limits import Unit
 
     if not re.fullmatch("[a-z][a-z0-9_-]*", name):
         raise ConfigError(f"method name {name!r} is malformed; allowed: lower-case letters, digits, '_' and '-'")

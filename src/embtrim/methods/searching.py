@@ -20,7 +20,7 @@ from embtrim.errors import BudgetError, ConfigError, EmbtrimError, ModelError
 from embtrim.methods.precision import MIXED_BITS, mixed_bits
 from embtrim.methods.registry import Method, method_of
 from embtrim.plan.budget import BYTES_PER_PARAM, Budget
-from embtrim.plan.limits import (
+from embtrim.plan.budget_limits import (
     ROUNDED,
     amount_of,
     check_budget,
@@ -32,7 +32,7 @@ from embtrim.plan.table import Bits, Target
 from embtrim.tasks.sites import ModuleSite, Site, weights_kept
 from embtrim.tasks.task import Task
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # A plan gives new ids to the values that it keeps, which may compress less well: bytes of the vocabulary over its bytes
 # before. 15 mixed plans of three data sets needed 1.003 at most. A plan in fp32 on flights needed 1.12: a second search.
@@ -117,7 +117,7 @@ def _log_survey(task: Task) -> None:
     findings = task.survey()
     left = sum(finding.num_bytes for finding in findings if not finding.found)
     lines = [*map(str, findings), f"left alone, beside what plans count: {left:,} bytes"]
-    log.info("embeddings of %s:\n  %s", type(task.model).__name__, "\n  ".join(lines))
+    logger.info("embeddings of %s:\n  %s", type(task.model).__name__, "\n  ".join(lines))
 
 
 def _check_fp32(sites: Sequence[Site]) -> None:

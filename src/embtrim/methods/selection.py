@@ -16,7 +16,7 @@ from torch import Tensor
 
 from embtrim.errors import BudgetError
 from embtrim.plan.budget import Budget
-from embtrim.plan.limits import full_limit
+from embtrim.plan.budget_limits import full_limit
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Alignment, Block, TablePlan, map_params
 

@@ -13,7 +13,7 @@ import numpy as np
 from embtrim.config import Config
 from embtrim.methods.selection import columns_cost, field_plan, filled, largest, row_plan
 from embtrim.plan.budget import Budget
-from embtrim.plan.limits import full_limit
+from embtrim.plan.budget_limits import full_limit
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Alignment
 from embtrim.tasks.task import Task, alignment_of

@@ -1,11 +1,12 @@
 """Budgets: what a user writes, read once and turned into a number of embedding parameters.
 
 `10%` is a share of the full embedding tables, without their first-order weights. `1.5M params` is an absolute number of the
-same parameters. `200MB` is a number of bytes for the embedding tables and the first-order tables; where a search is told
-what will serve the tables, these bytes include the vocabulary. Projections and shared rows of the compact tables count
-against all three. A percentage and a number of bytes count them at the precision that the tables are stored in.
+same parameters. `200MB` is a number of bytes for the embedding tables and the first-order tables; if a search has a
+`target`, these bytes include the vocabulary. Projections and shared rows of the compact tables count against all three. A
+percentage or a number of bytes counts each value at the precision in which it is stored.
 
-A budget is only the limit: plan.py counts what a plan takes.
+Here a budget is only read. `SizePlan.max_bytes` in plan.py says how many bytes a budget allows a plan, and budget_limits.py
+how small a budget may be.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class Budget:
         return left
 
     def words_for(self, amount: float) -> str:
-        """The smallest budget of this kind, in words, that allows an amount; the amount is rounded up to what words can say."""
+        """The smallest budget of this kind that allows an amount, as text such as "1.3%"; rounded up to the digits shown."""
         if self.kind != "percent":
             return str(Budget(self.kind, math.ceil(amount - 1e-6)))
         places = 2 - math.floor(math.log10(100 * amount))

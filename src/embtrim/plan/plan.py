@@ -311,7 +311,7 @@ class PlanShape:
         """Bytes that a budget allows a plan with the bits and first-order weights of this plan, for a target.
 
         A percentage refers to the fp32 bytes of the full tables. It counts values, scales, projections and padding, but
-        not first-order weights. For a number of parameters, each parameter takes as many bytes as on average in this plan.
+        not first-order weights. A budget in parameters is converted with the average bytes per parameter of this plan.
         """
         if budget.kind == "params":
             return self.num_bytes(target) * budget.amount / max(1, self.num_params)

@@ -17,7 +17,7 @@ from embtrim.reports.provenance import models_and_data, provenance
 from embtrim.reports.widths import widths_heat_map
 from embtrim.system.files import write_then_rename
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # The first line of a README.md that embtrim may overwrite.
 MARK = "<!-- written by embtrim from the records; changes are lost -->"
@@ -42,7 +42,7 @@ def write_comparison(
     readme = Path(folder) / "README.md"
     text = f"{MARK}\n\n# {_title(records)}\n\n{_facts(records)}\n\n{comparison_tables(records, skipped)}"
     if readme.exists() and not readme.read_text("utf-8", errors="replace").startswith(MARK):
-        log.warning("%s was not written by embtrim and is left as it is", readme)
+        logger.warning("%s was not written by embtrim and is left as it is", readme)
     else:
         write_then_rename(readme, lambda file: file.write(text.encode()))
     html = render_comparison(records, skipped)

@@ -21,7 +21,7 @@ from embtrim.serving.served import Served
 from embtrim.system.folders import folder_bytes
 from embtrim.tables.replacements import CompactEmbedding, Replacement
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Backend that counts the bytes of each format's tables.
 TARGETS: dict[Format, Target] = {"pt2": "torch", "onnx": "onnx", "torchrec": "fbgemm"}
@@ -90,7 +90,7 @@ def full_module_bytes(served: Served, write: Callable[[Served, Path], None], fol
             write(dataclasses.replace(served, module=module), Path(full))
             return folder_bytes(Path(full)) + missing
         except Exception as error:  # exporters raise what they like
-            log.warning("the full %s cannot be exported (%s); its bytes are estimated", type(module).__name__, error)
+            logger.warning("the full %s cannot be exported (%s); its bytes are estimated", type(module).__name__, error)
     before, after = (sum(p.nbytes for p in m.state_dict().values()) for m in (served.module, module))
     return folder_bytes(folder) + after - before + missing
 

@@ -14,7 +14,7 @@ from embtrim.config import first_change
 from embtrim.errors import DataError
 from embtrim.system.files import write_then_rename
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # The file in a folder of unfinished work that holds the settings of the work.
 SETTINGS = "settings.json"
@@ -39,7 +39,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
             change = "settings that cannot be read"
         if change is None:
             return
-        log.warning("%s was begun with %s; this work starts from the beginning", folder, change)
+        logger.warning("%s was begun with %s; this work starts from the beginning", folder, change)
         shutil.rmtree(folder)
     write_then_rename(path, lambda file: file.write(json.dumps(settings).encode()))
 

@@ -5,8 +5,8 @@ uniformly, column by column:
 
     out = code * scale + offset,   code = round((value - offset) / scale) in 0 .. 2^b - 1
 
-The codes span the range of the column, drawn in towards its mean by the factor among CLIPS that leaves the smallest
-squared error; a value outside this range gets the code of its nearer end. A byte holds two codes of 4 bits: column j of
+The codes span the range of the column, shrunk towards its mean by the factor in CLIPS with the smallest squared error; a
+value outside this range gets the code of its nearer end. A byte holds two codes of 4 bits: column j of
 the first half in the low bits, column j of the second half in the high bits.
 
 Axes: N rows, W columns, T stretches.
@@ -34,8 +34,8 @@ class PackedRows(nn.Module):
 
     Attributes:
         values: (N, W) stored values; uint8 codes at 8 bits, and (N, (W + 1) // 2) bytes of two codes at 4 bits.
-        scale: (T, W) step from one code to the next; at 8 and 4 bits alone.
-        offset: (T, W) value of code 0; at 8 and 4 bits alone.
+        scale: (T, W) step from one code to the next; only at 8 and 4 bits.
+        offset: (T, W) value of code 0; only at 8 and 4 bits.
     """
 
     values: Tensor

@@ -34,7 +34,7 @@ from embtrim.training.recoding import data_for
 from embtrim.training.settings import FitResult, Hooks, TrainConfig
 from embtrim.training.state import Training
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Rows per batch when many gatings are scored: the activations of larger batches fall out of the cache.
 GATED_BATCH_SIZE = 2_048
@@ -325,7 +325,7 @@ def _warn_of_ignored(settings: Mapping[str, Any]) -> None:
         f"{name} = {getattr(asked, name)!r}" for name in settings if getattr(asked, name) != getattr(default, name)
     ]
     if ignored:
-        log.warning(
+        logger.warning(
             "this Task trains with its own optimizer=, which ignores what the search asks for: %s; build it into that "
             "optimizer, such as embedding_l2 as weight decay",
             ", ".join(ignored),

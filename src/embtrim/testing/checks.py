@@ -25,7 +25,7 @@ from embtrim.errors import BudgetError
 from embtrim.methods import method_of, search
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.budget import Budget
-from embtrim.plan.limits import full_limit
+from embtrim.plan.budget_limits import full_limit
 from embtrim.plan.plan import PlanShape, SizePlan
 from embtrim.plan.table import Alignment, BlockShape, TableShape
 from embtrim.system.torch_private import has_forward_hooks

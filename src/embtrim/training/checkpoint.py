@@ -39,7 +39,7 @@ from embtrim.training.state import (
     weights_of,
 )
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 
@@ -73,14 +73,14 @@ class Checkpoint:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
             version, settings = head["version"], head["settings"]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            log.warning(
+            logger.warning(
                 "%s is damaged (%s); this training starts again from the beginning",
                 self.path,
                 str(error).partition("\n")[0],
             )
             return None
         if version != VERSION:
-            log.warning(
+            logger.warning(
                 "%s has version %s, this release reads %s; the training starts again from the beginning",
                 self.path,
                 version,
@@ -107,7 +107,7 @@ class Checkpoint:
         try:
             write_then_rename(self.path, lambda file: save_file(tensors, file.name, {"state": json.dumps(head)}))
         except (OSError, SafetensorError) as error:
-            log.warning("checkpoint %s could not be written (%s); training goes on", self.path, error)
+            logger.warning("checkpoint %s could not be written (%s); training goes on", self.path, error)
         self._written = time.monotonic()
 
 

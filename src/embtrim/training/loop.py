@@ -27,7 +27,7 @@ from embtrim.training.devices import fast_matmul
 from embtrim.training.settings import FitResult, Optimizer
 from embtrim.training.state import Training, TrainingState, random_states, set_random_states
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -71,7 +71,7 @@ def train_loop(training: Training, *, progress: bool = False, checkpoint: Checkp
         write_checkpoint(checkpoint, training, state, ended=True)
     # A search runs many trainings without a score: they are logged as details.
     level = logging.DEBUG if training.score is None else logging.INFO
-    log.log(level, "trained %d epochs in %.1f s (%s)", len(result.history), result.seconds, result.precision)
+    logger.log(level, "trained %d epochs in %.1f s (%s)", len(result.history), result.seconds, result.precision)
     return result
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, autograd, float32
 from embtrim.tables.kernels import torch as plain
 from embtrim.tables.kernels.torch import Distinct, Expansion
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def kernels_for(weight: Tensor) -> ModuleType:
@@ -39,7 +39,7 @@ def _fused() -> ModuleType | None:
     try:
         from embtrim.tables.kernels import fused
     except ImportError as error:
-        log.info("kernels in plain torch (%s); pip install 'embtrim[fast]' for faster ones", error)
+        logger.info("kernels in plain torch (%s); pip install 'embtrim[fast]' for faster ones", error)
         return None
     return fused
 

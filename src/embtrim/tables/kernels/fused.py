@@ -33,7 +33,7 @@ from embtrim.tables.kernels.torch import (
 )
 
 NAME = "fused"  # written into checkpoints and records
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "adagrad_rows_",
@@ -187,7 +187,9 @@ def _can_cache() -> bool:
     try:
         njit(cache=True)(_can_cache)  # compiles at the first call, which never comes
     except RuntimeError as error:
-        log.warning("%s; every process compiles its kernels again; set NUMBA_CACHE_DIR to a folder to write to", error)
+        logger.warning(
+            "%s; every process compiles its kernels again; set NUMBA_CACHE_DIR to a folder to write to", error
+        )
         return False
     return True
 

@@ -77,7 +77,8 @@ def least_plans(full: SizePlan, unit: Literal["columns", "rows"] | None = None) 
     Args:
         full: The plan that keeps everything.
         unit: What is kept of a table: one column, or one row. Without a unit it is one column of the first row, which needs
-            no id map; no plan keeps less. A whole table may cost less than any of these with its DROPPED row.
+            no id map; no plan keeps less. A whole
+            table may cost less than one of these, because they also need a DROPPED row.
     """
     for number, table in enumerate(full.tables):
         whole = Block(table.num_rows, tuple(range(table.width)))
