@@ -110,7 +110,7 @@ class Worker:
         """The full model of a cell, from memory or disk.
 
         Raises:
-            DataError: its weights are damaged.
+            DataError: Its weights are damaged.
         """
         if self._full is None or self._full[0] != cell:
             self._full = None  # before the next one is loaded: one at a time in memory
@@ -175,18 +175,18 @@ def compare(
     `write_comparison` makes the tables and the page.
 
     Args:
-        data: encoded data with splits train, valid and test.
-        config: see CompareConfig.
-        out: a new folder, or the folder of an earlier start, to continue or extend its grid.
-        jobs: number of worker processes; 1 works in this process. A script that asks for more needs the usual
+        data: Encoded data with splits train, valid and test.
+        config: Settings of the grid.
+        out: A new folder, or the folder of an earlier start, to continue or extend its grid.
+        jobs: Number of worker processes; 1 works in this process. A script that asks for more needs the usual
             `if __name__ == "__main__":`.
-        progress: show a progress bar on stderr.
-        on_record: called with each new record, the number of cells that are done, and the number of all cells.
+        progress: Show a progress bar on stderr.
+        on_record: Called with each new record, the number of cells that are done, and the number of all cells.
 
     Raises:
-        ConfigError: an unknown model, method, setting or budget.
-        DataError: a split is missing, or a record in `out` was made with other settings.
-        EmbtrimError: a worker process died.
+        ConfigError: An unknown model, method, setting or budget.
+        DataError: A split is missing, or a record in `out` was made with other settings.
+        EmbtrimError: A worker process died.
     """
     out = Path(out)
     config = resolve(config)
@@ -242,7 +242,7 @@ def estimate(data: EncodedDataset, config: CompareConfig, out: Path | None = Non
     searches come on top.
 
     Raises:
-        ConfigError, DataError: see `compare`.
+        ConfigError, DataError: See `compare`.
     """
     config = resolve(config)
     check_compare(data, config)

@@ -133,7 +133,7 @@ def resolve(config: CompareConfig) -> CompareConfig:
     """The config with "all" replaced by the names of all methods, and without repetitions.
 
     Raises:
-        ConfigError: a model, method or setting is unknown, or a label is not a name.
+        ConfigError: A model, method or setting is unknown, or a label is not a name.
     """
     methods = tuple(METHODS) if ALL in config.methods else tuple(dict.fromkeys(config.methods))
     models, budgets = tuple(dict.fromkeys(config.models)), tuple(dict.fromkeys(config.budgets))
@@ -169,7 +169,7 @@ def settings_by_label(config: CompareConfig) -> dict[str, MethodSetup]:
     """The method and settings of each label: the methods, then the variants.
 
     Raises:
-        ConfigError: a method or setting is unknown, or a label is not a name.
+        ConfigError: A method or setting is unknown, or a label is not a name.
     """
     found = {
         name: MethodSetup(name, method_named(name).config().model_dump(mode="json"), init=config.init)
@@ -248,7 +248,7 @@ def finished(cells: Iterable[Cell], data: EncodedDataset, config: CompareConfig,
     """The records that exist in the folder of a grid.
 
     Raises:
-        DataError: a record was made with other settings or is damaged, or `out` is not a folder of `compare`.
+        DataError: A record was made with other settings or is damaged, or `out` is not a folder of `compare`.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         settings = out / "config.toml"
@@ -316,7 +316,7 @@ def read_skipped(out: str | Path) -> list[Skipped]:
     """The cells of a folder that failed when they were last tried and still have no record.
 
     Raises:
-        DataError: skipped.json or the folder's records.jsonl is damaged.
+        DataError: The file skipped.json or the folder's records.jsonl is damaged.
     """
     path = Path(out) / "skipped.json"
     try:

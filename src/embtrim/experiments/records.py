@@ -69,7 +69,7 @@ class RunRecord(Config):
         search_seconds: Wall time of the search, its own pretraining included; 0 for the full model.
         search_peak_bytes: Peak anonymous memory of the search above what was resident at its start.
         epoch_seconds: Wall time of one training epoch of the full model, without validation.
-        search_epochs: search_seconds / epoch_seconds.
+        search_epochs: Cost of the search in training epochs of the full model: search_seconds / epoch_seconds.
         train_seconds: Wall time of training this model, validation included.
         epochs: Number of epochs trained.
         rows_per_second: Training rows per second; see FitResult.
@@ -132,7 +132,7 @@ class RunRecord(Config):
         """Read a record.
 
         Raises:
-            DataError: the file is not a record, is damaged, or is of another version.
+            DataError: The file is not a record, is damaged, or is of another version.
         """
         try:
             text = Path(path).read_text("utf-8")
@@ -208,15 +208,15 @@ def make_record(
     """Evaluate a trained model and write down everything about it.
 
     Args:
-        model: full or compact.
-        data: in the model's ids.
-        config: settings of the run; for a compact model with its method, budget and bits.
-        training: what `fit` returned.
-        peak_bytes: peak memory of search and training.
-        epoch_seconds: see RunRecord.
-        label: variant of a compact model, if it is not the name of the method.
-        found: plan and cost of the search that sized the model; None for the full model.
-        verification: result of `verify` for a compact model.
+        model: Full or compact model.
+        data: Encoded data in the ids that the model reads.
+        config: Settings of the run; for a compact model with its method, budget and bits.
+        training: Result of `fit`.
+        peak_bytes: Peak memory of search and training.
+        epoch_seconds: Seconds of one training epoch of the full model; see RunRecord.
+        label: Variant of a compact model, if it is not the name of the method.
+        found: Plan and cost of the search that sized the model; None for the full model.
+        verification: Result of `verify` for a compact model.
     """
     search_seconds = 0.0 if found is None else found.seconds
     sized: dict[str, Any] = {"variant": "full"}
@@ -297,7 +297,7 @@ def read_records(folder: str | Path) -> list[RunRecord]:
         folder: The folder of the run or comparison, or a folder that holds the `*.json` files themselves.
 
     Raises:
-        DataError: there is no such folder, it holds no records or both kinds of files, or a record is damaged.
+        DataError: There is no such folder, it holds no records or both kinds of files, or a record is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():

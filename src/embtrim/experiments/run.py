@@ -37,18 +37,18 @@ def run(
     interrupted and started again, it is continued from there, and its results are those of an uninterrupted run.
 
     Args:
-        data: encoded data with splits train, valid and test.
-        config: see RunConfig.
-        out: a new folder, or the folder of an earlier start with the same config.
-        progress: show progress bars on stderr.
-        on_record: called with each record as it is written.
+        data: Encoded data with splits train, valid and test.
+        config: Settings of the run.
+        out: A new folder, or the folder of an earlier start with the same config.
+        progress: Show progress bars on stderr.
+        on_record: Called with each record as it is written.
 
     Returns:
         The records: for each seed the full model, the method, the controls.
 
     Raises:
-        DataError: a split is missing, or `out` holds something else.
-        BudgetError: the budget is below the smallest plan.
+        DataError: A split is missing, or `out` holds something else.
+        BudgetError: The budget is below the smallest plan.
     """
     out = Path(out)
     check_run(data, config)

@@ -64,7 +64,7 @@ def method_config(config: RunConfig) -> Config:
     """The settings of a run's search method, parsed.
 
     Raises:
-        ConfigError: the method or one of the settings is unknown.
+        ConfigError: The method or one of the settings is unknown.
     """
     return method_named(config.method).parse(config.search)
 

@@ -63,7 +63,7 @@ def load_full(folder: Path, data: EncodedDataset) -> CTRModel:
     """The full model in a bundle.
 
     Raises:
-        DataError: the bundle holds a compact model, or one of another schema than the data's.
+        DataError: The bundle holds a compact model, or one of another schema than the data's.
     """
     model = load_bundle(folder).model
     plan = model.tables.plan
@@ -87,13 +87,13 @@ def find_plan(
     """Search for a plan, with the method, budget, bits, target and first seed of a run.
 
     Args:
-        model: the trained full model.
-        data: its data.
+        model: The trained full model.
+        data: Encoded data that the full model was trained on.
         config: `bits` is a precision, not "auto".
-        progress: show progress bars on stderr.
-        unfinished: folder for the state of the search. A search that was interrupted is continued from it, and the plan
+        progress: Show progress bars on stderr.
+        unfinished: Folder for the state of the search. A search that was interrupted is continued from it, and the plan
             of a finished search is read from it. If its state is of other settings, it is emptied.
-        claimed: further settings on which the folder's contents depend.
+        claimed: Further settings on which the folder's contents depend.
     """
     assert config.bits != "auto", "a search needs one precision"
     task = CTRTask(model, data, config.train.replace(seed=config.seed))
@@ -144,7 +144,7 @@ def verify_plan(model: CTRModel, plan: SizePlan, data: EncodedDataset) -> Verifi
     """Compare the compact model of a plan with the masked full one, on the validation rows if there are any.
 
     Raises:
-        EmbtrimError: the two models differ.
+        EmbtrimError: The two models differ.
     """
     verification = verify(model, plan, data, split="valid" if "valid" in data.splits else "train")
     verification.require()
@@ -179,13 +179,13 @@ def compact_and_retrain(
     """Build the compact model of a plan, retrain it in fp32, and quantise it if the plan says so.
 
     Args:
-        model: the trained full model.
-        plan: made for it.
-        data: the full model's data.
-        config: init, the settings of training and the first seed are read here.
+        model: The trained full model.
+        plan: Plan made for the model.
+        data: The full model's data.
+        config: Init, the settings of training and the first seed are read here.
         retrain: False keeps the weights that `init` gives.
-        progress: show a progress bar on stderr.
-        checkpoint: file for the state of retraining; see `fit`.
+        progress: Show a progress bar on stderr.
+        checkpoint: File for the state of retraining; see `fit`.
     """
     small = compact(model, plan, init=config.init, seed=config.seed)
     recoded, training = data.recode(plan), None
@@ -212,13 +212,13 @@ def shrink(
     """Search, verify, compact, retrain and quantise within one budget, and record the result.
 
     Args:
-        full: the trained full model.
-        data: its data.
-        config: method, search, budget, bits, target, init, train and seed are read here; `max_loss` and `controls` are
+        full: The trained full model.
+        data: Encoded data that the full model was trained on.
+        config: Method, search, budget, bits, target, init, train and seed are read here; `max_loss` and `controls` are
             not.
-        label: the record's variant, if it is not the name of the method.
-        progress: show progress bars on stderr.
-        unfinished: folder for the state of search and training. Interrupted work of the same settings is continued from
+        label: The record's variant, if it is not the name of the method.
+        progress: Show progress bars on stderr.
+        unfinished: Folder for the state of search and training. Interrupted work of the same settings is continued from
             it.
     """
     if config.bits == "auto":
@@ -281,10 +281,10 @@ def smallest_within(
     is measured, whether or not the assumption holds.
 
     Args:
-        full, data, config, progress, unfinished: see `shrink`; the budget is not read.
+        full, data, config, progress, unfinished: Arguments of `shrink`; the budget is not read.
 
     Raises:
-        EmbtrimError: not even the largest budget tried is within the tolerance.
+        EmbtrimError: Not even the largest budget tried is within the tolerance.
     """
     assert config.max_loss is not None
     seconds = 0.0

@@ -111,11 +111,11 @@ def run_epoch(
     """Train on the batches that an epoch still has, and write a checkpoint whenever one is due.
 
     Args:
-        training: see `train_loop`.
+        training: The training; see `train_loop`.
         state: moved on in place.
         autocast: makes the context of a forward pass.
         advance: called with the rows of each batch.
-        checkpoint: see `train_loop`.
+        checkpoint: Where the state is kept; see `train_loop`.
 
     Returns:
         The epoch's entry in the history of the result.
