@@ -113,9 +113,9 @@ def slot_gradients(task: Task, model: torch.nn.Module, config: SSEDSConfig, seed
                 raise ModelError(
                     "the Task's loss has no gradient by the embeddings: it detaches them, or this runs in torch.inference_mode()"
                 )
-            # (one backward); a table that the batch does not use has gradient 0
+            # (one backward); a table that the batch does not use has gradient 0, which some releases of torch attach to a graph
             gradients = torch.autograd.grad(loss, gates, allow_unused=True, materialize_grads=True)
-            gradient = torch.cat([g.flatten() for g in gradients]).double().cpu().numpy()
+            gradient = torch.cat([g.detach().flatten() for g in gradients]).double().cpu().numpy()
             weight = loss_weight(batch)
             total_S += weight * (gradient if config.average == "sum" else np.abs(gradient))
             scored += weight
