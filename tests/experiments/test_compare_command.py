@@ -18,6 +18,8 @@ from tests.cli.workshop import TINY, call, environment
 from tests.experiments.grids import until
 from tests.system.test_workers import running
 
+pytestmark = pytest.mark.slow
+
 INTERRUPTIBLE = (
     "import signal as s; s.signal(s.SIGINT, s.default_int_handler); from embtrim.cli.main import main; main()"
 )

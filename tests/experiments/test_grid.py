@@ -90,6 +90,7 @@ def test_faults_are_found_before_anything_is_trained(
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, words",
     [

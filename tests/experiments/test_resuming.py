@@ -21,6 +21,8 @@ from tests.conftest import planted_data
 from tests.experiments.grids import CONFIG, FM_ONLY, copy_of, ctrl_c, interrupted, never, outcome, until
 from tests.experiments.test_compare_command import GRID
 
+pytestmark = pytest.mark.slow
+
 
 def test_killed_grid_goes_on(encoded: Path, tmp_path: Path) -> None:
     out, whole = tmp_path / "killed", tmp_path / "whole"

@@ -32,6 +32,8 @@ from embtrim.training.evaluation import predict_logits
 from embtrim.training.fitting import training_settings
 from embtrim.training.settings import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 CONFIG = RunConfig(
     hparams={"embedding_dim": 8, "hidden_units": [16]},
     train=TrainConfig(epochs=2, batch_size=256, learning_rate=3e-3, precision="fp32"),

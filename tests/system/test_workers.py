@@ -19,6 +19,8 @@ from embtrim.system.progress import grid_bar, seconds_left
 from tests.cli.workshop import environment
 from tests.experiments.grids import until
 
+pytestmark = pytest.mark.slow
+
 
 def start_killer(_: str) -> Callable[[int], int]:
     return _kill_at_three
