@@ -345,6 +345,7 @@ def test_our_step_learns(layout):
     assert all(found[part] > 0 for part in parts)
 
 
+@pytest.mark.slow
 def test_page_faults_of_a_profile_are_those_of_its_steps(monkeypatch):
     before = ours.page_faults()
     touched = bytearray(64_000_000)
@@ -461,6 +462,7 @@ def test_calls_are_timed_in_turn_in_blocks_the_first_two_of_which_warm_up(monkey
     assert measure.time_in_turn(calls, 10.0) == {"a": 1000 * 40, "b": 1000 * 10}
 
 
+@pytest.mark.slow
 def test_memory_of_children_counts_and_a_death_is_an_error():
     child = "import time; kept = bytearray(200_000_000); time.sleep(1)"
     parent = (
@@ -471,6 +473,7 @@ def test_memory_of_children_counts_and_a_death_is_an_error():
     assert dead == {"error": "ended with 1, without a result; out of luck"}
 
 
+@pytest.mark.slow
 def test_mapped_files_count_apart_from_anonymous_memory(tmp_path):
     (tmp_path / "data").write_bytes(bytes(200_000_000))
     read = (

@@ -144,6 +144,7 @@ class TestWeightsReadOutside:
 
 
 @pytest.mark.parametrize("align", ["scatter", "project"])
+@pytest.mark.slow
 def test_searched_compacted_retrained_and_saved(align: str, tmp_path):
     task = pooled_task()
     task.fit(task.model, epochs=3, seed=0)

@@ -59,6 +59,7 @@ def task() -> CTRTask:
 @pytest.mark.parametrize("config", [UniformConfig(), UniformConfig(align="project"), FrequencyConfig(), MDEConfig(), PMEConfig()])  # fmt: skip
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("budget", ["1500 b", "10%", "100%", "300 params"])
+@pytest.mark.slow
 def test_a_search_fills_the_budget_at_its_bits(task, config, bits, budget):
     limit = Budget.parse(budget)
     plan = search(task, config, budget, bits=bits)
@@ -236,6 +237,7 @@ def test_a_plan_of_least_loss_fills_its_budget(budget):
 
 
 @pytest.mark.parametrize("budget", ["1500 b", "5%", "20%"])
+@pytest.mark.slow
 def test_guided_chooses_rows_columns_and_bits_together(budget):
     data = planted_data(num_rows=1000, noise_vocab=200)
     model = DeepFM(data.schema, embedding_dim=8, hidden_units=(8,), init_std=0.5, seed=1)

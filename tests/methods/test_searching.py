@@ -62,6 +62,7 @@ TINY = ("8 bytes", "1 params", "0.01%")
 
 @pytest.mark.parametrize("bits", [32, 8, "mixed"])
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.slow
 def test_a_budget_that_allows_nothing_is_refused_before_the_search(name, bits, monkeypatch):
     """Whatever the method: what it would train for nothing is not trained."""
     method = METHODS[name]

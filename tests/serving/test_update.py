@@ -130,6 +130,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_values_that_stay_keep_ids_weights_and_scores(bundles, kind, tmp_path):
     before = digests(bundles[kind])
     report = update(bundles[kind], NEW, out=tmp_path / "new", split="1:0:0", retrain=False)
@@ -205,6 +206,7 @@ def test_new_and_returned_values_learn_and_a_second_update_goes_on(bundles, tmp_
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_an_update_that_brings_nothing_new_keeps_the_schema(bundles, kind, tmp_path):
     update(bundles[kind], NEW, out=tmp_path / "one", retrain=False)
     encoder = load_bundle(tmp_path / "one").encoder

@@ -162,6 +162,7 @@ def test_strides_add_up_to_the_missed_steps_and_grow(max_stride):
         assert taken[0] == [1, 1, 2, 4, 4, 8, 8, 16, 32, 32, 64, 64, 64]
 
 
+@pytest.mark.slow
 def test_a_weight_at_rest_under_decay_does_not_ring():
     tables = make_tables()
     optimizer = RowAdam(tables, l2=0.05)
@@ -458,6 +459,7 @@ def test_state_bytes_by_hand():
     assert RowSGD(tables).state_bytes == 0
 
 
+@pytest.mark.slow
 def test_more_steps_than_the_first_reservation_of_sums():
     tables = make_tables((50,))
     before = tables.weight.detach().clone()

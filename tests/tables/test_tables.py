@@ -182,6 +182,7 @@ def test_the_form_that_is_exported_has_the_fm_term_of_projected_and_whole_tables
 
 @settings(max_examples=150, deadline=None)
 @given(cases())
+@pytest.mark.slow
 def test_every_path_equals_the_naive_lookup(case):
     tables, ids = case
     concat, aligned, first_order = naive(tables, ids)
@@ -207,6 +208,7 @@ def fm_and_gradients(tables: EmbeddingTables, ids: Tensor) -> list[Tensor]:
 
 @settings(max_examples=150, deadline=None)
 @given(cases())
+@pytest.mark.slow
 def test_fm_and_its_gradient_by_hand_are_those_of_autograd(case):
     tables, ids = case
     by_hand = fm_and_gradients(tables, ids)
@@ -249,6 +251,7 @@ def test_fm_under_autocast_stays_near_that_in_fp32(align):
 
 @settings(max_examples=100, deadline=None)
 @given(cases())
+@pytest.mark.slow
 def test_gradients_of_the_attached_path_are_those_of_dense_autograd(case):
     tables, ids = case
     generator = torch.Generator().manual_seed(0)

@@ -20,6 +20,8 @@ from embtrim.training.checkpoint import Checkpoint
 from embtrim.training.fitting import fit
 from tests.training.interruptions import TRAIN, same_weights, stop_at, told
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4 * 19  # 4,800 training rows
 
 
@@ -39,7 +41,6 @@ def model_of(data: EncodedDataset) -> CTRModel:
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
-@pytest.mark.slow
 def test_training_ends_as_if_it_had_not_been_interrupted(data, tmp_path: Path, settings: dict[str, Any]) -> None:
     whole = model_of(data)
     expected = fit(whole, data, TRAIN.replace(**settings))
@@ -64,7 +65,6 @@ def test_checkpoints_change_nothing(data, tmp_path: Path) -> None:
     assert same_weights(plain, watched)
 
 
-@pytest.mark.slow
 def test_training_that_had_ended_gives_its_result(data, tmp_path: Path, monkeypatch) -> None:
     first, second = model_of(data), model_of(data)
     expected = fit(first, data, TRAIN, checkpoint=tmp_path / "state.safetensors")

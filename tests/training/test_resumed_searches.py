@@ -21,8 +21,9 @@ from embtrim.training import fitting
 from embtrim.training.checkpoint import Checkpoint, CheckpointFolder
 from tests.training.interruptions import SEARCHES, plan_text, same_weights, stop_at, told
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 @pytest.mark.parametrize("config", SEARCHES, ids=lambda config: type(config).__name__)
 @pytest.mark.parametrize("make", [planted_task, foreign_task])
 def test_search_ends_as_if_it_had_not_been_interrupted(
@@ -79,7 +80,6 @@ def test_hard_mask_goes_on_with_its_masks(mode: Any, tmp_path: Path, monkeypatch
     assert plan_text(plan, tmp_path / "a.json") == plan_text(expected, tmp_path / "b.json")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("num_calls", [1, 3, 4, 5], ids=["evolution", "later", "finalists", "filling"])
 def test_evolution_goes_on_with_its_scores(num_calls: int, tmp_path: Path, monkeypatch) -> None:
     config = SEARCHES[2].replace(fitness_rows=1000)
@@ -105,7 +105,6 @@ def test_evolution_goes_on_with_its_scores(num_calls: int, tmp_path: Path, monke
     assert plan_text(plan, tmp_path / "a.json") == plan_text(expected, tmp_path / "b.json")
 
 
-@pytest.mark.slow
 def test_race_goes_on_with_its_scores(tmp_path: Path, monkeypatch) -> None:
     expected = embtrim.search(planted_task(), SEARCHES[4], "40%", seed=3)
     score, gradients, scored = Task.valid_score, guided.slot_gradients, []
@@ -122,7 +121,6 @@ def test_race_goes_on_with_its_scores(tmp_path: Path, monkeypatch) -> None:
     assert plan_text(plan, tmp_path / "a.json") == plan_text(expected, tmp_path / "b.json")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [

@@ -36,6 +36,7 @@ def model_of(data, **hparams):
 
 @pytest.mark.parametrize("optimizer", ["adam", "adagrad", "sgd"])
 @pytest.mark.parametrize("tables", ["lazy", "dense"])
+@pytest.mark.slow
 def test_it_learns(optimizer, tables, data):
     rate = {"adam": 3e-3, "adagrad": 0.05, "sgd": 0.5}[optimizer]
     model = model_of(data, init_std=0.05)
@@ -182,6 +183,7 @@ def test_no_dense_gradient_when_lazy(data):
     assert len(seen) > 1
 
 
+@pytest.mark.slow
 def test_lazy_and_dense_agree_with_whole_table_l2(data):
     """The replayed decay keeps the lazy optimiser near the dense one: same metric on the planted data."""
     aucs = []
@@ -192,6 +194,7 @@ def test_lazy_and_dense_agree_with_whole_table_l2(data):
     assert abs(aucs[0] - aucs[1]) < 0.01
 
 
+@pytest.mark.slow
 def test_bf16_and_fp32_agree(data):
     aucs = []
     for precision in ("fp32", "bf16"):
