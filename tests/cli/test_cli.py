@@ -40,7 +40,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 def embtrim(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """The command line as a stranger runs it."""
     command = [sys.executable, "-m", "embtrim", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment())
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
 
 
 @pytest.mark.slow
@@ -329,12 +329,12 @@ def test_interrupt_leaves_nothing_half_written(shop: Workshop) -> None:
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
     )
     try:
-        for _ in _until(60):
+        for _ in _until(300):
             if (out / "config.toml").exists():
                 break
         time.sleep(0.5)  # into training
         process.send_signal(signal.SIGINT)
-        printed, message = process.communicate(timeout=120)
+        printed, message = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 130
@@ -379,7 +379,7 @@ def test_full_device_and_closed_pipe_as_stdout() -> None:
     assert reader.stderr is not None
     reader.stdout.close()  # what `embtrim datasets | head -1` may do
     assert reader.stderr.read() == ""
-    assert reader.wait(60) == 1
+    assert reader.wait(300) == 1
     reader.stderr.close()
 
 

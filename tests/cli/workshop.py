@@ -47,7 +47,7 @@ def call(*arguments: str | Path) -> Result:
 def call_limited(limit: int, *arguments: str | Path) -> Result:
     """The command line in a process of its own that can write no file beyond `limit` bytes."""
     command = [sys.executable, "-c", LIMITED.format(limit), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
     return Result(done.returncode, done.stdout, done.stderr)
 
 

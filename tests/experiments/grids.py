@@ -36,7 +36,7 @@ def outcome(records: list[RunRecord]) -> dict[str, Any]:
     }
 
 
-def until(true: Callable[[], Any], seconds: float = 60) -> None:
+def until(true: Callable[[], Any], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "waited in vain"

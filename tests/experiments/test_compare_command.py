@@ -98,7 +98,7 @@ def test_interrupted_command(encoded: Path, tmp_path: Path) -> None:
         workers = list(map(int, children.read_text().split()))
         time.sleep(2)
         os.killpg(process.pid, signal.SIGINT)
-        printed, message = process.communicate(timeout=60)
+        printed, message = process.communicate(timeout=300)
     finally:
         process.kill()
         process.wait()

@@ -311,7 +311,7 @@ print(*embtrim.load_bundle(sys.argv[1]).predict(sys.argv[2])[:20])
 def test_a_bundle_scores_where_there_is_no_search_code(saved, raw, tmp_path):
     raw.drop("click").write_csv(tmp_path / "log.csv")
     command = [sys.executable, "-c", WITHOUT_SEARCH, str(saved[0]), str(tmp_path / "log.csv")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     scores = np.array(done.stdout.split(), float)
     np.testing.assert_allclose(scores, load_bundle(saved[0]).predict(raw)[:20], atol=1e-6)

@@ -180,7 +180,7 @@ def last_change(folder: Path) -> int:
     return max(times)
 
 
-def until(condition: Callable[..., bool], seconds: float = 60) -> None:
+def until(condition: Callable[..., bool], seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "timed out"
