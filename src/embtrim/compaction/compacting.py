@@ -14,28 +14,45 @@ from torch import nn
 
 from embtrim.compaction.foreign import Init, LinearReads, compact_module, narrow_linears
 from embtrim.compaction.inheriting import inherit_weights
+from embtrim.compaction.low_rank import start_low_rank
 from embtrim.errors import EmbtrimError, ModelError
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import SizePlan
 from embtrim.tables.replacements import CompactEmbedding
+from embtrim.tasks.task import Task
 
 ZooModel = TypeVar("ZooModel", bound=CTRModel)
 
 
 @overload
 def compact(
-    model: ZooModel, plan: SizePlan, init: Init = "scratch", seed: int | None = None, reads: LinearReads | None = None
+    model: ZooModel,
+    plan: SizePlan,
+    init: Init = "scratch",
+    seed: int | None = None,
+    reads: LinearReads | None = None,
+    task: Task | None = None,
 ) -> ZooModel: ...
 
 
 @overload
 def compact(
-    model: nn.Module, plan: SizePlan, init: Init = "scratch", seed: int | None = None, reads: LinearReads | None = None
+    model: nn.Module,
+    plan: SizePlan,
+    init: Init = "scratch",
+    seed: int | None = None,
+    reads: LinearReads | None = None,
+    task: Task | None = None,
 ) -> nn.Module: ...
 
 
 def compact(
-    model: nn.Module, plan: SizePlan, init: Init = "scratch", seed: int | None = None, reads: LinearReads | None = None
+    model: nn.Module,
+    plan: SizePlan,
+    init: Init = "scratch",
+    seed: int | None = None,
+    reads: LinearReads | None = None,
+    task: Task | None = None,
 ) -> nn.Module:
     """Build the smaller model that a plan describes. The given model is not changed.
 
@@ -47,12 +64,15 @@ def compact(
         plan: Plan made for the model's schema, or for the foreign module's sites.
         init: "scratch" draws new weights. "initial" takes the kept part of the full model's *initial* weights, drawn
             again from its seed (zoo models only). "inherit" takes the kept part of the model's present weights. Under
-            "initial" and "inherit" a projection starts as the selection of the kept columns.
+            "initial" and "inherit" a projection starts as the selection of the kept columns. "low_rank" approximates
+            the present tables: a table that is projected, or read by linear layers only, stores its best coordinates
+            instead of single columns, and dropped rows read the mean of their table (compaction/low_rank.py).
         seed: Seed of new weights; None takes the model's own.
         reads: Inputs of the nn.Linears of a foreign module that read nothing but a concatenation, by path: the paths of
             the embeddings in order, and numbers of other columns, such as `{"head.0": ["user", "item", "item", 13]}`.
             These embeddings then put out only their stored columns, without projection, and the Linears lose the input
             columns of the others. Nothing else may read these embeddings; `verify` with the same `reads` checks it.
+        task: Task of the model, whose batches "low_rank" reads; other kinds of `init` do not need it.
 
     Returns:
         The compact model in fp32, on the device of the full one. If the plan has fewer than 32 bits, call `quantize`
@@ -61,13 +81,19 @@ def compact(
 
     Raises:
         PlanError: The plan was made for another model, or counts columns where `init` needs to know which.
-        EmbtrimError: `init` is not one of the three.
+        EmbtrimError: `init` is not one of the four, or is "low_rank" without a task, or together with `reads`.
         ModelError: The model's tables are compact or quantised already; a weight that the plan stores in pieces is also
             kept where they cannot replace it; or `reads` names no such Linear or embedding, or parts that do not add up
             to the Linear's input.
     """
     if init not in get_args(Init):
-        raise EmbtrimError(f"init must be 'scratch', 'initial' or 'inherit', given {init!r}")
+        raise EmbtrimError(f"init must be 'scratch', 'initial', 'inherit' or 'low_rank', given {init!r}")
+    if init == "low_rank":
+        if task is None or task.model is not model or reads is not None:
+            raise EmbtrimError("init = 'low_rank' reads batches: give `task=`, the Task of this model, and no `reads=`")
+        small = compact(model, plan, "inherit", seed)
+        start_low_rank(small, plan, task)
+        return small
     if not isinstance(model, CTRModel):
         small = compact_module(model, plan, init, seed)
         if reads is not None:

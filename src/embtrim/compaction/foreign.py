@@ -19,7 +19,7 @@ from embtrim.tasks.sites import ModuleSite
 from embtrim.tasks.survey import fields_of, find_sites, site_plan
 from embtrim.tasks.task import Task
 
-Init = Literal["scratch", "initial", "inherit"]
+Init = Literal["scratch", "initial", "inherit", "low_rank"]
 
 # Parts of the concatenation that each nn.Linear reads, by its path; see `compact`.
 LinearReads = Mapping[str, Sequence[str | int]]
@@ -172,7 +172,7 @@ def _compact_table(
     module = site.module
     padding = site.reserved_rows[site.names.index(table.name)]
     compacted = CompactEmbedding(table, padding, module.max_norm, module.norm_type, module.sparse).to(weight_VD.dtype)
-    if init == "inherit":
+    if init in ("inherit", "low_rank"):
         check_inheritable(table)
         kept_rows, compact_ids = kept_rows_of(table)
         compacted.set_rows(compact_ids, weight_VD[torch.from_numpy(kept_rows)][:, list(table.columns)])

@@ -25,11 +25,10 @@ from embtrim.config import Config
 from embtrim.errors import ConfigError, hint
 
 if TYPE_CHECKING:  # importing numpy would take longer than the list
-    from embtrim.plan.budget import Budget
     from embtrim.plan.budget_limits import Unit
     from embtrim.plan.plan import SizePlan
 
-    Search = Callable[[Any, Any, Budget, int], SizePlan]
+    Search = Callable[..., SizePlan]
 
 Needs = Literal["trained", "initial", "nothing"]
 SearchT = TypeVar("SearchT", bound="Search")
@@ -47,13 +46,12 @@ class Implementation(NamedTuple):
     Attributes:
         config: Settings class of the method.
         search: Function of (task, config, budget, seed) that returns a plan within the budget.
-        search_mixed: Function of the same arguments that returns a plan with the bits of each table, for `bits="mixed"`
-            and a budget in percent or bytes. With None, bits are chosen for the rows and columns that `search` finds.
+        plans_bits: Whether the function also takes `bits` and `target`, and plans for tables as they will be stored.
     """
 
     config: type[Config]
     search: Search
-    search_mixed: Search | None = None
+    plans_bits: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,9 +86,9 @@ class Method:
         return self.implementation().search
 
     @property
-    def search_mixed(self) -> Search | None:
-        """Function like `search` that also chooses the bits of each table; None if the method has none."""
-        return self.implementation().search_mixed
+    def plans_bits(self) -> bool:
+        """Whether `search` also takes `bits` and `target`; see Implementation."""
+        return self.implementation().plans_bits
 
     @property
     def what(self) -> str:
@@ -124,14 +122,15 @@ def _docstring(module: str) -> str:
     return ast.get_docstring(ast.parse(source or "")) or ""
 
 
-def _own(name: str, config: str, needs: Needs, adds: tuple[Unit, ...] = ("columns",), mixed: bool = False) -> Method:
-    """A method of ours: `search_NAME` in the module NAME of this package, and `search_mixed` there if it is `mixed`."""
+def _own(
+    name: str, config: str, needs: Needs, adds: tuple[Unit, ...] = ("columns",), plans_bits: bool = False
+) -> Method:
+    """A method of ours: `search_NAME` in the module NAME of this package."""
     home = f"{__package__}.{name}"
 
     def implementation() -> Implementation:
         module = import_module(home)
-        mixed_search = module.search_mixed if mixed else None
-        return Implementation(getattr(module, config), getattr(module, f"search_{name}"), mixed_search)
+        return Implementation(getattr(module, config), getattr(module, f"search_{name}"), plans_bits)
 
     return Method(name, home, config, needs, adds, implementation)
 
@@ -143,7 +142,7 @@ OWN = {
         _own("mde", "MDEConfig", needs="nothing"),
         _own("sseds", "SSEDSConfig", needs="trained"),
         _own("uniform", "UniformConfig", needs="nothing", adds=()),
-        _own("guided", "GuidedConfig", needs="trained", adds=(), mixed=True),
+        _own("guided", "GuidedConfig", needs="trained", adds=(), plans_bits=True),
         _own("hard_mask", "HardMaskConfig", needs="trained"),
         _own("magnitude", "MagnitudeConfig", needs="trained", adds=("columns", "rows")),
         _own("optembed", "OptEmbedConfig", needs="initial"),
@@ -229,7 +228,7 @@ def register(
     config: type[Config],
     needs: Needs,
     adds: tuple[Unit, ...] = ("columns",),
-    search_mixed: Search | None = None,
+    plans_bits: bool = False,
 ) -> Callable[[SearchT], SearchT]:
     """Decorator that adds a search function to the methods of `search`, `run`, `compare` and the command line.
 
@@ -247,8 +246,9 @@ def register(
         needs: Model that the method reads: a "trained" one, an "initial" one, or "nothing".
         adds: Units that the method adds while one fits the budget: "columns" of a table, "rows", or "sizes" of rows. Empty
             for a method that may leave room.
-        search_mixed: Function of (task, config, budget, seed) that also chooses the bits of each table, for
-            `bits="mixed"`. With None, bits are chosen for the rows and columns that the search function finds.
+        plans_bits: Whether the search function takes two further arguments, `bits` and `target`, and returns a plan with
+            the bits of each table within a budget for tables as the target stores them. Otherwise bits are chosen for the
+            rows and columns that the function finds.
 
     Returns:
         A decorator for a function of (task, config, budget, seed) that returns a SizePlan within the budget; it returns
@@ -288,7 +288,7 @@ def register(
         raise ConfigError(f"method {name!r}: adds {unknown[0]!r} is not known; {hint(str(unknown[0]), get_args(Unit))}")
 
     def add(search: SearchT) -> SearchT:
-        implementation = Implementation(config, search, search_mixed)
+        implementation = Implementation(config, search, plans_bits)
         METHODS[name] = Method(name, search.__module__, config.__name__, needs, tuple(adds), lambda: implementation)
         return search
 

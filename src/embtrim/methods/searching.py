@@ -69,9 +69,8 @@ def search(
         seed: Seed of everything random in the search. The same seed and the same batches give the same plan; a loader
             that shuffles on its own does not give the same batches.
         bits: Bits per stored value in the compact tables: 32, 16, 8 or 4; or "mixed" for 16, 8 or 4, chosen for each
-            table. The search itself works in fp32. Within a percentage or a number of bytes, fewer bits leave room for
-            more parameters. With "mixed", `guided` chooses rows, columns and bits together, without its race; for other
-            methods bits are chosen for the rows and columns that they find.
+            table. Within a percentage or a number of bytes, fewer bits leave room for more parameters. `guided` chooses
+            rows, columns and bits together; other methods search in fp32, and bits are chosen for what they find.
         target: Where the tables will be served. Sizes are counted as that backend stores them (`SizePlan.num_bytes`), and
             for a task on encoded data a budget in bytes then includes the vocabulary. The vocabulary's size is known only
             once there is a plan, so the search is repeated, at most five times. With None sizes are counted as for
@@ -195,6 +194,8 @@ def _search_with_vocabulary(request: _Request, budget: Budget) -> SizePlan:
 def _search_tables(request: _Request, budget: Budget) -> SizePlan:
     """Search within a budget for the tables alone, as they will be stored."""
     method, bits, target = request.method, request.bits, request.target
+    if method.plans_bits:
+        return _search_bits(request, budget)
     if bits == 32 and target != "fbgemm":
         plan = request.plan_within(budget)
         assert plan.num_params <= plan.max_params(budget), "a search exceeded its budget"
@@ -205,15 +206,22 @@ def _search_tables(request: _Request, budget: Budget) -> SizePlan:
         plan = request.plan_within(budget).with_bits(bits)
         plan.num_bytes(target)  # raises where the target cannot store the tables
         return plan
-    if bits == "mixed" and method.search_mixed is not None and target != "fbgemm":
-        plan = method.search_mixed(request.task, request.config, budget, request.seed)
-        if (least := amount_of(plan, budget, target)) > budget.amount * ROUNDED:
-            raise BudgetError(
-                f"budget of {budget} is below the smallest plan of method {method.name!r} with mixed bits, "
-                f"{budget.words_for(least)}; give at least that"
-            )
-        return plan
     return _search_stored(request, budget)
+
+
+def _search_bits(request: _Request, budget: Budget) -> SizePlan:
+    """Search with a method that plans for tables as they will be stored."""
+    method, bits, target = request.method, request.bits, request.target
+    if budget.kind == "params" and bits == "mixed":
+        raise ConfigError(f"mixed bits need a budget in percent or bytes, given {budget}")
+    plan = method.search(request.task, request.config, budget, request.seed, bits, target)
+    plan.num_bytes(target)  # raises where the target cannot store the tables
+    if (least := amount_of(plan, budget, target)) > budget.amount * ROUNDED:
+        raise BudgetError(
+            f"budget of {budget} is below the smallest plan of method {method.name!r} with {bits} bits, "
+            f"{budget.words_for(least)}; give at least that"
+        )
+    return plan
 
 
 def _search_stored(request: _Request, budget: Budget) -> SizePlan:

@@ -24,6 +24,7 @@ class DCNv2(CTRModel):
     """Deep & Cross network, second version. Its arguments are described in HyperParameters."""
 
     name = "dcnv2"
+    reads_linearly = False
 
     def __init__(
         self,

@@ -26,10 +26,10 @@ from embtrim.tasks.sites import ModuleSite, Site, SlotGate, gate_sites, read_cal
 from embtrim.tasks.survey import Fields, Finding, find_sites, site_plan, survey
 from embtrim.training.checkpoint import Checkpoint, CheckpointFolder
 from embtrim.training.devices import device_of, fast_matmul
-from embtrim.training.evaluation import evaluate, logloss_of_batch, loss_weight
+from embtrim.training.evaluation import evaluate, logits_of_split, logloss_of_batch, loss_weight
 from embtrim.training.fitting import fit
 from embtrim.training.loop import scale_learning_rates, train_loop
-from embtrim.training.metrics import compute_metrics
+from embtrim.training.metrics import auc_error, compute_metrics
 from embtrim.training.recoding import data_for
 from embtrim.training.settings import FitResult, Hooks, TrainConfig
 from embtrim.training.state import Training
@@ -237,6 +237,19 @@ class Task:
         task.progress = False
         return task
 
+    def sampled(self, max_rows: int) -> Task:
+        """This task with at most that many validation rows, the same at every call; a task that cannot draw keeps all."""
+        return self
+
+    def score_error(self, model: nn.Module) -> float:
+        """Standard error of `valid_score`, from the spread of the mean losses of batches; 0 where a `score=` hides it."""
+        if self.score is not None:
+            return 0.0
+        model.eval()
+        with torch.no_grad():
+            losses = np.array([float(self.loss(model, batch)) for batch in self.batches("valid")])
+        return float(losses.std(ddof=1) / len(losses) ** 0.5) if len(losses) > 1 else 0.0
+
     @torch.no_grad()
     def valid_score(self, model: nn.Module) -> float:
         """Validation score of a model, higher is better: its `score=`, or else minus its mean validation loss."""
@@ -392,6 +405,27 @@ class CTRTask(Task):
         task.data, task.score, task.progress = self.data.recode(plan), task._score, False
         return task
 
+    def sampled(self, max_rows: int) -> CTRTask:
+        """See Task."""
+        arrays = self.data.split("valid")
+        if max_rows >= len(arrays):
+            return self
+        rows = np.sort(np.random.default_rng(0).choice(len(arrays), max_rows, replace=False))
+        columns = (arrays.ids, arrays.labels, arrays.dense, arrays.weights)
+        sample = SplitArrays(*(None if column is None else column[rows] for column in columns))  # type: ignore[arg-type]
+        task = copy.copy(self)
+        task.data = EncodedDataset(
+            self.data.schema, {**self.data.splits, "valid": sample}, self.data.folder, id_maps=self.data.id_maps
+        )
+        task.score = task._score
+        return task
+
+    def score_error(self, model: nn.Module) -> float:
+        """See Task. The score is an AUC, and its error DeLong's."""
+        assert isinstance(model, CTRModel)
+        arrays = self.data.split("valid")
+        return auc_error(arrays.labels, logits_of_split(model, self.data, "valid", self.config))
+
     def num_batches(self, split: str) -> int:
         """See Task."""
         return -(-self.data.num_rows(split) // self.config.batch_size)
@@ -429,12 +463,8 @@ class CTRTask(Task):
     @torch.no_grad()
     def gated_scores(self, model: nn.Module, gates: Sequence[Sequence[SlotGate]], max_rows: int = 0) -> list[float]:
         """See Task. The score is the AUC on a sample of rows that is the same at every call."""
-        arrays = self.data.split("valid")
-        if 0 < max_rows < len(arrays):
-            rows = np.sort(np.random.default_rng(0).choice(len(arrays), max_rows, replace=False))
-            columns = (arrays.ids, arrays.labels, arrays.dense, arrays.weights)
-            arrays = SplitArrays(*(None if column is None else column[rows] for column in columns))  # type: ignore[arg-type]
-        sample = EncodedDataset(self.data.schema, {"valid": arrays}, id_maps=self.data.id_maps)
+        sample = (self.sampled(max_rows) if max_rows else self).data
+        arrays = sample.split("valid")
         sites, device = self.sites(model), device_of(self.config)
         model.to(device).eval()
         logits = np.empty((len(gates), len(arrays)), np.float32)

@@ -84,6 +84,8 @@ def run_epochs(
 ) -> None:
     """Run epochs until the last one, or until early stopping or a hook ends the training."""
     result, position = state.result, state.position
+    if training.hooks.keeps_start and training.score is not None and result.best_score is None:
+        keep_best(training, state, 0, training.score())
     with progress_bar(progress) as bar:
         task = bar.add_task(f"epoch {position.epoch}", total=training.num_rows)
         while not position.stopped and position.epoch <= training.config.epochs:
@@ -195,8 +197,8 @@ def after_epoch(training: Training, state: TrainingState, epoch: int, score: flo
     """
     result, position, config = state.result, state.position, training.config
     if result.best_score is None or score > result.best_score:
-        result.best_score, result.best_epoch, position.bad_epochs = score, epoch, 0
-        state.best_weights = {name: value.detach().clone() for name, value in training.model.state_dict().items()}
+        keep_best(training, state, epoch, score)
+        position.bad_epochs = 0
         return False
     position.bad_epochs += 1
     if config.patience and position.bad_epochs >= config.patience:
@@ -204,6 +206,12 @@ def after_epoch(training: Training, state: TrainingState, epoch: int, score: flo
     position.factor *= config.reduce_lr
     scale_learning_rates(training.optimizers, config.reduce_lr)
     return False
+
+
+def keep_best(training: Training, state: TrainingState, epoch: int, score: float) -> None:
+    """Keep the present weights as the best ones."""
+    state.result.best_score, state.result.best_epoch = score, epoch
+    state.best_weights = {name: value.detach().clone() for name, value in training.model.state_dict().items()}
 
 
 @contextmanager

@@ -100,6 +100,40 @@ def auc(labels: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None) 
     return _auc(*_check(labels, scores, weights))
 
 
+def auc_error(labels: ArrayLike, scores: ArrayLike, others: ArrayLike | None = None) -> float:
+    """Standard error of an AUC over samples of as many rows, or of the difference of two (DeLong et al., Biometrics 1988).
+
+    Args:
+        labels: (N,) 0 or 1.
+        scores: (N,) logits or probabilities; only their order matters.
+        others: (N,) scores of another model for the same rows. With them the error is that of the difference.
+
+    Raises:
+        DataError: See `auc`.
+
+    Example:
+        >>> round(auc_error([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8]), 4)
+        0.3536
+    """
+    placements = [_placements(*_check(labels, found, None)[:2]) for found in (scores, others) if found is not None]
+    variance = 0.0
+    for parts in zip(*placements, strict=True):  # of the positive rows, then of the negative ones
+        difference = parts[0] if others is None else parts[0] - parts[1]
+        variance += float(np.var(difference, ddof=1)) / len(difference) if len(difference) > 1 else 0.0
+    return variance**0.5
+
+
+def _placements(positive_N: Bools, scores_N: Numbers) -> tuple[Floats, Floats]:
+    """For each positive row the share of negatives below it, and for each negative row of positives; ties count half."""
+    positives, negatives = scores_N[positive_N], scores_N[~positive_N]
+
+    def below(rows: Numbers, others: Numbers) -> Floats:
+        others = np.sort(others)
+        return (np.searchsorted(others, rows, "left") + np.searchsorted(others, rows, "right")) / (2 * len(others))
+
+    return below(positives, negatives), below(negatives, positives)
+
+
 def logloss(labels: ArrayLike, logits: ArrayLike, weights: ArrayLike | None = None) -> float:
     """Mean binary cross entropy in nats, from logits, so that large logits do not saturate a sigmoid.
 

@@ -76,6 +76,7 @@ class Hooks:
         state: Further state that the hooks change. Checkpoints hold its `state_dict()`, made of tensors and JSON-able
             values, and restore it before the first step.
         settings: JSON-able values that the hooks depend on. A checkpoint with other values is refused.
+        keeps_start: Whether the weights before the first step are kept if no epoch scores better.
     """
 
     param_groups: Callable[[nn.Module], Sequence[torch.optim.Optimizer]] | None = None
@@ -84,6 +85,7 @@ class Hooks:
     generators: Sequence[torch.Generator] = ()
     state: Stateful | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    keeps_start: bool = False
 
 
 class Optimizer(Protocol):
@@ -99,7 +101,7 @@ class FitResult:
 
     Attributes:
         history: One entry per epoch: mean loss, validation score, learning rate factor, seconds.
-        best_epoch: Epoch (from 1) whose weights the model has.
+        best_epoch: Epoch (from 1) whose weights the model has; 0 for the weights before the first step.
         best_score: Validation score of the best epoch; None without a validation split.
         seconds: Wall time of the training, with validation.
         rows_per_second: Training rows per second, without validation and `compile_seconds`.

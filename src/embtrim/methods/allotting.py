@@ -1,0 +1,244 @@
+"""Allot a budget: rows, columns and bits of every table together, for the least loss that readings predict.
+
+    loss = eta_r R(sum_f q of dropped rows) + eta_w W(sum_f t_f(w_f)) + Q(sum_f z_f(b_f))
+
+R, W and Q are the measured curves of the readings, eta what retraining leaves of a loss at once. Along the curves' rates
+the loss is a sum over tables, so that `spend` divides the bytes along convex hulls (Everett 1963). The rates depend on the
+errors of the plan itself; they are found by repetition. Equal widths in each precision are candidates too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from embtrim.methods.readings import Readings
+from embtrim.plan.budget import Budget
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import Alignment, Block, BlockShape, TablePlan, TableShape, Target
+
+# Numbers of rows and columns that are tried: all up to eight, then this many per doubling.
+CHOICES_PER_DOUBLING = 4
+# Repetitions until the rates fit the plan.
+ROUNDS = 6
+
+
+class Recovery(NamedTuple):
+    """What is left of a loss at once: of dropped rows, of columns, and of bits."""
+
+    rows: float = 1.0
+    widths: float = 1.0
+    bits: float = 1.0
+
+
+class Allotment(NamedTuple):
+    """A plan and the loss of the score that the readings predict for it, by lever: rows, widths, bits."""
+
+    plan: SizePlan
+    losses: tuple[float, ...]
+
+    @property
+    def loss(self) -> float:
+        """Predicted loss of the score."""
+        return sum(self.losses)
+
+
+class Choices(NamedTuple):
+    """Every way to store one table.
+
+    Attributes:
+        tables: Layouts, without the rows that they keep.
+        bytes_N: Bytes of each layout.
+        errors_LN: Errors of each layout: of the rows that it drops, of its columns, of its codes; (3, N).
+    """
+
+    tables: list[TableShape]
+    bytes_N: np.ndarray
+    errors_LN: np.ndarray
+
+
+def allot(
+    readings: Readings,
+    full: SizePlan,
+    budget: Budget,
+    levels: Sequence[int],
+    alignment: Alignment,
+    *,
+    target: Target | None = None,
+    recovery: Recovery = Recovery(),  # noqa: B008 - immutable
+    keeps_columns: bool = False,
+) -> Allotment:
+    """The plan of least predicted loss within a budget.
+
+    Args:
+        readings: Readings of the trained full model.
+        full: The plan that keeps everything.
+        budget: Budget in percent or bytes.
+        levels: Bits that a table may have.
+        alignment: How narrow tables reach the full width.
+        target: Backend whose bytes are counted.
+        recovery: What retraining leaves of each loss.
+        keeps_columns: Keep all columns of every table.
+    """
+    choices = [
+        choices_of(full, table, readings, budget, levels, alignment, target, keeps_columns) for table in full.tables
+    ]
+    allowed = full.counted_bytes(budget)
+    curves = (readings.rows, readings.widths, readings.bits)
+
+    bytes_TN = [of.bytes_N for of in choices]
+    rates = [eta * curve.rate(0.0) for eta, curve in zip(recovery, curves, strict=True)]
+    candidates = list(_equal_widths(choices, full.width, levels, allowed))
+    for _ in range(ROUNDS):
+        chosen = spend(bytes_TN, [np.array(rates) @ of.errors_LN for of in choices], allowed)
+        candidates.append(chosen)
+        found = zip(rates, recovery, curves, _errors(choices, chosen), strict=True)
+        rates = [(rate + eta * curve.rate(error)) / 2 for rate, eta, curve, error in found]
+
+    def losses_of(chosen: Sequence[int]) -> tuple[float, ...]:
+        found = zip(recovery, curves, _errors(choices, chosen), strict=True)
+        return tuple(eta * curve.loss(error) for eta, curve, error in found)
+
+    best = min(candidates, key=lambda chosen: (sum(losses_of(chosen)), sum(_errors(choices, chosen))))
+    tables = [of.tables[n] for of, n in zip(choices, best, strict=True)]
+    plan = dataclasses.replace(full, tables=tuple(_with_rows(t, readings.tables[t.name].energy_V) for t in tables))
+    return Allotment(plan, losses_of(best))
+
+
+def _errors(choices: Sequence[Choices], chosen: Sequence[int]) -> list[float]:
+    """Errors of one choice for each table, summed over the tables: of rows, widths and bits."""
+    return sum(of.errors_LN[:, n] for of, n in zip(choices, chosen, strict=True)).tolist()  # type: ignore[union-attr]
+
+
+def _equal_widths(
+    choices: Sequence[Choices], full_width: int, levels: Sequence[int], allowed: float
+) -> Iterator[list[int]]:
+    """For each precision all rows of every table, at the largest equal width that fits."""
+    whole = [
+        {(t.output_width, t.bits): n for n, t in enumerate(of.tables) if t.num_kept == t.num_rows} for of in choices
+    ]
+    for bits in levels:
+        for width in reversed(some_numbers(full_width)):
+            chosen = [
+                found.get((min(width, of.tables[0].width), bits)) for found, of in zip(whole, choices, strict=True)
+            ]
+            if None in chosen:
+                continue
+            if sum(int(of.bytes_N[n]) for of, n in zip(choices, chosen, strict=True)) <= allowed:  # type: ignore[index]
+                yield chosen  # type: ignore[misc]
+                break
+
+
+def _with_rows(table: TableShape, energy_V: np.ndarray) -> TablePlan:
+    """The layout with the rows of most energy."""
+    rows = None
+    if table.num_kept < table.num_rows:
+        rows = np.sort(np.argsort(-energy_V, kind="stable")[: table.num_kept]).astype(np.int32)
+    blocks = tuple(Block(block.num_rows, block.columns, block.alignment, rows) for block in table.blocks)
+    return TablePlan(table.name, table.num_rows, table.width, blocks, table.bits)
+
+
+def choices_of(
+    full: SizePlan,
+    table: TablePlan,
+    readings: Readings,
+    budget: Budget,
+    levels: Sequence[int],
+    alignment: Alignment,
+    target: Target | None,
+    keeps_columns: bool,
+) -> Choices:
+    """Every number of rows, columns and bits of one table that is worth a try."""
+    reading = readings.tables[table.name]
+    kept_V = np.concatenate([[0.0], np.cumsum(np.sort(reading.energy_V)[::-1])])
+    total = float(kept_V[-1])
+    # A table whose absence does not lower the score is cut first.
+    weight = 0.0 if reading.absence is not None and reading.absence <= 0 else 1.0
+    shape = table.shape()
+    found: list[tuple[TableShape, float, float, float]] = [
+        (dataclasses.replace(shape, blocks=(), bits=min(levels)), weight * total, 0.0, 0.0)
+    ]
+    widths = [table.width] if keeps_columns else some_numbers(table.width)
+    for width in widths:
+        for count in some_numbers(table.num_rows):
+            block = BlockShape(count, tuple(range(width)), alignment)
+            part = weight * float(kept_V[count]) / total if total else 0.0
+            for bits in levels:
+                stored = dataclasses.replace(shape, blocks=(block,), bits=bits)
+                dropped = weight * (total - float(kept_V[count]))
+                found.append(
+                    (stored, dropped, part * float(reading.lost_D[width]), part * reading.noise.get(bits, 0.0))
+                )
+    sizes = [full.table_bytes(stored, target, budget=budget) for stored, *_ in found]
+    errors = np.array([errors for _, *errors in found])
+    return Choices([stored for stored, *_ in found], np.array(sizes, np.int64), errors.T)
+
+
+def some_numbers(most: int) -> list[int]:
+    """Numbers from 1 to `most`, ascending: all up to eight, then some per doubling."""
+    steps = range(3 * CHOICES_PER_DOUBLING, int(np.log2(most) * CHOICES_PER_DOUBLING) + 1)
+    return sorted({*range(1, min(8, most) + 1), *(round(2 ** (k / CHOICES_PER_DOUBLING)) for k in steps), most})
+
+
+def spend(bytes_TN: Sequence[np.ndarray], losses_TN: Sequence[np.ndarray], allowed: float) -> list[int]:
+    """The number of one choice for each table, such that the losses add up to little within a number of bytes.
+
+    Each table starts with its smallest choice. The step that saves most loss per byte is then taken, again and again, along
+    the lower convex hull of each table's choices: no other choices of as many bytes lose less (Everett 1963). If a step does
+    not fit, the table gets its best choice that does.
+
+    Args:
+        bytes_TN: Bytes of the choices of each table, in any order.
+        losses_TN: Losses of the same choices.
+        allowed: Bytes of all tables together. If the smallest choices exceed them, the smallest choices are returned.
+    """
+    hulls = [lower_hull(sizes_N, losses_N) for sizes_N, losses_N in zip(bytes_TN, losses_TN, strict=True)]
+    chosen = [hull[0] for hull in hulls]
+    left = allowed - sum(int(sizes_N[n]) for sizes_N, n in zip(bytes_TN, chosen, strict=True))
+    steps = [(-gain, table, 1) for table in range(len(hulls)) for gain in _gains(bytes_TN, losses_TN, hulls, table, 1)]
+    heapq.heapify(steps)
+    while steps:
+        _, table, place = heapq.heappop(steps)
+        sizes_N, losses_N, now = bytes_TN[table], losses_TN[table], chosen[table]
+        after = hulls[table][place]
+        if sizes_N[after] - sizes_N[now] <= left:
+            for gain in _gains(bytes_TN, losses_TN, hulls, table, place + 1):
+                heapq.heappush(steps, (-gain, table, place + 1))
+        else:
+            fitting = np.append(np.flatnonzero(sizes_N - sizes_N[now] <= left), now)
+            after = int(fitting[np.lexsort((sizes_N[fitting], losses_N[fitting]))[0]])
+        left -= int(sizes_N[after] - sizes_N[now])
+        chosen[table] = after
+    return chosen
+
+
+def _gains(
+    bytes_TN: Sequence[np.ndarray], losses_TN: Sequence[np.ndarray], hulls: Sequence[list[int]], table: int, place: int
+) -> Iterator[float]:
+    """Loss that a step along a table's hull saves per byte; nothing at the end of the hull."""
+    if place < len(hulls[table]):
+        yield _saved(bytes_TN[table], losses_TN[table], hulls[table][place - 1], hulls[table][place])
+
+
+def lower_hull(bytes_N: np.ndarray, losses_N: np.ndarray) -> list[int]:
+    """Numbers of the choices on the lower convex hull: bytes rise, and losses fall by less and less per byte."""
+    order = np.lexsort((losses_N, bytes_N))
+    least = np.minimum.accumulate(losses_N[order])
+    falls = np.append(True, losses_N[order][1:] < least[:-1])
+    hull: list[int] = []
+    for choice in order[falls].tolist():
+        while len(hull) > 1 and _saved(bytes_N, losses_N, hull[-2], hull[-1]) <= _saved(
+            bytes_N, losses_N, hull[-1], choice
+        ):
+            hull.pop()
+        hull.append(choice)
+    return hull
+
+
+def _saved(bytes_N: np.ndarray, losses_N: np.ndarray, smaller: int, larger: int) -> float:
+    """Loss that a larger choice saves per byte."""
+    return float((losses_N[smaller] - losses_N[larger]) / (bytes_N[larger] - bytes_N[smaller]))

@@ -1,0 +1,272 @@
+"""Readings of a trained model: what its score loses at once without rows, columns and bits, in forward passes.
+
+Errors of all kinds are measured in one unit, the second-order loss of the embedded training data:
+
+    q_r     = phi_f n_r ||e_r - mean_f||^2 / 2N     of a row that reads the mean of its table, phi_f = tr(G_f) / D
+    t_f(w)  = the loss that the best w coordinates of a table leave; see compaction/low_rank.py
+    z_f(b)  = phi_f sum_r n_r ||e_r - stored_b(e_r)||^2 / 2N                of storing a table in b bits
+
+The unit weighs tables and rows against each other. It is not the loss of the score that the user watches: a curve for
+each lever says how much validation score so much of the unit costs, measured on the user's own model with all tables cut
+alike. A table whose absence does not lower the score is read as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embtrim.compaction.low_rank import Basis, bases, trained_rows
+from embtrim.system.progress import tracked
+from embtrim.tables.packing import CHUNK_ROWS, codes_of, fit_codes
+from embtrim.tasks.sites import weights_by_table
+from embtrim.tasks.task import Task
+
+# Most validation rows to score on, and the part of the training rows that they are at most: about twenty passes then
+# take less than an epoch.
+MOST_ROWS, PART_OF_TRAIN = 32_768, 0.1
+# Least rows to score on, whatever their part: AUC on fewer says little.
+LEAST_ROWS = 8_192
+# Shares of all rows that are kept, in order of their energy.
+ROW_SHARES = (0.85, 0.7, 0.55, 0.4, 0.25, 0.12, 0.05, 0.0)
+# Bits of codes whose loss is measured; fp16 loses nothing that a score shows.
+CODE_BITS = (8, 4)
+# Tables that hold this part of all bytes are also read alone, replaced by their mean.
+LARGE_PART = 0.02
+# A loss that counts as none: rates stay positive, so that of two plans without a loss the one of less error is better.
+LEAST_LOSS = 1e-6
+
+
+@dataclass(frozen=True)
+class TableReading:
+    """What is known of one table.
+
+    Attributes:
+        energy_V: q_r of each row; see the module docstring.
+        lost_D: t_f(w) for w = 0..D.
+        noise: z_f(b) by bits.
+        absence: Loss of the score if all rows read the mean; None if it was not measured.
+    """
+
+    energy_V: np.ndarray
+    lost_D: np.ndarray
+    noise: Mapping[int, float]
+    absence: float | None = None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss of the score against the error of one lever, measured where all tables are cut alike.
+
+    Attributes:
+        errors: Sums over all tables, ascending from 0.
+        losses: Loss of the score at each error, made to rise.
+        settings: Cut of each point: the share of rows, the width, or the bits.
+    """
+
+    errors: tuple[float, ...]
+    losses: tuple[float, ...]
+    settings: tuple[float, ...]
+
+    def loss(self, error: float) -> float:
+        """Loss of the score at an error, between the measured points."""
+        return float(np.interp(error, self.errors, self.losses))
+
+    def rate(self, error: float) -> float:
+        """Loss per unit of error up to an error, and at least up to the first measured point."""
+        error = max(error, self.errors[1] if len(self.errors) > 1 else 0.0, 1e-300)
+        return max(self.loss(error), LEAST_LOSS) / error
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Everything that a planner needs to know of a trained model; see the module docstring.
+
+    Attributes:
+        score: Score of the full model on the rows read.
+        error: Standard error of the score; 0 where the task cannot tell.
+        tables: The reading of each table, by name.
+        rows: Curve of dropped rows.
+        widths: Curve of narrow tables.
+        bits: Curve of codes.
+        bases: Coordinates of each table.
+    """
+
+    score: float
+    error: float
+    tables: Mapping[str, TableReading]
+    rows: Curve
+    widths: Curve
+    bits: Curve
+    bases: Mapping[str, Basis]
+
+    def summary(self) -> dict[str, Any]:
+        """The curves and the absences as JSON-able values."""
+        curves = {
+            name: [
+                {"setting": setting, "error": error, "loss": loss}
+                for setting, error, loss in zip(curve.settings, curve.errors, curve.losses, strict=True)
+            ]
+            for name, curve in (("rows", self.rows), ("widths", self.widths), ("bits", self.bits))
+        }
+        absences = {name: table.absence for name, table in self.tables.items() if table.absence is not None}
+        return {"score": self.score, "standard_error": self.error, "curves": curves, "absences": absences}
+
+
+def read(task: Task) -> Readings:
+    """Read a trained model: one backward and about twenty forward passes over a sample of the validation rows.
+
+    The model is as before afterwards, bit by bit.
+
+    Args:
+        task: Task of the trained full model.
+    """
+    train_rows = max(int(count_V.sum()) for count_V in task.row_counts().values())
+    task = task.sampled(max(LEAST_ROWS, min(MOST_ROWS, int(PART_OF_TRAIN * train_rows))))
+    found, (weights, counts) = bases(task), trained_rows(task)
+    tables = {
+        name: TableReading(
+            basis.sensitivity / (2 * train_rows) * row_energies(weights[name], counts[name], basis.mean_D),
+            basis.lost_D,
+            {
+                bits: basis.sensitivity / (2 * train_rows) * code_error(weights[name], counts[name], bits)
+                for bits in CODE_BITS
+            },
+        )
+        for name, basis in found.items()
+    }
+    reader = _Reader(task, found)
+    rows, widths, bits = _read_rows(reader, tables), _read_widths(reader, tables), _read_bits(reader, tables)
+    tables = {
+        name: TableReading(table.energy_V, table.lost_D, table.noise, absence)
+        for (name, table), absence in zip(tables.items(), _absences(reader), strict=True)
+    }
+    return Readings(reader.score, task.score_error(task.model), tables, rows, widths, bits, found)
+
+
+class _Reader:
+    """Scores the model of a task with changed tables."""
+
+    def __init__(self, task: Task, found: Mapping[str, Basis]) -> None:
+        self.task, self.bases = task, found
+        self.live = weights_by_table(task.sites(task.model))
+        self.score = task.valid_score(task.model)
+
+    def losses(self, what: str, changes: Sequence[Mapping[str, Any]]) -> list[float]:
+        """Loss of the score under each of several changes: functions of a part of a table (N, D) and its rows, by table."""
+        found = []
+        for change in tracked(changes, what, len(changes), self.task.progress):
+            with self._changed(change):
+                found.append(self.score - self.task.valid_score(self.task.model))
+        return found
+
+    @contextmanager
+    def _changed(self, change: Mapping[str, Any]) -> Iterator[None]:
+        kept = {name: self.live[name].clone() for name in change}
+        try:
+            with torch.no_grad():
+                for name, new in change.items():
+                    for start in range(0, len(self.live[name]), CHUNK_ROWS):
+                        part = self.live[name][start : start + CHUNK_ROWS]
+                        part.copy_(new(part, slice(start, start + len(part))))
+            yield
+        finally:
+            with torch.no_grad():
+                for name, values in kept.items():
+                    self.live[name].copy_(values)
+
+
+def _read_rows(reader: _Reader, tables: Mapping[str, TableReading]) -> Curve:
+    """Rows beyond a share of all, in order of energy over all tables, read the mean of their table."""
+    ranked = np.sort(np.concatenate([table.energy_V for table in tables.values()]))[::-1]
+    thresholds = [ranked[int(share * len(ranked))] if share else np.inf for share in ROW_SHARES]
+
+    def without(name: str, threshold: float) -> Any:
+        dropped_V, mean_D = torch.from_numpy(tables[name].energy_V <= threshold), reader.bases[name].mean_D
+        return lambda part, rows: torch.where(dropped_V[rows, None].to(part.device), mean_D, part)
+
+    losses = reader.losses("reading rows", [{name: without(name, t) for name in tables} for t in thresholds])
+    errors = [sum(float(table.energy_V[table.energy_V <= t].sum()) for table in tables.values()) for t in thresholds]
+    return _rising(ROW_SHARES, errors, losses, 1.0)
+
+
+def _read_widths(reader: _Reader, tables: Mapping[str, TableReading]) -> Curve:
+    """All tables at their best w coordinates, for halves, quarters and so on of the full width."""
+    width = max(len(table.lost_D) - 1 for table in tables.values())
+    widths = [width >> step for step in range(1, width.bit_length())]
+
+    def narrowed(name: str, columns: int) -> Any:
+        basis = reader.bases[name]
+        narrow = basis.encode_DD[:, :columns] @ basis.decode_DD[:columns]
+        return lambda part, _rows: part @ narrow
+
+    def is_cut(name: str, columns: int) -> bool:
+        return columns < len(tables[name].lost_D) - 1
+
+    losses = reader.losses(
+        "reading widths", [{n: narrowed(n, columns) for n in tables if is_cut(n, columns)} for columns in widths]
+    )
+    errors = [
+        sum(float(table.lost_D[columns]) for name, table in tables.items() if is_cut(name, columns))
+        for columns in widths
+    ]
+    return _rising(widths, errors, losses, width)
+
+
+def _read_bits(reader: _Reader, tables: Mapping[str, TableReading]) -> Curve:
+    """All tables as their codes read."""
+
+    def coded(name: str, bits: int) -> Any:
+        scale, offset = fit_codes(reader.live[name], bits)
+        return lambda part, _rows: codes_of(part, scale, offset, bits) * scale + offset
+
+    losses = reader.losses("reading bits", [{name: coded(name, bits) for name in tables} for bits in CODE_BITS])
+    return _rising(CODE_BITS, [sum(table.noise[b] for table in tables.values()) for b in CODE_BITS], losses, 32)
+
+
+def _absences(reader: _Reader) -> list[float | None]:
+    """Loss of the score where one large table reads its mean, for each table; None for small tables."""
+    sizes = {name: weight.numel() for name, weight in reader.live.items()}
+    large = [name for name in reader.bases if sizes[name] >= LARGE_PART * sum(sizes.values())]
+    changes = [{name: lambda part, _rows, name=name: reader.bases[name].mean_D.expand_as(part)} for name in large]
+    losses = dict(zip(large, reader.losses("reading tables", changes), strict=True))
+    return [losses.get(name) for name in reader.bases]
+
+
+def _rising(settings: Sequence[float], errors: Sequence[float], losses: Sequence[float], whole: float) -> Curve:
+    """A curve from no error on whose losses never fall: a score that rises by chance is no gain to be had twice."""
+    order = np.argsort(errors, kind="stable")
+    found = np.maximum.accumulate(np.maximum(0.0, np.array(losses)[order]))
+    return Curve(
+        (0.0, *np.array(errors, float)[order].tolist()),
+        (0.0, *found.tolist()),
+        (whole, *np.array(settings, float)[order].tolist()),
+    )
+
+
+def row_energies(weight_VD: Tensor, count_V: np.ndarray, mean_D: Tensor) -> np.ndarray:
+    """n_r ||e_r - mean||^2 of each row, float64 (V,)."""
+    parts = zip(torch.from_numpy(count_V).double().split(CHUNK_ROWS), weight_VD.split(CHUNK_ROWS), strict=True)
+    return torch.cat([count * (part - mean_D).double().square().sum(1).cpu() for count, part in parts]).numpy()
+
+
+def code_error(weight_VD: Tensor, count_V: np.ndarray, bits: int) -> float:
+    """sum_r n_r ||e_r - stored(e_r)||^2 of a table in 16, 8 or 4 bits; 0 in 32 bits."""
+    if bits == 32 or not len(weight_VD):
+        return 0.0
+    scale, offset = (None, None) if bits == 16 else fit_codes(weight_VD.float(), bits)
+    total = 0.0
+    for part, count in zip(weight_VD.split(CHUNK_ROWS), torch.from_numpy(count_V).split(CHUNK_ROWS), strict=True):
+        values = part.float()
+        if scale is None or offset is None:
+            stored = values.half().float()
+        else:
+            stored = codes_of(values, scale, offset, bits) * scale + offset
+        total += float(((stored - values).double().square().sum(1).cpu() * count).sum())
+    return total
