@@ -35,7 +35,12 @@ InitName = Annotated[
 ]
 BitsName = Annotated[
     str | None,
-    typer.Option("--bits", metavar="32|16|8|4|mixed|auto", help="Bits per stored value in the compact tables."),
+    typer.Option(
+        "--bits",
+        metavar="32|16|8|4|mixed",
+        help="Bits per stored value in the compact tables. If not given, mixed: chosen for each table; but 32 for a budget "
+        "in parameters and for --target fbgemm.",
+    ),
 ]
 TargetName = Annotated[
     str | None,

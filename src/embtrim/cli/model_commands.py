@@ -105,10 +105,6 @@ def search(
     from embtrim.system.unfinished import unfinished
 
     method_config(settings)
-    if settings.bits == "auto":
-        raise ConfigError(
-            "bits = 'auto' tries several plans by training; `embtrim run` does, a search needs a precision"
-        )
     encoded = embtrim.load(data)
     full = load_full(bundle, encoded)
     if dry_run:

@@ -87,7 +87,9 @@ def run_config(data: str, config: Path | None, overrides: Sequence[str] | None, 
     for name in (settings.method, *settings.controls):
         method_named(name)
     recipe = _known_recipe(data, [settings.model])
-    return settings if recipe is None else settle(RunConfig, config, overrides, flags, recipe)
+    if recipe is not None:
+        settings = settle(RunConfig, config, overrides, flags, recipe)
+    return settings.replace(bits=settings.stored_bits)  # as `--dry-run` shows them
 
 
 def compare_config(

@@ -44,7 +44,7 @@ class Batch:
 
     Attributes:
         ids_BC: Ids local to their table, int32, PAD = -1.
-        labels_B: Labels 0 or 1, float32.
+        labels_B: Labels 0 or 1, float32; soft labels lie between.
         dense_BE: Values of the dense fields, float32, or None if the schema has no dense field.
         weights_B: Sample weights, float32, or None if the schema has no weight column.
     """
@@ -75,7 +75,7 @@ class SplitArrays:
 
     Attributes:
         ids: Ids local to their table, int32 (N, C), PAD = -1.
-        labels: Labels 0 or 1, float32 (N,).
+        labels: Labels 0 or 1, float32 (N,); soft labels lie between.
         dense: Values of the dense fields, float32 (N, number of dense fields), or None.
         weights: Sample weights, float32 (N,), or None.
     """

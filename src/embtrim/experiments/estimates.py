@@ -8,7 +8,7 @@ from typing import Any
 
 from embtrim.data.dataset import EncodedDataset
 from embtrim.experiments.settings import RunConfig, check_run
-from embtrim.experiments.steps import BISECTIONS, TRIED_BITS
+from embtrim.experiments.steps import BISECTIONS
 from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.budget import Budget
@@ -29,10 +29,10 @@ def dry_run(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
     stopping usually ends training well before.
     """
     check_run(data, config)
+    config = config.replace(bits=config.stored_bits)
     model = build(config.model, data.schema, **config.hparams)
-    models = len(dict.fromkeys((config.method, *config.controls)))
+    models = 1 + len(dict.fromkeys((config.method, *config.controls)))
     models += 0 if config.max_loss is None else BISECTIONS - 1
-    models = 1 + models * (len(TRIED_BITS) if config.bits == "auto" else 1)
     training = longest_training(model, data, config.train)
     return {
         "config": config.model_dump(mode="json"),
@@ -77,7 +77,7 @@ def longest_training(model: CTRModel, data: EncodedDataset, train: TrainConfig) 
 
 def _bytes_of_search(full: PlanShape, config: RunConfig, budget: Budget | None) -> dict[str, int]:
     """Table bytes before a search, and those that a budget allows; without a budget, at the fewest bits per value."""
-    stored = full.with_bits(4 if config.bits in ("mixed", "auto") else config.bits)
+    stored = full.with_bits(4 if config.stored_bits == "mixed" else config.stored_bits)
     most = stored.num_bytes(config.target)
     allowed = most if budget is None else int(min(most, stored.max_bytes(budget, config.target)))
     return {"table_bytes_before": full.num_bytes(config.target), "table_bytes_allowed": allowed}

@@ -43,10 +43,12 @@ class CompareConfig(Config):
             at least one model.
         train: Settings of training, for full and compact models alike.
         methods: Names of search methods, run with their default settings; "all" stands for every method.
-        variants: Methods with other settings, by label: {"method": name, setting: value, ...}. The keys `bits` and `init`
-            set the precision of the variant's tables and the initial weights of its compact models (see RunConfig).
+        variants: Methods with other settings, by label: {"method": name, setting: value, ...}. The keys `bits`, `init`
+            and `teacher` set the precision of the variant's tables, and the initial weights and the labels of its compact
+            models (see RunConfig). Without `bits` tables are stored in 32, the setting of the papers.
         budgets: Size limits of the compact tables, such as "10%", "200MB" or "1.5M params".
         init: Initial weights of compact models: "scratch", "initial" or "inherit".
+        teacher: Share of the full model's predicted probability in the labels of compact models; see RunConfig.
         target: Where the tables will be served: "torch", "onnx" or "fbgemm". Sizes are counted as that backend stores
             them, and a budget in bytes then includes the vocabulary.
         seed: First seed.
@@ -62,6 +64,7 @@ class CompareConfig(Config):
         default=tuple(map(Budget.parse, ("50%", "20%", "10%", "5%", "2%", "1%"))), min_length=1
     )
     init: Init = "scratch"
+    teacher: float = Field(default=0.5, ge=0, le=1)
     target: Target | None = None
     seed: int = Field(default=0, ge=0)
     seeds: int = Field(default=3, ge=1)
@@ -157,12 +160,14 @@ class MethodSetup:
         search: All settings of the method.
         bits: Bits per stored value in the compact tables.
         init: Initial weights of the compact models; None for full models.
+        teacher: Share of the full model's probability in the labels of the compact models; 0 for full models.
     """
 
     method: str
     search: dict[str, Any]
     bits: Bits = 32
     init: Init | None = None
+    teacher: float = 0.0
 
 
 def settings_by_label(config: CompareConfig) -> dict[str, MethodSetup]:
@@ -172,7 +177,9 @@ def settings_by_label(config: CompareConfig) -> dict[str, MethodSetup]:
         ConfigError: A method or setting is unknown, or a label is not a name.
     """
     found = {
-        name: MethodSetup(name, method_named(name).config().model_dump(mode="json"), init=config.init)
+        name: MethodSetup(
+            name, method_named(name).config().model_dump(mode="json"), init=config.init, teacher=config.teacher
+        )
         for name in config.methods
     }
     for label, variant in config.variants.items():
@@ -187,13 +194,17 @@ def settings_by_label(config: CompareConfig) -> dict[str, MethodSetup]:
             method = method_named(variant["method"])
         except ConfigError as error:
             raise ConfigError(f"[{where}] {error}") from None
-        settings = {key: value for key, value in variant.items() if key not in ("method", "bits", "init")}
+        settings = {key: value for key, value in variant.items() if key not in ("method", "bits", "init", "teacher")}
         bits, init = variant.get("bits", 32), variant.get("init", config.init)
+        teacher = variant.get("teacher", config.teacher)
         for name, given, kind in (("bits", bits, Bits), ("init", init, Init)):
             if given not in get_args(kind):
                 allowed = ", ".join(map(str, get_args(kind)))
                 raise ConfigError(f"[{where}] {name} must be one of {allowed}; given {given!r}")
-        found[label] = MethodSetup(method.name, method.parse(settings, where).model_dump(mode="json"), bits, init)
+        if type(teacher) not in (int, float) or not 0 <= teacher <= 1:
+            raise ConfigError(f"[{where}] teacher must be a number from 0 to 1; given {teacher!r}")
+        search = method.parse(settings, where).model_dump(mode="json")
+        found[label] = MethodSetup(method.name, search, bits, init, float(teacher))
     return found
 
 
@@ -202,8 +213,9 @@ def run_config(config: CompareConfig, model: str) -> RunConfig:
     known = arguments(model) if model in MODELS else config.hparams
     hparams = {key: value for key, value in config.hparams.items() if key in known}
     return RunConfig(
-        model=model, hparams=hparams, train=config.train, init=config.init, target=config.target, controls=()
-    )
+        model=model, hparams=hparams, train=config.train, init=config.init, teacher=config.teacher, bits=32,
+        target=config.target, controls=(),
+    )  # fmt: skip
 
 
 def cell_config(config: CompareConfig, cell: Cell) -> RunConfig:
@@ -212,7 +224,10 @@ def cell_config(config: CompareConfig, cell: Cell) -> RunConfig:
     if cell.budget is None:
         return run
     setup = settings_by_label(config)[cell.label]
-    return run.replace(method=setup.method, search=setup.search, bits=setup.bits, init=setup.init, budget=cell.budget)
+    return run.replace(
+        method=setup.method, search=setup.search, bits=setup.bits, init=setup.init, teacher=setup.teacher,
+        budget=cell.budget,
+    )  # fmt: skip
 
 
 def check_compare(data: EncodedDataset, config: CompareConfig) -> None:
@@ -281,6 +296,7 @@ def check_settings(
         "method": setup.method,
         "bits": setup.bits,
         "init": setup.init,
+        "teacher": setup.teacher,
         **target_settings(cell.budget, config.target),
         **_under("train", config.train.model_dump(mode="json")),
         **_under("hparams", HyperParameters.parse(hparams).model_dump(mode="json", include=set(hparams))),
@@ -294,6 +310,7 @@ def check_settings(
         "method": record.method or record.variant,
         "bits": record.bits,
         "init": record.init,
+        "teacher": record.teacher,
         "target": record.target or "torch",
         "vocabulary in the budget": record.counted_vocabulary_bytes is not None,
         **_under("train", {**TrainConfig().model_dump(mode="json"), **record.train}),

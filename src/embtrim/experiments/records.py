@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ class RunRecord(Config):
         search: Settings of the search method; empty for the full model.
         budget: Size limit of the compact tables, as asked for; None for the full model.
         init: Initial weights of the compact model; None for the full model.
+        teacher: Share of the full model's probability in the labels of the compact model's training; see RunConfig. 0
+            for the full model.
         seed: Seed of training and search.
         data: Fingerprint, folder and number of rows of the encoded data.
         valid: Metrics on the validation split; see Metrics.
@@ -91,6 +93,7 @@ class RunRecord(Config):
     search: dict[str, Any] = Field(default_factory=dict)
     budget: str | None = None
     init: str | None = None
+    teacher: float = 0.0
     seed: int
     data: dict[str, Any]
     valid: dict[str, Any]
@@ -170,11 +173,20 @@ def code_version() -> str:
 
 @dataclass
 class Trained:
-    """A trained model of a run with its record, and with its plan if it is a compact one."""
+    """A trained model of a run.
+
+    Attributes:
+        model: The model.
+        record: Its record.
+        plan: Plan of a compact model; None for a full one.
+        lessons: Data with soft labels of a full model by its share in them, see `taught`; made when first needed, for
+            all compact models.
+    """
 
     model: CTRModel
     record: RunRecord
     plan: SizePlan | None = None
+    lessons: dict[float, EncodedDataset] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -227,7 +239,8 @@ def make_record(
             "search": method_config(config).model_dump(mode="json"),
             "budget": config.budget.text,
             "init": config.init,
-            "bits": config.bits,
+            "teacher": config.teacher,
+            "bits": config.stored_bits,
             "search_peak_bytes": found.peak_bytes,
         }
     return RunRecord(

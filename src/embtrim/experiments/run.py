@@ -51,6 +51,7 @@ def run(
         BudgetError: The budget is below the smallest plan.
     """
     out = Path(out)
+    config = config.replace(bits=config.stored_bits)
     check_run(data, config)
     _check_folder(out, config)
     out.mkdir(parents=True, exist_ok=True)
@@ -116,7 +117,9 @@ def _check_folder(out: Path, config: RunConfig) -> None:
         values = config.model_dump(mode="json", exclude={"train": {"checkpoint_seconds"}})
         return {**values, **target_settings(None if config.max_loss else config.budget, config.target)}
 
-    change = first_change(settings_of(RunConfig.parse(values, where=str(settings))), settings_of(config))
+    # A release without this setting trained on clicks alone.
+    before = RunConfig.parse({"teacher": 0.0, **values}, where=str(settings))
+    change = first_change(settings_of(before), settings_of(config))
     if change is not None:
         raise DataError(
             f"{out} belongs to a run with {change}; choose another --out, or give the earlier settings to continue the run"

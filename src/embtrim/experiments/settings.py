@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
@@ -34,9 +34,13 @@ class RunConfig(Config):
         max_loss: Largest loss of validation AUC against the full model. If set, the budget is ignored, and bisection over
             budgets looks for the smallest plan within this loss.
         init: Initial weights of the compact model: "scratch", "initial" or "inherit".
-        bits: Bits per stored value in the compact tables: 32, 16, 8 or 4; "mixed" chooses 16, 8 or 4 for each table, and
-            "auto" tries 8, mixed and 4 and keeps the model with the best validation AUC. Tables are trained in fp32 and
-            quantised afterwards; with fewer bits the same budget has room for more parameters.
+        teacher: Share of the full model's predicted probability in the labels on which a compact model trains: label =
+            (1 - teacher) * click + teacher * probability (Hinton et al. 2015, arXiv 1503.02531). 0 trains on the clicks
+            alone, as the papers of the search methods do.
+        bits: Bits per stored value in the compact tables: 32, 16, 8 or 4; "mixed" chooses 16, 8 or 4 for each table.
+            None stands for "mixed", but for 32 with a budget in parameters or the target "fbgemm", which do not allow
+            "mixed". Tables are trained in fp32 and quantised afterwards; with fewer bits the same budget has room for
+            more parameters.
         target: Where the tables will be served: "torch", "onnx" or "fbgemm". Sizes are counted as that backend stores
             them, and a budget in bytes then includes the vocabulary. None counts the tables as torch stores them, without
             the vocabulary.
@@ -53,11 +57,20 @@ class RunConfig(Config):
     budget: BudgetSetting = Budget.parse("10%")
     max_loss: float | None = Field(default=None, gt=0, lt=0.5)
     init: Init = "scratch"
-    bits: Literal[Bits, "auto"] = 32
+    teacher: float = Field(default=0.5, ge=0, le=1)
+    bits: Bits | None = None
     target: Target | None = None
     controls: tuple[str, ...] = ("uniform",)
     seed: int = Field(default=0, ge=0)
     seeds: int = Field(default=1, ge=1)
+
+    @property
+    def stored_bits(self) -> Bits:
+        """`bits`, or what None stands for."""
+        if self.bits is not None:
+            return self.bits
+        in_params = self.max_loss is None and self.budget.kind == "params"
+        return 32 if in_params or self.target == "fbgemm" else "mixed"
 
 
 def method_config(config: RunConfig) -> Config:
@@ -89,7 +102,7 @@ def check_run(data: EncodedDataset, config: RunConfig) -> None:
     plan = model.tables.plan
     if config.max_loss is None:
         width = config.hparams.get("embedding_dim", plan.width)
-        bits: Bits = "mixed" if config.bits == "auto" else config.bits
+        bits = config.stored_bits
         if bits == 32 or config.target != "fbgemm":
             full = SizePlan.full(data.schema, width, plan.first_order)
             check_budget(full, config.budget, bits, config.target, method_named(config.method).adds)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.budget_limits import target_settings
 from embtrim.plan.plan import SizePlan
-from embtrim.plan.table import Bits
 from embtrim.serving.bundle import load_bundle
 from embtrim.system.files import write_then_rename
 from embtrim.system.memory import peak_memory
@@ -30,17 +28,15 @@ from embtrim.tasks.task import CTRTask
 from embtrim.training.checkpoint import CheckpointFolder
 from embtrim.training.fitting import fit, training_settings
 from embtrim.training.recoding import data_for
-from embtrim.training.settings import FitResult
+from embtrim.training.settings import FitResult, Hooks
 from embtrim.training.state import checksum
+from embtrim.training.teaching import taught, teaching_settings
 
 logger = logging.getLogger(__name__)
 
 # Bisection over budgets for `max_loss`: the smallest budget tried, and how many budgets are tried at most.
 SMALLEST_SHARE = 0.01
 BISECTIONS = 6
-
-# Precisions that bits = "auto" tries. AUC shows no loss from codes of 8 bits (docs/results.md): more bits would be wasted.
-TRIED_BITS: tuple[Bits, ...] = (8, "mixed", 4)
 
 
 # --- single steps ---------------------------------------------------------------------------------------------------
@@ -89,13 +85,12 @@ def find_plan(
     Args:
         model: The trained full model.
         data: Encoded data that the full model was trained on.
-        config: `bits` is a precision, not "auto".
+        config: Method, search, budget, bits, target, train and seed are read here.
         progress: Show progress bars on stderr.
         unfinished: Folder for the state of the search. A search that was interrupted is continued from it, and the plan
             of a finished search is read from it. If its state is of other settings, it is emptied.
         claimed: Further settings on which the folder's contents depend.
     """
-    assert config.bits != "auto", "a search needs one precision"
     task = CTRTask(model, data, config.train.replace(seed=config.seed))
     task.progress = progress
     if unfinished is not None:
@@ -106,7 +101,7 @@ def find_plan(
         task.checkpoints = CheckpointFolder(unfinished, task.config.checkpoint_seconds)
     with peak_memory() as peak:
         started = time.perf_counter()
-        plan = search(task, method_config(config), config.budget, config.seed, config.bits, config.target)
+        plan = search(task, method_config(config), config.budget, config.seed, config.stored_bits, config.target)
         seconds = time.perf_counter() - started
     if task.checkpoints is not None:
         seconds += task.checkpoints.spent_seconds
@@ -123,7 +118,7 @@ def search_settings(task: CTRTask, config: RunConfig) -> dict[str, Any]:
         **{f"search.{key}": value for key, value in method_config(config).model_dump(mode="json").items()},
         "budget": config.budget.text,
         "search_seed": config.seed,
-        "bits": config.bits,
+        "bits": config.stored_bits,
         # State of earlier releases has no word of a vocabulary, and their searches counted none.
         **{name: value for name, value in target_settings(config.budget, config.target).items() if value},
         **training_settings(task.model, task.data, task.config),
@@ -157,7 +152,7 @@ class Compacted:
 
     Attributes:
         model: The compact model, quantised if its plan says so.
-        data: The data in the compact model's ids.
+        data: The data in the compact model's ids, with clicks as labels.
         training: The cost and the history of retraining; None if the model was not retrained.
     """
 
@@ -173,6 +168,7 @@ def compact_and_retrain(
     config: RunConfig,
     *,
     retrain: bool = True,
+    lessons: EncodedDataset | None = None,
     progress: bool = False,
     checkpoint: Path | None = None,
 ) -> Compacted:
@@ -182,19 +178,23 @@ def compact_and_retrain(
         model: The trained full model.
         plan: Plan made for the model.
         data: The full model's data.
-        config: Init, the settings of training and the first seed are read here.
+        config: Init, teacher, the settings of training and the first seed are read here.
         retrain: False keeps the weights that `init` gives.
+        lessons: The data with the labels to train on, `taught` by the model; None makes them.
         progress: Show a progress bar on stderr.
         checkpoint: File for the state of retraining; see `fit`.
     """
     small = compact(model, plan, init=config.init, seed=config.seed)
-    recoded, training = data.recode(plan), None
+    training = None
     if retrain:
+        if lessons is None:
+            lessons = taught(data, model, config.teacher, config.train)
+        hooks = None if checkpoint is None else Hooks(settings=teaching_settings(model, config.teacher))
         train = config.train.replace(seed=config.seed)
-        training = fit(small, recoded, train, progress=progress, checkpoint=checkpoint)
+        training = fit(small, lessons.recode(plan), train, hooks=hooks, progress=progress, checkpoint=checkpoint)
     if plan.is_quantized:
         small.tables.quantize()
-    return Compacted(small, recoded, training)
+    return Compacted(small, data.recode(plan), training)
 
 
 # --- all steps after the full model ---------------------------------------------------------------------------------
@@ -214,25 +214,26 @@ def shrink(
     Args:
         full: The trained full model.
         data: Encoded data that the full model was trained on.
-        config: Method, search, budget, bits, target, init, train and seed are read here; `max_loss` and `controls` are
-            not.
+        config: Method, search, budget, bits, target, init, teacher, train and seed are read here; `max_loss` and
+            `controls` are not.
         label: The record's variant, if it is not the name of the method.
         progress: Show progress bars on stderr.
         unfinished: Folder for the state of search and training. Interrupted work of the same settings is continued from
             it.
     """
-    if config.bits == "auto":
-
-        def shrink_to(bits: Bits) -> Trained:
-            work = None if unfinished is None else unfinished / f"{bits}-bits"
-            return shrink(full, data, config.replace(bits=bits), label=label, progress=progress, unfinished=work)
-
-        return best_precision(shrink_to)
     checkpoint = None if unfinished is None else unfinished / "retraining.safetensors"
+    claimed: dict[str, Any] = {"init": config.init}
+    if config.teacher:  # state of earlier releases names no teacher, and trains on clicks
+        claimed["teacher"] = config.teacher
     with peak_memory() as peak:
-        found = find_plan(full.model, data, config, progress=progress, unfinished=unfinished, init=config.init)
+        found = find_plan(full.model, data, config, progress=progress, unfinished=unfinished, **claimed)
         verification = verify_plan(full.model, found.plan, data)
-        small = compact_and_retrain(full.model, found.plan, data, config, progress=progress, checkpoint=checkpoint)
+        if config.teacher not in full.lessons:
+            full.lessons[config.teacher] = taught(data, full.model, config.teacher, config.train)
+        small = compact_and_retrain(
+            full.model, found.plan, data, config,
+            lessons=full.lessons[config.teacher], progress=progress, checkpoint=checkpoint,
+        )  # fmt: skip
     assert small.training is not None
     record = make_record(
         small.model,
@@ -246,16 +247,6 @@ def shrink(
         verification=verification,
     )
     return Trained(small.model, record, found.plan)
-
-
-def best_precision(shrink_to: Callable[[Bits], Trained]) -> Trained:
-    """The compact model with the best validation AUC among those with 8, mixed and 4 bits."""
-    trials: list[Trained] = []
-    for bits in TRIED_BITS:
-        trials.append(shrink_to(bits))
-        logger.info("%s bits: validation AUC %.4f", bits, trials[-1].record.valid["auc"])
-    best = max(trials, key=lambda trained: trained.record.valid["auc"])
-    return with_search_seconds(best, sum(t.record.search_seconds + t.record.train_seconds for t in trials))
 
 
 def with_search_seconds(best: Trained, seconds: float) -> Trained:

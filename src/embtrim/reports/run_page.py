@@ -103,6 +103,7 @@ def _settings(variant: Variant) -> str:
         "search": first.search,
         "budget": [r.budget for r in variant.records],
         "init": first.init,
+        "teacher": first.teacher,
         "seeds": [r.seed for r in variant.records],
     }
     return json.dumps(settings, indent=2, ensure_ascii=False)
