@@ -15,12 +15,11 @@ from typing import Any, get_args
 
 from pydantic import Field
 
-from embtrim.compaction.foreign import Init
 from embtrim.config import Config, first_change, read_toml
 from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import ConfigError, DataError, hint
 from embtrim.experiments.records import RECORDS_FILE, RunRecord, read_records
-from embtrim.experiments.settings import RunConfig, check_run
+from embtrim.experiments.settings import InitSetting, RunConfig, check_run
 from embtrim.methods import METHODS, method_named
 from embtrim.models import MODELS, arguments
 from embtrim.models.ctr_model import HyperParameters
@@ -47,7 +46,7 @@ class CompareConfig(Config):
             and `teacher` set the precision of the variant's tables, and the initial weights and the labels of its compact
             models (see RunConfig). Without `bits` tables are stored in 32, the setting of the papers.
         budgets: Size limits of the compact tables, such as "10%", "200MB" or "1.5M params".
-        init: Initial weights of compact models: "scratch", "initial" or "inherit".
+        init: Initial weights of compact models: "scratch", "initial", "inherit", "low_rank" or "auto"; see RunConfig.
         teacher: Share of the full model's predicted probability in the labels of compact models; see RunConfig.
         target: Where the tables will be served: "torch", "onnx" or "fbgemm". Sizes are counted as that backend stores
             them, and a budget in bytes then includes the vocabulary.
@@ -63,7 +62,7 @@ class CompareConfig(Config):
     budgets: tuple[BudgetSetting, ...] = Field(
         default=tuple(map(Budget.parse, ("50%", "20%", "10%", "5%", "2%", "1%"))), min_length=1
     )
-    init: Init = "scratch"
+    init: InitSetting = "auto"
     teacher: float = Field(default=0.5, ge=0, le=1)
     target: Target | None = None
     seed: int = Field(default=0, ge=0)
@@ -166,7 +165,7 @@ class MethodSetup:
     method: str
     search: dict[str, Any]
     bits: Bits = 32
-    init: Init | None = None
+    init: InitSetting | None = None
     teacher: float = 0.0
 
 
@@ -197,7 +196,7 @@ def settings_by_label(config: CompareConfig) -> dict[str, MethodSetup]:
         settings = {key: value for key, value in variant.items() if key not in ("method", "bits", "init", "teacher")}
         bits, init = variant.get("bits", 32), variant.get("init", config.init)
         teacher = variant.get("teacher", config.teacher)
-        for name, given, kind in (("bits", bits, Bits), ("init", init, Init)):
+        for name, given, kind in (("bits", bits, Bits), ("init", init, InitSetting)):
             if given not in get_args(kind):
                 allowed = ", ".join(map(str, get_args(kind)))
                 raise ConfigError(f"[{where}] {name} must be one of {allowed}; given {given!r}")

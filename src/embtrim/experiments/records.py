@@ -20,7 +20,7 @@ from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import DataError
 from embtrim.experiments.settings import RunConfig, method_config
 from embtrim.models.ctr_model import CTRModel
-from embtrim.plan.plan import SizePlan
+from embtrim.plan.plan import PlanShape, SizePlan
 from embtrim.plan.table import Bits, Target
 from embtrim.system.files import write_then_rename
 from embtrim.system.machine import processor_name
@@ -46,7 +46,10 @@ class RunRecord(Config):
         train: Settings of training; see TrainConfig.
         search: Settings of the search method; empty for the full model.
         budget: Size limit of the compact tables, as asked for; None for the full model.
-        init: Initial weights of the compact model; None for the full model.
+        init: Initial weights of the compact model, as asked for; None for the full model.
+        started: Initial weights that the compact model had: one of the kinds of `init`, not "auto". None for the full model
+            and in records that do not tell.
+        predicted_loss: Loss of the validation score that the search predicted; None if it predicts none.
         teacher: Share of the full model's probability in the labels of the compact model's training; see RunConfig. 0
             for the full model.
         seed: Seed of training and search.
@@ -93,6 +96,8 @@ class RunRecord(Config):
     search: dict[str, Any] = Field(default_factory=dict)
     budget: str | None = None
     init: str | None = None
+    started: str | None = None
+    predicted_loss: float | None = None
     teacher: float = 0.0
     seed: int
     data: dict[str, Any]
@@ -205,6 +210,13 @@ class FoundPlan:
     peak_bytes: int | None
 
 
+def started_as(plan: PlanShape, init: str) -> str:
+    """Initial weights of a plan's compact model: as asked for; for "auto" those that its search planned for, or new ones."""
+    if init != "auto":
+        return init
+    return plan.details.get("config", {}).get("start") or "scratch"
+
+
 def make_record(
     model: CTRModel,
     data: EncodedDataset,
@@ -239,6 +251,8 @@ def make_record(
             "search": method_config(config).model_dump(mode="json"),
             "budget": config.budget.text,
             "init": config.init,
+            "started": started_as(found.plan, config.init),
+            "predicted_loss": found.plan.details.get("predicted_loss"),
             "teacher": config.teacher,
             "bits": config.stored_bits,
             "search_peak_bytes": found.peak_bytes,

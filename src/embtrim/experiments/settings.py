@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
-from embtrim.compaction.foreign import Init
 from embtrim.config import Config
 from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import ConfigError
@@ -19,6 +18,9 @@ from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Bits, Target
 from embtrim.training.devices import device_of
 from embtrim.training.settings import TrainConfig
+
+# Initial weights of a compact model, as they can be asked for; see RunConfig.
+InitSetting = Literal["auto", "scratch", "initial", "inherit", "low_rank"]
 
 
 class RunConfig(Config):
@@ -33,7 +35,10 @@ class RunConfig(Config):
         budget: Size limit of the compact tables, such as "10%", "200MB" or "1.5M params".
         max_loss: Largest loss of validation AUC against the full model. If set, the budget is ignored, and bisection over
             budgets looks for the smallest plan within this loss.
-        init: Initial weights of the compact model: "scratch", "initial" or "inherit".
+        init: Initial weights of the compact model: "scratch", "initial", "inherit" or "low_rank"; see `compact`. "auto" is
+            "scratch" for the published methods and the controls. With `guided` it tries a plan for tables of low rank
+            first, then, unless the model is as good as the full one, a plan that is trained from scratch, and keeps the
+            model with the better validation score.
         teacher: Share of the full model's predicted probability in the labels on which a compact model trains: label =
             (1 - teacher) * click + teacher * probability (Hinton et al. 2015, arXiv 1503.02531). 0 trains on the clicks
             alone, as the papers of the search methods do.
@@ -56,7 +61,7 @@ class RunConfig(Config):
     search: dict[str, Any] = Field(default_factory=dict)
     budget: BudgetSetting = Budget.parse("10%")
     max_loss: float | None = Field(default=None, gt=0, lt=0.5)
-    init: Init = "scratch"
+    init: InitSetting = "auto"
     teacher: float = Field(default=0.5, ge=0, le=1)
     bits: Bits | None = None
     target: Target | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -13,7 +14,7 @@ from embtrim.compaction.compacting import compact
 from embtrim.compaction.verification import Verification, verify
 from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import BudgetError, DataError, EmbtrimError
-from embtrim.experiments.records import FoundPlan, Trained, make_record
+from embtrim.experiments.records import FoundPlan, Trained, make_record, started_as
 from embtrim.experiments.settings import RunConfig, method_config
 from embtrim.methods import method_named, search
 from embtrim.models import build
@@ -24,11 +25,14 @@ from embtrim.serving.bundle import load_bundle
 from embtrim.system.files import write_then_rename
 from embtrim.system.memory import peak_memory
 from embtrim.system.unfinished import claim
+from embtrim.tables.code_training import CodeGate
 from embtrim.tasks.task import CTRTask
 from embtrim.training.checkpoint import CheckpointFolder
+from embtrim.training.evaluation import predict_logits
 from embtrim.training.fitting import fit, training_settings
+from embtrim.training.metrics import auc_error
 from embtrim.training.recoding import data_for
-from embtrim.training.settings import FitResult, Hooks
+from embtrim.training.settings import FitResult, Hooks, TrainConfig
 from embtrim.training.state import checksum
 from embtrim.training.teaching import taught, teaching_settings
 
@@ -37,6 +41,11 @@ logger = logging.getLogger(__name__)
 # Bisection over budgets for `max_loss`: the smallest budget tried, and how many budgets are tried at most.
 SMALLEST_SHARE = 0.01
 BISECTIONS = 6
+
+
+# Most epochs in which a compact model learns from the full one after it was started or trained, and how often in an epoch
+# the scales of its codes follow the tables.
+FINISHING_EPOCHS, CODE_FITS_PER_EPOCH = 5, 4
 
 
 # --- single steps ---------------------------------------------------------------------------------------------------
@@ -184,17 +193,61 @@ def compact_and_retrain(
         progress: Show a progress bar on stderr.
         checkpoint: File for the state of retraining; see `fit`.
     """
-    small = compact(model, plan, init=config.init, seed=config.seed)
-    training = None
-    if retrain:
+    init, train = started_as(plan, config.init), config.train.replace(seed=config.seed)
+    task = CTRTask(model, data, train) if init == "low_rank" else None
+    small = compact(model, plan, init=init, seed=config.seed, task=task)  # type: ignore[arg-type]
+    trainings = []
+    if retrain and init != "low_rank":
         if lessons is None:
             lessons = taught(data, model, config.teacher, config.train)
         hooks = None if checkpoint is None else Hooks(settings=teaching_settings(model, config.teacher))
-        train = config.train.replace(seed=config.seed)
-        training = fit(small, lessons.recode(plan), train, hooks=hooks, progress=progress, checkpoint=checkpoint)
+        trainings.append(fit(small, lessons.recode(plan), train, hooks=hooks, progress=progress, checkpoint=checkpoint))
+    if retrain and (init == "low_rank" or (config.teacher and plan.is_quantized)):
+        path = None if checkpoint is None else checkpoint.with_stem("finishing")
+        trainings.append(_finish(small, model, data, config, progress=progress, checkpoint=path))
     if plan.is_quantized:
         small.tables.quantize()
-    return Compacted(small, data.recode(plan), training)
+    return Compacted(small, data.recode(plan), _one_result(trainings))
+
+
+def _finish(
+    small: CTRModel,
+    model: CTRModel,
+    data: EncodedDataset,
+    config: RunConfig,
+    *,
+    progress: bool,
+    checkpoint: Path | None,
+) -> FitResult:
+    """Train a compact model for some epochs to predict what the full model does, with its tables read as their codes.
+
+    The tables decay no longer: what they should be is known. Without a teacher the model trains on clicks, as it was. The
+    weights before the first step are kept if no epoch scores better.
+    """
+    share = 1.0 if config.teacher else 0.0
+    train = config.train.replace(seed=config.seed, epochs=min(FINISHING_EPOCHS, config.train.epochs))
+    if share:
+        train = train.replace(embedding_l2=0.0)
+    lessons = taught(data, model, share, train).recode(small.tables.plan)  # type: ignore[arg-type]
+    hooks = Hooks(keeps_start=True, settings=teaching_settings(model, share) if checkpoint is not None else {})
+    gate = CodeGate(small.tables, max(1, data.num_rows("train") // train.batch_size // CODE_FITS_PER_EPOCH))
+    if not gate.coded:
+        return fit(small, lessons, train, hooks=hooks, progress=progress, checkpoint=checkpoint)
+    hooks = dataclasses.replace(hooks, on_step=gate.on_step, state=gate)
+    with small.tables.gated(row_gate=gate):
+        return fit(small, lessons, train, hooks=hooks, progress=progress, checkpoint=checkpoint)
+
+
+def _one_result(trainings: list[FitResult]) -> FitResult | None:
+    """The result of several trainings of one model: the last one's, with the history and the time of all."""
+    if not trainings:
+        return None
+    return dataclasses.replace(
+        trainings[-1],
+        history=[entry for result in trainings for entry in result.history],
+        seconds=sum(result.seconds for result in trainings),
+        restored_seconds=sum(result.restored_seconds for result in trainings),
+    )
 
 
 # --- all steps after the full model ---------------------------------------------------------------------------------
@@ -221,6 +274,8 @@ def shrink(
         unfinished: Folder for the state of search and training. Interrupted work of the same settings is continued from
             it.
     """
+    if len(ways := ways_to_start(config)) > 1:
+        return _best_start(full, data, config, ways, label=label, progress=progress, unfinished=unfinished)
     checkpoint = None if unfinished is None else unfinished / "retraining.safetensors"
     claimed: dict[str, Any] = {"init": config.init}
     if config.teacher:  # state of earlier releases names no teacher, and trains on clicks
@@ -247,6 +302,44 @@ def shrink(
         verification=verification,
     )
     return Trained(small.model, record, found.plan)
+
+
+def ways_to_start(config: RunConfig) -> list[str]:
+    """The kinds of `init` that a run tries for its method; see RunConfig."""
+    if config.init != "auto" or config.method != "guided" or config.search.get("start"):
+        return [config.init]
+    return ["low_rank", "scratch"]
+
+
+def _best_start(
+    full: Trained, data: EncodedDataset, config: RunConfig, ways: list[str], *, unfinished: Path | None, **shown: Any
+) -> Trained:
+    """The model with the best validation score of several starts, each with its own plan.
+
+    A model whose score is not measurably below the full model's ends the trials. The time of all trials counts as search.
+    """
+    trials: list[Trained] = []
+    for way in ways:
+        work = None if unfinished is None else unfinished / way
+        settings = config.replace(init=way, search={**config.search, "start": way})
+        trials.append(shrink(full, data, settings, unfinished=work, **shown))
+        small = trials[-1]
+        logger.info("%s: validation AUC %.4f", way, small.record.valid["auc"])
+        if is_as_good(small, full, data, config.train):
+            break
+    best = max(trials, key=lambda trained: trained.record.valid["auc"])
+    seconds = sum(t.record.search_seconds + t.record.train_seconds for t in trials)
+    best.record = best.record.replace(init=config.init, search=method_config(config).model_dump(mode="json"))
+    return with_search_seconds(best, seconds)
+
+
+def is_as_good(small: Trained, full: Trained, data: EncodedDataset, train: TrainConfig) -> bool:
+    """Whether a compact model's validation AUC is at most one standard error of the difference below the full model's."""
+    loss = full.record.valid["auc"] - small.record.valid["auc"]
+    if loss <= 0:
+        return True
+    scores = [predict_logits(trained.model, data, "valid", train) for trained in (full, small)]
+    return loss <= auc_error(data.split("valid").labels, *scores)
 
 
 def with_search_seconds(best: Trained, seconds: float) -> Trained:

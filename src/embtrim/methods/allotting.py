@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from embtrim.methods.readings import Readings
+from embtrim.methods.readings import Readings, TableReading
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Alignment, Block, BlockShape, TablePlan, TableShape, Target
@@ -25,6 +26,8 @@ from embtrim.plan.table import Alignment, Block, BlockShape, TablePlan, TableSha
 CHOICES_PER_DOUBLING = 4
 # Repetitions until the rates fit the plan.
 ROUNDS = 6
+# Factors on the rates of rows and of widths that are tried then.
+FACTORS = (0.2, 0.5, 1.0, 2.0, 5.0)
 
 
 class Recovery(NamedTuple):
@@ -71,6 +74,7 @@ def allot(
     target: Target | None = None,
     recovery: Recovery = Recovery(),  # noqa: B008 - immutable
     keeps_columns: bool = False,
+    in_own_basis: bool = True,
 ) -> Allotment:
     """The plan of least predicted loss within a budget.
 
@@ -83,9 +87,18 @@ def allot(
         target: Backend whose bytes are counted.
         recovery: What retraining leaves of each loss.
         keeps_columns: Keep all columns of every table.
+        in_own_basis: Whether a narrow table has coordinates of its own, which are projected back. Otherwise tables share
+            their first columns, and what w columns are worth follows from all tables together: a product with another
+            table sees no column that one of the two lacks, however few rows a table has.
     """
+    lost = {name: reading.lost_D for name, reading in readings.tables.items()}
+    if not in_own_basis:
+        lost = _lost_together(lost)
     choices = [
-        choices_of(full, table, readings, budget, levels, alignment, target, keeps_columns) for table in full.tables
+        choices_of(
+            full, table, readings.tables[table.name], lost[table.name], budget, levels, alignment, target, keeps_columns
+        )
+        for table in full.tables
     ]
     allowed = full.counted_bytes(budget)
     curves = (readings.rows, readings.widths, readings.bits)
@@ -93,17 +106,26 @@ def allot(
     bytes_TN = [of.bytes_N for of in choices]
     rates = [eta * curve.rate(0.0) for eta, curve in zip(recovery, curves, strict=True)]
     candidates = list(_equal_widths(choices, full.width, levels, allowed))
-    for _ in range(ROUNDS):
-        chosen = spend(bytes_TN, [np.array(rates) @ of.errors_LN for of in choices], allowed)
-        candidates.append(chosen)
-        found = zip(rates, recovery, curves, _errors(choices, chosen), strict=True)
-        rates = [(rate + eta * curve.rate(error)) / 2 for rate, eta, curve, error in found]
 
     def losses_of(chosen: Sequence[int]) -> tuple[float, ...]:
         found = zip(recovery, curves, _errors(choices, chosen), strict=True)
         return tuple(eta * curve.loss(error) for eta, curve, error in found)
 
-    best = min(candidates, key=lambda chosen: (sum(losses_of(chosen)), sum(_errors(choices, chosen))))
+    def merit(chosen: Sequence[int]) -> tuple[float, float]:
+        return sum(losses_of(chosen)), sum(_errors(choices, chosen))
+
+    def try_rates(rates: Sequence[float]) -> list[int]:
+        chosen = spend(bytes_TN, [np.array(rates) @ of.errors_LN for of in choices], allowed)
+        candidates.append(chosen)
+        return chosen
+
+    for _ in range(ROUNDS):
+        found = zip(rates, recovery, curves, _errors(choices, try_rates(rates)), strict=True)
+        rates = [(rate + eta * curve.rate(error)) / 2 for rate, eta, curve, error in found]
+    # The curves bend, and bytes come in lumps: rates beside the fixed point may find a better plan.
+    for factors in itertools.product(FACTORS, FACTORS):
+        try_rates([rates[0] * factors[0], rates[1] * factors[1], rates[2]])
+    best = min(candidates, key=merit)
     tables = [of.tables[n] for of, n in zip(choices, best, strict=True)]
     plan = dataclasses.replace(full, tables=tuple(_with_rows(t, readings.tables[t.name].energy_V) for t in tables))
     return Allotment(plan, losses_of(best))
@@ -142,10 +164,23 @@ def _with_rows(table: TableShape, energy_V: np.ndarray) -> TablePlan:
     return TablePlan(table.name, table.num_rows, table.width, blocks, table.bits)
 
 
+def _lost_together(lost: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """For each table, what it loses without columns at all, times the part that all tables lose on average at w columns."""
+    width = max(map(len, lost.values()))
+    padded = [np.pad(lost_D, (0, width - len(lost_D))) for lost_D in lost.values()]
+    total_D = np.sum(padded, axis=0)
+    part_D = total_D / max(float(total_D[0]), 1e-300)
+    return {
+        name: lost_D[0] * np.where(np.arange(len(lost_D)) < len(lost_D) - 1, part_D[: len(lost_D)], 0.0)
+        for name, lost_D in lost.items()
+    }
+
+
 def choices_of(
     full: SizePlan,
     table: TablePlan,
-    readings: Readings,
+    reading: TableReading,
+    lost_D: np.ndarray,
     budget: Budget,
     levels: Sequence[int],
     alignment: Alignment,
@@ -153,7 +188,6 @@ def choices_of(
     keeps_columns: bool,
 ) -> Choices:
     """Every number of rows, columns and bits of one table that is worth a try."""
-    reading = readings.tables[table.name]
     kept_V = np.concatenate([[0.0], np.cumsum(np.sort(reading.energy_V)[::-1])])
     total = float(kept_V[-1])
     # A table whose absence does not lower the score is cut first.
@@ -170,9 +204,7 @@ def choices_of(
             for bits in levels:
                 stored = dataclasses.replace(shape, blocks=(block,), bits=bits)
                 dropped = weight * (total - float(kept_V[count]))
-                found.append(
-                    (stored, dropped, part * float(reading.lost_D[width]), part * reading.noise.get(bits, 0.0))
-                )
+                found.append((stored, dropped, part * float(lost_D[width]), part * reading.noise.get(bits, 0.0)))
     sizes = [full.table_bytes(stored, target, budget=budget) for stored, *_ in found]
     errors = np.array([errors for _, *errors in found])
     return Choices([stored for stored, *_ in found], np.array(sizes, np.int64), errors.T)

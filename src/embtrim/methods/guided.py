@@ -47,10 +47,10 @@ class GuidedConfig(Config):
 
     Attributes:
         start: How the compact model will start: "low_rank" plans for tables that approximate the trained ones, "scratch"
-            for tables that are trained again; see the module docstring.
+            for tables that are trained again; see the module docstring. None is "scratch", and lets `run` try both.
     """
 
-    start: Literal["low_rank", "scratch"] = "scratch"
+    start: Literal["low_rank", "scratch"] | None = None
 
 
 def search_guided(
@@ -95,6 +95,7 @@ def plan_within(
         alignment,
         target=target,
         recovery=Recovery() if low_rank else RECOVERY,
+        in_own_basis=low_rank,
         keeps_columns=low_rank and not _may_narrow(task, full, alignment),
     )
     if bits != "mixed" and levels != (bits,):
