@@ -268,7 +268,7 @@ BAD_INPUTS = (
     BadInput("--budget and --max-loss", _run("--budget", "10%", "--max-loss", "0.01"), 2, ("--budget and --max-loss exclude each other",)),
     BadInput("--bits 7", _run("--bits", "7"), 2, ("bits", "given 7", "32, 16, 8, 4")),
     BadInput("--bits in words", _run("--bits", "eight"), 2, ("bits", "'eight'", "'mixed'")),
-    BadInput("search with --bits auto", _search("--bits", "auto"), 2, ("'auto' tries several plans", "a search needs a precision")),
+    BadInput("teacher beyond 1", _run("--set", "teacher=2"), 2, ("teacher", "given 2", "less than or equal to 1")),
     BadInput("mixed bits and a number of parameters", _search("--bits", "mixed", "--budget", "2000 params"), 2,
              ("mixed bits need a budget in percent or bytes",)),
     BadInput("--target that is not known", _run("--target", "tensorrt"), 2, ("target", "'tensorrt'", "'torch', 'onnx' or 'fbgemm'")),

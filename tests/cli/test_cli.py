@@ -108,12 +108,10 @@ def test_json_is_all_of_stdout(shop: Workshop) -> None:
 @pytest.mark.slow
 def test_bits_of_a_run_and_of_a_search(shop: Workshop) -> None:
     out, plan = shop.new("bits-run"), shop.new("bits-plan").with_suffix(".json")
-    done = call(
-        "run", shop.data, *TINY, "--budget", "10%", "--bits", "auto", "--method", "uniform", "--out", out, "--json"
-    )
+    done = call("run", shop.data, *TINY, "--budget", "10%", "--method", "uniform", "--out", out, "--json")
     assert done.code == 0, done.err
     full, small = json.loads(done.out)
-    assert small["bits"] in (8, 4, "mixed")
+    assert (small["bits"], small["teacher"]) == ("mixed", 0.5)
     assert small["num_params"] > 0.2 * full["num_params"]
     bundle = out / "bundles" / "uniform-seed0"
     assert call("predict", bundle, shop.log, "--out", shop.new("bits-scores").with_suffix(".parquet")).code == 0
@@ -130,8 +128,13 @@ def test_bits_of_a_run_and_of_a_search(shop: Workshop) -> None:
     assert {len(b["columns"]) % 4 for t in json.loads(plan.read_text())["tables"] for b in t["blocks"]} == {0}
     facts = json.loads(call("run", shop.data, *TINY, "--bits", "8", "--budget", "100%", "--json", "--dry-run").out)
     assert facts["table_bytes_allowed"] < 0.4 * facts["table_bytes_before"]
-    done = call("search", shop.bundle, shop.data, "--bits", "auto", "--out", shop.new("p").with_suffix(".json"))
-    assert "a search needs a precision" in done.err
+    for budget, target, bits in (("20%", "torch", "mixed"), ("3000 params", "torch", 32), ("20%", "fbgemm", 32)):
+        given = ("--budget", budget, "--target", target, "--dry-run")
+        assert json.loads(call("run", shop.data, *TINY, *given, "--json").out)["config"]["bits"] == bits
+        assert f"bits = {json.dumps(bits)}\n" in call("search", shop.bundle, shop.data, *given).out
+    plan = shop.new("mixed-plan").with_suffix(".json")
+    assert call("search", shop.bundle, shop.data, "--method", "sseds", "--budget", "20%", "--out", plan).code == 0
+    assert {table["bits"] for table in json.loads(plan.read_text())["tables"]} <= {16, 8, 4}
     assert "bits" in call("run", shop.data, "--bits", "5").err
 
 
@@ -157,6 +160,8 @@ def test_steps_agree_with_the_functions(shop: Workshop) -> None:
         "sseds",
         "--budget",
         "30%",
+        "--bits",
+        "32",
         "--out",
         shop.new("p30.json"),
         "--json",

@@ -97,6 +97,7 @@ def test_faults_are_found_before_anything_is_trained(
         ({"train": CONFIG.train.replace(epochs=2)}, "train.epochs = 1, now it is 2"),
         ({"hparams": {**CONFIG.hparams, "embedding_dim": 5}}, "hparams.embedding_dim = 4, now it is 5"),
         ({"init": "inherit"}, 'init = "scratch", now it is "inherit"'),
+        ({"teacher": 0}, "teacher = 0.5, now it is 0.0"),
         ({"variants": {"wide-sseds": {"method": "sseds", "min_dim": 2}}}, "search.min_dim = 1, now it is 2"),
         ({"variants": {"wide-sseds": {"method": "random"}}}, 'method = "sseds", now it is "random"'),
     ],

@@ -69,11 +69,12 @@ def test_run_writes_records_plans_bundles_and_its_settings(encoded, tmp_path):
             assert record.num_params == record.num_full_params
         else:
             assert record.verification["passed"]
-            assert record.num_params <= 0.3 * record.num_full_params
+            assert record.bits == "mixed"
+            assert record.table_bytes <= 4 * (0.3 * record.num_full_params + record.num_first_order_params)
             plan = SizePlan.load(tmp_path / "x" / "plans" / path.with_suffix(".json").name)
             assert plan.num_params == record.num_params
     again = RunConfig.parse(embtrim.config.read_toml(tmp_path / "x" / "config.toml"))
-    assert again == CONFIG
+    assert again == CONFIG.replace(bits="mixed")
     with pytest.raises(DataError, match=r'run with budget = "50%", now it is "7%"'.replace("50%", CONFIG.budget.text)):
         run(encoded, CONFIG.replace(budget="7%"), tmp_path / "x")
     (tmp_path / "x" / "config.toml").unlink()
@@ -101,7 +102,7 @@ def test_same_seed_same_metrics(encoded, tmp_path):
 
 def test_max_loss_finds_a_small_plan_within_the_tolerance(encoded, monkeypatch):
     monkeypatch.setattr("embtrim.experiments.steps.BISECTIONS", 3)
-    config = CONFIG.replace(train=CONFIG.train.replace(epochs=4), max_loss=0.02)
+    config = CONFIG.replace(train=CONFIG.train.replace(epochs=4), max_loss=0.02, bits=32, teacher=0)
     full = train_full(encoded, config)
     found = smallest_within(full, encoded, config)
     assert found.record.valid["auc"] >= full.record.valid["auc"] - 0.02
@@ -117,7 +118,7 @@ def test_a_share_that_buys_no_slot_is_too_small_for_any_loss(encoded, monkeypatc
     """Of shares 1% and 10% the first buys no column of either table: the search for the smallest plan goes on above it."""
     monkeypatch.setattr("embtrim.experiments.steps.SMALLEST_SHARE", 0.0001)
     monkeypatch.setattr("embtrim.experiments.steps.BISECTIONS", 2)
-    config = CONFIG.replace(method="random", max_loss=0.4)
+    config = CONFIG.replace(method="random", max_loss=0.4, bits=32)
     full = train_full(encoded, config)
     with pytest.raises(
         BudgetError, match=r"'random' keeps no row of any table within a budget of 1%; 1\.\d+% is enough"
@@ -126,9 +127,38 @@ def test_a_share_that_buys_no_slot_is_too_small_for_any_loss(encoded, monkeypatc
     assert smallest_within(full, encoded, config).record.budget == "10.0000%"
 
 
+@pytest.mark.parametrize(
+    ("changes", "bits"),
+    [
+        ({}, "mixed"),
+        ({"budget": "2 MB"}, "mixed"),
+        ({"budget": "2000 params"}, 32),
+        ({"budget": "2000 params", "max_loss": 0.01}, "mixed"),  # the budget is not read
+        ({"target": "onnx"}, "mixed"),
+        ({"target": "fbgemm"}, 32),
+        ({"bits": 8, "budget": "2000 params", "target": "fbgemm"}, 8),
+        ({"bits": 32}, 32),
+    ],
+)
+def test_bits_follow_the_budget_and_the_target(changes, bits):
+    config = RunConfig(**changes)
+    assert config.stored_bits == bits
+    assert config.replace(bits=config.stored_bits).stored_bits == bits
+
+
+def test_a_run_within_parameters_stores_32_bits(encoded, tmp_path):
+    config = CONFIG.replace(seeds=1, controls=(), method="uniform", budget="800 params")
+    record = run(encoded, config, tmp_path)[1]
+    assert record.bits == 32
+    assert record.num_params <= 800
+    assert embtrim.config.read_toml(tmp_path / "config.toml")["bits"] == 32
+
+
 def test_dry_run_says_what_would_happen(encoded):
-    facts = dry_run(encoded, CONFIG)
-    assert facts["config"]["budget"] == "30%"
+    mixed = dry_run(encoded, CONFIG)
+    assert (mixed["config"]["budget"], mixed["config"]["bits"]) == ("30%", "mixed")
+    facts = dry_run(encoded, CONFIG.replace(bits=32))
+    assert mixed["table_bytes_allowed"] <= facts["table_bytes_allowed"]
     rows = sum(encoded.schema.tables.values())
     assert facts["table_bytes_before"] == 4 * (rows * 8 + rows)
     assert facts["table_bytes_allowed"] == int(4 * rows * 8 * 0.3 + 4 * rows)
@@ -149,7 +179,7 @@ def test_it_refuses_early(encoded, data, tmp_path):
     without_test = embtrim.data.dataset.EncodedDataset(
         data.schema, {"train": data.split("train"), "valid": data.split("valid")}
     )
-    for bits in (32, 8, "mixed", "auto"):
+    for bits in (None, 32, 8, "mixed"):
         with pytest.raises(BudgetError, match="budget of 1 params is below the smallest plan of any method, 2 params"):
             run(encoded, CONFIG.replace(budget="1 params", bits=bits), out)
     with pytest.raises(DataError, match="no split 'test'"):

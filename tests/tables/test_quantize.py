@@ -257,14 +257,10 @@ def test_a_run_trains_in_fp32_and_keeps_the_quantised_model(raw, tmp_path):
     for refused in (lambda: save(fp32, tmp_path / "b", recoded), lambda: export(fp32, "pt2", tmp_path / "e")):
         with pytest.raises(EmbtrimError, match=r"its tables are still fp32; call model\.tables\.quantize\(\)"):
             refused()
-    auto = shrink(full, data, config.replace(bits="auto", method="uniform", budget="6%"))
-    tried = [shrink(full, data, config.replace(bits=b, method="uniform", budget="6%")) for b in (8, "mixed", 4)]
-    best = max(tried, key=lambda trained: trained.record.valid["auc"])
-    assert auto.plan
-    assert best.plan
-    assert (auto.plan.digest, auto.record.bits) == (best.plan.digest, best.record.bits)
-    assert (auto.record.valid, auto.record.test) == (best.record.valid, best.record.test)
-    assert auto.record.search_seconds > best.record.search_seconds
+    mixed = shrink(full, data, config.replace(bits=None, method="uniform", budget="6%"))
+    assert mixed.record.bits == "mixed"
+    assert mixed.plan
+    assert {table.bits for table in mixed.plan.tables} <= {16, 8, 4}
     with pytest.raises(PlanError, match="quantised by column, which TorchRec's configs cannot say"):
         export(done.model, "torchrec", tmp_path / "torchrec")
 
