@@ -98,7 +98,7 @@ def test_json_is_all_of_stdout(shop: Workshop) -> None:
     assert done.code == 0, done.err
     records = json.loads(done.out)
     assert [r["variant"] for r in records] == ["full", "guided"]
-    assert records[1]["num_params"] <= 0.2 * records[0]["num_params"]
+    assert records[1]["table_bytes"] <= 0.8 * records[0]["num_params"] + 4 * records[0]["num_first_order_params"]
     assert records == [json.loads((out / "records" / f"{v}-seed0.json").read_text()) for v in ("full", "guided")]
     assert "test AUC" in done.err
     shown = call("report", out, "--json")

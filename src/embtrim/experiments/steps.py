@@ -72,7 +72,7 @@ def load_full(folder: Path, data: EncodedDataset) -> CTRModel:
     """
     model = load_bundle(folder).model
     plan = model.tables.plan
-    if plan.num_params < plan.num_full_params:
+    if plan.num_params < plan.num_full_params or plan.is_quantized:
         raise DataError(
             f"{folder} holds a compact model ({plan.method}); give the bundle of a full one, see `embtrim train`"
         )
