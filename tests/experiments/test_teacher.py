@@ -29,6 +29,8 @@ from embtrim.training.teaching import taught
 from tests.experiments.grids import FM_ONLY, interrupted, outcome
 from tests.training.interruptions import same_weights
 
+pytestmark = pytest.mark.slow
+
 CONFIG = RunConfig(
     model="fm",
     hparams={"embedding_dim": 4},
