@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ CHOICES_PER_DOUBLING = 4
 # Repetitions until the rates fit the plan.
 ROUNDS = 6
 # Factors on the rates of rows and of widths that are tried then.
-FACTORS = (0.2, 0.5, 1.0, 2.0, 5.0)
+FACTORS = (0.4, 1.0, 2.5)
 
 
 class Recovery(NamedTuple):
@@ -51,17 +51,32 @@ class Allotment(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """Every way to store one table.
+    """Every way to store one table that is worth a try.
 
     Attributes:
-        tables: Layouts, without the rows that they keep.
-        bytes_N: Bytes of each layout.
-        errors_LN: Errors of each layout: of the rows that it drops, of its columns, of its codes; (3, N).
+        table: The full table.
+        rows_N: Number of rows of each choice; 0 keeps nothing.
+        widths_N: Number of columns.
+        levels_N: Bits per value.
+        bytes_N: Bytes of the choice.
+        errors_LN: Errors of each choice: of the rows that it drops, of its columns, of its codes; (3, N).
     """
 
-    tables: list[TableShape]
+    table: TablePlan
+    rows_N: np.ndarray
+    widths_N: np.ndarray
+    levels_N: np.ndarray
     bytes_N: np.ndarray
     errors_LN: np.ndarray
+
+    def layout(self, n: int, alignment: Alignment) -> TableShape:
+        """One choice as a layout of the table, without the rows that it keeps."""
+        return _layout(self.table, int(self.rows_N[n]), int(self.widths_N[n]), int(self.levels_N[n]), alignment)
+
+
+def _layout(table: TablePlan, rows: int, width: int, bits: int, alignment: Alignment) -> TableShape:
+    blocks = (BlockShape(rows, tuple(range(width)), alignment),) if rows else ()
+    return TableShape(table.name, table.num_rows, table.width, blocks, bits)
 
 
 def allot(
@@ -126,7 +141,7 @@ def allot(
     for factors in itertools.product(FACTORS, FACTORS):
         try_rates([rates[0] * factors[0], rates[1] * factors[1], rates[2]])
     best = min(candidates, key=merit)
-    tables = [of.tables[n] for of, n in zip(choices, best, strict=True)]
+    tables = [of.layout(n, alignment) for of, n in zip(choices, best, strict=True)]
     plan = dataclasses.replace(full, tables=tuple(_with_rows(t, readings.tables[t.name].energy_V) for t in tables))
     return Allotment(plan, losses_of(best))
 
@@ -141,13 +156,11 @@ def _equal_widths(
 ) -> Iterator[list[int]]:
     """For each precision all rows of every table, at the largest equal width that fits."""
     whole = [
-        {(t.output_width, t.bits): n for n, t in enumerate(of.tables) if t.num_kept == t.num_rows} for of in choices
+        {(of.widths_N[n], of.levels_N[n]): n for n in np.flatnonzero(of.rows_N == of.table.num_rows)} for of in choices
     ]
     for bits in levels:
         for width in reversed(some_numbers(full_width)):
-            chosen = [
-                found.get((min(width, of.tables[0].width), bits)) for found, of in zip(whole, choices, strict=True)
-            ]
+            chosen = [found.get((min(width, of.table.width), bits)) for found, of in zip(whole, choices, strict=True)]
             if None in chosen:
                 continue
             if sum(int(of.bytes_N[n]) for of, n in zip(choices, chosen, strict=True)) <= allowed:  # type: ignore[index]
@@ -192,22 +205,52 @@ def choices_of(
     total = float(kept_V[-1])
     # A table whose absence does not lower the score is cut first.
     weight = 0.0 if reading.absence is not None and reading.absence <= 0 else 1.0
-    shape = table.shape()
-    found: list[tuple[TableShape, float, float, float]] = [
-        (dataclasses.replace(shape, blocks=(), bits=min(levels)), weight * total, 0.0, 0.0)
-    ]
-    widths = [table.width] if keeps_columns else some_numbers(table.width)
-    for width in widths:
-        for count in some_numbers(table.num_rows):
-            block = BlockShape(count, tuple(range(width)), alignment)
-            part = weight * float(kept_V[count]) / total if total else 0.0
-            for bits in levels:
-                stored = dataclasses.replace(shape, blocks=(block,), bits=bits)
-                dropped = weight * (total - float(kept_V[count]))
-                found.append((stored, dropped, part * float(lost_D[width]), part * reading.noise.get(bits, 0.0)))
-    sizes = [full.table_bytes(stored, target, budget=budget) for stored, *_ in found]
-    errors = np.array([errors for _, *errors in found])
-    return Choices([stored for stored, *_ in found], np.array(sizes, np.int64), errors.T)
+    counts = np.array(some_numbers(table.num_rows))
+    widths = np.array([table.width] if keeps_columns else some_numbers(table.width))
+
+    def num_bytes(rows: int, width: int, bits: int) -> int:
+        return full.table_bytes(_layout(table, rows, width, bits, alignment), target, budget=budget)
+
+    bytes_WBN = _all_bytes(num_bytes, table.num_rows, counts, widths, levels)
+    grid = np.meshgrid(widths, np.array(levels), counts, indexing="ij")
+    widths_N, levels_N, rows_N = (
+        np.append(axis.ravel(), nothing) for axis, nothing in zip(grid, (0, min(levels), 0), strict=True)
+    )
+    share_N = weight * kept_V[rows_N] / total if total else np.zeros(len(rows_N))
+    noise_N = np.array([reading.noise.get(int(bits), 0.0) for bits in levels_N])
+    errors_LN = np.stack(
+        [weight * (total - kept_V[rows_N]), np.where(rows_N > 0, share_N * lost_D[widths_N], 0.0), share_N * noise_N]
+    )
+    bytes_N = np.append(bytes_WBN.ravel(), num_bytes(0, 0, min(levels)))
+    return Choices(table, rows_N, widths_N, levels_N, bytes_N, errors_LN)
+
+
+def _all_bytes(
+    num_bytes: Callable[[int, int, int], int],
+    most_rows: int,
+    counts: np.ndarray,
+    widths: np.ndarray,
+    levels: Sequence[int],
+) -> np.ndarray:
+    """Bytes of every number of columns, bits and rows; int64 (widths, levels, counts).
+
+    Below all rows, which need no DROPPED row, the bytes of two layouts differ by so much a row: an id map depends on the
+    rows alone. A few counts per layout, and one layout at every count, give all.
+    """
+    some = counts[counts < most_rows]
+    found = np.empty((len(widths), len(levels), len(counts)), np.int64)
+    for w, width in enumerate(widths.tolist()):
+        for b, bits in enumerate(levels):
+            if len(some) < 2 or not (w or b):
+                found[w, b] = [num_bytes(count, width, bits) for count in counts.tolist()]
+                continue
+            first, second = (num_bytes(count, width, bits) for count in some[:2].tolist())
+            base = found[0, 0, : len(some)]
+            a_row = (second - first - (base[1] - base[0])) / (some[1] - some[0])
+            found[w, b, : len(some)] = first + (base - base[0]) + np.rint(a_row * (some - some[0])).astype(np.int64)
+            if len(some) < len(counts):
+                found[w, b, -1] = num_bytes(most_rows, width, bits)
+    return found
 
 
 def some_numbers(most: int) -> list[int]:

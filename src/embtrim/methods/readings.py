@@ -30,7 +30,7 @@ from embtrim.tasks.task import Task
 
 # Most validation rows to score on, and the part of the training rows that they are at most: about twenty passes then
 # take less than an epoch.
-MOST_ROWS, PART_OF_TRAIN = 32_768, 0.1
+MOST_ROWS, PART_OF_TRAIN = 32_768, 1 / 12
 # Least rows to score on, whatever their part: AUC on fewer says little.
 LEAST_ROWS = 8_192
 # Shares of all rows that are kept, in order of their energy.
