@@ -122,7 +122,7 @@ class WideModel(nn.Module):
         PMEConfig(),
         PMEConfig(score="random"),
         OptEmbedConfig(epochs=1, generations=2),
-        GuidedConfig(trial_steps=2),
+        GuidedConfig(),
     ],
     ids=lambda config: type(config).__name__,
 )

@@ -36,12 +36,11 @@ from embtrim.testing.toys import TASKS
 CONFIGS = {
     **{name: method.config() for name, method in METHODS.items()},
     # Shorter than by default; `python -m embtrim.testing` runs the defaults.
-    "guided": GuidedConfig(trial_steps=4),
     "optembed": OptEmbedConfig(epochs=2, generations=3),
     "sseds-signed": SSEDSConfig(score="signed", data="valid", batches=0, cost_aware=True),
     "sseds-pretrain": SSEDSConfig(pretrain="epochs:1", align="project", score="abs", average="abs", batches=2),
     "uniform-project": UniformConfig(align="project"),
-    "guided-project": GuidedConfig(trial_steps=4, align="project"),
+    "guided-low-rank": GuidedConfig(start="low_rank"),
     "random-project": RandomConfig(align="project"),
     "magnitude-rows": MagnitudeConfig(unit="rows"),
     "magnitude-project": MagnitudeConfig(align="project", cost_aware=True),

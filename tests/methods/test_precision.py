@@ -8,11 +8,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from embtrim.compaction.compacting import compact
 from embtrim.config import Config
 from embtrim.errors import BudgetError, ConfigError, PlanError
 from embtrim.methods import (
@@ -26,23 +23,13 @@ from embtrim.methods import (
     UniformConfig,
     search,
 )
-from embtrim.methods.precision import (
-    Choice,
-    code_loss,
-    energy_of_rows,
-    least_loss_plan,
-    mixed_bits,
-    row_choices,
-    some_numbers,
-    spend,
-    trained_rows,
-)
+from embtrim.methods.precision import code_loss, mixed_bits
+from embtrim.methods.readings import row_energies
 from embtrim.methods.registry import register
 from embtrim.models import FNN, DeepFM
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
-from embtrim.plan.table import Block, TablePlan
-from embtrim.schema import Schema
+from embtrim.plan.table import Bits, Block, TablePlan, Target
 from embtrim.tables.embedding_tables import EmbeddingTables
 from embtrim.tables.packing import PackedRows
 from embtrim.tasks.task import CTRTask, Task
@@ -163,92 +150,6 @@ def test_a_search_of_mixed_bits(task, config):
         search(task, config, "300 params", bits="mixed")
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(
-        st.lists(st.tuples(st.integers(1, 20), st.integers(0, 50)), min_size=1, max_size=5), min_size=1, max_size=3
-    ),
-    st.integers(0, 50),
-)
-def test_bytes_are_spent_where_they_save_most(tables, more):
-    nothing = TablePlan("t", 1, 1, ())
-    choices = [[Choice(size, float(loss), nothing) for size, loss in of_table] for of_table in tables]
-    least = sum(min(choice.num_bytes for choice in of_table) for of_table in choices)
-    chosen = spend(choices, least + more)
-    assert sum(choice.num_bytes for choice in chosen) <= least + more
-    # Greedy steps miss the optimum by less than the one step that did not fit.
-    best = min(
-        sum(choice.loss for choice in every)
-        for every in itertools.product(*choices)
-        if sum(choice.num_bytes for choice in every) <= least + more
-    )
-    largest_step = max(max(c.loss for c in of_table) - min(c.loss for c in of_table) for of_table in choices)
-    assert sum(choice.loss for choice in chosen) <= best + largest_step
-    # No table has a better choice that still fits.
-    left = least + more - sum(choice.num_bytes for choice in chosen)
-    for of_table, choice in zip(choices, chosen, strict=True):
-        assert all(c.loss >= choice.loss for c in of_table if c.num_bytes - choice.num_bytes <= left)
-
-
-def test_what_a_choice_of_rows_loses_by_hand():
-    torch.manual_seed(0)
-    weight_VD, count_V = torch.randn(30, 4, dtype=torch.float64), np.arange(30, 0, -1)
-    table = SizePlan.full(Schema.from_sizes([30]), 4).tables[0]
-    energy_V = energy_of_rows(weight_VD, count_V)
-    mean_D = np.average(weight_VD.numpy(), axis=0, weights=count_V)
-    assert energy_V == pytest.approx(count_V * ((weight_VD.numpy() - mean_D) ** 2).sum(1))
-    kept_V = np.cumsum(np.sort(energy_V)[::-1])
-    choices = row_choices(table, kept_V, Block(0, (0, 1)), [(4, 0.25), (16, 0.1)])
-    assert {stored.num_kept for _, stored in choices} == {0, *some_numbers(30)}
-    for loss, stored in choices:
-        kept = np.sort(energy_V)[::-1][: stored.num_kept].sum()
-        part = {4: 0.25, 16: 0.1}[stored.bits]
-        assert loss == pytest.approx(4 * (energy_V.sum() - kept) + part * kept)
-        assert stored.output_width == (2 if stored.blocks else 0)
-
-
-def test_some_numbers_of_rows():
-    assert some_numbers(1) == [1]
-    assert some_numbers(6) == [1, 2, 3, 4, 5, 6]
-    assert some_numbers(20) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 13, 16, 19, 20]
-    assert len(some_numbers(10**8)) < 120
-
-
-def rows_of(task):
-    weights, counts = trained_rows(task)
-    return list(weights.values()), [counts[name] for name in weights]
-
-
-@pytest.mark.parametrize("budget", ["1500 b", "5%", "20%"])
-def test_a_plan_of_least_loss_fills_its_budget(budget):
-    data = planted_data(num_rows=1000, noise_vocab=200)
-    model = DeepFM(data.schema, embedding_dim=8, hidden_units=(8,), init_std=0.5, seed=1)
-    limit = Budget.parse(budget)
-    for task in (CTRTask(model, data, TrainConfig(batch_size=256)), foreign_task()):
-        plan = least_loss_plan(task, limit, "scatter")
-        allowed = min(plan.max_bytes(limit), task.full_plan().with_bits(16).num_bytes())
-        assert 0.8 * allowed <= plan.num_bytes() <= allowed + 1e-6
-        compact(task.model, plan)
-        assert len({t.output_width for t in plan.tables if t.blocks and t.output_width < t.width}) <= 1
-        for table, energy in zip(plan.tables, map(energy_of_rows, *rows_of(task)), strict=True):
-            if table.blocks and table.blocks[0].rows is not None:
-                dropped = np.setdiff1d(np.arange(table.num_rows), table.blocks[0].rows)
-                assert energy[table.blocks[0].rows].min() >= energy[dropped].max()
-
-
-@pytest.mark.parametrize("budget", ["1500 b", "5%", "20%"])
-@pytest.mark.slow
-def test_guided_chooses_rows_columns_and_bits_together(budget):
-    data = planted_data(num_rows=1000, noise_vocab=200)
-    model = DeepFM(data.schema, embedding_dim=8, hidden_units=(8,), init_std=0.5, seed=1)
-    for task in (CTRTask(model, data, TrainConfig(batch_size=256)), foreign_task()):
-        plan = search(task, GuidedConfig(), budget, bits="mixed")
-        assert plan.is_quantized
-        assert plan.num_bytes() <= plan.max_bytes(Budget.parse(budget)) + 1e-6
-        assert plan.method == "guided"
-        assert not plan.diff(least_loss_plan(task, Budget.parse(budget), plan.tables[0].alignment))
-
-
 def test_guided_refuses_bytes_that_its_smallest_choices_exceed(task):
     with pytest.raises(BudgetError, match="smallest plan of method 'guided' with mixed bits, ") as caught:
         search(task, GuidedConfig(), "14 bytes", bits="mixed")
@@ -259,25 +160,54 @@ def test_guided_refuses_bytes_that_its_smallest_choices_exceed(task):
 
 @pytest.mark.parametrize("plans_bits", [True, False])
 def test_a_method_of_anyones_may_choose_bits_itself(task, plans_bits):
+    given: list[tuple[Bits, Target | None]] = []
+
     class HalvesConfig(Config):
         bits: int = 8
 
-    def by_table(task: Task, config: HalvesConfig, budget: Budget, seed: int) -> SizePlan:
+    def by_table(task: Task, config: HalvesConfig, budget: Budget, seed: int, bits: Bits, target: Target | None):
+        given.append((bits, target))
         return rows_and_columns(task, config, budget, seed).with_bits({"strong": 16, "noise": config.bits})
 
     def rows_and_columns(task: Task, config: HalvesConfig, budget: Budget, seed: int) -> SizePlan:
         return search(task, FrequencyConfig(), budget, seed).made_by("halves", budget, seed, {})
 
-    register("halves", HalvesConfig, "nothing", ("rows",), by_table if plans_bits else None)(rows_and_columns)
+    chosen = by_table if plans_bits else rows_and_columns
+    register("halves", HalvesConfig, "nothing", ("rows",), plans_bits)(chosen)
     try:
+        assert METHODS["halves"].plans_bits == plans_bits
         plan = search(task, HalvesConfig(), "30%", seed=3, bits="mixed")
         assert (plan.method, plan.budget, plan.seed) == ("halves", Budget.parse("30%"), 3)
         assert ([t.bits for t in plan.tables] == [16, 32, 8]) == plans_bits
         assert (plan.num_params > 0.3 * plan.num_full_params) != plans_bits  # else what bits free buys rows
-        everywhere = search(task, HalvesConfig(), "30%", seed=3, bits=8)  # one precision is not the method's to choose
-        assert {t.bits for t in everywhere.tables} == {8}
+        everywhere = search(task, HalvesConfig(), "30%", seed=3, bits=8, target="onnx")
+        assert everywhere.target == "onnx"
+        if plans_bits:
+            assert given == [("mixed", None), (8, "onnx")]
+            assert [t.bits for t in everywhere.tables] == [16, 32, 8], "what the method chose stands"
+        else:
+            assert not given
+            assert {t.bits for t in everywhere.tables} == {8}
+        with pytest.raises(ConfigError, match="mixed bits need a budget in percent or bytes, given 300 params"):
+            search(task, HalvesConfig(), "300 params", bits="mixed")
     finally:
         del METHODS["halves"]
+
+
+def test_a_method_that_chooses_bits_may_not_exceed_the_budget(task):
+    class GreedyConfig(Config):
+        pass
+
+    @register("greedy", GreedyConfig, "nothing", (), True)
+    def search_greedy(task: Task, config: GreedyConfig, budget: Budget, seed: int, bits: Bits, target: Target | None):
+        return task.full_plan().made_by("greedy", budget, seed, {})
+
+    try:
+        with pytest.raises(BudgetError, match="budget of 30% is below the smallest plan of method 'greedy' with 8 bits, "):
+            search(task, GreedyConfig(), "30%", bits=8)
+        assert search(task, GreedyConfig(), "100%", bits=8).num_params == task.full_plan().num_params
+    finally:
+        del METHODS["greedy"]
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -285,23 +215,23 @@ def test_large_tables_are_read_in_parts(bits, monkeypatch):
     """Energies, losses and codes of ten rows, in parts of three, are those of all at once."""
     generator = torch.Generator().manual_seed(0)
     weight_VD, count_V = torch.randn(10, 4, generator=generator), np.arange(10)
+    mean_D = torch.randn(4, generator=generator)
     table = TablePlan("f0", 10, 4, (Block(7, (0, 2, 3), "concat", np.arange(7, dtype=np.int32)),))
 
     def found() -> tuple[np.ndarray, float, Tensor]:
         packed = PackedRows(10, 4, bits, 1)
         packed.store(0, torch.arange(10).flip(0), weight_VD)
         loss = code_loss(table, weight_VD, count_V, bits)
-        return energy_of_rows(weight_VD, count_V), loss, packed(torch.arange(10)[:, None], torch.zeros(1).long())
+        return row_energies(weight_VD, count_V, mean_D), loss, packed(torch.arange(10)[:, None], torch.zeros(1).long())
 
     energies, loss, stored = found()
-    for module in ("tables.packing", "methods.precision"):
+    for module in ("tables.packing", "methods.readings"):
         monkeypatch.setattr(f"embtrim.{module}.CHUNK_ROWS", 3)
     in_parts = found()
     np.testing.assert_allclose(in_parts[0], energies, rtol=1e-12)
     assert in_parts[1] == pytest.approx(loss, rel=1e-6)
     torch.testing.assert_close(in_parts[2], stored)
-    mean_D = np.average(weight_VD.double(), axis=0, weights=count_V)
-    np.testing.assert_allclose(energies, count_V * ((weight_VD.numpy() - mean_D) ** 2).sum(1), rtol=1e-6)
+    np.testing.assert_allclose(energies, count_V * ((weight_VD - mean_D).numpy() ** 2).sum(1), rtol=1e-6)
 
 
 @pytest.mark.parametrize("config", [RandomConfig(), MDEConfig(align="scatter"), SSEDSConfig()])

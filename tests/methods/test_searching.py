@@ -52,7 +52,7 @@ def test_bytes_of_first_order_weights_that_go_buy_rows(config: Config):
 def test_guided_finds_rows_within_few_bytes():
     """Where some tables keep no row: importance for the rows of the others would count all their first-order weights."""
     for budget in ("60 bytes", "300 bytes"):
-        plan = search(zoo_task(), GuidedConfig(trial_steps=4), budget)
+        plan = search(zoo_task(), GuidedConfig(), budget)
         assert any(not t.blocks for t in plan.tables)
         assert 0 < plan.num_bytes() <= Budget.parse(budget).amount
 
@@ -118,7 +118,7 @@ def test_a_task_says_what_it_lacks():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "config", [SSEDSConfig(), PMEConfig(), GuidedConfig(trial_steps=4), OptEmbedConfig(epochs=1, generations=2)]
+    "config", [SSEDSConfig(), PMEConfig(), GuidedConfig(), OptEmbedConfig(epochs=1, generations=2)]
 )
 def test_searches_show_progress_where_the_task_asks(config: Config, monkeypatch):
     shown: list[bool] = []

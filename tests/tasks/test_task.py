@@ -110,7 +110,7 @@ class WithGlobalVector(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "config", [OptEmbedConfig(epochs=1, generations=1), SSEDSConfig(), GuidedConfig(trial_steps=2)]
+    "config", [OptEmbedConfig(epochs=1, generations=1), SSEDSConfig(), GuidedConfig()]
 )
 def test_an_id_alone_is_searched(config) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from embtrim.methods import HardMaskConfig, OptEmbedConfig, PMEConfig, SSEDSConfig
-from embtrim.methods.guided import GuidedConfig
 from embtrim.plan.plan import SizePlan
 from embtrim.training.settings import FitResult, Hooks, TrainConfig
 
@@ -40,7 +39,6 @@ SEARCHES = [
     HardMaskConfig(),
     OptEmbedConfig(epochs=2, generations=4, population=4, mutations=2, crossovers=2, finalists=2),
     PMEConfig(warmup_epochs=1),
-    GuidedConfig(trial_steps=4, trial_epochs=0.01),
     HardMaskConfig(mode="quantile", start="initial", single_level=True, epochs=1.5, mask_every=2),
 ]
 

@@ -40,7 +40,7 @@ RUN = RunConfig(
 
 COMPARE = CompareConfig(
     models=("fm",), hparams={"embedding_dim": 4}, train=TRAIN.replace(epochs=3), methods=("uniform",),
-    variants={"short": {"method": "guided", "trial_steps": 2, "trial_epochs": 0.01}}, budgets=("40%", "20%"), seeds=1,
+    variants={"mixed": {"method": "guided", "bits": "mixed"}}, budgets=("40%", "20%"), seeds=1,
 )  # fmt: skip
 
 # What each command is killed in, and how often; Ctrl-C comes once to each beside that.

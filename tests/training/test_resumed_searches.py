@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import embtrim
 from embtrim.errors import DataError
-from embtrim.methods import HardMaskConfig, guided
+from embtrim.methods import HardMaskConfig
 from embtrim.methods.hard_mask import MaskedSupernet
 from embtrim.tasks.task import CTRTask, Task
 from embtrim.testing.toys import foreign_task, planted_task
@@ -105,22 +105,6 @@ def test_evolution_goes_on_with_its_scores(num_calls: int, tmp_path: Path, monke
     assert plan_text(plan, tmp_path / "a.json") == plan_text(expected, tmp_path / "b.json")
 
 
-def test_race_goes_on_with_its_scores(tmp_path: Path, monkeypatch) -> None:
-    expected = embtrim.search(planted_task(), SEARCHES[4], "40%", seed=3)
-    score, gradients, scored = Task.valid_score, guided.slot_gradients, []
-    task, again = planted_task(), planted_task()
-    task.checkpoints, again.checkpoints = (CheckpointFolder(tmp_path / "state", interval=0) for _ in range(2))
-    monkeypatch.setattr(Task, "valid_score", interrupted_after(5, score, scored))
-    monkeypatch.setattr(guided, "slot_gradients", interrupted_after(1, gradients, []))
-    for searched in (task, again):
-        with suppress(KeyboardInterrupt):
-            plan = embtrim.search(searched, SEARCHES[4], "40%", seed=3)
-            break
-        monkeypatch.setattr(Task, "valid_score", interrupted_after(-1, score, scored))
-    assert len(scored) == sum(map(len, expected.details["scores"].values())) > 5, "no trial is scored twice"
-    assert plan_text(plan, tmp_path / "a.json") == plan_text(expected, tmp_path / "b.json")
-
-
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
@@ -130,7 +114,6 @@ def test_race_goes_on_with_its_scores(tmp_path: Path, monkeypatch) -> None:
         (SEARCHES[2], {"config": SEARCHES[2].replace(threshold_lr=0.2)}, "threshold_lr = 0.1"),
         (SEARCHES[2], {"config": SEARCHES[2].replace(generations=5)}, '"generations": 4'),
         (SEARCHES[2], {"budget": "30%"}, 'budget = "40%"'),
-        (SEARCHES[4], {"config": SEARCHES[4].replace(trial_steps=5)}, "steps = 4"),
     ],
 )
 def test_state_of_another_search_is_refused(config: Any, change: Any, message: str, tmp_path: Path) -> None:
