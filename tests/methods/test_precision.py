@@ -203,7 +203,9 @@ def test_a_method_that_chooses_bits_may_not_exceed_the_budget(task):
         return task.full_plan().made_by("greedy", budget, seed, {})
 
     try:
-        with pytest.raises(BudgetError, match="budget of 30% is below the smallest plan of method 'greedy' with 8 bits, "):
+        with pytest.raises(
+            BudgetError, match="budget of 30% is below the smallest plan of method 'greedy' with 8 bits, "
+        ):
             search(task, GreedyConfig(), "30%", bits=8)
         assert search(task, GreedyConfig(), "100%", bits=8).num_params == task.full_plan().num_params
     finally:

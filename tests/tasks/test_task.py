@@ -109,9 +109,7 @@ class WithGlobalVector(nn.Module):
         return self.head(self.item(ids_BL).sum(1) + self.task(torch.tensor(2))).squeeze(1)
 
 
-@pytest.mark.parametrize(
-    "config", [OptEmbedConfig(epochs=1, generations=1), SSEDSConfig(), GuidedConfig()]
-)
+@pytest.mark.parametrize("config", [OptEmbedConfig(epochs=1, generations=1), SSEDSConfig(), GuidedConfig()])
 def test_an_id_alone_is_searched(config) -> None:
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(40, (16, 3), generator=generator) for _ in range(3)]

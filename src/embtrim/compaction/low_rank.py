@@ -30,7 +30,7 @@ from embtrim.plan.table import TableShape, projects
 from embtrim.tables.packing import CHUNK_ROWS
 from embtrim.tables.replacements import CompactEmbedding
 from embtrim.tasks.sensitivity import sensitivities
-from embtrim.tasks.sites import ModuleSite, weights_by_table
+from embtrim.tasks.sites import ModuleSite, weights_by_table, weights_kept
 from embtrim.tasks.task import Task
 
 # Directions in which the loss feels less than this part of the strongest direction count as this part: S is inverted.
@@ -120,8 +120,12 @@ def start_low_rank(small: nn.Module, plan: SizePlan, task: Task) -> None:
         plan: Plan of the compact model.
         task: Task of the trained full model.
     """
-    full, found = task.model, bases(task)
-    weights = weights_by_table(task.sites(full))
+    with weights_kept(task.model):
+        _start_tables(small, plan, task, bases(task))
+
+
+def _start_tables(small: nn.Module, plan: SizePlan, task: Task, found: Mapping[str, Basis]) -> None:
+    full, weights = task.model, weights_by_table(task.sites(task.model))
     compacted: dict[str, CompactEmbedding] = {}
     if not isinstance(small, CTRModel):
         compacted = dict(zip([t.name for t in plan.tables], compact_tables(small, plan), strict=True))

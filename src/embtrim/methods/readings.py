@@ -25,7 +25,7 @@ from torch import Tensor
 from embtrim.compaction.low_rank import Basis, bases, trained_rows
 from embtrim.system.progress import tracked
 from embtrim.tables.packing import CHUNK_ROWS, codes_of, fit_codes
-from embtrim.tasks.sites import weights_by_table
+from embtrim.tasks.sites import weights_by_table, weights_kept
 from embtrim.tasks.task import Task
 
 # Most validation rows to score on, and the part of the training rows that they are at most: about twenty passes then
@@ -127,6 +127,15 @@ def read(task: Task) -> Readings:
     Args:
         task: Task of the trained full model.
     """
+    was_training = task.model.training
+    try:
+        with weights_kept(task.model):
+            return _readings(task)
+    finally:
+        task.model.train(was_training)
+
+
+def _readings(task: Task) -> Readings:
     train_rows = max(int(count_V.sum()) for count_V in task.row_counts().values())
     task = task.sampled(max(LEAST_ROWS, min(MOST_ROWS, int(PART_OF_TRAIN * train_rows))))
     found, (weights, counts) = bases(task), trained_rows(task)

@@ -1,0 +1,303 @@
+"""Allotting a budget: bytes go where they save most predicted loss, and no budget is exceeded."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embtrim.methods import UniformConfig, search
+from embtrim.methods.allotting import (
+    Recovery,
+    _equal_widths,
+    _lost_together,
+    allot,
+    choices_of,
+    lower_hull,
+    some_numbers,
+    spend,
+)
+from embtrim.methods.guided import GuidedConfig, plan_within
+from embtrim.methods.readings import Curve, Readings, TableReading, read
+from embtrim.plan.budget import Budget
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import Bits, Target
+from embtrim.schema import Schema
+from embtrim.tasks.task import Task
+from embtrim.testing.toys import foreign_task, pooled_task, zoo_task
+
+LINE = Curve((0.0, 1.0), (0.0, 1.0), (1.0, 0.0))
+
+
+def made_readings(full: SizePlan, seed: int = 0, absence: float | None = None) -> Readings:
+    """Readings that could be those of a model of a plan, with curves that are straight."""
+    rng = np.random.default_rng(seed)
+    tables = {}
+    for number, table in enumerate(full.tables):
+        lost_D = np.append(np.sort(rng.exponential(0.1, table.width))[::-1].cumsum()[::-1], 0.0)
+        noise = {8: 1e-4 * rng.random(), 4: 1e-2 * rng.random()}
+        energy_V = rng.exponential(0.02, table.num_rows)
+        tables[table.name] = TableReading(energy_V, lost_D, noise, absence if number == 0 else None)
+    return Readings(0.8, 0.001, tables, LINE, LINE, LINE, {})
+
+
+# ---- spend -------------------------------------------------------------------------------------------------------------
+
+
+def arrays_of(tables: list[list[tuple[int, int]]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    sizes = [np.array([size for size, _ in of_table], np.int64) for of_table in tables]
+    return sizes, [np.array([float(loss) for _, loss in of_table]) for of_table in tables]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(1, 20), st.integers(0, 50)), min_size=1, max_size=5), min_size=1, max_size=3
+    ),
+    st.integers(0, 50),
+)
+def test_bytes_are_spent_where_they_save_most(tables, more):
+    bytes_TN, losses_TN = arrays_of(tables)
+    allowed = sum(int(sizes.min()) for sizes in bytes_TN) + more
+    chosen = spend(bytes_TN, losses_TN, allowed)
+    spent = sum(int(sizes[n]) for sizes, n in zip(bytes_TN, chosen, strict=True))
+    lost = sum(float(losses[n]) for losses, n in zip(losses_TN, chosen, strict=True))
+    assert spent <= allowed
+    # Greedy steps miss the optimum by less than the one step that did not fit.
+    best = min(
+        sum(loss for _, loss in every)
+        for every in itertools.product(*tables)
+        if sum(size for size, _ in every) <= allowed
+    )
+    assert lost <= best + max(float(losses.max() - losses.min()) for losses in losses_TN)
+    # No table has a better choice that still fits.
+    for sizes, losses, n in zip(bytes_TN, losses_TN, chosen, strict=True):
+        assert (losses[sizes - sizes[n] <= allowed - spent] >= losses[n]).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 60)), min_size=1, max_size=12))
+def test_the_hull_has_no_choice_below_it(choices):
+    (sizes,), (losses,) = arrays_of([choices])
+    hull = lower_hull(sizes, losses)
+    assert (np.diff(sizes[hull]) > 0).all()
+    assert (np.diff(losses[hull]) < 0).all()
+    assert (np.diff(np.diff(losses[hull]) / np.diff(sizes[hull])) > 0).all(), "each step saves less per byte"
+    assert sizes[hull[0]] == sizes.min()
+    assert losses[hull[-1]] == losses.min()
+    for size, loss in choices:
+        if size <= sizes[hull[-1]]:
+            assert loss >= np.interp(size, sizes[hull], losses[hull]) - 1e-9
+
+
+def test_steps_are_taken_in_the_order_of_what_they_save_per_byte():
+    """Table 0 saves 6 for 2 bytes, then 2 for 2; table 1 saves 8 for 4, then 1 for 4."""
+    bytes_TN = [np.array([1, 3, 5]), np.array([1, 5, 9])]
+    losses_TN = [np.array([10.0, 4.0, 2.0]), np.array([10.0, 2.0, 1.0])]
+    found = [spend(bytes_TN, losses_TN, allowed) for allowed in (1, 2, 4, 8, 10, 14, 99)]
+    assert found == [[0, 0], [0, 0], [1, 0], [1, 1], [2, 1], [2, 2], [2, 2]]
+
+
+def test_a_step_that_does_not_fit_is_replaced_by_the_best_choice_that_does():
+    bytes_TN = [np.array([0, 100, 30, 60])]
+    losses_TN = [np.array([10.0, 0.0, 9.0, 8.0])]
+    assert lower_hull(bytes_TN[0], losses_TN[0]) == [0, 1]
+    assert spend(bytes_TN, losses_TN, 99) == [3]
+    assert spend(bytes_TN, losses_TN, 59) == [2]
+
+
+def test_some_numbers_are_all_small_ones_and_some_per_doubling():
+    assert some_numbers(1) == [1]
+    assert some_numbers(6) == [1, 2, 3, 4, 5, 6]
+    assert some_numbers(20) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 13, 16, 19, 20]
+    assert len(some_numbers(10**8)) < 120
+
+
+# ---- what a choice loses -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("absence", [None, 0.02, 0.0, -0.01])
+def test_what_a_choice_loses_by_hand(absence):
+    full = SizePlan.full(Schema.from_sizes([30]), 4)
+    reading = made_readings(full, absence=absence).tables["f0"]
+    budget, weight = Budget.parse("20%"), 1.0 if absence is None or absence > 0 else 0.0
+    found = choices_of(full, full.tables[0], reading, reading.lost_D, budget, (4, 16), "project", None, False)
+    ranked = np.sort(reading.energy_V)[::-1]
+    seen = set()
+    for table, size, errors in zip(found.tables, found.bytes_N, found.errors_LN.T, strict=True):
+        kept = ranked[: table.num_kept].sum()
+        assert size == full.table_bytes(table, budget=budget)
+        if table.blocks:
+            part, width = kept / ranked.sum(), table.output_width
+            expected = [weight * (ranked.sum() - kept), weight * part * reading.lost_D[width]]
+            noise = part * reading.noise.get(table.bits, 0.0)
+            if weight:  # a table that is not missed may not count at all
+                assert errors == pytest.approx([*expected, noise], abs=1e-12)
+            else:
+                assert errors == pytest.approx([0, 0, 0], abs=1e-12)
+            assert table.alignment == "project"
+        else:
+            assert errors == pytest.approx([weight * ranked.sum(), 0, 0])
+        seen.add((table.num_kept, table.output_width, table.bits))
+    assert seen == {(0, 0, 4)} | set(itertools.product(some_numbers(30), (1, 2, 3, 4), (4, 16)))
+
+
+def test_a_model_that_reads_single_columns_keeps_them_all():
+    full = SizePlan.full(Schema.from_sizes([30, 9]), 4)
+    found = allot(made_readings(full), full, Budget.parse("20%"), (32,), "scatter", keeps_columns=True)
+    assert {t.output_width for t in found.plan.tables} <= {0, 4}
+    assert any(t.has_dropped for t in found.plan.tables)
+
+
+def test_tables_that_share_columns_lose_what_all_lose_together():
+    """8 of 12 and 3 of 4 are left at one column, 11/16 together; 2 and 0 at two, 2/16."""
+    found = _lost_together({"a": np.array([12.0, 8.0, 2.0, 0.0]), "b": np.array([4.0, 3.0, 0.0])})
+    assert found["a"] == pytest.approx([12, 12 * 11 / 16, 12 * 2 / 16, 0])
+    assert found["b"] == pytest.approx([4, 4 * 11 / 16, 0]), "at its full width a table lacks no column"
+    assert _lost_together({"a": np.zeros(3)})["a"].tolist() == [0, 0, 0]
+
+
+# ---- plans -------------------------------------------------------------------------------------------------------------
+
+LADDER = (0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
+
+
+@pytest.fixture(scope="module", params=[zoo_task, foreign_task, pooled_task])
+def read_task(request) -> tuple[Task, Readings]:
+    task = request.param()
+    return task, read(task)
+
+
+@pytest.mark.parametrize("start", ["low_rank", "scratch"])
+@pytest.mark.parametrize(
+    ("bits", "target"),
+    [(32, None), (32, "fbgemm"), (8, None), (4, "onnx"), (16, None), ("mixed", None), ("mixed", "onnx")],
+)
+def test_no_budget_is_exceeded_and_more_of_it_loses_no_more(
+    read_task, start: str, bits: Bits, target: Target | None
+) -> None:
+    task, readings = read_task
+    full, config = task.full_plan(), GuidedConfig(start=start)
+    for kind in ("percent", "bytes"):
+        losses: list[float] = []
+        for share in LADDER:
+            amount = share if kind == "percent" else float(int(share * full.num_bytes()))
+            budget = Budget(kind, amount)
+            found = plan_within(task, readings, config, budget, bits, target)
+            plan = found.plan
+            if not plan.keeps_nothing:
+                assert plan.num_bytes(target) <= plan.max_bytes(budget, target) + 1e-6
+            assert found.loss == pytest.approx(sum(found.losses))
+            assert {t.bits for t in plan.tables} <= ({4, 8, 16} if bits == "mixed" else {bits})
+            if not plan.keeps_nothing:
+                losses.append(found.loss)
+        # Bytes come in lumps.
+        spread = max(losses) - min(losses)
+        assert all(later <= earlier + 0.02 * spread + 1e-9 for earlier, later in itertools.pairwise(losses))
+        assert losses[-1] <= losses[0]
+        assert len(losses) >= len(LADDER) - 4
+
+
+def test_a_number_of_parameters_is_kept_to_in_fp32(read_task):
+    task, readings = read_task
+    for amount in (60, 200, 400):
+        for bits in (32, 8):
+            plan = plan_within(task, readings, GuidedConfig(), Budget("params", amount), bits).plan
+            assert 0 < plan.num_params <= amount
+            assert {t.bits for t in plan.tables} == {bits}
+
+
+def test_equal_widths_are_among_the_candidates():
+    full = SizePlan.full(Schema.from_sizes([30, 9, 4]), 4)
+    readings, budget, levels = made_readings(full), Budget.parse("55%"), (32, 8)
+    choices = [
+        choices_of(
+            full, t, readings.tables[t.name], readings.tables[t.name].lost_D, budget, levels, "scatter", None, False
+        )
+        for t in full.tables
+    ]
+    allowed = full.counted_bytes(budget)
+    narrow, coded = _equal_widths(choices, 4, levels, allowed)
+    for chosen, width, bits in ((narrow, 2, 32), (coded, 4, 8)):
+        tables = [of.tables[n] for of, n in zip(choices, chosen, strict=True)]
+        assert {(t.output_width, t.bits, t.has_dropped) for t in tables} == {(width, bits, False)}
+        assert sum(int(of.bytes_N[n]) for of, n in zip(choices, chosen, strict=True)) <= allowed
+
+
+def test_equal_widths_win_where_nothing_else_is_worth_more():
+    """Every row and every column is worth the same: the plan is that of the uniform method."""
+    task = zoo_task()
+    full = task.full_plan()
+    tables = {
+        t.name: TableReading(np.full(t.num_rows, 1e6), np.arange(t.width, -1.0, -1.0) * t.num_rows / 1e3, {}, None)
+        for t in full.tables
+    }
+    readings = Readings(0.8, 0.001, tables, LINE, Curve((0.0, 1e3), (0.0, 1.0), (8.0, 0.0)), LINE, {})
+    found = allot(readings, full, Budget.parse("50%"), (32,), "scatter", in_own_basis=False)
+    assert not found.plan.diff(search(task, UniformConfig(align="scatter"), "50%"))
+
+
+def test_the_rows_of_most_energy_are_kept():
+    full = SizePlan.full(Schema.from_sizes([30, 9]), 4)
+    readings = made_readings(full)
+    found = allot(readings, full, Budget.parse("30%"), (32,), "concat")
+    dropped = 0
+    for table in found.plan.tables:
+        energy_V = readings.tables[table.name].energy_V
+        if table.blocks and table.has_dropped:
+            out = np.setdiff1d(np.arange(table.num_rows), table.blocks[0].rows)
+            assert energy_V[table.blocks[0].rows].min() >= energy_V[out].max()
+            dropped += len(out)
+    assert dropped
+
+
+def test_the_predicted_loss_is_that_of_the_curves():
+    full = SizePlan.full(Schema.from_sizes([30, 9]), 4)
+    readings, recovery = made_readings(full), Recovery(rows=0.5, widths=0.25, bits=1.0)
+    found = allot(readings, full, Budget.parse("20%"), (8,), "concat", recovery=recovery)
+    errors = np.zeros(3)
+    for table in found.plan.tables:
+        reading = readings.tables[table.name]
+        total = reading.energy_V.sum()
+        kept = reading.energy_V[table.blocks[0].rows].sum() if table.blocks and table.has_dropped else total
+        kept = kept if table.blocks else 0.0
+        errors += [total - kept, kept / total * reading.lost_D[table.output_width] if kept else 0.0, 0.0]
+        errors[2] += kept / total * reading.noise[8]
+    expected = [eta * LINE.loss(error) for eta, error in zip(recovery, errors, strict=True)]
+    assert found.losses == pytest.approx(expected)
+    assert found.loss == pytest.approx(sum(expected))
+
+
+def test_a_table_that_is_not_missed_goes_first():
+    full = SizePlan.full(Schema.from_sizes([30, 30, 30]), 4)
+    kept = {}
+    for absence in (0.5, -0.1):
+        found = allot(made_readings(full, absence=absence), full, Budget.parse("60%"), (32,), "concat")
+        kept[absence] = found.plan.tables[0].num_kept * found.plan.tables[0].output_width
+    assert kept[0.5] > 30
+    assert kept[-0.1] == 0
+
+
+def test_no_better_plan_is_found_by_trying_all(monkeypatch):
+    """On two tiny tables the plan loses little more than the best of all plans."""
+    full = SizePlan.full(Schema.from_sizes([5, 4]), 2)
+    for seed, share in itertools.product(range(4), (0.3, 0.5, 0.8)):
+        readings, budget = made_readings(full, seed), Budget("percent", share)
+        found = allot(readings, full, budget, (32, 8), "concat")
+        choices = [
+            choices_of(
+                full, t, readings.tables[t.name], readings.tables[t.name].lost_D, budget, (32, 8), "concat", None, False
+            )
+            for t in full.tables
+        ]
+        least = min(
+            float(LINE.loss(errors[0]) + LINE.loss(errors[1]) + LINE.loss(errors[2]))
+            for a, b in itertools.product(range(len(choices[0].tables)), range(len(choices[1].tables)))
+            if choices[0].bytes_N[a] + choices[1].bytes_N[b] <= full.counted_bytes(budget)
+            for errors in [choices[0].errors_LN[:, a] + choices[1].errors_LN[:, b]]
+        )
+        nothing = sum(float(readings.tables[t.name].energy_V.sum()) for t in full.tables)
+        assert least - 1e-12 <= found.loss <= least + 0.25 * nothing
