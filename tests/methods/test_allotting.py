@@ -194,11 +194,11 @@ def test_no_budget_is_exceeded_and_more_of_it_loses_no_more(
             assert {t.bits for t in plan.tables} <= ({4, 8, 16} if bits == "mixed" else {bits})
             if not plan.keeps_nothing:
                 losses.append(found.loss)
-        # Bytes come in lumps.
-        spread = max(losses) - min(losses)
-        assert all(later <= earlier + 0.02 * spread + 1e-9 for earlier, later in itertools.pairwise(losses))
+        # Bytes come in lumps, and codes of more rows lose a little more.
+        lump = 0.02 * (max(losses) - min(losses)) + readings.bits.losses[1] + 5e-5 * (bits != 32)
+        assert all(later <= earlier + lump for earlier, later in itertools.pairwise(losses))
         assert losses[-1] <= losses[0]
-        assert len(losses) >= len(LADDER) - 4
+        assert len(losses) >= len(LADDER) - 4, "a budget that allows rows gets some"
 
 
 def test_a_number_of_parameters_is_kept_to_in_fp32(read_task):

@@ -214,7 +214,8 @@ def started_as(plan: PlanShape, init: str) -> str:
     """Initial weights of a plan's compact model: as asked for; for "auto" those that its search planned for, or new ones."""
     if init != "auto":
         return init
-    return plan.details.get("config", {}).get("start") or "scratch"
+    config = plan.details.get("config", {}) if plan.method == "guided" else {}  # "start" of hard_mask is of its search
+    return config.get("start") or "scratch"
 
 
 def make_record(

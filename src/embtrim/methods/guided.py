@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 from embtrim.compaction.low_rank import has_coordinates
@@ -87,17 +88,20 @@ def plan_within(
         levels = (32,)
     low_rank = config.start == "low_rank"
     alignment = alignment_of(task, "project" if low_rank else "scatter")
-    found = allot(
-        readings,
-        full,
-        budget,
-        levels,
-        alignment,
+    divide = partial(
+        allot,
+        full=full,
+        budget=budget,
+        levels=levels,
+        alignment=alignment,
         target=target,
         recovery=Recovery() if low_rank else RECOVERY,
         in_own_basis=low_rank,
         keeps_columns=low_rank and not _may_narrow(task, full, alignment),
     )
+    found = divide(readings)
+    if found.plan.keeps_nothing:  # the score misses no table alone, which does not tell that it misses none of them
+        found = divide(readings.without_absences())
     if bits != "mixed" and levels != (bits,):
         found = found._replace(plan=found.plan.with_bits(bits))
     return found

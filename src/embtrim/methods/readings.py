@@ -13,6 +13,7 @@ alike. A table whose absence does not lower the score is read as well.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,6 +106,11 @@ class Readings:
     widths: Curve
     bits: Curve
     bases: Mapping[str, Basis]
+
+    def without_absences(self) -> Readings:
+        """The readings of a model whose tables were not read alone."""
+        tables = {name: dataclasses.replace(table, absence=None) for name, table in self.tables.items()}
+        return dataclasses.replace(self, tables=tables)
 
     def summary(self) -> dict[str, Any]:
         """The curves and the absences as JSON-able values."""
