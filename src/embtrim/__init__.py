@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from embtrim.data.splitting import Split
     from embtrim.errors import EmbtrimError
     from embtrim.experiments.comparison import Comparison, compare
+    from embtrim.experiments.curve import size_curve
     from embtrim.experiments.grid import CompareConfig
     from embtrim.experiments.records import RunRecord
     from embtrim.experiments.run import run
     from embtrim.experiments.settings import RunConfig
+    from embtrim.methods.curves import SizeCurve
     from embtrim.methods.searching import search
     from embtrim.plan.budget import Budget
     from embtrim.plan.plan import SizePlan
@@ -60,6 +62,7 @@ _HOMES = {
     "RunConfig": "experiments.settings",
     "RunRecord": "experiments.records",
     "Schema": "schema",
+    "SizeCurve": "methods.curves",
     "SizePlan": "plan.plan",
     "Split": "data.splitting",
     "Task": "tasks.task",
@@ -81,16 +84,17 @@ _HOMES = {
     "run": "experiments.run",
     "save": "serving.bundle",
     "search": "methods.searching",
+    "size_curve": "experiments.curve",
     "update": "serving.updating",
     "verify": "compaction.verification",
 }
 
 __all__ = [  # noqa: RUF022 (in the order of the way through the house)
     "encode", "load", "models", "fit", "evaluate", "methods", "search", "verify", "compact", "quantize", "save",
-    "load_bundle", "export", "update", "run", "compare",
+    "load_bundle", "export", "update", "run", "size_curve", "compare",
     "Schema", "FieldSpec", "Split", "ReadOptions", "EncodedDataset", "Encoder", "TrainConfig", "FitResult", "Metrics",
     "Task", "CTRTask", "Finding", "Budget", "SizePlan", "Verification", "Bundle", "Manifest", "UpdateConfig", "UpdateReport",
-    "RunConfig", "RunRecord", "CompareConfig", "Comparison", "EmbtrimError",
+    "RunConfig", "RunRecord", "SizeCurve", "CompareConfig", "Comparison", "EmbtrimError",
 ]  # fmt: skip
 
 

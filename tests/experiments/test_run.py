@@ -20,7 +20,8 @@ from embtrim.experiments.estimates import dry_run
 from embtrim.experiments.records import RunRecord
 from embtrim.experiments.run import run
 from embtrim.experiments.settings import RunConfig
-from embtrim.experiments.steps import shrink, smallest_within, train_full
+from embtrim.experiments.steps import shrink, train_full
+from embtrim.experiments.tolerance import smallest_within
 from embtrim.models import build
 from embtrim.plan.plan import SizePlan
 from embtrim.serving.bundle import Bundle, load_bundle
@@ -101,23 +102,23 @@ def test_same_seed_same_metrics(encoded, tmp_path):
 
 
 def test_max_loss_finds_a_small_plan_within_the_tolerance(encoded, monkeypatch):
-    monkeypatch.setattr("embtrim.experiments.steps.BISECTIONS", 3)
+    monkeypatch.setattr("embtrim.experiments.tolerance.BISECTIONS", 3)
     config = CONFIG.replace(train=CONFIG.train.replace(epochs=4), max_loss=0.02, bits=32, teacher=0)
     full = train_full(encoded, config)
     found = smallest_within(full, encoded, config)
     assert found.record.valid["auc"] >= full.record.valid["auc"] - 0.02
     assert found.record.num_params < full.record.num_params / 2
     assert found.record.search_seconds > found.record.train_seconds, "the trainings of the bisection count as search"
-    monkeypatch.setattr("embtrim.experiments.steps.SMALLEST_SHARE", 0.0001)
-    monkeypatch.setattr("embtrim.experiments.steps.BISECTIONS", 1)
+    monkeypatch.setattr("embtrim.experiments.tolerance.SMALLEST_SHARE", 0.0001)
+    monkeypatch.setattr("embtrim.experiments.tolerance.BISECTIONS", 1)
     with pytest.raises(EmbtrimError, match="allow more loss"):
         smallest_within(full, encoded, config.replace(max_loss=1e-9))
 
 
 def test_a_share_that_buys_no_slot_is_too_small_for_any_loss(encoded, monkeypatch):
     """Of shares 1% and 10% the first buys no column of either table: the search for the smallest plan goes on above it."""
-    monkeypatch.setattr("embtrim.experiments.steps.SMALLEST_SHARE", 0.0001)
-    monkeypatch.setattr("embtrim.experiments.steps.BISECTIONS", 2)
+    monkeypatch.setattr("embtrim.experiments.tolerance.SMALLEST_SHARE", 0.0001)
+    monkeypatch.setattr("embtrim.experiments.tolerance.BISECTIONS", 2)
     config = CONFIG.replace(method="random", max_loss=0.4, bits=32)
     full = train_full(encoded, config)
     with pytest.raises(

@@ -27,7 +27,16 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars, and
 ModelName = Annotated[str | None, typer.Option("--model", help="Base model; `embtrim models` lists them.")]
 MethodName = Annotated[str | None, typer.Option("--method", help="Search method; `embtrim methods` lists them.")]
 BudgetText = Annotated[
-    str | None, typer.Option("--budget", help="Size limit of the compact tables: 10%, 200MB or '1.5M params'.")
+    str | None,
+    typer.Option(
+        "--budget",
+        help="Size limit of the compact tables: 10%, 200MB or '1.5M params'. With guided, auto is the smallest one whose "
+        "predicted loss is within --tolerance.",
+    ),
+]
+Tolerance = Annotated[
+    float | None,
+    typer.Option("--tolerance", help="Largest predicted loss of validation AUC at --budget auto; 0.001 if not given."),
 ]
 InitName = Annotated[
     str | None,

@@ -16,7 +16,7 @@ import embtrim
 from embtrim.cli.data_commands import encode
 from embtrim.cli.errors import INTERRUPTED, Resumable, fail, fail_os
 from embtrim.cli.list_commands import datasets, methods, models
-from embtrim.cli.model_commands import compact, search, train
+from embtrim.cli.model_commands import compact, curve, search, train
 from embtrim.cli.run_commands import compare, report, run
 from embtrim.cli.serving_commands import export, predict, update
 from embtrim.errors import ConfigError, EmbtrimError
@@ -32,7 +32,7 @@ app = typer.Typer(
 
 # In the order of --help.
 for command in (
-    encode, train, search, compact, predict, update, export,
+    encode, train, curve, search, compact, predict, update, export,
     run, compare, report, datasets, models, methods,
 ):  # fmt: skip
     app.command()(command)

@@ -1,4 +1,4 @@
-"""The commands that make models step by step: train, search, compact."""
+"""The commands that make models step by step: train, curve, search, compact."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ from embtrim.cli.flags import (
     Quiet,
     Seed,
     TargetName,
+    Tolerance,
 )
-from embtrim.cli.settings import needed, parse_bits, run_config
+from embtrim.cli.settings import needed, parse_bits, parse_budgets, run_config
 from embtrim.cli.terminal import (
     log_line,
     print_json,
     print_text,
+    show_curve,
     show_dry_run,
     show_facts,
     show_records,
@@ -84,6 +86,7 @@ def search(
     data: DataName,
     method: MethodName = None,
     budget: BudgetText = None,
+    tolerance: Tolerance = None,
     bits: BitsName = None,
     target: TargetName = None,
     out: OutPath = None,
@@ -97,7 +100,9 @@ def search(
 ) -> None:
     """Find a size plan within a budget. The plan is a JSON file that says which parts of a trained model's tables to keep."""
     start_log(quiet)
-    flags = {"method": method, "budget": budget, "bits": parse_bits(bits), "target": target, "seed": seed}
+    flags = {
+        "method": method, "budget": budget, "tolerance": tolerance, "bits": parse_bits(bits), "target": target, "seed": seed,
+    }  # fmt: skip
     settings = run_config(data, config, overrides, flags)
     from embtrim.experiments.estimates import estimate_search
     from embtrim.experiments.settings import method_config
@@ -123,6 +128,63 @@ def search(
     else:
         print_text(plan.summary())
     log_line(f"plan: {path}")
+
+
+def curve(
+    bundle: BundlePath,
+    data: DataName,
+    budgets: Annotated[
+        str | None,
+        typer.Option("--budgets", help="Size limits of the compact tables, separated by commas: 50%,20%,10%,5%."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option("--tolerance", help="Predicted loss of validation AUC at the knee; 0.001 if not given."),
+    ] = None,
+    bits: BitsName = None,
+    target: TargetName = None,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="RUN", help="Folder of a run whose measured points are drawn beside the lines."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for curve.json and the page curve.html; it may be RUN.")
+    ] = None,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    seed: Seed = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+) -> None:
+    """Predict the validation AUC of every size. The trained model is read once, and nothing is trained."""
+    start_log(quiet)
+    flags = {"tolerance": tolerance, "bits": parse_bits(bits), "target": target, "seed": seed}
+    settings = run_config(data, config, overrides, flags)
+    if settings.method != "guided":
+        raise ConfigError(f"method {settings.method!r} predicts no losses; a curve is that of method 'guided'")
+    from embtrim.experiments.curve import size_curve
+    from embtrim.experiments.estimates import estimate_curve
+    from embtrim.experiments.records import read_records
+    from embtrim.experiments.steps import load_full
+    from embtrim.reports.curve_page import PAGE, VALUES, write_curve
+
+    asked = None if budgets is None else parse_budgets(budgets)
+    encoded = embtrim.load(data)
+    full = load_full(bundle, encoded)
+    records = () if run is None else read_records(run)
+    if dry_run:
+        show_dry_run(settings, estimate_curve(full, encoded, settings), as_json)
+        return
+    for path in () if out is None else (out / VALUES, out / PAGE):
+        if path.exists() and not overwrite:
+            raise DataError(f"{path} exists; choose another --out or pass --overwrite")
+    found = size_curve(full, encoded, settings, budgets=asked, progress=wants_progress(quiet))
+    show_curve(found, as_json)
+    if out is not None:
+        write_curve(found, out, records)
+        log_line(f"values: {out / VALUES}, page: {out / PAGE}")
 
 
 def compact(

@@ -24,6 +24,7 @@ from embtrim.cli.flags import (
     Quiet,
     Seed,
     TargetName,
+    Tolerance,
 )
 from embtrim.cli.settings import compare_config, needed, parse_bits, run_config, split_commas
 from embtrim.cli.terminal import (
@@ -45,6 +46,7 @@ def run(
     model: ModelName = None,
     method: MethodName = None,
     budget: BudgetText = None,
+    tolerance: Tolerance = None,
     max_loss: Annotated[
         float | None,
         typer.Option(
@@ -75,7 +77,7 @@ def run(
     if budget is not None and max_loss is not None:
         raise ConfigError("--budget and --max-loss exclude each other; give one of them")
     flags = {
-        "model": model, "method": method, "budget": budget, "max_loss": max_loss, "bits": parse_bits(bits), "target": target,
+        "model": model, "method": method, "budget": budget, "tolerance": tolerance, "max_loss": max_loss, "bits": parse_bits(bits), "target": target,
         "seeds": seeds, "init": init, "seed": seed, "controls": None if controls is None else split_commas(controls),
     }  # fmt: skip
     settings = run_config(data, config, overrides, flags)

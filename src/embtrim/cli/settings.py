@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import Field
 
 from embtrim.config import Config, apply_overrides, merge, read_toml
 from embtrim.errors import BudgetError, ConfigError
-from embtrim.plan.budget import Budget
+from embtrim.plan.budget import Budget, parse_or_auto
 
 if TYPE_CHECKING:  # these modules import torch: commands import them when they need them, --help does not wait
     from embtrim.data.read_options import ReadOptions
@@ -116,12 +116,23 @@ def _known_recipe(data: str, models: Sequence[str]) -> dict[str, Any] | None:
     return {"hparams": hparams, "train": recipe.get("train", {})}
 
 
-def _budget(text: str) -> Budget:
+def _budget(text: str) -> Budget | Literal["auto"]:
     """The budget of a flag, whose name leads the message of an error."""
     try:
-        return Budget.parse(text)
+        return parse_or_auto(text)
     except BudgetError as error:
         raise ConfigError(f"--budget: {error}") from None
+
+
+def parse_budgets(text: str) -> tuple[Budget, ...]:
+    """The budgets of --budgets, which are separated by commas."""
+    try:
+        found = tuple(map(Budget.parse, split_commas(text)))
+    except BudgetError as error:
+        raise ConfigError(f"--budgets: {error}") from None
+    if not found:
+        raise ConfigError("--budgets names no budget; give some, such as 20%,10%,5%")
+    return found
 
 
 def check_known(settings: EncodeSettings, log: Sequence[str] | None) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # these modules import torch, for which --help must not wait
     from embtrim.data.dataset import EncodedDataset
     from embtrim.experiments.grid import Skipped
     from embtrim.experiments.records import RunRecord
+    from embtrim.methods.curves import SizeCurve
     from embtrim.schema import Schema
     from embtrim.serving.updating import UpdateReport
 
@@ -103,6 +104,17 @@ def show_comparison(records: Sequence[RunRecord], skipped: Sequence[Skipped]) ->
 
     for table in comparison_terminal(records, skipped):
         _print_table(table)
+
+
+def show_curve(curve: SizeCurve, as_json: bool) -> None:
+    """Print the predicted scores of a curve as a table, and its knee in words."""
+    if as_json:
+        print_json(curve.to_dict())
+        return
+    from embtrim.reports.curve_tables import curve_headline, curve_terminal
+
+    _print_table(curve_terminal(curve))
+    print_text(curve_headline(curve))
 
 
 def show_update(report: UpdateReport) -> None:

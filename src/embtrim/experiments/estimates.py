@@ -8,7 +8,7 @@ from typing import Any
 
 from embtrim.data.dataset import EncodedDataset
 from embtrim.experiments.settings import RunConfig, check_run
-from embtrim.experiments.steps import BISECTIONS
+from embtrim.experiments.tolerance import BISECTIONS, MOST_TRAININGS
 from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.budget import Budget
@@ -32,11 +32,11 @@ def dry_run(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
     config = config.replace(bits=config.stored_bits)
     model = build(config.model, data.schema, **config.hparams)
     models = 1 + len(dict.fromkeys((config.method, *config.controls)))
-    models += 0 if config.max_loss is None else BISECTIONS - 1
+    models += 0 if config.max_loss is None else (MOST_TRAININGS if config.method == "guided" else BISECTIONS) - 1
     training = longest_training(model, data, config.train)
     return {
         "config": config.model_dump(mode="json"),
-        **_bytes_of_search(model.tables.plan, config, None if config.max_loss is not None else config.budget),
+        **_bytes_of_search(model.tables.plan, config, config.limit),
         "seconds_per_step": training["seconds_per_step"],
         "seconds_at_most": training["seconds_at_most"] * models * config.seeds,
     }
@@ -52,9 +52,15 @@ def estimate_search(model: CTRModel, data: EncodedDataset, config: RunConfig) ->
     """Estimate a search in a trained full model: table bytes before and allowed, and the time of an epoch."""
     epoch = longest_training(model, data, config.train.replace(epochs=1))
     return {
-        **_bytes_of_search(model.tables.plan, config, config.budget),
+        **_bytes_of_search(model.tables.plan, config, config.limit),
         "seconds_per_epoch": epoch["seconds_at_most"],
     }
+
+
+def estimate_curve(model: CTRModel, data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
+    """Estimate a curve: bytes of the full tables, and the time of an epoch, which is more than the model's readings take."""
+    epoch = longest_training(model, data, config.train.replace(epochs=1))
+    return {"table_bytes": model.tables.plan.num_bytes(config.target), "seconds_per_epoch": epoch["seconds_at_most"]}
 
 
 def estimate_compacting(

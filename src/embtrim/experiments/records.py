@@ -19,6 +19,7 @@ from embtrim.config import Config, describe_errors
 from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import DataError
 from embtrim.experiments.settings import RunConfig, method_config
+from embtrim.methods.readings import Readings
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import PlanShape, SizePlan
 from embtrim.plan.table import Bits, Target
@@ -186,12 +187,14 @@ class Trained:
         plan: Plan of a compact model; None for a full one.
         lessons: Data with soft labels of a full model by its share in them, see `taught`; made when first needed, for
             all compact models.
+        readings: What `guided` read of a full model; made when first needed, for all budgets.
     """
 
     model: CTRModel
     record: RunRecord
     plan: SizePlan | None = None
     lessons: dict[float, EncodedDataset] = field(default_factory=dict)
+    readings: Readings | None = None
 
 
 @dataclass(frozen=True)
@@ -203,11 +206,13 @@ class FoundPlan:
         seconds: Wall time of the search, its own pretraining included.
         peak_bytes: Peak anonymous memory of the search above what was resident at its start; None where the system does
             not tell.
+        readings: What `guided` read of the full model; None for other methods, and if the plan was on disk.
     """
 
     plan: SizePlan
     seconds: float
     peak_bytes: int | None
+    readings: Readings | None = None
 
 
 def started_as(plan: PlanShape, init: str) -> str:
@@ -250,7 +255,7 @@ def make_record(
             "variant": label or config.method,
             "method": config.method if label else None,
             "search": method_config(config).model_dump(mode="json"),
-            "budget": config.budget.text,
+            "budget": config.limit and config.limit.text,
             "init": config.init,
             "started": started_as(found.plan, config.init),
             "predicted_loss": found.plan.details.get("predicted_loss"),

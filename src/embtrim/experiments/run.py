@@ -13,7 +13,8 @@ from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import DataError
 from embtrim.experiments.records import RunRecord, Trained
 from embtrim.experiments.settings import RunConfig, check_run
-from embtrim.experiments.steps import shrink, smallest_within, train_full
+from embtrim.experiments.steps import shrink, train_full
+from embtrim.experiments.tolerance import smallest_within
 from embtrim.plan.budget import Budget
 from embtrim.plan.budget_limits import counts_vocabulary, target_settings
 from embtrim.plan.table import Target
@@ -82,12 +83,12 @@ def _run_seed(
     # If a run is continued, its last checkpoint gives the full model.
     full = train_full(data, config, progress, unfinished / "full.safetensors")
     full.record = finished["full"] or _keep(full, data, out, on_record)
-    records, budget = [full.record], config.budget
+    records, budget = [full.record], config.limit
     for variant in variants[1:]:
         record, work = finished[variant], unfinished / variant
         if record is None:
             if variant != config.method:
-                settings = config.replace(method=variant, search={}, budget=budget)
+                settings = config.replace(method=variant, search={}, budget=budget, max_loss=None)
                 trained = shrink(full, data, settings, progress=progress, unfinished=work)
             elif config.max_loss is None:
                 trained = shrink(full, data, config, progress=progress, unfinished=work)
@@ -96,9 +97,8 @@ def _run_seed(
             record = _keep(trained, data, out, on_record)
             shutil.rmtree(work, ignore_errors=True)
         if variant == config.method:
-            budget = Budget.parse(
-                record.budget or budget
-            )  # with max_loss the controls get the budget that the method needed
+            assert record.budget is not None
+            budget = Budget.parse(record.budget)  # with "auto" and max_loss the one that was found
         records.append(record)
     shutil.rmtree(unfinished, ignore_errors=True)
     return records
@@ -115,7 +115,7 @@ def _check_folder(out: Path, config: RunConfig) -> None:
 
     def settings_of(config: RunConfig) -> dict[str, Any]:
         values = config.model_dump(mode="json", exclude={"train": {"checkpoint_seconds"}})
-        return {**values, **target_settings(None if config.max_loss else config.budget, config.target)}
+        return {**values, **target_settings(config.limit, config.target)}
 
     # A release without this setting trained on clicks alone.
     before = RunConfig.parse({"teacher": 0.0, **values}, where=str(settings))

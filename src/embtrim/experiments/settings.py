@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from embtrim.config import Config
 from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import ConfigError
 from embtrim.methods import method_named
+from embtrim.methods.curves import STARTS, Start
 from embtrim.models import build
 from embtrim.models.ctr_model import HyperParameters
-from embtrim.plan.budget import Budget, BudgetSetting
+from embtrim.plan.budget import AUTO, Budget, BudgetOrAuto
 from embtrim.plan.budget_limits import check_budget
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Bits, Target
@@ -32,9 +33,12 @@ class RunConfig(Config):
         train: Settings of training, for full and compact models alike.
         method: Name of the search method (`embtrim methods`).
         search: Settings of the search method.
-        budget: Size limit of the compact tables, such as "10%", "200MB" or "1.5M params".
-        max_loss: Largest loss of validation AUC against the full model. If set, the budget is ignored, and bisection over
-            budgets looks for the smallest plan within this loss.
+        budget: Size limit of the compact tables, such as "10%", "200MB" or "1.5M params". With `guided`, "auto" takes the
+            smallest budget whose predicted loss is at most `tolerance`.
+        tolerance: Largest predicted loss of validation AUC that `budget = "auto"` accepts.
+        max_loss: Largest loss of validation AUC against the full model. If set, the budget is ignored, and the smallest
+            plan within this loss is looked for. `guided` predicts its budget and retrains twice at most; other methods
+            bisect, with six trainings.
         init: Initial weights of the compact model: "scratch", "initial", "inherit" or "low_rank"; see `compact`. "auto" is
             "scratch" for the published methods and the controls. With `guided` it tries a plan for tables of low rank
             first, then, unless the model is as good as the full one, a plan that is trained from scratch, and keeps the
@@ -59,7 +63,8 @@ class RunConfig(Config):
     train: TrainConfig = TrainConfig()
     method: str = "guided"
     search: dict[str, Any] = Field(default_factory=dict)
-    budget: BudgetSetting = Budget.parse("10%")
+    budget: BudgetOrAuto = Budget.parse("10%")
+    tolerance: float = Field(default=0.001, gt=0, lt=0.5)
     max_loss: float | None = Field(default=None, gt=0, lt=0.5)
     init: InitSetting = "auto"
     teacher: float = Field(default=0.5, ge=0, le=1)
@@ -69,12 +74,26 @@ class RunConfig(Config):
     seed: int = Field(default=0, ge=0)
     seeds: int = Field(default=1, ge=1)
 
+    @model_validator(mode="after")
+    def _only_guided_predicts(self) -> RunConfig:
+        if self.budget == AUTO and self.method != "guided":
+            raise ConfigError(
+                f"budget 'auto' is the smallest one whose predicted loss is within the tolerance, and method {self.method!r} "
+                "predicts none; use method 'guided', or give a budget such as '10%'"
+            )
+        return self
+
+    @property
+    def limit(self) -> Budget | None:
+        """The budget; None if it is yet to be found, for "auto" and with `max_loss`."""
+        return None if self.budget == AUTO or self.max_loss is not None else self.budget
+
     @property
     def stored_bits(self) -> Bits:
         """`bits`, or what None stands for."""
         if self.bits is not None:
             return self.bits
-        in_params = self.max_loss is None and self.budget.kind == "params"
+        in_params = self.limit is not None and self.limit.kind == "params"
         return 32 if in_params or self.target == "fbgemm" else "mixed"
 
 
@@ -85,6 +104,14 @@ def method_config(config: RunConfig) -> Config:
         ConfigError: The method or one of the settings is unknown.
     """
     return method_named(config.method).parse(config.search)
+
+
+def starts_of(config: RunConfig) -> tuple[Start, ...]:
+    """The ways in which `guided` may start a run's compact model; each has plans of its own. See GuidedConfig."""
+    start = config.search.get("start")
+    if start is None and config.init == "auto":
+        return STARTS
+    return (start or "scratch",)
 
 
 def check_run(data: EncodedDataset, config: RunConfig) -> None:
@@ -105,9 +132,9 @@ def check_run(data: EncodedDataset, config: RunConfig) -> None:
             f"model {config.model!r} has no embedding tables to shrink, only first-order weights; choose another"
         )
     plan = model.tables.plan
-    if config.max_loss is None:
+    if config.limit is not None:
         width = config.hparams.get("embedding_dim", plan.width)
         bits = config.stored_bits
         if bits == 32 or config.target != "fbgemm":
             full = SizePlan.full(data.schema, width, plan.first_order)
-            check_budget(full, config.budget, bits, config.target, method_named(config.method).adds)
+            check_budget(full, config.limit, bits, config.target, method_named(config.method).adds)

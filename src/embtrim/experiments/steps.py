@@ -8,17 +8,20 @@ import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from embtrim.compaction.compacting import compact
 from embtrim.compaction.verification import Verification, verify
 from embtrim.data.dataset import EncodedDataset
-from embtrim.errors import BudgetError, DataError, EmbtrimError
+from embtrim.errors import BudgetError, DataError
 from embtrim.experiments.records import FoundPlan, Trained, make_record, started_as
-from embtrim.experiments.settings import RunConfig, method_config
+from embtrim.experiments.settings import RunConfig, method_config, starts_of
 from embtrim.methods import method_named, search
+from embtrim.methods.curves import least_within
+from embtrim.methods.readings import Readings, read
 from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel
+from embtrim.plan.budget import AUTO
 from embtrim.plan.budget_limits import target_settings
 from embtrim.plan.plan import SizePlan
 from embtrim.serving.bundle import load_bundle
@@ -37,11 +40,6 @@ from embtrim.training.state import checksum
 from embtrim.training.teaching import taught, teaching_settings
 
 logger = logging.getLogger(__name__)
-
-# Bisection over budgets for `max_loss`: the smallest budget tried, and how many budgets are tried at most.
-SMALLEST_SHARE = 0.01
-BISECTIONS = 6
-
 
 # Most epochs in which a compact model learns from the full one after it was started or trained, and how often in an epoch
 # the scales of its codes follow the tables.
@@ -85,23 +83,27 @@ def find_plan(
     data: EncodedDataset,
     config: RunConfig,
     *,
+    readings: Readings | None = None,
     progress: bool = False,
     unfinished: Path | None = None,
     **claimed: Any,
 ) -> FoundPlan:
     """Search for a plan, with the method, budget, bits, target and first seed of a run.
 
+    With the budget "auto" it is the least one that is predicted to be within the tolerance, for the better start.
+
     Args:
         model: The trained full model.
         data: Encoded data that the full model was trained on.
-        config: Method, search, budget, bits, target, train and seed are read here.
+        config: Method, search, init, budget, tolerance, bits, target, train and seed are read here.
+        readings: Readings of the model that were made before; without them `guided` reads it.
         progress: Show progress bars on stderr.
         unfinished: Folder for the state of the search. A search that was interrupted is continued from it, and the plan
             of a finished search is read from it. If its state is of other settings, it is emptied.
         claimed: Further settings on which the folder's contents depend.
     """
-    task = CTRTask(model, data, config.train.replace(seed=config.seed))
-    task.progress = progress
+    config = config.replace(max_loss=None)  # which is not a search's
+    task = search_task(model, data, config, progress)
     if unfinished is not None:
         claim(unfinished, {**search_settings(task, config), **claimed})
         if (cost_path := unfinished / "search.json").exists():  # written after the plan
@@ -110,14 +112,66 @@ def find_plan(
         task.checkpoints = CheckpointFolder(unfinished, task.config.checkpoint_seconds)
     with peak_memory() as peak:
         started = time.perf_counter()
-        plan = search(task, method_config(config), config.budget, config.seed, config.stored_bits, config.target)
+        if config.method == "guided":
+            task.readings = readings or read(task)
+        if config.limit is None:
+            config = with_predicted_budget(task, task.readings, config, config.tolerance).config
+        assert config.limit is not None
+        plan = search(task, method_config(config), config.limit, config.seed, config.stored_bits, config.target)
         seconds = time.perf_counter() - started
     if task.checkpoints is not None:
         seconds += task.checkpoints.spent_seconds
-    found = FoundPlan(plan, seconds, peak.above_start)
+    found = FoundPlan(plan, seconds, peak.above_start, task.readings)
     if unfinished is not None:
         _keep_plan(found, unfinished)
     return found
+
+
+def search_task(model: CTRModel, data: EncodedDataset, config: RunConfig, progress: bool) -> CTRTask:
+    """The task of a run's search."""
+    task = CTRTask(model, data, config.train.replace(seed=config.seed))
+    task.progress = progress
+    return task
+
+
+class Predicted(NamedTuple):
+    """A budget that was found by prediction.
+
+    Attributes:
+        config: The settings of the run with this budget, and with the start of its plan if the search may choose it.
+        loss: Predicted loss of the validation score.
+        num_bytes: Bytes of the plan's tables.
+    """
+
+    config: RunConfig
+    loss: float
+    num_bytes: int
+
+
+def with_predicted_budget(task: CTRTask, readings: Readings, config: RunConfig, loss: float) -> Predicted:
+    """The settings of a run with the least budget that is predicted to lose at most `loss`.
+
+    Args:
+        task: Task of the trained full model.
+        readings: Readings of the model.
+        config: Settings of a run whose method is `guided`; search, init, bits and target are read here.
+        loss: Largest predicted loss of the validation score.
+
+    Raises:
+        BudgetError: Not even the full tables are predicted to lose so little.
+    """
+    budget, start, found = least_within(task, readings, starts_of(config), loss, config.stored_bits, config.target)
+    num_bytes = found.plan.num_bytes(config.target)
+    logger.info("budget %s (%s bytes): predicted loss %.5f, allowed %.5f", budget, f"{num_bytes:,}", found.loss, loss)
+    search = {**config.search, "start": start} if len(starts_of(config)) > 1 else config.search
+    return Predicted(config.replace(budget=budget, max_loss=None, search=search), found.loss, num_bytes)
+
+
+def readings_of(full: Trained, data: EncodedDataset, config: RunConfig, progress: bool = False) -> Readings:
+    """The readings of a full model, which are made once."""
+    if full.readings is None:
+        full.readings = read(search_task(full.model, data, config, progress))
+    return full.readings
 
 
 def search_settings(task: CTRTask, config: RunConfig) -> dict[str, Any]:
@@ -125,11 +179,11 @@ def search_settings(task: CTRTask, config: RunConfig) -> dict[str, Any]:
     return {
         "method": method_named(config.method).name,
         **{f"search.{key}": value for key, value in method_config(config).model_dump(mode="json").items()},
-        "budget": config.budget.text,
+        **({"budget": config.limit.text} if config.limit else {"budget": AUTO, "tolerance": config.tolerance}),
         "search_seed": config.seed,
         "bits": config.stored_bits,
         # State of earlier releases has no word of a vocabulary, and their searches counted none.
-        **{name: value for name, value in target_settings(config.budget, config.target).items() if value},
+        **{name: value for name, value in target_settings(config.limit, config.target).items() if value},
         **training_settings(task.model, task.data, task.config),
         "weights": checksum(task.model),
     }
@@ -267,13 +321,16 @@ def shrink(
     Args:
         full: The trained full model.
         data: Encoded data that the full model was trained on.
-        config: Method, search, budget, bits, target, init, teacher, train and seed are read here; `max_loss` and
-            `controls` are not.
+        config: Method, search, budget, tolerance, bits, target, init, teacher, train and seed are read here; `max_loss`
+            and `controls` are not.
         label: The record's variant, if it is not the name of the method.
         progress: Show progress bars on stderr.
         unfinished: Folder for the state of search and training. Interrupted work of the same settings is continued from
             it.
     """
+    config = config.replace(max_loss=None)
+    if config.limit is None:
+        return _shrink_predicted(full, data, config, label=label, progress=progress, unfinished=unfinished)
     if len(ways := ways_to_start(config)) > 1:
         return _best_start(full, data, config, ways, label=label, progress=progress, unfinished=unfinished)
     checkpoint = None if unfinished is None else unfinished / "retraining.safetensors"
@@ -281,7 +338,9 @@ def shrink(
     if config.teacher:  # state of earlier releases names no teacher, and trains on clicks
         claimed["teacher"] = config.teacher
     with peak_memory() as peak:
-        found = find_plan(full.model, data, config, progress=progress, unfinished=unfinished, **claimed)
+        found = find_plan(
+            full.model, data, config, readings=full.readings, progress=progress, unfinished=unfinished, **claimed
+        )
         verification = verify_plan(full.model, found.plan, data)
         if config.teacher not in full.lessons:
             full.lessons[config.teacher] = taught(data, full.model, config.teacher, config.train)
@@ -289,6 +348,7 @@ def shrink(
             full.model, found.plan, data, config,
             lessons=full.lessons[config.teacher], progress=progress, checkpoint=checkpoint,
         )  # fmt: skip
+    full.readings = full.readings or found.readings
     assert small.training is not None
     record = make_record(
         small.model,
@@ -302,6 +362,19 @@ def shrink(
         verification=verification,
     )
     return Trained(small.model, record, found.plan)
+
+
+def _shrink_predicted(
+    full: Trained, data: EncodedDataset, config: RunConfig, *, progress: bool, **shown: Any
+) -> Trained:
+    """Shrink within the least budget whose predicted loss is within the tolerance. Finding it counts as search."""
+    started = time.perf_counter()
+    task, readings = search_task(full.model, data, config, progress), readings_of(full, data, config, progress)
+    predicted = with_predicted_budget(task, readings, config, config.tolerance)
+    seconds = time.perf_counter() - started
+    # The start is left open: it is chosen by the scores of trained models.
+    trained = shrink(full, data, config.replace(budget=predicted.config.budget), progress=progress, **shown)
+    return with_search_seconds(trained, seconds + trained.record.search_seconds + trained.record.train_seconds)
 
 
 def ways_to_start(config: RunConfig) -> list[str]:
@@ -322,8 +395,14 @@ def _best_start(
     for way in ways:
         work = None if unfinished is None else unfinished / way
         settings = config.replace(init=way, search={**config.search, "start": way})
-        trials.append(shrink(full, data, settings, unfinished=work, **shown))
-        small = trials[-1]
+        try:
+            small = shrink(full, data, settings, unfinished=work, **shown)
+        except BudgetError as error:  # projections may take all of a small budget
+            if way == ways[-1] and not trials:
+                raise
+            logger.info("%s: %s", way, error)
+            continue
+        trials.append(small)
         logger.info("%s: validation AUC %.4f", way, small.record.valid["auc"])
         if is_as_good(small, full, data, config.train):
             break
@@ -349,51 +428,3 @@ def with_search_seconds(best: Trained, seconds: float) -> Trained:
     epochs = seconds * record.search_epochs / max(record.search_seconds, 1e-9)
     best.record = record.replace(search_seconds=seconds, search_epochs=epochs)
     return best
-
-
-def smallest_within(
-    full: Trained,
-    data: EncodedDataset,
-    config: RunConfig,
-    *,
-    progress: bool = False,
-    unfinished: Path | None = None,
-) -> Trained:
-    """The smallest plan whose validation AUC is at most `config.max_loss` below the full model's.
-
-    Bisects the share of the full tables on a log scale, on the assumption that a larger budget does no harm. The result
-    is measured, whether or not the assumption holds.
-
-    Args:
-        full, data, config, progress, unfinished: Arguments of `shrink`; the budget is not read.
-
-    Raises:
-        EmbtrimError: Not even the largest budget tried is within the tolerance.
-    """
-    assert config.max_loss is not None
-    seconds = 0.0
-    wanted = full.record.valid["auc"] - config.max_loss
-    low, high = SMALLEST_SHARE, 1.0
-    best: Trained | None = None
-    for _ in range(BISECTIONS):
-        share = (low * high) ** 0.5
-        budget = f"{share:.4%}"
-        work = None if unfinished is None else unfinished / budget
-        try:
-            trained = shrink(full, data, config.replace(budget=budget), progress=progress, unfinished=work)
-        except BudgetError as error:  # so small that the method keeps nothing
-            logger.info("budget %.2f%%: %s", share * 100, error)
-            low = share
-            continue
-        seconds += trained.record.search_seconds + trained.record.train_seconds
-        logger.info("budget %.2f%%: validation AUC %.4f, wanted %.4f", share * 100, trained.record.valid["auc"], wanted)
-        if trained.record.valid["auc"] >= wanted:
-            best, high = trained, share
-        else:
-            low = share
-    if best is None:
-        raise EmbtrimError(
-            f"no plan of method {config.method!r} up to {low:.0%} of the tables is within {config.max_loss} of the full "
-            f"model's validation AUC {full.record.valid['auc']:.4f}; allow more loss, or name a budget"
-        )
-    return with_search_seconds(best, seconds)

@@ -92,6 +92,7 @@ def allot(
     target: Target | None = None,
     recovery: Recovery = Recovery(),  # noqa: B008 - immutable
     keeps_columns: bool = False,
+    keeps_rows: bool = False,
     in_own_basis: bool = True,
 ) -> Allotment:
     """The plan of least predicted loss within a budget.
@@ -105,6 +106,7 @@ def allot(
         target: Backend whose bytes are counted.
         recovery: What retraining leaves of each loss.
         keeps_columns: Keep all columns of every table.
+        keeps_rows: Keep all rows of every table. A table may then still lose all its columns.
         in_own_basis: Whether a narrow table has coordinates of its own, which are projected back. Otherwise tables share
             their first columns, and what w columns are worth follows from all tables together: a product with another
             table sees no column that one of the two lacks, however few rows a table has.
@@ -114,7 +116,16 @@ def allot(
         lost = _lost_together(lost)
     choices = [
         choices_of(
-            full, table, readings.tables[table.name], lost[table.name], budget, levels, alignment, target, keeps_columns
+            full,
+            table,
+            readings.tables[table.name],
+            lost[table.name],
+            budget,
+            levels,
+            alignment,
+            target,
+            keeps_columns=keeps_columns,
+            keeps_rows=keeps_rows,
         )
         for table in full.tables
     ]
@@ -206,30 +217,32 @@ def choices_of(
     levels: Sequence[int],
     alignment: Alignment,
     target: Target | None,
+    *,
     keeps_columns: bool,
+    keeps_rows: bool,
 ) -> Choices:
     """Every number of rows, columns and bits of one table that is worth a try."""
     kept_V = np.concatenate([[0.0], np.cumsum(np.sort(reading.energy_V)[::-1])])
     total = float(kept_V[-1])
     # A table whose absence does not lower the score is cut first.
     weight = 0.0 if reading.absence is not None and reading.absence <= 0 else 1.0
-    counts = np.array(some_numbers(table.num_rows))
+    counts = np.array([table.num_rows] if keeps_rows else some_numbers(table.num_rows))
     widths = np.array([table.width] if keeps_columns else some_numbers(table.width))
 
     def num_bytes(rows: int, width: int, bits: int) -> int:
         return full.table_bytes(_layout(table, rows, width, bits, alignment), target, budget=budget)
 
+    # No row; or, where no row and no first-order weight may go, no column.
+    nothing = (0, min(levels), table.num_rows if keeps_rows else 0)
     bytes_WBN = _all_bytes(num_bytes, table.num_rows, counts, widths, levels)
     grid = np.meshgrid(widths, np.array(levels), counts, indexing="ij")
-    widths_N, levels_N, rows_N = (
-        np.append(axis.ravel(), nothing) for axis, nothing in zip(grid, (0, min(levels), 0), strict=True)
-    )
+    widths_N, levels_N, rows_N = (np.append(axis.ravel(), least) for axis, least in zip(grid, nothing, strict=True))
     share_N = weight * kept_V[rows_N] / total if total else np.zeros(len(rows_N))
     noise_N = np.array([reading.noise.get(int(bits), 0.0) for bits in levels_N])
     errors_LN = np.stack(
         [weight * (total - kept_V[rows_N]), np.where(rows_N > 0, share_N * lost_D[widths_N], 0.0), share_N * noise_N]
     )
-    bytes_N = np.append(bytes_WBN.ravel(), num_bytes(0, 0, min(levels)))
+    bytes_N = np.append(bytes_WBN.ravel(), num_bytes(nothing[2], 0, min(levels)))
     return Choices(table, rows_N, widths_N, levels_N, bytes_N, errors_LN)
 
 

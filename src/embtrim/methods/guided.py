@@ -58,7 +58,7 @@ def search_guided(
     task: Task, config: GuidedConfig, budget: Budget, seed: int, bits: Bits = 32, target: Target | None = None
 ) -> SizePlan:
     """Read the model and divide the budget."""
-    readings = read(task)
+    readings = task.readings or read(task)
     found = plan_within(task, readings, config, budget, bits, target)
     details = {
         "config": config.model_dump(mode="json"),
@@ -70,7 +70,14 @@ def search_guided(
 
 
 def plan_within(
-    task: Task, readings: Readings, config: GuidedConfig, budget: Budget, bits: Bits = 32, target: Target | None = None
+    task: Task,
+    readings: Readings,
+    config: GuidedConfig,
+    budget: Budget,
+    bits: Bits = 32,
+    target: Target | None = None,
+    *,
+    keeps_rows: bool = False,
 ) -> Allotment:
     """The plan for one budget from readings that were made before, with the loss of the score that they predict.
 
@@ -81,6 +88,7 @@ def plan_within(
         budget: Budget in percent, parameters or bytes.
         bits: Bits of every table; "mixed" chooses 16, 8 or 4 for each.
         target: Backend whose bytes are counted.
+        keeps_rows: Keep all rows of every table.
     """
     full, levels = task.full_plan(), levels_of(bits)
     if budget.kind == "params":  # numbers of 32 bits, without first-order weights
@@ -98,6 +106,7 @@ def plan_within(
         recovery=Recovery() if low_rank else RECOVERY,
         in_own_basis=low_rank,
         keeps_columns=low_rank and not _may_narrow(task, full, alignment),
+        keeps_rows=keeps_rows,
     )
     found = divide(readings)
     if found.plan.keeps_nothing:  # the score misses no table alone, which does not tell that it misses none of them

@@ -125,7 +125,29 @@ class Budget:
         return f"{self.amount:,.0f} bytes"
 
 
+AUTO: Literal["auto"] = "auto"
+
+
+def parse_or_auto(text: str | Budget) -> Budget | Literal["auto"]:
+    """Read a budget, or the word "auto" for a budget that is yet to be found.
+
+    Raises:
+        BudgetError: The text is neither.
+    """
+    if isinstance(text, str) and text.strip().lower() == AUTO:
+        return AUTO
+    try:
+        return Budget.parse(text)
+    except BudgetError as error:
+        raise BudgetError(str(error).replace(_FORMS, f"{_FORMS}, '{AUTO}'")) from None
+
+
 # A budget among settings: read once from its text, and written as that text.
 BudgetSetting = Annotated[
     Budget, PlainValidator(Budget.parse), PlainSerializer(lambda budget: budget.text, return_type=str)
+]
+BudgetOrAuto = Annotated[
+    Budget | Literal["auto"],
+    PlainValidator(parse_or_auto),
+    PlainSerializer(lambda budget: AUTO if budget == AUTO else budget.text, return_type=str),
 ]

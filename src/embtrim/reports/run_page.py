@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from embtrim.experiments.records import RunRecord
+from embtrim.reports.curve_page import PAGE as CURVE_PAGE
 from embtrim.reports.numbers import format_bytes, format_share, format_values
 from embtrim.reports.page import fill_page
 from embtrim.reports.provenance import models_and_data, provenance
@@ -33,17 +34,19 @@ def write_report(records: Sequence[RunRecord], path: str | Path) -> None:
 
     Args:
         records: Records of one run or several; see `read_records`.
-        path: File to write. It is written under a temporary name, then renamed.
+        path: File to write. It is written under a temporary name, then renamed. The page links the curve.html beside it
+            if there is one.
 
     Raises:
         DataError: There are no records.
     """
-    page = render_page(records)
+    curve = Path(path).with_name(CURVE_PAGE)
+    page = render_page(records, curve.name if curve.exists() else None)
     write_then_rename(Path(path), lambda file: file.write(page.encode()))
 
 
-def render_page(records: Sequence[RunRecord]) -> str:
-    """The page as text; see `write_report`."""
+def render_page(records: Sequence[RunRecord], curve: str | None = None) -> str:
+    """The page as text, with a link to the page of a curve; see `write_report`."""
     variants = variants_of(records)
     ordered = records_of(variants)
     figures = {
@@ -58,6 +61,7 @@ def render_page(records: Sequence[RunRecord]) -> str:
         ordered,
         figures,
         title=models_and_data(ordered),
+        curve=curve,
         headlines=_headlines(variants),
         labels=[v.label for v in variants],
         result_rows=[[name, *texts] for name, texts in result_rows(variants)],

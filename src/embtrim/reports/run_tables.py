@@ -15,7 +15,7 @@ from rich.text import Text
 from embtrim.experiments.records import RunRecord
 from embtrim.reports.numbers import NONE, format_bytes, format_count, format_seconds, format_share, format_values
 from embtrim.reports.provenance import models_and_data
-from embtrim.reports.variants import Variant, auc_differences, variants_of
+from embtrim.reports.variants import Variant, auc_differences, valid_losses, variants_of
 
 VERIFICATION_HEADER = ("variant", "seed", "rows compared", "max difference", "allowed", "equal")
 COST_HEADER = ("variant", "seed", "search", "in epochs", "training", "epochs", "rows/s", "peak memory", "precision")
@@ -30,6 +30,9 @@ def result_rows(variants: Sequence[Variant]) -> list[tuple[str, list[str]]]:
 
     add_row("test AUC", lambda v: format_values([r.test.get("auc") for r in v.records]))
     add_row("  difference to full", lambda v: NONE if v.is_full else format_values(auc_differences(v), signed=True))
+    if any(r.predicted_loss is not None for v in variants for r in v.records):
+        add_row("loss of valid AUC, predicted", lambda v: format_values([r.predicted_loss for r in v.records]))
+        add_row("  measured", lambda v: NONE if v.is_full else format_values(valid_losses(v)))
     add_row("test logloss", lambda v: format_values([r.test.get("logloss") for r in v.records]))
     add_row("calibration", lambda v: format_values([r.test.get("calibration") for r in v.records], digits=3))
     add_row("embedding params", lambda v: format_count(v.mean(lambda r: r.num_params)))

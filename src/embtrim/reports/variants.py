@@ -85,6 +85,15 @@ def auc_differences(variant: Variant) -> list[float | None]:
     ]
 
 
+def valid_losses(variant: Variant) -> list[float | None]:
+    """The full model's validation AUC minus the variant's, seed by seed; None for a seed without a full model."""
+    pairs = zip(variant.records, variant.full, strict=True)
+    return [
+        full.valid["auc"] - record.valid["auc"] if full is not None and record.valid and full.valid else None
+        for record, full in pairs
+    ]
+
+
 def _is_control(name: str) -> bool:
     return name in METHODS and METHODS[name].needs == "nothing"
 

@@ -60,11 +60,14 @@ class Task:
         progress: Whether searches show progress bars on stderr.
         checkpoints: Folder for the state of trainings and other long work, or None. A search started again with the
             same folder continues where it was interrupted.
+        readings: Readings of the model that were made before, see methods/readings.py. Without them the guided search
+            reads the model.
     """
 
     needs_aligned = True  # a foreign module's forward expects the full width
     progress = False
     checkpoints: CheckpointFolder | None = None
+    readings: Any = None
 
     def __init__(
         self,
