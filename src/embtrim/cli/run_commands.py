@@ -61,7 +61,8 @@ def run(
     controls: Annotated[
         str | None,
         typer.Option(
-            "--controls", help="Methods to compare with, run at the same budget, separated by commas; '' for none."
+            "--controls",
+            help="Methods to compare with, run at the same budget, separated by commas, such as sseds,uniform:8; '' for none.",
         ),
     ] = None,
     out: OutPath = None,

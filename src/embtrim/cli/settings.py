@@ -80,12 +80,13 @@ def run_config(data: str, config: Path | None, overrides: Sequence[str] | None, 
     """The settings of a run; faults are found before any work is done."""
     if isinstance(flags.get("budget"), str):
         flags = {**flags, "budget": _budget(flags["budget"])}
-    from embtrim.experiments.settings import RunConfig
+    from embtrim.experiments.settings import RunConfig, split_control
     from embtrim.methods import method_named
 
     settings = settle(RunConfig, config, overrides, flags)
-    for name in (settings.method, *settings.controls):
-        method_named(name)
+    method_named(settings.method)
+    for control in settings.controls:
+        split_control(control)
     recipe = _known_recipe(data, [settings.model])
     if recipe is not None:
         settings = settle(RunConfig, config, overrides, flags, recipe)

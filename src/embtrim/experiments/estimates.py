@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any
 
 from embtrim.data.dataset import EncodedDataset
-from embtrim.experiments.settings import RunConfig, check_run
+from embtrim.experiments.settings import RunConfig, check_run, split_control, starts_of
 from embtrim.experiments.tolerance import BISECTIONS, MOST_TRAININGS
 from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel
@@ -31,7 +31,8 @@ def dry_run(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
     check_run(data, config)
     config = config.replace(bits=config.stored_bits)
     model = build(config.model, data.schema, **config.hparams)
-    models = 1 + len(dict.fromkeys((config.method, *config.controls)))
+    methods = (config.method, *(split_control(control)[0] for control in config.controls))
+    models = 1 + sum(len(starts_of(config)) if method == "guided" else 1 for method in methods)
     models += 0 if config.max_loss is None else (MOST_TRAININGS if config.method == "guided" else BISECTIONS) - 1
     training = longest_training(model, data, config.train)
     return {

@@ -12,7 +12,7 @@ from embtrim.config import first_change, read_toml, to_toml
 from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import DataError
 from embtrim.experiments.records import RunRecord, Trained
-from embtrim.experiments.settings import RunConfig, check_run
+from embtrim.experiments.settings import RunConfig, check_run, split_control
 from embtrim.experiments.steps import shrink, train_full
 from embtrim.experiments.tolerance import smallest_within
 from embtrim.plan.budget import Budget
@@ -76,7 +76,7 @@ def _run_seed(
 ) -> list[RunRecord]:
     """The records of one seed: the full model, the method, the controls; finished ones are read."""
     variants = ("full", *dict.fromkeys((config.method, *config.controls)))
-    finished = {name: _finished(out, name, config.seed, data, config.target) for name in variants}
+    finished = {name: _finished(out, _label(name), config.seed, data, config.target) for name in variants}
     if all(finished.values()):
         return [record for record in finished.values() if record is not None]
     unfinished = out / "unfinished" / f"seed{config.seed}"
@@ -85,11 +85,15 @@ def _run_seed(
     full.record = finished["full"] or _keep(full, data, out, on_record)
     records, budget = [full.record], config.limit
     for variant in variants[1:]:
-        record, work = finished[variant], unfinished / variant
+        record, work = finished[variant], unfinished / _label(variant)
         if record is None:
             if variant != config.method:
-                settings = config.replace(method=variant, search={}, budget=budget, max_loss=None)
-                trained = shrink(full, data, settings, progress=progress, unfinished=work)
+                name, bits = split_control(variant)
+                settings = config.replace(
+                    method=name, search={}, budget=budget, max_loss=None, bits=bits or config.bits
+                )
+                label = None if bits is None else _label(variant)
+                trained = shrink(full, data, settings, label=label, progress=progress, unfinished=work)
             elif config.max_loss is None:
                 trained = shrink(full, data, config, progress=progress, unfinished=work)
             else:
@@ -102,6 +106,11 @@ def _run_seed(
         records.append(record)
     shutil.rmtree(unfinished, ignore_errors=True)
     return records
+
+
+def _label(variant: str) -> str:
+    """The name of a variant in records and files."""
+    return variant.replace(":", "-")
 
 
 def _check_folder(out: Path, config: RunConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -53,7 +53,8 @@ class RunConfig(Config):
         target: Where the tables will be served: "torch", "onnx" or "fbgemm". Sizes are counted as that backend stores
             them, and a budget in bytes then includes the vocabulary. None counts the tables as torch stores them, without
             the vocabulary.
-        controls: Methods run at the same budget for comparison, with their default settings.
+        controls: Methods run at the same budget for comparison, with their default settings. "NAME:BITS", such as
+            "uniform:8", gives a control its own bits; its records are called "NAME-BITS".
         seed: First seed.
         seeds: Number of seeds.
     """
@@ -106,6 +107,21 @@ def method_config(config: RunConfig) -> Config:
     return method_named(config.method).parse(config.search)
 
 
+def split_control(control: str) -> tuple[str, Bits | None]:
+    """The method of a control such as "uniform:8", and its bits; None for those of the run.
+
+    Raises:
+        ConfigError: The method is unknown, or the bits are none that tables can have.
+    """
+    name, colon, text = control.partition(":")
+    method_named(name)
+    bits: Any = int(text) if text.isdigit() else text
+    if colon and bits not in get_args(Bits):
+        allowed = ", ".join(map(str, get_args(Bits)))
+        raise ConfigError(f"control {control!r} has no bits that tables can have; allowed after the colon: {allowed}")
+    return name, bits if colon else None
+
+
 def starts_of(config: RunConfig) -> tuple[Start, ...]:
     """The ways in which `guided` may start a run's compact model; each has plans of its own. See GuidedConfig."""
     start = config.search.get("start")
@@ -118,8 +134,8 @@ def check_run(data: EncodedDataset, config: RunConfig) -> None:
     """Raise early, before any training, for a missing split, an unknown name or setting, or an impossible budget."""
     for split in ("train", "valid", "test"):
         data.split(split)
-    for name in (config.method, *config.controls):
-        method_named(name)
+    for control in config.controls:
+        split_control(control)
     method_config(config)
     device_of(config.train)
     hparams = config.hparams

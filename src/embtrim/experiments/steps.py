@@ -17,7 +17,7 @@ from embtrim.errors import BudgetError, DataError
 from embtrim.experiments.records import FoundPlan, Trained, make_record, started_as
 from embtrim.experiments.settings import RunConfig, method_config, starts_of
 from embtrim.methods import method_named, search
-from embtrim.methods.curves import least_within
+from embtrim.methods.curves import Start, least_within
 from embtrim.methods.readings import Readings, read
 from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel
@@ -31,9 +31,7 @@ from embtrim.system.unfinished import claim
 from embtrim.tables.code_training import CodeGate
 from embtrim.tasks.task import CTRTask
 from embtrim.training.checkpoint import CheckpointFolder
-from embtrim.training.evaluation import predict_logits
 from embtrim.training.fitting import fit, training_settings
-from embtrim.training.metrics import auc_error
 from embtrim.training.recoding import data_for
 from embtrim.training.settings import FitResult, Hooks, TrainConfig
 from embtrim.training.state import checksum
@@ -43,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 # Most epochs in which a compact model learns from the full one after it was started or trained, and how often in an epoch
 # the scales of its codes follow the tables.
-FINISHING_EPOCHS, CODE_FITS_PER_EPOCH = 5, 4
+FINISHING_EPOCHS, CODE_FITS_PER_EPOCH = 3, 4
 
 
 # --- single steps ---------------------------------------------------------------------------------------------------
@@ -231,7 +229,7 @@ def compact_and_retrain(
     config: RunConfig,
     *,
     retrain: bool = True,
-    lessons: EncodedDataset | None = None,
+    lessons: dict[float, EncodedDataset] | None = None,
     progress: bool = False,
     checkpoint: Path | None = None,
 ) -> Compacted:
@@ -243,22 +241,22 @@ def compact_and_retrain(
         data: The full model's data.
         config: Init, teacher, the settings of training and the first seed are read here.
         retrain: False keeps the weights that `init` gives.
-        lessons: The data with the labels to train on, `taught` by the model; None makes them.
+        lessons: Data that the model has `taught` before, by the teacher's share; what is missing is added.
         progress: Show a progress bar on stderr.
         checkpoint: File for the state of retraining; see `fit`.
     """
+    lessons = {} if lessons is None else lessons
     init, train = started_as(plan, config.init), config.train.replace(seed=config.seed)
     task = CTRTask(model, data, train) if init == "low_rank" else None
     small = compact(model, plan, init=init, seed=config.seed, task=task)  # type: ignore[arg-type]
     trainings = []
     if retrain and init != "low_rank":
-        if lessons is None:
-            lessons = taught(data, model, config.teacher, config.train)
+        lesson = _lesson(lessons, data, model, config.teacher, config.train)
         hooks = None if checkpoint is None else Hooks(settings=teaching_settings(model, config.teacher))
-        trainings.append(fit(small, lessons.recode(plan), train, hooks=hooks, progress=progress, checkpoint=checkpoint))
+        trainings.append(fit(small, lesson.recode(plan), train, hooks=hooks, progress=progress, checkpoint=checkpoint))
     if retrain and (init == "low_rank" or (config.teacher and plan.is_quantized)):
         path = None if checkpoint is None else checkpoint.with_stem("finishing")
-        trainings.append(_finish(small, model, data, config, progress=progress, checkpoint=path))
+        trainings.append(_finish(small, model, data, config, lessons, progress=progress, checkpoint=path))
     if plan.is_quantized:
         small.tables.quantize()
     return Compacted(small, data.recode(plan), _one_result(trainings))
@@ -269,6 +267,7 @@ def _finish(
     model: CTRModel,
     data: EncodedDataset,
     config: RunConfig,
+    lessons: dict[float, EncodedDataset],
     *,
     progress: bool,
     checkpoint: Path | None,
@@ -282,14 +281,23 @@ def _finish(
     train = config.train.replace(seed=config.seed, epochs=min(FINISHING_EPOCHS, config.train.epochs))
     if share:
         train = train.replace(embedding_l2=0.0)
-    lessons = taught(data, model, share, train).recode(small.tables.plan)  # type: ignore[arg-type]
+    lesson = _lesson(lessons, data, model, share, train).recode(small.tables.plan)  # type: ignore[arg-type]
     hooks = Hooks(keeps_start=True, settings=teaching_settings(model, share) if checkpoint is not None else {})
     gate = CodeGate(small.tables, max(1, data.num_rows("train") // train.batch_size // CODE_FITS_PER_EPOCH))
     if not gate.coded:
-        return fit(small, lessons, train, hooks=hooks, progress=progress, checkpoint=checkpoint)
+        return fit(small, lesson, train, hooks=hooks, progress=progress, checkpoint=checkpoint)
     hooks = dataclasses.replace(hooks, on_step=gate.on_step, state=gate)
     with small.tables.gated(row_gate=gate):
-        return fit(small, lessons, train, hooks=hooks, progress=progress, checkpoint=checkpoint)
+        return fit(small, lesson, train, hooks=hooks, progress=progress, checkpoint=checkpoint)
+
+
+def _lesson(
+    lessons: dict[float, EncodedDataset], data: EncodedDataset, model: CTRModel, share: float, train: TrainConfig
+) -> EncodedDataset:
+    """The data as `taught` by the model, made once for each share of the teacher."""
+    if share not in lessons:
+        lessons[share] = taught(data, model, share, train)
+    return lessons[share]
 
 
 def _one_result(trainings: list[FitResult]) -> FitResult | None:
@@ -331,7 +339,7 @@ def shrink(
     config = config.replace(max_loss=None)
     if config.limit is None:
         return _shrink_predicted(full, data, config, label=label, progress=progress, unfinished=unfinished)
-    if len(ways := ways_to_start(config)) > 1:
+    if config.method == "guided" and len(ways := starts_of(config)) > 1:
         return _best_start(full, data, config, ways, label=label, progress=progress, unfinished=unfinished)
     checkpoint = None if unfinished is None else unfinished / "retraining.safetensors"
     claimed: dict[str, Any] = {"init": config.init}
@@ -342,11 +350,9 @@ def shrink(
             full.model, data, config, readings=full.readings, progress=progress, unfinished=unfinished, **claimed
         )
         verification = verify_plan(full.model, found.plan, data)
-        if config.teacher not in full.lessons:
-            full.lessons[config.teacher] = taught(data, full.model, config.teacher, config.train)
         small = compact_and_retrain(
             full.model, found.plan, data, config,
-            lessons=full.lessons[config.teacher], progress=progress, checkpoint=checkpoint,
+            lessons=full.lessons, progress=progress, checkpoint=checkpoint,
         )  # fmt: skip
     full.readings = full.readings or found.readings
     assert small.training is not None
@@ -377,19 +383,19 @@ def _shrink_predicted(
     return with_search_seconds(trained, seconds + trained.record.search_seconds + trained.record.train_seconds)
 
 
-def ways_to_start(config: RunConfig) -> list[str]:
-    """The kinds of `init` that a run tries for its method; see RunConfig."""
-    if config.init != "auto" or config.method != "guided" or config.search.get("start"):
-        return [config.init]
-    return ["low_rank", "scratch"]
-
-
 def _best_start(
-    full: Trained, data: EncodedDataset, config: RunConfig, ways: list[str], *, unfinished: Path | None, **shown: Any
+    full: Trained,
+    data: EncodedDataset,
+    config: RunConfig,
+    ways: tuple[Start, ...],
+    *,
+    unfinished: Path | None,
+    **shown: Any,
 ) -> Trained:
     """The model with the best validation score of several starts, each with its own plan.
 
-    A model whose score is not measurably below the full model's ends the trials. The time of all trials counts as search.
+    A model of low rank that is as good as the full one does not end the trials: training from scratch often passes both,
+    where the full tables overfit. The time of all trials counts as search.
     """
     trials: list[Trained] = []
     for way in ways:
@@ -404,21 +410,10 @@ def _best_start(
             continue
         trials.append(small)
         logger.info("%s: validation AUC %.4f", way, small.record.valid["auc"])
-        if is_as_good(small, full, data, config.train):
-            break
     best = max(trials, key=lambda trained: trained.record.valid["auc"])
     seconds = sum(t.record.search_seconds + t.record.train_seconds for t in trials)
     best.record = best.record.replace(init=config.init, search=method_config(config).model_dump(mode="json"))
     return with_search_seconds(best, seconds)
-
-
-def is_as_good(small: Trained, full: Trained, data: EncodedDataset, train: TrainConfig) -> bool:
-    """Whether a compact model's validation AUC is at most one standard error of the difference below the full model's."""
-    loss = full.record.valid["auc"] - small.record.valid["auc"]
-    if loss <= 0:
-        return True
-    scores = [predict_logits(trained.model, data, "valid", train) for trained in (full, small)]
-    return loss <= auc_error(data.split("valid").labels, *scores)
 
 
 def with_search_seconds(best: Trained, seconds: float) -> Trained:

@@ -100,13 +100,12 @@ def auc(labels: ArrayLike, scores: ArrayLike, weights: ArrayLike | None = None) 
     return _auc(*_check(labels, scores, weights))
 
 
-def auc_error(labels: ArrayLike, scores: ArrayLike, others: ArrayLike | None = None) -> float:
-    """Standard error of an AUC over samples of as many rows, or of the difference of two (DeLong et al., Biometrics 1988).
+def auc_error(labels: ArrayLike, scores: ArrayLike) -> float:
+    """Standard error of an AUC over samples of as many rows (DeLong et al., Biometrics 1988).
 
     Args:
         labels: (N,) 0 or 1.
         scores: (N,) logits or probabilities; only their order matters.
-        others: (N,) scores of another model for the same rows. With them the error is that of the difference.
 
     Raises:
         DataError: See `auc`.
@@ -115,12 +114,8 @@ def auc_error(labels: ArrayLike, scores: ArrayLike, others: ArrayLike | None = N
         >>> round(auc_error([0, 0, 1, 1], [0.1, 0.4, 0.35, 0.8]), 4)
         0.3536
     """
-    placements = [_placements(*_check(labels, found, None)[:2]) for found in (scores, others) if found is not None]
-    variance = 0.0
-    for parts in zip(*placements, strict=True):  # of the positive rows, then of the negative ones
-        difference = parts[0] if others is None else parts[0] - parts[1]
-        variance += float(np.var(difference, ddof=1)) / len(difference) if len(difference) > 1 else 0.0
-    return variance**0.5
+    placements = _placements(*_check(labels, scores, None)[:2])
+    return sum(float(np.var(part, ddof=1)) / len(part) for part in placements if len(part) > 1) ** 0.5
 
 
 def _placements(positive_N: Bools, scores_N: Numbers) -> tuple[Floats, Floats]:
