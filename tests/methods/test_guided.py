@@ -102,7 +102,7 @@ def test_parameters_are_counted_without_bits(planted: CTRTask):
         plan = search(planted, GuidedConfig(), "1000 params", bits=bits)
         assert 500 < plan.num_params <= 1000
         assert {t.bits for t in plan.tables} == {bits}
-    with pytest.raises(ConfigError, match="mixed bits need a budget in percent or bytes, given 1000 params"):
+    with pytest.raises(ConfigError, match="mixed bits need a budget in percent or bytes, given 1,000 params"):
         search(planted, GuidedConfig(), "1000 params", bits="mixed")
 
 

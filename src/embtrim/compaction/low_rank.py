@@ -87,7 +87,7 @@ def _basis(sensitivity_DD: Tensor, weight_VD: Tensor, count_V: np.ndarray, num_r
         moment_DD += (values * count[:, None]).T @ values
         mean_D += count @ values
     strengths, directions = torch.linalg.eigh(sensitivity_DD)
-    root = strengths.clamp(min=LEAST_SENSITIVITY * float(strengths.max()) + 1e-300).sqrt()
+    root = strengths.clamp(min=max(LEAST_SENSITIVITY * float(strengths.max()), 1e-30)).sqrt()  # fp32 holds its inverse
     forth, back = (directions * root) @ directions.T, (directions / root) @ directions.T
     lost, eigenvectors = torch.linalg.eigh(forth @ moment_DD @ forth / num_rows)
     vectors = eigenvectors.flip(1)
