@@ -436,3 +436,65 @@ class TestCuda:
             small.tables.settle()
             on_cuda = predict_logits(small, recoded, "test", self.CONFIG)
             np.testing.assert_allclose(on_cuda, predict_logits(small, recoded, "test"), rtol=1e-3, atol=1e-4)
+
+
+class TestKeepsStart:
+    """A training that keeps its start ends no worse than it began."""
+
+    @staticmethod
+    def train(data, learning_rate: float, started: bool, **settings):
+        model = DeepFM(data.schema, embedding_dim=4, hidden_units=(8,))
+        if started:
+            fit(model, data, epochs=3, batch_size=256, learning_rate=0.02, precision="fp32")
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        settings = {"epochs": 2, "batch_size": 256, "learning_rate": learning_rate, "precision": "fp32", **settings}
+        result = fit(model, data, hooks=Hooks(keeps_start=True), **settings)
+        same = all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        return model, result, same
+
+    def test_the_start_is_kept_where_every_epoch_is_worse(self, data):
+        model, result, same = self.train(data, learning_rate=3.0, started=True)
+        assert same
+        assert result.best_epoch == 0
+        assert result.best_score == evaluate(model, data, "valid").auc
+        assert all(epoch["score"] < result.best_score for epoch in result.history)
+
+    def test_a_better_epoch_replaces_it(self, data):
+        model, result, same = self.train(data, learning_rate=0.02, started=False)
+        assert not same
+        assert result.best_epoch > 0
+        assert result.best_score == evaluate(model, data, "valid").auc
+
+    def test_without_it_the_best_epoch_counts(self, data):
+        model = DeepFM(data.schema, embedding_dim=4, hidden_units=(8,))
+        fit(model, data, epochs=3, batch_size=256, learning_rate=0.02, precision="fp32")
+        assert fit(model, data, epochs=1, batch_size=256, learning_rate=3.0).best_epoch == 1
+
+    def test_a_resumed_training_keeps_the_same_start(self, data, tmp_path):
+        path = tmp_path / "state.safetensors"
+
+        def train(checkpoint=None, stop=None):
+            model = DeepFM(data.schema, embedding_dim=4, hidden_units=(8,))
+            fit(model, data, epochs=3, batch_size=256, learning_rate=0.02, precision="fp32")
+
+            def on_step(step: int) -> None:
+                if step == stop:
+                    raise KeyboardInterrupt
+
+            hooks = Hooks(keeps_start=True, on_step=on_step)
+            settings = {"epochs": 2, "batch_size": 256, "learning_rate": 3.0, "checkpoint_seconds": 0}
+            return model, fit(model, data, hooks=hooks, checkpoint=checkpoint, precision="fp32", **settings)
+
+        whole, expected = train()
+        for stop in (4, 25):  # in the first epoch, and in the second one
+            with pytest.raises(KeyboardInterrupt):
+                train(path, stop)
+        model, result = train(path)
+        assert (
+            (result.best_epoch, result.best_score)
+            == (expected.best_epoch, expected.best_score)
+            == (0, result.best_score)
+        )
+        assert all(
+            torch.equal(a, b) for a, b in zip(model.state_dict().values(), whole.state_dict().values(), strict=True)
+        )
