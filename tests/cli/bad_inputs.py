@@ -166,6 +166,10 @@ def _search(*more: str) -> Callable[[Workshop], list[str | Path]]:
     return lambda shop: ["search", shop.bundle, shop.data, *more, "--out", shop.new("p.json")]
 
 
+def _curve(*more: str) -> Callable[[Workshop], list[str | Path]]:
+    return lambda shop: ["curve", shop.bundle, shop.data, "--out", shop.new("out"), *more]
+
+
 def _export(*more: str) -> Callable[[Workshop], list[str | Path]]:
     return lambda shop: ["export", shop.small, *more, "--out", shop.new("out")]
 
@@ -266,6 +270,9 @@ BAD_INPUTS = (
     BadInput("budget below the method's floor", _run("--method", "sseds", "--budget", "1%", "--set", "search.min_dim=4"), 1,
              ("175 embedding parameters", "4 column(s) in every table", "raise the budget"), leaves=True),
     BadInput("--budget and --max-loss", _run("--budget", "10%", "--max-loss", "0.01"), 2, ("--budget and --max-loss exclude each other",)),
+    BadInput("--budget auto with another method", _run("--method", "sseds", "--budget", "auto"), 2,
+             ("budget 'auto'", "method 'sseds' predicts none", "use method 'guided'")),
+    BadInput("--tolerance 0", _run("--budget", "auto", "--tolerance", "0"), 2, ("tolerance", "given 0.0", "greater than 0")),
     BadInput("--bits 7", _run("--bits", "7"), 2, ("bits", "given 7", "32, 16, 8, 4")),
     BadInput("--bits in words", _run("--bits", "eight"), 2, ("bits", "'eight'", "'mixed'")),
     BadInput("teacher beyond 1", _run("--set", "teacher=2"), 2, ("teacher", "given 2", "less than or equal to 1")),
@@ -276,6 +283,12 @@ BAD_INPUTS = (
              ("has 8 bits, which fbgemm's tables cannot", "torch or onnx")),
     BadInput("--max-loss 2", _run("--max-loss", "2"), 2, ("max_loss", "given 2.0", "less than 0.5")),
     BadInput("--out of run exists", lambda s: ["run", s.data, "--out", s.data, *TINY], 1, ("data exists and is not empty",)),
+    # curve
+    BadInput("curve: budget that is none", _curve("--budgets", "10%,lots"), 2, ("--budgets", "'lots'", "'10%', '200MB'")),
+    BadInput("curve: no budgets", _curve("--budgets", ","), 2, ("--budgets names no budget",)),
+    BadInput("curve: another method", _curve("--set", "method=sseds"), 2, ("'sseds' predicts no losses", "method 'guided'")),
+    BadInput("curve: compact bundle", lambda s: ["curve", s.small, s.data], 1, ("small holds a compact model", "embtrim train")),
+    BadInput("curve: folder of a run that is none", _curve("--run", "none"), 1, ("none is not a folder",)),
     # compare
     BadInput("compare: unknown model", _compare(models="fm,deepfn"), 2, ("unknown model 'deepfn'", "did you mean 'deepfm'?")),
     BadInput("compare: unknown method", _compare("--methods", "uniform,ssed"), 2, ("unknown method 'ssed'", "did you mean 'sseds'?")),

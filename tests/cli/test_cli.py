@@ -210,6 +210,8 @@ def test_dry_run_writes_nothing(shop: Workshop) -> None:
         ["encode", shop.log, "--label", "click", "--draft", shop.folder / "draft.toml"],
         ["train", shop.data, *TINY],
         ["search", shop.bundle, shop.data, "--budget", "20%"],
+        ["search", shop.bundle, shop.data, "--budget", "auto"],
+        ["curve", shop.bundle, shop.data],
         ["compact", shop.bundle, shop.plan, shop.data, *TINY],
         ["predict", shop.small, shop.log],
         ["run", shop.data, *TINY, "--budget", "20%"],
@@ -322,6 +324,60 @@ def test_unexpected_errors_keep_their_traceback(shop: Workshop, monkeypatch: pyt
     monkeypatch.setattr("embtrim.experiments.records.read_records", broken)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         call("report", shop.folder)
+
+
+@pytest.mark.slow
+def test_curve_of_a_bundle(shop: Workshop) -> None:
+    run, out = shop.new("curve-run"), shop.new("curve")
+    command = ["curve", shop.bundle, shop.data, "--budgets", "20%,5%", "--tolerance", "0.02"]
+    before = shop.snapshot()
+    for more in ([], ["--json"]):
+        planned = call(*command, "--out", out, "--dry-run", *more)
+        assert planned.code == 0, planned.err
+        assert "tolerance" in planned.out
+    assert shop.snapshot() == before
+
+    done = call(*command, "--json")
+    assert done.code == 0, done.err
+    curve = json.loads(done.out)
+    assert shop.snapshot() == before, "nothing is written without --out"
+    assert set(curve["lines"]) == {"widths", "rows and widths", "rows, widths and bits"}
+    assert [point["budget"] for point in curve["lines"]["rows, widths and bits"]] == ["20%", "5%"]
+    assert curve["knee"]["predicted_loss"] <= curve["tolerance"] == 0.02
+
+    shown = call(*command)
+    assert shown.code == 0, shown.err
+    assert f"knee: {curve['knee']['budget']}, " in shown.out
+    assert f"{curve['knee']['budget']} (knee)" in shown.out
+    assert "This is the error of the score, not of the predictions." in shown.out
+
+    settings = [*TINY, "--method", "sseds", "--budget", "20%", "--controls", ""]
+    assert call("run", shop.data, *settings, "--out", run).code == 0
+    assert "curve.html" not in (run / "report.html").read_text()
+    written = call(*command, "--run", run, "--out", run)
+    assert written.code == 0, written.err
+    assert json.loads((run / "curve.json").read_text()) == curve
+    assert "measured: sseds 20%" in (run / "curve.html").read_text()
+    again = call(*command, "--out", run)
+    assert again.code == 1
+    assert "curve.json exists; choose another --out or pass --overwrite" in again.err
+    assert call(*command, "--out", run, "--overwrite").code == 0
+    assert "measured: " not in (run / "curve.html").read_text()
+    assert call("report", run).code == 0
+    assert '<a href="curve.html">' in (run / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_search_at_the_knee(shop: Workshop) -> None:
+    path = shop.new("auto.json")
+    done = call("search", shop.bundle, shop.data, "--budget", "auto", "--tolerance", "0.02", "--out", path)
+    assert done.code == 0, done.err
+    plan = SizePlan.load(path)
+    assert plan.details["predicted_loss"] <= 0.02
+    assert plan.budget is not None
+    assert f"budget {plan.budget} (" in done.err
+    curve = json.loads(call("curve", shop.bundle, shop.data, "--budgets", "50%", "--tolerance", "0.02", "--json").out)
+    assert curve["knee"]["digest"] == plan.digest
 
 
 @pytest.mark.slow

@@ -103,7 +103,7 @@ def test_same_seed_same_metrics(encoded, tmp_path):
 
 def test_max_loss_finds_a_small_plan_within_the_tolerance(encoded, monkeypatch):
     monkeypatch.setattr("embtrim.experiments.tolerance.BISECTIONS", 3)
-    config = CONFIG.replace(train=CONFIG.train.replace(epochs=4), max_loss=0.02, bits=32, teacher=0)
+    config = CONFIG.replace(method="sseds", train=CONFIG.train.replace(epochs=4), max_loss=0.02, bits=32, teacher=0)
     full = train_full(encoded, config)
     found = smallest_within(full, encoded, config)
     assert found.record.valid["auc"] >= full.record.valid["auc"] - 0.02

@@ -31,6 +31,8 @@ MOST_TRAININGS = 2
 MOST_CORRECTION = 4.0
 # After a first training that lost too much the second one is to hold: it is allowed this part of the loss.
 SAFE_PART = 0.8
+# The budget that is named if both lose too much is at least so many times the larger one.
+MORE_TO_TRY = 1.5
 # A prediction of less than this part of `max_loss` says nothing about the factor between measured and predicted losses.
 LEAST_PART = 0.01
 
@@ -73,12 +75,14 @@ def _smallest_predicted(
     task, readings = search_task(full.model, data, config, progress), readings_of(full, data, config, progress)
     seconds = time.perf_counter() - started
     tried: list[tuple[Trained, Predicted, float]] = []
+    shares: list[float] = []
     wanted = allowed
     for _ in range(MOST_TRAININGS):
         predicted = with_predicted_budget(task, readings, config, wanted)
         if any(predicted.num_bytes == earlier.num_bytes for _, earlier, _ in tried):
             break
-        budget = predicted.config.budget
+        budget = predicted.config.limit
+        assert budget is not None
         work = None if unfinished is None else unfinished / str(budget)
         trained = shrink(full, data, predicted.config, progress=progress, unfinished=work)
         loss = full.record.valid["auc"] - trained.record.valid["auc"]
@@ -86,16 +90,19 @@ def _smallest_predicted(
             "budget %s: predicted loss %.5f, measured %.5f, allowed %.5f", budget, predicted.loss, loss, allowed
         )
         tried.append((trained, predicted, loss))
+        shares.append(budget.amount)
         wanted = corrected(predicted.loss, loss, allowed)
         if loss > allowed and len(tried) == 1:
             wanted *= SAFE_PART
     within = [trained for trained, _, loss in tried if loss <= allowed]
     if not within:
         losses = ", ".join(f"{loss:.5f} at {predicted.config.budget}" for _, predicted, loss in tried)
-        advice = with_predicted_budget(task, readings, config, wanted).config.budget
+        advice = with_predicted_budget(task, readings, config, wanted).config.limit
+        assert advice is not None
+        enough = max(advice.amount, MORE_TO_TRY * max(shares))
         raise EmbtrimError(
             f"no plan that was trained is within {allowed} of the full model's validation AUC "
-            f"{full.record.valid['auc']:.4f}: the losses were {losses}; try --budget {advice}, or allow more loss"
+            f"{full.record.valid['auc']:.4f}: the losses were {losses}; try --budget {min(1.0, enough):.2%}, or allow more loss"
         )
     best = min(within, key=lambda trained: trained.record.table_bytes)
     best.record = best.record.replace(search=method_config(config).model_dump(mode="json"))

@@ -238,7 +238,7 @@ def choices_of(
     grid = np.meshgrid(widths, np.array(levels), counts, indexing="ij")
     widths_N, levels_N, rows_N = (np.append(axis.ravel(), least) for axis, least in zip(grid, nothing, strict=True))
     share_N = weight * kept_V[rows_N] / total if total else np.zeros(len(rows_N))
-    noise_N = np.array([reading.noise.get(int(bits), 0.0) for bits in levels_N])
+    noise_N = np.where(widths_N > 0, [reading.noise.get(int(bits), 0.0) for bits in levels_N], 0.0)
     errors_LN = np.stack(
         [weight * (total - kept_V[rows_N]), np.where(rows_N > 0, share_N * lost_D[widths_N], 0.0), share_N * noise_N]
     )

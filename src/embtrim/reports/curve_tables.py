@@ -57,7 +57,7 @@ def curve_terminal(curve: SizeCurve) -> Table:
     """The table for a terminal."""
     table = Table(title=Text("predicted validation AUC"), title_justify="left", box=box.SIMPLE_HEAD)
     for name in curve_header(curve):
-        table.add_column(Text(name), justify="right")
+        table.add_column(Text(name.replace(": ", "\n")), justify="right", no_wrap=True)
     for row in curve_rows(curve):
         table.add_row(*map(Text, row))
     return table
