@@ -463,3 +463,25 @@ def test_version_and_nothing() -> None:
 
     assert call("--version").out == f"embtrim {embtrim.__version__}\n"
     assert call().code == 2
+
+
+@pytest.mark.slow
+def test_a_plan_for_a_low_rank_start_needs_no_training(shop: Workshop) -> None:
+    import embtrim
+
+    plan, out = shop.new("low-rank-plan").with_suffix(".json"), shop.new("low-rank")
+    searched = ("--method", "guided", "--set", "search.start=low_rank", "--budget", "30%", "--bits", "32")
+    assert call("search", shop.bundle, shop.data, *searched, "--out", plan).code == 0
+    done = call("compact", shop.bundle, plan, shop.data, "--no-train", "--out", out, "--json")
+    assert done.code == 0, done.err
+    data, model = embtrim.load(str(shop.data)), embtrim.load_bundle(shop.bundle).model
+    found, task = SizePlan.load(plan), embtrim.CTRTask(model, data)
+    assert found.details["config"] == {"start": "low_rank"}
+    expected = embtrim.compact(model, found, init="low_rank", task=task)
+    auc = embtrim.evaluate(expected, data.recode(found), "test").auc
+    assert json.loads(done.out)["test"]["auc"] == pytest.approx(auc, abs=1e-6)
+    other = call(
+        "compact", shop.bundle, plan, shop.data, "--no-train", "--init", "scratch", "--out", out, "--overwrite"
+    )
+    assert other.code == 2
+    assert "--no-train would save the untrained weights of --init scratch" in other.err

@@ -70,7 +70,7 @@ def test_settings_are_resolved() -> None:
         ),
         (
             {"variants": {"x": {"method": "sseds", "init": "warm"}}},
-            r"\[variants.x\] init must be one of scratch, initial, inherit; given 'warm'",
+            r"\[variants.x\] init must be one of auto, scratch, initial, inherit, low_rank; given 'warm'",
         ),
         ({"variants": {"x": {"method": "sseds", "scor": 1}}}, r"\[variants.x\] unknown key 'scor' for SSEDSConfig"),
         ({"variants": {"a b": {"method": "sseds"}}}, "label 'a b'.*letters, digits"),
@@ -96,7 +96,7 @@ def test_faults_are_found_before_anything_is_trained(
     [
         ({"train": CONFIG.train.replace(epochs=2)}, "train.epochs = 1, now it is 2"),
         ({"hparams": {**CONFIG.hparams, "embedding_dim": 5}}, "hparams.embedding_dim = 4, now it is 5"),
-        ({"init": "inherit"}, 'init = "scratch", now it is "inherit"'),
+        ({"init": "inherit"}, 'init = "auto", now it is "inherit"'),
         ({"teacher": 0}, "teacher = 0.5, now it is 0.0"),
         ({"variants": {"wide-sseds": {"method": "sseds", "min_dim": 2}}}, "search.min_dim = 1, now it is 2"),
         ({"variants": {"wide-sseds": {"method": "random"}}}, 'method = "sseds", now it is "random"'),

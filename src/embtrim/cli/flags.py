@@ -40,7 +40,11 @@ Tolerance = Annotated[
 ]
 InitName = Annotated[
     str | None,
-    typer.Option("--init", metavar="scratch|initial|inherit", help="Initial weights of a compact model."),
+    typer.Option(
+        "--init",
+        metavar="auto|scratch|initial|inherit|low_rank",
+        help="Initial weights of a compact model. auto: those that the plan was made for.",
+    ),
 ]
 BitsName = Annotated[
     str | None,

@@ -193,7 +193,11 @@ def compact(
     data: DataName,
     init: InitName = None,
     no_train: Annotated[
-        bool, typer.Option("--no-train", help="Do not retrain the compact model; needs --init inherit.")
+        bool,
+        typer.Option(
+            "--no-train",
+            help="Do not retrain the compact model; needs --init inherit or low_rank, or a plan with the start low_rank.",
+        ),
     ] = False,
     out: OutPath = None,
     config: ConfigPath = None,
@@ -208,6 +212,7 @@ def compact(
     start_log(quiet)
     settings = run_config(data, config, overrides, {"init": init, "seed": seed})
     from embtrim.experiments.estimates import estimate_compacting
+    from embtrim.experiments.records import started_as
     from embtrim.experiments.steps import compact_and_retrain, load_full, verify_plan
     from embtrim.plan.plan import SizePlan
     from embtrim.serving.bundle import check_out, save
@@ -216,11 +221,13 @@ def compact(
     from embtrim.training.evaluation import evaluate
 
     retrain, progress = not no_train, wants_progress(quiet)
-    if no_train and settings.init != "inherit":
-        raise ConfigError(f"--no-train would save the untrained weights of --init {settings.init}; add --init inherit")
+    sizes = SizePlan.load(plan)
+    if no_train and (start := started_as(sizes, settings.init)) not in ("inherit", "low_rank"):
+        raise ConfigError(
+            f"--no-train would save the untrained weights of --init {start}; add --init inherit or --init low_rank"
+        )
     encoded = embtrim.load(data)
     full = load_full(bundle, encoded)
-    sizes = SizePlan.load(plan)
     sizes.check_schema(full.schema)
     if dry_run:
         show_dry_run(settings, estimate_compacting(full, sizes, encoded, settings, retrain), as_json)
