@@ -126,7 +126,18 @@ def test_what_a_choice_loses_by_hand(absence):
     full = SizePlan.full(Schema.from_sizes([30]), 4)
     reading = made_readings(full, absence=absence).tables["f0"]
     budget, weight = Budget.parse("20%"), 1.0 if absence is None or absence > 0 else 0.0
-    found = choices_of(full, full.tables[0], reading, reading.lost_D, budget, (4, 16), "project", None, False)
+    found = choices_of(
+        full,
+        full.tables[0],
+        reading,
+        reading.lost_D,
+        budget,
+        (4, 16),
+        "project",
+        None,
+        keeps_columns=False,
+        keeps_rows=False,
+    )
     ranked = np.sort(reading.energy_V)[::-1]
     seen = set()
     for n, (size, errors) in enumerate(zip(found.bytes_N, found.errors_LN.T, strict=True)):
@@ -219,7 +230,16 @@ def test_equal_widths_are_among_the_candidates():
     readings, budget, levels = made_readings(full), Budget.parse("55%"), (32, 8)
     choices = [
         choices_of(
-            full, t, readings.tables[t.name], readings.tables[t.name].lost_D, budget, levels, "scatter", None, False
+            full,
+            t,
+            readings.tables[t.name],
+            readings.tables[t.name].lost_D,
+            budget,
+            levels,
+            "scatter",
+            None,
+            keeps_columns=False,
+            keeps_rows=False,
         )
         for t in full.tables
     ]
@@ -267,7 +287,18 @@ def test_bytes_are_those_of_every_layout(num_rows: int, standalone: bool, target
     for kind in ("bytes", "percent"):
         budget = Budget(kind, 0.5)
         for alignment in ("project", "concat"):
-            found = choices_of(full, full.tables[0], reading, reading.lost_D, budget, levels, alignment, target, False)
+            found = choices_of(
+                full,
+                full.tables[0],
+                reading,
+                reading.lost_D,
+                budget,
+                levels,
+                alignment,
+                target,
+                keeps_columns=False,
+                keeps_rows=False,
+            )
             expected = [
                 full.table_bytes(found.layout(n, alignment), target, budget=budget) for n in range(len(found.bytes_N))
             ]
@@ -323,7 +354,16 @@ def test_no_better_plan_is_found_by_trying_all(monkeypatch):
         found = allot(readings, full, budget, (32, 8), "concat")
         choices = [
             choices_of(
-                full, t, readings.tables[t.name], readings.tables[t.name].lost_D, budget, (32, 8), "concat", None, False
+                full,
+                t,
+                readings.tables[t.name],
+                readings.tables[t.name].lost_D,
+                budget,
+                (32, 8),
+                "concat",
+                None,
+                keeps_columns=False,
+                keeps_rows=False,
             )
             for t in full.tables
         ]
