@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from embtrim.config import Config
-from embtrim.methods import METHODS, GuidedConfig, MagnitudeConfig, SSEDSConfig
+from embtrim.methods import METHODS, MagnitudeConfig, SSEDSConfig
 from embtrim.testing.checks import CHECKS, broken_promise, check_planted
 from embtrim.testing.toys import TASKS
 
@@ -14,10 +14,6 @@ KEEPS_NOISE: Mapping[str, tuple[str, Config | None]] = {
     "uniform": ("one width for all fields", None),
     "random": ("it looks at nothing", None),
     "mde": ("it knows the size of a field, not its worth", None),
-    "guided": (
-        "equal widths are preferred where a plan is predicted to be hardly better",
-        GuidedConfig(start="low_rank"),
-    ),
     "magnitude": ("a column of many rows has a large norm", MagnitudeConfig(cost_aware=True)),
     "sseds": ("every table keeps a column, so that no score takes the last one of an id", SSEDSConfig(min_dim=0)),
     "sseds-faithful": ("|g| of training data takes what was learned by heart for useful", SSEDSConfig(min_dim=0)),
