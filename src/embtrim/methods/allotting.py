@@ -25,7 +25,7 @@ from embtrim.plan.table import Alignment, Block, BlockShape, TablePlan, TableSha
 # Numbers of rows and columns that are tried: all up to eight, then this many per doubling.
 CHOICES_PER_DOUBLING = 4
 # Plans whose predicted losses differ by less than this part of the score's standard error are equally good; equal widths
-# are then preferred. Two models that order all but one in some thousand pairs alike have scores that differ by as much.
+# are then preferred, unless the score does not miss a table that they keep. Two models that order all but one in some thousand pairs alike have scores that differ by as much.
 CLOSE = 0.02
 # Repetitions until the rates fit the plan.
 ROUNDS = 6
@@ -156,9 +156,10 @@ def allot(
     for factors in itertools.product(FACTORS, FACTORS):
         try_rates([rates[0] * factors[0], rates[1] * factors[1], rates[2]])
     best = min(candidates, key=merit)
-    if not in_own_basis and equal:
+    close = CLOSE * readings.error
+    if equal and not in_own_basis and all(t.absence is None or t.absence > close for t in readings.tables.values()):
         simplest = min(equal, key=merit)
-        if merit(simplest)[0] <= merit(best)[0] + CLOSE * readings.error:
+        if merit(simplest)[0] <= merit(best)[0] + close:
             best = simplest
     tables = [of.layout(n, alignment) for of, n in zip(choices, best, strict=True)]
     plan = dataclasses.replace(full, tables=tuple(_with_rows(t, readings.tables[t.name].energy_V) for t in tables))
@@ -232,7 +233,7 @@ def choices_of(
     def num_bytes(rows: int, width: int, bits: int) -> int:
         return full.table_bytes(_layout(table, rows, width, bits, alignment), target, budget=budget)
 
-    # No row; or, where no row and no first-order weight may go, no column.
+    # No row; or, where no row and no first-order weight may go, no column. A table without rows reads zero.
     nothing = (0, min(levels), table.num_rows if keeps_rows else 0)
     bytes_WBN = _all_bytes(num_bytes, table.num_rows, counts, widths, levels)
     grid = np.meshgrid(widths, np.array(levels), counts, indexing="ij")

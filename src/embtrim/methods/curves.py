@@ -1,4 +1,8 @@
-"""The curve: what `guided` predicts for every budget, from one set of readings, and the least budget within a loss."""
+"""The curve: what `guided` predicts for every budget, from one set of readings, and the least budget within a loss.
+
+The losses of a curve are those at once: they do not count on what training from scratch makes up for. It may do much
+better. Where the full model is not easily reached again by training, it does worse, and no reading tells.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Any, Literal
 
 from embtrim.errors import BudgetError
 from embtrim.methods.allotting import Allotment
-from embtrim.methods.guided import GuidedConfig, levels_of, plan_within
+from embtrim.methods.guided import RECOVERY, GuidedConfig, levels_of, plan_within
 from embtrim.methods.readings import Readings, read
 from embtrim.plan.budget import Budget
 from embtrim.plan.budget_limits import ROUNDED, amount_of
@@ -176,7 +180,7 @@ def best_within(
     *,
     keeps_rows: bool = False,
 ) -> tuple[Start, Allotment]:
-    """The start of least predicted loss within a budget, and its plan; see `plan_within` for the arguments.
+    """The start of least loss at once within a budget, and its plan; see `plan_within` for the arguments.
 
     Raises:
         BudgetError: No start has a plan that keeps something within the budget.
@@ -186,6 +190,9 @@ def best_within(
         config = GuidedConfig(start=start)
         allotment = plan_within(task, readings, config, budget, bits, target, keeps_rows=keeps_rows)
         plan = allotment.plan
+        if start == "scratch":
+            at_once = zip(allotment.losses, RECOVERY, strict=True)
+            allotment = allotment._replace(losses=tuple(loss / eta for loss, eta in at_once))
         if not plan.keeps_nothing and amount_of(plan, budget, target) <= budget.amount * ROUNDED:
             found.append((start, allotment))
     if not found:
