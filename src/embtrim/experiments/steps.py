@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 # Most epochs in which a compact model learns from the full one after it was started or trained, and how often in an epoch
 # the scales of its codes follow the tables.
-FINISHING_EPOCHS, CODE_FITS_PER_EPOCH = 3, 4
+FINISHING_EPOCHS, CODE_FITS_PER_EPOCH = 5, 4
 
 
 # --- single steps ---------------------------------------------------------------------------------------------------
