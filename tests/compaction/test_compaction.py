@@ -132,7 +132,7 @@ def test_inits_differ_as_named(data):
     assert not torch.equal(kept(compact(model, plan, "scratch", seed=1)), kept(compact(model, plan, "scratch", seed=2)))
     with pytest.raises(EmbtrimError, match="'scratch', 'initial', 'inherit' or 'low_rank', given 'warm'"):
         compact(model, plan, "warm")
-    with pytest.raises(EmbtrimError, match="'scratch', 'initial' or 'inherit', given 'inherited'"):
+    with pytest.raises(EmbtrimError, match="'scratch', 'initial', 'inherit' or 'low_rank', given 'inherited'"):
         compact(ForeignModel(), site_plan(find_sites(ForeignModel())), "inherited")
 
 
