@@ -13,7 +13,7 @@ from torch import Tensor
 
 from embtrim.compaction import low_rank
 from embtrim.compaction.compacting import compact
-from embtrim.compaction.low_rank import Basis, _basis, bases, has_coordinates
+from embtrim.compaction.low_rank import Basis, _basis, bases, has_coordinates, trained_rows
 from embtrim.errors import EmbtrimError
 from embtrim.models import DCN, DLRM, FM, FNN, IPNN, DCNv2, DeepFM
 from embtrim.plan.plan import SizePlan
@@ -137,7 +137,7 @@ def approximated(task: Task, plan: SizePlan) -> Any:
     """A copy of the full model whose tables are what the compact model should read."""
     model = copy.deepcopy(task.model)  # before max_norm shortens rows that are read
     weights = weights_by_table(task.sites(model))
-    found, read = bases(task), weights_by_table(task.sites(task.model))
+    found, read = bases(task, *trained_rows(task)), weights_by_table(task.sites(task.model))
     for table in plan.tables:
         weight, basis = weights[table.name], found[table.name]
         dropped = torch.ones(table.num_rows, dtype=torch.bool)

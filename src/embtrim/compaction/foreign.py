@@ -172,7 +172,7 @@ def _compact_table(
     module = site.module
     padding = site.reserved_rows[site.names.index(table.name)]
     compacted = CompactEmbedding(table, padding, module.max_norm, module.norm_type, module.sparse).to(weight_VD.dtype)
-    if init in ("inherit", "low_rank"):
+    if init == "inherit":
         check_inheritable(table)
         kept_rows, compact_ids = kept_rows_of(table)
         compacted.set_rows(compact_ids, weight_VD[torch.from_numpy(kept_rows)][:, list(table.columns)])

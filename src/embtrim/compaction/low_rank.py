@@ -7,10 +7,10 @@ it, takes them back to the full width. A_w and B_w minimise the expected second-
 
     1/2 tr( G (I - A_w B_w)^T C (I - A_w B_w) ),    C = 1/N sum_r n_r e_r e_r^T
 
-G is the sensitivity of the table (tasks/sensitivity.py), n_r how often row r occurs in the training
-data, and N the largest number of occurrences that a table has. With
-S = G^{1/2} and the eigenvectors U of S C S, in order of their eigenvalues, A = S U and B = U^T S^{-1}. The loss that w
-coordinates leave is half the sum of the other eigenvalues. Rows that a plan drops read the mean embedding of the table.
+G is the sensitivity of the table (tasks/sensitivity.py), n_r how often row r occurs in the training data, and N the
+largest number of occurrences that a table has. With S = G^{1/2} and the eigenvectors U of S C S, in order of their
+eigenvalues, A = S U and B = U^T S^{-1}. The loss that w coordinates leave is half the sum of the other eigenvalues. Rows
+that a plan drops read the mean embedding of the table.
 """
 
 from __future__ import annotations
@@ -56,14 +56,24 @@ class Basis:
     sensitivity: float
 
 
-def bases(task: Task) -> dict[str, Basis]:
-    """The basis of every table by its name: one forward and backward pass over the validation batches, and the tables."""
-    weights, counts = trained_rows(task)
-    num_rows = max(1, *(int(count_V.sum()) for count_V in counts.values()))
+def bases(task: Task, weights: Mapping[str, Tensor], counts: Mapping[str, np.ndarray]) -> dict[str, Basis]:
+    """The basis of every table by its name: one forward and backward pass over the validation batches, and the tables.
+
+    Args:
+        task: Task of the trained full model.
+        weights: Weights of each table; see `trained_rows`.
+        counts: Occurrences of its rows in the training data.
+    """
+    num_rows = num_occurrences(counts)
     return {
         name: _basis(sensitivity_DD, weights[name], counts[name], num_rows)
         for name, sensitivity_DD in sensitivities(task).items()
     }
+
+
+def num_occurrences(counts: Mapping[str, np.ndarray]) -> int:
+    """N: the largest number of occurrences that a table has, and 1 at least."""
+    return max(1, *(int(count_V.sum()) for count_V in counts.values()))
 
 
 def trained_rows(task: Task) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
@@ -121,11 +131,13 @@ def start_low_rank(small: nn.Module, plan: SizePlan, task: Task) -> None:
         task: Task of the trained full model.
     """
     with weights_kept(task.model):
-        _start_tables(small, plan, task, bases(task))
+        weights, counts = trained_rows(task)
+        _start_tables(small, plan, task.model, weights, bases(task, weights, counts))
 
 
-def _start_tables(small: nn.Module, plan: SizePlan, task: Task, found: Mapping[str, Basis]) -> None:
-    full, weights = task.model, weights_by_table(task.sites(task.model))
+def _start_tables(
+    small: nn.Module, plan: SizePlan, full: nn.Module, weights: Mapping[str, Tensor], found: Mapping[str, Basis]
+) -> None:
     compacted: dict[str, CompactEmbedding] = {}
     if not isinstance(small, CTRModel):
         compacted = dict(zip([t.name for t in plan.tables], compact_tables(small, plan), strict=True))

@@ -14,7 +14,7 @@ alike. A table whose absence does not lower the score is read as well.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embtrim.compaction.low_rank import Basis, bases, trained_rows
+from embtrim.compaction.low_rank import Basis, bases, num_occurrences, trained_rows
 from embtrim.system.progress import tracked
-from embtrim.tables.packing import CHUNK_ROWS, codes_of, fit_codes
+from embtrim.tables.packing import CHUNK_ROWS, as_coded, fit_codes
 from embtrim.tasks.sites import weights_by_table, weights_kept
 from embtrim.tasks.task import Task
+
+# Rows (N, W) of a table -> the same rows as they are stored.
+Rounding = Callable[[Tensor], Tensor]
 
 # Most validation rows to score on, and the part of the training rows that they are at most: about twenty passes then
 # take less than an epoch.
@@ -142,24 +145,20 @@ def read(task: Task) -> Readings:
 
 
 def _readings(task: Task) -> Readings:
-    train_rows = max(int(count_V.sum()) for count_V in task.row_counts().values())
+    weights, counts = trained_rows(task)
+    train_rows = num_occurrences(counts)
     task = task.sampled(max(LEAST_ROWS, min(MOST_ROWS, int(PART_OF_TRAIN * train_rows))))
-    found, (weights, counts) = bases(task), trained_rows(task)
-    tables = {
-        name: TableReading(
-            basis.sensitivity / (2 * train_rows) * row_energies(weights[name], counts[name], basis.mean_D),
-            basis.lost_D,
-            {
-                bits: basis.sensitivity / (2 * train_rows) * code_error(weights[name], counts[name], bits)
-                for bits in CODE_BITS
-            },
-        )
-        for name, basis in found.items()
-    }
+    found = bases(task, weights, counts)
+    codes = {(name, bits): rounding(weight_VD, bits) for name, weight_VD in weights.items() for bits in CODE_BITS}
+    tables = {}
+    for name, basis in found.items():
+        unit, weight_VD, count_V = basis.sensitivity / (2 * train_rows), weights[name], counts[name]
+        noise = {bits: unit * rounding_error(weight_VD, count_V, codes[name, bits]) for bits in CODE_BITS}
+        tables[name] = TableReading(unit * row_energies(weight_VD, count_V, basis.mean_D), basis.lost_D, noise)
     reader = _Reader(task, found)
-    rows, widths, bits = _read_rows(reader, tables), _read_widths(reader, tables), _read_bits(reader, tables)
+    rows, widths, bits = _read_rows(reader, tables), _read_widths(reader, tables), _read_bits(reader, tables, codes)
     tables = {
-        name: TableReading(table.energy_V, table.lost_D, table.noise, absence)
+        name: dataclasses.replace(table, absence=absence)
         for (name, table), absence in zip(tables.items(), _absences(reader), strict=True)
     }
     return Readings(reader.score, task.score_error(task.model), tables, rows, widths, bits, found)
@@ -234,12 +233,11 @@ def _read_widths(reader: _Reader, tables: Mapping[str, TableReading]) -> Curve:
     return _rising(widths, errors, losses, width)
 
 
-def _read_bits(reader: _Reader, tables: Mapping[str, TableReading]) -> Curve:
+def _read_bits(reader: _Reader, tables: Mapping[str, TableReading], codes: Mapping[tuple[str, int], Rounding]) -> Curve:
     """All tables as their codes read."""
 
     def coded(name: str, bits: int) -> Any:
-        scale, offset = fit_codes(reader.live[name], bits)
-        return lambda part, _rows: codes_of(part, scale, offset, bits) * scale + offset
+        return lambda part, _rows: codes[name, bits](part)
 
     losses = reader.losses("reading bits", [{name: coded(name, bits) for name in tables} for bits in CODE_BITS])
     return _rising(CODE_BITS, [sum(table.noise[b] for table in tables.values()) for b in CODE_BITS], losses, 32)
@@ -271,17 +269,24 @@ def row_energies(weight_VD: Tensor, count_V: np.ndarray, mean_D: Tensor) -> np.n
     return torch.cat([count * (part - mean_D).double().square().sum(1).cpu() for count, part in parts]).numpy()
 
 
+def rounding(weight_VD: Tensor, bits: int) -> Rounding:
+    """The function from rows of a table to what they read in 16, 8 or 4 bits; its scales are fitted to the whole table."""
+    if bits == 16:
+        return lambda part: part.half().float()
+    scale, offset = fit_codes(weight_VD.float(), bits)
+    return lambda part: as_coded(part.float(), scale, offset, bits)
+
+
+def rounding_error(weight_VD: Tensor, count_V: np.ndarray, stored: Rounding) -> float:
+    """sum_r n_r ||e_r - stored(e_r)||^2 of a table."""
+    parts = zip(weight_VD.split(CHUNK_ROWS), torch.from_numpy(count_V).split(CHUNK_ROWS), strict=True)
+    return sum(
+        float(((stored(part) - part.float()).double().square().sum(1).cpu() * count).sum()) for part, count in parts
+    )
+
+
 def code_error(weight_VD: Tensor, count_V: np.ndarray, bits: int) -> float:
-    """sum_r n_r ||e_r - stored(e_r)||^2 of a table in 16, 8 or 4 bits; 0 in 32 bits."""
+    """`rounding_error` of a table in 16, 8 or 4 bits; 0 in 32 bits."""
     if bits == 32 or not len(weight_VD):
         return 0.0
-    scale, offset = (None, None) if bits == 16 else fit_codes(weight_VD.float(), bits)
-    total = 0.0
-    for part, count in zip(weight_VD.split(CHUNK_ROWS), torch.from_numpy(count_V).split(CHUNK_ROWS), strict=True):
-        values = part.float()
-        if scale is None or offset is None:
-            stored = values.half().float()
-        else:
-            stored = codes_of(values, scale, offset, bits) * scale + offset
-        total += float(((stored - values).double().square().sum(1).cpu() * count).sum())
-    return total
+    return rounding_error(weight_VD, count_V, rounding(weight_VD, bits))

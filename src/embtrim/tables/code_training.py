@@ -14,7 +14,7 @@ from torch import Tensor
 
 from embtrim.tables.embedding_tables import EmbeddingTables
 from embtrim.tables.layout import Group
-from embtrim.tables.packing import codes_of, fit_codes
+from embtrim.tables.packing import as_coded, fit_codes
 
 
 class Stretches(NamedTuple):
@@ -71,7 +71,7 @@ class CodeGate:
         place_U = torch.searchsorted(stretches.start_T, rows_U.long(), right=True) - 1
         scale_UW, offset_UW = stretches.scale_TW[place_U], stretches.offset_TW[place_U]
         with torch.no_grad():
-            rounding = codes_of(found_UW, scale_UW, offset_UW, group.bits) * scale_UW + offset_UW - found_UW
+            rounding = as_coded(found_UW, scale_UW, offset_UW, group.bits) - found_UW
         return found_UW + rounding
 
     def on_step(self, step: int) -> None:

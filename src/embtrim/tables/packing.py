@@ -100,7 +100,7 @@ def fit_codes(values_NW: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         scale_W = (torch.lerp(mean_W, high_W, clip) - offset_W) / (2**bits - 1)
         error_W = torch.zeros_like(low_W)
         for part in values_NW.split(CHUNK_ROWS):
-            error_W += (codes_of(part, scale_W, offset_W, bits) * scale_W + offset_W - part).square().sum(0)
+            error_W += (as_coded(part, scale_W, offset_W, bits) - part).square().sum(0)
         better_W = error_W < least_W
         best_scale_W = torch.where(better_W, scale_W, best_scale_W)
         best_offset_W = torch.where(better_W, offset_W, best_offset_W)
@@ -112,3 +112,8 @@ def codes_of(values_NW: Tensor, scale_W: Tensor, offset_W: Tensor, bits: int) ->
     """Codes (N, W), as floats: whole numbers from 0 to 2^bits - 1."""
     steps_NW = (values_NW - offset_W) / torch.where(scale_W > 0, scale_W, 1.0)
     return steps_NW.round().clamp(0, 2**bits - 1)
+
+
+def as_coded(values_NW: Tensor, scale_W: Tensor, offset_W: Tensor, bits: int) -> Tensor:
+    """Values (N, W) as their codes read."""
+    return codes_of(values_NW, scale_W, offset_W, bits) * scale_W + offset_W
