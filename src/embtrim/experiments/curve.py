@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from embtrim.data.dataset import EncodedDataset
 from embtrim.experiments.settings import RunConfig, starts_of
+from embtrim.experiments.steps import search_task
 from embtrim.methods.curves import BUDGETS, SizeCurve, curve_of
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.budget import Budget
-from embtrim.tasks.task import CTRTask
 
 
 def size_curve(
@@ -38,10 +38,8 @@ def size_curve(
         BudgetError: A budget cannot be parsed, or no plan is predicted to be within the tolerance.
     """
     config = config or RunConfig()
-    task = CTRTask(model, data, config.train.replace(seed=config.seed))
-    task.progress = progress
     return curve_of(
-        task,
+        search_task(model, data, config, progress),
         bits=config.stored_bits,
         target=config.target,
         budgets=BUDGETS if budgets is None else tuple(map(Budget.parse, budgets)),

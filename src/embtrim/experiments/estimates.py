@@ -31,8 +31,10 @@ def dry_run(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
     check_run(data, config)
     config = config.replace(bits=config.stored_bits)
     model = build(config.model, data.schema, **config.hparams)
-    methods = (config.method, *(split_control(control)[0] for control in config.controls))
-    models = 1 + sum(len(starts_of(config)) if method == "guided" else 1 for method in methods)
+    # A control has settings of its own: the defaults.
+    runs = [config, *(config.replace(search={}) for _ in config.controls)]
+    methods = [config.method, *(split_control(control)[0] for control in config.controls)]
+    models = 1 + sum(len(starts_of(run)) if name == "guided" else 1 for name, run in zip(methods, runs, strict=True))
     models += 0 if config.max_loss is None else (MOST_TRAININGS if config.method == "guided" else BISECTIONS) - 1
     training = longest_training(model, data, config.train)
     return {

@@ -330,7 +330,7 @@ def read_records(folder: str | Path) -> list[RunRecord]:
         folder: The folder of the run or comparison, or a folder that holds the `*.json` files themselves.
 
     Raises:
-        DataError: There is no such folder, it holds no records or both kinds of files, or a record is damaged.
+        DataError: The folder does not exist, holds no records or both kinds of files, or a record is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():

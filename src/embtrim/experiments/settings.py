@@ -6,11 +6,13 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from embtrim.compaction.foreign import Init
 from embtrim.config import Config
 from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import ConfigError
 from embtrim.methods import method_named
-from embtrim.methods.curves import STARTS, Start
+from embtrim.methods.curves import STARTS
+from embtrim.methods.guided import Start
 from embtrim.models import build
 from embtrim.models.ctr_model import HyperParameters
 from embtrim.plan.budget import AUTO, Budget, BudgetOrAuto
@@ -21,7 +23,7 @@ from embtrim.training.devices import device_of
 from embtrim.training.settings import TrainConfig
 
 # Initial weights of a compact model, as they can be asked for; see RunConfig.
-InitSetting = Literal["auto", "scratch", "initial", "inherit", "low_rank"]
+InitSetting = Literal["auto", Init]
 
 
 class RunConfig(Config):
@@ -40,9 +42,8 @@ class RunConfig(Config):
             plan within this loss is looked for. `guided` predicts its budget and retrains twice at most; other methods
             bisect, with six trainings.
         init: Initial weights of the compact model: "scratch", "initial", "inherit" or "low_rank"; see `compact`. "auto" is
-            "scratch" for the published methods and the controls. With `guided` it tries a plan for tables of low rank
-            first, then, unless the model is as good as the full one, a plan that is trained from scratch, and keeps the
-            model with the better validation score.
+            "scratch" for the published methods and the controls. With `guided` it tries a plan for tables of low rank and
+            a plan that is trained from scratch, and keeps the model with the better validation score.
         teacher: Share of the full model's predicted probability in the labels on which a compact model trains: label =
             (1 - teacher) * click + teacher * probability (Hinton et al. 2015, arXiv 1503.02531). 0 trains on the clicks
             alone, as the papers of the search methods do.

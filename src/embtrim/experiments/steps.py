@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,8 @@ from embtrim.errors import BudgetError, DataError
 from embtrim.experiments.records import FoundPlan, Trained, make_record, started_as
 from embtrim.experiments.settings import RunConfig, method_config, starts_of
 from embtrim.methods import method_named, search
-from embtrim.methods.curves import Start, least_within
+from embtrim.methods.curves import least_within
+from embtrim.methods.guided import Start
 from embtrim.methods.readings import Readings, read
 from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel
@@ -247,7 +249,7 @@ def compact_and_retrain(
     """
     lessons = {} if lessons is None else lessons
     init, train = started_as(plan, config.init), config.train.replace(seed=config.seed)
-    task = CTRTask(model, data, train) if init == "low_rank" else None
+    task = search_task(model, data, config, progress) if init == "low_rank" else None
     small = compact(model, plan, init=init, seed=config.seed, task=task)  # type: ignore[arg-type]
     trainings = []
     if retrain and init != "low_rank":
@@ -284,10 +286,9 @@ def _finish(
     lesson = _lesson(lessons, data, model, share, train).recode(small.tables.plan)  # type: ignore[arg-type]
     hooks = Hooks(keeps_start=True, settings=teaching_settings(model, share) if checkpoint is not None else {})
     gate = CodeGate(small.tables, max(1, data.num_rows("train") // train.batch_size // CODE_FITS_PER_EPOCH))
-    if not gate.coded:
-        return fit(small, lesson, train, hooks=hooks, progress=progress, checkpoint=checkpoint)
-    hooks = dataclasses.replace(hooks, on_step=gate.on_step, state=gate)
-    with small.tables.gated(row_gate=gate):
+    if gate.coded:
+        hooks = dataclasses.replace(hooks, on_step=gate.on_step, state=gate)
+    with small.tables.gated(row_gate=gate) if gate.coded else nullcontext():
         return fit(small, lesson, train, hooks=hooks, progress=progress, checkpoint=checkpoint)
 
 

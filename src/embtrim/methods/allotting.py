@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from embtrim.methods.readings import Readings, TableReading
+from embtrim.methods.readings import Curve, Readings, TableReading
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Alignment, Block, BlockShape, TablePlan, TableShape, Target
@@ -25,7 +25,8 @@ from embtrim.plan.table import Alignment, Block, BlockShape, TablePlan, TableSha
 # Numbers of rows and columns that are tried: all up to eight, then this many per doubling.
 CHOICES_PER_DOUBLING = 4
 # Plans whose predicted losses differ by less than this part of the score's standard error are equally good; equal widths
-# are then preferred, unless the score does not miss a table that they keep. Two models that order all but one in some thousand pairs alike have scores that differ by as much.
+# are then preferred, unless the score does not miss a table that they keep. Two models that order all but one in some
+# thousand pairs alike have scores that differ by as much.
 CLOSE = 0.02
 # Repetitions until the rates fit the plan.
 ROUNDS = 6
@@ -51,6 +52,10 @@ class Allotment(NamedTuple):
     def loss(self) -> float:
         """Predicted loss of the score."""
         return sum(self.losses)
+
+    def by_lever(self) -> dict[str, float]:
+        """The losses by the name of the lever."""
+        return dict(zip(Recovery._fields, self.losses, strict=True))
 
 
 class Choices(NamedTuple):
@@ -129,33 +134,18 @@ def allot(
         )
         for table in full.tables
     ]
+    levers = list(zip(recovery, (readings.rows, readings.widths, readings.bits), strict=True))
     allowed = full.counted_bytes(budget)
-    curves = (readings.rows, readings.widths, readings.bits)
-
-    bytes_TN = [of.bytes_N for of in choices]
-    rates = [eta * curve.rate(0.0) for eta, curve in zip(recovery, curves, strict=True)]
     equal = list(_equal_widths(choices, full.width, levels, allowed))
-    candidates = list(equal)
 
     def losses_of(chosen: Sequence[int]) -> tuple[float, ...]:
-        found = zip(recovery, curves, _errors(choices, chosen), strict=True)
-        return tuple(eta * curve.loss(error) for eta, curve, error in found)
+        errors = _errors(choices, chosen)
+        return tuple(eta * curve.loss(error) for (eta, curve), error in zip(levers, errors, strict=True))
 
     def merit(chosen: Sequence[int]) -> tuple[float, float]:
         return sum(losses_of(chosen)), sum(_errors(choices, chosen))
 
-    def try_rates(rates: Sequence[float]) -> list[int]:
-        chosen = spend(bytes_TN, [np.array(rates) @ of.errors_LN for of in choices], allowed)
-        candidates.append(chosen)
-        return chosen
-
-    for _ in range(ROUNDS):
-        found = zip(rates, recovery, curves, _errors(choices, try_rates(rates)), strict=True)
-        rates = [(rate + eta * curve.rate(error)) / 2 for rate, eta, curve, error in found]
-    # The curves bend, and bytes come in lumps: rates beside the fixed point may find a better plan.
-    for factors in itertools.product(FACTORS, FACTORS):
-        try_rates([rates[0] * factors[0], rates[1] * factors[1], rates[2]])
-    best = min(candidates, key=merit)
+    best = min([*equal, *_spent(choices, levers, allowed)], key=merit)
     close = CLOSE * readings.error
     if equal and not in_own_basis and all(t.absence is None or t.absence > close for t in readings.tables.values()):
         simplest = min(equal, key=merit)
@@ -164,6 +154,24 @@ def allot(
     tables = [of.layout(n, alignment) for of, n in zip(choices, best, strict=True)]
     plan = dataclasses.replace(full, tables=tuple(_with_rows(t, readings.tables[t.name].energy_V) for t in tables))
     return Allotment(plan, losses_of(best))
+
+
+def _spent(choices: Sequence[Choices], levers: Sequence[tuple[float, Curve]], allowed: float) -> Iterator[list[int]]:
+    """Ways to spend the bytes, at rates of loss per error that fit the plan better and better, and at some beside them."""
+    bytes_TN = [of.bytes_N for of in choices]
+
+    def spent(rates: Sequence[float]) -> list[int]:
+        return spend(bytes_TN, [np.array(rates) @ of.errors_LN for of in choices], allowed)
+
+    rates = [eta * curve.rate(0.0) for eta, curve in levers]
+    for _ in range(ROUNDS):
+        chosen = spent(rates)
+        yield chosen
+        found = zip(rates, levers, _errors(choices, chosen), strict=True)
+        rates = [(rate + eta * curve.rate(error)) / 2 for rate, (eta, curve), error in found]
+    # The curves bend, and bytes come in lumps: rates beside the fixed point may find a better plan.
+    for of_rows, of_widths in itertools.product(FACTORS, FACTORS):
+        yield spent([rates[0] * of_rows, rates[1] * of_widths, rates[2]])
 
 
 def _errors(choices: Sequence[Choices], chosen: Sequence[int]) -> list[float]:

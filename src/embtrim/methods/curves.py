@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, get_args
 
 from embtrim.errors import BudgetError
 from embtrim.methods.allotting import Allotment
-from embtrim.methods.guided import RECOVERY, GuidedConfig, levels_of, plan_within
+from embtrim.methods.guided import RECOVERY, GuidedConfig, Start, levels_of, plan_within
 from embtrim.methods.readings import Readings, read
 from embtrim.plan.budget import Budget
 from embtrim.plan.budget_limits import ROUNDED, amount_of
@@ -20,9 +20,7 @@ from embtrim.plan.table import Bits, Target
 from embtrim.system.progress import tracked
 from embtrim.tasks.task import Task
 
-Start = Literal["low_rank", "scratch"]
-
-STARTS: tuple[Start, ...] = ("low_rank", "scratch")
+STARTS: tuple[Start, ...] = get_args(Start)
 BUDGETS = tuple(map(Budget.parse, ("50%", "30%", "20%", "15%", "10%", "7%", "5%", "3%", "2%", "1.5%", "1%")))
 # Kinds of plans, each a line of the curve. Plans of the last one may also have fewer than 32 bits.
 WIDTHS, ROWS_AND_WIDTHS, ALL = "widths", "rows and widths", "rows, widths and bits"
@@ -166,8 +164,7 @@ def curve_of(
 
 def _point(budget: Budget, start: Start, found: Allotment, target: Target | None, full_bytes: int) -> CurvePoint:
     num_bytes = found.plan.num_bytes(target)
-    losses: dict[str, float] = dict(zip(("rows", "widths", "bits"), found.losses, strict=True))
-    return CurvePoint(budget.text, num_bytes, num_bytes / full_bytes, losses, start, found.plan.digest)
+    return CurvePoint(budget.text, num_bytes, num_bytes / full_bytes, found.by_lever(), start, found.plan.digest)
 
 
 def best_within(

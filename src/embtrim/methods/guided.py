@@ -15,7 +15,7 @@ The compact model starts in one of two ways, and the plan fits the way.
 
 Low rank is the better start where tables are large, where the budget is mild, or where the full model is not easily
 reached again by training; training from scratch is better for small tables within small budgets (docs/results.md). `run`
-tries low rank first, and the other where it may pay.
+tries both and keeps the model with the better validation score.
 
 The equations and readings are our own. Energy as the rank of rows follows the frequency-weighted error of SHARK (arXiv
 2308.09395); reading a table's worth from its absence follows ShuffleGate (arXiv 2503.09315).
@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from embtrim.compaction.low_rank import has_coordinates
 from embtrim.config import Config
@@ -35,12 +35,16 @@ from embtrim.methods.readings import Readings, read
 from embtrim.plan.budget import Budget
 from embtrim.plan.budget_limits import LEVELS
 from embtrim.plan.plan import SizePlan
-from embtrim.plan.table import Bits, Target
+from embtrim.plan.table import Alignment, Bits, Target
 from embtrim.tasks.task import Task, alignment_of
 
 # What training from scratch leaves of a loss at once, of rows, columns and bits. Rows: .6 to .76 on Frappe, .6 to 1.4 on
 # MovieLens. Columns: .2 to .7 and .3 to .9. Codes are made after training, which recovers nothing.
 RECOVERY = Recovery(rows=0.7, widths=0.3, bits=1.0)
+
+
+# How a compact model starts; see the module docstring.
+Start = Literal["low_rank", "scratch"]
 
 
 class GuidedConfig(Config):
@@ -51,7 +55,7 @@ class GuidedConfig(Config):
             for tables that are trained again; see the module docstring. None is "scratch", and lets `run` try both.
     """
 
-    start: Literal["low_rank", "scratch"] | None = None
+    start: Start | None = None
 
 
 def search_guided(
@@ -63,7 +67,7 @@ def search_guided(
     details = {
         "config": config.model_dump(mode="json"),
         "predicted_loss": found.loss,
-        "predicted_losses": dict(zip(("rows", "widths", "bits"), found.losses, strict=True)),
+        "predicted_losses": found.by_lever(),
         "readings": readings.summary(),
     }
     return found.plan.made_by("guided", budget, seed, details)
@@ -121,7 +125,7 @@ def levels_of(bits: Bits) -> Sequence[int]:
     return LEVELS if bits == "mixed" else (bits,)
 
 
-def _may_narrow(task: Task, full: SizePlan, alignment: Any) -> bool:
+def _may_narrow(task: Task, full: SizePlan, alignment: Alignment) -> bool:
     """Whether narrow tables of the model can store coordinates; a model that reads single columns cannot."""
     table = next(t for t in full.tables if t.width)
     if table.width == 1:

@@ -253,7 +253,7 @@ def _absences(reader: _Reader) -> list[float | None]:
 
 
 def _rising(settings: Sequence[float], errors: Sequence[float], losses: Sequence[float], whole: float) -> Curve:
-    """A curve from no error on whose losses never fall: a score that rises by chance is no gain to be had twice."""
+    """A curve that begins at no error. Its losses never fall: a score that rises by chance does not count as a gain."""
     order = np.argsort(errors, kind="stable")
     found = np.maximum.accumulate(np.maximum(0.0, np.array(losses)[order]))
     return Curve(

@@ -31,8 +31,7 @@ def taught(data: EncodedDataset, model: CTRModel, share: float, config: TrainCon
         config: Gives the device.
 
     Raises:
-        DataError: The data do not fit the model, see `data_for` in `embtrim.training.recoding`; or there is no train
-            split.
+        DataError: The data do not fit the model, see `data_for` in `embtrim.training.recoding`, or have no train split.
     """
     if not share:
         return data
