@@ -1,4 +1,4 @@
-"""Grids that the tests of `compare` make, and what they tell of them."""
+"""Grids and runs that the tests of experiments make, and what they tell of them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from embtrim.experiments.comparison import Comparison
 from embtrim.experiments.grid import CompareConfig
 from embtrim.experiments.records import RunRecord
+from embtrim.experiments.settings import RunConfig
 from embtrim.training.settings import TrainConfig
 
 CONFIG = CompareConfig(
@@ -26,6 +27,15 @@ CONFIG = CompareConfig(
 )
 
 FM_ONLY = CompareConfig(**{**CONFIG.model_dump(), "models": ("fm",), "hparams": {"embedding_dim": 4}})
+
+# A run of two epochs that keeps its state at every step.
+FM_RUN = RunConfig(
+    model="fm",
+    hparams={"embedding_dim": 4},
+    train=TrainConfig(epochs=2, batch_size=128, learning_rate=1e-2, precision="fp32", checkpoint_seconds=0),
+    controls=(),
+    budget="40%",
+)
 
 
 def outcome(records: list[RunRecord]) -> dict[str, Any]:

@@ -18,21 +18,12 @@ from embtrim.experiments.steps import compact_and_retrain, find_plan, shrink, tr
 from embtrim.tasks.task import CTRTask
 from embtrim.training.checkpoint import Checkpoint
 from embtrim.training.evaluation import evaluate
-from embtrim.training.settings import TrainConfig
-from tests.experiments.grids import interrupted, outcome
+from tests.experiments.grids import FM_RUN, interrupted, outcome
 from tests.training.interruptions import same_weights
 
 pytestmark = pytest.mark.slow
 
-CONFIG = RunConfig(
-    model="fm",
-    hparams={"embedding_dim": 4},
-    train=TrainConfig(epochs=2, batch_size=128, learning_rate=1e-2, precision="fp32", checkpoint_seconds=0),
-    method="guided",
-    controls=(),
-    budget="40%",
-    bits="mixed",
-)
+CONFIG = FM_RUN.replace(method="guided", bits="mixed")
 
 
 @pytest.fixture(scope="module")

@@ -26,20 +26,12 @@ from embtrim.training.checkpoint import Checkpoint
 from embtrim.training.fitting import fit
 from embtrim.training.settings import TrainConfig
 from embtrim.training.teaching import taught
-from tests.experiments.grids import FM_ONLY, interrupted, outcome
+from tests.experiments.grids import FM_ONLY, FM_RUN, interrupted, outcome
 from tests.training.interruptions import same_weights
 
 pytestmark = pytest.mark.slow
 
-CONFIG = RunConfig(
-    model="fm",
-    hparams={"embedding_dim": 4},
-    train=TrainConfig(epochs=2, batch_size=128, learning_rate=1e-2, precision="fp32", checkpoint_seconds=0),
-    method="random",
-    controls=("uniform",),
-    budget="40%",
-    bits=32,
-)
+CONFIG = FM_RUN.replace(method="random", controls=("uniform",), bits=32)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from embtrim.methods import UniformConfig, search
 from embtrim.methods.allotting import (
     CLOSE,
+    Choices,
     Recovery,
     _equal_widths,
     _lost_together,
@@ -26,7 +27,7 @@ from embtrim.methods.guided import GuidedConfig, plan_within
 from embtrim.methods.readings import Curve, Readings, TableReading, read
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
-from embtrim.plan.table import Bits, Target
+from embtrim.plan.table import Alignment, Bits, Target
 from embtrim.schema import Schema
 from embtrim.tasks.task import Task
 from embtrim.testing.toys import foreign_task, pooled_task, zoo_task
@@ -225,24 +226,34 @@ def test_a_number_of_parameters_is_kept_to_in_fp32(read_task):
             assert {t.bits for t in plan.tables} == {bits}
 
 
+def choices_of_all(
+    full: SizePlan, readings: Readings, budget: Budget, levels: tuple[int, ...], alignment: Alignment
+) -> list[Choices]:
+    """The choices of every table, with the columns of its own reading."""
+    found = []
+    for table in full.tables:
+        reading = readings.tables[table.name]
+        found.append(
+            choices_of(
+                full,
+                table,
+                reading,
+                reading.lost_D,
+                budget,
+                levels,
+                alignment,
+                None,
+                keeps_columns=False,
+                keeps_rows=False,
+            )
+        )
+    return found
+
+
 def test_equal_widths_are_among_the_candidates():
     full = SizePlan.full(Schema.from_sizes([30, 9, 4]), 4)
     readings, budget, levels = made_readings(full), Budget.parse("55%"), (32, 8)
-    choices = [
-        choices_of(
-            full,
-            t,
-            readings.tables[t.name],
-            readings.tables[t.name].lost_D,
-            budget,
-            levels,
-            "scatter",
-            None,
-            keeps_columns=False,
-            keeps_rows=False,
-        )
-        for t in full.tables
-    ]
+    choices = choices_of_all(full, readings, budget, levels, "scatter")
     allowed = full.counted_bytes(budget)
     narrow, coded = _equal_widths(choices, 4, levels, allowed)
     for chosen, width, bits in ((narrow, 2, 32), (coded, 4, 8)):
@@ -352,21 +363,7 @@ def test_no_better_plan_is_found_by_trying_all(monkeypatch):
     for seed, share in itertools.product(range(4), (0.3, 0.5, 0.8)):
         readings, budget = made_readings(full, seed), Budget("percent", share)
         found = allot(readings, full, budget, (32, 8), "concat")
-        choices = [
-            choices_of(
-                full,
-                t,
-                readings.tables[t.name],
-                readings.tables[t.name].lost_D,
-                budget,
-                (32, 8),
-                "concat",
-                None,
-                keeps_columns=False,
-                keeps_rows=False,
-            )
-            for t in full.tables
-        ]
+        choices = choices_of_all(full, readings, budget, (32, 8), "concat")
         least = min(
             float(LINE.loss(errors[0]) + LINE.loss(errors[1]) + LINE.loss(errors[2]))
             for a, b in itertools.product(*(range(len(of.bytes_N)) for of in choices))
