@@ -11,8 +11,8 @@ import numpy as np
 
 from embtrim.errors import BudgetError
 from embtrim.plan.budget import BYTES_PER_PARAM, Budget
-from embtrim.plan.plan import PlanShape, PlanT, SizePlan
-from embtrim.plan.table import Bits, Block, BlockShape, TableShape, Target
+from embtrim.plan.plan import PlanShape, SizePlan
+from embtrim.plan.table import Bits, Block, BlockShape, TablePlan, TableShape, Target
 
 # What a method adds to a plan until the budget is used: a column of a table, a row, or the next size of a row.
 Unit = Literal["columns", "rows", "sizes"]
@@ -56,45 +56,67 @@ def check_budget(
 def least_amount(
     full: SizePlan, budget: Budget, bits: Bits, target: Target | None, unit: Literal["columns", "rows"] | None = None
 ) -> float:
-    """The smallest amount of a budget in which one unit can be kept; see `least_plans` and `amount_of`."""
-    return min(
-        amount_of(in_fewest_bytes(plan, budget) if bits == "mixed" else plan.with_bits(bits), budget, target)
-        for plan in least_plans(full, unit)
-    )
+    """The smallest amount of a budget in which one unit can be kept: one table keeps least, the others nothing.
+
+    Args:
+        full: The plan that keeps everything.
+        budget: The budget; its unit is that of the amount.
+        bits: Bits per stored value; see `search`.
+        target: Where the tables will be served; see `search`.
+        unit: What is kept of a table, see `least_tables`.
+    """
+    plan = full.shape()
+
+    def amount(table: TableShape) -> int:
+        stored = _in_fewest_bytes(plan, table, budget) if bits == "mixed" else dataclasses.replace(table, bits=bits)
+        return _table_amount(plan, stored, budget, target)
+
+    nothing = [amount(_without_columns(table, keeps_rows=unit == "columns")) for table in plan.tables]
+    least = [min(map(amount, least_tables(table, unit))) for table in full.tables]
+    more = min(kept - gone for kept, gone in zip(least, nothing, strict=True))
+    return (sum(nothing) + more) / _unit_bytes(plan, budget)
 
 
 def amount_of(plan: PlanShape, budget: Budget, target: Target | None) -> float:
     """The smallest amount, in the unit of a budget, that allows a plan; a percentage is given as a share."""
-    if budget.kind == "params":
-        return plan.num_params
-    unit = 1 if budget.kind == "bytes" else BYTES_PER_PARAM * plan.num_full_params
-    return budget.amount + (plan.num_bytes(target) - plan.max_bytes(budget, target)) / unit
+    shared = plan.num_shared_projection_params * (1 if budget.kind == "params" else BYTES_PER_PARAM)
+    total = shared + sum(_table_amount(plan, table, budget, target) for table in plan.tables)
+    return total / _unit_bytes(plan, budget)
 
 
-def least_plans(full: SizePlan, unit: Literal["columns", "rows"] | None = None) -> Iterator[PlanShape]:
-    """Plans that keep as little as possible of one table, and nothing of the other tables.
+def _table_amount(plan: PlanShape, table: TableShape, budget: Budget, target: Target | None) -> int:
+    """What one table adds to the amount of a budget: parameters, or bytes."""
+    return plan.table_params(table) if budget.kind == "params" else plan.table_bytes(table, target, budget)
+
+
+def _unit_bytes(plan: PlanShape, budget: Budget) -> int:
+    """Parameters or bytes in one unit of a budget; the unit of a percentage is the full tables."""
+    return BYTES_PER_PARAM * plan.num_full_params if budget.kind == "percent" else 1
+
+
+def least_tables(table: TablePlan, unit: Literal["columns", "rows"] | None = None) -> Iterator[TableShape]:
+    """Layouts that keep as little as possible of a table, the whole table among them.
+
+    The whole table may cost less than the other one, which also needs a DROPPED row.
 
     Args:
-        full: The plan that keeps everything.
-        unit: What is kept of a table: one column, or one row. Without a unit it is one column of the first row, which needs
-            no id map; no plan keeps less. A whole
-            table may cost less than one of these, because they also need a DROPPED row.
+        table: The full table.
+        unit: What is kept: one column, or one row. Without a unit it is one column of the first row, which needs no id map;
+            no layout keeps less.
     """
-    for number, table in enumerate(full.tables):
-        whole = Block(table.num_rows, tuple(range(table.width)))
-        if unit == "columns":  # no row goes, nor its first-order weight
-            least = dataclasses.replace(table, blocks=(Block(table.num_rows, (0,), "concat"),))
-        elif unit == "rows":  # any row: its id may need a map
-            least = dataclasses.replace(table.shape(), blocks=(BlockShape(1, whole.columns, "concat"),))
-        else:
-            least = dataclasses.replace(table, blocks=(Block(1, (0,), "concat", np.zeros(1, np.int32)),))
-        for kept in (least, dataclasses.replace(table, blocks=(whole,))):
-            tables: list[TableShape] = [
-                dataclasses.replace(other, blocks=(Block(other.num_rows, ()),) if unit == "columns" else ())
-                for other in full.tables
-            ]
-            tables[number] = kept
-            yield dataclasses.replace(full.shape(), tables=tuple(tables))
+    whole = Block(table.num_rows, tuple(range(table.width)))
+    if unit == "columns":  # no row goes, nor its first-order weight
+        yield dataclasses.replace(table, blocks=(Block(table.num_rows, (0,), "concat"),))
+    elif unit == "rows":  # any row: its id may need a map
+        yield dataclasses.replace(table.shape(), blocks=(BlockShape(1, whole.columns, "concat"),))
+    else:
+        yield dataclasses.replace(table, blocks=(Block(1, (0,), "concat", np.zeros(1, np.int32)),))
+    yield dataclasses.replace(table, blocks=(whole,))
+
+
+def _without_columns(table: TableShape, *, keeps_rows: bool) -> TableShape:
+    """A table that keeps no column; its rows may stay, for their first-order weights."""
+    return dataclasses.replace(table, blocks=(BlockShape(table.num_rows, ()),) if keeps_rows else ())
 
 
 def full_limit(full: PlanShape, budget: Budget) -> int:
@@ -109,10 +131,7 @@ def full_limit(full: PlanShape, budget: Budget) -> int:
 LEVELS = (4, 8, 16)
 
 
-def in_fewest_bytes(plan: PlanT, budget: Budget) -> PlanT:
-    """The plan with the bits for each table that take the fewest bytes of a budget."""
-
-    def num_bytes(table: TableShape, bits: int) -> int:
-        return plan.table_bytes(dataclasses.replace(table, bits=bits), budget=budget)
-
-    return plan.with_bits({t.name: min(LEVELS, key=partial(num_bytes, t)) for t in plan.tables})
+def _in_fewest_bytes(plan: PlanShape, table: TableShape, budget: Budget) -> TableShape:
+    """A table with the bits that take the fewest bytes of a budget."""
+    stored = [dataclasses.replace(table, bits=bits) for bits in LEVELS]
+    return min(stored, key=partial(plan.table_bytes, budget=budget))

@@ -33,7 +33,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -160,17 +160,21 @@ class PlanShape:
             return table.output_width * table.width
         return sum(s * table.width for s in table.mixed_widths) if self.standalone else 0
 
-    @property
-    def num_map_params(self) -> int:
-        """Bytes of the id maps in a module of one's own, as a number of parameters, rounded up for each table."""
-        mapped = [t for t in self.tables if t.map_dtype is not None] if self.standalone else []
-        return sum(map_params(t.num_rows, t.num_compact_rows) for t in mapped)
+    def _map_params(self, table: TableShape) -> int:
+        """Bytes of the id map of a table in a module of one's own, as a number of parameters, rounded up."""
+        if not self.standalone or table.map_dtype is None:
+            return 0
+        return map_params(table.num_rows, table.num_compact_rows)
 
     @property
     def num_params(self) -> int:
         """Embedding parameters: rows, DROPPED rows, projections and id maps, without first-order weights."""
-        stored = sum(rows * width for t in self.tables for rows, width in t.segments)
-        return stored + self.num_projection_params + self.num_map_params
+        return sum(map(self.table_params, self.tables)) + self.num_shared_projection_params
+
+    def table_params(self, table: TableShape) -> int:
+        """Embedding parameters that one table adds to `num_params`, without the projections that it shares."""
+        stored = sum(rows * width for rows, width in table.segments)
+        return stored + self._own_projection_params(table) + self._map_params(table)
 
     @property
     def num_first_order_params(self) -> int:
@@ -444,9 +448,6 @@ class PlanShape:
             + (f", beside {self.vocabulary_bytes:,} of the vocabulary" if self.vocabulary_bytes else "")
         )
         return "\n".join([head, *(f"  {t.name}: {describe_table(t)}" for t in self.tables)])
-
-
-PlanT = TypeVar("PlanT", bound=PlanShape)
 
 
 @dataclass(frozen=True, repr=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeVar, get_args
 
 import numpy as np
@@ -115,7 +116,7 @@ class TableShape:
         """The layout without the rows."""
         return TableShape(self.name, self.num_rows, self.width, tuple(b.shape() for b in self.blocks), self.bits)
 
-    @property
+    @cached_property
     def num_kept(self) -> int:
         """Number of rows that are in a block."""
         return sum(block.num_rows for block in self.blocks)
@@ -130,7 +131,7 @@ class TableShape:
         """Rows of the compact table: the kept rows, and the DROPPED row if there is one."""
         return self.num_kept + self.has_dropped
 
-    @property
+    @cached_property
     def mixed(self) -> bool:
         """Whether matrices that tables share project the rows to D; see plan.py."""
         counted = any(isinstance(b.columns, int) and b.alignment == "project" for b in self.blocks)
@@ -177,7 +178,7 @@ class TableShape:
         counted = any(isinstance(b.columns, int) and 0 < b.width < self.width for b in self.blocks)
         return counted or (self.mixed and any(0 < b.width < self.width for b in self.blocks))
 
-    @property
+    @cached_property
     def columns(self) -> tuple[int, ...]:
         """Columns of the full table that the output of the compact table stands for, ascending."""
         if self.mixed:
@@ -206,7 +207,7 @@ class TableShape:
         sizes = [b.num_rows + (i == self._dropped_block and self.has_dropped) for i, b in enumerate(self.blocks)]
         return [sum(sizes[:i]) for i in range(len(sizes))]
 
-    @property
+    @cached_property
     def segments(self) -> tuple[tuple[int, int], ...]:
         """(rows, width) of each run of compact ids of one width."""
         if not self.mixed:
