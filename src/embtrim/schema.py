@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 
 from embtrim.config import Config, read_toml
 from embtrim.errors import DataError
+from embtrim.rules import parse_rule, rule_or_none
 
 PAD = -1
 OOV = 0
@@ -96,7 +97,9 @@ class Schema(Config):
     """The fields of a log, its label, and, once the log is encoded, the vocabulary sizes.
 
     Attributes:
-        label: Column with the binary label.
+        label: Column with the binary label, or a rule that makes it, such as `rating >= 8`; see rules.py.
+        where: Rule that chooses the rows of a log, such as `rating > 0`; None takes all rows. Rows that are scored need no
+            label, and all of them are scored.
         weight: Column with a non-negative sample weight, or None.
         time: Column that orders rows for a split by time, or None.
         nulls: Strings that mean "missing" in every column.
@@ -105,6 +108,7 @@ class Schema(Config):
     """
 
     label: str = Field(min_length=1)
+    where: str | None = None
     weight: str | None = None
     time: str | None = None
     nulls: tuple[str, ...] = ("",)
@@ -117,9 +121,12 @@ class Schema(Config):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"field names must be unique; given twice: {', '.join(twice)}")
-        leaks = [field.name for field in self.fields if field.raw_column == self.label]
+        # A rule over several columns may compare the outcome with a feature, such as a time watched with a duration.
+        leaks = [field.name for field in self.fields if (field.raw_column,) == self.label_columns]
         if leaks:
-            raise ValueError(f"field {leaks[0]!r} reads the label column {self.label!r}")
+            raise ValueError(f"field {leaks[0]!r} reads the label column {self.label_columns[0]!r}")
+        if self.where is not None:
+            parse_rule(self.where)
         by_table: dict[str, FieldSpec] = {}
         for field in self.id_fields:
             first = by_table.setdefault(field.table_name, field)
@@ -127,6 +134,17 @@ class Schema(Config):
                 if getattr(field, key) != getattr(first, key):
                     raise ValueError(f"fields {first.name!r} and {field.name!r} share a table but differ in {key}")
         return self
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """The raw columns that the label reads."""
+        rule = rule_or_none(self.label)
+        return (self.label,) if rule is None else rule.columns
+
+    @property
+    def where_columns(self) -> tuple[str, ...]:
+        """The raw columns that choose the rows of a log."""
+        return () if self.where is None else parse_rule(self.where).columns
 
     @property
     def id_fields(self) -> tuple[FieldSpec, ...]:
@@ -167,7 +185,10 @@ class Schema(Config):
     @property
     def fingerprint(self) -> str:
         """Twelve hex digits that change whenever a field, a size or a vocabulary does."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        values = self.model_dump(mode="json")
+        # Keys that a schema of an earlier release lacks count only where they say something.
+        values = {key: value for key, value in values.items() if key != "where" or value is not None}
+        text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def describe(self) -> str:

@@ -29,6 +29,7 @@ from embtrim.cli.flags import (
 from embtrim.cli.settings import EncodeSettings, check_known, needed, read_flags, read_options, settle
 from embtrim.cli.terminal import log_line, show_encode_dry_run, show_encoded, show_schema, start_log, wants_progress
 from embtrim.errors import ConfigError, DataError
+from embtrim.rules import parse_rule
 
 if TYPE_CHECKING:  # these modules import torch: commands import them when they need them, --help does not wait
     from embtrim.data.dataset import EncodedDataset
@@ -41,7 +42,13 @@ def encode(
         list[str] | None,
         typer.Argument(metavar="LOG...", help="Raw log: files, a glob or a folder; csv, tsv, parquet, libsvm, libfm."),
     ] = None,
-    label: Annotated[str | None, typer.Option("--label", help="Column with the binary label.")] = None,
+    label: Annotated[
+        str | None,
+        typer.Option("--label", help="Column with the binary label, or a rule that makes it, such as 'rating >= 8'."),
+    ] = None,
+    where: Annotated[
+        str | None, typer.Option("--where", help="Rule that chooses the rows of the log, such as 'rating > 0'.")
+    ] = None,
     out: OutPath = None,
     schema: Annotated[
         str | None,
@@ -77,7 +84,7 @@ def encode(
     """Encode a raw log as ids. The vocabulary is built from the training rows."""
     start_log(quiet)
     flags = {
-        "schema_file": schema, "label": label, "split": split, "valid": valid, "test": test, "dataset": dataset,
+        "schema_file": schema, "label": label, "where": where, "split": split, "valid": valid, "test": test, "dataset": dataset,
         "min_count": min_count, "seed": seed, "read": read_flags(format, no_header, columns, separator, encoding),
     }  # fmt: skip
     settings = settle(EncodeSettings, config, overrides, flags)
@@ -109,6 +116,8 @@ def _check_encode(settings: EncodeSettings, log: Sequence[str] | None) -> None:
 
     if settings.split is not None:
         Split.from_text(settings.split)
+    if settings.where is not None:
+        parse_rule(settings.where)
     if settings.dataset is not None:
         check_known(settings, log)
         known(settings.dataset)
@@ -130,7 +139,7 @@ def _draft_schema(settings: EncodeSettings, source: Any, options: ReadOptions) -
         return known(settings.dataset).schema
     if settings.schema_file is not None:
         return Schema.load_draft(settings.schema_file)
-    return infer_schema(source, settings.label, options)
+    return infer_schema(source, settings.label, options, where=settings.where)
 
 
 def _encode_log(
@@ -145,7 +154,7 @@ def _encode_log(
                 overwrite=overwrite, progress=progress,
             )  # fmt: skip
         return embtrim.encode(
-            source, settings.schema_file, label=settings.label, out=out, split=settings.split, valid=settings.valid,
+            source, settings.schema_file, label=settings.label, where=settings.where, out=out, split=settings.split, valid=settings.valid,
             test=settings.test, seed=settings.seed, options=options, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     except KeyboardInterrupt as interrupt:

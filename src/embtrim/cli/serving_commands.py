@@ -119,7 +119,8 @@ def update(
 
         loaded = load_bundle(bundle)
         opened = open_log(log, settings.read)
-        opened.require([loaded.model.schema.label, *loaded.encoder.columns])
+        schema = loaded.model.schema
+        opened.require([*schema.label_columns, *schema.where_columns, *loaded.encoder.columns])
         plan = loaded.model.tables.plan
         facts = {
             "model": loaded.info["model"],

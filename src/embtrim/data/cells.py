@@ -29,9 +29,10 @@ def needed_columns(schema: Schema) -> tuple[str, ...]:
 
 
 def log_columns(schema: Schema, with_time: bool) -> list[str]:
-    """The raw columns that encoding reads: label, fields, weight, and time if asked for."""
+    """The raw columns that encoding reads: those of the label, fields, weight, and time if asked for."""
     extra = [schema.weight, schema.time if with_time else None]
-    return [schema.label, *needed_columns(schema), *(name for name in extra if name is not None)]
+    names = [*schema.label_columns, *needed_columns(schema), *(name for name in extra if name is not None)]
+    return list(dict.fromkeys(names))
 
 
 def require_columns(frame: pl.DataFrame, columns: Sequence[str]) -> None:
@@ -55,7 +56,7 @@ def number_columns(schema: Schema) -> tuple[str, ...]:
     """
     others = {field.raw_column for field in schema.fields if field.type not in ("numeric", "dense")}
     others |= {field.raw_column for field in schema.fields if _has_numeric_nulls(schema, field)}
-    others |= {name for name in (schema.label, schema.weight, schema.time) if name is not None}
+    others |= {name for name in (*schema.label_columns, schema.weight, schema.time) if name is not None}
     return tuple(name for name in needed_columns(schema) if name not in others)
 
 

@@ -9,8 +9,10 @@ import polars as pl
 
 from embtrim.data.read_options import ReadOptions
 from embtrim.data.reading import RawLog, Source, open_log
+from embtrim.data.rule_cells import check_rule
 from embtrim.data.sparse_text import SparseFile
 from embtrim.errors import DataError, hint
+from embtrim.rules import parse_rule, rule_or_none
 from embtrim.schema import FieldSpec, Schema
 
 logger = logging.getLogger(__name__)
@@ -22,7 +24,9 @@ _TIME_NAMES = ("timestamp", "time", "datetime", "date", "ts", "time_stamp", "eve
 _ID_NAME = re.compile(r"(^|_)(id|ids|code|zip|zipcode|user|item|ad|hash|category|cate|brand|site|app)($|_)|[a-z]Id$")
 
 
-def infer_schema(source: Source, label: str | None = None, options: ReadOptions | None = None) -> Schema:
+def infer_schema(
+    source: Source, label: str | None = None, options: ReadOptions | None = None, *, where: str | None = None
+) -> Schema:
     """Draft a schema from the first rows of a log (up to INFER_ROWS), for the user to edit.
 
     - Text, booleans, integers, and numbers with at most 50 different values are categorical.
@@ -35,8 +39,9 @@ def infer_schema(source: Source, label: str | None = None, options: ReadOptions 
 
     Args:
         source: The log, see `open_log`.
-        label: The label column; None looks for a usual name (label, click, ..).
+        label: The label column, or a rule that makes the label; None looks for a usual name (label, click, ..).
         options: How the log is read; None finds out from names and content.
+        where: A rule that chooses the rows.
 
     Raises:
         DataError: There is no label column, or no usable field.
@@ -47,22 +52,46 @@ def infer_schema(source: Source, label: str | None = None, options: ReadOptions 
         >>> [(field.name, field.type) for field in infer_schema(log, "click").fields]
         [('user', 'categorical'), ('tags', 'multi')]
     """
-    return draft_schema(open_log(source, options), label)
+    return draft_schema(open_log(source, options), label, where)
 
 
-def draft_schema(log: RawLog, label: str | None) -> Schema:
+def _check_label(label: str | None, log: RawLog) -> None:
+    """Raise DataError unless the label is a column of the log or a rule over its columns."""
+    names = list(log.columns)
+    if label in names or log.is_sparse or (label is not None and is_label_rule(label, log)):
+        return
+    given = "no label column is named" if label is None else f"there is no column {label!r}"
+    advice = f"label takes one of: {', '.join(names[:40])}{log.files[0].hint([label or ''])}"
+    near = hint(label or "", names)
+    if near.startswith("did you mean"):
+        advice = f"{near} {advice}"
+    raise DataError(f"{log.name}: {given}; {advice}")
+
+
+def is_label_rule(label: str, log: RawLog) -> bool:
+    """Whether a label is a rule and not a column of the log.
+
+    Raises:
+        ConfigError: The label looks like a rule and is not one.
+        DataError: The rule reads a column that the log lacks.
+    """
+    is_rule = label not in log.columns and (any(sign in label for sign in "<>=") or rule_or_none(label) is not None)
+    if is_rule and not log.is_sparse:
+        check_rule(parse_rule(label), log.columns, log.name)
+    return is_rule
+
+
+def draft_schema(log: RawLog, label: str | None, where: str | None) -> Schema:
     """Do the work of `infer_schema` for an opened log."""
     names = list(log.columns)
     label = label or next((name for name in names if name.lower() in _LABEL_NAMES), None)
-    if label is None or label not in names:
-        given = "no label column is named" if label is None else f"there is no column {label!r}"
-        advice = f"label takes one of: {', '.join(names[:40])}{log.files[0].hint([label or ''])}"
-        near = hint(label or "", names)
-        if near.startswith("did you mean"):
-            advice = f"{near} {advice}"
-        raise DataError(f"{log.name}: {given}; {advice}")
+    _check_label(label, log)
+    assert label is not None
+    log.choose_rows(where, nulls=("",))
+    rule = rule_or_none(label)
+    label_columns = (label,) if rule is None else rule.columns
     if log.is_sparse:
-        return _infer_sparse(log, label)
+        return _infer_sparse(log, label, where)
     frames, num_rows, done = [], 0, 1.0
     for chunk in log.chunks(None):
         frames.append(chunk.frame)
@@ -70,12 +99,14 @@ def draft_schema(log: RawLog, label: str | None) -> Schema:
         if num_rows >= INFER_ROWS:
             break
     if not num_rows:
-        raise DataError(f"{log.name} holds no rows")
+        raise DataError(f"{log.name} holds no rows" + (f" where {where}" if where else ""))
     min_count = _min_count(num_rows / max(done, 1e-9))
     sample = pl.concat(frames).head(INFER_ROWS)
     time_column, fields = None, []
     for name in names:
-        if name == label:
+        if name in label_columns:
+            if rule is not None:
+                logger.info("column %r is left out of the schema: label %r reads it", name, label)
             continue
         found = _infer_field(sample[name], min_count)
         if found == "time" and time_column is None:
@@ -88,7 +119,7 @@ def draft_schema(log: RawLog, label: str | None) -> Schema:
         raise DataError(
             f"{log.name} has no column that could be a field beside label {label!r}; write a schema by hand"
         )
-    return Schema(label=label, time=time_column, fields=tuple(fields))
+    return Schema(label=label, where=where, time=time_column, fields=tuple(fields))
 
 
 def _min_count(num_rows: float) -> int:
@@ -171,13 +202,13 @@ def _infer_multi(values: pl.Series, min_count: int) -> FieldSpec | None:
     return None
 
 
-def _infer_sparse(log: RawLog, label: str) -> Schema:
+def _infer_sparse(log: RawLog, label: str, where: str | None) -> Schema:
     """The schema of libsvm or libfm text: multi fields if all values are 0 or 1, else one numeric field per index."""
     file = log.files[0]
     assert isinstance(file, SparseFile)
     fields = []
     for column in log.columns:
-        if column == label:
+        if column == "label":
             continue
         numbered = file.valued_indices(column)
         if len(numbered) > 500:
@@ -201,4 +232,4 @@ def _infer_sparse(log: RawLog, label: str) -> Schema:
                 name=name, column=column, type="multi", max_len=min(longest, 200), pooling="sum", min_count=min_count
             )
         )
-    return Schema(label=label, fields=tuple(fields))
+    return Schema(label=label, where=where, fields=tuple(fields))

@@ -34,7 +34,7 @@ import polars as pl
 from embtrim._version import __version__
 from embtrim.data.cells import log_columns, number_columns, to_numbers
 from embtrim.data.dataset import FORMAT_VERSION, SPLITS, EncodedDataset
-from embtrim.data.drafting import draft_schema
+from embtrim.data.drafting import draft_schema, is_label_rule
 from embtrim.data.encoder import Encoder, digest
 from embtrim.data.encoding_state import CHECKPOINT_VERSION, WorkingFolder, check_target, working_folder
 from embtrim.data.log_file import CHUNK_BYTES
@@ -56,6 +56,7 @@ def encode(
     schema: Schema | str | Path | None = None,
     *,
     label: str | None = None,
+    where: str | None = None,
     out: str | Path,
     split: Split | str | None = None,
     valid: Source | None = None,
@@ -78,7 +79,9 @@ def encode(
     Args:
         source: Path, paths, glob, folder or polars DataFrame; the training rows if `valid` or `test` is given.
         schema: The fields, or a TOML file with them; None infers a draft and writes it to `<out>.schema.toml`.
-        label: The label column; needed without a schema, unless the column has a usual name (label, click, ..).
+        label: The label column, or a rule that makes the label, such as "rating >= 8" (see rules.py); needed without a
+            schema, unless the column has a usual name (label, click, ..).
+        where: A rule that chooses the rows, such as "rating > 0"; the log counts as one that has only these rows.
         out: Folder to write.
         split: How `source` is divided, such as "8:1:1" (the default) or "time:8:1:1". With `valid` or `test`, all
             of `source` is for training; a split given as well must not have parts for these logs.
@@ -111,7 +114,7 @@ def encode(
     logs |= {name: open_log(log, options) for name, log in (("valid", valid), ("test", test)) if log is not None}
     chosen = choose_split(split, given=[name for name in logs if name != "train"])
     draft_path = target.with_name(target.name + ".schema.toml") if schema is None else None
-    schema = _draft_of(schema, label, logs["train"])
+    schema = _draft_of(schema, label, where, logs["train"])
     if draft_path is not None:
         _check_draft(schema, draft_path)
     _check_logs(logs, schema, chosen)
@@ -181,6 +184,8 @@ def _check_logs(logs: Mapping[str, RawLog], schema: Schema, chosen: Split | None
         raise DataError("a split by time needs the schema's time column; set time = '<column>' in the schema")
     for name, log in logs.items():
         by_time = name == "train" and chosen is not None and chosen.by == "time"
+        is_label_rule(schema.label, log)
+        log.choose_rows(schema.where, schema.nulls)
         log.require(log_columns(schema, with_time=by_time))
 
 
@@ -333,14 +338,15 @@ def _fit_encoder(
 # --- the schema of a run ----------------------------------------------------------------------------------------------
 
 
-def _draft_of(schema: Schema | str | Path | None, label: str | None, log: RawLog) -> Schema:
+def _draft_of(schema: Schema | str | Path | None, label: str | None, where: str | None, log: RawLog) -> Schema:
     """The schema as given, read from a file, or inferred from the log; without the sizes that encoding fills in."""
     if schema is None:
-        schema = draft_schema(log, label)
+        schema = draft_schema(log, label, where)
     elif isinstance(schema, (str, Path)):
         schema = Schema.load_draft(schema)
     fields = tuple(spec.replace(vocab_size=None) for spec in schema.fields)
-    return schema.replace(label=schema.label if label is None else label, fields=fields, vocabulary_digest=None)
+    label, where = schema.label if label is None else label, schema.where if where is None else where
+    return schema.replace(label=label, where=where, fields=fields, vocabulary_digest=None)
 
 
 def _check_draft(schema: Schema, path: Path) -> None:

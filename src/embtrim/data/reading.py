@@ -29,9 +29,11 @@ from embtrim.data.csv_text import CsvFile
 from embtrim.data.log_file import CHUNK_BYTES, START, Chunk, LogFile, Position, listed, suffix_of
 from embtrim.data.parquet import FrameFile, ParquetFile
 from embtrim.data.read_options import SUFFIXES, Format, ReadOptions
+from embtrim.data.rule_cells import check_rule, chunk_where
 from embtrim.data.sparse_text import SparseFile
 from embtrim.data.text_blocks import first_nonblank_line
 from embtrim.errors import DataError
+from embtrim.rules import Rule, parse_rule
 
 T = TypeVar("T")
 
@@ -55,6 +57,23 @@ class RawLog:
         self.files = tuple(files)
         self.columns = self.files[0].columns
         self.is_sparse = isinstance(self.files[0], SparseFile)
+        self._rule: Rule | None = None
+        self._nulls: tuple[str, ...] = ()
+
+    def choose_rows(self, rule: str | None, nulls: Sequence[str]) -> None:
+        """Let `chunks` leave out the rows for which a rule does not hold, as if the log did not have them.
+
+        Args:
+            rule: The rule, see rules.py; None keeps all rows.
+            nulls: Texts that mean "missing".
+
+        Raises:
+            ConfigError: The text is not a rule.
+            DataError: The log lacks a column of the rule.
+        """
+        self._rule, self._nulls = None if rule is None else parse_rule(rule), tuple(nulls)
+        if self._rule is not None and not self.is_sparse:
+            check_rule(self._rule, self.columns, self.name)
 
     def require(self, columns: Sequence[str]) -> None:
         """Check that every file has the columns.
@@ -91,15 +110,20 @@ class RawLog:
             DataError: A file lacks a column, has lines of unequal length, or cannot be read.
         """
         wanted = list(dict.fromkeys(self.columns if columns is None else columns))
-        self.require(wanted)
+        read = list(dict.fromkeys([*wanted, *(() if self._rule is None else self._rule.columns)]))
+        self.require(read)
         total = max(1, sum(file.size for file in self.files))
         first_row = start.row
         size_before = sum(file.size for file in self.files[: start.file])
         for index, file in enumerate(self.files[start.file :], start.file):
-            for chunk in file.chunks(wanted, chunk_bytes, start if index == start.file else START, numbers):
+            for chunk in file.chunks(read, chunk_bytes, start if index == start.file else START, numbers):
+                if self._rule is not None:
+                    chunk = chunk_where(chunk, self._rule, self._nulls)
+                    if not chunk.frame.height:
+                        continue
                 done = (size_before + chunk.done * file.size) / total
                 end = chunk.end.replace(file=index, row=first_row + chunk.frame.height)
-                yield Chunk(chunk.frame, first_row, chunk.locate, done, end)
+                yield Chunk(chunk.frame.select(wanted), first_row, chunk.locate, done, end)
                 first_row = end.row
             size_before += file.size
 

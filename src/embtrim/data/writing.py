@@ -174,7 +174,7 @@ def _append_chunk(
 ) -> None:
     """Append the rows of a chunk to their splits; a new split adds its writer to `writers` and its files to `files`."""
     schema = numbering.schema
-    labels_N = read_labels(chunk, schema.label)
+    labels_N = read_labels(chunk, schema)
     weights_N = None if schema.weight is None else read_weights(chunk, schema.weight)
     codes_CN = numbering.codes(chunk)
     dense_NE = dense_values(chunk.frame, schema, numbering.transforms, chunk.locate)
