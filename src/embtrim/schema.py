@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -117,8 +119,8 @@ class Schema(Config):
 
     @model_validator(mode="after")
     def _check_fields(self) -> Schema:
-        names = [field.name for field in self.fields]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        names = Counter(field.name for field in self.fields)
+        twice = sorted(name for name, count in names.items() if count > 1)
         if twice:
             raise ValueError(f"field names must be unique; given twice: {', '.join(twice)}")
         # A rule over several columns may compare the outcome with a feature, such as a time watched with a duration.
@@ -135,28 +137,28 @@ class Schema(Config):
                     raise ValueError(f"fields {first.name!r} and {field.name!r} share a table but differ in {key}")
         return self
 
-    @property
+    @cached_property
     def label_columns(self) -> tuple[str, ...]:
         """The raw columns that the label reads."""
         rule = rule_or_none(self.label)
         return (self.label,) if rule is None else rule.columns
 
-    @property
+    @cached_property
     def where_columns(self) -> tuple[str, ...]:
         """The raw columns that choose the rows of a log."""
         return () if self.where is None else parse_rule(self.where).columns
 
-    @property
+    @cached_property
     def id_fields(self) -> tuple[FieldSpec, ...]:
         """The fields that read a table, in order; F in shape comments."""
         return tuple(field for field in self.fields if field.type != "dense")
 
-    @property
+    @cached_property
     def dense_fields(self) -> tuple[FieldSpec, ...]:
         """The fields kept as floats, in order."""
         return tuple(field for field in self.fields if field.type == "dense")
 
-    @property
+    @cached_property
     def tables(self) -> dict[str, int]:
         """Rows of each table by name, OOV included, in the order of first use."""
         sizes: dict[str, int] = {}
@@ -168,12 +170,20 @@ class Schema(Config):
             sizes[field.table_name] = field.vocab_size
         return sizes
 
-    @property
+    @cached_property
+    def fields_of_table(self) -> dict[str, tuple[FieldSpec, ...]]:
+        """The fields that read each table by its name, in the order of `tables`."""
+        found: dict[str, list[FieldSpec]] = {}
+        for field in self.id_fields:
+            found.setdefault(field.table_name, []).append(field)
+        return {name: tuple(fields) for name, fields in found.items()}
+
+    @cached_property
     def num_id_columns(self) -> int:
         """Number of columns of an encoded id matrix; C in shape comments."""
         return sum(field.length for field in self.id_fields)
 
-    @property
+    @cached_property
     def column_slices(self) -> tuple[slice, ...]:
         """The columns of each id field in the id matrix."""
         slices, start = [], 0
@@ -182,7 +192,7 @@ class Schema(Config):
             start += field.length
         return tuple(slices)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Twelve hex digits that change whenever a field, a size or a vocabulary does."""
         values = self.model_dump(mode="json")

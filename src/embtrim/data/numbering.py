@@ -118,10 +118,9 @@ class Numbering:
                 code = code[code != PAD] if field.type == "multi" else code
                 counts[field.name] += np.bincount(code, minlength=len(counts[field.name]))
         result = {}
-        for field in self.schema.id_fields:
-            if field.hash_size or field.table_name in result:
+        for name, readers in self.schema.fields_of_table.items():
+            if readers[0].hash_size:
                 continue
-            readers = [f for f in self.schema.id_fields if f.table_name == field.table_name]
             parts = [
                 self._texts_counted(f, counts[f.name])
                 if f.name in counts
@@ -129,10 +128,10 @@ class Numbering:
                 for f in readers
             ]
             kept = pl.concat(parts).group_by("value").agg(pl.col("count").sum())
-            kept = kept.filter(pl.col("count") >= field.min_count)
+            kept = kept.filter(pl.col("count") >= readers[0].min_count)
             kept = kept.sort("count", "value", descending=[True, False], nulls_last=True)
             ids = pl.int_range(1, kept.height + 1, dtype=pl.Int32, eager=True).alias("id")
-            result[field.table_name] = kept.with_columns(ids).select("value", "id", "count")
+            result[name] = kept.with_columns(ids).select("value", "id", "count")
         return result
 
     def _texts_counted(self, field: FieldSpec, count_V: np.ndarray) -> pl.DataFrame:

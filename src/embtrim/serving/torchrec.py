@@ -78,7 +78,7 @@ def torchrec_configs(model: CTRModel) -> dict[str, list[dict[str, Any]]]:
                 f"table {table.name!r} stores rows of several widths, a TorchRec table has one embedding_dim; "
                 "export as pt2 or onnx"
             )
-        fields = [field for field in schema.id_fields if field.table_name == table.name]
+        fields = schema.fields_of_table[table.name]
         pooled = {field.pooling: field.name for field in fields if field.length > 1}
         if len(pooled) > 1:
             raise PlanError(

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from embtrim.tables.layout import Layout
+from embtrim.tables.layout import Layout, places_of
 
 
 class Indices:
@@ -197,17 +197,15 @@ def packed_tensors(layout: Layout) -> dict[str, Tensor]:
     found = {}
     names = layout.table_of_column
     for number, group in enumerate(layout.groups):
-        found[f"stretches_{number}"] = int64(group.tables.index(names[c]) for c in group.columns)
+        places = places_of(group.tables)
+        found[f"stretches_{number}"] = int64(places[names[c]] for c in group.columns)
         # A mixed table without rows in this group reads rows of another table, which are multiplied by zero.
-        mixed = [names[c] for c in layout.mixed_columns]
-        found[f"mixed_stretches_{number}"] = int64(
-            group.tables.index(name) if name in group.tables else 0 for name in mixed
-        )
+        found[f"mixed_stretches_{number}"] = int64(places.get(names[c], 0) for c in layout.mixed_columns)
     for bits in layout.first_order_bits:
-        tables = layout.first_order_tables(bits)
-        columns = [c for c, name in enumerate(names) if name in tables]
+        places = places_of(layout.first_order_tables(bits))
+        columns = [c for c, name in enumerate(names) if name in places]
         found[f"first_order_columns_{bits}"] = int64(columns)
-        found[f"first_order_stretches_{bits}"] = int64(tables.index(names[c]) for c in columns)
+        found[f"first_order_stretches_{bits}"] = int64(places[names[c]] for c in columns)
     return found | segment_tensors(layout) if layout.mixed_columns else found
 
 

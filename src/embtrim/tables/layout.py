@@ -10,7 +10,7 @@ of width 0 has storage rows too.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -244,3 +244,8 @@ def lay_out(schema: Schema, plan: PlanShape) -> Layout:
         element += (row - start) * width
     starts = {name: tuple(rows) for name, rows in segment_starts.items()}
     return Layout(schema.id_fields, tables, plan.width, plan.first_order, tuple(groups), starts)
+
+
+def places_of(names: Sequence[str]) -> dict[str, int]:
+    """The place of each name in a list, so that a search for many names takes one pass."""
+    return {name: place for place, name in enumerate(names)}

@@ -21,7 +21,7 @@ from embtrim.errors import ModelError
 from embtrim.plan.plan import PlanShape
 from embtrim.schema import Schema
 from embtrim.tables.indices import Indices, index_tensors, packed_tensors, segment_tensors
-from embtrim.tables.layout import Group, lay_out
+from embtrim.tables.layout import Group, lay_out, places_of
 from embtrim.tables.packing import PackedRows
 
 
@@ -292,17 +292,20 @@ class TableStorage(nn.Module, Indices):
         self, packed: Sequence[nn.Module], packed_first_order: Mapping[str, nn.Module]
     ) -> Iterator[tuple[Any, int, Tensor, Tensor]]:
         """For each stretch: its packed rows, its number among them, the places of its rows, and the fp32 rows of all places."""
+        layout = self.layout
+        places = [places_of(group.tables) for group in self.groups]
+        first_order_places = {bits: places_of(layout.first_order_tables(bits)) for bits in layout.first_order_bits}
+        starts = {bits: layout.first_order_start(bits) for bits in layout.first_order_bits}
         for table in self.plan.tables:
             rows = torch.from_numpy(self.storage_rows(table.name, np.arange(table.num_compact_rows)))
             rows = rows.to(self.weight.device)
-            for group, store in zip(self.groups, packed, strict=True):
-                local = rows[(rows >= group.start) & (rows < group.stop)] - group.start
-                if table.name in group.tables:
-                    yield store, group.tables.index(table.name), local, self.group_view(group)
+            for group, store, place in zip(self.groups, packed, places, strict=True):
+                if table.name in place:
+                    local = rows[(rows >= group.start) & (rows < group.stop)] - group.start
+                    yield store, place[table.name], local, self.group_view(group)
             if self.first_order is not None:
-                bits = table.first_order_bits
-                start = self.layout.first_order_start(bits)
-                stretch = self.layout.first_order_tables(bits).index(table.name)
+                bits, start = table.first_order_bits, starts[table.first_order_bits]
+                stretch = first_order_places[bits][table.name]
                 yield packed_first_order[str(bits)], stretch, rows - start, self.first_order[start:, None]
 
     def _empty_packed(self) -> tuple[list[PackedRows], dict[str, PackedRows]]:
