@@ -28,6 +28,8 @@ from embtrim.rules import parse_rule, rule_or_none
 PAD = -1
 OOV = 0
 
+_LATER_KEYS = {"where": None, "decimal": None, "keep": "first"}
+
 
 class FieldSpec(Config):
     """One column of a log and how it is encoded.
@@ -41,8 +43,13 @@ class FieldSpec(Config):
             for dense fields "log1p", "standard" (zero mean, unit variance over the training rows) or "none".
         min_count: Least count of a value in the training rows; rarer values are out of vocabulary.
         hash_size: Number of rows into which values are hashed; None lists the values in a vocabulary.
-        separator: Text between the values of a multi field inside a string; None for a list column.
-        max_len: Number of id columns of a multi field, which uses the first max_len values of a row.
+        decimal: For numbers written with commas: "," for a decimal comma (1.217,5), "." for commas between thousands
+            (1,217.5); None for plain numbers.
+        separator: Text between the values of a multi field inside a string; None for a list column. White space and
+            quotes around a value, and brackets around all of them, do not count.
+        max_len: Number of id columns of a multi field, which uses max_len values of a row.
+        keep: Which values of a longer row are used, the "first" or the "last"; the last of a history that ends with the
+            newest.
         pooling: How the embeddings of a multi field's values become one vector.
         table: Name of the table; None means `name`. Fields with the same table share one vocabulary.
         nulls: Strings that mean "missing" in this column, in addition to the schema's. A missing value is a value of
@@ -56,8 +63,10 @@ class FieldSpec(Config):
     transform: str | None = Field(default=None, pattern=r"^(log2|log1p|standard|none|quantile:[1-9][0-9]*)$")
     min_count: int = Field(default=1, ge=1)
     hash_size: int | None = Field(default=None, ge=1)
-    separator: str | None = None
+    decimal: Literal[",", "."] | None = None
+    separator: str | None = Field(default=None, min_length=1)
     max_len: int = Field(default=1, ge=1)
+    keep: Literal["first", "last"] = "first"
     pooling: Literal["sum", "mean"] = "mean"
     table: str | None = None
     nulls: tuple[str, ...] = ()
@@ -73,8 +82,10 @@ class FieldSpec(Config):
             raise ValueError(f"dense field {self.name!r} needs transform = 'log1p', 'standard' or 'none'")
         if self.type in ("categorical", "multi") and self.transform is not None:
             raise ValueError(f"{self.type} field {self.name!r} takes no transform")
-        if self.type != "multi" and (self.max_len != 1 or self.separator is not None):
-            raise ValueError(f"field {self.name!r}: max_len and separator are for type = 'multi'")
+        if self.type != "multi" and (self.max_len != 1 or self.separator is not None or self.keep != "first"):
+            raise ValueError(f"field {self.name!r}: max_len, separator and keep are for type = 'multi'")
+        if self.type in ("categorical", "multi") and self.decimal is not None:
+            raise ValueError(f"field {self.name!r}: decimal is for type = 'numeric' and 'dense'")
         if self.type == "dense" and (self.table is not None or self.hash_size is not None):
             raise ValueError(f"dense field {self.name!r} has no table")
         return self
@@ -196,8 +207,10 @@ class Schema(Config):
     def fingerprint(self) -> str:
         """Twelve hex digits that change whenever a field, a size or a vocabulary does."""
         values = self.model_dump(mode="json")
-        # Keys that a schema of an earlier release lacks count only where they say something.
-        values = {key: value for key, value in values.items() if key != "where" or value is not None}
+        # Keys that schemas of earlier releases lack count only where they say something.
+        for part in (values, *values["fields"]):
+            for key in [key for key, default in _LATER_KEYS.items() if key in part and part[key] == default]:
+                del part[key]
         text = json.dumps(values, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

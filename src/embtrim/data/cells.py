@@ -18,7 +18,9 @@ import numpy as np
 import polars as pl
 
 from embtrim.data.hashing import hash_values
+from embtrim.data.text_lists import split_texts
 from embtrim.data.transforms import bucket_numbers, bucket_texts, transformed
+from embtrim.data.written_numbers import written_numbers
 from embtrim.errors import DataError
 from embtrim.schema import PAD, FieldSpec, Schema
 
@@ -55,7 +57,7 @@ def number_columns(schema: Schema) -> tuple[str, ...]:
     Only numeric and dense fields read them, and no number in them means "missing".
     """
     others = {field.raw_column for field in schema.fields if field.type not in ("numeric", "dense")}
-    others |= {field.raw_column for field in schema.fields if _has_numeric_nulls(schema, field)}
+    others |= {field.raw_column for field in schema.fields if _has_numeric_nulls(schema, field) or field.decimal}
     others |= {name for name in (*schema.label_columns, schema.weight, schema.time) if name is not None}
     return tuple(name for name in needed_columns(schema) if name not in others)
 
@@ -125,9 +127,11 @@ def _canonical_values(
         if field.type == "numeric":
             continue
         if field.type == "multi":
-            lists = _lists(field, dtype, column)
+            lists = _lists(field, frame)
             kept = pl.element().filter(pl.element().is_not_null() & ~pl.element().is_in([*nulls, ""]))
-            texts.append(lists.list.eval(kept).list.head(field.max_len).alias(field.name))
+            lists = lists.list.eval(kept).list
+            used = lists.tail(field.max_len) if field.keep == "last" else lists.head(field.max_len)
+            texts.append(used.alias(field.name))
             continue
         if isinstance(dtype, (pl.List, pl.Array)):
             raise DataError(f"column {field.raw_column!r} holds lists; declare field {field.name!r} as type = 'multi'")
@@ -153,11 +157,7 @@ def to_numbers(
                 f"column {field.raw_column!r} holds {dtype}, which is not a number; declare field {field.name!r} categorical"
             )
     numbers = frame.select(
-        (pl.col(f.raw_column).cast(pl.String) if _is_category(frame.schema[f.raw_column]) else pl.col(f.raw_column))
-        .cast(pl.Float64, strict=False)
-        .fill_nan(None)
-        .alias(f.name)
-        for f in fields
+        _number(f, frame.schema[f.raw_column], pl.col(f.raw_column)).fill_nan(None).alias(f.name) for f in fields
     )
     # A second pass over the cells is made only where a column holds more than finite numbers and nulls.
     num_null = numbers.null_count()
@@ -182,7 +182,9 @@ def _repair(
     stripped = texts.str.strip_chars()
     is_stated = texts.is_in([*schema.nulls, *field.nulls]).fill_null(False)
     is_missing = is_stated | stripped.str.to_lowercase().is_in(["nan", "+nan", "-nan"]).fill_null(False)
-    numbers = numbers.fill_null(stripped.cast(pl.Float64, strict=False)).fill_nan(None).set(is_missing, None)
+    if field.decimal is None:
+        numbers = numbers.fill_null(stripped.cast(pl.Float64, strict=False))
+    numbers = numbers.fill_nan(None).set(is_missing, None)
     is_bad = (numbers.is_null() & texts.is_not_null() & ~is_missing) | numbers.is_infinite().fill_null(False)
     bad = is_bad.arg_true()
     if len(bad):
@@ -224,8 +226,17 @@ def _is_category(dtype: pl.DataType) -> bool:
     return dtype in (pl.Categorical, pl.Enum)
 
 
-def _lists(field: FieldSpec, dtype: pl.DataType, column: pl.Expr) -> pl.Expr:
+def _number(field: FieldSpec, dtype: pl.DataType, column: pl.Expr) -> pl.Expr:
+    """The cells of a column as float64; null where a text is not a number."""
+    column = column.cast(pl.String) if _is_category(dtype) else column
+    if field.decimal is not None and (dtype == pl.String or _is_category(dtype)):
+        return written_numbers(column, field.decimal)
+    return column.cast(pl.Float64, strict=False)
+
+
+def _lists(field: FieldSpec, frame: pl.DataFrame) -> pl.Expr:
     """The cells of a multi field's column as lists of texts."""
+    dtype, column = frame.schema[field.raw_column], pl.col(field.raw_column)
     if isinstance(dtype, pl.Array):
         dtype, column = pl.List(dtype.inner), column.arr.to_list()
     if isinstance(dtype, pl.List):
@@ -241,7 +252,7 @@ def _lists(field: FieldSpec, dtype: pl.DataType, column: pl.Expr) -> pl.Expr:
             f"column {field.raw_column!r} holds text, so multi field {field.name!r} needs separator = '|', or the text "
             "between its values"
         )
-    return column.cast(pl.String).str.split(field.separator)
+    return pl.lit(split_texts(frame[field.raw_column].cast(pl.String), field.separator))
 
 
 def _text(field: FieldSpec, dtype: pl.DataType, column: pl.Expr) -> pl.Expr:

@@ -11,6 +11,8 @@ from embtrim.data.read_options import ReadOptions
 from embtrim.data.reading import RawLog, Source, open_log
 from embtrim.data.rule_cells import check_rule
 from embtrim.data.sparse_text import SparseFile
+from embtrim.data.text_lists import TextList, find_text_lists
+from embtrim.data.written_numbers import find_decimal, written_numbers
 from embtrim.errors import DataError, hint
 from embtrim.rules import parse_rule, rule_or_none
 from embtrim.schema import FieldSpec, Schema
@@ -32,7 +34,9 @@ def infer_schema(
     - Text, booleans, integers, and numbers with at most 50 different values are categorical.
     - Very skewed integers whose most frequent value is -1..2 are counts: numeric with log2.
     - Numbers with fractions are numeric, with log2 if they are very skewed, otherwise with quantile:20.
-    - Lists are multi, and so is text whose parts between `|`, `;`, `^` or `,` recur.
+    - Lists are multi, and so are lists written as text: in brackets, or with parts between `|`, `;`, `^`, `,` or spaces
+      that recur or look like ids.
+    - Numbers may have decimal commas, or commas between thousands; what was taken is logged.
     - The first column of dates or times becomes the schema's time column, which is not a field.
     - Columns that are empty, or that differ in nearly every row, are left out.
     - min_count grows with the log: 1, then 2 from 50,000 rows, 4 from 500,000 and 10 from 5,000,000.
@@ -143,17 +147,19 @@ def _infer_field(column: pl.Series, min_count: int) -> FieldSpec | str:
         return FieldSpec(name=name, type="multi", max_len=max(1, min(longest, 50)), min_count=min_count)
     if column.dtype.is_temporal():
         return "time"
-    num_distinct = values.n_unique()
+    num_distinct, decimal = values.n_unique(), None
     categorical = FieldSpec(name=name, min_count=1 if num_distinct <= 1000 else min_count)
     if column.dtype == pl.String:
         numbers = values.cast(pl.Float64, strict=False)
         if numbers.null_count() or values.str.contains(r"^[+-]?0\d").any():
             if values.str.contains(r"^\d{4}-\d{2}-\d{2}").all():
                 return "time"
-            _say_if_nearly_numbers(values, numbers)
-            if len(values) >= 1000 and num_distinct > 0.995 * len(values):
-                return "its values differ from row to row"
-            return _infer_multi(values, min_count) or categorical
+            decimal = find_decimal(values)
+            if decimal is None:
+                return _infer_text(values, numbers, min_count) or categorical
+            numbers = values.to_frame().select(written_numbers(pl.col(name), decimal)).to_series()
+            if num_distinct > 50:
+                _say_decimal(values, decimal)
         values = numbers
     elif not column.dtype.is_numeric():
         return categorical
@@ -168,12 +174,12 @@ def _infer_field(column: pl.Series, min_count: int) -> FieldSpec | str:
     if is_whole:
         most_frequent = values.value_counts().sort("count", name, descending=True)[name][0]
         if is_skewed and -1 <= most_frequent <= 2:
-            return FieldSpec(name=name, type="numeric", transform="log2")
+            return FieldSpec(name=name, type="numeric", transform="log2", decimal=decimal)
         if len(values) >= 1000 and num_distinct > 0.995 * len(values):
             return "its values differ from row to row"
         return categorical
     transform = "log2" if is_skewed and isinstance(top, float) and top > 100 else "quantile:20"
-    return FieldSpec(name=name, type="numeric", transform=transform)
+    return FieldSpec(name=name, type="numeric", transform=transform, decimal=decimal)
 
 
 def _say_if_nearly_numbers(values: pl.Series, numbers: pl.Series) -> None:
@@ -188,18 +194,28 @@ def _say_if_nearly_numbers(values: pl.Series, numbers: pl.Series) -> None:
         )  # fmt: skip
 
 
-def _infer_multi(values: pl.Series, min_count: int) -> FieldSpec | None:
-    """A multi field, if a separator occurs in a tenth of the rows and the parts between separators recur; else None."""
-    for separator in ("|", ";", "^", ","):
-        if (values.str.contains(separator, literal=True)).mean() < 0.1:  # type: ignore[operator]
-            continue
-        parts = values.str.split(separator)
-        num_parts = parts.list.len()
-        distinct = parts.explode().n_unique()
-        if distinct < values.n_unique() and int(num_parts.sum()) >= 2 * distinct:
-            longest = min(int(num_parts.quantile(0.99, "higher") or 1), 50)
-            return FieldSpec(name=values.name, type="multi", separator=separator, max_len=longest, min_count=min_count)
-    return None
+def _say_decimal(values: pl.Series, decimal: str) -> None:
+    """Log that a column has commas in its numbers, and what to do if they are something else."""
+    example = next((text for text in values if "," in text), values[0])
+    logger.info(
+        "column %r is taken as numbers with %s, such as %r; if it holds lists, declare it in the draft: type = \"multi\", "
+        'separator = ","',
+        values.name, "a decimal comma" if decimal == "," else "commas between thousands", example,
+    )  # fmt: skip
+
+
+def _infer_text(values: pl.Series, numbers: pl.Series, min_count: int) -> FieldSpec | str | None:
+    """The field for a column of text, or why there is none; None if the column is categorical."""
+    _say_if_nearly_numbers(values, numbers)
+    found = find_text_lists(values)
+    if isinstance(found, TextList):
+        logger.info("column %r is taken as lists with %r between their values", values.name, found.separator)
+        return FieldSpec(
+            name=values.name, type="multi", separator=found.separator, max_len=found.max_len, min_count=min_count
+        )
+    if found is None and len(values) >= 1000 and values.n_unique() > 0.995 * len(values):
+        return "its values differ from row to row"
+    return found
 
 
 def _infer_sparse(log: RawLog, label: str, where: str | None) -> Schema:

@@ -67,6 +67,8 @@ def write_predictions(
         try:
             numbers = set(number_columns(bundle.encoder.schema)) - set(keep)
             for chunk in read_ahead(log.chunks([*bundle.encoder.columns, *keep], numbers=numbers)):
+                if not parts:
+                    _check_kept(chunk.frame.select(keep), out)
                 scores = pl.Series("score", bundle.predict_chunk(chunk))
                 part = pl.DataFrame([*(chunk.frame[name] for name in keep), scores])
                 parts.append(Path(folder) / f"{len(parts):06d}.parquet")
@@ -82,3 +84,14 @@ def write_predictions(
         except (OSError, pl.exceptions.PolarsError) as error:
             raise DataError(f"{out} could not be written: {error}; free space or choose another place") from None
     return rows
+
+
+def _check_kept(frame: pl.DataFrame, out: Path) -> None:
+    """Raise DataError if the file cannot hold the columns of the log to copy."""
+    if out.suffix == ".csv":
+        for name, dtype in frame.schema.items():
+            if dtype.is_nested() or dtype in (pl.Binary, pl.Object):
+                raise DataError(
+                    f"--keep: column {name!r} holds {dtype}, which csv cannot hold; write {out.with_suffix('.parquet').name}, "
+                    "or leave the column out"
+                )
