@@ -45,8 +45,8 @@ class FieldSpec(Config):
         hash_size: Number of rows into which values are hashed; None lists the values in a vocabulary.
         decimal: For numbers written with commas: "," for a decimal comma (1.217,5), "." for commas between thousands
             (1,217.5); None for plain numbers.
-        separator: Text between the values of a multi field inside a string; None for a list column. White space and
-            quotes around a value, and brackets around all of them, do not count.
+        separator: Text between the values of a multi field inside a string; None for a list column. White space
+            around a value, and brackets and quotes as in ['a', 'b'], do not count.
         max_len: Number of id columns of a multi field, which uses max_len values of a row.
         keep: Which values of a longer row are used, the "first" or the "last"; the last of a history that ends with the
             newest.

@@ -27,11 +27,12 @@ from tests.data.small_logs import ids, schema_of, vocabulary
         (",", "", []),
         (",", None, None),
         ("|", "Toy (1995)|(Heat)", ["Toy (1995)", "(Heat)"]),
+        ("|", "a\u2003|b", ["a", "b"]),
         (" ", "[ 9  5\n 6]", ["9", "5", "6"]),
         ("::", "a::b c", ["a", "b c"]),
     ],
 )
-@pytest.mark.parametrize("beside", ["x", "['y']", '["z, z"]'])
+@pytest.mark.parametrize("beside", ["x", " x", "['y']", '["z, z"]'])
 def test_parts(separator, text, parts, beside):
     # The cells of a chunk do not change how one of them is read.
     assert split_texts(pl.Series([beside, text, beside]), separator).to_list()[1] == parts
