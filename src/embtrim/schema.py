@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import tomli_w
 from pydantic import Field, model_validator
@@ -29,6 +29,8 @@ PAD = -1
 OOV = 0
 
 _LATER_KEYS = {"where": None, "decimal": None, "keep": "first"}
+# What a field's training column held, see docs/values.md. An instant is a timestamp with a zone.
+Kind: TypeAlias = Literal["text", "integer", "decimal", "float", "float32", "boolean", "date", "timestamp", "instant"]
 
 
 class FieldSpec(Config):
@@ -52,8 +54,11 @@ class FieldSpec(Config):
             newest.
         pooling: How the embeddings of a multi field's values become one vector.
         table: Name of the table; None means `name`. Fields with the same table share one vocabulary.
-        nulls: Strings that mean "missing" in this column, in addition to the schema's. A missing value is a value of
-            its own with its own row, except in a multi field, where it is an empty list.
+        nulls: Strings that mean "missing" in this column, in addition to the schema's; a number covers all its texts,
+            so that "-999" covers -999.0. A missing value is a value of its own with its own row, except in a multi
+            field, where it is an empty list.
+        kind: What the training column held, such as "integer". Values of later files are brought to it: see
+            docs/values.md. None lets `encode` find out; "text" keeps every text as it is.
         vocab_size: Rows of the field's table, OOV included; `encode` sets it.
     """
 
@@ -70,6 +75,7 @@ class FieldSpec(Config):
     pooling: Literal["sum", "mean"] = "mean"
     table: str | None = None
     nulls: tuple[str, ...] = ()
+    kind: Kind | None = None
     vocab_size: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
@@ -207,6 +213,8 @@ class Schema(Config):
     def fingerprint(self) -> str:
         """Twelve hex digits that change whenever a field, a size or a vocabulary does."""
         values = self.model_dump(mode="json")
+        for field in values["fields"]:
+            del field["kind"]  # says how other logs are read; the ids of this one are in the vocabulary
         # Keys that schemas of earlier releases lack count only where they say something.
         for part in (values, *values["fields"]):
             for key in [key for key, default in _LATER_KEYS.items() if key in part and part[key] == default]:

@@ -123,7 +123,7 @@ class TestEncoder:
         draft = schema_of(FieldSpec(name="a", min_count=min_count))
         numbering = Numbering(draft, {})
         codes = numbering.codes(next(open_log(frame).chunks()))
-        vocabularies = numbering.vocabularies([[codes]])
+        _, vocabularies = numbering.vocabularies([[codes]])
         encoder = Encoder(draft.replace(fields=(draft.fields[0].replace(vocab_size=99),)), vocabularies)
         found = encoder.encode_chunk(frame).ids[:, 0]
         clean = [None if value in (None, "") else value for value in values]

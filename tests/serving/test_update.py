@@ -434,3 +434,19 @@ def test_the_command_reports_what_changed(bundles, tmp_path):
     refused = call("update", bundles["rows"], tmp_path / "flat.parquet", "--out", tmp_path / "b")
     assert refused.code == 1
     assert "'tags'" in refused.err
+
+
+def test_ids_that_an_upcast_wrote_are_not_new_values(tmp_path):
+    """pandas writes integers as 100.0 once a cell of their column is missing."""
+    frame = pl.DataFrame({"click": [0, 1] * 60, "user": [100 + i % 12 for i in range(120)]})
+    data = embtrim.encode(frame, label="click", out=tmp_path / "data", split="8:1:1", progress=False)
+    model = DeepFM(data.schema, embedding_dim=2)
+    save(model, tmp_path / "bundle", data)
+    frame.with_columns(pl.col("user").cast(pl.Float64)).write_csv(tmp_path / "later.csv")
+    assert np.array_equal(
+        load_bundle(tmp_path / "bundle").predict(tmp_path / "later.csv"),
+        load_bundle(tmp_path / "bundle").predict(frame),
+    )
+    report = update(tmp_path / "bundle", tmp_path / "later.csv", out=tmp_path / "next", retrain=False)
+    assert [(table.new, table.returned) for table in report.tables] == [(0, 0)]
+    assert load_bundle(tmp_path / "next").encoder.schema.fields[0].kind == "integer"

@@ -1,8 +1,8 @@
 """Raw cells to values: texts, lists of texts, numbers and hashes, and the matrix of what is stored for them.
 
-A categorical value is its text. Whole floats are written without a fraction (`5.0` in parquet is `5`), booleans as
-`true` and `false`, dates in ISO form; text stays as it is (`05` is not `5`). A missing value is null, NaN in a number,
-or a text in `nulls`. In a multi field a missing cell is an empty list, and missing or empty elements are left out.
+A categorical value is its text, see values.py. Whole floats are written without a fraction (`5.0` in parquet is `5`),
+booleans as `true` and `false`, times in ISO form. A missing value is null, NaN in a number, or a text or number in
+`nulls`. In a multi field a missing cell is an empty list, and missing or empty elements are left out.
 
 Values of hashed fields: see hashing.py.
 
@@ -12,6 +12,7 @@ Shapes: N rows, C id columns, E dense fields.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import polars as pl
 from embtrim.data.hashing import hash_values
 from embtrim.data.text_lists import split_texts
 from embtrim.data.transforms import bucket_numbers, bucket_texts, transformed
+from embtrim.data.values import cell_text, one_texts
 from embtrim.data.written_numbers import written_numbers
 from embtrim.errors import DataError
 from embtrim.schema import PAD, FieldSpec, Schema
@@ -54,10 +56,10 @@ def require_columns(frame: pl.DataFrame, columns: Sequence[str]) -> None:
 def number_columns(schema: Schema) -> tuple[str, ...]:
     """The raw columns that may be parsed as numbers at once, without repetition.
 
-    Only numeric and dense fields read them, and no number in them means "missing".
+    Only numeric and dense fields read them, and no text of a number in them means "missing".
     """
     others = {field.raw_column for field in schema.fields if field.type not in ("numeric", "dense")}
-    others |= {field.raw_column for field in schema.fields if _has_numeric_nulls(schema, field) or field.decimal}
+    others |= {f.raw_column for f in schema.fields if _compares_null_texts(schema, f) or f.decimal}
     others |= {name for name in (*schema.label_columns, schema.weight, schema.time) if name is not None}
     return tuple(name for name in needed_columns(schema) if name not in others)
 
@@ -68,7 +70,7 @@ def number_cells(
     transforms: Mapping[str, Mapping[str, Any]],
     locate: Callable[[int], str],
     codes: Mapping[str, pl.Expr],
-    finish: Callable[[FieldSpec, np.ndarray], np.ndarray],
+    finish: Callable[[FieldSpec, np.ndarray, pl.Series | None, Callable[[int], str]], np.ndarray],
 ) -> np.ndarray:
     """The id fields of raw rows as a matrix: int32 (C, N), PAD where a multi field has no more values.
 
@@ -80,7 +82,7 @@ def number_cells(
         codes: For each listed categorical or multi field, an expression that turns the texts of the column with the
             field's name into integer codes.
         finish: Turns a field's codes, hashed ids or buckets (MISSING_BUCKET for a missing value) into the stored
-            values.
+            values. Its further arguments are the texts of a listed field, and what says where the n-th of them lies.
 
     Raises:
         DataError: A value or a column's type does not fit its field.
@@ -93,20 +95,27 @@ def number_cells(
         if field.type == "multi":
             length_N = texts[field.name].list.len().fill_null(0).to_numpy().astype(np.int64)
             flat = flatten(texts[field.name])
+            row = np.repeat(np.arange(frame.height), length_N)
+            where = partial(_located, locate, row)
             if field.hash_size:
-                code = hash_values(flat, field.hash_size)
+                code = hash_values(one_texts(flat, field, nulls_of(schema, field), where), field.hash_size)
             else:
                 code = flat.to_frame().select(codes[field.name]).to_series().to_numpy()
-            row = np.repeat(np.arange(frame.height), length_N)
             place = np.arange(len(flat)) - np.repeat(np.cumsum(length_N) - length_N, length_N)
-            stored_CN[columns.start + place, row] = finish(field, code)
+            stored_CN[columns.start + place, row] = finish(field, code, flat, where)
             continue
+        if field.type == "numeric":
+            code = buckets[field.name]
+            if field.hash_size:
+                code = hash_values(bucket_texts(pl.Series(code)), field.hash_size)
+            stored_CN[columns.start] = finish(field, code, None, locate)
+            continue
+        values = texts[field.name]
         if field.hash_size:
-            values = bucket_texts(pl.Series(buckets[field.name])) if field.type == "numeric" else texts[field.name]
-            code = hash_values(values, field.hash_size)
+            code = hash_values(one_texts(values, field, nulls_of(schema, field), locate), field.hash_size)
         else:
-            code = buckets[field.name] if field.type == "numeric" else coded[field.name].to_numpy()
-        stored_CN[columns.start] = finish(field, code)
+            code = coded[field.name].to_numpy()
+        stored_CN[columns.start] = finish(field, code, values, locate)
     return stored_CN
 
 
@@ -123,19 +132,22 @@ def _canonical_values(
     texts: list[pl.Expr] = []
     for field in schema.id_fields:
         dtype, column = frame.schema[field.raw_column], pl.col(field.raw_column)
-        nulls = [*schema.nulls, *field.nulls]
+        nulls = nulls_of(schema, field)
         if field.type == "numeric":
             continue
         if field.type == "multi":
             lists = _lists(field, frame)
-            kept = pl.element().filter(pl.element().is_not_null() & ~pl.element().is_in([*nulls, ""]))
-            lists = lists.list.eval(kept).list
+            is_kept = pl.element().is_not_null() & ~pl.element().is_in([*nulls, ""])
+            if field.kind is not None and (numbers_null := _numbers_of(nulls)):
+                number = pl.element().str.strip_chars().cast(pl.Float64, strict=False)
+                is_kept &= ~number.is_in(numbers_null).fill_null(False)
+            lists = lists.list.eval(pl.element().filter(is_kept)).list
             used = lists.tail(field.max_len) if field.keep == "last" else lists.head(field.max_len)
             texts.append(used.alias(field.name))
             continue
         if isinstance(dtype, (pl.List, pl.Array)):
             raise DataError(f"column {field.raw_column!r} holds lists; declare field {field.name!r} as type = 'multi'")
-        text = _text(field, dtype, column)
+        text = cell_text(field, dtype, column)
         if field.hash_size:
             text = pl.when(~text.is_in(nulls)).then(text)
         texts.append(text.alias(field.name))
@@ -156,35 +168,46 @@ def to_numbers(
             raise DataError(
                 f"column {field.raw_column!r} holds {dtype}, which is not a number; declare field {field.name!r} categorical"
             )
-    numbers = frame.select(
-        _number(f, frame.schema[f.raw_column], pl.col(f.raw_column)).fill_nan(None).alias(f.name) for f in fields
-    )
+    numbers = frame.select(_number_cells(f, frame.schema[f.raw_column], schema) for f in fields)
     # A second pass over the cells is made only where a column holds more than finite numbers and nulls.
     num_null = numbers.null_count()
     num_null_raw = frame.select(list(dict.fromkeys(f.raw_column for f in fields))).null_count()
     is_infinite = numbers.select(pl.all().is_infinite().any())
     repaired = []
     for f in fields:
-        if (
-            _has_numeric_nulls(schema, f)
-            or is_infinite[f.name][0]
-            or num_null[f.name][0] > num_null_raw[f.raw_column][0]
-        ):
+        is_odd = is_infinite[f.name][0] or num_null[f.name][0] > num_null_raw[f.raw_column][0]
+        if is_odd or _compares_null_texts(schema, f):
             repaired.append(_repair(numbers[f.name], frame[f.raw_column], f, schema, locate))
     return numbers.with_columns(repaired)
+
+
+def _number_cells(field: FieldSpec, dtype: pl.DataType, schema: Schema) -> pl.Expr:
+    """The cells of a numeric or dense field as float64; null where they are missing or not a number."""
+    number = _number(field, dtype, pl.col(field.raw_column)).fill_nan(None)
+    missing = [] if field.kind is None else [*_numbers_of(nulls_of(schema, field))]
+    if dtype == pl.Float32:  # which holds -999.1 as -999.0999755859375
+        missing += np.array(missing, np.float32).astype(float).tolist()
+    if missing:
+        number = pl.when(~number.is_in(missing)).then(number)
+    return number.alias(field.name)
 
 
 def _repair(
     numbers: pl.Series, raw: pl.Series, field: FieldSpec, schema: Schema, locate: Callable[[int], str]
 ) -> pl.Series:
     """Numbers with stated nulls and padded text understood; DataError for cells that are still not finite numbers."""
-    texts = raw.cast(pl.String)
+    texts, nulls = raw.cast(pl.String), nulls_of(schema, field)
     stripped = texts.str.strip_chars()
-    is_stated = texts.is_in([*schema.nulls, *field.nulls]).fill_null(False)
-    is_missing = is_stated | stripped.str.to_lowercase().is_in(["nan", "+nan", "-nan"]).fill_null(False)
-    if field.decimal is None:
-        numbers = numbers.fill_null(stripped.cast(pl.Float64, strict=False))
-    numbers = numbers.fill_nan(None).set(is_missing, None)
+    if field.kind == "boolean":
+        stripped = one_texts(stripped, field, (), locate).replace({"true": "1", "false": "0"})
+    found = stripped.alias("text").to_frame().select(_number(field, pl.String(), pl.col("text"))).to_series()
+    found = found.fill_nan(None)
+    is_stated = texts.is_in(nulls)
+    if field.kind is not None:
+        is_stated |= stripped.is_in(nulls) | found.is_in(_numbers_of(nulls)).fill_null(False)
+    is_word = stripped.str.to_lowercase().is_in(["nan", "+nan", "-nan"])
+    is_missing = (is_stated | is_word).fill_null(False)
+    numbers = numbers.fill_null(found).set(is_missing, None)
     is_bad = (numbers.is_null() & texts.is_not_null() & ~is_missing) | numbers.is_infinite().fill_null(False)
     bad = is_bad.arg_true()
     if len(bad):
@@ -240,7 +263,7 @@ def _lists(field: FieldSpec, frame: pl.DataFrame) -> pl.Expr:
     if isinstance(dtype, pl.Array):
         dtype, column = pl.List(dtype.inner), column.arr.to_list()
     if isinstance(dtype, pl.List):
-        return column.list.eval(_text(field, dtype.inner, pl.element()))  # type: ignore[arg-type]
+        return column.list.eval(cell_text(field, dtype.inner, pl.element()))  # type: ignore[arg-type]
     if dtype == pl.Null:
         return column.cast(pl.List(pl.String))
     if dtype not in (pl.String, pl.Categorical, pl.Enum):
@@ -255,35 +278,31 @@ def _lists(field: FieldSpec, frame: pl.DataFrame) -> pl.Expr:
     return pl.lit(split_texts(frame[field.raw_column].cast(pl.String), field.separator))
 
 
-def _text(field: FieldSpec, dtype: pl.DataType, column: pl.Expr) -> pl.Expr:
-    """The cells of a column as texts."""
-    if dtype == pl.String:
-        return column
-    if dtype.is_float():
-        whole = (column == column.floor()) & (column.abs() < 2.0**53)
-        text = column.fill_nan(None).cast(pl.String)
-        return pl.when(whole).then(column.cast(pl.Int64, strict=False).cast(pl.String)).otherwise(text)
-    if dtype.is_integer() or dtype.is_temporal() or dtype in (pl.Boolean, pl.Null, pl.Categorical, pl.Enum, pl.Decimal):
-        return column.cast(pl.String)
-    raise DataError(
-        f"column {field.raw_column!r} holds {dtype}, which field {field.name!r} cannot read; convert it to text or lists"
-    )
-
-
 def flatten(lists: pl.Series) -> pl.Series:
     """The elements of all lists in order."""
     return lists.filter(lists.list.len().fill_null(0) > 0).explode()
 
 
-def _has_numeric_nulls(schema: Schema, field: FieldSpec) -> bool:
-    return any(_is_finite(text) for text in (*schema.nulls, *field.nulls))
+def nulls_of(schema: Schema, field: FieldSpec) -> tuple[str, ...]:
+    """The texts that mean "missing" in a field."""
+    return (*schema.nulls, *field.nulls)
 
 
-def _is_finite(text: str) -> bool:
-    try:
-        return bool(np.isfinite(float(text)))
-    except ValueError:
-        return False
+@cache
+def _numbers_of(nulls: tuple[str, ...]) -> tuple[float, ...]:
+    """The finite numbers among texts that mean "missing"."""
+    numbers = pl.Series(nulls, dtype=pl.String).str.strip_chars().cast(pl.Float64, strict=False)
+    return tuple(numbers.filter(numbers.is_finite()))
+
+
+def _compares_null_texts(schema: Schema, field: FieldSpec) -> bool:
+    """Whether numbers that mean "missing" are compared as texts: so they are in a field without a kind."""
+    return field.kind is None and bool(_numbers_of(nulls_of(schema, field)))
+
+
+def _located(locate: Callable[[int], str], row_N: np.ndarray, place: int) -> str:
+    """Where the row of the n-th element of all lists lies."""
+    return locate(int(row_N[place]))
 
 
 def row_number(row: int) -> str:

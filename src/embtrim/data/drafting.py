@@ -7,11 +7,13 @@ import re
 
 import polars as pl
 
+from embtrim.data.kinds import kind_in_files
 from embtrim.data.read_options import ReadOptions
 from embtrim.data.reading import RawLog, Source, open_log
 from embtrim.data.rule_cells import check_rule
 from embtrim.data.sparse_text import SparseFile
 from embtrim.data.text_lists import TextList, find_text_lists
+from embtrim.data.values import cell_text
 from embtrim.data.written_numbers import find_decimal, written_numbers
 from embtrim.errors import DataError, hint
 from embtrim.rules import parse_rule, rule_or_none
@@ -96,6 +98,8 @@ def draft_schema(log: RawLog, label: str | None, where: str | None) -> Schema:
     label_columns = (label,) if rule is None else rule.columns
     if log.is_sparse:
         return _infer_sparse(log, label, where)
+    for name in names:
+        kind_in_files(name, log.files)
     frames, num_rows, done = [], 0, 1.0
     for chunk in log.chunks(None):
         frames.append(chunk.frame)
@@ -105,7 +109,7 @@ def draft_schema(log: RawLog, label: str | None, where: str | None) -> Schema:
     if not num_rows:
         raise DataError(f"{log.name} holds no rows" + (f" where {where}" if where else ""))
     min_count = _min_count(num_rows / max(done, 1e-9))
-    sample = pl.concat(frames).head(INFER_ROWS)
+    sample = _joined(frames, log.name).head(INFER_ROWS)
     time_column, fields = None, []
     for name in names:
         if name in label_columns:
@@ -124,6 +128,28 @@ def draft_schema(log: RawLog, label: str | None, where: str | None) -> Schema:
             f"{log.name} has no column that could be a field beside label {label!r}; write a schema by hand"
         )
     return Schema(label=label, where=where, time=time_column, fields=tuple(fields))
+
+
+def _joined(frames: list[pl.DataFrame], log: str) -> pl.DataFrame:
+    """The rows of all frames; columns of several types become text, or lists of texts."""
+    mixed = [name for name in frames[0].columns if len({frame.schema[name] for frame in frames}) > 1]
+    parts = [frame.with_columns(_as_texts(name, frame.schema[name]) for name in mixed) for frame in frames]
+    for name in mixed:
+        if len({frame.schema[name] for frame in parts}) > 1:
+            raise DataError(
+                f"{log}: column {name!r} holds lists in some files and text in others; write a schema in which its field "
+                "has type = 'multi' and the text's separator"
+            )
+    return pl.concat(parts)
+
+
+def _as_texts(name: str, dtype: pl.DataType) -> pl.Expr:
+    field, column = FieldSpec(name=name, kind="text"), pl.col(name)
+    if isinstance(dtype, pl.Array):
+        dtype, column = pl.List(dtype.inner), column.arr.to_list()
+    if isinstance(dtype, pl.List):
+        return column.list.eval(cell_text(field, dtype.inner, pl.element()))  # type: ignore[arg-type]
+    return cell_text(field, dtype, column)
 
 
 def _min_count(num_rows: float) -> int:

@@ -2,7 +2,8 @@
 
 Conventions:
 
-- What a cell's value is: see cells.py for texts, lists, numbers and hashes, transforms.py for buckets and dense values.
+- What a cell's value is: see values.py for texts, cells.py for lists, numbers and hashes, transforms.py for buckets and
+  dense values. A field that was encoded without its kind compares texts as they are.
 - A missing value is a value of its own, null in vocab.parquet. In a multi field it is an empty list. In a dense field
   it is 0 after the transform, which for `standard` is the mean.
 - Ids of a table: 0 is OOV; 1.. are the values kept, by descending count in the training rows, ties by value (missing
@@ -17,8 +18,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,14 +29,17 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from embtrim.data.cells import dense_values, needed_columns, number_cells, require_columns, row_number
+from embtrim.data.cells import dense_values, needed_columns, nulls_of, number_cells, require_columns, row_number
 from embtrim.data.dataset import EncodedDataset
 from embtrim.data.log_file import Chunk, first_line_of
 from embtrim.data.transforms import MISSING_BUCKET, is_learned
+from embtrim.data.values import brought_texts, one_texts
 from embtrim.errors import DataError
 from embtrim.plan.plan import SizePlan
 from embtrim.schema import OOV, FieldSpec, Schema
 from embtrim.system.files import read_json
+
+logger = logging.getLogger(__name__)
 
 MAX_PLACES = 1 << 22  # more buckets than this, 16 MB of ids, are searched and not looked up by place
 
@@ -152,7 +157,7 @@ class Encoder:
         frame, locate = (rows.frame, rows.locate) if isinstance(rows, Chunk) else (rows, row_number)
         require_columns(frame, self.columns)
         codes = {name: lookup.code for name, lookup in self._text_lookups.items()}
-        ids_CN = number_cells(frame, self.schema, self.transforms, locate, codes, self.ids)
+        ids_CN = number_cells(frame, self.schema, self.transforms, locate, codes, self._ids_of_cells)
         return EncodedChunk(np.ascontiguousarray(ids_CN.T), dense_values(frame, self.schema, self.transforms, locate))
 
     def ids(self, field: FieldSpec, code_N: np.ndarray) -> np.ndarray:
@@ -166,8 +171,22 @@ class Encoder:
 
     def text_ids(self, field: FieldSpec, values: pl.Series) -> np.ndarray:
         """Ids of texts and nulls as cells of a listed categorical or multi field: int32 (N,)."""
-        code = self._text_lookups[field.name].code
-        return self.ids(field, values.to_frame(field.name).select(code).to_series().to_numpy())
+        code_N = self._text_lookups[field.name].codes(field, values)
+        return self._ids_of_cells(field, code_N, values, row_number)
+
+    def _ids_of_cells(
+        self, field: FieldSpec, code_N: np.ndarray, texts: pl.Series | None, where: Callable[[int], str]
+    ) -> np.ndarray:
+        """Ids of a field's cells, see `ids`; texts that the vocabulary lacks are first brought to the field's kind."""
+        if texts is not None and not field.hash_size and field.kind is not None:
+            lookup = self._text_lookups[field.name]
+            unseen = np.flatnonzero(code_N == lookup.unseen)
+            if len(unseen):
+                code_N = code_N.copy()
+                cells = texts.gather(unseen)
+                one = one_texts(cells, field, nulls_of(self.schema, field), lambda place: where(int(unseen[place])))
+                code_N[unseen] = lookup.codes(field, one)
+        return self.ids(field, code_N)
 
     def with_id_maps(self, id_maps: Mapping[str, np.ndarray]) -> Encoder:
         """The same encoder with new ids: it gives out `id_maps[table][id]` instead of id.
@@ -207,11 +226,18 @@ class Encoder:
         for field in self.schema.id_fields:
             if field.hash_size or field.type == "numeric":
                 continue
+            if field.kind is None and not lookups:
+                logger.warning(
+                    "the vocabulary was made without the kinds of its columns: values are compared as texts, so that 1034.0 is "
+                    "not 1034; encode the training log again to have them compared by kind"
+                )
             listed, unseen, missing_id = self._listed(field)
+            if len({f.kind for f in self.schema.fields_of_table[field.table_name]}) > 1:
+                listed = self._brought(listed, field, unseen, missing_id)
             ids_V, texts = listed["id"].to_numpy(), listed["value"]
             if field.type == "categorical":
                 # Texts that mean "missing" become codes too, so that no pass over the cells has to replace them.
-                nulls = sorted({*self.schema.nulls, *field.nulls})
+                nulls = sorted({*nulls_of(self.schema, field)})
                 is_null = texts.is_in(nulls)
                 extra = sorted(set(nulls) - set(texts.filter(is_null)))
                 ids_V = np.where(is_null.to_numpy(), missing_id, ids_V)
@@ -237,6 +263,13 @@ class Encoder:
                 listed["number"].to_numpy(), listed["id"].to_numpy(), unseen, missing_id
             )
         return lookups
+
+    def _brought(self, listed: pl.DataFrame, field: FieldSpec, unseen: int, missing_id: int) -> pl.DataFrame:
+        """A vocabulary shared with fields of other kinds: a text that has another text in this field gets its id."""
+        one = listed.select("value", one=brought_texts(listed["value"], field, nulls_of(self.schema, field)))
+        found = one.join(listed.select(one="value", id="id"), on="one", how="left", maintain_order="left")
+        missing = pl.when(pl.col("one").is_null()).then(missing_id).otherwise(unseen).cast(pl.Int32)
+        return found.select("value", pl.col("id").fill_null(missing))
 
     def _listed(self, field: FieldSpec) -> tuple[pl.DataFrame, int, int]:
         """A field's vocabulary without the missing value, the id of unseen values, and the id of the missing value."""
@@ -283,6 +316,15 @@ class _TextLookup:
 
     code: pl.Expr
     ids_V: np.ndarray
+
+    @property
+    def unseen(self) -> int:
+        """The code of unseen values."""
+        return len(self.ids_V) - 2
+
+    def codes(self, field: FieldSpec, texts: pl.Series) -> np.ndarray:
+        """The codes of texts and nulls as cells of a field: uint32 (N,)."""
+        return texts.to_frame(field.name).select(self.code).to_series().to_numpy()
 
 
 class _BucketLookup:

@@ -24,7 +24,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from embtrim.data.dataset import FORMAT_VERSION, SPLITS, EncodedDataset
 from embtrim.data.drafting import draft_schema, is_label_rule
 from embtrim.data.encoder import Encoder, digest
 from embtrim.data.encoding_state import CHECKPOINT_VERSION, WorkingFolder, check_target, working_folder
+from embtrim.data.kinds import kinds_of_log
 from embtrim.data.log_file import CHUNK_BYTES
 from embtrim.data.numbering import Numbering
 from embtrim.data.read_options import ReadOptions
@@ -119,7 +119,7 @@ def encode(
         _check_draft(schema, draft_path)
     _check_logs(logs, schema, chosen)
     data = _encode_logs(
-        target, logs, schema, None, chosen, seed, options, partial(_fit_encoder, schema), {}, overwrite=overwrite,
+        target, logs, schema, None, chosen, seed, options, _fit_encoder, {}, overwrite=overwrite,
         progress=progress, chunk_bytes=chunk_bytes, checkpoint_seconds=checkpoint_seconds,
     )  # fmt: skip
     if draft_path is not None:
@@ -173,7 +173,7 @@ def encode_further(
     _check_logs(logs, counted, chosen)
     return _encode_logs(
         target, logs, counted, encoder.transforms, chosen, seed, options,
-        lambda vocabularies, _, folder: extend(vocabularies, folder), inputs,
+        lambda _, vocabularies, __, folder: extend(vocabularies, folder), inputs,
         overwrite=True, progress=progress, chunk_bytes=CHUNK_BYTES, checkpoint_seconds=60.0,
     )  # fmt: skip
 
@@ -197,7 +197,7 @@ def _encode_logs(
     chosen: Split | None,
     seed: int,
     options: ReadOptions,
-    fit: Callable[[dict[str, pl.DataFrame], Mapping[str, Mapping[str, Any]], Path], Encoder],
+    fit: Callable[[Schema, dict[str, pl.DataFrame], Mapping[str, Mapping[str, Any]], Path], Encoder],
     more_inputs: Mapping[str, Any],
     *,
     overwrite: bool,
@@ -207,8 +207,8 @@ def _encode_logs(
 ) -> EncodedDataset:
     """Make the encoder and write all rows as its ids.
 
-    `fit` makes the encoder from the vocabularies of the training rows, the transforms and the data's folder. If
-    `transforms` is None, they are learned from the training rows.
+    `fit` makes the encoder from the schema, the vocabularies of the training rows, the transforms and the data's
+    folder. If `transforms` is None, the data are new: transforms and kinds are learned from the training rows.
     """
     started = time.perf_counter()
     sources = {name: log.identity() for name, log in logs.items()}
@@ -228,9 +228,11 @@ def _encode_logs(
         seconds_before = work.state.seconds
         splitter = Splitter(chosen, schema, seed)
         _learn_cuts(splitter, logs["train"], chunk_bytes, bar, work)
+        undecided: frozenset[str] = frozenset()
         if transforms is None:
+            schema, undecided = kinds_of_log(schema, logs["train"])
             transforms = _learned_transforms(schema, logs["train"], splitter, seed, chunk_bytes, bar, work)
-        numbering = Numbering(schema, transforms)
+        numbering = Numbering(schema, transforms, undecided)
         parts = {name: (log, splitter if name == "train" else SPLITS.index(name)) for name, log in logs.items()}
         coded = write_codes(numbering, parts, chunk_bytes, bar, work)
         num_rows = {name: sum(coded.blocks[name]) for name in SPLITS if name in coded.blocks}
@@ -239,8 +241,8 @@ def _encode_logs(
         if work.state.is_fitted:
             encoder = Encoder.load(work.folder)
         else:
-            vocabularies = numbering.vocabularies(groups_of_training_codes(coded, schema, bar, work))
-            encoder = fit(vocabularies, transforms, work.folder)
+            decided, vocabularies = numbering.vocabularies(groups_of_training_codes(coded, schema, bar, work))
+            encoder = fit(decided, vocabularies, transforms, work.folder)
             encoder.save(work.folder)
         write_ids(numbering, encoder, coded, bar, work)
         seconds = seconds_before + time.perf_counter() - started

@@ -41,7 +41,7 @@ from embtrim.data.log_file import START, Position
 from embtrim.errors import DataError, EmbtrimError
 from embtrim.system.files import flush_file, write_then_rename
 
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 # A checkpoint that takes longer is saved less often. With one checkpoint a minute, this is one percent of the time.
 CHEAP_SECONDS = 0.6
 

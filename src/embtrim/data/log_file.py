@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import polars as pl
 
@@ -60,11 +61,13 @@ class LogFile:
         name: Name for messages.
         size: Bytes of the file, or rows of a frame.
         columns: Names of the columns.
+        types: Types of the columns by name; a column without a type holds text.
     """
 
     name: str
     size: int
     columns: tuple[str, ...]
+    types: Mapping[str, pl.DataType] = MappingProxyType({})
 
     def chunks(
         self, columns: list[str], chunk_bytes: int, start: Position, numbers: Collection[str]

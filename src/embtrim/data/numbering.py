@@ -13,16 +13,18 @@ Shapes: N rows, C id columns, V values of a table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from embtrim.data.cells import number_cells
+from embtrim.data.cells import nulls_of, number_cells
 from embtrim.data.encoder import Encoder
+from embtrim.data.kinds import kind_of_texts
 from embtrim.data.log_file import Chunk
 from embtrim.data.transforms import bucket_texts
+from embtrim.data.values import one_texts
 from embtrim.errors import DataError
 from embtrim.schema import PAD, FieldSpec, Schema
 
@@ -33,11 +35,15 @@ class Numbering:
     Attributes:
         schema: The fields, without sizes.
         transforms: Learned transforms of the numeric fields.
+        undecided: Names of the fields whose kind the texts of the training rows say.
     """
 
-    def __init__(self, schema: Schema, transforms: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(
+        self, schema: Schema, transforms: Mapping[str, Mapping[str, Any]], undecided: Collection[str] = ()
+    ) -> None:
         self.schema = schema
         self.transforms = transforms
+        self.undecided = frozenset(undecided)
         self._texts = [f for f in schema.id_fields if f.type in ("categorical", "multi") and not f.hash_size]
         self._categories = {field.table_name: pl.Categories.random() for field in self._texts}
         self._num_texts = dict.fromkeys(self._categories, 0)
@@ -56,7 +62,9 @@ class Numbering:
         """
         return number_cells(chunk.frame, self.schema, self.transforms, chunk.locate, self._codes, self._noted)
 
-    def _noted(self, field: FieldSpec, code_N: np.ndarray) -> np.ndarray:
+    def _noted(
+        self, field: FieldSpec, code_N: np.ndarray, _texts: pl.Series | None, _where: Callable[[int], str]
+    ) -> np.ndarray:
         """The codes as they are; the number of texts of the field's table is updated."""
         if field.name in self._codes and len(code_N):
             self._num_texts[field.table_name] = max(self._num_texts[field.table_name], int(code_N.max()))
@@ -95,12 +103,15 @@ class Numbering:
                 raise DataError(f"the values of table {key[0]!r} cannot be numbered as before")
             self._num_texts[str(key[0])] = len(part)
 
-    def vocabularies(self, groups: Iterable[Sequence[np.ndarray]]) -> dict[str, pl.DataFrame]:
-        """By table, the values kept, as a frame with columns value, id and count in the order of ids.
+    def vocabularies(self, groups: Iterable[Sequence[np.ndarray]]) -> tuple[Schema, dict[str, pl.DataFrame]]:
+        """The schema with all kinds; and by table the values kept, a frame with columns value, id and count by ids.
 
         Args:
             groups: The codes of all training rows in any order, blocks of shape (C, N). The blocks of a group are
                 counted together, because each group costs a pass over the counts.
+
+        Raises:
+            DataError: A value cannot be brought to the kind of its field.
         """
         counts = {f.name: np.zeros(1 + self._num_texts[f.table_name], np.int64) for f in self._texts}
         none = pl.DataFrame(schema={"bucket": pl.Int32, "count": pl.Int64})
@@ -117,8 +128,8 @@ class Numbering:
                     continue
                 code = code[code != PAD] if field.type == "multi" else code
                 counts[field.name] += np.bincount(code, minlength=len(counts[field.name]))
-        result = {}
-        for name, readers in self.schema.fields_of_table.items():
+        schema, result = self._decided(counts), {}
+        for name, readers in schema.fields_of_table.items():
             if readers[0].hash_size:
                 continue
             parts = [
@@ -132,18 +143,32 @@ class Numbering:
             kept = kept.sort("count", "value", descending=[True, False], nulls_last=True)
             ids = pl.int_range(1, kept.height + 1, dtype=pl.Int32, eager=True).alias("id")
             result[name] = kept.with_columns(ids).select("value", "id", "count")
-        return result
+        return schema, result
+
+    def _decided(self, counts: Mapping[str, np.ndarray]) -> Schema:
+        """The schema with the kinds that the texts of the training rows say."""
+        fields = []
+        for field in self.schema.fields:
+            if field.name in self.undecided and field.name in counts:
+                texts = self.texts(field.table_name).filter(pl.Series(counts[field.name][1:] > 0))
+                field = field.replace(kind=kind_of_texts(texts, nulls_of(self.schema, field)))
+            fields.append(field)
+        return self.schema.replace(fields=tuple(fields))
 
     def _texts_counted(self, field: FieldSpec, count_V: np.ndarray) -> pl.DataFrame:
         """The values that occur in a field of texts, with their counts; a missing value is null."""
-        nulls = [*self.schema.nulls, *field.nulls] if field.type == "categorical" else []
+        nulls = nulls_of(self.schema, field)
         frame = pl.DataFrame({"value": self._values(field.table_name), "count": count_V}).filter(pl.col("count") > 0)
-        return frame.with_columns(pl.when(~pl.col("value").is_in(nulls)).then("value").alias("value"))
+        if field.type == "categorical":
+            frame = frame.with_columns(pl.when(~pl.col("value").is_in(nulls)).then("value").alias("value"))
+        frame = frame.with_columns(one_texts(frame["value"], field, nulls, lambda _: "training rows"))
+        return frame if field.type == "categorical" else frame.filter(pl.col("value").is_not_null())
 
     def encoded_by(self, encoder: Encoder) -> Callable[[np.ndarray], np.ndarray]:
         """A function that turns codes into the encoder's ids, both int32 (C, N)."""
         # The last place holds PAD, so that the code PAD (-1) reads PAD.
-        ids_of = {f.name: np.append(encoder.text_ids(f, self._values(f.table_name)), PAD) for f in self._texts}
+        fields = [f for f in encoder.schema.id_fields if f.name in self._codes]  # with the kinds decided since
+        ids_of = {f.name: np.append(encoder.text_ids(f, self._values(f.table_name)), PAD) for f in fields}
 
         def encoded(codes_CN: np.ndarray) -> np.ndarray:
             ids_CN = np.empty_like(codes_CN)

@@ -19,6 +19,7 @@ class FrameFile(LogFile):
         self.frame = frame
         self.size = frame.height
         self.columns = tuple(frame.columns)
+        self.types = frame.schema
 
     def chunks(
         self, columns: list[str], chunk_bytes: int, start: Position, numbers: Collection[str]
@@ -39,7 +40,8 @@ class ParquetFile(LogFile):
         self.name = str(path)
         self.size = path.stat().st_size
         try:
-            self.columns = tuple(pl.read_parquet_schema(path))
+            self.types = pl.read_parquet_schema(path)
+            self.columns = tuple(self.types)
             self.num_rows = int(pl.scan_parquet(path).select(pl.len()).collect().item())
         except (pl.exceptions.PolarsError, OSError) as error:
             raise DataError(f"{path} is not a readable parquet file ({first_line_of(error)})") from None
