@@ -18,7 +18,9 @@ from embtrim.compaction.low_rank import start_low_rank
 from embtrim.errors import EmbtrimError, ModelError
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import SizePlan
+from embtrim.system.modules import unwrapped
 from embtrim.tables.replacements import CompactEmbedding
+from embtrim.tasks.survey import plan_for
 from embtrim.tasks.task import Task
 
 ZooModel = TypeVar("ZooModel", bound=CTRModel)
@@ -60,7 +62,7 @@ def compact(
     train a foreign module from scratch, pass a fresh module instead of the one that was searched.
 
     Args:
-        model: Full zoo model, or a foreign module.
+        model: Full zoo model, or a foreign module. Wrappers such as torch.compile are taken off.
         plan: Plan made for the model's schema, or for the foreign module's sites.
         init: "scratch" draws new weights. "initial" takes the kept part of the full model's *initial* weights, drawn
             again from its seed (zoo models only). "inherit" takes the kept part of the model's present weights. Under
@@ -86,6 +88,9 @@ def compact(
             kept where they cannot replace it; or `reads` names no such Linear or embedding, or parts that do not add up
             to the Linear's input.
     """
+    model = unwrapped(model)
+    if not isinstance(model, CTRModel):
+        plan = plan_for(model, plan)
     if init not in get_args(Init):
         raise EmbtrimError(f"init must be 'scratch', 'initial', 'inherit' or 'low_rank', given {init!r}")
     if init == "low_rank":

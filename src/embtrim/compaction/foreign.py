@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,10 +13,10 @@ from embtrim.compaction.inheriting import check_inheritable, kept_rows_of
 from embtrim.errors import ModelError, PlanError
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import TablePlan
-from embtrim.tables.replacements import CompactEmbedding, CompactEmbeddingBag, CompactFlatEmbedding
+from embtrim.system.modules import copied, named_modules
+from embtrim.tables.replacements import CompactEmbedding, CompactEmbeddingBag, CompactFlatEmbedding, Replacement
 from embtrim.tasks.sites import ModuleSite
 from embtrim.tasks.survey import fields_of, find_sites, site_plan
-from embtrim.tasks.task import Task
 
 Init = Literal["scratch", "initial", "inherit", "low_rank"]
 
@@ -49,21 +48,27 @@ def compact_module(model: nn.Module, plan: SizePlan, init: Init, seed: int | Non
     tables = iter(plan.tables)
     memo: dict[int, Any] = {}
     in_pieces: list[tuple[ModuleSite, list[nn.Parameter]]] = []
+    replaced: list[tuple[ModuleSite, Replacement]] = []
     for site in module_sites(model, plan):
         found = [_compact_table(site, next(tables), weight, init, generator) for weight in site.weights()]
-        replacement: nn.Module = found[0] if len(found) == 1 else CompactFlatEmbedding(found, site.module.padding_idx)
+        replacement: Replacement = found[0] if len(found) == 1 else CompactFlatEmbedding(found, site.module.padding_idx)
         if isinstance(site.module, nn.EmbeddingBag):
             replacement = CompactEmbeddingBag(replacement, site.module)  # type: ignore[arg-type]
-        replacement.path = site.path  # type: ignore[assignment]
+        replacement.path = site.path
+        replaced.append((site, replacement))
         replacement.to(site.module.weight.device).train(site.module.training)
         # The replacement goes wherever the model keeps the module, or its weight in a list (as for a penalty).
         memo.update((id(module), replacement) for module in site.modules)
         pieces = [weight for table in found for weight in table.weights]
+        for weight in pieces:  # what a model notes on a weight, such as that it does not decay
+            vars(weight).update(vars(site.module.weight))
         if len(pieces) == 1:
             memo[id(site.module.weight)] = pieces[0]
         else:
             in_pieces.append((site, pieces))
-    small = copy.deepcopy(model, memo)
+    small = copied(model, memo)
+    for site, replacement in replaced:
+        replacement.take_attributes(site.module, memo)
     for site, pieces in in_pieces:
         stale = memo.get(id(site.module.weight))
         if stale is not None and not _replace_in_lists(small, stale, pieces):
@@ -134,34 +139,11 @@ def narrow_linears(small: nn.Module, reads: LinearReads) -> None:
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:
-    return dict(model.named_modules(remove_duplicate=False)).get(path)
+    return dict(named_modules(model, remove_duplicate=False)).get(path)
 
 
 def _kind(module: nn.Module | None) -> str:
     return "not a module of this model" if module is None else f"a {type(module).__name__}"
-
-
-@torch.no_grad()
-def check_compactable(task: Task) -> None:
-    """Run a batch through a compact copy of a foreign model, before a search that could not be used otherwise.
-
-    Raises:
-        ModelError: The model or its loss reads the weight of a searched embedding outside of the embedding's module; or
-            the loss is not a scalar tensor.
-    """
-    full = task.full_plan()
-    plan = full.with_columns({table.name: (0,) for table in full.tables})
-    small = compact_module(task.model, plan, "inherit", None).eval()
-    with torch.random.fork_rng([]):  # a loader may draw its order from the global generator
-        for batch in task.probe():
-            loss = task.loss(small, batch)
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                given = (
-                    f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-                )
-                raise ModelError(
-                    f"the Task's loss= must give the mean loss of a batch as a scalar tensor, it gave {given}"
-                )
 
 
 @torch.no_grad()
@@ -199,8 +181,9 @@ def select_columns(table: TablePlan, compacted: CompactEmbedding) -> None:
 def compact_tables(small: nn.Module, plan: SizePlan) -> list[CompactEmbedding]:
     """Compact tables of a foreign module, in the order of the plan."""
     found: list[CompactEmbedding] = []
+    modules = dict(named_modules(small))
     for path in fields_of(small, plan):
-        module: Any = small.get_submodule(path)
+        module: Any = modules[path]
         entries = module.entries if isinstance(module, CompactEmbeddingBag) else module
         found.extend(list(entries.tables) if isinstance(entries, CompactFlatEmbedding) else [entries])  # type: ignore[arg-type]
     return found

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,20 +12,21 @@ from torch import Tensor, nn
 from embtrim.compaction.compacting import compact
 from embtrim.compaction.foreign import LinearReads, compact_tables, module_sites, narrow_linears, select_columns
 from embtrim.compaction.inheriting import kept_rows_of
+from embtrim.compaction.probing import MODULE_TOLERANCE, Run, difference, run
 from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import EmbtrimError, ModelError
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import TablePlan, projects
 from embtrim.schema import PAD
-from embtrim.system.torch_private import tree_leaves
+from embtrim.system.modules import copied, uncompiled, unwrapped
+from embtrim.tasks.survey import plan_for
 from embtrim.tasks.task import Task
+from embtrim.training.evaluation import check_finite
 from embtrim.training.recoding import data_for
 
-# A model passes if |compact - masked| <= tolerance * (1 + |masked|): zoo models in float64, foreign modules in their own
-# precision.
+# A zoo model passes if |compact - masked| <= tolerance * (1 + |masked|), in float64; see `MODULE_TOLERANCE` for others.
 TOLERANCE = 1e-9
-MODULE_TOLERANCE = 1e-5
 
 # Rows to look up value by value for a plan that only counts columns.
 LOOKUP_ROWS = 1024
@@ -92,29 +92,33 @@ def verify(
         ModelError: The embeddings that `reads` narrows are also read outside of its Linears, or in another order; the
             Task has no batches to compare on; or `data` is not of the kind that the model needs.
     """
+    model = unwrapped(model)
     if not isinstance(model, CTRModel):
         if not isinstance(data, Task):
             raise ModelError(
                 f"verify got a {type(model).__name__} and a {type(data).__name__}; a module that is not one of "
                 "embtrim.models is compared on the batches of its Task"
             )
-        return _verify_module(model, plan, data, split, max_rows, reads)
+        with uncompiled():
+            return _verify_module(model, plan_for(model, plan), data, split, max_rows, reads)
     if not isinstance(data, EncodedDataset):
         raise ModelError(f"verify compares a zoo model on encoded data, given a {type(data).__name__}; give its data")
     data = data_for(model, data)
     if any(table.only_counts for table in plan.tables):
         return _verify_lookup(model, plan, data, split, min(max_rows, LOOKUP_ROWS))
-    full = copy.deepcopy(model).cpu().double().eval()
+    full = copied(model).cpu().double().eval()
     small = compact(full, plan, init="inherit").eval()
     masked = mask_tables(full, plan)
     recoded = data.recode(plan)
     worst, rows = 0.0, 0
     batch_size = min(8192, max_rows)
+    batches = zip(data.batches(split, batch_size), recoded.batches(split, batch_size), strict=True)
     with torch.no_grad():
-        for batch, small_batch in zip(data.batches(split, batch_size), recoded.batches(split, batch_size), strict=True):
+        for number, (batch, small_batch) in enumerate(batches):
             dense = None if batch.dense_BE is None else batch.dense_BE.double()
             expected = masked(batch.ids_BC, dense)
-            worst = max(worst, _difference(small(small_batch.ids_BC, dense), expected))
+            check_finite(expected, "output", split, number)
+            worst = max(worst, difference([small(small_batch.ids_BC, dense)], [expected]))
             rows += len(batch)
             if rows >= max_rows:
                 break
@@ -126,7 +130,7 @@ def _verify_lookup(model: CTRModel, plan: SizePlan, data: EncodedDataset, split:
     """Compare the compact tables with embeddings looked up value by value, straight from the definition of the plan."""
     full_ids_BC = next(iter(data.batches(split, max_rows))).ids_BC.numpy()
     ids_BC = next(iter(data.recode(plan).batches(split, max_rows))).ids_BC
-    tables = compact(copy.deepcopy(model).cpu().double(), plan, seed=0).eval().tables
+    tables = compact(copied(model).cpu().double(), plan, seed=0).eval().tables
     generator = torch.Generator().manual_seed(0)
     tables.weight.normal_(generator=generator)
     values_VD = {t.name: torch.randn(t.num_rows + 1, t.width, generator=generator).double() for t in plan.tables}
@@ -158,7 +162,7 @@ def _verify_lookup(model: CTRModel, plan: SizePlan, data: EncodedDataset, split:
             vectors = [embedding(table, int(i)) for i in ids_C[columns] if i != PAD]
             pooled = torch.stack(vectors).sum(0) if vectors else torch.zeros(table.output_width).double()
             parts.append(pooled / len(vectors) if field.pooling == "mean" and vectors else pooled)
-        worst = max(worst, _difference(found_BS[row], torch.cat(parts)))
+        worst = max(worst, difference([found_BS[row]], [torch.cat(parts)]))
     return Verification(worst, len(full_ids_BC), TOLERANCE, worst <= TOLERANCE, "lookup")
 
 
@@ -193,25 +197,28 @@ def _verify_module(
         for table, compacted in zip(plan.tables, compact_tables(expected_of, plan), strict=True):
             if projects(table):
                 select_columns(table, compacted)
-        small = copy.deepcopy(expected_of)
+        small = copied(expected_of)
         narrow_linears(small, reads)
     else:
-        small, expected_of = compact(model, plan, init="inherit", reads=reads).eval(), copy.deepcopy(model).eval()
+        small, expected_of = compact(model, plan, init="inherit", reads=reads).eval(), copied(model).eval()
         tables = iter(plan.tables)
         for site in module_sites(expected_of, plan):
             for weight_VD in site.weights():
                 weight_VD.mul_(torch.from_numpy(next(tables).kept_mask()).to(weight_VD.device))
     worst, rows = 0.0, 0
-    for batch in task.batches(split):
-        expected = _outputs(task, expected_of, batch)
+    for number, batch in enumerate(task.batches(split)):
+        expected = run(task, expected_of, batch)
+        num_rows = len(expected.outputs[0]) if expected.outputs and expected.outputs[0].ndim else 1
+        if num_rows:
+            check_finite(expected.loss, "loss", split, number)
         try:
-            found = _outputs(task, small, batch)
-            worst = max(worst, *(_difference(a, b) for a, b in zip(found, expected, strict=True)))
+            found = run(task, small, batch)
         except Exception as error:  # a model may fail in any way on a width that it does not expect
             if reads is None:
                 raise
             raise ModelError(f"{_misread(reads)}; it fails: {error}") from error
-        rows += len(expected[0]) if expected[0].ndim else 1
+        worst = max(worst, _module_difference(found, expected, reads))
+        rows += num_rows
         if rows >= max_rows:
             break
     if not rows:
@@ -225,31 +232,24 @@ def _verify_module(
     return Verification(worst, rows, MODULE_TOLERANCE, worst <= MODULE_TOLERANCE)
 
 
+def _module_difference(found: Run, expected: Run, reads: LinearReads | None) -> float:
+    """Largest difference of outputs and losses; ModelError where the losses differ though the outputs do not."""
+    outputs = difference(found.outputs, expected.outputs)
+    loss = difference([found.loss], [expected.loss])
+    if reads is None and expected.outputs and outputs <= MODULE_TOLERANCE < loss:
+        raise ModelError(
+            f"compact and masked model give the same output, but losses that differ by {loss:.2e}: the Task's loss= looks at "
+            "more than the output, such as isinstance(m, nn.Embedding) or the number of parameters for a penalty; compare with "
+            "a Task whose loss= has no such penalty"
+        )
+    return max(outputs, loss)
+
+
 def _misread(reads: LinearReads) -> str:
     return (
         f"reads= is wrong for {', '.join(reads)}: the Linear reads its parts in another order, or something else reads them "
         "too; correct it, or leave it out"
     )
-
-
-def _outputs(task: Task, model: nn.Module, batch: Any) -> list[Tensor]:
-    """Every output tensor of a model during the task's loss, and the loss."""
-    found: list[Tensor] = []
-    hook = model.register_forward_hook(
-        lambda _module, _args, output: found.extend(x for x in tree_leaves(output) if isinstance(x, Tensor))
-    )
-    try:
-        with torch.random.fork_rng([]):  # a loss may draw negatives: both models get the same
-            loss = task.loss(model, batch)
-    finally:
-        hook.remove()
-    return [*found, loss]
-
-
-def _difference(found: Tensor, expected: Tensor) -> float:
-    """Largest |found - expected| / (1 + |expected|); infinite where only one of them is a number."""
-    difference = torch.where(found == expected, 0.0, (found - expected).abs() / (1 + expected.abs()))
-    return float(difference.nan_to_num(nan=float("inf")).max()) if difference.numel() else 0.0
 
 
 @torch.no_grad()
@@ -277,5 +277,5 @@ def _verify_module_lookup(model: nn.Module, plan: SizePlan) -> Verification:
         if compacted.zeroes_padding:
             expected_VD[compacted.padding_idx] = 0.0
         found_VD = compacted(torch.arange(table.num_rows, device=expected_VD.device))
-        worst, rows = max(worst, _difference(found_VD, expected_VD)), rows + table.num_rows
+        worst, rows = max(worst, difference([found_VD], [expected_VD])), rows + table.num_rows
     return Verification(worst, rows, MODULE_TOLERANCE, worst <= MODULE_TOLERANCE, "lookup")

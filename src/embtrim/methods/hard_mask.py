@@ -27,7 +27,6 @@ lumpy, so what tau leaves unused is refilled.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Iterator
@@ -45,9 +44,11 @@ from embtrim.errors import EmbtrimError
 from embtrim.methods.selection import field_plan, lowest_threshold, rank_slots, slot_costs
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
+from embtrim.system.modules import copied
 from embtrim.tables.embedding_tables import RowGate
 from embtrim.tasks.sites import gate_sites, num_slots
 from embtrim.tasks.task import Task, alignment_of
+from embtrim.training.evaluation import check_finite
 from embtrim.training.settings import Hooks
 from embtrim.training.state import random_states, set_random_states
 
@@ -97,7 +98,7 @@ def search_hard_mask(task: Task, config: HardMaskConfig, budget: Budget, seed: i
     alignment = alignment_of(task, config.align)
     costs_S = slot_costs(full, alignment)
     limit = full.max_params(budget)
-    model = copy.deepcopy(task.model) if config.start == "trained" else task.fresh(seed)
+    model = copied(task.model) if config.start == "trained" else task.fresh(seed)
     supernet = MaskedSupernet(task, model, config, costs_S, limit, seed)
     supernet.train()
 
@@ -270,9 +271,13 @@ class MaskedSupernet:
         try:
             with gate_sites(self.sites, mask_S.split(self.slots), rows):
                 loss = self.task.loss(self.model, batch)
-            return torch.autograd.grad(loss, a_S)[0]
+            gradient_S = torch.autograd.grad(loss, a_S)[0]
         finally:
             self.model.train()
+        split, number = "train" if self.config.single_level else "valid", self._place[1] - 1
+        check_finite(loss, "loss", split, number)
+        check_finite(gradient_S, "gradient by the masks", split, number)
+        return gradient_S
 
 
 def straight_through(a_S: Tensor, mask_S: Tensor, window: float = 1.0) -> Tensor:

@@ -37,7 +37,7 @@ from embtrim.plan.plan import PlanShape, SizePlan
 from embtrim.plan.table import Block, BlockShape, TablePlan, TableShape, map_params
 from embtrim.tasks.sites import Site, gate_sites
 from embtrim.tasks.task import Task
-from embtrim.training.evaluation import loss_weight
+from embtrim.training.evaluation import check_finite, loss_weight
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -130,9 +130,11 @@ def entry_saliency(task: Task, model: nn.Module, sites: list[Site], fraction: fl
         leaves.clear()
         with gate_sites(sites, rows=[reader(n) for n in range(len(sites))]):
             loss = task.loss(model, batch)
+        check_finite(loss, "loss", "train", number)
         found = torch.autograd.grad(loss, [leaf for *_, leaf in leaves], allow_unused=True)
         for (site, rows_U, _), grad_UD in zip(leaves, found, strict=True):
             if grad_UD is not None:
+                check_finite(grad_UD, "gradient by the embeddings", "train", number)
                 grads[site].index_add_(0, rows_U.long(), grad_UD, alpha=loss_weight(batch))
         weights.append(loss_weight(batch))
     if not weights:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from embtrim.compaction.low_rank import Basis, bases, num_occurrences, trained_rows
+from embtrim.system.modules import evaluating
 from embtrim.system.progress import tracked
 from embtrim.tables.packing import CHUNK_ROWS, as_coded, fit_codes
 from embtrim.tasks.sites import weights_by_table, weights_kept
@@ -136,12 +137,8 @@ def read(task: Task) -> Readings:
     Args:
         task: Task of the trained full model.
     """
-    was_training = task.model.training
-    try:
-        with weights_kept(task.model):
-            return _readings(task)
-    finally:
-        task.model.train(was_training)
+    with evaluating(task.model), weights_kept(task.model):
+        return _readings(task)
 
 
 def _readings(task: Task) -> Readings:

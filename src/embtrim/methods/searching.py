@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-from embtrim.compaction.foreign import check_compactable
+from embtrim.compaction.probing import check_compactable
 from embtrim.config import Config
 from embtrim.errors import BudgetError, ConfigError, EmbtrimError, ModelError
 from embtrim.methods.precision import MIXED_BITS, mixed_bits
@@ -100,15 +101,35 @@ def search(
     request = _Request(task, method_of(config), config, seed, bits, target)
     sites = task.sites(task.model)
     _check_fp32(sites)
+    check_weights(task.model)
     check_budget(full, budget, bits, target)
     with weights_kept(task.model), torch.enable_grad():  # a caller's torch.no_grad() is meant for the model's own use
         if all(isinstance(site, ModuleSite) for site in sites):
             check_compactable(task)
-        within = _search_with_vocabulary if counts_vocabulary(budget, target) else _search_tables
-        plan = within(request, budget)
+        if unread := task.unread_tables():
+            plan = _search_read_tables(request, budget, full, unread)
+        else:
+            plan = _search_within(request, budget)
     if plan.keeps_nothing:
         raise _keeps_nothing(request, full, budget)
     return plan if target is None else dataclasses.replace(plan, target=target)
+
+
+def _search_within(request: _Request, budget: Budget) -> SizePlan:
+    within = _search_with_vocabulary if counts_vocabulary(budget, request.target) else _search_tables
+    return within(request, budget)
+
+
+@torch.no_grad()
+def check_weights(model: nn.Module) -> None:
+    """Raise ModelError for a parameter that holds NaN or infinity; the message names it."""
+    for name, weight in model.named_parameters():
+        if weight.numel() and not bool(torch.stack(torch.aminmax(weight)).isfinite().all()):
+            rows = "" if weight.ndim < 2 else f", first in row {int((~weight.isfinite().all(1)).nonzero()[0]):,}"
+            raise ModelError(
+                f"weight {name!r} of this {type(model).__name__} holds nan or infinity{rows}; train it again with a lower "
+                "learning rate, or take an earlier checkpoint"
+            )
 
 
 def _log_survey(task: Task) -> None:
@@ -139,6 +160,36 @@ def _keeps_nothing(request: _Request, full: SizePlan, budget: Budget) -> BudgetE
     is_exact = bits == 32 and target != "fbgemm" and enough > budget.amount
     advice = f"{budget.words_for(enough)} is enough" if is_exact else "give more"
     return BudgetError(f"method {method.name!r} keeps no row of any table within a budget of {budget}; {advice}")
+
+
+# ---- tables that nothing reads ---------------------------------------------------------------------------------------
+
+
+def _search_read_tables(request: _Request, budget: Budget, full: SizePlan, unread: Sequence[str]) -> SizePlan:
+    """Search for a plan in which tables that no training batch reads get nothing of the budget.
+
+    An embedding of which nothing is read is left out of the search. A field whose flat table is read otherwise, or whose
+    zoo model has one site for all fields, stays in the search and keeps nothing afterwards.
+    """
+    sizes = {table.name: table.num_rows * table.width for table in full.tables}
+    listed = ", ".join(f"{name!r} ({sizes[name]:,} parameters)" for name in unread)
+    logger.warning("no training batch reads these tables, which therefore get nothing of the budget: %s", listed)
+    if len(unread) == len(full.tables):
+        raise ModelError(f"no training batch reads a table of this {type(request.task.model).__name__}: {listed}")
+    task, within = request.task.without_tables(unread), budget
+    searched = task.full_plan()
+    if budget.kind == "percent":
+        within = Budget(
+            "percent", min(1.0, budget.amount * full.num_full_params / searched.num_full_params), budget.text
+        )
+    try:
+        plan = _search_within(dataclasses.replace(request, task=task), within)
+    except BudgetError as error:
+        raise BudgetError(f"budget of {budget}, which is {within} of the tables that training reads: {error}") from None
+    kept = {table.name: table for table in plan.tables if table.name not in unread}
+    tables = tuple(kept.get(table.name, dataclasses.replace(table, blocks=())) for table in full.tables)
+    details = {**plan.details, "unread_tables": list(unread)}
+    return dataclasses.replace(plan, fingerprint=full.fingerprint, tables=tables, budget=budget, details=details)
 
 
 # ---- tables and vocabulary ---------------------------------------------------------------------------------------------

@@ -28,9 +28,10 @@ from embtrim.errors import EmbtrimError, ModelError
 from embtrim.methods.selection import columns_cost, field_plan, slot_costs
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
+from embtrim.system.modules import evaluating
 from embtrim.tasks.sites import gate_sites, num_slots
 from embtrim.tasks.task import Task, alignment_of
-from embtrim.training.evaluation import loss_weight
+from embtrim.training.evaluation import check_finite, loss_weight
 
 
 class SSEDSConfig(Config):
@@ -97,11 +98,9 @@ def slot_gradients(task: Task, model: torch.nn.Module, config: SSEDSConfig, seed
     A batch counts by its rows, so that a small last batch of a split does not count too much.
     """
     sites = task.sites(model)
-    was_training = model.training
-    model.eval()  # running statistics and dropout as at inference: scoring must not change the model
     total_S = np.zeros(sum(num_slots(site) for site in sites))
     scored = 0.0
-    try:
+    with evaluating(model):  # running statistics and dropout as at inference: scoring must not change the model
         for number, batch in enumerate(task.tracked_batches(config.data, "scoring slots", seed)):
             if config.batches and number == config.batches:
                 break
@@ -113,14 +112,14 @@ def slot_gradients(task: Task, model: torch.nn.Module, config: SSEDSConfig, seed
                 raise ModelError(
                     "the Task's loss has no gradient by the embeddings: it detaches them, or this runs in torch.inference_mode()"
                 )
+            check_finite(loss, "loss", config.data, number)
             # (one backward); a table that the batch does not use has gradient 0, which some releases of torch attach to a graph
             gradients = torch.autograd.grad(loss, gates, allow_unused=True, materialize_grads=True)
             gradient = torch.cat([g.detach().flatten() for g in gradients]).double().cpu().numpy()
+            check_finite(gradient, "gradient by the slots", config.data, number)
             weight = loss_weight(batch)
             total_S += weight * (gradient if config.average == "sum" else np.abs(gradient))
             scored += weight
-    finally:
-        model.train(was_training)
     if not scored:
         raise EmbtrimError(f"there are no {config.data} batches to score slots on; give some that can be read again")
     return total_S / scored

@@ -44,6 +44,11 @@ def has_forward_hooks(module: nn.Module) -> bool:
     return any(getattr(module, name, None) for name in ("_forward_pre_hooks", "_forward_hooks"))
 
 
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks that run before or after its backward pass; False if torch does not say."""
+    return any(getattr(module, name, None) for name in ("_backward_pre_hooks", "_backward_hooks"))
+
+
 def compile_error() -> type[Exception]:
     """The exception that a forward pass raises where torch cannot compile it."""
     try:

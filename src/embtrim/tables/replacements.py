@@ -9,6 +9,7 @@ Shapes: N rows, D full width; ids (...) of any shape.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,9 +21,13 @@ from embtrim.errors import ModelError
 from embtrim.plan.table import TablePlan, projects
 from embtrim.tables.packing import PackedRows
 
+# Attributes that torch's modules and embeddings have of their own.
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+EMBEDDING_ATTRIBUTES = frozenset({*vars(nn.Embedding(1, 1)), *vars(nn.EmbeddingBag(1, 1))})
 
-class WeightError(ModelError, AttributeError):
-    """A model reads the weight of an embedding that was replaced, and that has no weight.
+
+class ReplacedError(ModelError, AttributeError):
+    """A model reads an attribute of an embedding that was replaced, and that lacks the attribute.
 
     It is an AttributeError too, so that `hasattr` answers no.
     """
@@ -43,11 +48,42 @@ class Replacement(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
-            raise WeightError(
+            raise ReplacedError(
                 f"the model reads the weight of {self.path!r} outside of that module, which a compact table does not have; "
                 "call the module instead, or leave it alone with the Task's keep="
             )
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise ReplacedError(
+                f"the model reads {name!r} of {self.path!r}, which a compact table does not have; keep it outside of the "
+                "embedding, or leave the embedding alone with the Task's keep="
+            ) from None
+
+    def take_attributes(self, module: nn.Module, memo: dict[int, Any]) -> None:
+        """Copy what a model added to an embedding that this module replaces: attributes, parameters and modules.
+
+        Args:
+            module: The replaced embedding.
+            memo: Copies that were made before, see `copy.deepcopy`.
+
+        Raises:
+            ModelError: An attribute has a name that this module uses itself.
+        """
+        plain = {name: value for name, value in vars(module).items() if name not in MODULE_ATTRIBUTES}
+        own = {n: v for held in (module._parameters, module._buffers, module._modules) for n, v in held.items()}
+        for name, value in {**plain, **own}.items():
+            if name == "weight" or (name in EMBEDDING_ATTRIBUTES and hasattr(self, name)):
+                continue
+            if hasattr(self, name):
+                raise ModelError(
+                    f"{self.path!r} has an attribute {name!r}, which is what a compact table calls something of its own; "
+                    "rename it, or leave the embedding alone with the Task's keep="
+                )
+            if name in module._buffers:
+                self.register_buffer(name, copy.deepcopy(value, memo), name not in module._non_persistent_buffers_set)
+            else:
+                setattr(self, name, copy.deepcopy(value, memo))
 
     def full_table(self, generator: torch.Generator) -> nn.Embedding | nn.EmbeddingBag:
         """A module like the replaced one, with few rows, though its `num_embeddings` says the full number."""

@@ -12,14 +12,17 @@ samples are uncorrelated at an optimum, so the square of the sum is the sum of t
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from embtrim.errors import ModelError
+from embtrim.system.modules import evaluating
 from embtrim.tables.embedding_tables import RowGate
-from embtrim.tasks.sites import gate_sites
+from embtrim.tasks.sites import Site, gate_sites
 from embtrim.tasks.task import Task
-from embtrim.training.evaluation import loss_weight
+from embtrim.training.evaluation import check_finite, loss_weight
 
 
 def sensitivities(task: Task) -> dict[str, Tensor]:
@@ -34,30 +37,33 @@ def sensitivities(task: Task) -> dict[str, Tensor]:
         for site in sites
         for name, width in zip(site.names, site.widths, strict=True)
     }
-    was_training = task.model.training
-    task.model.eval()
     num_rows = 0.0
-    try:
-        for batch in task.tracked_batches("valid", "reading sensitivities"):
+    with evaluating(task.model):
+        for place, batch in enumerate(task.tracked_batches("valid", "reading sensitivities")):
             leaves: list[tuple[int, Tensor, Tensor]] = []
             with torch.enable_grad(), gate_sites(sites, rows=[_recorded(n, leaves) for n in range(len(sites))]):
                 weight = loss_weight(batch)
                 loss = weight * task.loss(task.model, batch)
+            check_finite(loss, "loss", "valid", place)
             num_rows += weight
             gradients = torch.autograd.grad(loss, [leaf for _, _, leaf in leaves], allow_unused=True)
             for (number, rows_U, _), gradient_UD in zip(leaves, gradients, strict=True):
                 if gradient_UD is None:
                     continue
-                ends = torch.tensor(sites[number].num_rows, device=rows_U.device).cumsum(0)
-                table_U = torch.bucketize(rows_U.long(), ends, right=True)
-                for place, name in enumerate(sites[number].names):
-                    part = gradient_UD[table_U == place].double()
-                    found[name] += (part.T @ part).cpu()
-    finally:
-        task.model.train(was_training)
+                check_finite(gradient_UD, "gradient by the embeddings", "valid", place)
+                _add_products(sites[number], rows_U, gradient_UD, found)
     if not num_rows:
         raise ModelError("there are no valid batches to read; give some that can be read again")
     return {name: total_DD / num_rows for name, total_DD in found.items()}
+
+
+def _add_products(site: Site, rows_U: Tensor, gradient_UD: Tensor, found: dict[str, Tensor]) -> None:
+    """Add the sum of g g^T over the rows of each table to what was found before."""
+    ends = torch.tensor(site.num_rows, device=rows_U.device).cumsum(0)
+    cuts = torch.searchsorted(rows_U.long(), ends).tolist()  # distinct rows ascend
+    sizes = [end - start for start, end in itertools.pairwise([0, *cuts])]
+    for name, part in zip(site.names, gradient_UD.double().split(sizes), strict=True):
+        found[name] += (part.T @ part).cpu()
 
 
 def _recorded(number: int, leaves: list[tuple[int, Tensor, Tensor]]) -> RowGate:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from embtrim.errors import ModelError
 from embtrim.schema import OOV
+from embtrim.system.modules import uncompiled
 from embtrim.tables.embedding_tables import EmbeddingTables, OutputGate, RowGate
 from embtrim.tables.replacements import pool_entries
 
@@ -206,8 +207,12 @@ def read_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, T
 def gate_sites(
     sites: Sequence[Site], slots: Sequence[SlotGate] | None = None, rows: Sequence[RowGate] | None = None
 ) -> Iterator[None]:
-    """Gate every site inside a `with` block, with one slot gate and one row gate for each site."""
+    """Gate every site inside a `with` block, with one slot gate and one row gate for each site.
+
+    What torch.compile made of the model runs without compilation meanwhile: compiled code does not see the gates.
+    """
     with ExitStack() as stack:
+        stack.enter_context(uncompiled())
         for number, site in enumerate(sites):
             stack.enter_context(site.gated(slots[number] if slots else None, rows[number] if rows else None))
         yield

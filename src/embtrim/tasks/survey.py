@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from embtrim.errors import ModelError
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Block, TablePlan
+from embtrim.system.modules import named_modules
+from embtrim.system.torch_private import has_backward_hooks, has_forward_hooks
 from embtrim.tables.embedding_tables import EmbeddingTables
 from embtrim.tables.replacements import Replacement
 from embtrim.tasks.sites import ModuleSite, Site, TableSite
+
+logger = logging.getLogger(__name__)
 
 # Fields of each flat table by module path, with the rows of each field in the order of their offsets.
 Fields = Mapping[str, Mapping[str, int]]
@@ -92,7 +98,7 @@ def _look(
     sites: list[Site] = []
     by_weight: dict[int, ModuleSite] = {}
     holders, counted = _weight_holders(model), set()
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, Replacement):
             if any(name.startswith(f"{f.name}.") for f in findings if f.note == COMPACT_NOTE):
                 continue  # part of a replacement that is reported already
@@ -112,6 +118,9 @@ def _look(
                 else:
                     by_weight[id(module.weight)] = site = ModuleSite(name, module, named)
                     sites.append(site)
+        elif getattr(module, "original_name", None) in ("Embedding", "EmbeddingBag"):  # of torch.jit
+            scripted: Any = module
+            found, note, size = False, "scripted by torch.jit; give the module as it was", tuple(scripted.weight.shape)
         else:
             continue
         findings.append(Finding(name, type(module).__name__, *size, found, note, _new_bytes(module, counted)))  # type: ignore[arg-type]
@@ -125,7 +134,7 @@ def _look(
 def _weight_holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
     """Paths and modules that hold each parameter, by the id of the parameter."""
     holders: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         for parameter in module._parameters.values():
             holders.setdefault(id(parameter), []).append((name, module))
     return holders
@@ -168,12 +177,19 @@ def _why_left(name: str, module: nn.Module, keep: Callable[[str], bool] | None) 
     """Why one holder of an embedding weight cannot be searched; empty if it can."""
     if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return f"{name or type(module).__name__}, a {type(module).__name__}, reads its weight too"
-    if type(module).forward not in (nn.Embedding.forward, nn.EmbeddingBag.forward):
+    if _has_own_forward(module):
         return f"{type(module).__name__} has a forward of its own"
-    if module._forward_hooks or module._forward_pre_hooks:
+    if has_forward_hooks(module):
         return "it has forward hooks, which a replacement would not call"
-    if "weight" not in module._parameters:
+    if has_backward_hooks(module):
+        return "it has backward hooks, which a replacement would not call"
+    weight = module._parameters.get("weight")
+    if weight is None:
         return "its weight is computed from others"
+    if not isinstance(weight.data, Tensor) or type(weight.data) is not Tensor:
+        return f"its weight is a {type(weight.data).__name__}, which is more than a tensor"
+    if weight._backward_hooks:
+        return "its weight has gradient hooks, which a replacement would not call"
     if module.embedding_dim == 1:
         return "width 1, a first-order term"
     if isinstance(module, nn.EmbeddingBag) and module.mode == "max":
@@ -181,6 +197,13 @@ def _why_left(name: str, module: nn.Module, keep: Callable[[str], bool] | None) 
     if module.scale_grad_by_freq:
         return "scale_grad_by_freq"
     return "filtered out" if keep is not None and not keep(name) else ""
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether calling an embedding does something else than torch's embeddings do."""
+    kind = nn.EmbeddingBag if isinstance(module, nn.EmbeddingBag) else nn.Embedding
+    own = type(module)
+    return own.forward is not kind.forward or own.__call__ is not kind.__call__ or "forward" in vars(module)
 
 
 def _settings(module: nn.Module) -> tuple[Any, ...]:
@@ -202,17 +225,24 @@ def _check_fields(name: str, num_rows: int, fields: Mapping[str, int]) -> None:
 
 def fields_of(model: nn.Module, plan: SizePlan) -> dict[str, dict[str, int]]:
     """Fields and their rows of each module that a plan names, by module path; empty for a table that is not flat."""
-    paths = {path for path, _ in model.named_modules()}
+    paths = {path for path, _ in named_modules(model)}
     found: dict[str, dict[str, int]] = {}
     for table in plan.tables:
-        # Either part of "path[field]" may hold brackets itself: the longest path that exists in the model counts.
-        starts = [i for i, character in enumerate(table.name) if character == "["]
-        candidates = [table.name, *(table.name[:i] for i in reversed(starts))]
-        path = next((c for c in candidates if c in paths), candidates[-1])
+        path = _path_of(table.name, paths)
         fields = found.setdefault(path, {})
         if path != table.name:
             fields[table.name[len(path) + 1 : -1]] = table.num_rows
     return found
+
+
+def _path_of(name: str, paths: Container[str]) -> str:
+    """The path of a module in the name of its table, which is "path" or "path[field]".
+
+    Either part may hold brackets itself: the longest path that exists in the model counts.
+    """
+    starts = [i for i, character in enumerate(name) if character == "["]
+    candidates = [name, *(name[:i] for i in reversed(starts))]
+    return next((c for c in candidates if c in paths), candidates[-1])
 
 
 def site_plan(sites: Sequence[Site]) -> SizePlan:
@@ -222,5 +252,35 @@ def site_plan(sites: Sequence[Site]) -> SizePlan:
         for site in sites
         for name, rows, width in zip(site.names, site.num_rows, site.widths, strict=True)
     )
+    return SizePlan(_fingerprint(tables), len(tables), tables, standalone=True, method="full")
+
+
+def _fingerprint(tables: Sequence[TablePlan]) -> str:
     text = repr([(t.name, t.num_rows, t.width) for t in tables])
-    return SizePlan(hashlib.sha256(text.encode()).hexdigest()[:12], len(tables), tables, standalone=True, method="full")
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def plan_for(model: nn.Module, plan: SizePlan) -> SizePlan:
+    """A plan with the names that its tables have in a foreign model.
+
+    A plan that was made for a model is also for a module inside the model, and for a model that holds the module: all its
+    names then lack, or have, the same first parts, such as "model." in a module of Lightning.
+    """
+    paths = dict(named_modules(model))
+    names = [table.name for table in plan.tables]
+    if not names or all(_path_of(name, paths) in paths for name in names):
+        return plan
+    first = _path_of(names[0], paths)
+    shorter = [names[0][: i + 1] for i, character in enumerate(first) if character == "."]
+    longer = [path[: -len(first)] for path in paths if path.endswith(f".{first}")]
+    changes = [(gone, "") for gone in shorter] + [("", added) for added in longer]
+    found = []
+    for gone, added in changes:
+        renamed = [added + name.removeprefix(gone) for name in names]
+        if all(name.startswith(gone) for name in names) and all(_path_of(name, paths) in paths for name in renamed):
+            found.append(renamed)
+    if len(found) != 1:
+        return plan
+    tables = tuple(dataclasses.replace(t, name=name) for t, name in zip(plan.tables, found[0], strict=True))
+    logger.info("the plan's table %r is %r in this model, and so are the others", names[0], found[0][0])
+    return dataclasses.replace(plan, tables=tables, fingerprint=_fingerprint(tables))

@@ -6,8 +6,9 @@ import copy
 import inspect
 import itertools
 import logging
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from functools import partial
 from typing import Any
 
@@ -21,12 +22,14 @@ from embtrim.errors import ModelError
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Alignment
+from embtrim.system.modules import unwrapped
 from embtrim.system.progress import tracked
-from embtrim.tasks.sites import ModuleSite, Site, SlotGate, gate_sites, read_call
+from embtrim.tasks.row_counts import count_rows, unread
+from embtrim.tasks.sites import ModuleSite, Site, SlotGate, gate_sites
 from embtrim.tasks.survey import Fields, Finding, find_sites, site_plan, survey
 from embtrim.training.checkpoint import Checkpoint, CheckpointFolder
 from embtrim.training.devices import device_of, fast_matmul
-from embtrim.training.evaluation import evaluate, logits_of_split, logloss_of_batch, loss_weight
+from embtrim.training.evaluation import check_finite, evaluate, logits_of_split, logloss_of_batch, loss_weight
 from embtrim.training.fitting import fit
 from embtrim.training.loop import scale_learning_rates, train_loop
 from embtrim.training.metrics import auc_error, compute_metrics
@@ -44,7 +47,8 @@ class Task:
     """A model with everything that a search may need.
 
     Args:
-        model: Model to shrink. Searches never change it.
+        model: Model to shrink. Searches never change it. Wrappers such as torch.compile, DataParallel and
+            DistributedDataParallel are taken off.
         loss: (model, batch) -> mean loss of the batch, a scalar tensor.
         train: Training batches: an iterable that can be read again, such as a DataLoader.
         valid: Validation batches, likewise. Searches that score on validation data need them.
@@ -81,7 +85,7 @@ class Task:
         keep: Callable[[str], bool] | None = None,
         fields: Fields | None = None,
     ) -> None:
-        self.model = model
+        self.model = unwrapped(model)
         self.loss = loss
         self._train, self._valid = train, valid
         self.score = score
@@ -134,10 +138,10 @@ class Task:
         if self._fresh is None:
             raise ModelError("this search starts from initial weights; give the Task `fresh=` (seed -> model)")
         if takes_seed(self._fresh):
-            return self._fresh(seed)
+            return unwrapped(self._fresh(seed))
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            return self._fresh()
+            return unwrapped(self._fresh())
 
     def fit(
         self,
@@ -258,12 +262,23 @@ class Task:
         """Validation score of a model, higher is better: its `score=`, or else minus its mean validation loss."""
         model.eval()
         if self.score is not None:
-            return float(self.score(model))
+            return self._own_score(model)
         total = rows = 0.0
-        for batch in self.batches("valid"):
-            weight = loss_weight(batch)
-            total, rows = total + weight * float(self.loss(model, batch)), rows + weight
+        for number, batch in enumerate(self.batches("valid")):
+            weight, loss = loss_weight(batch), float(self.loss(model, batch))
+            check_finite(loss, "loss", "valid", number)
+            total, rows = total + weight * loss, rows + weight
         return -total / self._scored(rows)
+
+    def _own_score(self, model: nn.Module) -> float:
+        """What the task's `score=` gives; ModelError if it is NaN, which compares with nothing."""
+        assert self.score is not None
+        score = float(self.score(model))
+        if math.isnan(score):
+            raise ModelError(
+                "the Task's score= gave nan; look for missing values in its data, or for a division by zero"
+            )
+        return score
 
     @torch.no_grad()
     def gated_scores(self, model: nn.Module, gates: Sequence[Sequence[SlotGate]], max_rows: int = 0) -> list[float]:
@@ -280,15 +295,17 @@ class Task:
             scores = []
             for gating in gates:
                 with gate_sites(sites, gating):
-                    scores.append(float(self.score(model)))
+                    scores.append(self._own_score(model))
             return scores
         totals, rows = [0.0] * len(gates), 0.0
-        for batch in self.batches("valid"):
+        for place, batch in enumerate(self.batches("valid")):
             weight = loss_weight(batch)
             rows += weight
             for number, gating in enumerate(gates):
                 with gate_sites(sites, gating):
-                    totals[number] -= weight * float(self.loss(model, batch))
+                    loss = float(self.loss(model, batch))
+                check_finite(loss, "loss", "valid", place)
+                totals[number] -= weight * loss
         return [total / self._scored(rows) for total in totals]
 
     @staticmethod
@@ -300,37 +317,33 @@ class Task:
 
     def row_counts(self) -> dict[str, np.ndarray]:
         """Occurrences of each row in the training batches, int64 (V,) by table name. Takes a pass over the batches."""
-        sites = [site for site in self.sites(self.model) if isinstance(site, ModuleSite)]
-        totals = [np.zeros(sum(site.num_rows), np.int64) for site in sites]
-
-        def count(total_V: np.ndarray, _module: nn.Module, args: Any, kwargs: Any, _output: Tensor) -> None:
-            ids, *_ = read_call(args, kwargs)
-            total_V += torch.bincount(ids.flatten(), minlength=len(total_V)).cpu().numpy()
-
-        hooks = [
-            module.register_forward_hook(partial(count, total_V), with_kwargs=True)
-            for site, total_V in zip(sites, totals, strict=True)
-            for module in site.modules
-        ]
-        was_training = self.model.training
-        self.model.eval()
-        num_batches = 0
-        try:
-            with torch.no_grad():
-                for batch in self.batches("train"):
-                    self.loss(self.model, batch)
-                    num_batches += 1
-        finally:
-            self.model.train(was_training)
-            for hook in hooks:
-                hook.remove()
+        counts, num_batches = count_rows(self.model, self._module_sites(), self.loss, self.batches("train"))
         if not num_batches:
             raise ModelError("there are no train batches to count rows on; give some that can be read again")
-        return {
-            name: part
-            for site, total_V in zip(sites, totals, strict=True)
-            for name, part in zip(site.names, np.split(total_V, np.cumsum(site.num_rows)[:-1]), strict=True)
-        }
+        return counts
+
+    def unread_tables(self) -> list[str]:
+        """Names of the tables of which no training batch reads a row, apart from a padding row.
+
+        One batch tells if it reads all tables. Otherwise this takes a pass over the batches.
+        """
+        if isinstance(self._train, Iterator):  # each batch comes only once
+            return []
+        sites = self._module_sites()
+        with torch.random.fork_rng([]):  # a loader may draw its order from the global generator
+            counts, num_batches = count_rows(self.model, sites, self.loss, itertools.islice(self.batches("train"), 1))
+            return unread(sites, self.row_counts()) if num_batches and unread(sites, counts) else []
+
+    def without_tables(self, names: Collection[str]) -> Task:
+        """This task without the embeddings of a foreign model whose tables are all among the names; others stay."""
+        left = {site.path for site in self._module_sites() if all(name in names for name in site.names)}
+        task, keep = copy.copy(self), self._keep
+        task._keep = lambda path: path not in left and (keep is None or keep(path))
+        task._fields = {path: fields for path, fields in (self._fields or {}).items() if path not in left}
+        return task
+
+    def _module_sites(self) -> list[ModuleSite]:
+        return [site for site in self.sites(self.model) if isinstance(site, ModuleSite)]
 
 
 def _warn_of_ignored(settings: Mapping[str, Any]) -> None:
@@ -374,6 +387,7 @@ class CTRTask(Task):
     """
 
     def __init__(self, model: CTRModel, data: EncodedDataset, config: TrainConfig | None = None) -> None:
+        model = unwrapped(model)  # type: ignore[assignment]
         if not isinstance(model, CTRModel):
             raise ModelError(
                 f"a CTRTask takes a model of embtrim.models, given a {type(model).__name__}; give that model to a "
@@ -485,3 +499,9 @@ class CTRTask(Task):
     def row_counts(self) -> dict[str, np.ndarray]:
         """See Task."""
         return self.data.value_counts("train")
+
+    def unread_tables(self) -> list[str]:
+        """See Task. A field of one value reads a row in every sample; a list may always be empty."""
+        if all(field.type != "multi" for field in self.data.schema.id_fields):
+            return []
+        return [name for name, count_V in self.row_counts().items() if not count_V.any()]

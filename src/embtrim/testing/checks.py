@@ -70,8 +70,13 @@ def check_filled(plan: SizePlan, config: Config, budget: Budget) -> None:
 
 
 def one_unit_larger(plan: SizePlan, adds: tuple[str, ...]) -> Iterator[tuple[str, PlanShape]]:
-    """Plans that keep one more column, one more row or the next size of a row; rows are only counted."""
+    """Plans that keep one more column, one more row or the next size of a row; rows are only counted.
+
+    Tables that no batch reads are left out: they keep nothing, whatever the budget.
+    """
     for number, t in enumerate(plan.tables):
+        if t.name in plan.details.get("unread_tables", ()):
+            continue
         if not t.output_width:
             yield from first_units(plan, number, adds)
             continue

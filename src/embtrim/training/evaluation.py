@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from embtrim.data.dataset import WINDOW_ROWS, Batch, EncodedDataset
+from embtrim.errors import ModelError
 from embtrim.models.ctr_model import CTRModel
 from embtrim.system.memory import freed_pages_kept
 from embtrim.training.devices import device_of, fast_matmul
@@ -129,3 +130,21 @@ def loss_weight(batch: Any) -> float:
         return float(len(batch)) if batch.ndim else 1.0
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
     return next((loss_weight(part) for part in parts), 1.0)
+
+
+def check_finite(value: Tensor | np.ndarray | float, what: str, split: str, number: int) -> None:
+    """Raise ModelError unless what was computed on a batch is finite.
+
+    Args:
+        value: A loss, or gradients.
+        what: What the value is, for the message.
+        split: Split of the batch.
+        number: Number of the batch in its split, from 0.
+    """
+    found = torch.as_tensor(value).detach()
+    if not bool(found.isfinite().all()):
+        bad = float(found[~found.isfinite()][0])
+        raise ModelError(
+            f"the {what} of {split} batch {number:,} (counted from 0) is {bad}; look for missing values in that batch, or for "
+            "a division by zero or a logarithm of zero in the model or the loss"
+        )

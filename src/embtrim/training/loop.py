@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,9 +24,12 @@ from embtrim.tables.row_optimizers import RowOptimizer
 from embtrim.training.checkpoint import Checkpoint, restore_checkpoint, write_checkpoint
 from embtrim.training.devices import fast_matmul
 from embtrim.training.settings import FitResult, Optimizer
-from embtrim.training.state import Training, TrainingState, random_states, set_random_states
+from embtrim.training.state import Position, Training, TrainingState, random_states, set_random_states
 
 logger = logging.getLogger(__name__)
+
+# Steps between two looks at the losses: each look waits for the device.
+STEPS_PER_CHECK = 256
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -126,6 +128,7 @@ def run_epoch(
     model.train()
     started = time.perf_counter() - position.epoch_seconds
     total_loss = torch.full((), position.total_loss, device=training.device)
+    unchecked: list[Tensor] = []
     for batch in batches_of_epoch(training, state):
         step_started = time.perf_counter()
         batch_loss = run_step(training, batch, autocast)
@@ -135,11 +138,19 @@ def run_epoch(
             started += step_seconds
             position.train_rows -= len(batch)
         position.step += 1
-        total_loss += batch_loss.detach()
+        unchecked.append(batch_loss.detach())
+        total_loss += unchecked[-1]
         position.batches += 1
+        if len(unchecked) == STEPS_PER_CHECK:
+            check_losses(unchecked, position)
+            unchecked.clear()
         position.rows += len(batch) if isinstance(batch, Batch) else 0
         advance(len(batch) if hasattr(batch, "__len__") else 1)
-        position.stopped = hooks.on_step is not None and bool(hooks.on_step(position.step))
+        try:
+            position.stopped = hooks.on_step is not None and bool(hooks.on_step(position.step))
+        except EmbtrimError:
+            check_losses(unchecked, position)  # weights that became NaN are the cause of what the hook finds
+            raise
         if position.stopped:
             break
         if checkpoint is not None and checkpoint.is_due:
@@ -147,14 +158,25 @@ def run_epoch(
             write_checkpoint(checkpoint, training, state)
     if position.batches == 0:
         raise DataError("there are no training rows")
+    check_losses(unchecked, position)
     seconds = time.perf_counter() - started
     position.train_seconds, position.train_rows = position.train_seconds + seconds, position.train_rows + position.rows
     mean_loss = float(total_loss) / position.batches
-    if not np.isfinite(mean_loss):
-        raise EmbtrimError(f"training loss is {mean_loss} in epoch {position.epoch}; lower learning_rate")
     record = {"epoch": position.epoch, "loss": mean_loss, "lr_factor": position.factor, "seconds": seconds}
     state.result.history.append(record)
     return record
+
+
+def check_losses(losses: Sequence[Tensor], position: Position) -> None:
+    """Raise EmbtrimError if the loss of one of the last batches is infinite or NaN; the message names the first batch."""
+    finite = torch.stack([loss.view(()) for loss in losses]).isfinite() if losses else torch.ones(1, dtype=torch.bool)
+    if not bool(finite.all()):
+        first = int(finite.logical_not().nonzero()[0])
+        raise EmbtrimError(
+            f"training loss is {float(losses[first])} in epoch {position.epoch}, batch "
+            f"{position.batches - len(losses) + first:,} (counted from 0); lower learning_rate, or look for missing values "
+            "in that batch"
+        )
 
 
 def batches_of_epoch(training: Training, state: TrainingState) -> Iterator[Any]:

@@ -1,0 +1,55 @@
+"""Counts of the rows that batches read from the tables of a foreign model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embtrim.system.modules import evaluating, uncompiled
+from embtrim.tasks.sites import ModuleSite, read_call
+
+
+def count_rows(
+    model: nn.Module, sites: Sequence[ModuleSite], loss: Callable[[nn.Module, Any], Any], batches: Iterable[Any]
+) -> tuple[dict[str, np.ndarray], int]:
+    """How often batches read each row, int64 (V,) by table name, and the number of batches."""
+    totals = [np.zeros(sum(site.num_rows), np.int64) for site in sites]
+    num_batches = 0
+    with torch.no_grad(), evaluating(model), uncompiled(), ExitStack() as stack:
+        for site, total_V in zip(sites, totals, strict=True):
+            for module in site.modules:
+                hook = module.register_forward_hook(partial(_count, total_V), with_kwargs=True)
+                stack.callback(hook.remove)
+        for batch in batches:
+            loss(model, batch)
+            num_batches += 1
+    counts = {
+        name: part
+        for site, total_V in zip(sites, totals, strict=True)
+        for name, part in zip(site.names, np.split(total_V, np.cumsum(site.num_rows)[:-1]), strict=True)
+    }
+    return counts, num_batches
+
+
+def _count(total_V: np.ndarray, _module: nn.Module, args: Any, kwargs: Any, _output: Tensor) -> None:
+    ids, *_ = read_call(args, kwargs)
+    total_V += torch.bincount(ids.flatten(), minlength=len(total_V)).cpu().numpy()
+
+
+def unread(sites: Sequence[ModuleSite], counts: dict[str, np.ndarray]) -> list[str]:
+    """Tables of which no row is read, or the padding row alone, which holds no embedding."""
+    found = []
+    for site in sites:
+        for name, padding in zip(site.names, site.reserved_rows, strict=True):
+            read_V = counts[name] > 0
+            if padding is not None:
+                read_V[padding] = False
+            if not read_V.any():
+                found.append(name)
+    return found
