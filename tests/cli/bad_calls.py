@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,24 @@ def _of_module(call: Callable[[Any, Any], object]) -> Callable[[], object]:
     return made
 
 
+def _search_nan(embtrim: Any, task: Any) -> object:
+    task.model.user.weight.data[3] = float("nan")
+    return embtrim.search(task, embtrim.methods.UniformConfig(), "50%")
+
+
+def _search_locked(embtrim: Any, task: Any) -> object:
+    task.model.head.lock = threading.Lock()
+    return embtrim.search(task, embtrim.methods.UniformConfig(), "50%")
+
+
+def _search_penalty(embtrim: Any, task: Any) -> object:
+    from torch import nn
+
+    plain = task.loss
+    task.loss = lambda model, batch: plain(model, batch) + sum(isinstance(m, nn.Embedding) for m in model.modules())
+    return embtrim.search(task, embtrim.methods.UniformConfig(), "50%")
+
+
 def _search_compact(embtrim: Any, task: Any) -> object:
     plan = embtrim.search(task, embtrim.methods.UniformConfig(), "50%")
     return embtrim.search(
@@ -87,6 +106,13 @@ BAD_CALLS = (
     BadCall("loss of a value a row", lambda: _search_module(loss=lambda model, batch: model(batch[0])),
             ("scalar tensor", "shape (64,)")),
     BadCall("loss that is not a tensor", lambda: _search_module(loss=lambda model, batch: 0.5), ("scalar tensor", "a float")),
+    BadCall("loss that is NaN", _of_module(lambda e, task: e.search(
+        e.Task(task.model, lambda *given: task.loss(*given) * float("nan"), task.batches("train")),
+        e.methods.SSEDSConfig(data="train"), "50%")),
+            ("the loss of train batch 0 (counted from 0) is nan", "missing values")),
+    BadCall("weight that is NaN", _of_module(_search_nan), ("weight 'user.weight'", "nan or infinity, first in row 3")),
+    BadCall("module that holds a lock", _of_module(_search_locked), ("cannot be copied", "'head.lock', a lock", "__deepcopy__")),
+    BadCall("loss that asks for nn.Embedding", _of_module(_search_penalty), ("'user' cannot be replaced", "the loss changes", "keep=")),
     BadCall("loss without a gradient", _of_module(lambda e, task: e.search(
         e.Task(task.model, lambda *given: task.loss(*given).detach(), task.batches("train"), task.batches("valid")),
         e.methods.SSEDSConfig(), "50%")),

@@ -33,6 +33,7 @@ from embtrim.system.modules import copied, evaluating, unwrapped
 from embtrim.tasks.survey import survey
 from embtrim.tasks.task import CTRTask, Task
 from embtrim.testing.toys import PooledModel, foreign_batches, pooled_task, zoo_task
+from embtrim.training.fitting import fit
 
 WIDTH = 4
 
@@ -171,6 +172,8 @@ class TestWrappers:
         plan = search(task, RandomConfig(), "40%")
         assert verify(wrapped, plan, task.data).passed
         assert type(compact(wrapped, plan)) is type(task.model)
+        with pytest.raises(ModelError, match="this OptimizedModule holds the deepfm; give the model inside it"):
+            fit(wrapped, task.data)
 
     @pytest.mark.parametrize("make", [clicks, lambda: PooledModel()], ids=["tables", "flat"])
     def test_plans_apply_to_a_module_that_holds_the_model_and_the_reverse(self, make, caplog):

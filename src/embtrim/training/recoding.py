@@ -6,6 +6,7 @@ from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import DataError, ModelError
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import SizePlan
+from embtrim.system.modules import unwrapped
 
 
 def data_for(model: CTRModel, data: EncodedDataset) -> EncodedDataset:
@@ -25,6 +26,11 @@ def data_for(model: CTRModel, data: EncodedDataset) -> EncodedDataset:
         ModelError: The model is not one of embtrim.models, or the data are not encoded.
     """
     if not isinstance(model, CTRModel):
+        if isinstance(unwrapped(model), CTRModel):
+            raise ModelError(
+                f"this {type(model).__name__} holds the {unwrapped(model).name}; give the model inside it, such as model._orig_mod "  # type: ignore[union-attr]
+                "or model.module (TrainConfig(compile=True) compiles it)"
+            )
         raise ModelError(
             f"this is for the models of embtrim.models, given a {type(model).__name__}; train, evaluate and save that "
             "model by its own means, and search it through a Task"
