@@ -28,7 +28,7 @@ from embtrim.rules import parse_rule, rule_or_none
 PAD = -1
 OOV = 0
 
-_LATER_KEYS = {"where": None, "decimal": None, "keep": "first"}
+_LATER_KEYS = {"where": None, "time_format": None, "decimal": None, "keep": "first"}
 # What a field's training column held, see docs/values.md. An instant is a timestamp with a zone.
 Kind: TypeAlias = Literal["text", "integer", "decimal", "float", "float32", "boolean", "date", "timestamp", "instant"]
 
@@ -121,6 +121,8 @@ class Schema(Config):
             label, and all of them are scored.
         weight: Column with a non-negative sample weight, or None.
         time: Column that orders rows for a split by time, or None.
+        time_format: Form of the times in text, as strptime takes it ("%d/%m/%Y %H:%M"); None reads the forms that can
+            be read in one way only, see docs/values.md.
         nulls: Strings that mean "missing" in every column.
         fields: The fields in the order in which models concatenate them.
         vocabulary_digest: Digest of the vocabularies; `encode` sets it.
@@ -130,6 +132,7 @@ class Schema(Config):
     where: str | None = None
     weight: str | None = None
     time: str | None = None
+    time_format: str | None = None
     nulls: tuple[str, ...] = ("",)
     fields: tuple[FieldSpec, ...] = Field(min_length=1)
     vocabulary_digest: str | None = None

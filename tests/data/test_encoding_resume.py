@@ -218,11 +218,10 @@ class TestSameBytes:
         assert interrupts.run(job) == whole
         assert job.left() == {"data"}
 
-    def test_times_are_text_still_where_they_look_like_numbers(self, tmp_path, interrupts):
+    def test_times_of_several_forms(self, tmp_path, interrupts):
         job = Job(tmp_path)
-        frame = rows(200).with_columns(t=pl.concat_str(pl.lit("1999-12-31 "), pl.col("t").cast(pl.String).str.zfill(9)))
-        write_log(frame, job.source[0])
-        write_log(rows(200).with_columns(t=pl.int_range(2000, 2200)), job.source[1])
+        for source, form in zip(job.source, ("%Y-%m-%dT%H:%M:%S", "%b %d %Y %H:%M:%S"), strict=True):
+            write_log(rows(200).with_columns(t=pl.from_epoch(pl.col("t").cast(pl.Int64)).dt.to_string(form)), source)
         whole = job.whole()
         for after in range(1, interrupts.count, 4):
             assert interrupts.run(job, after) is None

@@ -58,6 +58,15 @@ def encode(
         Path | None, typer.Option("--draft", help="Infer the schema, write it to this TOML file, and encode nothing.")
     ] = None,
     split: SplitText = None,
+    time: Annotated[
+        str | None, typer.Option("--time", help="Column that orders the rows for --split time:..; else the schema's.")
+    ] = None,
+    time_format: Annotated[
+        str | None,
+        typer.Option(
+            "--time-format", help="Form of the times in text, as strptime takes it, such as '%d/%m/%Y %H:%M'."
+        ),
+    ] = None,
     valid: Annotated[str | None, typer.Option("--valid", help="Log of the validation split.")] = None,
     test: Annotated[str | None, typer.Option("--test", help="Log of the test split.")] = None,
     dataset: Annotated[
@@ -84,7 +93,7 @@ def encode(
     """Encode a raw log as ids. The vocabulary is built from the training rows."""
     start_log(quiet)
     flags = {
-        "schema_file": schema, "label": label, "where": where, "split": split, "valid": valid, "test": test, "dataset": dataset,
+        "schema_file": schema, "label": label, "where": where, "time": time, "time_format": time_format, "split": split, "valid": valid, "test": test, "dataset": dataset,
         "min_count": min_count, "seed": seed, "read": read_flags(format, no_header, columns, separator, encoding),
     }  # fmt: skip
     settings = settle(EncodeSettings, config, overrides, flags)
@@ -139,7 +148,9 @@ def _draft_schema(settings: EncodeSettings, source: Any, options: ReadOptions) -
         return known(settings.dataset).schema
     if settings.schema_file is not None:
         return Schema.load_draft(settings.schema_file)
-    return infer_schema(source, settings.label, options, where=settings.where)
+    return infer_schema(
+        source, settings.label, options, where=settings.where, time=settings.time, time_format=settings.time_format
+    )
 
 
 def _encode_log(
@@ -154,8 +165,8 @@ def _encode_log(
                 overwrite=overwrite, progress=progress,
             )  # fmt: skip
         return embtrim.encode(
-            source, settings.schema_file, label=settings.label, where=settings.where, out=out, split=settings.split, valid=settings.valid,
-            test=settings.test, seed=settings.seed, options=options, overwrite=overwrite, progress=progress,
+            source, settings.schema_file, label=settings.label, where=settings.where, time=settings.time,
+            time_format=settings.time_format, out=out, split=settings.split, valid=settings.valid, test=settings.test, seed=settings.seed, options=options, overwrite=overwrite, progress=progress,
         )  # fmt: skip
     except KeyboardInterrupt as interrupt:
         if not interrupt.args:

@@ -27,6 +27,8 @@ class EncodeSettings(Config):
         schema_file: TOML file with the schema; if None, the schema is inferred.
         label: Column with the binary label, or a rule that makes it.
         where: Rule that chooses the rows of the log.
+        time: Column that orders the rows for a split by time.
+        time_format: Form of the times in text, as strptime takes it.
         split: How rows are split: "8:1:1", "time:8:1:1" or "time:CUT,CUT".
         valid: Log of the validation split.
         test: Log of the test split.
@@ -39,6 +41,8 @@ class EncodeSettings(Config):
     schema_file: str | None = None
     label: str | None = None
     where: str | None = None
+    time: str | None = None
+    time_format: str | None = None
     split: str | None = None
     valid: str | None = None
     test: str | None = None
@@ -140,7 +144,11 @@ def parse_budgets(text: str) -> tuple[Budget, ...]:
 
 def check_known(settings: EncodeSettings, log: Sequence[str] | None) -> None:
     """Raise ConfigError for settings that a known dataset has of its own."""
-    own = [key for key in ("schema_file", "label", "where", "valid", "test", "read") if getattr(settings, key)]
+    own = [
+        key
+        for key in ("schema_file", "label", "where", "time", "time_format", "valid", "test", "read")
+        if getattr(settings, key)
+    ]
     if own:
         raise ConfigError(
             f"dataset {settings.dataset!r} brings its own {', '.join(own)}; leave that out, or leave out --dataset"

@@ -209,6 +209,8 @@ def show_schema(schema: Schema, as_json: bool) -> None:
             row["rows"] = f"{field.vocab_size:,}"
         rows.append({**row, "table": field.table_name if field.table else ""})
     show_rows(rows, as_json=False, shown=list(dict.fromkeys(key for row in rows for key in row)))
+    if schema.time is not None:
+        print_text(f"time column: {schema.time}")
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]], as_json: bool, shown: Sequence[str] | None = None) -> None:

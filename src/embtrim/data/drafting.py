@@ -13,6 +13,7 @@ from embtrim.data.reading import RawLog, Source, open_log
 from embtrim.data.rule_cells import check_rule
 from embtrim.data.sparse_text import SparseFile
 from embtrim.data.text_lists import TextList, find_text_lists
+from embtrim.data.time_column import choose_time, holds_times
 from embtrim.data.values import cell_text
 from embtrim.data.written_numbers import find_decimal, written_numbers
 from embtrim.errors import DataError, hint
@@ -24,12 +25,17 @@ logger = logging.getLogger(__name__)
 INFER_ROWS = 100_000
 
 _LABEL_NAMES = ("label", "click", "clicked", "is_click", "clk", "target", "y", "conversion", "is_clicked")
-_TIME_NAMES = ("timestamp", "time", "datetime", "date", "ts", "time_stamp", "event_time", "created_at")
 _ID_NAME = re.compile(r"(^|_)(id|ids|code|zip|zipcode|user|item|ad|hash|category|cate|brand|site|app)($|_)|[a-z]Id$")
 
 
 def infer_schema(
-    source: Source, label: str | None = None, options: ReadOptions | None = None, *, where: str | None = None
+    source: Source,
+    label: str | None = None,
+    options: ReadOptions | None = None,
+    *,
+    where: str | None = None,
+    time: str | None = None,
+    time_format: str | None = None,
 ) -> Schema:
     """Draft a schema from the first rows of a log (up to INFER_ROWS), for the user to edit.
 
@@ -39,7 +45,8 @@ def infer_schema(
     - Lists are multi, and so are lists written as text: in brackets, or with parts between `|`, `;`, `^`, `,` or spaces
       that recur or look like ids.
     - Numbers may have decimal commas, or commas between thousands; what was taken is logged.
-    - The first column of dates or times becomes the schema's time column, which is not a field.
+    - One column of dates or times becomes the schema's time column: one that rises from row to row, has a usual name, or
+      holds times of day. No column of dates or times is a field, and a birthday is not the time column.
     - Columns that are empty, or that differ in nearly every row, are left out.
     - min_count grows with the log: 1, then 2 from 50,000 rows, 4 from 500,000 and 10 from 5,000,000.
 
@@ -48,6 +55,8 @@ def infer_schema(
         label: The label column, or a rule that makes the label; None looks for a usual name (label, click, ..).
         options: How the log is read; None finds out from names and content.
         where: A rule that chooses the rows.
+        time: The time column; None looks for one.
+        time_format: Form of the times in text, see `Schema`.
 
     Raises:
         DataError: There is no label column, or no usable field.
@@ -58,7 +67,7 @@ def infer_schema(
         >>> [(field.name, field.type) for field in infer_schema(log, "click").fields]
         [('user', 'categorical'), ('tags', 'multi')]
     """
-    return draft_schema(open_log(source, options), label, where)
+    return draft_schema(open_log(source, options), label, where, time, time_format)
 
 
 def _check_label(label: str | None, log: RawLog) -> None:
@@ -87,7 +96,9 @@ def is_label_rule(label: str, log: RawLog) -> bool:
     return is_rule
 
 
-def draft_schema(log: RawLog, label: str | None, where: str | None) -> Schema:
+def draft_schema(
+    log: RawLog, label: str | None, where: str | None, time: str | None = None, time_format: str | None = None
+) -> Schema:
     """Do the work of `infer_schema` for an opened log."""
     names = list(log.columns)
     label = label or next((name for name in names if name.lower() in _LABEL_NAMES), None)
@@ -110,15 +121,15 @@ def draft_schema(log: RawLog, label: str | None, where: str | None) -> Schema:
         raise DataError(f"{log.name} holds no rows" + (f" where {where}" if where else ""))
     min_count = _min_count(num_rows / max(done, 1e-9))
     sample = _joined(frames, log.name).head(INFER_ROWS)
-    time_column, fields = None, []
+    fields, times = [], []
     for name in names:
         if name in label_columns:
             if rule is not None:
                 logger.info("column %r is left out of the schema: label %r reads it", name, label)
             continue
-        found = _infer_field(sample[name], min_count)
-        if found == "time" and time_column is None:
-            time_column = name
+        found = "time" if name == time else _infer_field(sample[name], min_count)
+        if found == "time":
+            times.append(name)
         elif isinstance(found, FieldSpec):
             fields.append(found)
         else:
@@ -127,7 +138,10 @@ def draft_schema(log: RawLog, label: str | None, where: str | None) -> Schema:
         raise DataError(
             f"{log.name} has no column that could be a field beside label {label!r}; write a schema by hand"
         )
-    return Schema(label=label, where=where, time=time_column, fields=tuple(fields))
+    if time is not None and time not in names:
+        raise DataError(f"{log.name}: there is no column {time!r}; {hint(time, names)}")
+    clock = choose_time(sample, times) if time is None else time
+    return Schema(label=label, where=where, time=clock, time_format=time_format, fields=tuple(fields))
 
 
 def _joined(frames: list[pl.DataFrame], log: str) -> pl.DataFrame:
@@ -171,15 +185,15 @@ def _infer_field(column: pl.Series, min_count: int) -> FieldSpec | str:
             else column.dtype.size
         )
         return FieldSpec(name=name, type="multi", max_len=max(1, min(longest, 50)), min_count=min_count)
-    if column.dtype.is_temporal():
-        return "time"
+    if isinstance(column.dtype, pl.Duration):
+        return "it holds durations; write their seconds as numbers to use them"
     num_distinct, decimal = values.n_unique(), None
+    if holds_times(column, num_distinct):
+        return "time"
     categorical = FieldSpec(name=name, min_count=1 if num_distinct <= 1000 else min_count)
     if column.dtype == pl.String:
         numbers = values.cast(pl.Float64, strict=False)
         if numbers.null_count() or values.str.contains(r"^[+-]?0\d").any():
-            if values.str.contains(r"^\d{4}-\d{2}-\d{2}").all():
-                return "time"
             decimal = find_decimal(values)
             if decimal is None:
                 return _infer_text(values, numbers, min_count) or categorical
@@ -190,8 +204,6 @@ def _infer_field(column: pl.Series, min_count: int) -> FieldSpec | str:
     elif not column.dtype.is_numeric():
         return categorical
     values = values.cast(pl.Float64).drop_nans()
-    if name.lower() in _TIME_NAMES and num_distinct > 50:
-        return "time"
     is_whole = bool((values == values.floor()).all())
     if num_distinct <= 50 or (is_whole and _ID_NAME.search(name)):
         return categorical

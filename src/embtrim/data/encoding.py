@@ -57,6 +57,8 @@ def encode(
     *,
     label: str | None = None,
     where: str | None = None,
+    time: str | None = None,
+    time_format: str | None = None,
     out: str | Path,
     split: Split | str | None = None,
     valid: Source | None = None,
@@ -82,6 +84,8 @@ def encode(
         label: The label column, or a rule that makes the label, such as "rating >= 8" (see rules.py); needed without a
             schema, unless the column has a usual name (label, click, ..).
         where: A rule that chooses the rows, such as "rating > 0"; the log counts as one that has only these rows.
+        time: Column that orders rows for a split by time, instead of the schema's.
+        time_format: Form of the times in text, as strptime takes it, such as "%d/%m/%Y %H:%M"; see docs/values.md.
         out: Folder to write.
         split: How `source` is divided, such as "8:1:1" (the default) or "time:8:1:1". With `valid` or `test`, all
             of `source` is for training; a split given as well must not have parts for these logs.
@@ -114,7 +118,8 @@ def encode(
     logs |= {name: open_log(log, options) for name, log in (("valid", valid), ("test", test)) if log is not None}
     chosen = choose_split(split, given=[name for name in logs if name != "train"])
     draft_path = target.with_name(target.name + ".schema.toml") if schema is None else None
-    schema = _draft_of(schema, label, where, logs["train"])
+    rules = {"label": label, "where": where, "time": time, "time_format": time_format}
+    schema = _draft_of(schema, rules, logs["train"])
     if draft_path is not None:
         _check_draft(schema, draft_path)
     _check_logs(logs, schema, chosen)
@@ -181,7 +186,9 @@ def encode_further(
 def _check_logs(logs: Mapping[str, RawLog], schema: Schema, chosen: Split | None) -> None:
     """Raise DataError unless the logs have the columns that the schema and the split need."""
     if chosen is not None and chosen.by == "time" and schema.time is None:
-        raise DataError("a split by time needs the schema's time column; set time = '<column>' in the schema")
+        raise DataError(
+            "a split by time needs the schema's time column; set time = '<column>' in the schema (--time COLUMN)"
+        )
     for name, log in logs.items():
         by_time = name == "train" and chosen is not None and chosen.by == "time"
         is_label_rule(schema.label, log)
@@ -252,7 +259,9 @@ def _encode_logs(
             "positives": positives,
             "sources": {name: log.describe() for name, log in logs.items()},
             "read_options": options.model_dump(mode="json", exclude_none=True),
-            "split": None if chosen is None else {**chosen.model_dump(mode="json"), "cuts": splitter.cuts},
+            "split": None
+            if chosen is None
+            else {**chosen.model_dump(mode="json"), "cuts": splitter.cut_texts() or None},
             "seed": seed,
             "seconds": round(seconds, 3),
         }
@@ -270,10 +279,11 @@ def _learn_cuts(splitter: Splitter, log: RawLog, chunk_bytes: int, bar: StageBar
     if splitter.column is None:
         return
     if work.state.cuts is not None:
-        splitter.cuts, splitter.is_text = list(work.state.cuts), work.state.times_are_text
-        return
-    splitter.learn_cuts(log, chunk_bytes, bar.update)
-    work.save(cuts=splitter.cuts, times_are_text=splitter.is_text)
+        splitter.cuts, splitter.clock = list(work.state.cuts), work.state.clock
+    else:
+        splitter.learn_cuts(log, chunk_bytes, bar.update)
+        work.save(cuts=tuple(splitter.cuts or ()), clock=splitter.clock)
+    logger.info("split by time: %s", splitter.describe())
 
 
 def _learned_transforms(
@@ -340,15 +350,18 @@ def _fit_encoder(
 # --- the schema of a run ----------------------------------------------------------------------------------------------
 
 
-def _draft_of(schema: Schema | str | Path | None, label: str | None, where: str | None, log: RawLog) -> Schema:
-    """The schema as given, read from a file, or inferred from the log; without the sizes that encoding fills in."""
+def _draft_of(schema: Schema | str | Path | None, rules: Mapping[str, str | None], log: RawLog) -> Schema:
+    """The schema as given, read from a file, or inferred from the log; without the sizes that encoding fills in.
+
+    `rules` holds the keys label, where, time and time_format; those that are not None go before the schema's.
+    """
     if schema is None:
-        schema = draft_schema(log, label, where)
+        schema = draft_schema(log, **rules)
     elif isinstance(schema, (str, Path)):
         schema = Schema.load_draft(schema)
     fields = tuple(spec.replace(vocab_size=None) for spec in schema.fields)
-    label, where = schema.label if label is None else label, schema.where if where is None else where
-    return schema.replace(label=label, where=where, fields=fields, vocabulary_digest=None)
+    given = {key: value for key, value in rules.items() if value is not None}
+    return schema.replace(**given, fields=fields, vocabulary_digest=None)
 
 
 def _check_draft(schema: Schema, path: Path) -> None:

@@ -37,6 +37,7 @@ from filelock import lock_descriptor
 from pydantic import Field
 
 from embtrim.config import Config
+from embtrim.data.clock import Clock
 from embtrim.data.log_file import START, Position
 from embtrim.errors import DataError, EmbtrimError
 from embtrim.system.files import flush_file, write_then_rename
@@ -71,8 +72,8 @@ class EncodingState(Config):
 
     Attributes:
         seconds: Time spent so far.
-        cuts: Moments that cut the log, for a split by time.
-        times_are_text: Whether times are compared with the cuts as text.
+        cuts: Times that cut the log, for a split by time.
+        clock: What the time column holds.
         transforms: The learned transforms, by field.
         coded: How far the logs are read and their rows written as codes.
         is_fitted: Whether all logs are read and the encoder is saved.
@@ -81,8 +82,8 @@ class EncodingState(Config):
     """
 
     seconds: float = 0.0
-    cuts: tuple[str | float, ...] | None = None
-    times_are_text: bool | None = None
+    cuts: tuple[float, ...] | None = None
+    clock: Clock | None = None
     transforms: dict[str, dict[str, Any]] | None = None
     coded: Coded = Coded()
     is_fitted: bool = False

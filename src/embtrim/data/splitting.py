@@ -1,7 +1,7 @@
 """How one log is divided into training, validation and test rows; the size of chunks does not matter.
 
 A random split is a hash (splitmix64) of the seed and of the row's index in the log. A split by time compares each row's
-time with two moments, which are given or are quantiles of the time column.
+time with two moments, which are given or are quantiles of the time column; clock.py says what a time is.
 
 Shapes: N rows of a chunk.
 """
@@ -16,6 +16,7 @@ import polars as pl
 from pydantic import model_validator
 
 from embtrim.config import Config
+from embtrim.data.clock import Clock, cut_at, cut_text, read_clock
 from embtrim.data.dataset import SPLITS
 from embtrim.data.log_file import Chunk
 from embtrim.data.reading import RawLog
@@ -97,19 +98,20 @@ class Splitter:
         split: How the log is divided; None if all of it is for training.
         seed: Seed of the random split.
         column: The time column, if the split is by time.
-        cuts: Moments at which the next split starts; None until learned.
-        is_text: Whether times are compared as text; None until learned.
+        clock: What the time column holds; None until learned.
+        cuts: Times at which the next split starts; None until learned.
     """
 
     def __init__(self, split: Split | None, schema: Schema, seed: int) -> None:
         self.split = split
         self.seed = seed
         self.column = schema.time if split is not None and split.by == "time" else None
-        self.cuts: list[str | float] | None = None
-        self.is_text: bool | None = None
+        self.time_format = schema.time_format
+        self.clock: Clock | None = None
+        self.cuts: list[float] | None = None
 
     def learn_cuts(self, log: RawLog, chunk_bytes: int, report: Callable[[str, float], None]) -> None:
-        """Find the moments at which to cut, from the split's settings or from the log's quantiles of time.
+        """Find the times at which to cut, from the split's settings or from the log's quantiles of time.
 
         Args:
             log: The main log.
@@ -122,34 +124,35 @@ class Splitter:
         if self.column is None:
             return
         assert self.split is not None
-        if self.split.cuts is not None:
-            chunk = next(iter(log.chunks([self.column], chunk_bytes)), None)
-            if chunk is None:
-                raise DataError(f"{log.name} holds no rows")
-            times = self._times(chunk)
-            try:
-                cuts = [cut if self.is_text else float(cut) for cut in self.split.cuts]
-            except ValueError:
-                raise DataError(
-                    f"time column {self.column!r} holds numbers such as {times[0]!r}, the cuts are {', '.join(self.split.cuts)}"
-                ) from None
-            if chunk.frame.schema[self.column].is_temporal():
-                cuts = [str(cut).replace("T", " ") for cut in cuts]
-            if cuts != sorted(cuts):
-                raise DataError(f"time cuts must not decrease; given {', '.join(self.split.cuts)}")
-            self.cuts = list(cuts)
-            return
         sample = Sample(self.seed)
         for chunk in log.chunks([self.column], chunk_bytes):
-            sample.add(chunk.first_row, self._times(chunk))
+            times = self._times(chunk)
+            if self.split.cuts is not None:
+                break
+            sample.add(chunk.first_row, times)
             report("reading times", chunk.done)
-        times = sample.values().sort()
-        if not len(times):
+        if self.clock is None:
             raise DataError(f"{log.name} holds no rows")
+        if self.split.cuts is not None:
+            cuts = [cut_at(cut, self.clock, self.time_format, self.column) for cut in self.split.cuts]
+            if cuts != sorted(cuts):
+                raise DataError(f"time cuts must not decrease; given {', '.join(self.split.cuts)}")
+            self.cuts = cuts
+            return
+        times = sample.values().sort()
         bounds = np.cumsum(self.split.ratio)[:2] / sum(self.split.ratio)
         ends = [times[min(len(times) - 1, int(len(times) * bound))] for bound in bounds]
         # A part of 0 leaves its split out, because no row lies after the last moment.
         self.cuts = ends if self.split.ratio[2] > 0 else ends[:1]
+
+    def describe(self) -> str:
+        """The time column and the cuts, in words."""
+        assert self.clock is not None
+        return f"time column {self.column!r} ({self.clock.describe()}), cut at {', '.join(map(str, self.cut_texts()))}"
+
+    def cut_texts(self) -> list[str | float]:
+        """The cuts for people: ISO texts, or numbers; none unless the split is by time."""
+        return [cut_text(cut, self.clock) for cut in self.cuts or () if self.clock is not None]
 
     def assign(self, chunk: Chunk) -> np.ndarray:
         """The split of each row of a chunk: int8 (N,), an index into SPLITS."""
@@ -165,34 +168,9 @@ class Splitter:
         return sum(((times >= cut).to_numpy().astype(np.int8) for cut in self.cuts), np.zeros(num_rows, np.int8))
 
     def _times(self, chunk: Chunk) -> pl.Series:
-        """Times as numbers, or as text that sorts by time (ISO)."""
+        """Times as float64, see clock.py."""
         assert self.column is not None
-        raw = chunk.frame[self.column]
-        times = raw
-        if raw.dtype.is_temporal():
-            self.is_text, times = True, raw.cast(pl.String)
-        elif raw.dtype.is_numeric():
-            self.is_text, times = False, raw.cast(pl.Float64).fill_nan(None)
-        elif raw.dtype == pl.String:
-            numbers = raw.cast(pl.Float64, strict=False).fill_nan(None)
-            if self.is_text is None:
-                self.is_text = numbers.null_count() > raw.null_count()
-            times = raw if self.is_text else numbers
-        else:
-            raise DataError(f"time column {self.column!r} holds {raw.dtype}; it must hold numbers, dates or ISO text")
-        bad = times.is_null().arg_true()
-        if len(bad):
-            raise DataError(
-                f"{chunk.locate(bad[0])}: time column {self.column!r} holds {raw[bad[0]]!r}, which cannot be ordered; "
-                "drop the row or split by ratio"
-            )
-        if raw.dtype == pl.String and self.is_text:
-            bad = raw.str.contains(r"^\d{1,2}[/.\-]").arg_true()
-            if len(bad):
-                raise DataError(
-                    f"{chunk.locate(bad[0])}: time column {self.column!r} holds {raw[bad[0]]!r}, which does not sort as text; "
-                    "write times as 2024-01-31 10:00:00 or as numbers"
-                )
+        times, self.clock = read_clock(chunk, self.column, self.time_format, self.clock)
         return times
 
 
