@@ -22,6 +22,10 @@ class DataError(EmbtrimError):
     """A log, a schema or an encoded dataset cannot be used as it is."""
 
 
+class UnreachableError(DataError):
+    """A server does not answer or refuses; the same call may succeed later."""
+
+
 class BudgetError(EmbtrimError):
     """A budget cannot be parsed, or lies below the smallest plan that a method may make."""
 

@@ -215,7 +215,7 @@ BAD_INPUTS = (
     BadInput("line with a cell too many", _encode(lambda s: s.lines("wide.csv", lambda li: [*li[:9], li[9] + ",x", *li[10:]])), 1,
              ("wide.csv line 10", "6 cells", "5 columns")),
     BadInput("random bytes named .csv", _encode(lambda s: s.text("junk.csv", np.random.default_rng(0).bytes(5000))), 1,
-             ("junk.csv", "not UTF-8")),
+             ("junk.csv is not text",)),
     BadInput("truncated parquet", _encode(_truncated_parquet), 1, ("truncated.parquet", "not a readable parquet")),
     BadInput("zip archive", _encode(lambda s: s.text("log.zip", b"PK\x03\x04" + bytes(100))), 1, ("log.zip is a zip archive",)),
     BadInput("log without header", lambda s: ["encode", s.lines("bare.csv", lambda li: li[1:]), "--label", "click", "--out", s.new("out")],

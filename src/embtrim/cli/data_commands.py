@@ -16,12 +16,15 @@ from embtrim.cli.flags import (
     ConfigPath,
     DryRun,
     Encoding,
+    Escape,
     FormatName,
     NoHeader,
+    OnError,
     OutPath,
     Overrides,
     Overwrite,
     Quiet,
+    Quote,
     Seed,
     Separator,
     SplitText,
@@ -82,6 +85,9 @@ def encode(
     columns: Columns = None,
     separator: Separator = None,
     encoding: Encoding = None,
+    quote: Quote = None,
+    escape: Escape = None,
+    on_error: OnError = None,
     config: ConfigPath = None,
     overrides: Overrides = None,
     seed: Seed = None,
@@ -93,8 +99,9 @@ def encode(
     """Encode a raw log as ids. The vocabulary is built from the training rows."""
     start_log(quiet)
     flags = {
-        "schema_file": schema, "label": label, "where": where, "time": time, "time_format": time_format, "split": split, "valid": valid, "test": test, "dataset": dataset,
-        "min_count": min_count, "seed": seed, "read": read_flags(format, no_header, columns, separator, encoding),
+        "schema_file": schema, "label": label, "where": where, "time": time, "time_format": time_format, "split": split,
+        "valid": valid, "test": test, "dataset": dataset, "min_count": min_count, "seed": seed,
+        "read": read_flags(format, no_header, columns, separator, encoding, quote, escape, on_error),
     }  # fmt: skip
     settings = settle(EncodeSettings, config, overrides, flags)
     options = read_options(settings.read)

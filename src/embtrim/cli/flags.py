@@ -79,4 +79,20 @@ NoHeader = Annotated[
 ]
 Columns = Annotated[str | None, typer.Option("--columns", help="Names of the log's columns, separated by commas.")]
 Separator = Annotated[str | None, typer.Option("--separator", help="Character between the cells of the log.")]
-Encoding = Annotated[str | None, typer.Option("--encoding", metavar="utf-8|latin-1", help="Text encoding of the log.")]
+Encoding = Annotated[
+    str | None, typer.Option("--encoding", metavar="NAME", help="Text encoding of the log, such as utf-8 or cp1252.")
+]
+Quote = Annotated[
+    str | None, typer.Option("--quote", help="Character that quotes cells of the log; none if cells are not quoted.")
+]
+Escape = Annotated[
+    str | None, typer.Option("--escape", metavar="double|backslash", help="How a quoted cell of the log holds a quote.")
+]
+OnError = Annotated[
+    str | None,
+    typer.Option(
+        "--on-error",
+        metavar="fail|skip",
+        help="What to do with a line that cannot be split into cells: fail (the default), or skip it and report it.",
+    ),
+]

@@ -14,12 +14,15 @@ from embtrim.cli.flags import (
     ConfigPath,
     DryRun,
     Encoding,
+    Escape,
     FormatName,
     NoHeader,
+    OnError,
     OutPath,
     Overrides,
     Overwrite,
     Quiet,
+    Quote,
     Seed,
     Separator,
     SplitText,
@@ -40,6 +43,9 @@ def predict(
     columns: Columns = None,
     separator: Separator = None,
     encoding: Encoding = None,
+    quote: Quote = None,
+    escape: Escape = None,
+    on_error: OnError = None,
     config: ConfigPath = None,
     overrides: Overrides = None,
     overwrite: Overwrite = False,
@@ -51,7 +57,7 @@ def predict(
     start_log(quiet)
     flags = {
         "keep": None if keep is None else split_commas(keep),
-        "read": read_flags(format, no_header, columns, separator, encoding),
+        "read": read_flags(format, no_header, columns, separator, encoding, quote, escape, on_error),
     }
     settings = settle(PredictSettings, config, overrides, flags)
     options = read_options(settings.read)
@@ -98,6 +104,9 @@ def update(
     columns: Columns = None,
     separator: Separator = None,
     encoding: Encoding = None,
+    quote: Quote = None,
+    escape: Escape = None,
+    on_error: OnError = None,
     config: ConfigPath = None,
     overrides: Overrides = None,
     seed: Seed = None,
@@ -110,7 +119,7 @@ def update(
     start_log(quiet)
     from embtrim.serving.updating import UpdateConfig
 
-    read = read_flags(format, no_header, columns, separator, encoding)
+    read = read_flags(format, no_header, columns, separator, encoding, quote, escape, on_error)
     flags = {"split": split, "min_count": min_count, "renumber": renumber or None, "seed": seed, "read": read}
     settings = settle(UpdateConfig, config, overrides, flags)
     if dry_run:

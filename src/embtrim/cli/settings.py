@@ -163,7 +163,14 @@ def parse_bits(text: str | None) -> int | str | None:
 
 
 def read_flags(
-    format: str | None, no_header: bool | None, columns: str | None, separator: str | None, encoding: str | None
+    format: str | None,
+    no_header: bool | None,
+    columns: str | None,
+    separator: str | None,
+    encoding: str | None,
+    quote: str | None,
+    escape: str | None,
+    on_error: str | None,
 ) -> dict[str, Any]:
     """The [read] section that the flags about the log make; flags that were not given are left out."""
     flags = {
@@ -172,6 +179,10 @@ def read_flags(
         "columns": None if columns is None else split_commas(columns),
         "separator": None if separator is None else separator.replace("\\t", "\t"),
         "encoding": encoding,
+        "quoted": False if quote == "none" else None,
+        "quote": None if quote == "none" else quote,
+        "escape": escape,
+        "on_error": on_error,
     }
     return {key: value for key, value in flags.items() if value is not None}
 

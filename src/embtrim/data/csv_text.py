@@ -1,190 +1,190 @@
-"""csv, tsv and other text with separators: its columns, the parsing of its lines, and the line that is at fault."""
+"""csv, tsv and other text with separators: its columns, the parsing of its lines, and the lines that are at fault."""
 
 from __future__ import annotations
 
-import csv
+import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from typing import Any
 
-import numpy as np
 import polars as pl
 
-from embtrim.data.log_file import Chunk, LogFile, Position, first_line_of, listed, suffix_of
+from embtrim.data.dialect import find_dialect, guess_at_names
+from embtrim.data.log_file import Chunk, LogFile, Position, Skipped, first_line_of
+from embtrim.data.places import Place
 from embtrim.data.read_options import ReadOptions
-from embtrim.data.text_blocks import QUOTES_ARE_TEXT, first_nonblank_line, row_blocks
+from embtrim.data.text_rows import CELL_SEPARATOR, NOT_UTF8, STAND_INS, BadLine, Rows, row_at, without_blank_lines
+from embtrim.data.text_stream import PLAIN, TextLines, decoded, is_latin, is_utf8
 from embtrim.errors import DataError
 
-_NOT_UTF8 = "is not UTF-8; if the text is latin-1, read it with ReadOptions(encoding='latin-1') (--encoding latin-1)"
-_CELL_SEPARATOR = b"\x1f"  # replaces separators of several characters, which the csv parser does not accept
+logger = logging.getLogger(__name__)
+
+_QUOTES_ARE_TEXT = 'if " is plain text in this log, read it with ReadOptions(quoted=False) (--set read.quoted=false)'
+_HIGH = re.compile(rb"[\x80-\xff]")
+_SHOWN_CHARACTERS = 120  # of a bad line in a message
 
 
 class CsvFile(LogFile):
     """A text file with separators between cells, such as csv and tsv.
 
     Attributes:
-        path: Path of the file.
-        latin: Whether the text is latin-1 instead of UTF-8.
-        header: Whether the first line names the columns.
-        separator: Bytes between two cells.
-        quoted: Whether `"` quotes cells.
+        place: Where the file is.
+        dialect: How its text is read.
     """
 
-    def __init__(self, path: Path, options: ReadOptions) -> None:
-        self.path = path
-        self.name = str(path)
-        self.size = path.stat().st_size
-        self.latin = options.encoding == "latin-1"
-        self.header = options.header
-        first = first_nonblank_line(path)
-        separator = options.separator or _find_separator(path, first)
-        self.separator = separator.encode()
-        self.quoted = options.quoted if options.quoted is not None else separator != "\t" and len(separator) == 1
-        try:
-            text = first.decode("latin-1" if self.latin else "utf-8")
-        except UnicodeDecodeError:
-            raise DataError(f"{path} line 1 {_NOT_UTF8}") from None
-        if self.quoted:
-            cells = next(csv.reader([text], delimiter=separator))
-        else:
-            cells = text.split(separator)
-        if options.columns is not None:
-            if len(options.columns) != len(cells):
-                raise DataError(f"{path} line 1 has {len(cells)} cells, {len(options.columns)} column names were given")
-            self.columns = options.columns
-        elif options.header:
-            self.columns = tuple(cells)
-        else:
-            self.columns = tuple(f"column_{i}" for i in range(1, len(cells) + 1))
-        twice = sorted({name for name in self.columns if self.columns.count(name) > 1})
-        if twice:
-            raise DataError(f"{path} names a column twice: {listed(twice)}{self.hint(twice)}")
+    def __init__(self, place: Place, options: ReadOptions) -> None:
+        self.place = place
+        self.name = place.name
+        self.size = place.size
+        self.dialect = find_dialect(place, options)
+        self.columns = tuple(name for i, name in enumerate(self.dialect.names) if i != self.dialect.index)
+        self._skips = options.on_error == "skip"
+        self._header = options.header
+        self._is_latin_said = False
 
     def hint(self, missing: Sequence[str]) -> str:
         """Guess at a missing header or another separator; see `LogFile.hint`."""
-        if self.header and sum(_is_number(name) or not name for name in self.columns) * 2 >= len(self.columns):
-            return "; the first line looks like data: read it with ReadOptions(header=False, columns=..) (--no-header --columns ..)"
-        if len(self.columns) == 1:
-            return f"; is {self.separator.decode()!r} the separator?"
-        return ""
+        guess = guess_at_names(self.columns, self._header)
+        if not guess and len(self.columns) == 1:
+            return f"; is {self.dialect.separator!r} the separator?"
+        return guess
+
+    def identity(self) -> list[Any]:
+        """See `LogFile.identity`."""
+        return self.place.identity()
+
+    def describe(self) -> str:
+        """The dialect in words."""
+        return self.dialect.describe()
 
     def chunks(
         self, columns: list[str], chunk_bytes: int, start: Position, numbers: Collection[str]
     ) -> Iterator[Chunk]:
         """Yield the rows in order; see `LogFile.chunks`."""
-        schema = dict.fromkeys(self.columns, pl.String)
-        separator = self.separator if len(self.separator) == 1 else _CELL_SEPARATOR
-        blocks = row_blocks(self.path, chunk_bytes, self.quoted, skip_lines=int(self.header), start=start)
-        for block, first_line, done, end in blocks:
-            rows = block
-            if not self._is_even(rows):
-                rows = _without_blank_lines(rows)
-                if not rows:
-                    continue
-                if not self._is_even(rows):
-                    raise self._fault(block, first_line, "lines of unequal length")
-            if self.latin:
-                rows = rows.decode("latin-1").encode()
-            if len(self.separator) > 1:
-                rows = rows.replace(self.separator, _CELL_SEPARATOR)
-            parse = partial(
-                pl.read_csv,
-                rows,
-                has_header=False,
-                columns=[self.columns.index(name) for name in columns],
-                separator=separator.decode(),
-                quote_char='"' if self.quoted else None,
-            )
-            try:
-                try:
-                    frame = parse(schema={**schema, **dict.fromkeys(numbers, pl.Float64)})
-                except pl.exceptions.PolarsError:
-                    frame = parse(schema=schema)
-            except pl.exceptions.PolarsError as error:
-                raise self._fault(block, first_line, first_line_of(error)) from None
-            yield Chunk(frame.select(columns), 0, self._locator(block, first_line), done, end)
+        dialect, grammar = self.dialect, self.dialect.grammar
+        offset, line = (start.offset, start.line) if start.offset else (dialect.offset, dialect.line)
+        rest, skipped = b"", Skipped()
+        with TextLines(self.place, dialect.encoding.name, dialect.line_end, offset, line) as lines:
+            while (text := lines.read(max(chunk_bytes - len(rest), len(rest)))) or rest:
+                offset += len(text)
+                block = rest + grammar.unescaped(text)
+                rows = self._split(block, is_last=not text)
+                self._check(rows, line)
+                frame = self._parse(rows, line, columns, numbers)
+                words = tuple(self._words_on(bad, line) for bad in rows.bad)
+                skipped = skipped.plus(Skipped(num_lines=rows.num_bad, first=words))
+                locate, rest = self._locator(rows, line), rows.rest
+                line += rows.num_lines
+                if frame.height:
+                    end = Position(offset=offset - len(rest), line=line)
+                    yield Chunk(frame, 0, locate, lines.done, end, skipped)
+                    skipped = Skipped()
+        if skipped.num_lines:
+            end = Position(offset=offset, line=line)
+            none = pl.DataFrame(schema=dict.fromkeys(columns, pl.String))
+            yield Chunk(none, 0, self._locator(Rows(), line), 1.0, end, skipped)
 
-    def _is_even(self, rows: bytes) -> bool:
-        """Whether the block has the number of separators that it has if every line has a cell for each column."""
-        if self.quoted and b'"' in rows:
-            rows = re.sub(rb'"[^"]*"', b"", rows)
-        num_lines = rows.count(b"\n") + (not rows.endswith(b"\n"))
-        if len(self.separator) == 1:  # several times faster than bytes.count if every tenth byte is a separator
-            num_separators = int(np.count_nonzero(np.frombuffer(rows, np.uint8) == self.separator[0]))
-        else:
-            num_separators = rows.count(self.separator)
-        return num_separators == num_lines * (len(self.columns) - 1)
+    def _split(self, block: bytes, is_last: bool) -> Rows:
+        """The rows of a block of lines."""
+        grammar, num_cells = self.dialect.grammar, len(self.dialect.names)
+        if grammar.is_regular(block, num_cells):
+            return Rows([(0, block)], num_lines=block.count(b"\n"))
+        if not (grammar.quote and grammar.quote in block):
+            plain = without_blank_lines(block)
+            if grammar.is_regular(plain, num_cells):
+                return Rows([(0, block)], num_lines=block.count(b"\n"), plain=plain)
+        return grammar.split(block, num_cells, is_last, self._skips)
 
-    def _width_error(self, block: bytes, first_line: int) -> DataError | None:
-        """The error for the first line with too few or too many cells, if there is such a line."""
-        for line, row in _logical_rows(block, self.quoted):
-            if self.quoted:
-                row = re.sub(rb'"[^"]*"', b"", row)
-            num_cells = row.count(self.separator) + 1
-            if num_cells != len(self.columns):
-                return DataError(
-                    f"{self.path} line {first_line + line:,} has {num_cells} cells, the log has {len(self.columns)} columns; "
-                    "repair or drop the line"
-                )
-        return None
+    def _parse(self, rows: Rows, line: int, columns: list[str], numbers: Collection[str]) -> pl.DataFrame:
+        """The rows as a frame; rows that are not text in the file's encoding are moved to the bad lines."""
+        encoding = self.dialect.encoding
+        name = encoding.name if encoding.name in PLAIN else "utf-8"
+        text = rows.text
+        try:
+            return self._frame(decoded(text, name), columns, numbers)
+        except pl.exceptions.PolarsError as error:
+            if name != "utf-8" or is_utf8(text):
+                raise DataError(
+                    f"{self.name} cannot be parsed after line {line:,} ({first_line_of(error)}); {_QUOTES_ARE_TEXT}"
+                ) from None
+        if not encoding.is_sure and is_latin(text):
+            self._say_latin(rows, line)
+            return self._frame(decoded(text, "cp1252"), columns, numbers)
+        self.dialect.grammar.keep(rows, is_utf8)
+        self._check(rows, line)
+        return self._frame(rows.text, columns, numbers)
 
-    def _fault(self, block: bytes, first_line: int, reason: str) -> DataError:
-        """The error for a block that does not parse, found by a slow look at every line."""
-        if not self.latin:
-            for line, row in _logical_rows(block, self.quoted):
-                try:
-                    row.decode()
-                except UnicodeDecodeError:
-                    return DataError(f"{self.path} line {first_line + line:,} {_NOT_UTF8}")
-        return self._width_error(block, first_line) or DataError(
-            f"{self.path} cannot be parsed after line {first_line:,} ({reason}); {QUOTES_ARE_TEXT}"
+    def _frame(self, text: bytes, columns: list[str], numbers: Collection[str]) -> pl.DataFrame:
+        """The columns of regular rows in UTF-8; columns of `numbers` are float64 if all their cells are numbers."""
+        names, separator = self.dialect.names, self.dialect.separator
+        if not text:
+            return pl.DataFrame(schema=dict.fromkeys(columns, pl.String))
+        if len(separator.encode()) > 1:
+            text, separator = text.replace(separator.encode(), CELL_SEPARATOR), CELL_SEPARATOR.decode()
+        parse = partial(
+            pl.read_csv,
+            text,
+            has_header=False,
+            columns=[names.index(name) for name in columns],
+            separator=separator,
+            quote_char=self.dialect.quote or None,
         )
+        schema = dict.fromkeys(names, pl.String)
+        try:
+            frame = parse(schema={**schema, **dict.fromkeys(numbers, pl.Float64)})
+        except pl.exceptions.PolarsError:
+            frame = parse(schema=schema)
+        if STAND_INS[0] in text:
+            strings = pl.col(pl.String)
+            for stand_in, original in self.dialect.grammar.stand_ins():
+                strings = strings.str.replace_all(stand_in, original, literal=True)
+            frame = frame.with_columns(strings)
+        return frame.select(columns)
 
-    def _locator(self, block: bytes, first_line: int) -> Callable[[int], str]:
+    def _words_on(self, bad: BadLine, first_line: int) -> str:
+        """Place, fault and text of a bad line."""
+        shown = bad.text.decode("utf-8" if is_utf8(bad.text) else "cp1252", "replace").strip("\r\n")
+        cut = ".." if len(shown) > _SHOWN_CHARACTERS else ""
+        return f"{self.name} line {first_line + bad.line:,} {bad.reason}: {shown[:_SHOWN_CHARACTERS]}{cut}"
+
+    def _check(self, rows: Rows, first_line: int) -> None:
+        """Raise DataError for the first bad line, unless bad lines are skipped."""
+        if self._skips or not rows.bad:
+            return
+        bad, grammar = rows.bad[0], self.dialect.grammar
+        advice = "repair or drop the line, or skip such lines with ReadOptions(on_error='skip') (--on-error skip)"
+        escaping = replace(grammar, is_backslash=True)
+        if bad.reason != NOT_UTF8 and not grammar.is_backslash and escaping.is_row(bad.text, len(self.dialect.names)):
+            advice = "its quotes are escaped by backslashes: ReadOptions(escape='backslash') (--escape backslash)"
+        elif bad.reason == NOT_UTF8:
+            advice = f"say the encoding, such as ReadOptions(encoding='cp1252') (--encoding cp1252); or {advice}"
+        elif "quote" in bad.reason:
+            advice = f"{advice}; {_QUOTES_ARE_TEXT}"
+        elif self.dialect.separator.encode() not in bad.text:
+            advice = f"is {self.dialect.separator!r} the separator? If it is, {advice}"
+        raise DataError(f"{self.name} line {first_line + bad.line:,} {bad.reason}; {advice}")
+
+    def _say_latin(self, rows: Rows, first_line: int) -> None:
+        """Say once at which line the text proves not to be UTF-8."""
+        if self._is_latin_said:
+            return
+        self._is_latin_said = True
+        found = ((first, text, match) for first, text in rows.parts if (match := _HIGH.search(text)) is not None)
+        first, text, match = next(found)
+        number = first + text.count(b"\n", 0, match.start())
+        logger.warning(
+            "%s is not UTF-8 from line %s on, and is read as cp1252; if it is another encoding, say which with "
+            "ReadOptions(encoding=..) (--encoding)", self.name, f"{first_line + number:,}",
+        )  # fmt: skip
+
+    def _locator(self, rows: Rows, first_line: int) -> Callable[[int], str]:
         """The `locate` of the chunk that a block gives."""
+        parts, grammar = rows.parts, self.dialect.grammar
 
         def locate(row: int) -> str:
-            for index, (line, _) in enumerate(_logical_rows(block, self.quoted)):
-                if index == row:
-                    return f"{self.path} line {first_line + line:,}"
-            return f"{self.path} row {row + 1:,}"
+            line = row_at(parts, grammar, row)
+            return f"{self.name} row {row + 1:,}" if line is None else f"{self.name} line {first_line + line:,}"
 
         return locate
-
-
-def _find_separator(path: Path, first_line: bytes) -> str:
-    """The separator by the file's suffix, otherwise the most frequent one in the first line."""
-    if suffix_of(path) in (".tsv", ".tab"):
-        return "\t"
-    counts = {sep: first_line.count(sep.encode()) for sep in ("\t", ",", ";", "|", "::")}
-    if counts["::"]:
-        return "::"
-    best = max(counts, key=lambda sep: counts[sep])
-    return best if counts[best] else ","
-
-
-def _without_blank_lines(block: bytes) -> bytes:
-    return re.sub(rb"(?m)^\r?(\n|\Z)", b"", block)
-
-
-def _logical_rows(block: bytes, quoted: bool) -> Iterator[tuple[int, bytes]]:
-    """Yield (line offset in the block, row) for each row, which may span lines. Slow: for error messages only."""
-    row, start = b"", 0
-    for offset, line in enumerate(block.split(b"\n")):
-        if not row:
-            if not line.strip(b"\r"):
-                continue
-            start = offset
-        row = row + b"\n" + line if row else line
-        if not quoted or row.count(b'"') % 2 == 0:
-            yield start, row
-            row = b""
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -101,6 +101,7 @@ def draft_schema(
 ) -> Schema:
     """Do the work of `infer_schema` for an opened log."""
     names = list(log.columns)
+    log.say_further_columns()
     label = label or next((name for name in names if name.lower() in _LABEL_NAMES), None)
     _check_label(label, log)
     assert label is not None

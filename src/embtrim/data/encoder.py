@@ -107,7 +107,7 @@ class Encoder:
         state = read_json(folder / "transforms.json")
         path = folder / "vocab.parquet"
         try:
-            frame = pl.read_parquet(path)
+            frame = pl.read_parquet(path, glob=False)
             by_table = {
                 str(key[0]): part.drop("table") for key, part in frame.partition_by("table", as_dict=True).items()
             }

@@ -263,6 +263,7 @@ def _encode_logs(
             if chosen is None
             else {**chosen.model_dump(mode="json"), "cuts": splitter.cut_texts() or None},
             "seed": seed,
+            "skipped": {name: lines.model_dump() for name, lines in coded.skipped.items() if lines.num_lines},
             "seconds": round(seconds, 3),
         }
         (work.folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")

@@ -38,7 +38,7 @@ from pydantic import Field
 
 from embtrim.config import Config
 from embtrim.data.clock import Clock
-from embtrim.data.log_file import START, Position
+from embtrim.data.log_file import START, Position, Skipped
 from embtrim.errors import DataError, EmbtrimError
 from embtrim.system.files import flush_file, write_then_rename
 
@@ -58,6 +58,7 @@ class Coded(Config):
         blocks: Rows of each block of codes written, by split.
         positives: Rows with label 1 written, by split.
         num_bytes: Length of each array file, by its path within the working folder.
+        skipped: Lines skipped in each log that was read to its end, by name of the log.
     """
 
     log: int = 0
@@ -65,6 +66,7 @@ class Coded(Config):
     blocks: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     positives: dict[str, int] = Field(default_factory=dict)
     num_bytes: dict[str, int] = Field(default_factory=dict)
+    skipped: dict[str, Skipped] = Field(default_factory=dict)
 
 
 class EncodingState(Config):

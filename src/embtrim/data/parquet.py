@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from pathlib import Path
+from io import BytesIO
+from typing import Any
 
 import polars as pl
 
 from embtrim.data.log_file import Chunk, LogFile, Position, first_line_of, row_locator, rows_per_slice
+from embtrim.data.places import Place
 from embtrim.errors import DataError
 
 
@@ -35,16 +37,21 @@ class FrameFile(LogFile):
 class ParquetFile(LogFile):
     """A parquet file, read in slices of rows."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.name = str(path)
-        self.size = path.stat().st_size
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.name = place.name
+        self.size = place.size
         try:
-            self.types = pl.read_parquet_schema(path)
-            self.columns = tuple(self.types)
-            self.num_rows = int(pl.scan_parquet(path).select(pl.len()).collect().item())
+            source = place.path if place.remote is None else BytesIO(_footer(place))
+            with open(source, "rb") if isinstance(source, str) else source as file:
+                self.types = dict(pl.read_parquet_schema(file))
         except (pl.exceptions.PolarsError, OSError) as error:
-            raise DataError(f"{path} is not a readable parquet file ({first_line_of(error)})") from None
+            raise DataError(f"{self.name} is not a readable parquet file ({first_line_of(error)})") from None
+        self.columns = tuple(self.types)
+
+    def identity(self) -> list[Any]:
+        """See `LogFile.identity`."""
+        return self.place.identity()
 
     def chunks(
         self, columns: list[str], chunk_bytes: int, start: Position, numbers: Collection[str]
@@ -52,11 +59,22 @@ class ParquetFile(LogFile):
         """Yield the rows in order; see `LogFile.chunks`."""
         # Slices of a scan, because the batches of polars's streaming engine read ahead by several hundred megabytes.
         step = rows_per_slice(len(columns), chunk_bytes)
-        scan = pl.scan_parquet(self.path).select(columns)
-        for first in range(start.offset, self.num_rows, step):
+        with self.place.local() as path:
+            scan = pl.scan_parquet(path, glob=False, hive_partitioning=False)
+            first = start.offset
             try:
-                part = scan.slice(first, step).collect()
+                num_rows = int(scan.select(pl.len()).collect().item())
+                while first < num_rows:
+                    part = scan.select(columns).slice(first, step).collect()
+                    end = first + part.height
+                    yield Chunk(part, 0, row_locator(self.name, first), end / num_rows, Position(offset=end))
+                    first = end
             except (pl.exceptions.PolarsError, OSError) as error:
-                raise DataError(f"{self.path} is damaged near row {first + 1:,} ({first_line_of(error)})") from None
-            end = first + part.height
-            yield Chunk(part, 0, row_locator(self.name, first), end / self.num_rows, Position(offset=end))
+                raise DataError(f"{self.name} is damaged near row {first + 1:,} ({first_line_of(error)})") from None
+
+
+def _footer(place: Place) -> bytes:
+    """The end of a parquet file, with the types of its columns."""
+    tail = place.tail(1 << 16)
+    needed = 8 + int.from_bytes(tail[-8:-4], "little")
+    return tail if needed <= len(tail) else place.tail(needed)

@@ -14,31 +14,38 @@ grows with the length of the log.
 
 from __future__ import annotations
 
-import glob
-import os
+import logging
 import re
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import polars as pl
 
 from embtrim.data.csv_text import CsvFile
-from embtrim.data.log_file import CHUNK_BYTES, START, Chunk, LogFile, Position, listed, suffix_of
+from embtrim.data.log_file import CHUNK_BYTES, START, Chunk, LogFile, Position, Skipped, listed, suffix_of
 from embtrim.data.parquet import FrameFile, ParquetFile
+from embtrim.data.places import Place, places
 from embtrim.data.read_options import SUFFIXES, Format, ReadOptions
 from embtrim.data.rule_cells import check_rule, chunk_where
 from embtrim.data.sparse_text import SparseFile
-from embtrim.data.text_blocks import first_nonblank_line
+from embtrim.data.text_stream import find_encoding, read_head, text_head
 from embtrim.errors import DataError
 from embtrim.rules import Rule, parse_rule
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 Source: TypeAlias = "str | Path | Sequence[str | Path] | pl.DataFrame"
 
+_PART_NAME = re.compile(r"^(part-[\w-]+|\d{6}_\d+(_copy_\d+)?)(\.gz)?$")  # text that Spark and Hive write has no suffix
+_OTHER_FORMATS = {b"PK\x03\x04": "a zip archive (or a spreadsheet)", b"BZh": "a bzip2 file", b"\xfd7zXZ": "an xz file",
+                  b"\x28\xb5\x2f\xfd": "a zstd file", b"ORC": "an ORC file", b"Obj\x01": "an Avro file",
+                  b"ARROW1": "an Arrow file"}  # fmt: skip
 _SPARSE_LINE = re.compile(rb"^[+-]?[0-9.]+([ \t]+[^\s:,]+:[^\s:,]+(:[^\s:,]+)?)+\s*$")
 
 
@@ -50,13 +57,17 @@ class RawLog:
         files: The files in the order of reading; a DataFrame counts as one file.
         columns: Names of the columns; for sparse text, of the columns in the first block.
         is_sparse: Whether the log is libsvm or libfm.
+        skipped: Lines that were skipped when the log was last read to its end.
     """
 
-    def __init__(self, name: str, files: Sequence[LogFile]) -> None:
+    def __init__(self, name: str, files: Sequence[LogFile], options: ReadOptions | None = None) -> None:
         self.name = name
         self.files = tuple(files)
-        self.columns = self.files[0].columns
+        self.columns = tuple(dict.fromkeys([*self.files[0].columns, *self.files[0].constants]))
         self.is_sparse = isinstance(self.files[0], SparseFile)
+        self.skipped = Skipped()
+        self._max_skipped = (options or ReadOptions()).max_skipped
+        self._is_skipping_said = False
         self._rule: Rule | None = None
         self._nulls: tuple[str, ...] = ()
 
@@ -82,11 +93,14 @@ class RawLog:
             DataError: A column is missing; the message names the columns there are and the columns needed.
         """
         for file in self.files:
-            missing = file.missing(columns)
+            missing = [name for name in file.missing(columns) if name not in file.constants]
             if missing:
                 quoted = ", ".join(repr(name) for name in missing)
+                there = listed([*file.columns, *file.constants])
+                elsewhere = [name for name in missing if name in self.columns]
+                beside = f"; {self.files[0].name} has {listed(elsewhere)}" if elsewhere else ""
                 raise DataError(
-                    f"{file.name} has no column {quoted}; it has {listed(file.columns)}; needed: {listed(columns)}{file.hint(missing)}"
+                    f"{file.name} has no column {quoted}; it has {there}; needed: {listed(columns)}{beside}{file.hint(missing)}"
                 )
 
     def chunks(
@@ -107,43 +121,89 @@ class RawLog:
                 their cells is not a number gives them as text.
 
         Raises:
-            DataError: A file lacks a column, has lines of unequal length, or cannot be read.
+            DataError: A file lacks a column, has lines of unequal length, or cannot be read; or too many lines are skipped.
         """
         wanted = list(dict.fromkeys(self.columns if columns is None else columns))
         read = list(dict.fromkeys([*wanted, *(() if self._rule is None else self._rule.columns)]))
         self.require(read)
         total = max(1, sum(file.size for file in self.files))
-        first_row = start.row
         size_before = sum(file.size for file in self.files[: start.file])
+        at = start
         for index, file in enumerate(self.files[start.file :], start.file):
-            for chunk in file.chunks(read, chunk_bytes, start if index == start.file else START, numbers):
-                if self._rule is not None:
-                    chunk = chunk_where(chunk, self._rule, self._nulls)
-                    if not chunk.frame.height:
-                        continue
+            fixed = {k: pl.lit(v, pl.String) for k, v in file.constants.items() if k in read and k not in file.columns}
+            cells = [name for name in read if name not in fixed] or [file.columns[0]]
+            for chunk in file.chunks(cells, chunk_bytes, start if index == start.file else START, numbers):
                 done = (size_before + chunk.done * file.size) / total
-                end = chunk.end.replace(file=index, row=first_row + chunk.frame.height)
-                yield Chunk(chunk.frame.select(wanted), first_row, chunk.locate, done, end)
-                first_row = end.row
+                at = chunk.end.replace(
+                    file=index,
+                    row=at.row,
+                    num_read=at.num_read + chunk.frame.height,
+                    skipped=at.skipped.plus(chunk.skipped),
+                )
+                if chunk.skipped.num_lines:
+                    self._check_skipped(at.skipped, at.num_read / max(done, 1e-9))
+                if fixed:
+                    chunk = replace(chunk, frame=chunk.frame.with_columns(**fixed))
+                if self._rule is not None and chunk.frame.height:
+                    chunk = chunk_where(chunk, self._rule, self._nulls)
+                if chunk.frame.height:
+                    first_row, at = at.row, at.replace(row=at.row + chunk.frame.height)
+                    yield Chunk(chunk.frame.select(wanted), first_row, chunk.locate, done, at)
             size_before += file.size
+        self.skipped = at.skipped
+        if at.skipped.num_lines:
+            self._check_skipped(at.skipped, at.num_read, is_all=True)
+
+    def _check_skipped(self, skipped: Skipped, num_rows: float, is_all: bool = False) -> None:
+        """Raise DataError if too many lines of a log are skipped; say once how many were, when all of it is read."""
+        share = skipped.num_lines / (skipped.num_lines + num_rows)
+        lines = "\n".join(["", *skipped.first])
+        # Before the end the number of rows is an estimate from the bytes read.
+        if share > self._max_skipped * (1 if is_all else 2):
+            counted = f"{skipped.num_lines:,} lines" + ("" if is_all else " so far")
+            raise DataError(
+                f"{self.name}: {counted} cannot be read, more than {self._max_skipped:.2g} of all lines; check how the log is "
+                f"read, or allow more with ReadOptions(max_skipped=..) (--set read.max_skipped=..). The first ones:{lines}"
+            )
+        if is_all and not self._is_skipping_said:
+            self._is_skipping_said = True
+            logger.warning(
+                "%s: skipped %s lines (%.2g%%) that cannot be read. The first ones:%s",
+                self.name, f"{skipped.num_lines:,}", 100 * share, lines,
+            )  # fmt: skip
+
+    def say_further_columns(self) -> None:
+        """Warn of columns that the first file lacks, which no schema drafted from it can have."""
+        for file in self.files[1:]:
+            further = [name for name in (*file.columns, *file.constants) if name not in self.columns]
+            if further and not self.is_sparse:
+                logger.warning(
+                    "%s has columns that %s lacks; they are left out: %s",
+                    file.name,
+                    self.files[0].name,
+                    listed(further),
+                )
+                return
 
     def describe(self) -> list[dict[str, object]]:
-        """Path and bytes (rows for a frame) of each file, for records."""
-        return [{"path": file.name, "bytes": file.size} for file in self.files]
+        """Path and bytes (rows for a frame) of each file, and how its text is read, for records."""
+        files = []
+        for file in self.files:
+            dialect = {"dialect": file.describe()} if file.describe() else {}
+            files.append({"path": file.name, "bytes": file.size, **dialect})
+        return files
 
     def identity(self) -> list[list[Any]] | None:
-        """Absolute path, bytes and modification time (ns) of each file; None for a frame."""
-        if isinstance(self.files[0], FrameFile):
-            return None
-        stats = [(Path(file.name).absolute(), os.stat(file.name)) for file in self.files]
-        return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+        """Absolute path, bytes and version of each file; None for a frame."""
+        found = [file.identity() for file in self.files]
+        return None if None in found else found  # type: ignore[return-value]
 
 
 def open_log(source: Source, options: ReadOptions | None = None) -> RawLog:
     """Open a raw log.
 
     Args:
-        source: A path, several paths, a glob, a folder (its log files in order of name), or a polars DataFrame.
+        source: A path or URL, several of them, a glob, a folder, or a polars DataFrame; see places.py.
         options: How to read the log; None finds out from names and content.
 
     Raises:
@@ -162,27 +222,54 @@ def open_log(source: Source, options: ReadOptions | None = None) -> RawLog:
             f"cannot read a {type(source).__module__.split('.')[0]} object; convert it: polars.DataFrame(..)"
         )
     if isinstance(source, (str, Path)):
-        name, paths = str(source), _expand(source)
+        name, found = str(source), _places(source, options)
     elif isinstance(source, Sequence) and all(isinstance(part, (str, Path)) for part in source):
-        paths = [path for part in source for path in _expand(part)]
-        name = str(source[0]) if len(source) == 1 else f"{len(paths)} files"
+        found = [place for part in source for place in _places(part, options)]
+        name = str(source[0]) if len(source) == 1 else f"{len(found)} files"
     else:
         raise DataError(f"cannot read a {type(source).__name__}; give a path, a list of paths, or a polars DataFrame")
-    if not paths:
+    if not found:
         raise DataError("the list of files is empty")
-    formats: list[Format] = [options.format or _find_format(path) for path in paths]
+    formats: list[Format] = [options.format or _find_format(place) for place in found]
     if len(set(formats)) > 1:
-        kinds = ", ".join(f"{path} ({kind})" for path, kind in zip(paths[:4], formats, strict=False))
+        kinds = ", ".join(f"{found[formats.index(kind)].name} ({kind})" for kind in dict.fromkeys(formats))
         raise DataError(f"files of different formats cannot be one log: {kinds}; encode them apart")
     files: list[LogFile] = []
-    for path, kind in zip(paths, formats, strict=True):
+    for place, kind in zip(found, formats, strict=True):
         if kind == "parquet":
-            files.append(ParquetFile(path))
+            files.append(ParquetFile(place))
         elif kind == "csv":
-            files.append(CsvFile(path, options))
+            files.append(CsvFile(place, options))
         else:
-            files.append(SparseFile(path, kind))
-    return RawLog(name, files)
+            files.append(SparseFile(place, kind, options))
+        files[-1].constants = place.partitions
+    _say_dialects(name, files)
+    return RawLog(name, files, options)
+
+
+def _places(source: str | Path, options: ReadOptions) -> list[Place]:
+    """The files of a path, a folder, a glob or a URL."""
+
+    def is_log(name: str) -> bool:
+        has_suffix = "." in name.removesuffix(".gz")
+        return (
+            suffix_of(name) in SUFFIXES
+            or bool(_PART_NAME.match(name))
+            or (options.format is not None and not has_suffix)
+        )
+
+    return places(source, is_log)
+
+
+def _say_dialects(name: str, files: Sequence[LogFile]) -> None:
+    """Log how text is read: each dialect once, with the first file that has it."""
+    dialects: dict[str, list[str]] = {}
+    for file in files:
+        if file.describe():
+            dialects.setdefault(file.describe(), []).append(file.name)
+    for dialect, names in dialects.items():
+        shown = name if len(dialects) == 1 else names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        logger.info("%s: %s", shown, dialect)
 
 
 def read_ahead(items: Iterator[T]) -> Iterator[T]:
@@ -198,45 +285,29 @@ def read_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def _expand(source: str | Path) -> list[Path]:
-    """The files of a path, a folder or a glob."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        inside = sorted(p for p in path.iterdir() if p.is_file() and suffix_of(p) in SUFFIXES and p.name[0] not in "._")
-        if not inside:
-            raise DataError(f"folder {path} holds no log; looked for {', '.join(f'*{s}[.gz]' for s in SUFFIXES)}")
-        return inside
-    if path.exists():
-        return [path]
-    if any(mark in str(source) for mark in "*?["):
-        found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
-        if not found:
-            raise DataError(f"no file matches {str(source)!r}")
-        return found
-    raise DataError(f"{source} does not exist")
-
-
-def _find_format(path: Path) -> Format:
+def _find_format(place: Place) -> Format:
     """The format by the file's first bytes, its suffix or its first line."""
-    with open(path, "rb") as file:
-        head = file.read(4)
-    if head == b"PAR1":
+    with place.open() as file:
+        head = file.read(6)
+    if head.startswith(b"PAR1"):
         return "parquet"
-    if head.startswith((b"PK\x03\x04", b"\xff\xfe", b"\xfe\xff")):
-        kind = "a zip archive (or a spreadsheet)" if head.startswith(b"PK") else "UTF-16 text"
+    kind = next((kind for mark, kind in _OTHER_FORMATS.items() if head.startswith(mark)), None)
+    if kind is not None:
         raise DataError(
-            f"{path} is {kind}; embtrim reads UTF-8 or latin-1 text (also gzipped), parquet, libsvm and libfm"
+            f"{place.name} is {kind}; embtrim reads text (also gzipped), parquet, libsvm and libfm: convert it"
         )
-    suffix = suffix_of(path)
-    if suffix not in SUFFIXES:
+    suffix = suffix_of(place.name)
+    if suffix not in SUFFIXES and not _PART_NAME.match(place.name.rpartition("/")[2]):
         raise DataError(
-            f"{path}: unknown suffix {suffix!r}; known: {', '.join(SUFFIXES)}; or read it with "
+            f"{place.name}: unknown suffix {suffix!r}; known: {', '.join(SUFFIXES)}; or read it with "
             "ReadOptions(format=..) (--format csv)"
         )
-    found = SUFFIXES[suffix]
-    if found is None:
-        first = first_nonblank_line(path)
-        if not _SPARSE_LINE.match(first):
-            return "csv"
-        return "libfm" if first.split()[1].count(b":") == 2 else "libsvm"
-    return found
+    found = SUFFIXES.get(suffix)
+    if found is not None:
+        return found
+    raw, is_whole = read_head(place)
+    text, _ = text_head(raw, is_whole, find_encoding(raw, None), None)
+    first = next((line for line in text.split(b"\n") if line.strip()), b"")
+    if not _SPARSE_LINE.match(first):
+        return "csv"
+    return "libfm" if first.split()[1].count(b":") == 2 else "libsvm"

@@ -13,40 +13,58 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
+from typing import Any
 
 import polars as pl
 
-from embtrim.data.log_file import Chunk, LogFile, Position
-from embtrim.data.read_options import Format
-from embtrim.data.text_blocks import first_nonblank_line, row_blocks
+from embtrim.data.log_file import SHOWN_LINES, Chunk, LogFile, Position, Skipped
+from embtrim.data.places import Place
+from embtrim.data.read_options import Format, ReadOptions
+from embtrim.data.text_stream import PLAIN, TextLines, find_encoding, read_head, text_head
 from embtrim.errors import DataError
+
+_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_TWO_PARTS = re.compile(rf"\s*{_NUMBER}(\s+[^\s:#]+:{_NUMBER})*\s*(#.*)?")
+_THREE_PARTS = re.compile(rf"\s*{_NUMBER}(\s+[^\s:#]+:[^\s:#]+:{_NUMBER})*\s*(#.*)?")
 
 
 class SparseFile(LogFile):
     """A libsvm or libfm file; see the module docstring for its columns.
 
     Attributes:
-        path: Path of the file.
+        place: Where the file is.
         num_parts: Parts of a token: 2 for index:value, 3 for field:index:value.
     """
 
-    def __init__(self, path: Path, kind: Format) -> None:
-        self.path = path
-        self.name = str(path)
-        self.size = path.stat().st_size
+    def __init__(self, place: Place, kind: Format, options: ReadOptions) -> None:
+        self.place = place
+        self.name = place.name
+        self.size = place.size
+        self._skips = options.on_error == "skip"
+        raw, is_whole = read_head(place)
+        self._encoding = find_encoding(raw, options.encoding).name
+        head, self._line_end = text_head(raw, is_whole, find_encoding(raw, options.encoding), options.line_end)
+        self._head = self._decoded(head)
+        lines = (line.split() for line in self._head.split("\n"))
+        first = next((line for line in lines if line), None)
+        if first is None:
+            raise DataError(f"{self.name} is empty")
         self.num_parts = 3 if kind == "libfm" else 2
-        first = first_nonblank_line(path).split()
-        if self.num_parts == 3 and len(first) > 1 and first[1].count(b":") == 1:
+        if self.num_parts == 3 and len(first) > 1 and first[1].count(":") == 1:
             self.num_parts = 2  # libfm without fields has the layout of libsvm
         if self.num_parts == 2:
             self.columns = ("label", "features")
         else:
-            block, *_ = next(row_blocks(path, 1 << 20, quoted=False))
-            fields = {
-                token.split(b":")[0].decode("utf-8", "replace") for token in block.split() if token.count(b":") == 2
-            }
+            fields = {token.split(":")[0] for token in self._head.split() if token.count(":") == 2}
             self.columns = ("label", *sorted(fields, key=lambda name: (len(name), name)))
+
+    def _decoded(self, text: bytes) -> str:
+        name = self._encoding if self._encoding in PLAIN else "utf-8"
+        return text.decode(name, "replace").removeprefix("\ufeff")
+
+    def identity(self) -> list[Any]:
+        """See `LogFile.identity`."""
+        return self.place.identity()
 
     def missing(self, columns: Sequence[str]) -> list[str]:
         """The names in `columns` that are not an index; which indices a file has is known only once it is read."""
@@ -55,10 +73,9 @@ class SparseFile(LogFile):
 
     def valued_indices(self, column: str) -> list[str]:
         """The columns of all indices in list column `column` if any value is not 0 or 1, otherwise an empty list."""
-        block, *_ = next(row_blocks(self.path, 1 << 20, quoted=False))
         names: dict[str, None] = {}
         plain = True
-        for token in block.decode("utf-8", "replace").split():
+        for token in self._head.split():
             *name, value = token.split(":")
             if len(name) == self.num_parts - 1 and (self.num_parts == 2 or name[0] == column):
                 names[":".join(name)] = None
@@ -72,21 +89,46 @@ class SparseFile(LogFile):
 
         Blocks are smaller than for other text, because pairs of index and value take several times the memory.
         """
-        for block, first_line, done, end in row_blocks(self.path, max(1, chunk_bytes // 4), quoted=False, start=start):
-            lines = [
-                (number, line)
-                for number, line in enumerate(block.decode("utf-8", "replace").split("\n"))
-                if line.partition("#")[0].strip()
-            ]
-            if not lines:
-                continue
-            line_numbers = [first_line + number for number, _ in lines]
+        size, offset, skipped = max(1, chunk_bytes // 4), start.offset, Skipped()
+        with TextLines(self.place, self._encoding, self._line_end, start.offset, start.line) as blocks:
+            while block := blocks.read(size):
+                offset += len(block)
+                first_line = blocks.line - block.count(b"\n")
+                lines = [
+                    (first_line + number, line)
+                    for number, line in enumerate(self._decoded(block).split("\n"))
+                    if line.partition("#")[0].strip()
+                ]
+                if self._skips:
+                    faults = {number for number, line in lines if not self._form.fullmatch(line)}
+                    shown = [
+                        f"{self.name} line {n:,} is not {self._what}: {text[:120]}" for n, text in lines if n in faults
+                    ]
+                    skipped = skipped.plus(Skipped(num_lines=len(faults), first=tuple(shown[:SHOWN_LINES])))
+                    lines = [(number, line) for number, line in lines if number not in faults]
+                if not lines:
+                    continue
+                line_numbers = [number for number, _ in lines]
 
-            def locate(row: int, line_numbers: list[int] = line_numbers) -> str:
-                return f"{self.path} line {line_numbers[row]:,}"
+                def locate(row: int, line_numbers: list[int] = line_numbers) -> str:
+                    return f"{self.name} line {line_numbers[row]:,}"
 
-            frame = self._parse([line.partition("#")[0] for _, line in lines], columns, locate)
-            yield Chunk(frame, 0, locate, done, end)
+                frame = self._parse([line.partition("#")[0] for _, line in lines], columns, locate)
+                end = Position(offset=offset, line=blocks.line)
+                yield Chunk(frame, 0, locate, blocks.done, end, skipped)
+                skipped = Skipped()
+        if skipped.num_lines:
+            yield Chunk(pl.DataFrame(schema=dict.fromkeys(columns, pl.String)), 0, str, 1.0, start, skipped)
+
+    @property
+    def _what(self) -> str:
+        """The form of a token, for messages."""
+        return "index:value" if self.num_parts == 2 else "field:index:value"
+
+    @property
+    def _form(self) -> re.Pattern[str]:
+        """The form of a line."""
+        return _TWO_PARTS if self.num_parts == 2 else _THREE_PARTS
 
     def _parse(self, lines: list[str], columns: list[str], locate: Callable[[int], str]) -> pl.DataFrame:
         """The columns of the lines, without comments."""
@@ -100,8 +142,7 @@ class SparseFile(LogFile):
         )
         bad = pairs.filter(pl.col("part").list.len() != self.num_parts)
         if bad.height:
-            form = "index:value" if self.num_parts == 2 else "field:index:value"
-            raise DataError(f"{locate(bad['row'][0])} holds {bad['token'][0]!r}, which is not {form}")
+            raise DataError(f"{locate(bad['row'][0])} holds {bad['token'][0]!r}, which is not {self._what}")
         names = ["index", "text"] if self.num_parts == 2 else ["field", "index", "text"]
         pairs = pairs.with_columns(pl.col("part").list.get(i).alias(name) for i, name in enumerate(names))
         pairs = pairs.with_columns(pl.col("text").cast(pl.Float64, strict=False).alias("value"))

@@ -21,7 +21,7 @@ from embtrim.data.dataset import SPLITS
 from embtrim.data.encoder import Encoder
 from embtrim.data.encoding_state import Coded, WorkingFolder
 from embtrim.data.labels import read_labels, read_weights
-from embtrim.data.log_file import START, Chunk, Position
+from embtrim.data.log_file import START, Chunk
 from embtrim.data.numbering import Numbering
 from embtrim.data.reading import RawLog, read_ahead
 from embtrim.data.splitting import Splitter
@@ -143,15 +143,16 @@ def write_codes(
     """
     schema, done = numbering.schema, work.state.coded
     if (texts := work.texts()) is not None:
-        numbering.restore(pl.read_parquet(texts))
+        numbering.restore(pl.read_parquet(texts, glob=False))
     if work.state.is_fitted:
         return done
     writers: dict[str, _SplitWriter] = {}
+    skipped = dict(done.skipped)
     with _completed_at_the_end() as files:
         for name, blocks in done.blocks.items():
             writers[name] = _SplitWriter(work, name, schema, blocks, done.positives[name])
             files.extend(writers[name].files())
-        for index, (log, splitter) in enumerate(parts.values()):
+        for index, (part, (log, splitter)) in enumerate(parts.items()):
             if index < done.log:
                 continue
             start = done.position if index == done.log else START
@@ -159,9 +160,12 @@ def write_codes(
             columns = log_columns(schema, with_time=by_time)
             for chunk in read_ahead(log.chunks(columns, chunk_bytes, start, number_columns(schema))):
                 _append_chunk(chunk, numbering, splitter, writers, files, work)
-                work.save_if_due(partial(_coded_so_far, numbering, writers, index, chunk.end, work))
+                at = {"log": index, "position": chunk.end, "skipped": skipped}
+                work.save_if_due(partial(_coded_so_far, numbering, writers, at, work))
                 bar.update("reading", chunk.done)
-    return _coded(writers, {_within(file.path, work): file.path.stat().st_size for file in files})
+            skipped[part] = log.skipped
+    num_bytes = {_within(file.path, work): file.path.stat().st_size for file in files}
+    return _coded(writers, num_bytes).replace(skipped=skipped)
 
 
 def _append_chunk(
@@ -191,11 +195,11 @@ def _append_chunk(
 
 
 def _coded_so_far(
-    numbering: Numbering, writers: Mapping[str, _SplitWriter], log: int, position: Position, work: WorkingFolder
+    numbering: Numbering, writers: Mapping[str, _SplitWriter], at: Mapping[str, Any], work: WorkingFolder
 ) -> dict[str, Any]:
     """What a checkpoint of the reading holds, once all of it is on the disk."""
     num_bytes = {_within(file.path, work): file.flush() for writer in writers.values() for file in writer.files()}
-    coded = _coded(writers, num_bytes).replace(log=log, position=position)
+    coded = _coded(writers, num_bytes).replace(**at)
     return {"coded": coded, "files": [_write_texts(numbering, work)]}
 
 

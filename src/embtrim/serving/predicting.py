@@ -76,7 +76,9 @@ def write_predictions(
                 rows += len(part)
                 bar.update(task, completed=rows, total=rows / max(chunk.done, 1e-9))
             whole = (
-                pl.scan_parquet(parts) if parts else pl.LazyFrame(schema=dict.fromkeys([*keep, "score"], pl.Float32))
+                pl.scan_parquet(parts, glob=False)
+                if parts
+                else pl.LazyFrame(schema=dict.fromkeys([*keep, "score"], pl.Float32))
             )
             complete = Path(folder) / f"complete{out.suffix}"
             (whole.sink_parquet if out.suffix == ".parquet" else whole.sink_csv)(complete)
