@@ -39,7 +39,7 @@ from pydantic import Field
 from embtrim.config import Config
 from embtrim.data.clock import Clock
 from embtrim.data.log_file import START, Position, Skipped
-from embtrim.errors import DataError, EmbtrimError
+from embtrim.errors import DataError, EmbtrimError, UnreachableError
 from embtrim.system.files import flush_file, write_then_rename
 
 CHECKPOINT_VERSION = 3
@@ -208,7 +208,7 @@ def working_folder(
     """A working folder beside `target`, whose `folder` replaces the target at the end of the `with` block.
 
     An EmbtrimError removes the working folder, since the same inputs would raise it again. After any other end of the
-    run (an interrupt, a full disk, a kill) the folder stays, if it has a checkpoint.
+    run (an interrupt, a full disk, a server that does not answer, a kill) the folder stays, if it has a checkpoint.
 
     Args:
         target: The folder to make.
@@ -243,7 +243,7 @@ def working_folder(
             shutil.rmtree(old, ignore_errors=True)
             shutil.rmtree(root, ignore_errors=True)
         except BaseException as error:
-            stays = work.is_resumable and not isinstance(error, EmbtrimError)
+            stays = work.is_resumable and (isinstance(error, UnreachableError) or not isinstance(error, EmbtrimError))
             if not stays:
                 shutil.rmtree(root, ignore_errors=True)
             if isinstance(error, KeyboardInterrupt) and stays:
