@@ -8,11 +8,14 @@ import logging
 import polars as pl
 import pytest
 
+from embtrim.data.dataset import EncodedDataset
 from embtrim.data.read_options import ReadOptions
 from embtrim.data.reading import open_log
 from embtrim.data.text_rows import Grammar
 from embtrim.errors import ConfigError, DataError
-from tests.data.small_logs import ONE, ids
+from tests.cli.workshop import call
+from tests.data.old_dump import write_old_dump
+from tests.data.small_logs import ONE, ids, vocabulary
 
 ROWS = [
     ["y", "user", "title"],
@@ -223,6 +226,26 @@ def test_skipped_lines_are_counted_in_the_encoded_folder_also_after_an_interrupt
             f"{n} has 1 cells, the log has 2 columns: broken" for n in (51, 151, 300)
         ]
     assert ids(again) == ids(whole)
+
+
+def test_a_dump_of_old_style_is_encoded_and_says_what_it_skipped(tmp_path):
+    write_old_dump(tmp_path / "ratings.csv", 3000, num_broken=12)
+    done = call("encode", tmp_path / "ratings.csv", "--label", "rating >= 8", "--where", "rating > 0", "--on-error", "skip",
+                "--out", tmp_path / "out", "--json")  # fmt: skip
+    assert done.code == 0, done.err
+    assert "separator ';', quote \" escaped by backslash, encoding cp1252" in done.err
+    told = json.loads(done.out)
+    assert told["skipped"]["train"]["num_lines"] == 12
+    assert len(told["skipped"]["train"]["first"]) == 10
+    assert [line for line in told["skipped"]["train"]["first"] if line.endswith('"21";"0449212602";"8";"say \\";"x"')]
+    assert sum(told["num_rows"].values()) == sum(
+        line.split('";"')[2] not in ("0", "rating")
+        for line in (tmp_path / "ratings.csv").read_text("latin-1").split("\n")
+        if line.count('"') > 5
+        and not line.startswith(('"17"' + ';"0195', '"18";"00603', '"19";"0374157', '"20";"a', '"21";"0449'))
+    )
+    titles = {str(row[0]).rstrip(" 0123456789") for row in vocabulary(EncodedDataset.load(tmp_path / "out"), "Title")}
+    assert {"Café Müller", 'The "Old" Man; and the Sea', "À la carte, volume", "C:\\temp"} <= titles
 
 
 def test_bad_lines_of_sparse_text_are_skipped(write):

@@ -43,7 +43,9 @@ if TYPE_CHECKING:  # these modules import torch: commands import them when they 
 def encode(
     log: Annotated[
         list[str] | None,
-        typer.Argument(metavar="LOG...", help="Raw log: files, a glob or a folder; csv, tsv, parquet, libsvm, libfm."),
+        typer.Argument(
+            metavar="LOG...", help="Raw log: files, a glob, a folder or URLs; csv, tsv, parquet, libsvm, libfm."
+        ),
     ] = None,
     label: Annotated[
         str | None,

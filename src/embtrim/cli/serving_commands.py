@@ -33,7 +33,7 @@ from embtrim.cli.terminal import log_line, print_json, show_dry_run, show_facts,
 
 def predict(
     bundle: BundlePath,
-    log: Annotated[str, typer.Argument(metavar="LOG", help="Raw log to score: a file, a glob or a folder.")],
+    log: Annotated[str, typer.Argument(metavar="LOG", help="Raw log to score: a file, a glob, a folder or a URL.")],
     out: OutPath = None,
     keep: Annotated[
         str | None, typer.Option("--keep", help="Columns of the log to copy beside the score, separated by commas.")
@@ -81,7 +81,9 @@ def predict(
 
 def update(
     bundle: BundlePath,
-    log: Annotated[str, typer.Argument(metavar="NEWLOG", help="New raw log with labels: a file, a glob or a folder.")],
+    log: Annotated[
+        str, typer.Argument(metavar="NEWLOG", help="New raw log with labels: a file, a glob, a folder or a URL.")
+    ],
     out: OutPath = None,
     split: SplitText = None,
     min_count: Annotated[

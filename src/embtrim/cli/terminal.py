@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from embtrim.config import Config, to_toml
+from embtrim.system.files import read_json
 
 if TYPE_CHECKING:  # these modules import torch, for which --help must not wait
     from embtrim.data.dataset import EncodedDataset
@@ -172,15 +173,16 @@ def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
 def show_encoded(data: EncodedDataset, folder: Path, as_json: bool) -> None:
     """Print the result of encoding: the fields, the rows of each split, the schema."""
     num_rows = {name: data.num_rows(name) for name in data.splits}
+    skipped = read_json(folder / "meta.json").get("skipped", {})
     if as_json:
-        schema = data.schema.model_dump(mode="json")
-        print_json(
-            {"folder": str(folder), "fingerprint": data.schema.fingerprint, "num_rows": num_rows, "schema": schema}
-        )
+        facts = {"folder": str(folder), "fingerprint": data.schema.fingerprint, "num_rows": num_rows}
+        print_json({**facts, "skipped": skipped, "schema": data.schema.model_dump(mode="json")})
         return
     show_schema(data.schema, as_json)
     rows = ", ".join(f"{name} {count:,}" for name, count in num_rows.items())
     print_text(f"{folder}: rows {rows}; schema {data.schema.describe()}")
+    for name, lines in skipped.items():
+        print_text(f"skipped {lines['num_lines']:,} lines of the {name} log that cannot be read")
 
 
 def show_encode_dry_run(settings: Config, drafted: Schema, as_json: bool) -> None:

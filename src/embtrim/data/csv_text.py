@@ -145,7 +145,8 @@ class CsvFile(LogFile):
 
     def _words_on(self, bad: BadLine, first_line: int) -> str:
         """Place, fault and text of a bad line."""
-        shown = bad.text.decode("utf-8" if is_utf8(bad.text) else "cp1252", "replace").strip("\r\n")
+        text = self.dialect.grammar.as_written(bad.text)
+        shown = text.decode("utf-8" if is_utf8(text) else "cp1252", "replace").strip("\r\n")
         cut = ".." if len(shown) > _SHOWN_CHARACTERS else ""
         return f"{self.name} line {first_line + bad.line:,} {bad.reason}: {shown[:_SHOWN_CHARACTERS]}{cut}"
 

@@ -1,11 +1,11 @@
 """Raw logs, read in chunks of bounded size: csv, tsv and other text (gz too), parquet, libsvm and libfm, or a frame.
 
-A log is one file, several files, a glob, a folder, or a polars DataFrame. `open_log` finds its format and its columns.
+A log is one file, several files, a glob, a folder, URLs, or a polars DataFrame. `open_log` finds its format and its columns.
 `RawLog.chunks` yields frames; each chunk knows the file and line of its rows, for error messages.
 
-Conventions. Text cells stay strings; an empty cell is null; a file of any name may be gzipped. A separator may
-have several characters (`::`). Tab-separated files have no quoting; in other text `"` quotes cells as in csv. Blank
-lines are skipped. Every line must have a cell for each column. For libsvm and libfm see sparse_text.py.
+Conventions. Text cells stay strings; an empty cell is null; a file of any name may be gzipped. How text is split into
+cells is found from the head of each file (dialect.py); blank lines are skipped. Every other line must have a cell for
+each column (text_rows.py). For libsvm and libfm see sparse_text.py, for folders, globs and URLs places.py.
 
 Memory. Text is read in blocks of `chunk_bytes` (16 MB), cut at the end of a line; a parsed block takes up to about ten
 times as much. Parquet and frames are read in slices of at most 131,072 rows, fewer if there are many columns. Neither

@@ -109,6 +109,15 @@ class Grammar:
             b"\\" + self.separator, mark + separator * len(self.separator)
         )
 
+    def as_written(self, text: bytes) -> bytes:
+        """Text from `unescaped` with its backslashes, for messages; quotes that were doubled get them too."""
+        if not self.is_backslash:
+            return text
+        mark, newline, separator = STAND_INS
+        text = text.replace(self.quote * 2, b"\\" + self.quote) if self.quote else text
+        text = text.replace(mark + mark, b"\\\\").replace(mark + newline, b"\\\n")
+        return text.replace(mark + separator * len(self.separator), b"\\" + self.separator)
+
     def restored(self, cell: str) -> str:
         """A cell with the bytes that the stand-ins of `unescaped` stand for; see `stand_ins`."""
         for stand_in, text in self.stand_ins():
