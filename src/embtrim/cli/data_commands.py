@@ -110,20 +110,25 @@ def encode(
     _check_encode(settings, log)
     source: Any = log[0] if log and len(log) == 1 else log
     if draft is None and not dry_run:
-        out = needed(out)
-        data = _encode_log(settings, source, options, out, overwrite, wants_progress(quiet))
-        show_encoded(data, out, as_json)
+        data = _encode_log(settings, source, options, needed(out), overwrite, wants_progress(quiet))
+        show_encoded(data, needed(out), as_json)
         return
     drafted = _draft_schema(settings, source, options)
     if draft is None:
         show_encode_dry_run(settings, drafted, as_json)
         return
-    if draft.exists() and not overwrite:
-        raise DataError(f"{draft} exists; choose another name or pass --overwrite")
-    if not dry_run:
-        drafted.save_draft(draft)
-        log_line(f"wrote {draft}; edit it, then: embtrim encode .. --schema {draft}")
+    _write_draft(drafted, draft, overwrite, dry_run)
     show_schema(drafted, as_json)
+
+
+def _write_draft(drafted: Schema, path: Path, overwrite: bool, dry_run: bool) -> None:
+    """Write a drafted schema to a TOML file; with dry_run only check that it could be written."""
+    if path.exists() and not overwrite:
+        raise DataError(f"{path} exists; choose another name or pass --overwrite")
+    if dry_run:
+        return
+    drafted.save_draft(path)
+    log_line(f"wrote {path}; edit it, then: embtrim encode .. --schema {path}")
 
 
 def _check_encode(settings: EncodeSettings, log: Sequence[str] | None) -> None:
