@@ -14,7 +14,7 @@ import numpy as np
 _BROKEN = ('"17";"0195153448', '"18";"00603"5X";"5";"x";"NULL"', '"19";"0374157065";"3"', "<HTML>", '"20";"a;"0";"x";NULL;"y"',
            '"21";"0449212602";"8";"say \\";"x"')  # fmt: skip
 _TITLES = (
-    "Caf\u00e9 M\u00fcller",
+    "\u00c9clair M\u00fcller",
     'The \\"Old\\" Man; and the Sea',
     "Plain",
     "\u00c0 la carte, volume 2",

@@ -245,7 +245,7 @@ def test_a_dump_of_old_style_is_encoded_and_says_what_it_skipped(tmp_path):
         and not line.startswith(('"17"' + ';"0195', '"18";"00603', '"19";"0374157', '"20";"a', '"21";"0449'))
     )
     titles = {str(row[0]).rstrip(" 0123456789") for row in vocabulary(EncodedDataset.load(tmp_path / "out"), "Title")}
-    assert {"Café Müller", 'The "Old" Man; and the Sea', "À la carte, volume", "C:\\temp"} <= titles
+    assert {"Éclair Müller", 'The "Old" Man; and the Sea', "À la carte, volume", "C:\\temp"} <= titles
 
 
 def test_bad_lines_of_sparse_text_are_skipped(write):
@@ -269,7 +269,7 @@ def test_faults_take_time_linear_in_the_text(write, monkeypatch):
     seen = []
     without_quoted = Grammar.without_quoted
     monkeypatch.setattr(Grammar, "without_quoted", lambda g, text: seen.append(len(text)) or without_quoted(g, text))
-    line = b'"12345";"caf\xe9 ""au"" lait";"7"\n'
+    line = b'"12345";"na\xefve ""au"" lait";"7"\n'
     for content, options in [
         (line * 20_000, {"separator": ",", "header": False, "columns": ("one",)}),
         (b'y,a\n0,"u\n' + b"1,v\n" * 100_000, {}),
