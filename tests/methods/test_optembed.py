@@ -225,6 +225,14 @@ class TestEvolution:
         score, _ = self.counting(best=(1, 2, 6))
         assert fill(space, (1, 1, 1), score) == (1, 2, 6)
 
+    def test_of_many_tables_fill_scores_those_that_would_take_most(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("embtrim.methods.evolution.MOST_SCORED", 2)
+        space = self.space("100%", sizes=(10, 30, 20))
+        space.limit = 60 + 100  # the 5 further columns of the second table take 150, those of the third 100
+        score, scored = self.counting(best=(1, 1, 6))
+        assert fill(space, (1, 1, 1), score) == (1, 1, 6)
+        assert len(scored) == 2
+
     def test_projections_are_counted(self):
         """Width 6 needs no projection: it costs less than width 5 of a small table."""
         full = SizePlan.full(Schema.from_sizes([4, 50]), 6)
@@ -235,7 +243,7 @@ class TestEvolution:
         for _ in range(50):
             widths = fill(space, space.repair(space.draw(rng), rng), score)
             assert space.plan(widths).num_params == space.cost(widths) <= space.limit
-            assert all(space.widest(widths, table) == widths[table] for table in range(2))
+            assert all(space.widest(widths, table, space.cost(widths)) == widths[table] for table in range(2))
 
     def test_rows_kept_by_hand(self):
         full = SizePlan.full(Schema.from_sizes([5, 3, 3, 3]), 2)

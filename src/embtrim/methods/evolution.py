@@ -21,6 +21,9 @@ from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Alignment, Block, TablePlan
 
 Widths = tuple[int, ...]
+
+# Tables whose widening is scored one by one.
+MOST_SCORED = 100
 Score = Callable[[Sequence[Widths]], list[float]]
 
 
@@ -78,6 +81,16 @@ class Space:
             for t, v in zip(self.full.tables, self.kept, strict=True)
         ]
 
+    @cached_property
+    def spares(self) -> list[np.ndarray]:
+        """What each table can save at most by a smaller width, by its width, int64 (D + 1,); 0 below its smallest width."""
+        found = []
+        for cost, low in zip(self.costs, self.least_T.tolist(), strict=True):
+            spare = np.zeros_like(cost)
+            spare[low:] = cost[low:] - np.minimum.accumulate(cost[low:])
+            found.append(spare)
+        return found
+
     def plan(self, widths: Widths) -> SizePlan:
         """The plan of a candidate."""
         tables = [
@@ -101,24 +114,32 @@ class Space:
         width that does; otherwise it gets a smaller width at random.
         """
         widths_T = widths_T.copy()
-        while self.limit is not None and (excess := self.cost(widths_T) - self.limit) > 0:
-            spare_T = np.array([c[w] - c[: w + 1][low:].min() for c, w, low in self._rows(widths_T)], np.float64)
+        if self.limit is None:
+            return tuple(widths_T.tolist())
+        excess = self.cost(widths_T) - self.limit
+        spare_T = np.array([spare[width] for spare, width in zip(self.spares, widths_T, strict=True)], np.float64)
+        while excess > 0:
             table = int(rng.choice(len(widths_T), p=spare_T / spare_T.sum()))
             cost, width, low = self.costs[table], int(widths_T[table]), int(self.least_T[table])
             enough = [d for d in range(low, width) if cost[width] - cost[d] >= excess]
             smaller = [d for d in range(low, width) if cost[d] < cost[width]]
-            widths_T[table] = max(enough) if enough else rng.choice(smaller)
+            lowered = max(enough) if enough else int(rng.choice(smaller))
+            excess -= int(cost[width] - cost[lowered])
+            widths_T[table], spare_T[table] = lowered, self.spares[table][lowered]
         return tuple(widths_T.tolist())
 
-    def widest(self, widths: Widths, table: int) -> int:
-        """The largest width of a table that fits beside the other widths."""
+    def widest(self, widths: Sequence[int], table: int, spent: int) -> int:
+        """The largest width of a table that fits beside the other widths.
+
+        Args:
+            widths: The present widths.
+            table: Number of the table.
+            spent: Parameters of the present widths; see `cost`.
+        """
         assert self.limit is not None
         cost = self.costs[table]
-        left = self.limit - self.cost(widths) + int(cost[widths[table]])
+        left = self.limit - spent + int(cost[widths[table]])
         return max(d for d in range(widths[table], int(self.most_T[table]) + 1) if cost[d] <= left)
-
-    def _rows(self, widths_T: np.ndarray) -> list[tuple[np.ndarray, int, int]]:
-        return list(zip(self.costs, widths_T.tolist(), self.least_T.tolist(), strict=True))
 
 
 def evolve(
@@ -155,19 +176,28 @@ def crossover(left_T: np.ndarray, right_T: np.ndarray, rng: np.random.Generator)
 
 
 def fill(space: Space, widths: Widths, score: Score) -> Widths:
-    """Widen tables as far as the budget allows, first the table whose widening alone scores best."""
+    """Widen tables as far as the budget allows, first the table whose widening alone scores best.
 
-    def widened(widths: Widths, table: int) -> Widths:
-        return (*widths[:table], space.widest(widths, table), *widths[table + 1 :])
-
-    candidates = [widened(widths, table) for table in range(len(widths))]
-    scores = score(candidates)
-    before: Widths = ()
-    while before != widths:  # a table at full width needs no projection, which leaves room for others
-        before = widths
-        for table in sorted(range(len(widths)), key=lambda t: -scores[t]):
-            widths = widened(widths, table)
-    return widths
+    Of more than MOST_SCORED tables only those are scored whose widening takes most parameters; the others follow, since
+    every score takes a forward pass.
+    """
+    spent, wide = space.cost(widths), list(widths)
+    widest = [space.widest(wide, table, spent) for table in range(len(wide))]
+    taken = [int(cost[w] - cost[d]) for cost, w, d in zip(space.costs, widest, wide, strict=True)]
+    by_size = sorted(range(len(wide)), key=lambda table: -taken[table])
+    scored = sorted(by_size[:MOST_SCORED])
+    scores = score([(*widths[:table], widest[table], *widths[table + 1 :]) for table in scored])
+    gain = dict(zip(scored, scores, strict=True))
+    order = [*sorted(scored, key=lambda table: -gain[table]), *by_size[MOST_SCORED:]]
+    changed = True
+    while changed:  # a table at full width needs no projection, which leaves room for others
+        changed = False
+        for table in order:
+            cost, width = space.costs[table], space.widest(wide, table, spent)
+            if width != wide[table]:
+                spent += int(cost[width] - cost[wide[table]])
+                wide[table], changed = width, True
+    return tuple(wide)
 
 
 def kept_rows(
