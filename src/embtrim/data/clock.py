@@ -17,9 +17,13 @@ from embtrim.data.instants import FORMS, read_moments
 from embtrim.data.log_file import Chunk
 from embtrim.errors import ConfigError, DataError
 
-# Texts in one of these forms are read at once; FORMS are slower.
-_QUICK = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d")
-_QUICK += ("%Y-%m-%dT%H:%M:%S%.f%#z", "%Y-%m-%d %H:%M:%S%.f%#z")
+# Forms that are read at once, quickest first, and whether they have a zone; FORMS are slower.
+_QUICK = tuple(
+    (f"%Y-%m-%d{mark}%H:%M:%S{end}", end.endswith(("Z", "z")))
+    for end in ("", "Z", "%.f", "%.f%#z")
+    for mark in (" ", "T")
+)
+_QUICK += (("%Y-%m-%d", False),)
 _UTC = r"(?:[Zz]|UTC|GMT|[+-]00:?(?:00)?)(?:\[[^\]]*\])?\s*(?:\d{4}\s*)?$"
 # Numbers since 1970 in these units lie between 1973 and 5138.
 _EPOCHS = {"seconds": 1e8, "milliseconds": 1e11, "microseconds": 1e14, "nanoseconds": 1e17}
@@ -119,9 +123,10 @@ def _read(
         raise DataError(f"time column {column!r} holds {raw.dtype}; it must hold numbers, times or text")
     if time_format is not None:
         return _with_format(raw, time_format)
-    numbers = raw.str.strip_chars().cast(pl.Float64, strict=False).fill_nan(None)
-    if holds == "numbers" or (holds is None and numbers.null_count() == raw.null_count()):
-        return numbers, None, None
+    if holds in (None, "numbers"):
+        numbers = raw.str.strip_chars().cast(pl.Float64, strict=False).fill_nan(None)
+        if holds == "numbers" or numbers.null_count() == raw.null_count():
+            return numbers, None, None
     moments, quick_zoned = _quick(raw)
     is_zoned = pl.repeat(quick_zoned, len(raw), eager=True)
     left = (moments.is_null() & raw.is_not_null()).arg_true()
@@ -151,12 +156,14 @@ def _with_format(raw: pl.Series, time_format: str) -> tuple[pl.Series, pl.Series
 
 
 def _quick(raw: pl.Series) -> tuple[pl.Series, bool]:
-    """Microseconds of texts in the quickest form that reads the first of them, null for others; and if it has zones."""
-    first = raw.drop_nulls().head(1)
-    for form in _QUICK:
-        if first.str.to_datetime(form, strict=False, time_unit="us").is_not_null().any():
-            return raw.str.to_datetime(form, strict=False, time_unit="us").to_physical(), form.endswith("z")
-    return pl.repeat(None, len(raw), dtype=pl.Int64, eager=True), False
+    """Microseconds of texts in the form of most of the first ones, null for others; and whether the form has a zone."""
+    head = raw.drop_nulls().head(100)
+    form, is_zoned = max(_QUICK, key=lambda quick: _in_form(head, quick[0]).count())
+    return _in_form(raw, form), is_zoned
+
+
+def _in_form(texts: pl.Series, form: str) -> pl.Series:
+    return texts.str.to_datetime(form, strict=False, time_unit="us", cache=False).to_physical()
 
 
 def _by_forms(texts: pl.Series) -> tuple[pl.Series, pl.Series]:
