@@ -20,7 +20,8 @@ Departures:
   of the shared DROPPED row or a foreign model's row map.
 - Budget (the paper has none; `natural` keeps its behaviour): widths of candidates over the budget are lowered. If
   width 1 everywhere does not fit, all thresholds are raised by one amount until it does. In the end the rest of the
-  budget widens tables, first the ones that gain most.
+  budget widens tables, first the ones that gain most; of more than 100 tables, the 100 that would take most parameters
+  are compared.
   Fewer rows of larger widths - all thresholds raised further - gain nothing: the supernet's fitness hardly ever prefers
   them, because a table of small norms then loses all its rows at once.
 - A dropped row's first-order weight goes with it in the fitness too, as it does in the compact model.
