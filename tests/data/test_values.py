@@ -9,7 +9,6 @@ import pytest
 
 from embtrim.data.encoder import Encoder
 from embtrim.data.kinds import kind_of_texts
-from embtrim.data.splitting import Split
 from embtrim.errors import DataError
 from embtrim.schema import FieldSpec
 from tests.data.small_logs import ONE, ids, schema_of, vocabulary
@@ -254,10 +253,12 @@ class TestPartsOfDifferentTypes:
             with pytest.raises(DataError, match=r"column 'a' holds Int64 in .*one.parquet and .* in .*two.parquet"):
                 run(paths, schema, label="y")
 
-    def test_durations_are_refused(self, run):
-        frame = pl.DataFrame({"y": [0, 1], "a": [timedelta(seconds=1), timedelta(seconds=2)]})
+    @pytest.mark.parametrize("settings", [{}, {"hash_size": 9}, {"type": "dense", "transform": "none"}])
+    def test_durations_are_refused(self, run, settings):
+        frame = pl.DataFrame({"y": [0, 1], "a": [timedelta(seconds=1), timedelta(seconds=2)], "b": ["u", "v"]})
         with pytest.raises(DataError, match=r"column 'a' holds Duration.*; write its seconds as a number"):
-            run(frame, ONE)
+            run(frame, schema_of(FieldSpec(name="b"), FieldSpec(name="a", **settings)))
+        assert [field.name for field in run(frame, label="y").schema.fields] == ["b"]
 
 
 class TestNumbersThatMeanMissing:
@@ -305,11 +306,13 @@ class TestNumbersThatMeanMissing:
         assert [value for value, _, _ in vocabulary(data, "a")] == ["0999", "x", None]
 
 
-def test_a_split_is_not_needed_for_kinds(run):
+def test_validation_rows_are_brought_to_the_kind_of_training_rows(run):
     """Only training rows say the kind; a value of the validation rows is brought to it."""
     train = pl.DataFrame({"y": [0, 1], "a": ["1", "2"]})
     valid = pl.DataFrame({"y": [0, 1], "a": ["1.0", "b"]})
     data = run(train, ONE, split=None, valid=valid)
     assert data.schema.fields[0].kind == "integer"
     assert ids(data, "valid") == [ids(data)[0], [0]]
-    assert Split().by == "ratio"
+    large = pl.DataFrame({"y": [0, 1], "a": ["1", "9e18"]})
+    with pytest.raises(DataError, match="the log: column 'a' holds '9e18', which is a floating-point number"):
+        run(train, ONE, split=None, valid=large)

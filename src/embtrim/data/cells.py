@@ -165,9 +165,9 @@ def to_numbers(
     for field in fields:
         dtype = frame.schema[field.raw_column]
         if not (dtype.is_numeric() or dtype in (pl.String, pl.Boolean, pl.Null, pl.Categorical, pl.Enum)):
-            raise DataError(
-                f"column {field.raw_column!r} holds {dtype}, which is not a number; declare field {field.name!r} categorical"
-            )
+            is_duration = isinstance(dtype, pl.Duration)
+            advice = "write its seconds as a number" if is_duration else f"declare field {field.name!r} categorical"
+            raise DataError(f"column {field.raw_column!r} holds {dtype}, which is not a number; {advice}")
     numbers = frame.select(_number_cells(f, frame.schema[f.raw_column], schema) for f in fields)
     # A second pass over the cells is made only where a column holds more than finite numbers and nulls.
     num_null = numbers.null_count()
