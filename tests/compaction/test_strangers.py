@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -146,6 +147,20 @@ class TestWrappers:
             assert torch.allclose(found, same, atol=1e-6)
         if wrap is compiled:
             torch._dynamo.reset()
+
+    @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+    def test_distributed_data_parallel_is_taken_off(self):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            wrapped = nn.parallel.DistributedDataParallel(clicks())
+            plan = search(task_of(wrapped), SSEDSConfig(min_dim=0), "40%")
+            assert verify(wrapped, plan, task_of(wrapped)).passed
+            assert type(compact(wrapped, plan)) is Clicks
+        finally:
+            dist.destroy_process_group()
+        expected = search(task_of(clicks()), SSEDSConfig(min_dim=0), "40%")
+        assert plan.diff(expected) == ""
+        assert plan.fingerprint == expected.fingerprint
 
     def test_a_loss_that_is_compiled_sees_the_gates(self):
         torch._dynamo.reset()
