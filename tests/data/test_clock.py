@@ -10,6 +10,7 @@ import pytest
 from embtrim.data.drafting import infer_schema
 from embtrim.errors import ConfigError, DataError
 from embtrim.schema import FieldSpec
+from tests.cli.workshop import call
 from tests.data.small_logs import schema_of
 
 NUM_ROWS = 240
@@ -198,3 +199,20 @@ class TestChoice:
         data = run(frame, label="y", split="time:8:1:1")
         assert "split by time: time column 't' (times with a zone), cut at 2024-10-21 22:00:00Z, " in caplog.text
         assert data.schema.time == "t"
+
+    def test_the_command_names_column_and_form(self, tmp_path):
+        times = [f"{t.month}/{t.day}/{t:%Y %I:%M %p}" for t in TIMES]
+        frame = frame_of(times).with_columns(pl.Series("birthday", [f"19{50 + i % 50}-03-01" for i in range(NUM_ROWS)]))
+        frame.write_csv(tmp_path / "log.csv")
+        command = ["encode", tmp_path / "log.csv", "--label", "y", "--out", tmp_path / "data", "--split", "time:8:1:1"]
+        refused = call(*command)
+        assert refused.code == 1
+        assert (
+            "a split by time needs the schema's time column; set time = '<column>' in the schema (--time" in refused.err
+        )
+        refused = call(*command, "--time", "t")
+        assert "time_format" in refused.err
+        done = call(*command, "--time", "t", "--time-format", "%m/%d/%Y %I:%M %p")
+        assert done.code == 0
+        assert "split by time: time column 't' (times without a zone), cut at 2024-10-21 22:00:00, " in done.err
+        assert "time column: t" in done.out
