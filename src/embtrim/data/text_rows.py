@@ -140,44 +140,43 @@ class Grammar:
     # --- whole blocks -------------------------------------------------------------------------------------------------
 
     @cached_property
-    def _spans(self) -> re.Pattern[bytes]:
-        q = re.escape(self.quote)
-        return re.compile(b"%b[^%b]*%b" % (q, q, q))
+    def _one(self) -> bytes:
+        """The byte that stands for a separator in `_structure`."""
+        return self.separator if len(self.separator) == 1 else CELL_SEPARATOR
 
-    def without_quoted(self, text: bytes) -> bytes | None:
-        """The text with a single quote for each quoted span; None if a quote is out of place."""
+    @cached_property
+    def _others(self) -> bytes:
+        return bytes({*range(256)} - {10, *self._one})
+
+    def _structure(self, text: bytes) -> bytes | None:
+        """The separators and newlines of the text outside quotes; None if a quote is out of place."""
+        if len(self.separator) > 1:
+            text = text.replace(self.separator, CELL_SEPARATOR)
         if not self.quote or self.quote not in text:
-            return text
-        if text.count(self.quote) % 2:
-            return None
-        text = self._spans.sub(self.quote, text)
+            return text.translate(None, self._others)
         byte_N = np.frombuffer(b"\n%b\n" % text, np.uint8)
-        at = np.flatnonzero(byte_N == self.quote[0])
+        is_quote_N = byte_N == self.quote[0]
+        is_inside_N = np.bitwise_xor.accumulate(is_quote_N)
+        if is_inside_N[-1]:
+            return None
+        at = np.flatnonzero(is_quote_N)
         is_fine = np.zeros((2, 256), bool)
-        is_fine[0, list(b"\n" + self.quote + self.separator[-1:])] = True
-        is_fine[1, list(b"\r\n" + self.quote + self.separator[:1])] = True
-        return text if is_fine[0, byte_N[at - 1]].all() and is_fine[1, byte_N[at + 1]].all() else None
+        is_fine[0, list(b"\n" + self.quote + self._one)] = True
+        is_fine[1, list(b"\r\n" + self.quote + self._one)] = True
+        if not (is_fine[0, byte_N[at[::2] - 1]].all() and is_fine[1, byte_N[at[1::2] + 1]].all()):
+            return None
+        is_mark_N = ((byte_N == self._one[0]) | (byte_N == 10)) & ~is_inside_N
+        return byte_N[1:-1][is_mark_N[1:-1]].tobytes()
 
     def is_regular(self, text: bytes, num_cells: int) -> bool:
         """Whether the text is whole lines, each a row of `num_cells` cells, with all quotes in their places."""
-        plain = self.without_quoted(text)
-        if plain is None:
+        structure = self._structure(text)
+        if structure is None or (num_cells == 1 and re.search(rb"(?m)^\r?\n", text)):
             return False
-        if len(self.separator) > 1:
-            plain = plain.replace(self.separator, CELL_SEPARATOR)
-        byte_N = np.frombuffer(plain, np.uint8)
-        end = np.flatnonzero(byte_N == 10)
-        if not plain.endswith(b"\n"):
-            end = np.append(end, len(plain))
-        per_row = num_cells - 1
-        separator = self.separator[0] if len(self.separator) == 1 else CELL_SEPARATOR[0]
-        at = np.flatnonzero(byte_N == separator)
-        if len(at) != len(end) * per_row:
-            return False
-        if not per_row:
-            return not _BLANK_LINE.search(plain)
-        at = at.reshape(len(end), per_row)
-        return bool((at[:, -1] < end).all() and (at[1:, 0] > end[:-1]).all())
+        if not text.endswith(b"\n"):
+            structure += b"\n"
+        row = self._one * (num_cells - 1) + b"\n"
+        return structure == row * (len(structure) // num_cells)
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 
