@@ -373,3 +373,14 @@ def test_a_model_of_other_data_cannot_be_saved(saved, tmp_path):
     other = planted_data()
     with pytest.raises((DataError, BundleError)):
         save(DeepFM(other.schema, embedding_dim=4, hidden_units=(4,)), tmp_path / "b", saved[2])
+
+
+def test_the_profile_counts_what_the_bundle_reads(saved, raw):
+    bundle = load_bundle(saved[0])
+    tally = bundle.tally(raw)
+    bundle.predict_chunk(raw, tally)
+    counts = tally.counts()
+    for field in bundle.profile.fields:
+        for what in ("unseen", "missing"):
+            by_split = [field.counts[split].of(what)[0] for split in ("train", "valid", "test")]
+            assert sum(by_split) == counts[field.name].of(what)[0]

@@ -7,6 +7,7 @@ import pytest
 import embtrim
 from embtrim.errors import DataError
 from embtrim.models import FM
+from embtrim.schema import FieldSpec, Schema
 from embtrim.serving.bundle import Bundle, load_bundle, save
 from embtrim.serving.predicting import write_predictions
 
@@ -29,5 +30,91 @@ def test_a_column_that_csv_cannot_hold_is_named(bundle, tmp_path, column):
     with pytest.raises(DataError, match=r"column 'tags' holds .*, which csv cannot hold; write scores\.parquet"):
         write_predictions(bundle, tmp_path / "log.parquet", tmp_path / "scores.csv", keep=["tags"])
     assert [path.name for path in tmp_path.iterdir()] == ["log.parquet"]
-    assert write_predictions(bundle, tmp_path / "log.parquet", tmp_path / "scores.parquet", keep=["tags"]) == 2
+    done = write_predictions(bundle, tmp_path / "log.parquet", tmp_path / "scores.parquet", keep=["tags"])
+    assert done.num_rows == 2
     assert pl.read_parquet(tmp_path / "scores.parquet").columns == ["tags", "score"]
+
+
+@pytest.fixture(scope="module")
+def days(tmp_path_factory):
+    """A bundle of a day, and a log of the next day in which half of the items are new and a price is missing more often."""
+    folder = tmp_path_factory.mktemp("days")
+
+    def day(items: tuple[int, int], no_price: float, seed: int) -> pl.DataFrame:
+        rng = np.random.default_rng(seed)
+        price = pl.Series(rng.integers(5, 90, 2000)).set(pl.Series(rng.random(2000) < no_price), None)
+        item = rng.integers(*items, 2000)
+        return pl.DataFrame({"click": rng.integers(0, 2, 2000), "item": item, "flag": item % 2 == 0, "price": price})
+
+    fields = (
+        FieldSpec(name="item"),
+        FieldSpec(name="flag"),
+        FieldSpec(name="price", type="dense", transform="log1p"),
+    )
+    first = day((1000, 1040), 0.1, 1)
+    data = embtrim.encode(first, Schema(label="click", fields=fields), out=folder / "data")
+    save(FM(data.schema, embedding_dim=2), folder / "bundle", data)
+    first.write_parquet(folder / "first.parquet")
+    day((1020, 1060), 0.3, 2).write_parquet(folder / "second.parquet")
+    return folder
+
+
+def test_drift_is_said(days, tmp_path, caplog):
+    bundle = load_bundle(days / "bundle")
+    done = write_predictions(bundle, days / "second.parquet", tmp_path / "scores.parquet")
+    assert [(drift.field, drift.what) for drift in done.drift] == [("item", "unseen"), ("price", "missing")]
+    assert 0.45 < done.drift[0].share < 0.55
+    assert done.drift[0].expected == 0.0
+    assert {1040 <= int(text) < 1060 for text in done.drift[0].examples} == {True}
+    assert "drift: field 'item': " in caplog.text
+    assert [share["field"] for share in done.shares] == ["item", "flag", "price"]
+    with pytest.raises(DataError, match=r"the log has drifted .* field 'item'"):
+        write_predictions(bundle, days / "second.parquet", tmp_path / "strict.parquet", strict=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.parquet"]
+    assert write_predictions(bundle, days / "second.parquet", tmp_path / "s.parquet", drift_tolerance=0.6).drift == []
+
+
+def test_predict_in_python_warns_once(days, caplog):
+    bundle, second = load_bundle(days / "bundle"), pl.read_parquet(days / "second.parquet")
+    bundle.predict(second)
+    assert caplog.text.count("drift: ") == 2
+    bundle.predict(second)
+    bundle.predict(days / "second.parquet")
+    assert caplog.text.count("drift: ") == 2
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_an_upcast_is_no_drift(days, tmp_path, caplog, form):
+    first = pl.read_parquet(days / "first.parquet")
+    upcast = first.with_columns(pl.col("item", "price").cast(pl.Float64), flag=pl.col("flag").cast(pl.Int8))
+    log = tmp_path / f"log.{form}"
+    (upcast.write_csv if form == "csv" else upcast.write_parquet)(log)
+    assert write_predictions(load_bundle(days / "bundle"), log, tmp_path / "scores.parquet", strict=True).drift == []
+    assert "drift" not in caplog.text
+
+
+def test_update_reports_drift(days, tmp_path, caplog):
+    settings = {"out": tmp_path / "new", "retrain": False}
+    report = embtrim.update(days / "bundle", days / "second.parquet", **settings)
+    assert [(drift["field"], drift["what"]) for drift in report.drift] == [("item", "unseen"), ("price", "missing")]
+    assert 0.45 < report.shares[0]["unseen"] < 0.55
+    assert report.to_dict()["drift"] == report.drift
+    assert load_bundle(tmp_path / "new").info["update"]["drift"] == report.drift
+    assert "drift: field 'price'" in caplog.text
+    with pytest.raises(DataError, match="the log has drifted"):
+        embtrim.update(days / "bundle", days / "second.parquet", out=tmp_path / "strict", strict=True, retrain=False)
+    assert not (tmp_path / "strict").exists()
+    # The new bundle knows the new items.
+    caplog.clear()
+    load_bundle(tmp_path / "new").predict(pl.read_parquet(days / "second.parquet"))
+    assert "drift" not in caplog.text
+
+
+def test_a_bundle_without_a_profile_still_scores(days, tmp_path, caplog):
+    bundle = load_bundle(days / "bundle")
+    bundle.profile = None
+    with caplog.at_level("INFO", "embtrim"):
+        assert write_predictions(bundle, days / "second.parquet", tmp_path / "scores.parquet").drift == []
+    assert "has no profile, so that drift is not checked" in caplog.text
+    with pytest.raises(DataError, match="has no profile"):
+        write_predictions(bundle, days / "second.parquet", tmp_path / "s.parquet", strict=True)

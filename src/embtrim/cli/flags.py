@@ -96,3 +96,12 @@ OnError = Annotated[
         help="What to do with a line that cannot be split into cells: fail (the default), or skip it and report it.",
     ),
 ]
+DriftTolerance = Annotated[
+    float | None,
+    typer.Option(
+        "--drift-tolerance",
+        help="Share by which the unseen or missing values of a field may exceed those of validation before a warning; 0.01 if "
+        "not given.",
+    ),
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Fail, and write nothing, if a field has drifted.")]

@@ -12,6 +12,7 @@ from embtrim.cli.flags import (
     BundlePath,
     Columns,
     ConfigPath,
+    DriftTolerance,
     DryRun,
     Encoding,
     Escape,
@@ -26,6 +27,7 @@ from embtrim.cli.flags import (
     Seed,
     Separator,
     SplitText,
+    Strict,
 )
 from embtrim.cli.settings import PredictSettings, needed, read_flags, read_options, settle, split_commas
 from embtrim.cli.terminal import log_line, print_json, show_dry_run, show_facts, show_update, start_log, wants_progress
@@ -48,6 +50,8 @@ def predict(
     on_error: OnError = None,
     config: ConfigPath = None,
     overrides: Overrides = None,
+    drift_tolerance: DriftTolerance = None,
+    strict: Strict = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     dry_run: DryRun = False,
@@ -57,6 +61,8 @@ def predict(
     start_log(quiet)
     flags = {
         "keep": None if keep is None else split_commas(keep),
+        "drift_tolerance": drift_tolerance,
+        "strict": strict or None,
         "read": read_flags(format, no_header, columns, separator, encoding, quote, escape, on_error),
     }
     settings = settle(PredictSettings, config, overrides, flags)
@@ -73,10 +79,16 @@ def predict(
         show_dry_run(settings, facts, as_json)
         return
     target = needed(out)
-    rows = write_predictions(
-        loaded, log, target, keep=settings.keep, options=options, overwrite=overwrite, progress=wants_progress(quiet)
-    )
-    show_facts({"out": str(target), "num_rows": rows}, as_json)
+    done = write_predictions(
+        loaded, log, target, keep=settings.keep, options=options, overwrite=overwrite,
+        drift_tolerance=settings.drift_tolerance, strict=settings.strict, progress=wants_progress(quiet),
+    )  # fmt: skip
+    facts = {"out": str(target), "num_rows": done.num_rows}
+    if as_json:
+        drift = [found.model_dump(mode="json") for found in done.drift]
+        print_json({**facts, "drift": drift, "shares": done.shares})
+        return
+    show_facts(facts, as_json=False)
 
 
 def update(
@@ -101,6 +113,8 @@ def update(
         ),
     ] = False,
     no_train: Annotated[bool, typer.Option("--no-train", help="Add the new rows, and do not train.")] = False,
+    drift_tolerance: DriftTolerance = None,
+    strict: Strict = False,
     format: FormatName = None,
     no_header: NoHeader = None,
     columns: Columns = None,
@@ -122,7 +136,15 @@ def update(
     from embtrim.serving.updating import UpdateConfig
 
     read = read_flags(format, no_header, columns, separator, encoding, quote, escape, on_error)
-    flags = {"split": split, "min_count": min_count, "renumber": renumber or None, "seed": seed, "read": read}
+    flags = {
+        "split": split,
+        "min_count": min_count,
+        "renumber": renumber or None,
+        "drift_tolerance": drift_tolerance,
+        "strict": strict or None,
+        "seed": seed,
+        "read": read,
+    }
     settings = settle(UpdateConfig, config, overrides, flags)
     if dry_run:
         from embtrim.data.reading import open_log

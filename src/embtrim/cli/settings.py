@@ -57,10 +57,14 @@ class PredictSettings(Config):
 
     Attributes:
         keep: Columns of the log that are copied beside the score.
+        drift_tolerance: Share by which unseen or missing values may exceed those of validation.
+        strict: Fail if a field has drifted.
         read: How the log is read; see ReadOptions.
     """
 
     keep: tuple[str, ...] = ()
+    drift_tolerance: float = Field(default=0.01, ge=0, le=1)
+    strict: bool = False
     read: dict[str, Any] = Field(default_factory=dict)
 
 

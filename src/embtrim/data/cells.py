@@ -81,8 +81,8 @@ def number_cells(
         locate: Says where a row lies.
         codes: For each listed categorical or multi field, an expression that turns the texts of the column with the
             field's name into integer codes.
-        finish: Turns a field's codes, hashed ids or buckets (MISSING_BUCKET for a missing value) into the stored
-            values. Its further arguments are the texts of a listed field, and what says where the n-th of them lies.
+        finish: Turns a field's codes, hashed ids (0 for a missing value) or buckets (MISSING_BUCKET for one) into the
+            stored values. Its further arguments are the texts of a listed field, and what says where the n-th of them lies.
 
     Raises:
         DataError: A value or a column's type does not fit its field.
@@ -107,16 +107,24 @@ def number_cells(
         if field.type == "numeric":
             code = buckets[field.name]
             if field.hash_size:
-                code = hash_values(bucket_texts(pl.Series(code)), field.hash_size)
+                code = _hashes(bucket_texts(pl.Series(code)), field.hash_size)
             stored_CN[columns.start] = finish(field, code, None, locate)
             continue
         values = texts[field.name]
         if field.hash_size:
-            code = hash_values(one_texts(values, field, nulls_of(schema, field), locate), field.hash_size)
+            code = _hashes(one_texts(values, field, nulls_of(schema, field), locate), field.hash_size)
         else:
             code = coded[field.name].to_numpy()
         stored_CN[columns.start] = finish(field, code, values, locate)
     return stored_CN
+
+
+def _hashes(values: pl.Series, hash_size: int) -> np.ndarray:
+    """Hashed ids of texts, int32 (N,); 0 for a missing value, so that it is told apart from values of its hash."""
+    hash_N = hash_values(values, hash_size)
+    if values.null_count():
+        hash_N = np.where(values.is_null().to_numpy(), np.int32(0), hash_N)
+    return hash_N
 
 
 def _canonical_values(
@@ -223,7 +231,7 @@ def _repair(
 def dense_values(
     frame: pl.DataFrame, schema: Schema, transforms: Mapping[str, Mapping[str, Any]], locate: Callable[[int], str]
 ) -> np.ndarray | None:
-    """The dense fields of raw rows: float32 (N, E), or None if the schema has no dense field.
+    """The dense fields of raw rows: float32 (N, E), NaN if missing; or None if the schema has no dense field.
 
     Raises:
         DataError: A cell does not hold a finite number, or its transformed value is not finite in float32.
@@ -235,8 +243,8 @@ def dense_values(
     for e, field in enumerate(schema.dense_fields):
         value_N = transformed(numbers[field.name].to_numpy(), field, transforms)  # null becomes NaN
         with np.errstate(over="ignore"):
-            dense_NE[:, e] = np.nan_to_num(value_N, nan=0.0)
-        too_large = np.flatnonzero(~np.isfinite(dense_NE[:, e]))
+            dense_NE[:, e] = value_N
+        too_large = np.flatnonzero(np.isinf(dense_NE[:, e]))
         if len(too_large):
             raise DataError(
                 f"{locate(too_large[0])}: column {field.raw_column!r} gives {value_N[too_large[0]]:g}, which float32 cannot "
@@ -275,7 +283,9 @@ def _lists(field: FieldSpec, frame: pl.DataFrame) -> pl.Expr:
             f"column {field.raw_column!r} holds text, so multi field {field.name!r} needs separator = '|', or the text "
             "between its values"
         )
-    return pl.lit(split_texts(frame[field.raw_column].cast(pl.String), field.separator))
+    texts = frame[field.raw_column].cast(pl.String)
+    # A field without a kind was encoded by a release that kept white space and brackets.
+    return pl.lit(texts.str.split(field.separator) if field.kind is None else split_texts(texts, field.separator))
 
 
 def flatten(lists: pl.Series) -> pl.Series:

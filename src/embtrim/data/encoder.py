@@ -22,7 +22,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ import polars as pl
 
 from embtrim.data.cells import dense_values, needed_columns, nulls_of, number_cells, require_columns, row_number
 from embtrim.data.dataset import EncodedDataset
+from embtrim.data.hashing import missing_hash
 from embtrim.data.log_file import Chunk, first_line_of
+from embtrim.data.tally import KNOWN, MISSING, UNSEEN, Tally
 from embtrim.data.transforms import MISSING_BUCKET, is_learned
 from embtrim.data.values import brought_texts, one_texts
 from embtrim.errors import DataError
@@ -139,11 +141,12 @@ class Encoder:
         if self.hash_maps:
             np.savez_compressed(folder / "hash_maps.npz", **self.hash_maps)  # type: ignore[arg-type]
 
-    def encode_chunk(self, rows: Chunk | pl.DataFrame) -> EncodedChunk:
+    def encode_chunk(self, rows: Chunk | pl.DataFrame, tally: Tally | None = None) -> EncodedChunk:
         """Encode rows; a value that is not in its table's vocabulary gets the table's OOV id.
 
         Args:
             rows: A frame with the raw columns (other columns are ignored), or a chunk of a raw log.
+            tally: Counts missing and unseen values, if given.
 
         Raises:
             DataError: A column is missing, or a value or a column's type does not fit its field.
@@ -157,13 +160,21 @@ class Encoder:
         frame, locate = (rows.frame, rows.locate) if isinstance(rows, Chunk) else (rows, row_number)
         require_columns(frame, self.columns)
         codes = {name: lookup.code for name, lookup in self._text_lookups.items()}
-        ids_CN = number_cells(frame, self.schema, self.transforms, locate, codes, self._ids_of_cells)
-        return EncodedChunk(np.ascontiguousarray(ids_CN.T), dense_values(frame, self.schema, self.transforms, locate))
+        finish = partial(self._ids_of_cells, tally=tally)
+        ids_CN = number_cells(frame, self.schema, self.transforms, locate, codes, finish)
+        dense_NE = dense_values(frame, self.schema, self.transforms, locate)
+        if tally is not None:
+            tally.add_rows(rows, ids_CN, dense_NE)
+        if dense_NE is not None:
+            np.nan_to_num(dense_NE, copy=False)
+        return EncodedChunk(np.ascontiguousarray(ids_CN.T), dense_NE)
 
     def ids(self, field: FieldSpec, code_N: np.ndarray) -> np.ndarray:
         """Ids of a field's cells: int32 (N,), from their hashed ids, buckets, or codes in the field's vocabulary."""
         if field.hash_size:
             hash_map = self.hash_maps.get(field.table_name)
+            if not code_N.all():
+                code_N = np.where(code_N == 0, np.int32(missing_hash(field.hash_size)), code_N)
             return code_N if hash_map is None else hash_map[code_N]
         if field.type == "numeric":
             return self._bucket_lookups[field.name].ids(code_N)
@@ -171,22 +182,44 @@ class Encoder:
 
     def text_ids(self, field: FieldSpec, values: pl.Series) -> np.ndarray:
         """Ids of texts and nulls as cells of a listed categorical or multi field: int32 (N,)."""
-        code_N = self._text_lookups[field.name].codes(field, values)
-        return self._ids_of_cells(field, code_N, values, lambda _: "the log")
+        return self.ids(field, self._text_codes(field, values))
+
+    def text_statuses(self, field: FieldSpec, values: pl.Series) -> np.ndarray:
+        """KNOWN, UNSEEN or MISSING for texts and nulls as cells of a listed categorical or multi field: int8 (N,)."""
+        return self._text_lookups[field.name].status_V[self._text_codes(field, values)]
+
+    def _text_codes(self, field: FieldSpec, values: pl.Series) -> np.ndarray:
+        return self._brought_codes(field, self._text_lookups[field.name].codes(field, values), values, lambda _: "the log")
 
     def _ids_of_cells(
-        self, field: FieldSpec, code_N: np.ndarray, texts: pl.Series | None, where: Callable[[int], str]
+        self,
+        field: FieldSpec,
+        code_N: np.ndarray,
+        texts: pl.Series | None,
+        where: Callable[[int], str],
+        tally: Tally | None,
     ) -> np.ndarray:
-        """Ids of a field's cells, see `ids`; texts that the vocabulary lacks are first brought to the field's kind."""
-        if texts is not None and not field.hash_size and field.kind is not None:
-            lookup = self._text_lookups[field.name]
-            unseen = np.flatnonzero(code_N == lookup.unseen)
-            if len(unseen):
-                code_N = code_N.copy()
-                cells = texts.gather(unseen)
-                one = one_texts(cells, field, nulls_of(self.schema, field), lambda place: where(int(unseen[place])))
-                code_N[unseen] = lookup.codes(field, one)
+        """Ids of a field's cells, see `ids`; texts are brought to the field's kind, and their statuses counted."""
+        if texts is not None and not field.hash_size:
+            code_N = self._brought_codes(field, code_N, texts, where)
+            if tally is not None:
+                tally.add_statuses(field, self._text_lookups[field.name].status_V[code_N], texts)
+        elif tally is not None:
+            tally.add_missing(field, code_N, 0 if field.hash_size else MISSING_BUCKET)
         return self.ids(field, code_N)
+
+    def _brought_codes(
+        self, field: FieldSpec, code_N: np.ndarray, texts: pl.Series, where: Callable[[int], str]
+    ) -> np.ndarray:
+        """The codes of texts; texts that the vocabulary lacks are first brought to the field's kind."""
+        lookup = self._text_lookups[field.name]
+        unseen = np.flatnonzero(code_N == lookup.unseen) if field.kind is not None else np.empty(0, np.int64)
+        if len(unseen):
+            code_N = code_N.copy()
+            cells = texts.gather(unseen)
+            one = one_texts(cells, field, nulls_of(self.schema, field), lambda place: where(int(unseen[place])))
+            code_N[unseen] = lookup.codes(field, one)
+        return code_N
 
     def with_id_maps(self, id_maps: Mapping[str, np.ndarray]) -> Encoder:
         """The same encoder with new ids: it gives out `id_maps[table][id]` instead of id.
@@ -235,6 +268,7 @@ class Encoder:
             if len({f.kind for f in self.schema.fields_of_table[field.table_name]}) > 1:
                 listed = self._brought(listed, field, unseen, missing_id)
             ids_V, texts = listed["id"].to_numpy(), listed["value"]
+            status_V = np.where(ids_V == unseen, UNSEEN, KNOWN)
             if field.type == "categorical":
                 # Texts that mean "missing" become codes too, so that no pass over the cells has to replace them.
                 nulls = sorted({*nulls_of(self.schema, field)})
@@ -242,11 +276,16 @@ class Encoder:
                 extra = sorted(set(nulls) - set(texts.filter(is_null)))
                 ids_V = np.where(is_null.to_numpy(), missing_id, ids_V)
                 ids_V = np.concatenate([ids_V, np.full(len(extra), missing_id)])
+                status_V = np.concatenate(
+                    [np.where(is_null.to_numpy(), MISSING, status_V), np.full(len(extra), MISSING)]
+                )
                 texts = pl.concat([texts, pl.Series("value", extra, pl.String)])
             text = pl.col(field.name)
             code = text.cast(pl.Enum(texts), strict=False).to_physical().cast(pl.UInt32).fill_null(len(texts))
             code = pl.when(text.is_null()).then(pl.lit(len(texts) + 1, pl.UInt32)).otherwise(code).alias(field.name)
-            lookups[field.name] = _TextLookup(code, np.concatenate([ids_V, [unseen, missing_id]]).astype(np.int32))
+            ids_V = np.concatenate([ids_V, [unseen, missing_id]]).astype(np.int32)
+            status_V = np.concatenate([status_V, [UNSEEN, MISSING]]).astype(np.int8)
+            lookups[field.name] = _TextLookup(code, ids_V, status_V)
         return lookups
 
     @cached_property
@@ -312,10 +351,12 @@ class _TextLookup:
     Attributes:
         code: Turns texts into codes: their places in the vocabulary, then one for unseen and one for missing values.
         ids_V: The id of each code.
+        status_V: KNOWN, UNSEEN or MISSING for each code.
     """
 
     code: pl.Expr
     ids_V: np.ndarray
+    status_V: np.ndarray
 
     @property
     def unseen(self) -> int:

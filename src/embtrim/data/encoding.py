@@ -39,6 +39,8 @@ from embtrim.data.encoding_state import CHECKPOINT_VERSION, WorkingFolder, check
 from embtrim.data.kinds import kinds_of_log
 from embtrim.data.log_file import CHUNK_BYTES
 from embtrim.data.numbering import Numbering
+from embtrim.data.profile import Profile
+from embtrim.data.profiling import finish_profile, note_training_rows
 from embtrim.data.read_options import ReadOptions
 from embtrim.data.reading import RawLog, Source, open_log, read_ahead
 from embtrim.data.splitting import Sample, Split, Splitter, check_splits, choose_split
@@ -143,6 +145,7 @@ def encode_further(
     seed: int = 0,
     options: ReadOptions,
     inputs: Mapping[str, Any],
+    profile: Profile | None,
     progress: bool = False,
 ) -> EncodedDataset:
     """Encode another log with an existing encoder, extended by the values of the log's training rows.
@@ -161,6 +164,7 @@ def encode_further(
         seed: Seed of the random split.
         options: How the log is read.
         inputs: Everything that `extend` depends on, as JSON values.
+        profile: Profile of the data that trained the encoder; the folder then holds against.json, see profiling.py.
         progress: Show a progress bar on stderr.
 
     Raises:
@@ -179,7 +183,7 @@ def encode_further(
     return _encode_logs(
         target, logs, counted, encoder.transforms, chosen, seed, options,
         lambda _, vocabularies, __, folder: extend(vocabularies, folder), inputs,
-        overwrite=True, progress=progress, chunk_bytes=CHUNK_BYTES, checkpoint_seconds=60.0,
+        overwrite=True, progress=progress, chunk_bytes=CHUNK_BYTES, checkpoint_seconds=60.0, earlier=(encoder, profile),
     )  # fmt: skip
 
 
@@ -211,6 +215,7 @@ def _encode_logs(
     progress: bool,
     chunk_bytes: int,
     checkpoint_seconds: float | None,
+    earlier: tuple[Encoder, Profile | None] | None = None,
 ) -> EncodedDataset:
     """Make the encoder and write all rows as its ids.
 
@@ -251,7 +256,9 @@ def _encode_logs(
             decided, vocabularies = numbering.vocabularies(groups_of_training_codes(coded, schema, bar, work))
             encoder = fit(decided, vocabularies, transforms, work.folder)
             encoder.save(work.folder)
+            note_training_rows(numbering, encoder, None if earlier is None else earlier[0], work.folder)
         write_ids(numbering, encoder, coded, bar, work)
+        finish_profile(schema, numbering, encoder, coded, work, None if earlier is None else earlier[1])
         seconds = seconds_before + time.perf_counter() - started
         meta = {
             "format_version": FORMAT_VERSION,

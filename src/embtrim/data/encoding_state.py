@@ -42,7 +42,7 @@ from embtrim.data.log_file import START, Position, Skipped
 from embtrim.errors import DataError, EmbtrimError, UnreachableError
 from embtrim.system.files import flush_file, write_then_rename
 
-CHECKPOINT_VERSION = 3
+CHECKPOINT_VERSION = 4
 # A checkpoint that takes longer is saved less often. With one checkpoint a minute, this is one percent of the time.
 CHEAP_SECONDS = 0.6
 
@@ -57,6 +57,8 @@ class Coded(Config):
         position: Where reading that log goes on.
         blocks: Rows of each block of codes written, by split.
         positives: Rows with label 1 written, by split.
+        dense_missing: Missing values of each dense field, by split.
+        num_sampled: Rows whose numbers are in the sample, by split.
         num_bytes: Length of each array file, by its path within the working folder.
         skipped: Lines skipped in each log that was read to its end, by name of the log.
     """
@@ -65,6 +67,8 @@ class Coded(Config):
     position: Position = START
     blocks: dict[str, tuple[int, ...]] = Field(default_factory=dict)
     positives: dict[str, int] = Field(default_factory=dict)
+    dense_missing: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    num_sampled: dict[str, int] = Field(default_factory=dict)
     num_bytes: dict[str, int] = Field(default_factory=dict)
     skipped: dict[str, Skipped] = Field(default_factory=dict)
 

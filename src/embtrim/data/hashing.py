@@ -6,12 +6,19 @@ A missing value is hashed as the text "\\0missing".
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 
 import numpy as np
 import polars as pl
 
 MISSING_TOKEN = "\0missing"
 HASH_KEY = b"embtrim"
+
+
+@cache
+def missing_hash(hash_size: int) -> int:
+    """The hashed id of a missing value."""
+    return int(hash_values(pl.Series([None], dtype=pl.String), hash_size)[0])
 
 
 def hash_values(values: pl.Series, hash_size: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import polars as pl
 from embtrim.data.instants import read_moments
 from embtrim.data.log_file import LogFile
 from embtrim.data.reading import RawLog
+from embtrim.data.text_lists import split_texts
 from embtrim.data.values import NUMBERS
 from embtrim.errors import DataError
 from embtrim.schema import FieldSpec, Kind, Schema
@@ -135,7 +136,7 @@ def _kind_in_head(field: FieldSpec, log: RawLog, schema: Schema) -> Kind:
         if isinstance(head.dtype, pl.List):
             head = head.explode()
         elif field.separator is not None and head.dtype == pl.String:
-            head = head.str.split(field.separator).explode()
+            head = split_texts(head, field.separator).explode()
         if head.dtype == pl.String:
             texts.append(head.unique(maintain_order=True))
         if num_rows >= HEAD_ROWS:

@@ -14,6 +14,8 @@ Shapes: N rows, C id columns, V values of a table.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from typing import Any
 
 import numpy as np
@@ -23,10 +25,38 @@ from embtrim.data.cells import nulls_of, number_cells
 from embtrim.data.encoder import Encoder
 from embtrim.data.kinds import kind_of_texts
 from embtrim.data.log_file import Chunk
+from embtrim.data.profile import NUM_TOP
 from embtrim.data.transforms import bucket_texts
 from embtrim.data.values import one_texts
 from embtrim.errors import DataError
 from embtrim.schema import PAD, FieldSpec, Schema
+
+
+@dataclass
+class Seen:
+    """What the training rows hold.
+
+    Attributes:
+        rows: Rows.
+        missing: Empty lists, and missing values of hashed fields, by field.
+        counts: How often each code occurs, by listed field of texts: int64 (1 + texts of the table,).
+        distinct: Different values, by field of a listed table.
+        top: The most frequent values and their counts, most frequent first, by field of a listed table.
+    """
+
+    rows: int = 0
+    missing: dict[str, int] = dataclass_field(default_factory=dict)
+    counts: dict[str, np.ndarray] = dataclass_field(default_factory=dict)
+    distinct: dict[str, int] = dataclass_field(default_factory=dict)
+    top: dict[str, list[tuple[str | None, int]]] = dataclass_field(default_factory=dict)
+
+    def note_values(self, field: FieldSpec, values: pl.DataFrame) -> None:
+        """Note the different values of a field, from a frame of values and counts."""
+        self.distinct[field.name] = values["value"].drop_nulls().len()
+        top = values.top_k(NUM_TOP, by=["count", "value"], reverse=[False, True])
+        self.top[field.name] = top.sort("count", "value", descending=[True, False], nulls_last=True).rows()
+        if field.type == "numeric":
+            self.missing[field.name] = int(values.filter(pl.col("value").is_null())["count"].sum())
 
 
 class Numbering:
@@ -36,6 +66,7 @@ class Numbering:
         schema: The fields, without sizes.
         transforms: Learned transforms of the numeric fields.
         undecided: Names of the fields whose kind the texts of the training rows say.
+        seen: What the training rows hold; `vocabularies` fills it in.
     """
 
     def __init__(
@@ -44,6 +75,7 @@ class Numbering:
         self.schema = schema
         self.transforms = transforms
         self.undecided = frozenset(undecided)
+        self.seen = Seen()
         self._texts = [f for f in schema.id_fields if f.type in ("categorical", "multi") and not f.hash_size]
         self._categories = {field.table_name: pl.Categories.random() for field in self._texts}
         self._num_texts = dict.fromkeys(self._categories, 0)
@@ -77,7 +109,7 @@ class Numbering:
             pl.col("value").cat.to(pl.Categorical(self._categories[table])).cast(pl.String)
         ).to_series()
 
-    def _values(self, table: str) -> pl.Series:
+    def values(self, table: str) -> pl.Series:
         """The values of a table in the order of their codes: the missing value, then the texts."""
         return pl.concat([pl.Series("value", [None], pl.String), self.texts(table)])
 
@@ -115,9 +147,15 @@ class Numbering:
         """
         counts = {f.name: np.zeros(1 + self._num_texts[f.table_name], np.int64) for f in self._texts}
         none = pl.DataFrame(schema={"bucket": pl.Int32, "count": pl.Int64})
+        seen = self.seen = Seen()
         buckets = {f.name: none for f in self.schema.id_fields if f.type == "numeric" and not f.hash_size}
         for group in groups:
+            seen.rows += sum(codes_CN.shape[1] for codes_CN in group)
             for field, columns in zip(self.schema.id_fields, self.schema.column_slices, strict=True):
+                if field.hash_size or field.type == "multi":
+                    missing = PAD if field.type == "multi" else 0
+                    empty = sum(int(np.count_nonzero(codes_CN[columns.start] == missing)) for codes_CN in group)
+                    seen.missing[field.name] = seen.missing.get(field.name, 0) + empty
                 if field.hash_size:
                     continue
                 code = np.concatenate([codes_CN[columns].ravel() for codes_CN in group])
@@ -129,6 +167,7 @@ class Numbering:
                 code = code[code != PAD] if field.type == "multi" else code
                 counts[field.name] += np.bincount(code, minlength=len(counts[field.name]))
         schema, result = self._decided(counts), {}
+        seen.counts = counts
         for name, readers in schema.fields_of_table.items():
             if readers[0].hash_size:
                 continue
@@ -138,7 +177,11 @@ class Numbering:
                 else buckets[f.name].select(bucket_texts(buckets[f.name]["bucket"]).alias("value"), "count")
                 for f in readers
             ]
-            kept = pl.concat(parts).group_by("value").agg(pl.col("count").sum())
+            # Two texts of a field may be one value.
+            merged = [part.group_by("value").agg(pl.col("count").sum()) for part in parts]
+            for field, part in zip(readers, merged, strict=True):
+                seen.note_values(field, part)
+            kept = merged[0] if len(merged) == 1 else pl.concat(merged).group_by("value").agg(pl.col("count").sum())
             kept = kept.filter(pl.col("count") >= readers[0].min_count)
             kept = kept.sort("count", "value", descending=[True, False], nulls_last=True)
             ids = pl.int_range(1, kept.height + 1, dtype=pl.Int32, eager=True).alias("id")
@@ -158,7 +201,7 @@ class Numbering:
     def _texts_counted(self, field: FieldSpec, count_V: np.ndarray) -> pl.DataFrame:
         """The values that occur in a field of texts, with their counts; a missing value is null."""
         nulls = nulls_of(self.schema, field)
-        frame = pl.DataFrame({"value": self._values(field.table_name), "count": count_V}).filter(pl.col("count") > 0)
+        frame = pl.DataFrame({"value": self.values(field.table_name), "count": count_V}).filter(pl.col("count") > 0)
         if field.type == "categorical":
             frame = frame.with_columns(pl.when(~pl.col("value").is_in(nulls)).then("value").alias("value"))
         frame = frame.with_columns(one_texts(frame["value"], field, nulls, lambda _: "training rows"))
@@ -168,7 +211,7 @@ class Numbering:
         """A function that turns codes into the encoder's ids, both int32 (C, N)."""
         # The last place holds PAD, so that the code PAD (-1) reads PAD.
         fields = [f for f in encoder.schema.id_fields if f.name in self._codes]  # with the kinds decided since
-        ids_of = {f.name: np.append(encoder.text_ids(f, self._values(f.table_name)), PAD) for f in fields}
+        ids_of = {f.name: np.append(encoder.text_ids(f, self.values(f.table_name)), PAD) for f in fields}
 
         def encoded(codes_CN: np.ndarray) -> np.ndarray:
             ids_CN = np.empty_like(codes_CN)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +25,7 @@ from embtrim.data.log_file import START, Chunk
 from embtrim.data.numbering import Numbering
 from embtrim.data.reading import RawLog, read_ahead
 from embtrim.data.splitting import Splitter
+from embtrim.data.tally import NumberSample, sample_of
 from embtrim.schema import Schema
 from embtrim.system.files import flush_file
 from embtrim.system.progress import StageBar
@@ -90,14 +91,21 @@ class _SplitWriter:
         labels: The labels.
         dense: The dense values, or None if the schema has no dense field.
         weights: The sample weights, or None if the schema has no weight column.
+        numbers: The sampled numbers, or None if the schema has no numeric and no dense field.
+        dense_missing: Missing values written of each dense field: int64 (E,).
     """
 
-    def __init__(
-        self, work: WorkingFolder, name: str, schema: Schema, blocks: Sequence[int] = (), positives: int = 0
-    ) -> None:
+    def __init__(self, work: WorkingFolder, name: str, schema: Schema, done: Coded) -> None:
         folder = work.folder / name
         folder.mkdir(exist_ok=True)
-        self.blocks, self.positives = list(blocks), positives
+        blocks = done.blocks.get(name, ())
+        self.blocks, self.positives = list(blocks), done.positives.get(name, 0)
+        self.dense_missing = np.array(done.dense_missing.get(name, [0] * len(schema.dense_fields)), np.int64)
+        num_numbers = sum(field.type in ("numeric", "dense") for field in schema.fields)
+        self.numbers = None
+        if num_numbers:
+            path = numbers_path(work, name)
+            self.numbers = ArrayFile(path, "<f8", num_numbers, num_rows=done.num_sampled.get(name, 0))
         array_file = partial(ArrayFile, num_rows=sum(blocks))
         self.codes = ArrayFile(work.codes / f"{name}.npy", "<i4", None, sum(blocks) * schema.num_id_columns)
         self.labels = array_file(folder / "labels.npy", "<f4", None)
@@ -106,20 +114,28 @@ class _SplitWriter:
 
     def files(self) -> list[ArrayFile]:
         """The open files."""
-        return [file for file in (self.codes, self.labels, self.dense, self.weights) if file is not None]
+        return [file for file in (self.codes, self.labels, self.dense, self.weights, self.numbers) if file is not None]
 
     def append(
-        self, codes_CN: np.ndarray, labels_N: np.ndarray, dense_NE: np.ndarray | None, weights_N: np.ndarray | None
+        self,
+        codes_CN: np.ndarray,
+        labels_N: np.ndarray,
+        dense_NE: np.ndarray | None,
+        weights_N: np.ndarray | None,
+        numbers_NK: np.ndarray,
     ) -> None:
-        """Append rows as one block."""
+        """Append rows as one block, and the numbers of those among them that are in the sample."""
         self.codes.append(codes_CN.ravel())
         self.blocks.append(codes_CN.shape[1])
         self.labels.append(labels_N)
         self.positives += int(labels_N.sum())
         if self.dense is not None and dense_NE is not None:
-            self.dense.append(dense_NE)
+            self.dense_missing += np.isnan(dense_NE).sum(0)
+            self.dense.append(np.nan_to_num(dense_NE))
         if self.weights is not None and weights_N is not None:
             self.weights.append(weights_N)
+        if self.numbers is not None:
+            self.numbers.append(numbers_NK)
 
 
 def write_codes(
@@ -149,17 +165,17 @@ def write_codes(
     writers: dict[str, _SplitWriter] = {}
     skipped = dict(done.skipped)
     with _completed_at_the_end() as files:
-        for name, blocks in done.blocks.items():
-            writers[name] = _SplitWriter(work, name, schema, blocks, done.positives[name])
+        for name in done.blocks:
+            writers[name] = _SplitWriter(work, name, schema, done)
             files.extend(writers[name].files())
         for index, (part, (log, splitter)) in enumerate(parts.items()):
             if index < done.log:
                 continue
             start = done.position if index == done.log else START
             by_time = isinstance(splitter, Splitter) and splitter.column is not None
-            columns = log_columns(schema, with_time=by_time)
+            columns, sample = log_columns(schema, with_time=by_time), sample_of(schema, log)
             for chunk in read_ahead(log.chunks(columns, chunk_bytes, start, number_columns(schema))):
-                _append_chunk(chunk, numbering, splitter, writers, files, work)
+                _append_chunk(chunk, numbering, sample, splitter, writers, files, work)
                 at = {"log": index, "position": chunk.end, "skipped": skipped}
                 work.save_if_due(partial(_coded_so_far, numbering, writers, at, work))
                 bar.update("reading", chunk.done)
@@ -171,6 +187,7 @@ def write_codes(
 def _append_chunk(
     chunk: Chunk,
     numbering: Numbering,
+    sample: NumberSample,
     splitter: Splitter | int,
     writers: dict[str, _SplitWriter],
     files: list[ArrayFile],
@@ -182,16 +199,19 @@ def _append_chunk(
     weights_N = None if schema.weight is None else read_weights(chunk, schema.weight)
     codes_CN = numbering.codes(chunk)
     dense_NE = dense_values(chunk.frame, schema, numbering.transforms, chunk.locate)
+    sampled = sample.rows(chunk.first_row, chunk.frame.height)
+    numbers_NK = sample.numbers(chunk.frame, sampled)
     part_N = splitter.assign(chunk) if isinstance(splitter, Splitter) else None
     for part in [splitter] if part_N is None else np.unique(part_N):
         name = SPLITS[part]  # type: ignore[call-overload]
         if name not in writers:
-            writers[name] = _SplitWriter(work, name, schema)
+            writers[name] = _SplitWriter(work, name, schema, Coded())
             files.extend(writers[name].files())
         rows = slice(None) if part_N is None else part_N == part
         dense = None if dense_NE is None else dense_NE[rows]
         weights = None if weights_N is None else weights_N[rows]
-        writers[name].append(codes_CN[:, rows], labels_N[rows], dense, weights)
+        numbers = numbers_NK if part_N is None else numbers_NK[part_N[sampled] == part]
+        writers[name].append(codes_CN[:, rows], labels_N[rows], dense, weights, numbers)
 
 
 def _coded_so_far(
@@ -207,6 +227,8 @@ def _coded(writers: Mapping[str, _SplitWriter], num_bytes: Mapping[str, int]) ->
     return Coded(
         blocks={name: tuple(writer.blocks) for name, writer in writers.items()},
         positives={name: writer.positives for name, writer in writers.items()},
+        dense_missing={name: tuple(map(int, writer.dense_missing)) for name, writer in writers.items()},
+        num_sampled={name: writer.numbers.num_rows for name, writer in writers.items() if writer.numbers is not None},
         num_bytes=dict(num_bytes),
     )
 
@@ -217,7 +239,7 @@ def _write_texts(numbering: Numbering, work: WorkingFolder) -> Path:
     return path
 
 
-def _blocks_of_codes(name: str, coded: Coded, schema: Schema, work: WorkingFolder) -> Iterator[np.ndarray]:
+def blocks_of_codes(name: str, coded: Coded, schema: Schema, work: WorkingFolder) -> Iterator[np.ndarray]:
     """The codes of a split, block by block: int32 (C, N), memory-mapped."""
     codes = np.load(work.codes / f"{name}.npy", mmap_mode="r")
     start = 0
@@ -233,7 +255,7 @@ def groups_of_training_codes(
     """The codes of the training rows, in groups of blocks with COUNTED_ROWS rows or more each."""
     group: list[np.ndarray] = []
     counted, before = 0, 0
-    for block in _blocks_of_codes("train", coded, schema, work):
+    for block in blocks_of_codes("train", coded, schema, work):
         group.append(block)
         counted += block.shape[1]
         if counted - before >= COUNTED_ROWS:
@@ -256,7 +278,7 @@ def write_ids(numbering: Numbering, encoder: Encoder, coded: Coded, bar: StageBa
         with _completed_at_the_end() as files:
             ids = ArrayFile(path, "<i4", schema.num_id_columns, written)
             files.append(ids)
-            blocks, skipped = _blocks_of_codes(name, coded, schema, work), 0
+            blocks, skipped = blocks_of_codes(name, coded, schema, work), 0
             while skipped < written:
                 skipped += next(blocks).shape[1]
             for ids_NC in read_ahead(np.ascontiguousarray(encoded(codes_CN).T) for codes_CN in blocks):
@@ -278,6 +300,11 @@ def _written_so_far(
         flush_file(work.root / name)
     files = [_write_texts(numbering, work), *(path for path in work.folder.iterdir() if path.is_file())]
     return {"coded": coded, "is_fitted": True, "num_bytes": num_bytes, "files": files}
+
+
+def numbers_path(work: WorkingFolder, split: str) -> Path:
+    """The file with the sampled numbers of a split: float64 (rows of the sample, numeric and dense fields)."""
+    return work.codes / f"{split}-numbers.npy"
 
 
 def _within(path: Path, work: WorkingFolder) -> str:

@@ -5,6 +5,7 @@ bundle.json          see `Contents`: model and hyper-parameters, their origin, m
 model.safetensors    weights and batch-norm statistics
 plan.json            layout of the tables; the vocabulary, not the plan, says which rows were kept
 encoder/             schema.json, vocab.parquet, transforms.json: from raw values to the compact model's ids
+profile.json         what the fields of the data hold, see profile.py; older bundles lack it
 README.md            model card, see model_card.py
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,8 +32,11 @@ from embtrim.data.cells import number_columns
 from embtrim.data.dataset import EncodedDataset
 from embtrim.data.encoder import Encoder
 from embtrim.data.log_file import Chunk
+from embtrim.data.profile import Profile, describe_drift, find_drift
 from embtrim.data.read_options import ReadOptions
-from embtrim.data.reading import open_log, read_ahead
+from embtrim.data.reading import RawLog, open_log, read_ahead
+from embtrim.data.recounting import recounted
+from embtrim.data.tally import Tally, sample_of
 from embtrim.errors import BundleError, ConfigError, EmbtrimError, ModelError
 from embtrim.models import MODELS
 from embtrim.models.ctr_model import CTRModel
@@ -43,6 +48,8 @@ from embtrim.system.folders import check_replaceable, file_digest, folder_bytes,
 from embtrim.system.memory import freed_pages_kept
 from embtrim.training.evaluation import EVAL_BATCH_SIZE
 from embtrim.training.recoding import data_for
+
+logger = logging.getLogger(__name__)
 
 # Version 1 has no digest of bundle.json itself and says less about the origin of a model; it still opens.
 BUNDLE_VERSION = 2
@@ -89,12 +96,15 @@ class Bundle:
         model: Full or compact model, in eval mode.
         encoder: Encoder from raw rows to the model's ids.
         info: Contents of bundle.json, see Contents.
+        profile: Profile of the data that trained the model; None if an earlier release wrote the bundle.
     """
 
-    def __init__(self, model: CTRModel, encoder: Encoder, info: dict[str, Any]) -> None:
+    def __init__(self, model: CTRModel, encoder: Encoder, info: dict[str, Any], profile: Profile | None = None) -> None:
         self.model = model
         self.encoder = encoder
         self.info = info
+        self.profile = profile
+        self._warned: set[tuple[str, str]] = set()
 
     def predict(self, rows: pl.DataFrame | str | Path, options: ReadOptions | None = None) -> np.ndarray:
         """float32 probabilities (N,) of raw rows, in order; values never seen read the OOV row.
@@ -107,7 +117,10 @@ class Bundle:
             DataError: A column is missing or holds a value that its field cannot read.
         """
         if isinstance(rows, pl.DataFrame):
-            return self.predict_chunk(rows)
+            tally = self.tally(rows)
+            scores = self.predict_chunk(rows, tally)
+            self._warn(tally)
+            return scores
         parts = list(self.predict_chunks(rows, options))
         return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
@@ -115,19 +128,35 @@ class Bundle:
         """Probabilities of a log on disk, chunk by chunk in bounded memory."""
         with freed_pages_kept():
             log = open_log(source, options)
+            tally = self.tally(log)
             for chunk in read_ahead(log.chunks(self.encoder.columns, numbers=number_columns(self.encoder.schema))):
-                yield self.predict_chunk(chunk)
+                yield self.predict_chunk(chunk, tally)
+            self._warn(tally)
 
     @torch.no_grad()
-    def predict_chunk(self, rows: pl.DataFrame | Chunk) -> np.ndarray:
-        """Probabilities of one chunk of raw rows."""
-        encoded = self.encoder.encode_chunk(rows)
+    def predict_chunk(self, rows: pl.DataFrame | Chunk, tally: Tally | None = None) -> np.ndarray:
+        """Probabilities of one chunk of raw rows; `tally` counts its values, if given."""
+        encoded = self.encoder.encode_chunk(rows, tally)
         scores = np.empty(len(encoded), np.float32)
         for start in range(0, len(encoded), EVAL_BATCH_SIZE):
             part = slice(start, start + EVAL_BATCH_SIZE)
             dense = None if encoded.dense is None else torch.from_numpy(encoded.dense[part])
             scores[part] = self.model(torch.from_numpy(encoded.ids[part]), dense).sigmoid().numpy()
         return scores
+
+    def tally(self, log: RawLog | pl.DataFrame) -> Tally:
+        """An empty tally for a log that this bundle scores."""
+        return Tally(self.encoder.schema, sample_of(self.encoder.schema, log), self.profile)
+
+    def _warn(self, tally: Tally) -> None:
+        """Log a warning for each field that has drifted, once for each bundle that is open."""
+        if self.profile is None:
+            return
+        found = find_drift(self.profile, tally.counts(), examples=tally.examples)
+        new = [drift for drift in found if (drift.field, drift.what) not in self._warned]
+        self._warned |= {(drift.field, drift.what) for drift in new}
+        for line in describe_drift(new):
+            logger.warning("drift: %s", line)
 
 
 def save(
@@ -172,14 +201,17 @@ def save(
         raise BundleError("these data were made in memory and have no vocabulary on disk; encode a log first")
     model.tables.check_quantized()
     id_maps = data_for(model, data if plan is None or data.id_maps else data.recode(plan)).id_maps
-    encoder = Encoder.load(data.folder)
-    encoder = encoder.with_id_maps(id_maps) if id_maps else encoder
+    whole = Encoder.load(data.folder)
+    encoder = whole.with_id_maps(id_maps) if id_maps else whole
+    profile = Profile.load(data.folder)
     with write_folder(folder, what="bundle") as temporary:
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         save_file(state, temporary / "model.safetensors")
         layout = model.tables.plan.shape()
         layout.save(temporary / "plan.json")
         encoder.save(temporary / "encoder")
+        if profile is not None:
+            recounted(profile, data, whole, encoder, id_maps).save(temporary)
         meta = read_json(data.folder / "meta.json")
         info = {
             "bundle_version": BUNDLE_VERSION,
@@ -261,7 +293,7 @@ def load_bundle(folder: str | Path) -> Bundle:
     if added:
         raise BundleError(f"{folder} holds {added[0]}, which its bundle.json does not list; move it elsewhere")
     try:
-        encoder = Encoder.load(folder / "encoder")
+        encoder, profile = Encoder.load(folder / "encoder"), Profile.load(folder)
         plan = PlanShape.load(folder / "plan.json")
         model = MODELS[info["model"]](encoder.schema, plan=plan, **info["hparams"])
         model.load_state_dict(load_file(folder / "model.safetensors"))
@@ -269,7 +301,7 @@ def load_bundle(folder: str | Path) -> Bundle:
         raise BundleError(
             f"{folder} cannot be opened ({type(error).__name__}: {error}); save the bundle again"
         ) from None
-    return Bundle(model.eval(), encoder, info)
+    return Bundle(model.eval(), encoder, info, profile)
 
 
 def _read_contents(folder: Path) -> dict[str, Any]:

@@ -5,17 +5,36 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
 from embtrim.data.cells import number_columns
+from embtrim.data.profile import TOLERANCE, Drift, shares_of
 from embtrim.data.read_options import ReadOptions
 from embtrim.data.reading import open_log, read_ahead
 from embtrim.errors import ConfigError, DataError
 from embtrim.serving.bundle import Bundle
+from embtrim.serving.drift import check_drift
 from embtrim.system.memory import freed_pages_kept
 from embtrim.system.progress import progress_bar
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What was scored.
+
+    Attributes:
+        num_rows: Rows of the log.
+        drift: Fields whose unseen or missing values exceed what validation saw, the largest growth first.
+        shares: Shares of unseen and missing values by field, see `shares_of`.
+    """
+
+    num_rows: int
+    drift: list[Drift]
+    shares: list[dict[str, Any]]
 
 
 def write_predictions(
@@ -26,9 +45,13 @@ def write_predictions(
     keep: Sequence[str] = (),
     options: ReadOptions | None = None,
     overwrite: bool = False,
+    drift_tolerance: float = TOLERANCE,
+    strict: bool = False,
     progress: bool = False,
-) -> int:
+) -> Predictions:
     """Score a log on disk in bounded memory, and write the scores as a column `score`.
+
+    A warning is logged for each field of the log that has drifted from what the bundle's validation rows saw.
 
     Args:
         bundle: Bundle that scores the log.
@@ -37,10 +60,9 @@ def write_predictions(
         keep: Columns of the log to copy beside the scores.
         options: How to read the log.
         overwrite: Replace an existing file.
+        drift_tolerance: Share by which unseen or missing values may exceed those of validation; see profile.py.
+        strict: Fail and write nothing if a field has drifted.
         progress: Show a progress bar on stderr.
-
-    Returns:
-        Number of rows.
 
     Raises:
         ConfigError: `out` has another suffix.
@@ -56,7 +78,7 @@ def write_predictions(
     log = open_log(source, options)
     log.require([*bundle.encoder.columns, *keep])
     out.parent.mkdir(parents=True, exist_ok=True)
-    rows = 0
+    rows, tally = 0, bundle.tally(log)
     with (
         tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder,
         progress_bar(progress) as bar,
@@ -69,7 +91,7 @@ def write_predictions(
             for chunk in read_ahead(log.chunks([*bundle.encoder.columns, *keep], numbers=numbers)):
                 if not parts:
                     _check_kept(chunk.frame.select(keep), out)
-                scores = pl.Series("score", bundle.predict_chunk(chunk))
+                scores = pl.Series("score", bundle.predict_chunk(chunk, tally))
                 part = pl.DataFrame([*(chunk.frame[name] for name in keep), scores])
                 parts.append(Path(folder) / f"{len(parts):06d}.parquet")
                 part.write_parquet(parts[-1])
@@ -82,10 +104,12 @@ def write_predictions(
             )
             complete = Path(folder) / f"complete{out.suffix}"
             (whole.sink_parquet if out.suffix == ".parquet" else whole.sink_csv)(complete)
+            counts = tally.counts()
+            drift = check_drift(bundle.profile, counts, tally.examples, drift_tolerance, strict, "the bundle")
             os.replace(complete, out)
         except (OSError, pl.exceptions.PolarsError) as error:
             raise DataError(f"{out} could not be written: {error}; free space or choose another place") from None
-    return rows
+    return Predictions(rows, drift, shares_of(bundle.profile, counts))
 
 
 def _check_kept(frame: pl.DataFrame, out: Path) -> None:

@@ -37,6 +37,8 @@ from embtrim.config import Config
 from embtrim.data.dataset import EncodedDataset
 from embtrim.data.encoder import Encoder, digest
 from embtrim.data.encoding import encode_further
+from embtrim.data.profile import TOLERANCE, shares_of
+from embtrim.data.profiling import Against
 from embtrim.data.read_options import ReadOptions
 from embtrim.data.reading import Source
 from embtrim.data.splitting import Split
@@ -46,6 +48,7 @@ from embtrim.plan.plan import PlanShape
 from embtrim.plan.table import TableShape
 from embtrim.schema import OOV, Schema
 from embtrim.serving.bundle import Bundle, check_out, load_bundle, save
+from embtrim.serving.drift import check_drift
 from embtrim.system.folders import file_digest, folder_bytes
 from embtrim.system.unfinished import unfinished
 from embtrim.training.evaluation import evaluate, logits_of_split
@@ -69,6 +72,9 @@ class UpdateConfig(Config):
         train: Settings of training; the default for epochs is 5.
         renumber: Give the values of each table new ids, by their frequency in the new log. Otherwise values keep their ids.
         seed: Seed of the random split, of shuffling and of dropout.
+        drift_tolerance: Share by which the unseen or missing values of a field may exceed those of the parent's validation
+            rows before a warning is logged; see profile.py.
+        strict: Fail instead of warning.
         read: How the log is read.
     """
 
@@ -77,6 +83,8 @@ class UpdateConfig(Config):
     renumber: bool = False
     train: TrainConfig = TrainConfig(epochs=EPOCHS)
     seed: int = Field(default=0, ge=0)
+    drift_tolerance: float = Field(default=TOLERANCE, ge=0, le=1)
+    strict: bool = False
     read: ReadOptions = ReadOptions()
 
     @field_validator("split")
@@ -136,6 +144,9 @@ class UpdateReport:
         epochs: Passes over the training rows.
         before: Metrics of the parent on the new validation and test rows, by split; see Metrics.
         after: Metrics of the new model on the same rows, by split.
+        drift: Fields whose unseen or missing values exceed what the parent's validation rows saw; see Drift.
+        shares: For each field the share of unseen and missing values in the training rows of the new log, as the parent reads
+            them, beside those of the parent's validation rows.
         seconds: Wall time, reading the log included.
     """
 
@@ -156,6 +167,8 @@ class UpdateReport:
     epochs: int
     before: dict[str, dict[str, Any]]
     after: dict[str, dict[str, Any]]
+    drift: list[dict[str, Any]]
+    shares: list[dict[str, Any]]
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -192,7 +205,8 @@ def update(
 
     Raises:
         BundleError: `bundle` is not a bundle or its version is newer; `out` exists, or is or holds `bundle`.
-        DataError: The log lacks a column, has no training rows, or has rows of one class only.
+        DataError: The log lacks a column, has no training rows, or has rows of one class only; or it has drifted and `strict`
+            is set.
 
     Example:
         >>> embtrim.update("bundles/monday", "tuesday.parquet", out="bundles/tuesday")  # doctest: +SKIP
@@ -208,8 +222,12 @@ def update(
         data = encode_further(
             source, parent.encoder, partial(extend, parent, renumber=config.renumber), out=work / "data",
             split=config.split, min_count=config.min_count, seed=config.seed, options=config.read,
-            inputs={"bundle": parent_digest, "renumber": config.renumber}, progress=progress,
+            inputs={"bundle": parent_digest, "renumber": config.renumber}, profile=parent.profile, progress=progress,
         )  # fmt: skip
+        against = Against.load(work / "data")
+        drift = check_drift(
+            parent.profile, against.counts, against.examples, config.drift_tolerance, config.strict, str(folder)
+        )
         plan = PlanShape.load(work / "data" / "plan.json")
         ids_before = parent_ids(parent, plan, Encoder.load(work / "data"))
         splits = [name for name in ("valid", "test") if name in data.splits]
@@ -236,12 +254,14 @@ def update(
             "num_rows": {name: data.num_rows(name) for name in data.splits},
             "epochs": epochs,
             "metrics_before": before,
+            "drift": [found.model_dump(mode="json") for found in drift],
         }
         save(
             model, target, data, metrics=after, seed=config.seed if retrain else parent.info["seed"],
             version=parent.info["version"] + 1, update=note, overwrite=overwrite,
         )  # fmt: skip
-    return _report(folder, target, parent, plan, note, changes, after, time.perf_counter() - started)
+    shares = shares_of(parent.profile, against.counts)
+    return _report(folder, target, parent, plan, note, changes, after, shares, time.perf_counter() - started)
 
 
 def _check_apart(bundle: Path, out: Path) -> None:
@@ -259,6 +279,7 @@ def _report(
     note: Mapping[str, Any],
     changes: tuple[TableChange, ...],
     after: dict[str, dict[str, Any]],
+    shares: list[dict[str, Any]],
     seconds: float,
 ) -> UpdateReport:
     """The report on an update that is saved.
@@ -271,6 +292,7 @@ def _report(
         note: What the new bundle.json notes about the update.
         changes: What changed in each table.
         after: Metrics of the new model by split.
+        shares: Shares of unseen and missing values by field.
         seconds: Wall time.
     """
     return UpdateReport(
@@ -291,6 +313,8 @@ def _report(
         epochs=note["epochs"],
         before=note["metrics_before"],
         after=after,
+        drift=note["drift"],
+        shares=shares,
         seconds=seconds,
     )
 
