@@ -279,7 +279,7 @@ def score(log: str, out: str, layout: str) -> dict[str, Any]:
     bundle, options = load_bundle(folder), ReadOptions(format="csv", separator="\t")
     for _ in range(2):  # the first pass warms up
         started = time.perf_counter()
-        rows = write_predictions(bundle, log, folder.with_suffix(".parquet"), options=options, overwrite=True)
+        rows = write_predictions(bundle, log, folder.with_suffix(".parquet"), options=options, overwrite=True).num_rows
         seconds = time.perf_counter() - started
     return {"rows": rows, "rows_per_s": rows / seconds}
 
