@@ -1,4 +1,4 @@
-"""The command that encodes a raw log."""
+"""The commands that read raw logs: encode, profile."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from embtrim.cli.flags import (
     AsJson,
     Columns,
     ConfigPath,
+    DriftTolerance,
     DryRun,
     Encoding,
     Escape,
@@ -28,9 +29,18 @@ from embtrim.cli.flags import (
     Seed,
     Separator,
     SplitText,
+    Strict,
 )
 from embtrim.cli.settings import EncodeSettings, check_known, needed, read_flags, read_options, settle
-from embtrim.cli.terminal import log_line, show_encode_dry_run, show_encoded, show_schema, start_log, wants_progress
+from embtrim.cli.terminal import (
+    log_line,
+    show_encode_dry_run,
+    show_encoded,
+    show_profile,
+    show_schema,
+    start_log,
+    wants_progress,
+)
 from embtrim.errors import ConfigError, DataError
 from embtrim.rules import parse_rule
 
@@ -186,3 +196,44 @@ def _encode_log(
         if not interrupt.args:
             raise
         raise Resumable from None
+
+
+def profile(
+    log: Annotated[list[str], typer.Argument(metavar="LOG...", help="Raw log: files, a glob or a folder.")],
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", metavar="DATA|BUNDLE", help="Encoded data or a saved model to compare the log with."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="HTML page to write, with small histograms.")] = None,
+    drift_tolerance: DriftTolerance = None,
+    strict: Strict = False,
+    format: FormatName = None,
+    no_header: NoHeader = None,
+    columns: Columns = None,
+    separator: Separator = None,
+    encoding: Encoding = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what the fields of a raw log hold: distinct, missing and unseen values, the most frequent ones, quantiles."""
+    start_log(quiet)
+    from embtrim.data.log_profile import profile_log
+    from embtrim.data.profile import TOLERANCE, describe_drift
+    from embtrim.reports.profile_page import write_profile
+
+    if out is not None and out.suffix != ".html":
+        raise ConfigError(f"--out takes a .html file, given {str(out)!r}")
+    if out is not None and out.exists() and not overwrite:
+        raise DataError(f"{out} exists; choose another name or pass --overwrite")
+    options = read_options(read_flags(format, no_header, columns, separator, encoding))
+    tolerance = TOLERANCE if drift_tolerance is None else drift_tolerance
+    source: Any = log[0] if len(log) == 1 else log
+    found = profile_log(source, against, options, tolerance=tolerance)
+    if out is not None:
+        write_profile(found, out)
+    show_profile(found, as_json)
+    if found.drift and strict:
+        raise DataError("the log has drifted (strict is set): " + "; ".join(describe_drift(found.drift)))
+    if out is not None:
+        log_line(f"page: {out}")

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 import embtrim
-from embtrim.cli.data_commands import encode
+from embtrim.cli.data_commands import encode, profile
 from embtrim.cli.errors import INTERRUPTED, Resumable, fail, fail_os
 from embtrim.cli.list_commands import datasets, methods, models
 from embtrim.cli.model_commands import compact, curve, search, train
@@ -32,7 +32,7 @@ app = typer.Typer(
 
 # In the order of --help.
 for command in (
-    encode, train, curve, search, compact, predict, update, export,
+    encode, profile, train, curve, search, compact, predict, update, export,
     run, compare, report, datasets, models, methods,
 ):  # fmt: skip
     app.command()(command)

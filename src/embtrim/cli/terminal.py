@@ -19,6 +19,7 @@ from embtrim.system.files import read_json
 
 if TYPE_CHECKING:  # these modules import torch, for which --help must not wait
     from embtrim.data.dataset import EncodedDataset
+    from embtrim.data.profile import LogProfile
     from embtrim.experiments.grid import Skipped
     from embtrim.experiments.records import RunRecord
     from embtrim.methods.curves import SizeCurve
@@ -183,6 +184,20 @@ def show_encoded(data: EncodedDataset, folder: Path, as_json: bool) -> None:
     print_text(f"{folder}: rows {rows}; schema {data.schema.describe()}")
     for name, lines in skipped.items():
         print_text(f"skipped {lines['num_lines']:,} lines of the {name} log that cannot be read")
+
+
+def show_profile(found: LogProfile, as_json: bool) -> None:
+    """Print the profile of a log: a table of its fields, and what has drifted."""
+    if as_json:
+        print_json(found.model_dump(mode="json"))
+        return
+    from embtrim.data.profile import describe_drift
+    from embtrim.reports.profile_tables import profile_rows
+
+    show_rows(profile_rows(found), as_json=False)
+    print_text(f"{found.log}: {found.rows:,} rows")
+    for line in describe_drift(found.drift):
+        print_text(f"drift: {line}")
 
 
 def show_encode_dry_run(settings: Config, drafted: Schema, as_json: bool) -> None:

@@ -23,6 +23,7 @@ from embtrim.schema import FieldSpec, Schema
 logger = logging.getLogger(__name__)
 
 INFER_ROWS = 100_000
+NO_LABEL = "(no label)"
 
 _LABEL_NAMES = ("label", "click", "clicked", "is_click", "clk", "target", "y", "conversion", "is_clicked")
 _ID_NAME = re.compile(r"(^|_)(id|ids|code|zip|zipcode|user|item|ad|hash|category|cate|brand|site|app)($|_)|[a-z]Id$")
@@ -97,13 +98,18 @@ def is_label_rule(label: str, log: RawLog) -> bool:
 
 
 def draft_schema(
-    log: RawLog, label: str | None, where: str | None, time: str | None = None, time_format: str | None = None
+    log: RawLog,
+    label: str | None,
+    where: str | None,
+    time: str | None = None,
+    time_format: str | None = None,
 ) -> Schema:
-    """Do the work of `infer_schema` for an opened log."""
+    """Do the work of `infer_schema` for an opened log; with the label NO_LABEL, all columns may be fields."""
     names = list(log.columns)
     log.say_further_columns()
     label = label or next((name for name in names if name.lower() in _LABEL_NAMES), None)
-    _check_label(label, log)
+    if label != NO_LABEL:
+        _check_label(label, log)
     assert label is not None
     log.choose_rows(where, nulls=("",))
     rule = rule_or_none(label)

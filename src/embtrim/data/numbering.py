@@ -38,7 +38,7 @@ class Seen:
 
     Attributes:
         rows: Rows.
-        missing: Empty lists, and missing values of hashed fields, by field.
+        missing: Rows without a value, by field.
         counts: How often each code occurs, by listed field of texts: int64 (1 + texts of the table,).
         distinct: Different values, by field of a listed table.
         top: The most frequent values and their counts, most frequent first, by field of a listed table.
@@ -55,7 +55,7 @@ class Seen:
         self.distinct[field.name] = values["value"].drop_nulls().len()
         top = values.top_k(NUM_TOP, by=["count", "value"], reverse=[False, True])
         self.top[field.name] = top.sort("count", "value", descending=[True, False], nulls_last=True).rows()
-        if field.type == "numeric":
+        if field.type != "multi":
             self.missing[field.name] = int(values.filter(pl.col("value").is_null())["count"].sum())
 
 
@@ -165,7 +165,13 @@ class Numbering:
                     buckets[field.name] = merged.agg(pl.col("count").sum())
                     continue
                 code = code[code != PAD] if field.type == "multi" else code
-                counts[field.name] += np.bincount(code, minlength=len(counts[field.name]))
+                added = np.bincount(code, minlength=len(counts[field.name]))
+                added[: len(counts[field.name])] += counts[field.name]
+                counts[field.name] = added
+        for field in self._texts:  # a log whose codes are made while they are counted has more texts by now
+            counts[field.name] = np.pad(
+                counts[field.name], (0, 1 + self._num_texts[field.table_name] - len(counts[field.name]))
+            )
         schema, result = self._decided(counts), {}
         seen.counts = counts
         for name, readers in schema.fields_of_table.items():

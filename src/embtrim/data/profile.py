@@ -126,6 +126,24 @@ class Profile(Config):
         (Path(folder) / PROFILE_FILE).write_text(self.model_dump_json(indent=1), "utf-8")
 
 
+class LogProfile(Config):
+    """The profile of a raw log, beside that of an earlier one.
+
+    Attributes:
+        log: Name of the log.
+        rows: Its rows.
+        profile: What it holds; its counts have the split "log".
+        against: Profile of the earlier log; None if there is none.
+        drift: Fields that have left what the earlier validation saw.
+    """
+
+    log: str
+    rows: int
+    profile: Profile
+    against: Profile | None = None
+    drift: tuple[Drift, ...] = ()
+
+
 class Drift(Config):
     """A field of a new log that has left what validation saw.
 
@@ -152,8 +170,8 @@ class Drift(Config):
         shown = f", such as {', '.join(map(repr, self.examples))}" if self.examples else ""
         of = "values are unseen" if self.what == "unseen" else "rows have no value"
         return (
-            f"field {self.field!r}: {self.share:.1%} of the {of}{shown}; validation had {self.expected:.1%}, "
-            f"and up to {self.limit:.1%} is expected"
+            f"field {self.field!r}: {100 * self.share:.3g}% of the {of}{shown}; validation had {100 * self.expected:.3g}%, "
+            f"and up to {100 * self.limit:.3g}% is expected"
         )
 
 

@@ -112,8 +112,6 @@ def _training_counts(numbering: Numbering, encoder: Encoder) -> dict[str, Counts
         if field.name in seen.counts:
             status_V, count_V = _statuses(numbering, encoder, field), seen.counts[field.name]
             values, unseen = int(count_V.sum()), int(count_V[status_V == UNSEEN].sum())
-            if field.type != "multi":
-                missing = int(count_V[status_V == MISSING].sum())
         found[field.name] = Counts(rows=seen.rows, missing=missing, values=values, unseen=unseen)
     return found
 
