@@ -195,7 +195,9 @@ def test_steps_agree_with_the_functions(shop: Workshop) -> None:
     for suffix in ("csv", "parquet"):
         scores = shop.new(f"scores30.{suffix}")
         done = call("predict", out, shop.log, "--out", scores, "--json")
-        assert json.loads(done.out) == {"out": str(scores), "num_rows": 3000}
+        facts = json.loads(done.out)
+        assert (facts["out"], facts["num_rows"], facts["drift"]) == (str(scores), 3000, [])
+        assert [share["field"] for share in facts["shares"]] == ["user", "item", "tags", "price"]
         frame = pl.read_csv(scores) if suffix == "csv" else pl.read_parquet(scores)
         expected_scores = embtrim.load_bundle(out).predict(shop.log)
         assert frame["score"].to_numpy() == pytest.approx(expected_scores, rel=1e-6)

@@ -212,6 +212,9 @@ def profile(
     columns: Columns = None,
     separator: Separator = None,
     encoding: Encoding = None,
+    quote: Quote = None,
+    escape: Escape = None,
+    on_error: OnError = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -226,7 +229,7 @@ def profile(
         raise ConfigError(f"--out takes a .html file, given {str(out)!r}")
     if out is not None and out.exists() and not overwrite:
         raise DataError(f"{out} exists; choose another name or pass --overwrite")
-    options = read_options(read_flags(format, no_header, columns, separator, encoding))
+    options = read_options(read_flags(format, no_header, columns, separator, encoding, quote, escape, on_error))
     tolerance = TOLERANCE if drift_tolerance is None else drift_tolerance
     source: Any = log[0] if len(log) == 1 else log
     found = profile_log(source, against, options, tolerance=tolerance)
