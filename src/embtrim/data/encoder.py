@@ -189,7 +189,9 @@ class Encoder:
         return self._text_lookups[field.name].status_V[self._text_codes(field, values)]
 
     def _text_codes(self, field: FieldSpec, values: pl.Series) -> np.ndarray:
-        return self._brought_codes(field, self._text_lookups[field.name].codes(field, values), values, lambda _: "the log")
+        return self._brought_codes(
+            field, self._text_lookups[field.name].codes(field, values), values, lambda _: "the log"
+        )
 
     def _ids_of_cells(
         self,

@@ -40,7 +40,7 @@ QUANTILES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 TOLERANCE = 0.01
 
 What: TypeAlias = Literal["unseen", "missing"]
-WHATS: tuple[What, ...] = ("unseen", "missing")
+SHARES: tuple[What, ...] = ("unseen", "missing")
 
 
 class Counts(Config):
@@ -181,8 +181,8 @@ def shares_of(profile: Profile | None, counts: Mapping[str, Counts]) -> list[dic
     return [
         {
             "field": name,
-            **{what: found.share(what) for what in WHATS},
-            **{f"expected_{what}": expected.get(name, Counts()).share(what) for what in WHATS},
+            **{what: found.share(what) for what in SHARES},
+            **{f"expected_{what}": expected.get(name, Counts()).share(what) for what in SHARES},
         }
         for name, found in counts.items()
     ]
@@ -217,7 +217,7 @@ def find_drift(
         now, expected = counts.get(field.name), field.expected
         if now is None or expected is None:
             continue
-        for what in WHATS:
+        for what in SHARES:
             count, total = now.of(what)
             if count is None or expected.of(what)[0] is None:
                 continue
