@@ -13,7 +13,16 @@ from torch import Tensor
 
 from embtrim.compaction import low_rank
 from embtrim.compaction.compacting import compact
-from embtrim.compaction.low_rank import Basis, _basis, bases, has_coordinates, trained_rows
+from embtrim.compaction.low_rank import (
+    Basis,
+    _basis,
+    _moments,
+    _own_basis,
+    bases,
+    coordinates_of,
+    stored_coordinates,
+    trained_rows,
+)
 from embtrim.errors import EmbtrimError
 from embtrim.models import DCN, DLRM, FM, FNN, IPNN, DCNv2, DeepFM
 from embtrim.plan.plan import SizePlan
@@ -30,6 +39,10 @@ WIDTH = 6
 # ---- the basis ---------------------------------------------------------------------------------------------------------
 
 
+def own_basis(sensitivity_DD: Tensor, weight_VD: Tensor, count_V: np.ndarray, num_rows: int) -> Basis:
+    return _own_basis(sensitivity_DD, *_moments(weight_VD, count_V, num_rows), weight_VD)
+
+
 def made_basis(seed: int = 0, num_rows: int = 100) -> tuple[Basis, Tensor, Tensor, np.ndarray]:
     """A basis with the sensitivity, the table and the counts that it was made from."""
     generator = torch.Generator().manual_seed(seed)
@@ -37,7 +50,7 @@ def made_basis(seed: int = 0, num_rows: int = 100) -> tuple[Basis, Tensor, Tenso
     root = torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64)
     count_V = np.random.default_rng(seed).integers(0, 9, 20)
     sensitivity_DD = root @ root.T
-    return _basis(sensitivity_DD, weight_VD, count_V, num_rows), sensitivity_DD, weight_VD, count_V
+    return own_basis(sensitivity_DD, weight_VD, count_V, num_rows), sensitivity_DD, weight_VD, count_V
 
 
 def second_order_loss(sensitivity_DD: Tensor, error_VD: Tensor, count_V: np.ndarray, num_rows: int) -> float:
@@ -51,7 +64,7 @@ def second_order_loss(sensitivity_DD: Tensor, error_VD: Tensor, count_V: np.ndar
 def test_all_coordinates_lose_nothing(seed: int):
     basis, *_ = made_basis(seed)
     torch.testing.assert_close(basis.encode_DD @ basis.decode_DD, torch.eye(WIDTH).double())
-    identity = _basis(torch.eye(WIDTH).double(), torch.randn(20, WIDTH), np.ones(20, np.int64), 20)
+    identity = own_basis(torch.eye(WIDTH).double(), torch.randn(20, WIDTH), np.ones(20, np.int64), 20)
     torch.testing.assert_close(identity.encode_DD @ identity.decode_DD, torch.eye(WIDTH))
     assert basis.lost_D[-1] == 0
 
@@ -70,6 +83,24 @@ def test_w_coordinates_leave_the_loss_that_is_said(seed: int):
     assert basis.sensitivity == pytest.approx(float(sensitivity_DD.trace()) / WIDTH)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_coordinates_of_a_rotation_leave_the_loss_that_is_said(seed: int):
+    """Also of noise: an error of a coordinate costs half its gain, times the mean square."""
+    _, sensitivity_DD, weight_VD, count_V = made_basis(seed)
+    rotation = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(seed)).double())[0]
+    basis = _basis(rotation, sensitivity_DD, *_moments(weight_VD, count_V, 100), weight_VD, columns=None)
+    for width in range(WIDTH + 1):
+        narrow = weight_VD @ basis.encode_DD[:, :width] @ basis.decode_DD[:width]
+        loss = second_order_loss(sensitivity_DD, narrow - weight_VD, count_V, 100)
+        assert basis.lost_D[width] == pytest.approx(loss, rel=1e-6, abs=1e-9)
+    for column in range(WIDTH):
+        error = torch.zeros_like(weight_VD)
+        error[:, column] = torch.randn(20, generator=torch.Generator().manual_seed(column)).double()
+        loss = second_order_loss(sensitivity_DD, error @ basis.decode_DD, count_V, 100)
+        mean_square = float((torch.from_numpy(count_V) * error[:, column].square()).sum()) / 100
+        assert basis.gain_D[column] * mean_square / 2 == pytest.approx(loss)
+
+
 def test_no_other_projection_leaves_less():
     basis, sensitivity_DD, weight_VD, count_V = made_basis()
     generator = torch.Generator().manual_seed(9)
@@ -84,7 +115,7 @@ def test_no_other_projection_leaves_less():
 def test_directions_that_the_loss_does_not_feel_are_kept_finite():
     weight_VD, count_V = torch.randn(20, WIDTH), np.ones(20, np.int64)
     for sensitivity_DD in (torch.zeros(WIDTH, WIDTH).double(), torch.diag(torch.tensor([1.0, *[0.0] * 5])).double()):
-        basis = _basis(sensitivity_DD, weight_VD, count_V, 20)
+        basis = own_basis(sensitivity_DD, weight_VD, count_V, 20)
         torch.testing.assert_close(basis.encode_DD @ basis.decode_DD, torch.eye(WIDTH))
         assert np.isfinite(basis.lost_D).all()
     assert basis.encode_DD[:, 0].abs().argmax() == 0, "the one direction that is felt comes first"
@@ -102,6 +133,10 @@ def test_large_tables_are_read_in_parts(monkeypatch):
 
 ZOO = {
     "deepfm": (DeepFM, "project", {"hidden_units": (8,)}),
+    "deepfm, shared": (DeepFM, "scatter", {"hidden_units": (8,)}),
+    "ipnn, shared": (IPNN, "scatter", {"hidden_units": (8,)}),
+    "fm, shared": (FM, "scatter", {}),
+    "dlrm, columns": (DLRM, "scatter", {"bottom_units": (8,), "hidden_units": (8,)}),
     "dlrm": (DLRM, "project", {"bottom_units": (8,), "hidden_units": (8,)}),
     "ipnn": (IPNN, "project", {"hidden_units": (8,)}),
     "fm": (FM, "project", {}),
@@ -137,16 +172,17 @@ def approximated(task: Task, plan: SizePlan) -> Any:
     """A copy of the full model whose tables are what the compact model should read."""
     model = copy.deepcopy(task.model)  # before max_norm shortens rows that are read
     weights = weights_by_table(task.sites(model))
-    found, read = bases(task, *trained_rows(task)), weights_by_table(task.sites(task.model))
+    found = bases(task, *trained_rows(task), coordinates_of(task.model, plan))
+    read, stored = weights_by_table(task.sites(task.model)), stored_coordinates(task.model, plan)
     for table in plan.tables:
         weight, basis = weights[table.name], found[table.name]
         dropped = torch.ones(table.num_rows, dtype=torch.bool)
         rows = table.blocks[0].rows
         dropped[slice(None) if rows is None else torch.from_numpy(rows).long()] = False
         new = torch.where(dropped[:, None], basis.mean_D, weight)
-        if has_coordinates(task.model, table):
+        if table.name in stored:
             new = torch.where(dropped[:, None], basis.mean_D, read[table.name])
-            new = new @ basis.encode_DD[:, : table.output_width] @ basis.decode_DD[: table.output_width]
+            new = new @ basis.encode_DD[:, stored[table.name]] @ basis.decode_DD[stored[table.name]]
         else:
             new = new * torch.isin(torch.arange(table.width), torch.tensor(table.columns))
         weight.copy_(new)
@@ -169,8 +205,12 @@ def test_a_compact_model_predicts_with_approximated_tables(name: str, wide_data)
     inherited = predict_logits(compact(task.model, plan, init="inherit"), wide_data.recode(plan), "valid")
     assert np.abs(inherited - expected).max() > 1e-2, "selected columns would predict something else"
     assert all(torch.equal(value, before[key]) for key, value in task.model.state_dict().items())
-    coordinates = {has_coordinates(task.model, table) for table in plan.tables if table.output_width < WIDTH}
-    assert coordinates == {name not in ("dcn", "dcnv2")}
+    narrow = {table.name for table in plan.tables if table.output_width < WIDTH}
+    stored = set(stored_coordinates(task.model, plan))
+    if name in ("dcn", "dcnv2", "dlrm, columns"):
+        assert not stored
+    else:
+        assert stored == ({table.name for table in plan.tables} if "shared" in name else narrow)
 
 
 @pytest.mark.parametrize("name", ["dcn", "dcnv2"])
@@ -191,20 +231,41 @@ def test_a_plan_that_keeps_everything_gives_the_model_back(name: str, wide_data)
     )
 
 
-def test_scattered_columns_are_no_coordinates(wide_data):
-    """FM reads them at their own places; only projections bring coordinates back."""
+def test_a_shared_rotation_reaches_the_columns_of_a_plan(wide_data):
+    """Coordinates stand where the plan keeps columns, so that products of two tables meet the same coordinates."""
     task = zoo_task_of("deepfm", wide_data)
-    plan = task.full_plan().with_columns({table.name: (0, 2) for table in task.full_plan().tables})
-    plan = dataclasses.replace(
-        plan,
-        tables=tuple(
-            dataclasses.replace(t, blocks=(dataclasses.replace(t.blocks[0], alignment="scatter"),)) for t in plan.tables
-        ),
-    )
-    assert not any(has_coordinates(task.model, table) for table in plan.tables)
+    names = [table.name for table in task.full_plan().tables]
+    plan = task.full_plan().with_columns({name: (0, 2) if n % 2 else (2, 4) for n, name in enumerate(names)}, "scatter")
+    assert stored_coordinates(task.model, plan)[names[0]] == [2, 4]
     expected = predict_logits(approximated(task, plan), wide_data, "valid")
     small = compact(task.model, plan, init="low_rank", task=task)
     np.testing.assert_allclose(predict_logits(small, wide_data.recode(plan), "valid"), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_shared_coordinates_are_one_rotation(wide_data):
+    task = zoo_task_of("deepfm", wide_data)
+    weights, counts = trained_rows(task)
+    found = list(bases(task, weights, counts, "shared").values())
+    for basis in found:
+        torch.testing.assert_close(basis.encode_DD, found[0].encode_DD)
+        torch.testing.assert_close(basis.encode_DD.T, basis.decode_DD)
+        torch.testing.assert_close(basis.encode_DD @ basis.decode_DD, torch.eye(WIDTH), atol=1e-5, rtol=0)
+        assert basis.columns is None
+
+
+@pytest.mark.parametrize(("name", "alike"), [("dcn", False), ("dlrm, columns", True)])
+def test_columns_come_in_the_order_of_their_loss(name: str, alike: bool, wide_data):
+    task = zoo_task_of(name, wide_data)
+    weights, counts = trained_rows(task)
+    assert coordinates_of(task.model) == "columns"
+    found = bases(task, weights, counts, "columns")
+    own = bases(task, weights, counts, "own")
+    for table, basis in found.items():
+        assert basis.columns is not None
+        assert sorted(basis.columns) == list(range(WIDTH))
+        assert torch.equal(basis.encode_DD, torch.eye(WIDTH)[:, list(basis.columns)])
+        assert basis.lost_D[0] == pytest.approx(own[table].lost_D[0], rel=1e-3)
+    assert (len({basis.columns for basis in found.values()}) == 1) == alike
 
 
 def test_low_rank_tables_may_have_few_bits(wide_data):

@@ -66,7 +66,7 @@ def test_settings_are_resolved() -> None:
         ({"variants": {"x": {"method": "ssed"}}}, r"\[variants.x\] unknown method 'ssed'"),
         (
             {"variants": {"x": {"method": "sseds", "bits": 6}}},
-            r"\[variants.x\] bits must be one of 32, 16, 8, 4, mixed; given 6",
+            r"\[variants.x\] bits must be one of 32, 16, 8, 4, 3, 2, mixed; given 6",
         ),
         (
             {"variants": {"x": {"method": "sseds", "init": "warm"}}},

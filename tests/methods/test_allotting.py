@@ -7,9 +7,11 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embtrim.compaction.low_rank import Basis
 from embtrim.methods import UniformConfig, search
 from embtrim.methods.allotting import (
     CLOSE,
@@ -17,14 +19,17 @@ from embtrim.methods.allotting import (
     Recovery,
     _equal_widths,
     _lost_together,
+    _noise_of,
+    _with_rows,
     allot,
     choices_of,
+    ladders_of,
     lower_hull,
     some_numbers,
     spend,
 )
 from embtrim.methods.guided import GuidedConfig, plan_within
-from embtrim.methods.readings import Curve, Readings, TableReading, read
+from embtrim.methods.readings import Curve, Readings, Segments, TableReading, read
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Alignment, Bits, Target
@@ -35,6 +40,22 @@ from embtrim.testing.toys import foreign_task, pooled_task, zoo_task
 LINE = Curve((0.0, 1.0), (0.0, 1.0), (1.0, 0.0))
 
 
+def reading_of(
+    energy_V: np.ndarray, lost_D: np.ndarray, noise: dict[int, float], absence: float | None = None
+) -> TableReading:
+    """A reading of one segment, whose rows are used alike and whose coordinates are equally noisy."""
+    own = {bits: value * np.linspace(0, 1, len(lost_D)) for bits, value in noise.items()}
+    rows, uses = np.array([len(energy_V)]), np.array([float(len(energy_V))])
+    segments = Segments(rows, uses, {b: np.array([n]) for b, n in noise.items()}, {b: n[None] for b, n in own.items()})
+    return TableReading(energy_V, lost_D, noise, own, segments, absence)
+
+
+def basis_of(width: int, columns: tuple[int, ...] | None = None) -> Basis:
+    """A basis that says nothing but its columns."""
+    whole = torch.eye(width)
+    return Basis(whole, whole, np.zeros(width + 1), np.ones(width), torch.zeros(width), 1.0, columns)
+
+
 def made_readings(full: SizePlan, seed: int = 0, absence: float | None = None) -> Readings:
     """Readings that could be those of a model of a plan, with curves that are straight."""
     rng = np.random.default_rng(seed)
@@ -43,8 +64,8 @@ def made_readings(full: SizePlan, seed: int = 0, absence: float | None = None) -
         lost_D = np.append(np.sort(rng.exponential(0.1, table.width))[::-1].cumsum()[::-1], 0.0)
         noise = {8: 1e-4 * rng.random(), 4: 1e-2 * rng.random()}
         energy_V = rng.exponential(0.02, table.num_rows)
-        tables[table.name] = TableReading(energy_V, lost_D, noise, absence if number == 0 else None)
-    return Readings(0.8, 0.001, tables, LINE, LINE, LINE, {})
+        tables[table.name] = reading_of(energy_V, lost_D, noise, absence if number == 0 else None)
+    return Readings(0.8, 0.001, tables, LINE, LINE, LINE, {t.name: basis_of(t.width) for t in full.tables})
 
 
 # ---- spend -------------------------------------------------------------------------------------------------------------
@@ -136,8 +157,8 @@ def test_what_a_choice_loses_by_hand(absence):
         (4, 16),
         "project",
         None,
-        keeps_columns=False,
         keeps_rows=False,
+        coordinates=True,
     )
     ranked = np.sort(reading.energy_V)[::-1]
     seen = set()
@@ -148,7 +169,7 @@ def test_what_a_choice_loses_by_hand(absence):
         if table.blocks:
             part, width = kept / ranked.sum(), table.output_width
             expected = [weight * (ranked.sum() - kept), weight * part * reading.lost_D[width]]
-            noise = part * reading.noise.get(table.bits, 0.0)
+            noise = table.num_kept / 30 * width / 4 * reading.noise.get(table.bits, 0.0)
             if weight:  # a table that is not missed may not count at all
                 assert errors == pytest.approx([*expected, noise], abs=1e-12)
             else:
@@ -160,11 +181,90 @@ def test_what_a_choice_loses_by_hand(absence):
     assert seen == {(0, 0, 4)} | set(itertools.product(some_numbers(30), (1, 2, 3, 4), (4, 16)))
 
 
-def test_a_model_that_reads_single_columns_keeps_them_all():
+def test_the_columns_of_a_plan_are_the_first_ones_of_the_basis():
     full = SizePlan.full(Schema.from_sizes([30, 9]), 4)
-    found = allot(made_readings(full), full, Budget.parse("20%"), (32,), "scatter", keeps_columns=True)
-    assert {t.output_width for t in found.plan.tables} <= {0, 4}
-    assert any(t.has_dropped for t in found.plan.tables)
+    readings = dataclasses.replace(made_readings(full), bases={t.name: basis_of(4, (2, 0, 3, 1)) for t in full.tables})
+    found = allot(readings, full, Budget.parse("20%"), (32,), "scatter")
+    columns = {t.columns for t in found.plan.tables if t.blocks}
+    assert columns <= {(2,), (0, 2), (0, 2, 3), (0, 1, 2, 3)}
+    assert min(map(len, columns)) < 4
+    from_scratch = allot(readings, full, Budget.parse("20%"), (32,), "scatter", coordinates=False)
+    assert all(t.columns == tuple(range(t.output_width)) for t in from_scratch.plan.tables)
+
+
+# ---- bands -------------------------------------------------------------------------------------------------------------
+
+
+def banded_reading() -> TableReading:
+    """100 rows in three segments: the first is used most, and noise falls by four with each bit."""
+    rows, uses = np.array([10, 30, 60]), np.array([1000.0, 100.0, 10.0])
+    noise = {bits: uses / 4.0**bits for bits in (2, 3, 4, 8)}
+    own = {bits: values[:, None] * np.linspace(0, 1, 5) for bits, values in noise.items()}
+    energy_V = np.repeat([100.0, 5.0, 0.2], rows)
+    whole = {bits: float(values.sum()) for bits, values in noise.items()}
+    own_whole = {bits: values.sum(0) for bits, values in own.items()}
+    lost_D = np.array([9.0, 3.0, 1.0, 0.2, 0.0])
+    return TableReading(energy_V, lost_D, whole, own_whole, Segments(rows, uses, noise, own))
+
+
+def test_ladders_give_more_bits_to_rows_of_more_energy():
+    ladders = ladders_of(banded_reading(), (2, 3, 4, 8, 16))
+    assert ladders[:5] == [((100, bits),) for bits in (2, 3, 4, 8, 16)]
+    assert ((10, 4), (30, 3), (60, 2)) in ladders
+    for bands in ladders:
+        assert sum(rows for rows, _ in bands) == 100
+        assert [bits for _, bits in bands] == sorted({bits for _, bits in bands}, reverse=True)
+    assert len(ladders) == len(set(ladders))
+    assert ladders_of(banded_reading(), (8,)) == [((100, 8),)]
+    assert ladders_of(banded_reading(), (32,)) == [((100, 32),)]
+
+
+def test_noise_of_bands_by_hand():
+    """Every band has the step of its first segment; the last rows of a segment are dropped in proportion."""
+    bands, counts = ((40, 3), (60, 2)), np.array([10, 25, 40, 100])
+    found = _noise_of(banded_reading(), bands, counts, np.array([2, 4]), coordinates=True)
+    first = 1000.0 / 4**3
+    second = first * 100 / 1000
+    third = 10 / 4**2
+    expected = np.array([first, first + second / 2, first + second, first + second + third])
+    assert found[1] == pytest.approx(expected)
+    assert found[0] == pytest.approx(expected / 2), "two of four coordinates"
+    again = _noise_of(banded_reading(), bands, counts, np.array([2, 4]), coordinates=False)
+    assert again == pytest.approx(np.stack([expected, expected])), "two columns are as strong as four were"
+
+
+@pytest.mark.parametrize("standalone", [False, True])
+def test_bytes_and_rows_of_bands_are_those_of_their_layout(standalone: bool):
+    full = dataclasses.replace(
+        SizePlan.full(Schema.from_sizes([100]), 4, first_order=not standalone), standalone=standalone
+    )
+    reading, budget = banded_reading(), Budget.parse("2000 b")
+    found = choices_of(
+        full, full.tables[0], reading, reading.lost_D, budget, (2, 3, 4, 8, 16), "project", None,
+        keeps_rows=False, coordinates=True,
+    )  # fmt: skip
+    layouts = [found.layout(n, "project") for n in range(len(found.bytes_N))]
+    assert found.bytes_N.tolist() == [full.table_bytes(table, budget=budget) for table in layouts]
+    assert max(len(table.bands) for table in layouts) == 3
+    shape = next(t for t in layouts if len(t.bands) == 3 and t.has_dropped)
+    table = _with_rows(shape, np.arange(100.0))
+    kept = np.concatenate([block.rows for block in table.blocks])
+    assert sorted(kept.tolist()) == list(range(100 - shape.num_kept, 100))
+    for before, after in itertools.pairwise(table.blocks):
+        assert before.rows.min() > after.rows.max()
+    assert table.dropped_id == table.blocks[0].num_rows
+
+
+def test_a_plan_has_bands_where_they_pay():
+    full = SizePlan.full(Schema.from_sizes([100]), 4)
+    readings = dataclasses.replace(made_readings(full), tables={"f0": banded_reading()})
+    found = allot(readings, full, Budget.parse("14%"), (2, 3, 4, 8, 16), "concat")
+    (table,) = found.plan.tables
+    assert len(table.bands) > 1
+    assert found.plan.num_bytes() <= 0.14 * 4 * 400
+    plain = allot(readings, full, Budget.parse("14%"), (4,), "concat")
+    assert found.loss < plain.loss
+    assert len(plain.plan.tables[0].bands) == 1
 
 
 def test_tables_that_share_columns_lose_what_all_lose_together():
@@ -206,7 +306,7 @@ def test_no_budget_is_exceeded_and_more_of_it_loses_no_more(
             if not plan.keeps_nothing:
                 assert plan.num_bytes(target) <= plan.max_bytes(budget, target) + 1e-6
             assert found.loss == pytest.approx(sum(found.losses))
-            assert {t.bits for t in plan.tables} <= ({4, 8, 16} if bits == "mixed" else {bits})
+            assert {t.bits for t in plan.tables} <= ({2, 3, 4, 8, 16} if bits == "mixed" else {bits})
             if not plan.keeps_nothing:
                 losses.append(found.loss)
         # Bytes come in lumps, and codes of more rows lose a little more.
@@ -243,8 +343,8 @@ def choices_of_all(
                 levels,
                 alignment,
                 None,
-                keeps_columns=False,
                 keeps_rows=False,
+                coordinates=True,
             )
         )
     return found
@@ -267,11 +367,11 @@ def test_equal_widths_win_where_nothing_else_is_worth_more():
     task = zoo_task()
     full = task.full_plan()
     tables = {
-        t.name: TableReading(np.full(t.num_rows, 1e6), np.arange(t.width, -1.0, -1.0) * t.num_rows / 1e3, {}, None)
+        t.name: reading_of(np.full(t.num_rows, 1e6), np.arange(t.width, -1.0, -1.0) * t.num_rows / 1e3, {})
         for t in full.tables
     }
     readings = Readings(0.8, 0.001, tables, LINE, Curve((0.0, 1e3), (0.0, 1.0), (8.0, 0.0)), LINE, {})
-    found = allot(readings, full, Budget.parse("50%"), (32,), "scatter", in_own_basis=False)
+    found = allot(readings, full, Budget.parse("50%"), (32,), "scatter", coordinates=False)
     assert not found.plan.diff(search(task, UniformConfig(align="scatter"), "50%"))
 
 
@@ -280,10 +380,10 @@ def test_equal_widths_win_where_a_plan_is_hardly_better():
     full = SizePlan.full(Schema.from_sizes([30, 9, 4]), 4)
     for error, is_equal in ((1e-9, False), (1e3, True)):
         readings = dataclasses.replace(made_readings(full), error=error)
-        for in_own_basis in (False, True):
-            found = allot(readings, full, Budget.parse("55%"), (32,), "concat", in_own_basis=in_own_basis)
+        for coordinates in (False, True):
+            found = allot(readings, full, Budget.parse("55%"), (32,), "concat", coordinates=coordinates)
             shapes = {(t.output_width, t.has_dropped) for t in found.plan.tables}
-            assert (shapes == {(2, False)}) == (is_equal and not in_own_basis)
+            assert (shapes == {(2, False)}) == (is_equal and not coordinates)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 9, 40, 300, 40_000])
@@ -293,7 +393,7 @@ def test_bytes_are_those_of_every_layout(num_rows: int, standalone: bool, target
     """They are found from a few layouts; a map of ids takes one, two or four bytes a row."""
     full = SizePlan.full(Schema.from_sizes([num_rows]), 5, first_order=not standalone)
     full = dataclasses.replace(full, standalone=standalone)
-    reading = TableReading(np.ones(num_rows), np.arange(5, -1.0, -1.0), {}, None)
+    reading = reading_of(np.ones(num_rows), np.arange(5, -1.0, -1.0), {})
     levels = (32,) if target else (4, 8, 16, 32)
     for kind in ("bytes", "percent"):
         budget = Budget(kind, 0.5)
@@ -307,8 +407,8 @@ def test_bytes_are_those_of_every_layout(num_rows: int, standalone: bool, target
                 levels,
                 alignment,
                 target,
-                keeps_columns=False,
                 keeps_rows=False,
+                coordinates=True,
             )
             expected = [
                 full.table_bytes(found.layout(n, alignment), target, budget=budget) for n in range(len(found.bytes_N))
@@ -341,7 +441,7 @@ def test_the_predicted_loss_is_that_of_the_curves():
         kept = reading.energy_V[table.blocks[0].rows].sum() if table.blocks and table.has_dropped else total
         kept = kept if table.blocks else 0.0
         errors += [total - kept, kept / total * reading.lost_D[table.output_width] if kept else 0.0, 0.0]
-        errors[2] += kept / total * reading.noise[8]
+        errors[2] += table.num_kept / table.num_rows * table.output_width / 4 * reading.noise[8]
     expected = [eta * LINE.loss(error) for eta, error in zip(recovery, errors, strict=True)]
     assert found.losses == pytest.approx(expected)
     assert found.loss == pytest.approx(sum(expected))

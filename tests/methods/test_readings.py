@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from embtrim.methods import readings as module
-from embtrim.methods.readings import CODE_BITS, ROW_SHARES, Curve, Readings, code_error, read, row_energies
-from embtrim.tables.packing import codes_of, fit_codes
+from embtrim.methods.readings import CODE_LEVELS, ROW_SHARES, Curve, Readings, _edges, code_errors, read, row_energies
+from embtrim.tables.packing import as_coded, codes_of, fit_codes
 from embtrim.tasks.sites import weights_by_table
 from embtrim.tasks.task import CTRTask, Task
 from embtrim.testing.toys import TASKS, foreign_task, zoo_task
@@ -75,7 +75,7 @@ def test_curves_start_at_nothing_and_never_fall(make: Callable[[], Task]):
         assert (np.diff(curve.losses) >= 0).all()
         assert len(curve.errors) == len(curve.losses) == len(curve.settings)
     assert found.rows.settings == (1.0, *ROW_SHARES)
-    assert found.bits.settings == (32, *CODE_BITS)
+    assert found.bits.settings == (32, *CODE_LEVELS)
     widest = max(table.width for table in task.full_plan().tables)
     assert found.widths.settings == tuple(float(widest >> step) for step in range(widest.bit_length()))
     assert found.score == task.valid_score(task.model)
@@ -152,11 +152,30 @@ def test_errors_of_rows_and_codes_are_in_one_unit(planted: CTRTask, planted_read
         lost = phi * (embedded - basis.mean_D).square().sum(1) / (2 * num_rows)
         by_row = np.bincount(ids, lost, minlength=len(weight))
         assert reading.energy_V == pytest.approx(by_row, rel=1e-4)
-        for bits in CODE_BITS:
+        for bits in CODE_LEVELS:
             scale, offset = fit_codes(weight, bits)
             stored = (codes_of(weight, scale, offset, bits) * scale + offset)[ids]
             noise = phi * float((stored - embedded).square().sum()) / (2 * num_rows)
             assert reading.noise[bits] == pytest.approx(noise, rel=1e-3)
+            own = weight @ basis.encode_DD
+            scale, offset = fit_codes(own, bits)
+            errors = (as_coded(own, scale, offset, bits) - own)[ids].double().square().sum(0).numpy()
+            by_width = np.append(0.0, np.cumsum(basis.gain_D * errors)) / (2 * num_rows)
+            assert reading.coordinate_noise[bits] == pytest.approx(by_width, rel=1e-3)
+        segments = reading.segments
+        order = np.argsort(-reading.energy_V, kind="stable")
+        uses = np.bincount(ids, minlength=len(weight))[order]
+        ends = np.cumsum(segments.rows_S)
+        assert ends[-1] == len(weight)
+        assert segments.uses_S.tolist() == [part.sum() for part in np.split(uses, ends[:-1])]
+
+
+def test_segments_end_where_the_energy_has_fallen_to_a_quarter():
+    """And where they and what follows have rows enough to pay for scales of their own."""
+    energies = np.array([64.0] * 40 + [15.0] * 2 + [3.0] * 50 + [0.5] * 40 + [0.0] * 10)
+    assert _edges(energies) == [0, 40, 92, 142]
+    assert _edges(np.ones(5)) == [0, 5]
+    assert _edges(np.zeros(80)) == [0, 80]
 
 
 def test_a_table_of_noise_is_not_missed(planted_readings: Readings):
@@ -269,8 +288,8 @@ def test_a_task_with_a_score_of_its_own_is_read_in_this_score():
 
 def test_row_energies_and_code_errors_of_no_rows():
     assert row_energies(torch.zeros(0, 3), np.zeros(0, np.int64), torch.zeros(3)).shape == (0,)
-    assert code_error(torch.zeros(0, 3), np.zeros(0, np.int64), 4) == 0.0
-    assert code_error(torch.ones(2, 3) / 3, np.ones(2, np.int64), 32) == 0.0
+    assert code_errors(torch.zeros(0, 3), np.zeros(0, np.int64), 4).tolist() == [0.0] * 3
+    assert code_errors(torch.ones(2, 3) / 3, np.ones(2, np.int64), 32).tolist() == [0.0] * 3
     halves = torch.ones(2, 3) / 3
     lost = float((halves.half().float() - halves).double().square().sum())
-    assert code_error(halves, np.ones(2, np.int64), 16) == pytest.approx(lost)
+    assert code_errors(halves, np.ones(2, np.int64), 16).sum() == pytest.approx(lost)

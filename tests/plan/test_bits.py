@@ -26,14 +26,69 @@ def test_bytes_by_hand():
         TablePlan("f1", 6, 4, (Block(3, (0, 1), "concat", rows),), bits=8),
         TablePlan("f2", 3, 4, (Block(3, (0, 1, 2, 3)),), bits=16),
     ), first_order=True)  # fmt: skip
-    values = 10 * 2 + 3 * 8 + (3 + 1) * 2 + 2 * 8 + 3 * 4 * 2
-    assert plan.num_bytes() == values + (10 + 8) + (4 + 8) + 3 * 2
+    values = 10 * 2 + 3 * 4 + (3 + 1) * 2 + 2 * 4 + 3 * 4 * 2
+    assert plan.num_bytes() == values + (10 + 4) + (4 + 4) + 3 * 2
     assert plan.num_params == 30 + 8 + 12
     assert plan.with_bits(32).num_bytes() == 4 * (50 + 17)
     assert plan.tables[0] in plan.with_bits({"f2": 8}).tables
     assert "10 rows x 3 of 10 x 4 (columns [0, 1, 2]), 4 bits" in plan.summary()
     assert plan.digest != plan.with_bits(32).digest
     assert "bits" in plan.diff(plan.with_bits(32))
+
+
+def banded(*blocks: Block, bits: int = 8) -> SizePlan:
+    return SizePlan(SCHEMA.fingerprint, 3, (TablePlan("f0", 10, 6, blocks, bits),), first_order=True)
+
+
+def test_bytes_of_bands_by_hand():
+    """Five columns: two rows and the DROPPED row in 8 bits, three in 3, four in 2; each band has scales of its own."""
+    rows = [np.array(ids, np.int32) for ids in ([4, 9], [0, 1, 2], [3, 5, 6, 7])]
+    blocks = [Block(len(r), (0, 1, 2, 3, 4), "scatter", r, bits=b) for r, b in zip(rows, (8, 3, 2), strict=True)]
+    plan = banded(*blocks)
+    (table,) = plan.tables
+    assert table.bands == ((3, 8), (3, 3), (4, 2))
+    assert (table.dropped_id, table.oov_id(), table.segments) == (2, 3, ((10, 5),))
+    assert table.id_map().tolist() == [3, 4, 5, 6, 0, 7, 8, 9, 2, 1]
+    values = (3 * 5 + 5 * 4) + (3 * (2 + 1) + 5 * 4) + (4 * 2 + 5 * 4)
+    assert plan.num_bytes() == values + (10 + 4)
+    assert "8 (3 rows), 3 (3 rows), 2 (4 rows) bits" in plan.summary()
+    plain = plan.with_bits(4)
+    assert plain.tables[0].bands == ((10, 4),)
+    assert {block.bits for block in plain.tables[0].blocks} == {None}
+    assert plan.digest != banded(*blocks[:2], dataclasses.replace(blocks[2], bits=3)).digest
+    assert "bits" in plan.diff(plain)
+
+
+def test_a_saved_plan_keeps_its_bands(tmp_path: Path):
+    rows = [np.arange(3, dtype=np.int32), np.arange(3, 10, dtype=np.int32)]
+    plan = banded(*(Block(len(r), (0, 2), "concat", r, bits=b) for r, b in zip(rows, (4, 2), strict=True)), bits=4)
+    plan.save(tmp_path / "plan.json")
+    again = SizePlan.load(tmp_path / "plan.json")
+    assert again.digest == plan.digest
+    assert again.tables[0].bands == ((3, 4), (7, 2))
+    assert plan.shape().num_bytes() == plan.num_bytes()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "bits", "message"),
+    [
+        ((Block(10, (0,), bits=5),), 8, "a block of 5 bits in a table of 8; bands have 8, 4, 3, 2 bits"),
+        ((Block(10, (0,), bits=4),), 16, "a block of 4 bits in a table of 16"),
+        (
+            (Block(1, 2, "project", np.array([0]), bits=4), Block(1, 1, "project", np.array([1]), bits=2)),
+            8,
+            "rows of several widths cannot have bits of their own",
+        ),
+        (
+            (Block(1, (0,), "concat", np.array([0]), bits=2), Block(1, (0,), "concat", np.array([1]), bits=4)),
+            8,
+            r"blocks of \[2, 4\] bits; the bits of the blocks must descend",
+        ),
+    ],
+)
+def test_bands_that_no_table_can_have(blocks, bits, message):
+    with pytest.raises(PlanError, match=message):
+        banded(*blocks, bits=bits)
 
 
 def test_a_saved_plan_keeps_its_bits(tmp_path: Path):
@@ -43,9 +98,9 @@ def test_a_saved_plan_keeps_its_bits(tmp_path: Path):
     plan.with_bits({"f1": 4}).save(tmp_path / "new.json")
     assert [t.bits for t in SizePlan.load(tmp_path / "new.json").tables] == [32, 4, 32]
     values = json.loads((tmp_path / "new.json").read_text())
-    values["tables"][1]["bits"] = 3
+    values["tables"][1]["bits"] = 5
     (tmp_path / "new.json").write_text(json.dumps(values))
-    with pytest.raises(PlanError, match="'f1': bits must be 32, 16, 8 or 4, given 3"):
+    with pytest.raises(PlanError, match="'f1': bits must be 32, 16, 8, 4, 3 or 2, given 5"):
         SizePlan.load(tmp_path / "new.json")
     with pytest.raises(PlanError, match="names table 'f9', the plan has f0, f1, f2"):
         plan.with_bits({"f9": 8})
@@ -54,7 +109,7 @@ def test_a_saved_plan_keeps_its_bits(tmp_path: Path):
 def test_limits_of_fewer_bits_by_hand():
     plan = SizePlan.full(SCHEMA, 4, first_order=True)  # 76 parameters, 19 first-order weights
     assert [plan.with_bits(bits).max_bytes(Budget.parse("50%")) for bits in BITS] == [
-        152 + 4 * 19, 152 + 2 * 19, 152 + 19 + 3 * 8, 152 + 19 + 3 * 8
+        152 + 4 * 19, 152 + 2 * 19, *[152 + 19 + 3 * 4] * 4
     ]  # fmt: skip
     assert plan.with_bits(8).max_bytes(Budget.parse("200b")) == 200
     assert plan.with_bits(16).max_bytes(Budget.parse("38 params")) == (76 + 19)
@@ -68,7 +123,7 @@ def test_bytes_of_one_table_by_hand():
         TablePlan("f1", 6, 4, (Block(2, (0, 1, 2, 3), "project", rows[0]), Block(3, (0,), "project", rows[1]))),
     ), first_order=True)  # fmt: skip
     one, two = plan.tables
-    values, projection, first_order = 10 * 2 + 2 * 8, 4 * 2 * 4, 10 + 8
+    values, projection, first_order = 10 * 2 + 2 * 4, 2 * 2 * 4, 10 + 4
     assert (
         plan.table_bytes(one) == plan.table_bytes(one, budget=Budget.parse("80b")) == values + projection + first_order
     )

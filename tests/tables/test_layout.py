@@ -25,9 +25,11 @@ PLAN = SizePlan(SCHEMA.fingerprint, 3, (
 def test_groups_descend_in_bits_and_width_and_hold_uniform_tables_first():
     layout = lay_out(SCHEMA, PLAN)
     assert layout.groups == (
-        Group(2, 32, start=0, num_rows=5, offset=0, mixed_start=4, columns=(0,), fields=(0,), tables=("f0", "f1")),
-        Group(1, 32, start=5, num_rows=2, offset=10, mixed_start=5, columns=(), fields=(), tables=("f1",)),
-        Group(1, 8, start=7, num_rows=5, offset=12, mixed_start=12, columns=(2,), fields=(2,), tables=("f2",)),
+        Group(
+            2, 32, False, start=0, num_rows=5, offset=0, mixed_start=4, columns=(0,), fields=(0,), tables=("f0", "f1")
+        ),
+        Group(1, 32, False, start=5, num_rows=2, offset=10, mixed_start=5, columns=(), fields=(), tables=("f1",)),
+        Group(1, 8, False, start=7, num_rows=5, offset=12, mixed_start=12, columns=(2,), fields=(2,), tables=("f2",)),
     )
     assert [(group.name, group.has_mixed) for group in layout.groups] == [("2", True), ("1", True), ("1_8bit", False)]
     assert (layout.num_rows, layout.num_elements) == (12, 17)

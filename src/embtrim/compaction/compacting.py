@@ -67,8 +67,8 @@ def compact(
         init: "scratch" draws new weights. "initial" takes the kept part of the full model's *initial* weights, drawn
             again from its seed (zoo models only). "inherit" takes the kept part of the model's present weights. Under
             "initial" and "inherit" a projection starts as the selection of the kept columns. "low_rank" approximates
-            the present tables: a table that is projected, or read by linear layers only, stores its best coordinates
-            instead of single columns, and dropped rows read the mean of their table (compaction/low_rank.py).
+            the present model: tables store coordinates of the trained ones where what reads them can be turned to fit,
+            and dropped rows read the mean of their table (compaction/low_rank.py).
         seed: Seed of new weights; None takes the model's own.
         reads: Inputs of the nn.Linears of a foreign module that read nothing but a concatenation, by path: the paths of
             the embeddings in order, and numbers of other columns, such as `{"head.0": ["user", "item", "item", 13]}`.

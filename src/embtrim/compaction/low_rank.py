@@ -1,22 +1,29 @@
-"""Low-rank starts: narrow tables that begin as the best approximation of the trained ones, not as a part of their columns.
+"""Low-rank starts: narrow tables that begin as approximations of the trained ones, and know what each coordinate is worth.
 
     e  ~  e A_w B_w,    A_w in R^{D x w},  B_w in R^{w x D}
 
-The first w coordinates e A_w of every embedding are stored, and the projection B_w of the table, or the layer that reads
-it, takes them back to the full width. A_w and B_w minimise the expected second-order loss
+The first w coordinates e A_w of every embedding are stored; what reads them takes them back by B_w. The expected
+second-order loss of this is
 
-    1/2 tr( G (I - A_w B_w)^T C (I - A_w B_w) ),    C = 1/N sum_r n_r e_r e_r^T
+    1/2 tr( G (I - A_w B_w)^T C (I - A_w B_w) ),    C = 1/N sum_r n_r e_r e_r^T                                   (loss)
 
 G is the sensitivity of the table (tasks/sensitivity.py), n_r how often row r occurs in the training data, and N the
-largest number of occurrences that a table has. With S = G^{1/2} and the eigenvectors U of S C S, in order of their
-eigenvalues, A = S U and B = U^T S^{-1}. The loss that w coordinates leave is half the sum of the other eigenvalues. Rows
-that a plan drops read the mean embedding of the table.
+largest number of occurrences that a table has. Which coordinates a table may have depends on the model:
+
+    own         A and B minimise (loss) for each table: with S = G^{1/2} and the eigenvectors U of S C S, in order of
+                their eigenvalues, A = S U and B = U^T S^{-1}. The table has a projection, or linear layers read it.
+    shared      One rotation R for all tables, A = R and B = R^T, since inner products of fields need the same coordinates:
+                the eigenvectors of sum_f tr(G_f) C_f. The layers that read the tables are rotated back; nothing is stored.
+    columns     The columns of most loss G_jj C_jj, for models that know single columns.
+
+Rows that a plan drops read the mean embedding of the table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,7 +33,7 @@ from embtrim.compaction.foreign import compact_tables
 from embtrim.compaction.inheriting import kept_rows_of
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import SizePlan
-from embtrim.plan.table import TableShape, projects
+from embtrim.plan.table import projects
 from embtrim.tables.packing import CHUNK_ROWS
 from embtrim.tables.replacements import CompactEmbedding
 from embtrim.tasks.sensitivity import sensitivities
@@ -35,6 +42,9 @@ from embtrim.tasks.task import Task
 
 # Directions in which the loss feels less than this part of the strongest direction count as this part: S is inverted.
 LEAST_SENSITIVITY = 1e-6
+
+# Which coordinates tables may have; see the module docstring.
+Coordinates = Literal["own", "shared", "columns"]
 
 
 @dataclass(frozen=True)
@@ -45,30 +55,62 @@ class Basis:
         encode_DD: A: embeddings times the first w columns are the stored coordinates.
         decode_DD: B: the first w rows take w coordinates back to the full width.
         lost_D: Second-order loss that the first w coordinates leave, for w = 0..D; float64 (D + 1,).
+        gain_D: Second-order loss of a mean squared error of 1 in each coordinate, times 2; float64 (D,).
         mean_D: Mean embedding over the training data.
         sensitivity: Mean sensitivity of a column, tr(G) / D.
+        columns: The columns that the coordinates are, most important first; None where they are no columns.
     """
 
     encode_DD: Tensor
     decode_DD: Tensor
     lost_D: np.ndarray
+    gain_D: np.ndarray
     mean_D: Tensor
     sensitivity: float
+    columns: tuple[int, ...] | None = None
 
 
-def bases(task: Task, weights: Mapping[str, Tensor], counts: Mapping[str, np.ndarray]) -> dict[str, Basis]:
+def coordinates_of(model: nn.Module, plan: SizePlan | None = None) -> Coordinates:
+    """The coordinates that tables of a model may have; those of a plan with projections are the tables' own."""
+    if not isinstance(model, CTRModel) or (plan is not None and any(projects(table) for table in plan.tables)):
+        return "own"
+    if model.knows_columns:
+        return "columns"
+    return "shared" if model.needs_aligned else "own"
+
+
+def bases(
+    task: Task, weights: Mapping[str, Tensor], counts: Mapping[str, np.ndarray], coordinates: Coordinates
+) -> dict[str, Basis]:
     """The basis of every table by its name: one forward and backward pass over the validation batches, and the tables.
 
     Args:
         task: Task of the trained full model.
         weights: Weights of each table; see `trained_rows`.
         counts: Occurrences of its rows in the training data.
+        coordinates: Coordinates of the tables; see `coordinates_of`.
     """
     num_rows = num_occurrences(counts)
-    return {
-        name: _basis(sensitivity_DD, weights[name], counts[name], num_rows)
-        for name, sensitivity_DD in sensitivities(task).items()
-    }
+    sensitivity = sensitivities(task)
+    moments = {name: _moments(weights[name], counts[name], num_rows) for name in sensitivity}
+    if coordinates == "own":
+        return {name: _own_basis(G, *moments[name], weights[name]) for name, G in sensitivity.items()}
+    parts = [G.trace() * moments[name][0] for name, G in sensitivity.items()]
+    if coordinates == "shared":
+        rotation_DD = torch.linalg.eigh(sum(parts[1:], parts[0]))[1].flip(1)
+        return {
+            name: _basis(rotation_DD, G, *moments[name], weights[name], columns=None) for name, G in sensitivity.items()
+        }
+    worth = {name: G.diagonal() * moments[name][0].diagonal() for name, G in sensitivity.items()}
+    if task.needs_aligned:  # products of two fields need the same columns of both
+        total_D = torch.stack(list(worth.values())).sum(0)
+        worth = dict.fromkeys(worth, total_D)
+    found = {}
+    for name, G in sensitivity.items():
+        order = torch.argsort(worth[name], descending=True, stable=True)
+        chosen_DD = torch.eye(len(order), dtype=torch.float64)[:, order]
+        found[name] = _basis(chosen_DD, G, *moments[name], weights[name], columns=tuple(order.tolist()))
+    return found
 
 
 def num_occurrences(counts: Mapping[str, np.ndarray]) -> int:
@@ -87,7 +129,8 @@ def trained_rows(task: Task) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
     return weights_by_table(sites), counts
 
 
-def _basis(sensitivity_DD: Tensor, weight_VD: Tensor, count_V: np.ndarray, num_rows: int) -> Basis:
+def _moments(weight_VD: Tensor, count_V: np.ndarray, num_rows: int) -> tuple[Tensor, Tensor]:
+    """C and the mean embedding of a table, float64."""
     width = weight_VD.shape[1]
     moment_DD, mean_D = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
     for part, count in zip(
@@ -96,34 +139,73 @@ def _basis(sensitivity_DD: Tensor, weight_VD: Tensor, count_V: np.ndarray, num_r
         values = part.detach().cpu().double()
         moment_DD += (values * count[:, None]).T @ values
         mean_D += count @ values
+    return moment_DD / num_rows, mean_D / max(1, int(count_V.sum()))
+
+
+def _own_basis(sensitivity_DD: Tensor, moment_DD: Tensor, mean_D: Tensor, like: Tensor) -> Basis:
+    width = len(mean_D)
     strengths, directions = torch.linalg.eigh(sensitivity_DD)
     root = strengths.clamp(min=max(LEAST_SENSITIVITY * float(strengths.max()), 1e-30)).sqrt()  # fp32 holds its inverse
     forth, back = (directions * root) @ directions.T, (directions / root) @ directions.T
-    lost, eigenvectors = torch.linalg.eigh(forth @ moment_DD @ forth / num_rows)
+    lost, eigenvectors = torch.linalg.eigh(forth @ moment_DD @ forth)
     vectors = eigenvectors.flip(1)
     tail = np.concatenate([[0.0], np.cumsum(lost.clamp(min=0).numpy())])[::-1] / 2
     return Basis(
-        (forth @ vectors).to(weight_VD),
-        (vectors.T @ back).to(weight_VD),
+        (forth @ vectors).to(like),
+        (vectors.T @ back).to(like),
         tail.copy(),
-        (mean_D / max(1, int(count_V.sum()))).to(weight_VD),
+        np.ones(width),
+        mean_D.to(like),
         float(sensitivity_DD.trace()) / max(1, width),
     )
 
 
-def has_coordinates(model: nn.Module, table: TableShape) -> bool:
-    """Whether a narrow table of a plan may store coordinates of its own: what reads it is linear, or projects it back."""
-    if not 0 < table.output_width < table.width or table.mixed:
-        return False
-    return projects(table) or (isinstance(model, CTRModel) and not model.needs_aligned and model.reads_linearly)
+def _basis(
+    orthogonal_DD: Tensor,
+    sensitivity_DD: Tensor,
+    moment_DD: Tensor,
+    mean_D: Tensor,
+    like: Tensor,
+    *,
+    columns: tuple[int, ...] | None,
+) -> Basis:
+    """The basis whose coordinates are e times the columns of an orthogonal matrix."""
+    gain_DD, inside_DD = (orthogonal_DD.T @ matrix @ orthogonal_DD for matrix in (sensitivity_DD, moment_DD))
+    product_DD = (gain_DD * inside_DD).numpy()
+    # Without the coordinates from w on, the loss is half the sum over the products' last rows and columns.
+    corner = product_DD[::-1, ::-1].cumsum(0).cumsum(1).diagonal()[::-1]
+    return Basis(
+        orthogonal_DD.to(like),
+        orthogonal_DD.T.contiguous().to(like),
+        np.append(np.maximum(corner, 0.0), 0.0) / 2,
+        gain_DD.diagonal().numpy().copy(),
+        mean_D.to(like),
+        float(sensitivity_DD.trace()) / max(1, len(mean_D)),
+        columns,
+    )
+
+
+def stored_coordinates(model: nn.Module, plan: SizePlan) -> dict[str, list[int]]:
+    """The coordinates that tables of a plan store after a low-rank start, by table; tables that store columns are left out.
+
+    Own coordinates are the first ones, in narrow tables. Shared ones are those of the table's columns, in all tables if
+    any is narrow.
+    """
+    narrow = {t.name: t.output_width < t.width for t in plan.tables if t.output_width and not t.mixed}
+    tables = {t.name: t for t in plan.tables if t.name in narrow}
+    coordinates = coordinates_of(model, plan)
+    if coordinates == "shared":
+        return {name: list(table.columns) for name, table in tables.items()} if any(narrow.values()) else {}
+    read_linearly = isinstance(model, CTRModel) and not model.needs_aligned and not model.knows_columns
+    own = {name for name, table in tables.items() if narrow[name] and (projects(table) or read_linearly)}
+    return {name: list(range(tables[name].output_width)) for name in own}
 
 
 @torch.no_grad()
 def start_low_rank(small: nn.Module, plan: SizePlan, task: Task) -> None:
     """Turn the inherited tables of a compact model into low-rank approximations of the trained ones, in place.
 
-    Tables that keep all their columns, and narrow ones whose reader knows single columns, keep what they inherited. The
-    DROPPED row of every table becomes the mean embedding.
+    Tables that store columns keep what they inherited. The DROPPED row of every table becomes the mean embedding.
 
     Args:
         small: Compact model, from `compact(full, plan, init="inherit")`, in fp32.
@@ -132,7 +214,8 @@ def start_low_rank(small: nn.Module, plan: SizePlan, task: Task) -> None:
     """
     with weights_kept(task.model):
         weights, counts = trained_rows(task)
-        _start_tables(small, plan, task.model, weights, bases(task, weights, counts))
+        found = bases(task, weights, counts, coordinates_of(task.model, plan))
+        _start_tables(small, plan, task.model, weights, found)
 
 
 def _start_tables(
@@ -141,11 +224,12 @@ def _start_tables(
     compacted: dict[str, CompactEmbedding] = {}
     if not isinstance(small, CTRModel):
         compacted = dict(zip([t.name for t in plan.tables], compact_tables(small, plan), strict=True))
+    stored = stored_coordinates(full, plan)
     for table in plan.tables:
         if not table.output_width or table.mixed:
             continue
         basis, weight_VD = found[table.name], weights[table.name]
-        encode = basis.encode_DD[:, : table.output_width] if has_coordinates(full, table) else None
+        encode = basis.encode_DD[:, stored[table.name]] if table.name in stored else None
         tables: list[tuple[np.ndarray, Tensor]] = []
         if encode is not None:
             kept_rows, compact_ids = kept_rows_of(table)
@@ -161,10 +245,12 @@ def _start_tables(
         if encode is not None and not isinstance(small, CTRModel):
             compacted[table.name].projections[str(table.output_width)].copy_(basis.decode_DD[: table.output_width])
     if isinstance(small, CTRModel) and isinstance(full, CTRModel):
-        _start_readers(small, full, found)
+        _start_readers(small, full, stored, found)
 
 
-def _start_readers(small: CTRModel, full: CTRModel, found: Mapping[str, Basis]) -> None:
+def _start_readers(
+    small: CTRModel, full: CTRModel, stored: Mapping[str, list[int]], found: Mapping[str, Basis]
+) -> None:
     """Set the projections of a zoo model, and the layers that read its concatenated tables, to the bases."""
     layout = small.tables.layout
     for place, output in enumerate(layout.first_projected_outputs):
@@ -179,9 +265,10 @@ def _start_readers(small: CTRModel, full: CTRModel, found: Mapping[str, Basis]) 
         source = sum(len(full.kept_inputs(part)) for part in before)
         for table in layout.table_of_field:
             width = table.output_width
-            if has_coordinates(full, table):
+            if table.name in stored:
+                decode_WD = found[table.name].decode_DD[stored[table.name]]
                 read_HD = theirs[read.parameter].narrow(read.axis, source, table.width).movedim(read.axis, -1)
                 ours[read.parameter].narrow(read.axis, start, width).copy_(
-                    (read_HD @ found[table.name].decode_DD[:width].T).movedim(-1, read.axis)
+                    (read_HD @ decode_WD.T).movedim(-1, read.axis)
                 )
             start, source = start + width, source + table.width

@@ -37,17 +37,18 @@ class RunConfig(Config):
         search: Settings of the search method.
         budget: Size limit of the compact tables, such as "10%", "200MB" or "1.5M params". With `guided`, "auto" takes the
             smallest budget whose predicted loss is at most `tolerance`.
-        tolerance: Largest predicted loss of validation AUC that `budget = "auto"` accepts.
+        tolerance: Largest predicted loss of validation AUC that `budget = "auto"` accepts, and largest loss with which
+            `guided` tries no second start.
         max_loss: Largest loss of validation AUC against the full model. If set, the budget is ignored, and the smallest
             plan within this loss is looked for. `guided` predicts its budget and retrains twice at most; other methods
             bisect, with six trainings.
         init: Initial weights of the compact model: "scratch", "initial", "inherit" or "low_rank"; see `compact`. "auto" is
-            "scratch" for the published methods and the controls. With `guided` it tries a plan for tables of low rank and
-            a plan that is trained from scratch, and keeps the model with the better validation score.
+            "scratch" for the published methods and the controls. With `guided` it is "low_rank"; a model that is not
+            within the tolerance of the full one is also trained from scratch, and the better one is kept.
         teacher: Share of the full model's predicted probability in the labels on which a compact model trains: label =
             (1 - teacher) * click + teacher * probability (Hinton et al. 2015, arXiv 1503.02531). 0 trains on the clicks
             alone, as the papers of the search methods do.
-        bits: Bits per stored value in the compact tables: 32, 16, 8 or 4; "mixed" chooses 16, 8 or 4 for each table.
+        bits: Bits per stored value in the compact tables: 32, 16, 8, 4, 3 or 2; "mixed" chooses 16 or fewer for each table.
             None stands for "mixed", but for 32 with a budget in parameters or the target "fbgemm", which do not allow
             "mixed". Tables are trained in fp32 and quantised afterwards; with fewer bits the same budget has room for
             more parameters.

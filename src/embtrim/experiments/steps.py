@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,9 +40,9 @@ from embtrim.training.teaching import taught, teaching_settings
 
 logger = logging.getLogger(__name__)
 
-# Most epochs in which a compact model learns from the full one after it was started or trained, and how often in an epoch
-# the scales of its codes follow the tables.
-FINISHING_EPOCHS, CODE_FITS_PER_EPOCH = 5, 4
+# Most epochs in which a trained compact model learns to be read as its codes, their learning rate as a part of that of
+# training, and how often in an epoch the scales of the codes follow the tables.
+FINISHING_EPOCHS, FINISHING_RATE, CODE_FITS_PER_EPOCH = 8, 0.05, 4
 
 
 # --- single steps ---------------------------------------------------------------------------------------------------
@@ -252,11 +251,11 @@ def compact_and_retrain(
     task = search_task(model, data, config, progress) if init == "low_rank" else None
     small = compact(model, plan, init=init, seed=config.seed, task=task)  # type: ignore[arg-type]
     trainings = []
-    if retrain and init != "low_rank":
+    if retrain:
         lesson = _lesson(lessons, data, model, config.teacher, config.train)
         hooks = None if checkpoint is None else Hooks(settings=teaching_settings(model, config.teacher))
         trainings.append(fit(small, lesson.recode(plan), train, hooks=hooks, progress=progress, checkpoint=checkpoint))
-    if retrain and (init == "low_rank" or (config.teacher and plan.is_quantized)):
+    if retrain and config.teacher and plan.is_quantized:
         path = None if checkpoint is None else checkpoint.with_stem("finishing")
         trainings.append(_finish(small, model, data, config, lessons, progress=progress, checkpoint=path))
     if plan.is_quantized:
@@ -274,21 +273,24 @@ def _finish(
     progress: bool,
     checkpoint: Path | None,
 ) -> FitResult:
-    """Train a compact model for some epochs to predict what the full model does, with its tables read as their codes.
+    """Train a compact model for some more epochs with its tables read as their codes.
 
-    The tables decay no longer: what they should be is known. Without a teacher the model trains on clicks, as it was. The
+    Steps are small, and the tables decay no longer: the model is trained, and learns to live with the rounding. The
     weights before the first step are kept if no epoch scores better.
     """
-    share = 1.0 if config.teacher else 0.0
-    train = config.train.replace(seed=config.seed, epochs=min(FINISHING_EPOCHS, config.train.epochs))
-    if share:
-        train = train.replace(embedding_l2=0.0)
-    lesson = _lesson(lessons, data, model, share, train).recode(small.tables.plan)  # type: ignore[arg-type]
-    hooks = Hooks(keeps_start=True, settings=teaching_settings(model, share) if checkpoint is not None else {})
+    train = config.train.replace(
+        seed=config.seed,
+        epochs=min(FINISHING_EPOCHS, config.train.epochs),
+        learning_rate=FINISHING_RATE * config.train.learning_rate,
+        embedding_l2=0.0,
+    )
+    lesson = _lesson(lessons, data, model, config.teacher, train).recode(small.tables.plan)  # type: ignore[arg-type]
+    settings = teaching_settings(model, config.teacher) if checkpoint is not None else {}
+    hooks = Hooks(keeps_start=True, settings=settings)
     gate = CodeGate(small.tables, max(1, data.num_rows("train") // train.batch_size // CODE_FITS_PER_EPOCH))
     if gate.coded:
         hooks = dataclasses.replace(hooks, on_step=gate.on_step, state=gate)
-    with small.tables.gated(row_gate=gate) if gate.coded else nullcontext():
+    with small.tables.gated(row_gate=gate):
         return fit(small, lesson, train, hooks=hooks, progress=progress, checkpoint=checkpoint)
 
 
@@ -395,8 +397,7 @@ def _best_start(
 ) -> Trained:
     """The model with the best validation score of several starts, each with its own plan.
 
-    A model of low rank that is as good as the full one does not end the trials: training from scratch often passes both,
-    where the full tables overfit. The time of all trials counts as search.
+    A model within the run's tolerance of the full one ends the trials. The time of all trials counts as search.
     """
     trials: list[Trained] = []
     for way in ways:
@@ -411,6 +412,8 @@ def _best_start(
             continue
         trials.append(small)
         logger.info("%s: validation AUC %.4f", way, small.record.valid["auc"])
+        if small.record.valid["auc"] >= full.record.valid["auc"] - config.tolerance:
+            break
     best = max(trials, key=lambda trained: trained.record.valid["auc"])
     seconds = sum(t.record.search_seconds + t.record.train_seconds for t in trials)
     best.record = best.record.replace(init=config.init, search=method_config(config).model_dump(mode="json"))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,20 @@ import numpy as np
 from embtrim.methods.readings import Curve, Readings, TableReading
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
-from embtrim.plan.table import Alignment, Block, BlockShape, TablePlan, TableShape, Target
+from embtrim.plan.table import (
+    CODE_BITS,
+    Alignment,
+    Block,
+    BlockShape,
+    TablePlan,
+    TableShape,
+    Target,
+    row_bytes,
+    stored_bytes,
+)
+
+# (rows, bits) of runs of rows, in descending order of energy.
+Bands = tuple[tuple[int, int], ...]
 
 # Numbers of rows and columns that are tried: all up to eight, then this many per doubling.
 CHOICES_PER_DOUBLING = 4
@@ -65,7 +78,8 @@ class Choices(NamedTuple):
         table: The full table.
         rows_N: Number of rows of each choice; 0 keeps nothing.
         widths_N: Number of columns.
-        levels_N: Bits per value.
+        ladders_N: Number of the ladder.
+        ladders: Bits of the rows: see `ladders_of`.
         bytes_N: Bytes of the choice.
         errors_LN: Errors of each choice: of the rows that it drops, of its columns, of its codes; (3, N).
     """
@@ -73,18 +87,92 @@ class Choices(NamedTuple):
     table: TablePlan
     rows_N: np.ndarray
     widths_N: np.ndarray
-    levels_N: np.ndarray
+    ladders_N: np.ndarray
+    ladders: Sequence[Bands]
     bytes_N: np.ndarray
     errors_LN: np.ndarray
 
     def layout(self, n: int, alignment: Alignment) -> TableShape:
         """One choice as a layout of the table, without the rows that it keeps."""
-        return _layout(self.table, int(self.rows_N[n]), int(self.widths_N[n]), int(self.levels_N[n]), alignment)
+        bands = self.ladders[self.ladders_N[n]]
+        return _layout(self.table, int(self.rows_N[n]), int(self.widths_N[n]), bands, alignment)
 
 
-def _layout(table: TablePlan, rows: int, width: int, bits: int, alignment: Alignment) -> TableShape:
-    blocks = (BlockShape(rows, tuple(range(width)), alignment),) if rows else ()
-    return TableShape(table.name, table.num_rows, table.width, blocks, bits)
+def _layout(table: TablePlan, rows: int, width: int, bands: Bands, alignment: Alignment) -> TableShape:
+    columns = tuple(range(width))
+    found = [(kept, bits) for kept, bits in _first_rows(bands, rows) if kept]
+    own = len(found) > 1 and width > 0
+    top = max(bits for _, bits in bands)
+    if not own:
+        found = [(rows, top)] if rows else []
+    blocks = tuple(BlockShape(kept, columns, alignment, bits=bits if own else None) for kept, bits in found)
+    return TableShape(table.name, table.num_rows, table.width, blocks, found[0][1] if found else top)
+
+
+def _first_rows(bands: Bands, rows: int) -> Iterator[tuple[int, int]]:
+    """The bands of the first rows alone."""
+    for size, bits in bands:
+        yield min(size, rows), bits
+        rows -= min(size, rows)
+
+
+def ladders_of(reading: TableReading, levels: Sequence[int]) -> list[Bands]:
+    """Ways to give bits to the rows of a table: (rows, bits) of bands of rows in descending order of energy.
+
+    First one precision for all rows, for each level. Then, if there are several levels of codes, bands: every segment
+    starts with the fewest bits, and the step to more bits that saves most noise per bit is taken, again and again.
+    """
+    segments = reading.segments
+    found: list[Bands] = [((int(segments.rows_S.sum()), bits),) for bits in levels]
+    codes = sorted(bits for bits in levels if bits in segments.noise)
+    steps = []
+    for s, rows in enumerate(segments.rows_S.tolist()):
+        noise = np.array([segments.noise[bits][s] for bits in codes])
+        hull = lower_hull(rows * np.array(codes), noise) if len(codes) > 1 else []
+        steps += [
+            (-_saved(rows * np.array(codes), noise, before, after), s, codes[after])
+            for before, after in itertools.pairwise(hull)
+        ]
+    bits_S = np.full(len(segments.rows_S), min(codes, default=0))
+    for _, s, bits in sorted(steps):
+        bits_S[s] = bits
+        falling = np.maximum.accumulate(bits_S[::-1])[::-1].tolist()  # a row of more energy has no fewer bits
+        runs = itertools.groupby(zip(segments.rows_S.tolist(), falling, strict=True), key=lambda pair: pair[1])
+        bands = tuple((sum(rows for rows, _ in run), level) for level, run in runs)
+        if bands not in found:
+            found.append(bands)
+    return found
+
+
+def _noise_of(
+    reading: TableReading, bands: Bands, counts: np.ndarray, widths: np.ndarray, *, coordinates: bool
+) -> np.ndarray:
+    """Noise of the first rows of a table in bands, for each number of columns and rows; (widths, counts).
+
+    All rows of a band have the step of its first segment, which has the largest values. Columns that are trained again are
+    as strong as all columns before.
+    """
+    segments = reading.segments
+    ends = np.cumsum(segments.rows_S)
+    starts = ends - segments.rows_S
+    noise_WS = np.zeros((len(widths), len(ends)))
+    start = 0
+    for rows, bits in bands:
+        inside = (starts >= start) & (starts < start + rows)
+        if bits in segments.noise and inside.any():
+            first = int(np.flatnonzero(inside)[0])
+            whole = len(bands) == 1
+            plain, noise_D = (
+                (reading.noise[bits], reading.coordinate_noise[bits])
+                if whole
+                else (segments.noise[bits][first], segments.coordinate_noise[bits][first])
+            )
+            uses = max(1.0, segments.uses_S.sum() if whole else segments.uses_S[first])
+            noise_W = noise_D[widths] if coordinates else np.full(len(widths), plain)
+            noise_WS[:, inside] = noise_W[:, None] * segments.uses_S[inside] / uses
+        start += rows
+    cumulative = np.concatenate([np.zeros((len(widths), 1)), np.cumsum(noise_WS, 1)], 1)
+    return np.stack([np.interp(counts, np.append(0, ends), noise_S) for noise_S in cumulative])
 
 
 def allot(
@@ -96,9 +184,8 @@ def allot(
     *,
     target: Target | None = None,
     recovery: Recovery = Recovery(),  # noqa: B008 - immutable
-    keeps_columns: bool = False,
     keeps_rows: bool = False,
-    in_own_basis: bool = True,
+    coordinates: bool = True,
 ) -> Allotment:
     """The plan of least predicted loss within a budget.
 
@@ -110,14 +197,13 @@ def allot(
         alignment: How narrow tables reach the full width.
         target: Backend whose bytes are counted.
         recovery: What retraining leaves of each loss.
-        keeps_columns: Keep all columns of every table.
         keeps_rows: Keep all rows of every table. A table may then still lose all its columns.
-        in_own_basis: Whether a narrow table has coordinates of its own, which are projected back. Otherwise tables share
-            their first columns, and what w columns are worth follows from all tables together: a product with another
-            table sees no column that one of the two lacks, however few rows a table has.
+        coordinates: Whether narrow tables start with the coordinates of the readings. Otherwise they are trained from
+            scratch, and what w columns are worth follows from all tables together: a product with another table sees no
+            column that one of the two lacks, however few rows a table has.
     """
     lost = {name: reading.lost_D for name, reading in readings.tables.items()}
-    if not in_own_basis:
+    if not coordinates:
         lost = _lost_together(lost)
     choices = [
         choices_of(
@@ -129,8 +215,8 @@ def allot(
             levels,
             alignment,
             target,
-            keeps_columns=keeps_columns,
             keeps_rows=keeps_rows,
+            coordinates=coordinates,
         )
         for table in full.tables
     ]
@@ -147,12 +233,16 @@ def allot(
 
     best = min([*equal, *_spent(choices, levers, allowed)], key=merit)
     close = CLOSE * readings.error
-    if equal and not in_own_basis and all(t.absence is None or t.absence > close for t in readings.tables.values()):
+    if equal and not coordinates and all(t.absence is None or t.absence > close for t in readings.tables.values()):
         simplest = min(equal, key=merit)
         if merit(simplest)[0] <= merit(best)[0] + close:
             best = simplest
-    tables = [of.layout(n, alignment) for of, n in zip(choices, best, strict=True)]
-    plan = dataclasses.replace(full, tables=tuple(_with_rows(t, readings.tables[t.name].energy_V) for t in tables))
+    tables = []
+    for of, n in zip(choices, best, strict=True):
+        table = _with_rows(of.layout(n, alignment), readings.tables[of.table.name].energy_V)
+        columns = readings.bases[table.name].columns if coordinates else None
+        tables.append(table if columns is None else _with_columns(table, columns))
+    plan = dataclasses.replace(full, tables=tuple(tables))
     return Allotment(plan, losses_of(best))
 
 
@@ -183,9 +273,11 @@ def _equal_widths(
     choices: Sequence[Choices], full_width: int, levels: Sequence[int], allowed: float
 ) -> Iterator[list[int]]:
     """For each precision all rows of every table, at the largest equal width that fits."""
-    whole = [
-        {(of.widths_N[n], of.levels_N[n]): n for n in np.flatnonzero(of.rows_N == of.table.num_rows)} for of in choices
-    ]
+    whole = []
+    for of in choices:
+        bits = {number: bands[0][1] for number, bands in enumerate(of.ladders) if len(bands) == 1}
+        every = np.flatnonzero(of.rows_N == of.table.num_rows)
+        whole.append({(of.widths_N[n], bits[of.ladders_N[n]]): n for n in every if of.ladders_N[n] in bits})
     for bits in levels:
         for width in reversed(some_numbers(full_width)):
             chosen = [found.get((min(width, of.table.width), bits)) for found, of in zip(whole, choices, strict=True)]
@@ -197,12 +289,20 @@ def _equal_widths(
 
 
 def _with_rows(table: TableShape, energy_V: np.ndarray) -> TablePlan:
-    """The layout with the rows of most energy."""
-    rows = None
-    if table.num_kept < table.num_rows:
-        rows = np.sort(np.argsort(-energy_V, kind="stable")[: table.num_kept]).astype(np.int32)
-    blocks = tuple(Block(block.num_rows, block.columns, block.alignment, rows) for block in table.blocks)
-    return TablePlan(table.name, table.num_rows, table.width, blocks, table.bits)
+    """The layout with the rows of most energy, in their bands."""
+    order = np.argsort(-energy_V, kind="stable") if table.renumbers else None
+    blocks, start = [], 0
+    for block in table.blocks:
+        rows = None if order is None else np.sort(order[start : start + block.num_rows]).astype(np.int32)
+        blocks.append(Block(block.num_rows, block.columns, block.alignment, rows, bits=block.bits))
+        start += block.num_rows
+    return TablePlan(table.name, table.num_rows, table.width, tuple(blocks), table.bits)
+
+
+def _with_columns(table: TablePlan, ordered: Sequence[int]) -> TablePlan:
+    """The table with the first ones of its ordered columns."""
+    blocks = (dataclasses.replace(b, columns=tuple(sorted(ordered[: b.width]))) for b in table.blocks)
+    return dataclasses.replace(table, blocks=tuple(blocks))
 
 
 def _lost_together(lost: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -227,8 +327,8 @@ def choices_of(
     alignment: Alignment,
     target: Target | None,
     *,
-    keeps_columns: bool,
     keeps_rows: bool,
+    coordinates: bool,
 ) -> Choices:
     """Every number of rows, columns and bits of one table that is worth a try."""
     kept_V = np.concatenate([[0.0], np.cumsum(np.sort(reading.energy_V)[::-1])])
@@ -236,50 +336,69 @@ def choices_of(
     # A table whose absence does not lower the score is cut first.
     weight = 0.0 if reading.absence is not None and reading.absence <= 0 else 1.0
     counts = np.array([table.num_rows] if keeps_rows else some_numbers(table.num_rows))
-    widths = np.array([table.width] if keeps_columns else some_numbers(table.width))
+    widths = np.array(some_numbers(table.width))
 
-    def num_bytes(rows: int, width: int, bits: int) -> int:
-        return full.table_bytes(_layout(table, rows, width, bits, alignment), target, budget=budget)
-
+    ladders = ladders_of(reading, levels)
     # No row; or, where no row and no first-order weight may go, no column. A table without rows reads zero.
-    nothing = (0, min(levels), table.num_rows if keeps_rows else 0)
-    bytes_WBN = _all_bytes(num_bytes, table.num_rows, counts, widths, levels)
-    grid = np.meshgrid(widths, np.array(levels), counts, indexing="ij")
-    widths_N, levels_N, rows_N = (np.append(axis.ravel(), least) for axis, least in zip(grid, nothing, strict=True))
+    nothing = (0, list(levels).index(min(levels)), table.num_rows if keeps_rows else 0)
+    grid = np.meshgrid(widths, np.arange(len(ladders)), counts, indexing="ij")
+    widths_N, ladders_N, rows_N = (np.append(axis.ravel(), least) for axis, least in zip(grid, nothing, strict=True))
     share_N = weight * kept_V[rows_N] / total if total else np.zeros(len(rows_N))
-    noise_N = np.where(widths_N > 0, [reading.noise.get(int(bits), 0.0) for bits in levels_N], 0.0)
-    errors_LN = np.stack(
-        [weight * (total - kept_V[rows_N]), np.where(rows_N > 0, share_N * lost_D[widths_N], 0.0), share_N * noise_N]
+    noise_WLC = np.stack(
+        [_noise_of(reading, bands, counts, widths, coordinates=coordinates) for bands in ladders], axis=1
     )
-    bytes_N = np.append(bytes_WBN.ravel(), num_bytes(nothing[2], 0, min(levels)))
-    return Choices(table, rows_N, widths_N, levels_N, bytes_N, errors_LN)
+    noise_N = np.append(weight * noise_WLC.ravel(), 0.0)
+    errors_LN = np.stack(
+        [weight * (total - kept_V[rows_N]), np.where(rows_N > 0, share_N * lost_D[widths_N], 0.0), noise_N]
+    )
+    bytes_WLN = _all_bytes(full, table, counts, widths, ladders, budget, alignment, target)
+    least = _layout(table, nothing[2], 0, ladders[nothing[1]], alignment)
+    bytes_N = np.append(bytes_WLN.ravel(), full.table_bytes(least, target, budget=budget))
+    return Choices(table, rows_N, widths_N, ladders_N, ladders, bytes_N, errors_LN)
 
 
 def _all_bytes(
-    num_bytes: Callable[[int, int, int], int],
-    most_rows: int,
+    full: SizePlan,
+    table: TablePlan,
     counts: np.ndarray,
     widths: np.ndarray,
-    levels: Sequence[int],
+    ladders: Sequence[Bands],
+    budget: Budget,
+    alignment: Alignment,
+    target: Target | None,
 ) -> np.ndarray:
-    """Bytes of every number of columns, bits and rows; int64 (widths, levels, counts).
+    """Bytes of every number of columns, ladder and number of rows; int64 (widths, ladders, counts).
 
-    Below all rows, which need no DROPPED row, the bytes of two layouts differ by so much a row: an id map depends on the
-    rows alone. A few counts per layout, and one layout at every count, give all.
+    What a layout takes beside its values is a sum of what depends on the columns (a projection) and of what depends on the
+    rows (first-order weights, an id map). Both depend on the bits.
     """
-    some = counts[counts < most_rows]
-    found = np.empty((len(widths), len(levels), len(counts)), np.int64)
-    for w, width in enumerate(widths.tolist()):
-        for b, bits in enumerate(levels):
-            if len(some) < 2 or not (w or b):
-                found[w, b] = [num_bytes(count, width, bits) for count in counts.tolist()]
-                continue
-            first, second = (num_bytes(count, width, bits) for count in some[:2].tolist())
-            base = found[0, 0, : len(some)]
-            a_row = (second - first - (base[1] - base[0])) / (some[1] - some[0])
-            found[w, b, : len(some)] = first + (base - base[0]) + np.rint(a_row * (some - some[0])).astype(np.int64)
-            if len(some) < len(counts):
-                found[w, b, -1] = num_bytes(most_rows, width, bits)
+
+    def beside(rows: int, width: int, bands: Bands) -> int:
+        layout = _layout(table, rows, width, bands, alignment)
+        return full.table_bytes(layout, target, budget=budget) - layout.num_value_bytes
+
+    found = np.empty((len(widths), len(ladders), len(counts)), np.int64)
+    dropped = (counts < table.num_rows).astype(np.int64)
+    known: dict[tuple[int, bool], np.ndarray] = {}
+    for number, bands in enumerate(ladders):
+        key = (max(bands[0][1], CODE_BITS), len(bands) > 1)
+        if key not in known:
+            if target == "fbgemm":  # the padding of a row depends on its columns
+                known[key] = np.array(
+                    [[beside(rows, width, bands) for rows in counts.tolist()] for width in widths.tolist()]
+                )
+            else:
+                by_width = np.array([beside(int(counts[0]), width, bands) for width in widths.tolist()])
+                by_rows = np.array([beside(rows, int(widths[0]), bands) for rows in counts.tolist()])
+                known[key] = by_width[:, None] + by_rows - by_rows[0]
+        found[:, number] = known[key]
+        start = 0
+        for size, bits in bands:
+            rows_C = np.clip(counts - start, 0, size) + (dropped if not start else 0)
+            for w, width in enumerate(widths.tolist()):
+                scales = stored_bytes(0, width, bits) * (rows_C > 0)
+                found[w, number] += rows_C * row_bytes(width, bits) + scales
+            start += size
     return found
 
 

@@ -187,9 +187,8 @@ def best_within(
         config = GuidedConfig(start=start)
         allotment = plan_within(task, readings, config, budget, bits, target, keeps_rows=keeps_rows)
         plan = allotment.plan
-        if start == "scratch":
-            at_once = zip(allotment.losses, RECOVERY, strict=True)
-            allotment = allotment._replace(losses=tuple(loss / eta for loss, eta in at_once))
+        at_once = zip(allotment.losses, RECOVERY[start], strict=True)
+        allotment = allotment._replace(losses=tuple(loss / eta for loss, eta in at_once))
         if not plan.keeps_nothing and amount_of(plan, budget, target) <= budget.amount * ROUNDED:
             found.append((start, allotment))
     if not found:

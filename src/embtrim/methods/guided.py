@@ -5,17 +5,13 @@ what the score loses at once without the rows of least energy, without the coord
 instead of numbers. `allot` (allotting.py) then divides the bytes of a budget over rows, columns and bits of every table, for
 the least predicted loss. A reading serves every budget; a plan takes a second.
 
-The compact model starts in one of two ways, and the plan fits the way.
+The compact model starts in one of two ways.
 
-    low_rank    The compact model starts as the best approximation of the trained tables (compaction/low_rank.py). The
-                prediction is what that start loses: no training is needed, and a short one can only help. A projection
-                per narrow table counts against the budget.
-    scratch     The compact model is trained from scratch, as in the papers. Narrow tables need no projections. Training
-                again makes up for a part of every loss at once, and most of all for columns; RECOVERY holds what is left.
+    low_rank    It starts as an approximation of the trained model (compaction/low_rank.py) and is trained on.
+    scratch     It is trained from scratch, as in the papers. Full tables that overfit are then forgotten.
 
-Low rank is the better start where tables are large, where the budget is mild, or where the full model is not easily
-reached again by training; training from scratch is better for small tables within small budgets (docs/results.md). `run`
-tries both and keeps the model with the better validation score.
+The readings say what a low-rank start loses before it is trained. Training makes up for a part of every loss: RECOVERY
+holds what is left.
 
 The equations and readings are our own. Energy as the rank of rows follows the frequency-weighted error of SHARK (arXiv
 2308.09395); reading a table's worth from its absence follows ShuffleGate (arXiv 2503.09315).
@@ -23,36 +19,37 @@ The equations and readings are our own. Energy as the rank of rows follows the f
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal
 
-from embtrim.compaction.low_rank import has_coordinates
 from embtrim.config import Config
 from embtrim.methods.allotting import Allotment, Recovery, allot
 from embtrim.methods.readings import Readings, read
 from embtrim.plan.budget import Budget
 from embtrim.plan.budget_limits import LEVELS
 from embtrim.plan.plan import SizePlan
-from embtrim.plan.table import Alignment, Bits, Target
-from embtrim.tasks.task import Task, alignment_of
-
-# What training from scratch leaves of a loss at once, of rows, columns and bits. Rows: .6 to .76 on Frappe, .6 to 1.4 on
-# MovieLens. Columns: .2 to .7 and .3 to .9. Codes are made after training, which recovers nothing.
-RECOVERY = Recovery(rows=0.7, widths=0.3, bits=1.0)
-
+from embtrim.plan.table import Bits, Target
+from embtrim.tasks.task import CTRTask, Task, alignment_of
 
 # How a compact model starts; see the module docstring.
 Start = Literal["low_rank", "scratch"]
+# What training leaves of a loss at once, of rows, columns and bits, by the start. Rows: .6 to .76 on Frappe, .6 to 1.4 on
+# MovieLens. Columns, trained on from a low-rank start: nothing to .1 on Frappe and flights; from scratch .2 to .9. Codes cost
+# a narrow model more than the full one whose readings are used, since few columns carry what many did: 5 to 8 times as
+# much on Frappe, about as much on flights, before the model learns to live with them.
+RECOVERY: Mapping[Start, Recovery] = {
+    "low_rank": Recovery(rows=0.7, widths=0.1, bits=4.0),
+    "scratch": Recovery(rows=0.7, widths=0.3, bits=4.0),
+}
 
 
 class GuidedConfig(Config):
     """Settings of the guided search.
 
     Attributes:
-        start: How the compact model will start: "low_rank" plans for tables that approximate the trained ones, "scratch"
-            for tables that are trained again; see the module docstring. None is "scratch", and lets `run` try both.
+        start: How the compact model will start: "low_rank" or "scratch"; see the module docstring. None is "scratch", and
+            lets `run` try both.
     """
 
     start: Start | None = None
@@ -90,7 +87,7 @@ def plan_within(
         readings: Readings of this model.
         config: Settings of the search.
         budget: Budget in percent, parameters or bytes.
-        bits: Bits of every table; "mixed" chooses 16, 8 or 4 for each.
+        bits: Bits of every table; "mixed" chooses them for each table and band.
         target: Backend whose bytes are counted.
         keeps_rows: Keep all rows of every table.
     """
@@ -98,8 +95,9 @@ def plan_within(
     if budget.kind == "params":  # numbers of 32 bits, without first-order weights
         budget = Budget("percent", min(1.0, budget.amount / full.num_full_params))
         levels = (32,)
-    low_rank = config.start == "low_rank"
-    alignment = alignment_of(task, "project" if low_rank else "scatter")
+    start: Start = config.start or "scratch"
+    projects = start == "low_rank" and not isinstance(task, CTRTask)
+    alignment = alignment_of(task, "project" if projects else "scatter")
     divide = partial(
         allot,
         full=full,
@@ -107,9 +105,8 @@ def plan_within(
         levels=levels,
         alignment=alignment,
         target=target,
-        recovery=Recovery() if low_rank else RECOVERY,
-        in_own_basis=low_rank,
-        keeps_columns=low_rank and not _may_narrow(task, full, alignment),
+        recovery=RECOVERY[start],
+        coordinates=start == "low_rank",
         keeps_rows=keeps_rows,
     )
     found = divide(readings)
@@ -123,12 +120,3 @@ def plan_within(
 def levels_of(bits: Bits) -> Sequence[int]:
     """Bits that a table may have."""
     return LEVELS if bits == "mixed" else (bits,)
-
-
-def _may_narrow(task: Task, full: SizePlan, alignment: Alignment) -> bool:
-    """Whether narrow tables of the model can store coordinates; a model that reads single columns cannot."""
-    table = next(t for t in full.tables if t.width)
-    if table.width == 1:
-        return False
-    block = dataclasses.replace(table.blocks[0], columns=(0,), alignment=alignment)
-    return has_coordinates(task.model, dataclasses.replace(table, blocks=(block,)))

@@ -15,7 +15,7 @@ import torch
 
 from embtrim.compaction.low_rank import trained_rows
 from embtrim.methods.allotting import spend
-from embtrim.methods.readings import code_error
+from embtrim.methods.readings import code_errors
 from embtrim.plan.budget import BYTES_PER_PARAM, Budget
 from embtrim.plan.budget_limits import LEVELS
 from embtrim.plan.plan import SizePlan
@@ -29,7 +29,7 @@ MIXED_BITS = 6
 def mixed_bits(task: Task, plan: SizePlan, budget: Budget) -> SizePlan:
     """The plan with the bits for each table that lose least within the budget; see `spend`.
 
-    Every table starts with the bits that take fewest bytes. These are not always 4 bits: a scale and an offset per column
+    Every table starts with the bits that take fewest bytes. These are not always 2 bits: a scale and an offset per column
     cost more than few rows save over 16 bits.
 
     Args:
@@ -49,10 +49,10 @@ def mixed_bits(task: Task, plan: SizePlan, budget: Budget) -> SizePlan:
 
 
 def code_loss(table: TablePlan, weight_VD: torch.Tensor, count_V: np.ndarray, bits: int) -> float:
-    """The loss of storing a table's kept rows and columns in 16, 8 or 4 bits; see the module docstring."""
+    """The loss of storing a table's kept rows and columns in 16 bits or codes; see the module docstring."""
     total = 0.0
     for block in table.blocks:
         rows = slice(None) if block.rows is None else block.rows
         kept = weight_VD if block.rows is None else weight_VD[torch.from_numpy(block.rows).to(weight_VD.device)]
-        total += code_error(kept[:, list(block.kept_columns)], count_V[rows], bits)
+        total += float(code_errors(kept[:, list(block.kept_columns)], count_V[rows], bits).sum())
     return total

@@ -3,8 +3,11 @@
 Errors of all kinds are measured in one unit, the second-order loss of the embedded training data:
 
     q_r     = phi_f n_r ||e_r - mean_f||^2 / 2N     of a row that reads the mean of its table, phi_f = tr(G_f) / D
-    t_f(w)  = the loss that the best w coordinates of a table leave; see compaction/low_rank.py
+    t_f(w)  = the loss that the first w coordinates of a table leave
     z_f(b)  = phi_f sum_r n_r ||e_r - stored_b(e_r)||^2 / 2N                of storing a table in b bits
+    z_f(b,w) = sum_{j<w} g_j sum_r n_r (c_rj - stored_b(c_rj))^2 / 2N       of storing w coordinates c_r = e_r A_w in b bits
+
+Which coordinates a table may have depends on the model; A, t_f and g_j are those of compaction/low_rank.py.
 
 The unit weighs tables and rows against each other. It is not the loss of the score that the user watches: a curve for
 each lever says how much validation score so much of the unit costs, measured on the user's own model with all tables cut
@@ -14,6 +17,7 @@ alike. A table whose absence does not lower the score is read as well.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embtrim.compaction.low_rank import Basis, bases, num_occurrences, trained_rows
+from embtrim.compaction.low_rank import Basis, bases, coordinates_of, num_occurrences, trained_rows
+from embtrim.plan.table import BITS, BYTES_PER_SCALE, CODE_BITS
 from embtrim.system.modules import evaluating
 from embtrim.system.progress import tracked
 from embtrim.tables.packing import CHUNK_ROWS, as_coded, fit_codes
@@ -41,11 +46,34 @@ LEAST_ROWS = 8_192
 # Shares of all rows that are kept, in order of their energy.
 ROW_SHARES = (0.85, 0.7, 0.55, 0.4, 0.25, 0.12, 0.05, 0.0)
 # Bits of codes whose loss is measured; fp16 loses nothing that a score shows.
-CODE_BITS = (8, 4)
+CODE_LEVELS = tuple(bits for bits in BITS if bits <= CODE_BITS)
+# Segments of rows for bands of bits: a bit more for a row is worth it where the row has four times the energy. A segment
+# has rows enough to pay for its scales: a bit less for so many rows saves the bytes of a scale and an offset.
+ENERGY_PER_SEGMENT, LEAST_SEGMENT = 4.0, 8 * BYTES_PER_SCALE
+MOST_SEGMENTS = 8
+# Most rows by which scales are fitted for a reading.
+FITTED_ROWS = 262_144
 # Tables that hold this part of all bytes are also read alone, replaced by their mean.
 LARGE_PART = 0.02
 # A loss that counts as none: rates stay positive, so that of two plans without a loss the one of less error is better.
 LEAST_LOSS = 1e-6
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Rows of one table in descending order of energy, cut where the energy has fallen to a part.
+
+    Attributes:
+        rows_S: Number of rows of each segment.
+        uses_S: How often the rows of each segment occur in the training data.
+        noise: z_f(b) of each segment with scales of its own, by bits; float64 (S,).
+        coordinate_noise: z_f(b, w) of each segment for w = 0..D, by bits; float64 (S, D + 1).
+    """
+
+    rows_S: np.ndarray
+    uses_S: np.ndarray
+    noise: Mapping[int, np.ndarray]
+    coordinate_noise: Mapping[int, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -56,12 +84,16 @@ class TableReading:
         energy_V: q_r of each row; see the module docstring.
         lost_D: t_f(w) for w = 0..D.
         noise: z_f(b) by bits.
+        coordinate_noise: z_f(b, w) for w = 0..D, by bits.
+        segments: The rows in segments of descending energy, for bands of bits.
         absence: Loss of the score if all rows read the mean; None if it was not measured.
     """
 
     energy_V: np.ndarray
     lost_D: np.ndarray
     noise: Mapping[int, float]
+    coordinate_noise: Mapping[int, np.ndarray]
+    segments: Segments
     absence: float | None = None
 
 
@@ -145,13 +177,9 @@ def _readings(task: Task) -> Readings:
     weights, counts = trained_rows(task)
     train_rows = num_occurrences(counts)
     task = task.sampled(max(LEAST_ROWS, min(MOST_ROWS, int(PART_OF_TRAIN * train_rows))))
-    found = bases(task, weights, counts)
-    codes = {(name, bits): rounding(weight_VD, bits) for name, weight_VD in weights.items() for bits in CODE_BITS}
-    tables = {}
-    for name, basis in found.items():
-        unit, weight_VD, count_V = basis.sensitivity / (2 * train_rows), weights[name], counts[name]
-        noise = {bits: unit * rounding_error(weight_VD, count_V, codes[name, bits]) for bits in CODE_BITS}
-        tables[name] = TableReading(unit * row_energies(weight_VD, count_V, basis.mean_D), basis.lost_D, noise)
+    found = bases(task, weights, counts, coordinates_of(task.model))
+    codes = {(name, bits): rounding(weight_VD, bits) for name, weight_VD in weights.items() for bits in CODE_LEVELS}
+    tables = {name: _table(weights[name], counts[name], basis, train_rows) for name, basis in found.items()}
     reader = _Reader(task, found)
     rows, widths, bits = _read_rows(reader, tables), _read_widths(reader, tables), _read_bits(reader, tables, codes)
     tables = {
@@ -159,6 +187,41 @@ def _readings(task: Task) -> Readings:
         for (name, table), absence in zip(tables.items(), _absences(reader), strict=True)
     }
     return Readings(reader.score, task.score_error(task.model), tables, rows, widths, bits, found)
+
+
+def _table(weight_VD: Tensor, count_V: np.ndarray, basis: Basis, train_rows: int) -> TableReading:
+    half, own_VD = 1 / (2 * train_rows), weight_VD @ basis.encode_DD
+    unit = basis.sensitivity * half
+    energy_V = unit * row_energies(weight_VD, count_V, basis.mean_D)
+    order = np.argsort(-energy_V, kind="stable")
+
+    def noises(rows: np.ndarray | slice) -> tuple[dict[int, float], dict[int, np.ndarray]]:
+        plain = {bits: unit * code_errors(weight_VD[rows], count_V[rows], bits).sum() for bits in CODE_LEVELS}
+        own = {
+            bits: half * np.append(0.0, np.cumsum(basis.gain_D * code_errors(own_VD[rows], count_V[rows], bits)))
+            for bits in CODE_LEVELS
+        }
+        return plain, own
+
+    parts = [order[start:stop] for start, stop in itertools.pairwise(_edges(energy_V[order]))]
+    found = [noises(slice(None)), *(noises(part) for part in parts)]
+    segments = Segments(
+        np.array(list(map(len, parts))),
+        np.array([float(count_V[part].sum()) for part in parts]),
+        {bits: np.array([plain[bits] for plain, _ in found[1:]]) for bits in CODE_LEVELS},
+        {bits: np.stack([own[bits] for _, own in found[1:]]) for bits in CODE_LEVELS},
+    )
+    return TableReading(energy_V, basis.lost_D, *found[0], segments)
+
+
+def _edges(ordered_V: np.ndarray) -> list[int]:
+    """First rows of the segments, and the number of rows; energies descend."""
+    thresholds = ordered_V[0] / ENERGY_PER_SEGMENT ** np.arange(1, MOST_SEGMENTS)
+    edges = [0]
+    for edge in np.searchsorted(-ordered_V, -thresholds).tolist():
+        if edge - edges[-1] >= LEAST_SEGMENT and len(ordered_V) - edge >= LEAST_SEGMENT:
+            edges.append(edge)
+    return [*edges, len(ordered_V)]
 
 
 class _Reader:
@@ -236,8 +299,8 @@ def _read_bits(reader: _Reader, tables: Mapping[str, TableReading], codes: Mappi
     def coded(name: str, bits: int) -> Any:
         return lambda part, _rows: codes[name, bits](part)
 
-    losses = reader.losses("reading bits", [{name: coded(name, bits) for name in tables} for bits in CODE_BITS])
-    return _rising(CODE_BITS, [sum(table.noise[b] for table in tables.values()) for b in CODE_BITS], losses, 32)
+    losses = reader.losses("reading bits", [{name: coded(name, bits) for name in tables} for bits in CODE_LEVELS])
+    return _rising(CODE_LEVELS, [sum(table.noise[b] for table in tables.values()) for b in CODE_LEVELS], losses, 32)
 
 
 def _absences(reader: _Reader) -> list[float | None]:
@@ -267,23 +330,20 @@ def row_energies(weight_VD: Tensor, count_V: np.ndarray, mean_D: Tensor) -> np.n
 
 
 def rounding(weight_VD: Tensor, bits: int) -> Rounding:
-    """The function from rows of a table to what they read in 16, 8 or 4 bits; its scales are fitted to the whole table."""
+    """The function from rows of a table to what they read in 16 bits or codes; its scales are fitted to the whole table."""
     if bits == 16:
         return lambda part: part.half().float()
-    scale, offset = fit_codes(weight_VD.float(), bits)
+    every = -(-len(weight_VD) // FITTED_ROWS)
+    scale, offset = fit_codes(weight_VD[::every].float(), bits)
     return lambda part: as_coded(part.float(), scale, offset, bits)
 
 
-def rounding_error(weight_VD: Tensor, count_V: np.ndarray, stored: Rounding) -> float:
-    """sum_r n_r ||e_r - stored(e_r)||^2 of a table."""
-    parts = zip(weight_VD.split(CHUNK_ROWS), torch.from_numpy(count_V).split(CHUNK_ROWS), strict=True)
-    return sum(
-        float(((stored(part) - part.float()).double().square().sum(1).cpu() * count).sum()) for part, count in parts
-    )
-
-
-def code_error(weight_VD: Tensor, count_V: np.ndarray, bits: int) -> float:
-    """`rounding_error` of a table in 16, 8 or 4 bits; 0 in 32 bits."""
-    if bits == 32 or not len(weight_VD):
-        return 0.0
-    return rounding_error(weight_VD, count_V, rounding(weight_VD, bits))
+def code_errors(values_VW: Tensor, count_V: np.ndarray, bits: int) -> np.ndarray:
+    """sum_r n_r (v_r - stored(v_r))^2 of each column of a table in 16 bits or codes, float64 (W,); 0 in 32 bits."""
+    found_W = torch.zeros(values_VW.shape[1], dtype=torch.float64)
+    if bits == 32 or not len(values_VW):
+        return found_W.numpy()
+    stored = rounding(values_VW, bits)
+    for part, count in zip(values_VW.split(CHUNK_ROWS), torch.from_numpy(count_V).split(CHUNK_ROWS), strict=True):
+        found_W += count.double() @ (stored(part) - part.float()).double().square().cpu()
+    return found_W.numpy()

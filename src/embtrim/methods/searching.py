@@ -69,8 +69,8 @@ def search(
         budget: Text such as "10%", "200MB" or "1.5M params", or a Budget.
         seed: Seed of everything random in the search. The same seed and the same batches give the same plan; a loader
             that shuffles on its own does not give the same batches.
-        bits: Bits per stored value in the compact tables: 32, 16, 8 or 4; or "mixed" for 16, 8 or 4, chosen for each
-            table. Within a percentage or a number of bytes, fewer bits leave room for more parameters. `guided` chooses
+        bits: Bits per stored value in the compact tables: 32, 16, 8, 4, 3 or 2; or "mixed" for bits of 16 and fewer that
+            are chosen for each table, and by `guided` for bands of its rows. Within a percentage or a number of bytes, fewer bits leave room for more parameters. `guided` chooses
             rows, columns and bits together; other methods search in fp32, and bits are chosen for what they find.
         target: Where the tables will be served. Sizes are counted as that backend stores them (`SizePlan.num_bytes`), and
             for a task on encoded data a budget in bytes then includes the vocabulary. The vocabulary's size is known only

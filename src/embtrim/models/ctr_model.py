@@ -79,8 +79,9 @@ class CTRModel(nn.Module):
         name: Short name, a key of `embtrim.models.MODELS`.
         needs_aligned: Whether the model reads embeddings of equal width (`aligned` or `fm()`).
         has_first_order: Whether the model reads first-order weights.
-        reads_linearly: Whether the layers that read `concat` are linear in it, and know no single columns. Cross layers
-            multiply column by column.
+        knows_columns: Whether the model tells one column of the embeddings from another, as cross layers do, which
+            multiply column by column. Other models give the same logits if the embeddings of all fields are rotated
+            alike, and the layers that read them are rotated back.
         tables: Embeddings of all fields.
         hparams: Constructor arguments as JSON values, without schema and plan. `type(model)(schema, plan=plan, **hparams)`
             builds the same model.
@@ -96,7 +97,7 @@ class CTRModel(nn.Module):
     name: ClassVar[str]
     needs_aligned: ClassVar[bool] = False
     has_first_order: ClassVar[bool] = False
-    reads_linearly: ClassVar[bool] = True
+    knows_columns: bool = False
 
     def __init__(self, schema: Schema, generator: torch.Generator, plan: PlanShape | None, **hparams: Any) -> None:
         super().__init__()

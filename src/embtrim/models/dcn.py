@@ -24,7 +24,7 @@ class DCN(CTRModel):
     """Deep & Cross network. Its arguments are described in HyperParameters."""
 
     name = "dcn"
-    reads_linearly = False
+    knows_columns = True
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ class DCNv2(CTRModel):
     """Deep & Cross network, second version. Its arguments are described in HyperParameters."""
 
     name = "dcnv2"
-    reads_linearly = False
+    knows_columns = True
 
     def __init__(
         self,

@@ -51,6 +51,7 @@ class DLRM(CTRModel):
         if self.num_dense:
             width = self.tables.width
             self.bottom = MLP(self.num_dense, bottom_units, dropout, batch_norm, generator, num_outputs=width)
+        self.knows_columns = self.bottom is not None  # a rotation does not pass through the ReLU of the dense vector
         self.pairs = PairProducts(self.tables, num_extra=0 if self.bottom is None else 1)
         num_inputs = len(self.pairs.kept) + len(self.kept_inputs("bottom"))
         self.mlp = MLP(num_inputs, hidden_units, dropout, batch_norm, generator)

@@ -128,7 +128,7 @@ def full_limit(full: PlanShape, budget: Budget) -> int:
 
 
 # Bits that a table may have in a plan of mixed bits; 32 bits gained nothing measurable over 16.
-LEVELS = (4, 8, 16)
+LEVELS = (2, 3, 4, 8, 16)
 
 
 def _in_fewest_bytes(plan: PlanShape, table: TableShape, budget: Budget) -> TableShape:

@@ -13,11 +13,13 @@ The layout of a table follows from its blocks:
   a row of width s is multiplied by W_s in R^{s x D}, which all mixed tables share; a row of width D is taken as it is.
 
 Precision is a third lever, beside rows and columns. A table of fewer than 32 bits is trained in fp32 and quantised
-afterwards. At 16 bits its values are fp16. At 8 and 4 bits its values are codes, with an fp32 scale and offset for each
-column of the rows of one width; a row of 4-bit codes fills whole bytes. First-order weights have 16 bits where the table
-has 16, and otherwise 8 bits with one scale and offset. Projections stay fp32.
+afterwards. At 16 bits its values are fp16. At 8 bits and fewer its values are codes, with an fp16 scale and offset for each
+column of the rows of one width; a row of codes fills whole bytes. Blocks of a uniform table of codes may have bits of their
+own: these *bands* have scales of their own too. First-order weights have 16 bits where the table has 16, and otherwise 8
+bits with one scale and offset. The projection that a table of fewer than 32 bits owns is fp16; shared ones stay fp32.
 
-Compact ids of a table run through its blocks in order; the DROPPED row comes last in the last of the widest blocks.
+Compact ids of a table run through its blocks in order; the DROPPED row comes last in the last of the widest blocks of most
+bits.
 
 A `PlanShape` is a plan without its rows: what storing, counting and loading a compact model need. A bundle holds a shape,
 because its vocabulary already says which values have a row. A `SizePlan` knows its rows.
@@ -46,6 +48,7 @@ from embtrim.plan.table import (
     BlockShape,
     TablePlan,
     TableShape,
+    TableT,
     Target,
     describe_difference,
     describe_table,
@@ -108,8 +111,9 @@ class PlanShape:
         """The same rows and columns at another precision.
 
         Args:
-            bits: 32, 16, 8 or 4 for every table, or a number for each named table; the other tables keep their bits. A
-                plan for the target fbgemm forgets its target if a table gets fewer than 32 bits: FBGEMM has no such tables.
+            bits: 32, 16, 8, 4, 3 or 2 for every table, or a number for each named table; the other tables keep their
+                bits. Named tables lose bands of other bits. A plan for the target fbgemm forgets its target if a table
+                gets fewer than 32 bits: FBGEMM has no such tables.
 
         Raises:
             PlanError: The number is not one of these, or the plan has no table of a given name.
@@ -117,14 +121,14 @@ class PlanShape:
         Example:
             >>> plan = SizePlan.full(Schema.from_sizes([100, 10]), width=4).with_bits(8)
             >>> plan.num_params, plan.num_bytes()  # one byte per parameter, a scale and an offset per column
-            (440, 504)
+            (440, 472)
         """
         by_name = bits if isinstance(bits, Mapping) else {t.name: bits for t in self.tables}
         names = [t.name for t in self.tables]
         unknown = [name for name in by_name if name not in names]
         if unknown:
             raise PlanError(f"with_bits names table {unknown[0]!r}, the plan has {', '.join(names)}")
-        tables = tuple(dataclasses.replace(t, bits=by_name.get(t.name, t.bits)) for t in self.tables)
+        tables = tuple(_in_bits(t, by_name[t.name]) if t.name in by_name else t for t in self.tables)
         found = dataclasses.replace(self, tables=tables)
         if found.target == "fbgemm" and found.is_quantized:  # FBGEMM stores 32 bits only
             found = dataclasses.replace(found, target=None)
@@ -218,7 +222,8 @@ class PlanShape:
             bits = "" if table.bits == 32 else f" {table.bits} bits"
             state.update(f"\0{table.name} {table.num_rows} {table.width}{bits}".encode())
             for block in table.blocks:
-                state.update(f"\0{block.num_rows} {block.columns} {block.alignment}".encode())
+                own = "" if block.bits is None else f" {block.bits} bits"
+                state.update(f"\0{block.num_rows} {block.columns} {block.alignment}{own}".encode())
                 if isinstance(block, Block) and block.rows is not None:
                     state.update(np.ascontiguousarray(block.rows, np.int32).tobytes())
         return state.hexdigest()[:12]
@@ -259,7 +264,9 @@ class PlanShape:
         if target == "fbgemm" and (table.mixed or table.bits != 32):
             what = "stores rows of several widths" if table.mixed else f"has {table.bits} bits"
             raise PlanError(f"table {table.name!r} {what}, which fbgemm's tables cannot; choose target torch or onnx")
-        total = table.num_value_bytes + BYTES_PER_PARAM * self._own_projection_params(table)
+        total = table.num_value_bytes + (BYTES_PER_PARAM if table.bits == 32 else 2) * self._own_projection_params(
+            table
+        )
         if self.standalone:
             total += table.num_map_bytes
         if budget is None or budget.kind == "bytes":
@@ -356,6 +363,8 @@ class PlanShape:
                     "columns": block.columns,
                     "alignment": block.alignment,
                 }
+                if block.bits is not None:
+                    entry["bits"] = block.bits
                 if isinstance(block, Block) and block.rows is not None:
                     entry["rows"] = f"t{number}b{place}"
                     arrays[entry["rows"]] = block.rows.astype(np.int32)
@@ -497,10 +506,19 @@ class SizePlan(PlanShape):
         if arrays and crc32 not in (None, _crc32(arrays)):
             raise PlanError(f"{rows.name} holds the rows of another plan; save or copy both again")
 
-        def block_of(num_rows: int, columns: Any, alignment: Alignment, rows: str | None = None) -> Block:
-            return Block(num_rows, columns, alignment, None if rows is None else arrays[rows])
+        def block_of(
+            num_rows: int, columns: Any, alignment: Alignment, rows: str | None = None, *, bits: int | None = None
+        ) -> Block:
+            return Block(num_rows, columns, alignment, None if rows is None else arrays[rows], bits=bits)
 
         return tuple(TablePlan(**_read_table(entry, block_of)) for entry in entries)
+
+
+def _in_bits(table: TableT, bits: int) -> TableT:
+    """The table at another precision, the same for all its rows."""
+    if any(block.bits is not None for block in table.blocks):
+        table = dataclasses.replace(table, blocks=tuple(dataclasses.replace(b, bits=None) for b in table.blocks))
+    return dataclasses.replace(table, bits=bits)
 
 
 def _crc32(arrays: Mapping[str, np.ndarray]) -> int:
@@ -516,10 +534,10 @@ def _read_table(entry: dict[str, Any], block_of: Callable[..., BlockShape]) -> d
     _check_keys(entry, ("name", "num_rows", "width", "blocks", "bits"), f"table {entry.get('name')!r}")
     blocks = []
     for block in entry["blocks"]:
-        _check_keys(block, ("num_rows", "columns", "alignment", "rows"), "a block")
+        _check_keys(block, ("num_rows", "columns", "alignment", "bits", "rows"), "a block")
         columns = block["columns"] if isinstance(block["columns"], int) else tuple(block["columns"])
         listed = {"rows": block["rows"]} if "rows" in block and block_of is not BlockShape else {}
-        blocks.append(block_of(int(block["num_rows"]), columns, block["alignment"], **listed))
+        blocks.append(block_of(int(block["num_rows"]), columns, block["alignment"], bits=block.get("bits"), **listed))
     sizes = {key: entry[key] for key in ("name", "num_rows", "width")}
     return {**sizes, "blocks": tuple(blocks), "bits": entry.get("bits", 32)}
 

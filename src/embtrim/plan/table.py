@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeVar, get_args
 
@@ -23,13 +23,15 @@ Alignment = Literal["concat", "scatter", "project"]
 # Where the tables will be served: sizes are counted as that backend stores them.
 Target = Literal["torch", "onnx", "fbgemm"]
 # Bits per stored value that a table may have.
-BITS = (32, 16, 8, 4)
-# Bits that a search may be asked for: the same for every table, or chosen table by table.
-Bits = Literal[32, 16, 8, 4, "mixed"]
+BITS = (32, 16, 8, 4, 3, 2)
+# Bits that a search may be asked for: the same for every table, or chosen table by table and band by band.
+Bits = Literal[32, 16, 8, 4, 3, 2, "mixed"]
 # FBGEMM's kernels take rows whose number of columns is a multiple of this.
 FBGEMM_COLUMNS = 4
-# A scale and an offset, both in fp32.
-BYTES_PER_SCALE = 2 * BYTES_PER_PARAM
+# Most bits of a value that is a code, which has a scale and an offset.
+CODE_BITS = 8
+# A scale and an offset, both in fp16.
+BYTES_PER_SCALE = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +43,13 @@ class BlockShape:
         columns: Kept columns of the full table, ascending; or an int where only their number is known.
         alignment: How narrow rows reach the full width: "concat" (no part of the model needs equal widths), "scatter" or
             "project"; see plan.py.
+        bits: Bits per stored value, if the rows are a band of their own in a table of codes; None means those of the table.
     """
 
     num_rows: int
     columns: tuple[int, ...] | int
     alignment: Alignment = "scatter"
+    bits: int | None = field(default=None, kw_only=True)
 
     @property
     def width(self) -> int:
@@ -59,7 +63,7 @@ class BlockShape:
 
     def shape(self) -> BlockShape:
         """The block without its rows."""
-        return BlockShape(self.num_rows, self.columns, self.alignment)
+        return BlockShape(self.num_rows, self.columns, self.alignment, bits=self.bits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +86,7 @@ class TableShape:
         num_rows: Rows of the full table, OOV included.
         width: Columns of the full table, D.
         blocks: Rows that are stored alike; a row is in one block at most.
-        bits: Bits per stored value, one of BITS; see plan.py.
+        bits: Bits per stored value, one of BITS, where a block does not say otherwise; see plan.py.
     """
 
     name: str
@@ -109,8 +113,19 @@ class TableShape:
             columns = block.kept_columns
             if any(b <= a for a, b in itertools.pairwise(columns)) or any(not 0 <= c < self.width for c in columns):
                 raise PlanError(f"{where}: columns must ascend within 0..{self.width - 1}, given {block.columns}")
+            if block.bits is not None and (block.bits not in BITS or max(block.bits, self.bits) > CODE_BITS):
+                allowed = ", ".join(str(bits) for bits in BITS if bits <= CODE_BITS)
+                raise PlanError(
+                    f"{where}: a block of {block.bits} bits in a table of {self.bits}; bands have {allowed} bits, as their "
+                    "table does"
+                )
         if self.mixed and any(b.alignment != "project" and b.width not in (0, self.width) for b in self.blocks):
             raise PlanError(f"{where}: blocks of different columns in one table need alignment 'project'")
+        if self.mixed and any(b.bits is not None for b in self.blocks):
+            raise PlanError(f"{where}: rows of several widths cannot have bits of their own; give the table its bits")
+        bits = [block.bits or self.bits for block in self.blocks]
+        if bits != sorted(bits, reverse=True):
+            raise PlanError(f"{where}: blocks of {bits} bits; the bits of the blocks must descend")
 
     def shape(self) -> TableShape:
         """The layout without the rows."""
@@ -197,9 +212,9 @@ class TableShape:
 
     @property
     def _dropped_block(self) -> int:
-        """The block that the DROPPED row is stored with: the last one, or the last of the widest in a mixed table."""
-        last = len(self.blocks) - 1
-        return max(range(len(self.blocks)), key=lambda i: (self.blocks[i].width, i)) if self.mixed else last
+        """The block that the DROPPED row is stored with: the last of the widest blocks of most bits."""
+        sizes = [(block.width if self.mixed else 0, block.bits or self.bits) for block in self.blocks]
+        return max(range(len(sizes)), key=lambda i: (sizes[i], i), default=-1)
 
     @property
     def _block_starts(self) -> list[int]:
@@ -217,6 +232,24 @@ class TableShape:
             (end - start, b.width) for b, start, end in zip(self.blocks, self._block_starts, ends, strict=True)
         )
 
+    @cached_property
+    def bands(self) -> tuple[tuple[int, int], ...]:
+        """(rows, bits) of each run of compact ids of one precision."""
+        if self.mixed or len({block.bits for block in self.blocks}) < 2:
+            bits = self.blocks[0].bits if self.blocks and not self.mixed else None
+            return ((self.num_compact_rows, bits or self.bits),)
+        ends = [*self._block_starts[1:], self.num_compact_rows]
+        sizes = zip(self.blocks, self._block_starts, ends, strict=True)
+        runs = itertools.groupby(
+            ((end - start, b.bits or self.bits) for b, start, end in sizes), key=lambda size: size[1]
+        )
+        return tuple((sum(rows for rows, _ in run), bits) for bits, run in runs)
+
+    @property
+    def top_bits(self) -> int:
+        """Bits of the values that have most."""
+        return max(bits for _, bits in self.bands)
+
     @property
     def mean_width(self) -> int | float:
         """Columns per stored row, on average where rows have several widths."""
@@ -226,15 +259,18 @@ class TableShape:
 
     @property
     def num_value_bytes(self) -> int:
-        """Bytes of the stored values; codes of 8 and 4 bits include a scale and an offset per column."""
-        rows = sum(rows * -(-width * self.bits // 8) for rows, width in self.segments)
-        columns = sum({width for _, width in self.segments})
-        return rows + (BYTES_PER_SCALE * columns if self.bits <= 8 else 0)
+        """Bytes of the stored values; codes include a scale and an offset per column and band."""
+        if not self.mixed:
+            return sum(stored_bytes(rows, self.output_width, bits) for rows, bits in self.bands)
+        by_width: dict[int, int] = {}
+        for rows, width in self.segments:
+            by_width[width] = by_width.get(width, 0) + rows
+        return sum(stored_bytes(rows, width, self.bits) for width, rows in by_width.items())
 
     @property
     def first_order_bits(self) -> int:
         """Bits per first-order weight of this table."""
-        return max(self.bits, 8)
+        return max(self.top_bits, CODE_BITS)
 
     @property
     def num_first_order_bytes(self) -> int:
@@ -373,6 +409,21 @@ def with_more_columns(table: TableT, number: int) -> TableT:
     return dataclasses.replace(table, blocks=tuple(dataclasses.replace(b, columns=columns) for b in table.blocks))
 
 
+def row_bytes(width: int, bits: int) -> int:
+    """Bytes of one row of values: whole bytes, and at 3 bits the bytes of a row of 2 bits and of a row of 1 bit."""
+    return sum(-(-width * plane // 8) for plane in bit_planes(bits))
+
+
+def bit_planes(bits: int) -> tuple[int, ...]:
+    """Bits of the parts in which a value is stored, such that no part lies across two bytes."""
+    return (2, 1) if bits == 3 else (bits,)
+
+
+def stored_bytes(num_rows: int, width: int, bits: int) -> int:
+    """Bytes of rows of one width and precision from one table, with their scales."""
+    return num_rows * row_bytes(width, bits) + (BYTES_PER_SCALE * width if bits <= CODE_BITS else 0)
+
+
 def padded_width(width: int) -> int:
     """Columns that a row takes in FBGEMM's tables, which fill it up to a multiple of FBGEMM_COLUMNS."""
     return -(-width // FBGEMM_COLUMNS) * FBGEMM_COLUMNS
@@ -397,14 +448,21 @@ def describe_table(table: TableShape) -> str:
     """One table of a plan in a few words."""
     widths = ", ".join(f"{rows:,} rows x {width}" for rows, width in table.segments)
     columns = f" (columns {list(table.columns)})" if not table.mixed and 0 < table.output_width < table.width else ""
-    bits = f", {table.bits} bits" if table.bits < 32 else ""
+    bits = f", {describe_bits(table)} bits" if table.bits < 32 else ""
     return f"{widths} of {table.num_rows:,} x {table.width}{columns}{bits}"
+
+
+def describe_bits(table: TableShape) -> str:
+    """The bits of a table; of bands with their rows, as in "8 (100 rows), 4 (900 rows)"."""
+    if len(table.bands) < 2:
+        return str(table.top_bits)
+    return ", ".join(f"{bits} ({rows:,} rows)" for rows, bits in table.bands)
 
 
 def describe_difference(left: TableShape, right: TableShape) -> str:
     """How two plans of one table differ, in a few words; empty if they do not. Rows are compared where both know them."""
     change = f"{describe_table(left)} -> {describe_table(right)}"
-    layouts = [[(b.num_rows, b.columns, b.alignment) for b in t.blocks] for t in (left, right)]
+    layouts = [[(b.num_rows, b.columns, b.alignment, b.bits) for b in t.blocks] for t in (left, right)]
     if describe_table(left) != describe_table(right):
         return change
     if layouts[0] != layouts[1]:

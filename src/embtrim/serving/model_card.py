@@ -7,6 +7,7 @@ from typing import Any
 
 from embtrim.plan.budget import BYTES_PER_PARAM
 from embtrim.plan.plan import PlanShape, SizePlan
+from embtrim.plan.table import describe_bits
 from embtrim.schema import Schema
 from embtrim.system.templates import render
 
@@ -100,7 +101,7 @@ def _table_rows(schema: Schema, plan: PlanShape) -> list[tuple[str, ...]]:
                 field.name,
                 f"{table.num_compact_rows:,} of {table.num_rows:,}",
                 f"{columns} of {table.width}",
-                f"{table.bits}",
+                describe_bits(table),
                 f"{plan.table_bytes(table, plan.target):,}",
                 f"{full_bytes[table.name]:,}",
             )

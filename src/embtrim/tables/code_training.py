@@ -1,6 +1,6 @@
 """CodeGate: train tables as their codes read them, so that the network learns to live with the rounding.
 
-A forward pass reads each row as its codes of 8 or 4 bits would give it; the gradient passes straight through to the fp32
+A forward pass reads each row as its codes would give it; the gradient passes straight through to the fp32
 row (Bengio et al. 2013, arXiv 1308.3432). The scales follow the tables: they are fitted again every so many steps, by the
 same `fit_codes` that stores the rows at the end.
 """
@@ -12,21 +12,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from embtrim.plan.table import CODE_BITS
 from embtrim.tables.embedding_tables import EmbeddingTables
 from embtrim.tables.layout import Group
 from embtrim.tables.packing import as_coded, fit_codes
 
 
 class Stretches(NamedTuple):
-    """Codes of one group's rows: T stretches, each the rows of one table at one width.
+    """Codes of one group's rows: T stretches, each the rows of one table at one width and precision.
 
     Attributes:
         start_T: First storage row of each stretch, ascending.
+        bits_T: Bits of each stretch.
         scale_TW: Step from one code to the next.
         offset_TW: Value of code 0.
     """
 
     start_T: Tensor
+    bits_T: Tensor
     scale_TW: Tensor
     offset_TW: Tensor
 
@@ -41,7 +44,9 @@ class CodeGate:
 
     def __init__(self, tables: EmbeddingTables, steps_per_fit: int) -> None:
         self.tables, self.steps_per_fit = tables, steps_per_fit
-        self.coded = [group for group in tables.layout.groups if group.bits <= 8 and group.width and group.num_rows]
+        self.coded = [
+            group for group in tables.layout.groups if group.bits <= CODE_BITS and group.width and group.num_rows
+        ]
         self.stretches: dict[int, Stretches] = {}
         self.fit()
 
@@ -50,17 +55,27 @@ class CodeGate:
         """Fit the scales to the present rows."""
         self.tables.settle()
         for group in self.coded:
-            starts = self._starts(group)
+            runs = self._runs(group)
+            starts = [start for start, _ in runs]
             sizes = [end - start for start, end in zip(starts, [*starts[1:], group.stop], strict=True)]
-            found = [fit_codes(rows, group.bits) for rows in self.tables.group_view(group).split(sizes)]
-            scales, offsets = zip(*found, strict=True)
-            start_T = torch.tensor(starts, device=scales[0].device)
-            self.stretches[group.start] = Stretches(start_T, torch.stack(scales), torch.stack(offsets))
+            parts = zip(self.tables.group_view(group).split(sizes), runs, strict=True)
+            scales, offsets = zip(*(fit_codes(rows, bits) for rows, (_, bits) in parts), strict=True)
+            start_T, bits_T = (torch.tensor(values, device=scales[0].device) for values in zip(*runs, strict=True))
+            self.stretches[group.start] = Stretches(start_T, bits_T, torch.stack(scales), torch.stack(offsets))
 
-    def _starts(self, group: Group) -> list[int]:
-        """First storage rows of the stretches of a group."""
-        starts = self.tables.layout.segment_starts
-        return sorted({start for name in group.tables for start in starts[name] if group.start <= start < group.stop})
+    def _runs(self, group: Group) -> list[tuple[int, int]]:
+        """(first storage row, bits) of the stretches of a group."""
+        runs = []
+        for name in group.tables:
+            table, starts = self.tables.layout.tables[name], self.tables.layout.segment_starts[name]
+            if table.mixed:
+                runs += [(start, table.bits) for start in starts if group.start <= start < group.stop]
+                continue
+            start = starts[0]
+            for rows, bits in table.bands:
+                runs.append((start, bits))
+                start += rows
+        return sorted(runs)
 
     def __call__(self, rows_U: Tensor, found_UW: Tensor) -> Tensor:
         """The rows as their codes read; the gradient is that of the rows."""
@@ -71,7 +86,7 @@ class CodeGate:
         place_U = torch.searchsorted(stretches.start_T, rows_U.long(), right=True) - 1
         scale_UW, offset_UW = stretches.scale_TW[place_U], stretches.offset_TW[place_U]
         with torch.no_grad():
-            rounding = as_coded(found_UW, scale_UW, offset_UW, group.bits) - found_UW
+            rounding = as_coded(found_UW, scale_UW, offset_UW, stretches.bits_T[place_U, None]) - found_UW
         return found_UW + rounding
 
     def on_step(self, step: int) -> None:

@@ -39,6 +39,8 @@ class Indices:
             field is D wide.
         projected_outputs: (P,) columns of `concat` that a uniform table projects. Exists unless every field is D wide.
         projection_rows: (P,) row of `projection` for each of `projected_outputs`. Exists unless every field is D wide.
+        projection_places: Place of each row of `projection` among those of 32 bits and then those of 16. Exists in
+            quantised tables of which one owns a projection.
         fixed_projection_SD: The `scatter_matrix`; None once tables are split by width. Exists unless every field is D
             wide.
         same_field_PP: The `same_field_matrix`; None once tables are split by width. Exists unless every field is D wide.
@@ -65,6 +67,7 @@ class Indices:
     projected_S: Tensor
     projected_outputs: Tensor
     projection_rows: Tensor
+    projection_places: Tensor
     fixed_projection_SD: Tensor | None
     same_field_PP: Tensor | None
     mixed_C: Tensor
@@ -192,7 +195,7 @@ def packed_tensors(layout: Layout) -> dict[str, Tensor]:
         For each group, named by its number, `stretches_0` with the stretch of each of its id columns, and
         `mixed_stretches_0` with the stretch of each id column of a mixed table. For each precision of the first-order
         weights, named by its bits, `first_order_columns_8` with id columns, and `first_order_stretches_8` with the stretch
-        of each. If a table is mixed, the `segment_tensors`.
+        of each. If a table owns a projection, `projection_places`. If a table is mixed, the `segment_tensors`.
     """
     found = {}
     names = layout.table_of_column
@@ -206,6 +209,9 @@ def packed_tensors(layout: Layout) -> dict[str, Tensor]:
         columns = [c for c, name in enumerate(names) if name in places]
         found[f"first_order_columns_{bits}"] = int64(columns)
         found[f"first_order_stretches_{bits}"] = int64(places[names[c]] for c in columns)
+    if layout.has_projections:
+        in_order = sorted(range(len(layout.is_half_projection)), key=lambda p: layout.is_half_projection[p])
+        found["projection_places"] = int64(sorted(range(len(in_order)), key=in_order.__getitem__))
     return found | segment_tensors(layout) if layout.mixed_columns else found
 
 

@@ -23,11 +23,12 @@ from embtrim.schema import FieldSpec, Schema
 
 @dataclass(frozen=True)
 class Group:
-    """The rows of one width and precision.
+    """The rows of one width and precision, or of one width in tables with bands.
 
     Attributes:
         width: Columns of each row.
-        bits: Bits of each value.
+        bits: Bits of each value; in tables with bands, of their widest band.
+        banded: Whether the tables have bands of several precisions.
         start: First storage row.
         num_rows: Number of storage rows.
         offset: First element in the flat buffer.
@@ -39,6 +40,7 @@ class Group:
 
     width: int
     bits: int
+    banded: bool
     start: int
     num_rows: int
     offset: int
@@ -55,7 +57,8 @@ class Group:
     @property
     def name(self) -> str:
         """The width as text, with the bits where there are fewer than 32."""
-        return str(self.width) if self.bits == 32 else f"{self.width}_{self.bits}bit"
+        bits = "" if self.bits == 32 else f"_{self.bits}bit"
+        return f"{self.width}{bits}{'_bands' if self.banded else ''}"
 
     @property
     def has_mixed(self) -> bool:
@@ -106,6 +109,20 @@ class Layout:
     def first_order_bits(self) -> tuple[int, ...]:
         """The precisions of the first-order weights, ascending."""
         return tuple(sorted({t.first_order_bits for t in self.tables.values()})) if self.first_order else ()
+
+    def bands(self, group: Group) -> list[tuple[tuple[int, int], ...]]:
+        """For each table of a group, (rows, bits) of the runs of rows of one precision that it has there."""
+        tables = [self.tables[name] for name in group.tables]
+        return [
+            t.bands if not t.mixed else ((sum(rows for rows, width in t.segments if width == group.width), t.bits),)
+            for t in tables
+        ]
+
+    @cached_property
+    def is_half_projection(self) -> tuple[bool, ...]:
+        """For each row of `projection`, whether its table has fewer than 32 bits, so that fp16 stores it."""
+        keys = [self.projection_key(output) for output in self.first_projected_outputs]
+        return tuple(self.tables[name].bits < 32 for name, _ in keys)
 
     def first_order_tables(self, bits: int) -> list[str]:
         """Names of the tables whose first-order weights have this precision."""
@@ -213,16 +230,16 @@ def lay_out(schema: Schema, plan: PlanShape) -> Layout:
     """Number the storage rows: groups descend in bits and width; in a group uniform tables stand before mixed ones."""
     tables = {table.name: table for table in plan.tables}
     segment_starts = {table.name: [0] * len(table.segments) for table in plan.tables}
-    kinds = {(table.bits, width) for table in plan.tables for _, width in table.segments}
+    kinds = {(*_precision(table), width) for table in plan.tables for _, width in table.segments}
     in_order = sorted(plan.tables, key=lambda table: table.mixed)  # stable: the plan's order otherwise
     groups: list[Group] = []
     row = element = 0
-    for bits, width in sorted(kinds, reverse=True):
+    for bits, banded, width in sorted(kinds, reverse=True):
         start, mixed_rows = row, 0
         members: list[str] = []
         for table in in_order:
             for number, (num_rows, own_width) in enumerate(table.segments):
-                if (table.bits, own_width) == (bits, width):
+                if (*_precision(table), own_width) == (bits, banded, width):
                     segment_starts[table.name][number] = row
                     members.append(table.name)
                     row += num_rows
@@ -230,7 +247,7 @@ def lay_out(schema: Schema, plan: PlanShape) -> Layout:
         fields = tuple(
             i
             for i, table in enumerate(tables[field.table_name] for field in schema.id_fields)
-            if not table.mixed and (table.bits, table.output_width) == (bits, width)
+            if not table.mixed and (*_precision(table), table.output_width) == (bits, banded, width)
         )
         columns = tuple(
             itertools.chain.from_iterable(
@@ -239,7 +256,7 @@ def lay_out(schema: Schema, plan: PlanShape) -> Layout:
         )
         members = list(dict.fromkeys(members))
         groups.append(
-            Group(width, bits, start, row - start, element, row - mixed_rows, columns, fields, tuple(members))
+            Group(width, bits, banded, start, row - start, element, row - mixed_rows, columns, fields, tuple(members))
         )
         element += (row - start) * width
     starts = {name: tuple(rows) for name, rows in segment_starts.items()}
@@ -249,3 +266,8 @@ def lay_out(schema: Schema, plan: PlanShape) -> Layout:
 def places_of(names: Sequence[str]) -> dict[str, int]:
     """The place of each name in a list, so that a search for many names takes one pass."""
     return {name: place for place, name in enumerate(names)}
+
+
+def _precision(table: TableShape) -> tuple[int, bool]:
+    """By what tables share a group, beside the width: their bits, and whether they have bands."""
+    return table.top_bits, len(table.bands) > 1

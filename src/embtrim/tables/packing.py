@@ -1,24 +1,35 @@
-"""PackedRows: rows of embedding tables in 32, 16, 8 or 4 bits per value, read-only.
+"""PackedRows and BandedRows: rows of embedding tables in 32, 16, 8, 4, 3 or 2 bits per value, read-only.
 
-At 8 and 4 bits a value is a code of b bits. A *stretch*, the rows that one table stores at one width, is quantised
-uniformly, column by column:
+At 8 bits and fewer a value is a code of b bits. A *stretch*, the rows that one table stores at one width and precision, is
+quantised uniformly, column by column:
 
     out = code * scale + offset,   code = round((value - offset) / scale) in 0 .. 2^b - 1
 
 The codes span the range of the column, shrunk towards its mean by the factor in CLIPS with the smallest squared error; a
-value outside this range gets the code of its nearer end. A byte holds two codes of 4 bits: column j of
-the first half in the low bits, column j of the second half in the high bits.
+value outside this range gets the code of its nearer end. Scale and offset are fp16.
+
+A byte holds 8 / p parts of p bits: with W columns and B bytes a row, column j is part j // B of byte j % B, from the low
+bits up. A code of 3 bits has two parts, in bytes of their own: its 2 low bits, then its high bit.
 
 Axes: N rows, W columns, T stretches.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from embtrim.errors import ModelError
+from embtrim.plan.table import CODE_BITS, bit_planes, row_bytes
+
 # Shares of the way from a column's mean to its largest and its smallest value that the codes may span; 1 clips nothing.
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+# Largest number of fp16.
+MOST_VALUE = torch.finfo(torch.float16).max
 # Rows coded at a time, which bounds the memory that coding takes.
 CHUNK_ROWS = 65_536
 
@@ -29,13 +40,13 @@ class PackedRows(nn.Module):
     Args:
         num_rows: Number of rows, N.
         width: Columns of each row, W.
-        bits: Bits per value: 32, 16, 8 or 4.
-        num_stretches: Number of stretches, T. At 8 and 4 bits each has a scale and an offset for every column.
+        bits: Bits per value: 32, 16, 8, 4, 3 or 2.
+        num_stretches: Number of stretches, T. At 8 bits and fewer each has a scale and an offset for every column.
 
     Attributes:
-        values: (N, W) stored values; uint8 codes at 8 bits, and (N, (W + 1) // 2) bytes of two codes at 4 bits.
-        scale: (T, W) step from one code to the next; only at 8 and 4 bits.
-        offset: (T, W) value of code 0; only at 8 and 4 bits.
+        values: (N, W) stored values; at 8 bits and fewer, uint8 (N, bytes of a row).
+        scale: fp16 (T, W) step from one code to the next; only at 8 bits and fewer.
+        offset: fp16 (T, W) value of code 0; only at 8 bits and fewer.
     """
 
     values: Tensor
@@ -45,12 +56,14 @@ class PackedRows(nn.Module):
     def __init__(self, num_rows: int, width: int, bits: int, num_stretches: int) -> None:
         super().__init__()
         self.width, self.bits = width, bits
-        dtype = {32: torch.float32, 16: torch.float16}.get(bits, torch.uint8)
-        columns = (width + 1) // 2 if bits == 4 else width
-        self.register_buffer("values", torch.zeros(num_rows, columns, dtype=dtype))
-        if bits <= 8:
-            self.register_buffer("scale", torch.zeros(num_stretches, width))
-            self.register_buffer("offset", torch.zeros(num_stretches, width))
+        if bits > CODE_BITS:
+            self.register_buffer(
+                "values", torch.zeros(num_rows, width, dtype={32: torch.float32, 16: torch.float16}[bits])
+            )
+            return
+        self.register_buffer("values", torch.zeros(num_rows, row_bytes(width, bits), dtype=torch.uint8))
+        self.register_buffer("scale", torch.zeros(num_stretches, width, dtype=torch.float16))
+        self.register_buffer("offset", torch.zeros(num_stretches, width, dtype=torch.float16))
 
     @torch.no_grad()
     def store(self, stretch: int, rows_N: Tensor, values_NW: Tensor) -> None:
@@ -60,35 +73,153 @@ class PackedRows(nn.Module):
             stretch: Number of the stretch.
             rows_N: int64 rows to write to.
             values_NW: Values of these rows.
+
+        Raises:
+            ModelError: A value is not a number, or is beyond those of fp16.
         """
-        if self.bits > 8:
+        if self.bits > CODE_BITS:
             self.values[rows_N] = values_NW.to(self.values.dtype)
             return
         values_NW = values_NW.float()
+        if values_NW.numel() and not values_NW.abs().max() <= MOST_VALUE:
+            raise ModelError(
+                f"a table has values from {values_NW.min():g} to {values_NW.max():g}; codes of {self.bits} bits have fp16 "
+                f"scales, which end at {MOST_VALUE:,.0f}: give the table 32 bits, or train it with embedding_l2"
+            )
         scale_W, offset_W = fit_codes(values_NW, self.bits)
         self.scale[stretch], self.offset[stretch] = scale_W, offset_W
         for place_N, part_NW in zip(rows_N.split(CHUNK_ROWS), values_NW.split(CHUNK_ROWS), strict=True):
             codes_NW = codes_of(part_NW, scale_W, offset_W, self.bits).to(torch.uint8)
-            if self.bits == 4:
-                low, high = codes_NW.split([self.values.shape[1], self.width // 2], 1)
-                codes_NW = low
-                codes_NW[:, : high.shape[1]] += high << 4
-            self.values[place_N] = codes_NW
+            self.values[place_N] = _packed(codes_NW, self.bits)
 
     def forward(self, index: Tensor, stretch_C: Tensor) -> Tensor:
         """fp32 rows (.., C, W) for row numbers `index` (.., C); column c of `index` reads rows of stretch `stretch_C[c]`."""
-        found = self.values.index_select(0, index.reshape(-1)).view(*index.shape, self.values.shape[1])
-        if self.bits > 8:
-            return found.float()
-        found = found.float()
-        if self.bits == 4:  # in floats, where ONNX has all the operators
-            high = (found / 16).floor()
-            found = torch.cat([found - 16 * high, high], -1)[..., : self.width]
-        return found * self.scale.index_select(0, stretch_C) + self.offset.index_select(0, stretch_C)
+        found = self.values.index_select(0, index.reshape(-1)).view(*index.shape, self.values.shape[1]).float()
+        if self.bits > CODE_BITS:
+            return found
+        codes = _unpacked(found, self.width, self.bits)
+        return codes * self.scale.index_select(0, stretch_C).float() + self.offset.index_select(0, stretch_C).float()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in ("scale", "offset"):  # files of earlier releases hold fp32 scales, which stay as they are
+            stored = state_dict.get(prefix + name)
+            if stored is not None and stored.dtype == torch.float32:
+                setattr(self, name, getattr(self, name).float())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class BandedRows(nn.Module):
+    """Rows of one width from tables with bands: runs of rows of one precision, with scales of their own.
+
+    Args:
+        width: Columns of each row, W.
+        bands_T: For each table, (rows, bits) of its bands in order.
+
+    Attributes:
+        stores: PackedRows of each precision, by its bits as text. A table is a stretch of those that it has rows in.
+    """
+
+    def __init__(self, width: int, bands_T: Sequence[Sequence[tuple[int, int]]]) -> None:
+        super().__init__()
+        self.width = width
+        levels = sorted({bits for bands in bands_T for _, bits in bands}, reverse=True)
+        sizes = {bits: [sum(rows for rows, b in bands if b == bits) for bands in bands_T] for bits in levels}
+        users = {bits: [t for t, rows in enumerate(sizes[bits]) if rows] for bits in levels}
+        self.stores = nn.ModuleDict(
+            {str(bits): PackedRows(sum(sizes[bits]), width, bits, len(users[bits])) for bits in levels}
+        )
+        firsts = _starts([sum(rows for rows, _ in bands) for bands in bands_T])
+        for bits in levels:
+            before = [sum(rows for rows, b in bands if b > bits) for bands in bands_T]
+            values = {
+                "start": [first + rows for first, rows in zip(firsts, before, strict=True)],
+                "size": sizes[bits],
+                "place": _starts(sizes[bits]),
+                # A table without rows of this precision reads a row of another table, which is multiplied by zero.
+                "stretch": [users[bits].index(t) if t in users[bits] else 0 for t in range(len(bands_T))],
+            }
+            for name, numbers in values.items():
+                dtype = torch.int64 if name == "stretch" else torch.int32
+                self.register_buffer(f"{name}_{bits}", torch.tensor(numbers, dtype=dtype), persistent=False)
+
+    def store(self, stretch: int, rows_N: Tensor, values_NW: Tensor) -> None:
+        """Pack all rows of a table, by its number; see `PackedRows.store`."""
+        for bits, store in self._levels():
+            start, size, place, own = (
+                int(self.get_buffer(f"{name}_{bits}")[stretch]) for name in ("start", "size", "place", "stretch")
+            )
+            inside = (rows_N >= start) & (rows_N < start + size)
+            if size:
+                store.store(own, rows_N[inside] - start + place, values_NW[inside])
+
+    def forward(self, index: Tensor, stretch_C: Tensor) -> Tensor:
+        """fp32 rows (.., C, W) for row numbers `index` (.., C); column c of `index` reads the table `stretch_C[c]`."""
+        total = None
+        for bits, store in self._levels():
+            start_C, size_C, place_C, own_C = (
+                self.get_buffer(f"{name}_{bits}").index_select(0, stretch_C)
+                for name in ("start", "size", "place", "stretch")
+            )
+            local = index - start_C
+            inside = (local >= 0) & (local < size_C)
+            found = store(torch.where(inside, local + place_C, 0), own_C) * inside[..., None]
+            total = found if total is None else total + found
+        assert total is not None
+        return total
+
+    def _levels(self) -> list[tuple[str, PackedRows]]:
+        return list(self.stores.items())  # type: ignore[arg-type]
+
+
+def packed_rows(width: int, bands_T: Sequence[Sequence[tuple[int, int]]]) -> PackedRows | BandedRows:
+    """Room for rows of one width from tables with these bands; plain rows where all have one precision."""
+    if any(len(bands) > 1 for bands in bands_T):
+        return BandedRows(width, bands_T)
+    return PackedRows(sum(bands[0][0] for bands in bands_T), width, bands_T[0][0][1], len(bands_T))
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    return [0, *itertools.accumulate(sizes)][:-1]
+
+
+def _packed(codes_NW: Tensor, bits: int) -> Tensor:
+    """uint8 (N, bytes of a row) of codes (N, W)."""
+    planes, width = [], codes_NW.shape[1]
+    for plane in bit_planes(bits):
+        num_bytes = row_bytes(width, plane)
+        part_NW = codes_NW & (2**plane - 1)
+        codes_NW = codes_NW >> plane
+        packed = part_NW.new_zeros(len(part_NW), num_bytes)
+        for place, piece in enumerate(part_NW.split(max(1, num_bytes), 1)):
+            packed[:, : piece.shape[1]] += piece << (place * plane)
+        planes.append(packed)
+    return torch.cat(planes, 1)
+
+
+def _unpacked(found: Tensor, width: int, bits: int) -> Tensor:
+    """Codes (.., W) of bytes (.., bytes of a row), all as floats, where ONNX has every operator."""
+    total, start, unit = None, 0, 1
+    for plane in bit_planes(bits):
+        num_bytes = row_bytes(width, plane)
+        left = found[..., start : start + num_bytes]
+        pieces = []
+        for _ in range(1, 8 // plane):
+            above = (left / 2**plane).floor()
+            pieces.append(left - 2**plane * above)
+            left = above
+        codes = torch.cat([*pieces, left], -1)[..., :width] if pieces else left
+        total = codes if total is None else total + unit * codes
+        start, unit = start + num_bytes, unit << plane
+    assert total is not None
+    return total
 
 
 def fit_codes(values_NW: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and offset (W,) of the columns, chosen for the smallest squared error. A constant column has scale 0."""
+    """Scale and offset (W,) of the columns, chosen for the smallest squared error.
+
+    Both are fp32 tensors whose numbers fp16 holds. The offset is rounded down and the scale up, so that the codes span
+    the range. A column of one number that fp16 holds has scale 0.
+    """
     if not len(values_NW):
         return values_NW.new_zeros(values_NW.shape[1]), values_NW.new_zeros(values_NW.shape[1])
     low_W, high_W = torch.aminmax(values_NW, dim=0)
@@ -96,8 +227,8 @@ def fit_codes(values_NW: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     best_scale_W, best_offset_W, least_W = torch.zeros_like(low_W), low_W, torch.full_like(low_W, torch.inf)
     for clip in CLIPS:
         # lerp is exact at weight 1, so the offset of a range that is not clipped is the smallest value itself.
-        offset_W = torch.lerp(mean_W, low_W, clip)
-        scale_W = (torch.lerp(mean_W, high_W, clip) - offset_W) / (2**bits - 1)
+        offset_W = _rounded(torch.lerp(mean_W, low_W, clip), up=False)
+        scale_W = _rounded((torch.lerp(mean_W, high_W, clip) - offset_W) / (2**bits - 1), up=True)
         error_W = torch.zeros_like(low_W)
         for part in values_NW.split(CHUNK_ROWS):
             error_W += (as_coded(part, scale_W, offset_W, bits) - part).square().sum(0)
@@ -108,12 +239,21 @@ def fit_codes(values_NW: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return best_scale_W, best_offset_W
 
 
-def codes_of(values_NW: Tensor, scale_W: Tensor, offset_W: Tensor, bits: int) -> Tensor:
-    """Codes (N, W), as floats: whole numbers from 0 to 2^bits - 1."""
+def _rounded(values_W: Tensor, *, up: bool) -> Tensor:
+    """The nearest numbers of fp16 that are not below the values, or not above."""
+    near = values_W.half()
+    beyond = near.float() < values_W if up else near.float() > values_W
+    towards = torch.full_like(near, torch.inf if up else -torch.inf)
+    return torch.where(beyond, torch.nextafter(near, towards), near).float()
+
+
+def codes_of(values_NW: Tensor, scale_W: Tensor, offset_W: Tensor, bits: int | Tensor) -> Tensor:
+    """Codes (N, W), as floats: whole numbers from 0 to 2^bits - 1. Rows may have bits of their own, (N, 1)."""
     steps_NW = (values_NW - offset_W) / torch.where(scale_W > 0, scale_W, 1.0)
-    return steps_NW.round().clamp(0, 2**bits - 1)
+    codes_NW = steps_NW.round().clamp(min=0)
+    return codes_NW.clamp(max=2**bits - 1) if isinstance(bits, int) else torch.minimum(codes_NW, 2.0**bits - 1)
 
 
-def as_coded(values_NW: Tensor, scale_W: Tensor, offset_W: Tensor, bits: int) -> Tensor:
+def as_coded(values_NW: Tensor, scale_W: Tensor, offset_W: Tensor, bits: int | Tensor) -> Tensor:
     """Values (N, W) as their codes read."""
     return codes_of(values_NW, scale_W, offset_W, bits) * scale_W + offset_W

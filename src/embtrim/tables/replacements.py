@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from embtrim.errors import ModelError
 from embtrim.plan.table import TablePlan, projects
-from embtrim.tables.packing import PackedRows
+from embtrim.tables.packing import packed_rows
 
 # Attributes that torch's modules and embeddings have of their own.
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -143,6 +143,7 @@ class CompactEmbedding(Replacement):
         self.embedding_dim = self.full_width = table.width
         self.num_embeddings = table.num_rows
         self.segments, self.bits = table.segments, table.bits
+        self.bands = None if table.mixed else table.bands
         self.padding_idx, self.max_norm, self.norm_type, self.sparse = padding_idx, max_norm, norm_type, sparse
         id_map = table.id_map() if table.output_width else None
         self.padding_row = padding_idx if padding_idx is None or id_map is None else int(id_map[padding_idx])
@@ -225,7 +226,7 @@ class CompactEmbedding(Replacement):
         """Stored rows of one width, brought to width D."""
         width = narrow.shape[-1]
         if str(width) in self.projections:
-            return narrow @ self.projections[str(width)]
+            return narrow @ self.projections[str(width)].to(narrow.dtype)
         if width in (0, self.embedding_dim):
             return narrow if width else narrow.new_zeros(*narrow.shape[:-1], self.embedding_dim)
         return narrow.new_zeros((*narrow.shape[:-1], self.embedding_dim)).index_copy(-1, self.columns, narrow)
@@ -248,9 +249,9 @@ class CompactEmbedding(Replacement):
 
     @torch.no_grad()
     def quantize(self) -> None:
-        """Store the rows in the bits of the plan, in place: for inference only. Projections stay as they are.
+        """Store the rows in the bits of the plan, in place: for inference only. Projections are stored in fp16.
 
-        All rows of one width share a scale and an offset for each column. A padding row of zeros stays zero.
+        All rows of one width and precision share a scale and an offset for each column. A padding row of zeros stays zero.
         """
         stored = list(self.weights)
         if self.bits == 32 or self.packed is not None or not self.stores_columns:
@@ -273,10 +274,12 @@ class CompactEmbedding(Replacement):
         rows_by_width: dict[int, int] = {}
         for num_rows, width in self.segments:
             rows_by_width[width] = rows_by_width.get(width, 0) + num_rows
-        packed = {str(width): PackedRows(rows, width, self.bits, 1) for width, rows in rows_by_width.items()}
+        packed = {str(w): packed_rows(w, [self.bands or ((rows, self.bits),)]) for w, rows in rows_by_width.items()}
         self.value_dtype = like.dtype
         self.packed = nn.ModuleDict(packed).to(like.device)
         self.weights = nn.ParameterList()
+        for projection in self.projections.values():
+            projection.data = projection.data.half()
 
     def _zero_padding(self, zeroes: bool) -> None:
         """Return zeros for the padding id, or what its row holds. An empty tensor in the state stands for zeros."""
@@ -306,7 +309,8 @@ class CompactEmbedding(Replacement):
     def extra_repr(self) -> str:
         """Sizes, for print(model)."""
         stored = ", ".join(f"{rows:,} x {width}" for rows, width in self.segments)
-        bits = "" if self.packed is None else f", {self.bits} bits"
+        levels = [self.bits] if self.bands is None else [bits for _, bits in self.bands]
+        bits = "" if self.packed is None else f", {', '.join(map(str, levels))} bits"
         return f"{stored} of {self.num_embeddings:,} x {self.embedding_dim}{bits}"
 
 

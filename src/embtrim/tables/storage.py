@@ -22,7 +22,7 @@ from embtrim.plan.plan import PlanShape
 from embtrim.schema import Schema
 from embtrim.tables.indices import Indices, index_tensors, packed_tensors, segment_tensors
 from embtrim.tables.layout import Group, lay_out, places_of
-from embtrim.tables.packing import PackedRows
+from embtrim.tables.packing import BandedRows, PackedRows, packed_rows
 
 
 @dataclass
@@ -67,7 +67,9 @@ class TableStorage(nn.Module, Indices):
         num_fields: Number of fields that read a table, F.
         weight: Flat fp32 rows; absent once the tables are split by width or quantised.
         first_order: (R,) first-order weights, or None.
-        projection: Rows of the projections that uniform tables own. Exists if a table owns one.
+        projection: Rows of the projections that uniform tables own, fp32. Exists if a table owns one. Quantised tables
+            hold those of tables of 32 bits here, and the others in `half_projection`.
+        half_projection: None, or the fp16 rows of the projections of quantised tables of fewer than 32 bits.
         shared_projections: PME's projections (s, D) of mixed tables, by the width s as text.
         weight_by_width: None, or the rows of each group by its name; see `split_by_width`.
         packed: None, or the rows of each group; see `quantize`.
@@ -92,6 +94,8 @@ class TableStorage(nn.Module, Indices):
         self.weight_by_width: nn.ParameterDict | None = None
         self.packed: nn.ModuleList | None = None
         self.packed_first_order: nn.ModuleDict | None = None
+        self.half_projection: Tensor | None
+        self.register_buffer("half_projection", None)
         self.row_owner: RowOwner | None = None
         self.lookups: list[Lookup] = []
         self._register(index_tensors(self.layout))
@@ -252,7 +256,7 @@ class TableStorage(nn.Module, Indices):
 
     @torch.no_grad()
     def quantize(self) -> None:
-        """Store the tables in the bits of their plan, in place: for inference only. Projections stay fp32.
+        """Store the tables in the bits of their plan, in place: for inference only. Shared projections stay fp32.
 
         Raises:
             ModelError: The tables are quantised already, are split by width, are gated, or a row optimiser owns them.
@@ -281,6 +285,8 @@ class TableStorage(nn.Module, Indices):
             return
         packed, packed_first_order = list(self.packed), dict(self.packed_first_order.items())
         device = self.shift_C.device
+        if self.half_projection is not None:
+            self.projection, self.half_projection = nn.Parameter(self.projections().clone()), None
         self.packed = self.packed_first_order = None
         self.weight = nn.Parameter(torch.zeros(self.layout.num_elements, device=device))
         if self.plan.first_order:
@@ -308,10 +314,16 @@ class TableStorage(nn.Module, Indices):
                 stretch = first_order_places[bits][table.name]
                 yield packed_first_order[str(bits)], stretch, rows - start, self.first_order[start:, None]
 
-    def _empty_packed(self) -> tuple[list[PackedRows], dict[str, PackedRows]]:
+    def projections(self) -> Tensor:
+        """The rows of all projections that uniform tables own, in fp32."""
+        if self.half_projection is None:
+            return self.projection
+        return torch.cat([self.projection, self.half_projection.float()]).index_select(0, self.projection_places)
+
+    def _empty_packed(self) -> tuple[list[PackedRows | BandedRows], dict[str, PackedRows]]:
         """Room for the rows of each group, and for the first-order weights of each precision."""
         device = self.weight.device
-        packed = [PackedRows(g.num_rows, g.width, g.bits, len(g.tables)).to(device) for g in self.groups]
+        packed = [packed_rows(g.width, self.layout.bands(g)).to(device) for g in self.groups]
         first_order = {}
         for bits in self.layout.first_order_bits:
             tables = [self.layout.tables[name] for name in self.layout.first_order_tables(bits)]
@@ -319,9 +331,15 @@ class TableStorage(nn.Module, Indices):
             first_order[str(bits)] = PackedRows(num_rows, 1, bits, len(tables)).to(device)
         return packed, first_order
 
-    def _take_packed(self, packed: Sequence[PackedRows], packed_first_order: Mapping[str, PackedRows]) -> None:
+    def _take_packed(
+        self, packed: Sequence[PackedRows | BandedRows], packed_first_order: Mapping[str, PackedRows]
+    ) -> None:
         """Read from packed rows from now on."""
         device = self.shift_C.device
+        if any(self.layout.is_half_projection):
+            is_half_P = torch.tensor(self.layout.is_half_projection, device=device)
+            self.half_projection = self.projection[is_half_P].half()
+            self.projection = nn.Parameter(self.projection[~is_half_P])
         self.packed, self.packed_first_order = nn.ModuleList(packed), nn.ModuleDict(packed_first_order)
         del self.weight
         self.first_order = None

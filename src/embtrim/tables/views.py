@@ -103,4 +103,4 @@ def gram_matrix(tables: TableStorage) -> Tensor:
 
 def _own_projections(tables: TableStorage) -> Tensor:
     """(P, D) learned projections of the projected outputs; fields that share a table share its projection."""
-    return tables.projection.index_select(0, tables.projection_rows)
+    return tables.projections().index_select(0, tables.projection_rows)
