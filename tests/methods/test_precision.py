@@ -28,6 +28,7 @@ from embtrim.methods.readings import row_energies
 from embtrim.methods.registry import register
 from embtrim.models import FNN, DeepFM
 from embtrim.plan.budget import Budget
+from embtrim.plan.budget_limits import LEVELS
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Bits, Block, TablePlan, Target
 from embtrim.tables.embedding_tables import EmbeddingTables
@@ -129,11 +130,11 @@ def test_padding_loses_nothing_whatever_its_bits():
 
 
 def test_a_table_of_few_rows_is_smallest_in_16_bits(task):
-    """Scales and offsets, 8 bytes a column, are more than what codes save on a few rows."""
-    few = search(task, FrequencyConfig(), "60 params")
+    """Scales and offsets, 4 bytes a column, are more than what codes save on a few rows."""
+    few = search(task, FrequencyConfig(), "24 params")
     smallest = mixed_bits(task, few, Budget.parse("1 b"))
     for table in smallest.tables:
-        sizes = {bits: few.with_bits({table.name: bits}).num_bytes() for bits in (4, 8, 16)}
+        sizes = {bits: few.with_bits({table.name: bits}).num_bytes() for bits in LEVELS}
         assert sizes[table.bits] == min(sizes.values())
     assert 16 in {t.bits for t in smallest.tables}
 
@@ -153,9 +154,11 @@ def test_a_search_of_mixed_bits(task, config):
 def test_guided_refuses_bytes_that_its_smallest_choices_exceed(task):
     with pytest.raises(BudgetError, match="smallest plan of method 'guided' with mixed bits, ") as caught:
         search(task, GuidedConfig(), "14 bytes", bits="mixed")
-    least = re.search(r"\d+ bytes(?=; give)", str(caught.value))
+    least = re.search(r"(\d+) bytes; give more than that", str(caught.value))
     assert least is not None
-    assert search(task, GuidedConfig(), least[0], bits="mixed").num_bytes() == int(least[0].split()[0])
+    with pytest.raises(BudgetError, match="keeps no row"):
+        search(task, GuidedConfig(), f"{least[1]} bytes", bits="mixed")
+    assert search(task, GuidedConfig(), f"{int(least[1]) + 12} bytes", bits="mixed").num_params > 0
 
 
 @pytest.mark.parametrize("plans_bits", [True, False])

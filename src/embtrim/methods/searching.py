@@ -70,8 +70,9 @@ def search(
         seed: Seed of everything random in the search. The same seed and the same batches give the same plan; a loader
             that shuffles on its own does not give the same batches.
         bits: Bits per stored value in the compact tables: 32, 16, 8, 4, 3 or 2; or "mixed" for bits of 16 and fewer that
-            are chosen for each table, and by `guided` for bands of its rows. Within a percentage or a number of bytes, fewer bits leave room for more parameters. `guided` chooses
-            rows, columns and bits together; other methods search in fp32, and bits are chosen for what they find.
+            are chosen for each table, and by `guided` for bands of its rows. Within a percentage or a number of bytes,
+            fewer bits leave room for more parameters. `guided` chooses rows, columns and bits together; other methods
+            search in fp32, and bits are chosen for what they find.
         target: Where the tables will be served. Sizes are counted as that backend stores them (`SizePlan.num_bytes`), and
             for a task on encoded data a budget in bytes then includes the vocabulary. The vocabulary's size is known only
             once there is a plan, so the search is repeated, at most five times. With None sizes are counted as for
@@ -270,7 +271,7 @@ def _search_bits(request: _Request, budget: Budget) -> SizePlan:
     if (least := amount_of(plan, budget, target)) > budget.amount * ROUNDED:
         raise BudgetError(
             f"budget of {budget} is below the smallest plan of method {method.name!r} with {bits} bits, "
-            f"{budget.words_for(least)}; give at least that"
+            f"{budget.words_for(least)}; give {'more than' if plan.keeps_nothing else 'at least'} that"
         )
     return plan
 
