@@ -110,6 +110,22 @@ def test_scales_of_earlier_releases_stay_as_they_are():
     assert torch.equal(again.offset, old["offset"])
 
 
+def test_projections_of_earlier_releases_stay_as_they_are():
+    full = SizePlan.full(SCHEMA, 4)
+    plan = full.with_columns(dict.fromkeys(("f0", "f1"), (0, 2)), "project").with_bits({"f0": 8, "f1": 4})
+    tables = EmbeddingTables(SCHEMA, plan, 1.0).eval()
+    whole = tables.projection.detach().clone()
+    tables.quantize()
+    assert tables.half_projection is not None
+    old = {**tables.state_dict(), "projection": whole}
+    del old["half_projection"]
+    again = EmbeddingTables(SCHEMA, plan, 1.0).eval()
+    again.load_state_dict(old)
+    assert torch.equal(again.projections(), whole)
+    ids = torch.zeros(2, 3, dtype=torch.int32)
+    torch.testing.assert_close(again(ids).aligned, tables(ids).aligned, rtol=1e-3, atol=1e-3)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_bands_read_as_rows_of_their_own_precision(draw):

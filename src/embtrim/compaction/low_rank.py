@@ -95,8 +95,8 @@ def bases(
     moments = {name: _moments(weights[name], counts[name], num_rows) for name in sensitivity}
     if coordinates == "own":
         return {name: _own_basis(G, *moments[name], weights[name]) for name, G in sensitivity.items()}
-    parts = [G.trace() * moments[name][0] for name, G in sensitivity.items()]
     if coordinates == "shared":
+        parts = [G.trace() * moments[name][0] for name, G in sensitivity.items()]
         rotation_DD = torch.linalg.eigh(sum(parts[1:], parts[0]))[1].flip(1)
         return {
             name: _basis(rotation_DD, G, *moments[name], weights[name], columns=None) for name, G in sensitivity.items()

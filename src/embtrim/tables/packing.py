@@ -130,13 +130,14 @@ class BandedRows(nn.Module):
         )
         firsts = _starts([sum(rows for rows, _ in bands) for bands in bands_T])
         for bits in levels:
+            own = {t: number for number, t in enumerate(users[bits])}
             before = [sum(rows for rows, b in bands if b > bits) for bands in bands_T]
             values = {
                 "start": [first + rows for first, rows in zip(firsts, before, strict=True)],
                 "size": sizes[bits],
                 "place": _starts(sizes[bits]),
                 # A table without rows of this precision reads a row of another table, which is multiplied by zero.
-                "stretch": [users[bits].index(t) if t in users[bits] else 0 for t in range(len(bands_T))],
+                "stretch": [own.get(t, 0) for t in range(len(bands_T))],
             }
             for name, numbers in values.items():
                 dtype = torch.int64 if name == "stretch" else torch.int32

@@ -223,7 +223,8 @@ class TableStorage(nn.Module, Indices):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         self.settle()  # decay is owed on the weights as they are, which are about to be overwritten
         if self.packed is None and any(key.startswith(f"{prefix}packed.") for key in state_dict):
-            self._take_packed(*self._empty_packed())
+            # A file of an earlier release holds projections in fp32, which stay as they are.
+            self._take_packed(*self._empty_packed(), halves=f"{prefix}half_projection" in state_dict)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     # ---- quantised --------------------------------------------------------------------------------------------
@@ -332,11 +333,15 @@ class TableStorage(nn.Module, Indices):
         return packed, first_order
 
     def _take_packed(
-        self, packed: Sequence[PackedRows | BandedRows], packed_first_order: Mapping[str, PackedRows]
+        self,
+        packed: Sequence[PackedRows | BandedRows],
+        packed_first_order: Mapping[str, PackedRows],
+        *,
+        halves: bool = True,
     ) -> None:
-        """Read from packed rows from now on."""
+        """Read from packed rows from now on; with `halves`, from projections in fp16 where their tables have fewer bits."""
         device = self.shift_C.device
-        if any(self.layout.is_half_projection):
+        if halves and any(self.layout.is_half_projection):
             is_half_P = torch.tensor(self.layout.is_half_projection, device=device)
             self.half_projection = self.projection[is_half_P].half()
             self.projection = nn.Parameter(self.projection[~is_half_P])
