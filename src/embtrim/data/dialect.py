@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from embtrim.data.log_file import listed, suffix_of
+from embtrim.data.log_file import is_number, listed, suffix_of
 from embtrim.data.places import Place
 from embtrim.data.read_options import ReadOptions
 from embtrim.data.text_rows import STAND_INS, Grammar
@@ -261,17 +261,9 @@ def _without_repeats(place: Place, names: Sequence[str]) -> tuple[str, ...]:
 
 def guess_at_names(names: Sequence[str], has_header: bool) -> str:
     """A guess at a missing header, for the end of a message: empty, or text that starts with `; `."""
-    if has_header and sum(_is_number(name) or not name for name in names) * 2 >= len(names):
+    if has_header and sum(is_number(name) or not name for name in names) * 2 >= len(names):
         return "; the first line looks like data: read it with ReadOptions(header=False, columns=..) (--no-header --columns ..)"
     return ""
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _encode(text: str, encoding: Encoding) -> bytes:

@@ -14,7 +14,7 @@ from functools import reduce
 import numpy as np
 import polars as pl
 
-from embtrim.data.log_file import Chunk, listed
+from embtrim.data.log_file import Chunk, is_number, listed
 from embtrim.errors import DataError, hint
 from embtrim.rules import Kind, Node, Rule
 
@@ -122,7 +122,7 @@ def _cells(name: str, kind: Kind, rule: Rule, chunk: Chunk, nulls: Sequence[str]
     if kind == "number":
         is_missing |= stripped.str.to_lowercase().is_in(["nan", "+nan", "-nan"]).fill_null(False)
     if raw.dtype.is_numeric() or kind == "number":
-        is_missing |= _number(raw).cast(pl.Float64).is_in(list(map(float, filter(_is_number, nulls)))).fill_null(False)
+        is_missing |= _number(raw).cast(pl.Float64).is_in(list(map(float, filter(is_number, nulls)))).fill_null(False)
     read = {"number": _number, "time": _time, "truth": _truth, "text": _text}[kind](raw).set(is_missing, None)
     bad = (read.is_null() & ~is_missing).arg_true()
     if len(bad):
@@ -134,14 +134,6 @@ def _cells(name: str, kind: Kind, rule: Rule, chunk: Chunk, nulls: Sequence[str]
             f"{chunk.locate(bad[0])}: column {name!r} holds {given!r}, but rule {rule.text!r} needs {_WHAT[kind]}{advice}"
         )
     return read
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _number(raw: pl.Series) -> pl.Series:
