@@ -80,7 +80,7 @@ def kinds_of_log(schema: Schema, log: RawLog) -> tuple[Schema, frozenset[str]]:
         log: The training log.
 
     Raises:
-        DataError: Files hold types of which there is no one kind; the message names the files and the column.
+        DataError: No one kind fits the types that the files hold. The message names the files and the column.
     """
     fields, undecided = [], set()
     for field in schema.fields:

@@ -153,7 +153,7 @@ def outside_range(
 
 
 def quantiles_of(sample: NumberSample, numbers_NK: np.ndarray) -> dict[str, tuple[float, ...]]:
-    """Quantiles of numbers, by field; empty where there is no number."""
+    """Quantiles of the numbers of each field, by its name. A field without numbers has an empty tuple."""
     found = {}
     for k, field in enumerate(sample.fields):
         numbers = numbers_NK[:, k][~np.isnan(numbers_NK[:, k])]

@@ -30,7 +30,7 @@ def check_drift(
         bundle: Name of the bundle for messages.
 
     Raises:
-        DataError: `strict` is set, and a field has drifted or there is no profile.
+        DataError: `strict` is set, and a field has drifted or the profile is missing.
     """
     if profile is None:
         text = (
