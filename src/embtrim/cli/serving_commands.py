@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,6 +32,9 @@ from embtrim.cli.flags import (
 )
 from embtrim.cli.settings import PredictSettings, needed, read_flags, read_options, settle, split_commas
 from embtrim.cli.terminal import log_line, print_json, show_dry_run, show_facts, show_update, start_log, wants_progress
+
+if TYPE_CHECKING:
+    from embtrim.data.read_options import ReadOptions
 
 
 def predict(
@@ -147,21 +151,7 @@ def update(
     }
     settings = settle(UpdateConfig, config, overrides, flags)
     if dry_run:
-        from embtrim.data.reading import open_log
-        from embtrim.serving.bundle import load_bundle
-
-        loaded = load_bundle(bundle)
-        opened = open_log(log, settings.read)
-        schema = loaded.model.schema
-        opened.require([*schema.label_columns, *schema.where_columns, *loaded.encoder.columns])
-        plan = loaded.model.tables.plan
-        facts = {
-            "model": loaded.info["model"],
-            "version": loaded.info["version"] + 1,
-            "table_bytes_before": plan.num_bytes(plan.target),
-            "log": opened.describe(),
-        }
-        show_dry_run(settings, facts, as_json)
+        show_dry_run(settings, _update_facts(bundle, log, settings.read), as_json)
         return
     target = needed(out)
     report = embtrim.update(
@@ -178,6 +168,24 @@ def update(
         return
     show_update(report)
     log_line(f"bundle: {target}, version {report.version}")
+
+
+def _update_facts(bundle: Path, log: str, read: ReadOptions) -> dict[str, Any]:
+    """What an update starts from; the log must have the columns that it needs."""
+    from embtrim.data.reading import open_log
+    from embtrim.serving.bundle import load_bundle
+
+    loaded = load_bundle(bundle)
+    opened = open_log(log, read)
+    schema = loaded.model.schema
+    opened.require([*schema.label_columns, *schema.where_columns, *loaded.encoder.columns])
+    plan = loaded.model.tables.plan
+    return {
+        "model": loaded.info["model"],
+        "version": loaded.info["version"] + 1,
+        "table_bytes_before": plan.num_bytes(plan.target),
+        "log": opened.describe(),
+    }
 
 
 def export(

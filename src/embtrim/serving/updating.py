@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -247,10 +247,7 @@ def update(
         changes = table_changes(parent.model.tables.plan, plan)
         note = {
             "of": parent_digest,
-            "schema_before": parent.model.schema.fingerprint,
-            "plan_before": parent.model.tables.plan.digest,
-            "renumbered": config.renumber,
-            "tables": {c.table: {"new": c.new, "returned": c.returned} for c in changes if c.new or c.returned},
+            **_lineage(parent, config, changes),
             "num_rows": {name: data.num_rows(name) for name in data.splits},
             "epochs": epochs,
             "metrics_before": before,
@@ -262,6 +259,16 @@ def update(
         )  # fmt: skip
     shares = shares_of(parent.profile, against.counts)
     return _report(folder, target, parent, plan, note, changes, after, shares, time.perf_counter() - started)
+
+
+def _lineage(parent: Bundle, config: UpdateConfig, changes: Sequence[TableChange]) -> dict[str, Any]:
+    """What a bundle notes of its parent's layout, and of what became of it."""
+    return {
+        "schema_before": parent.model.schema.fingerprint,
+        "plan_before": parent.model.tables.plan.digest,
+        "renumbered": config.renumber,
+        "tables": {c.table: {"new": c.new, "returned": c.returned} for c in changes if c.new or c.returned},
+    }
 
 
 def _check_apart(bundle: Path, out: Path) -> None:
