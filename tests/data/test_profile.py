@@ -90,6 +90,17 @@ def test_a_tally_of_the_same_rows_counts_the_same(profiled):
     assert tally.quantiles()["n"][0] == 0.0
 
 
+def test_the_range_of_numbers_holds_their_float32(run):
+    schema = schema_of(FieldSpec(name="a"), FieldSpec(name="d", type="dense", transform="none"))
+    folder = run(pl.DataFrame({"y": [0, 1], "a": ["u", "v"], "d": [0.7, 1.1]}), schema).folder
+    encoder = Encoder.load(folder)
+    numbers = pl.Series([0.7, 1.1, 0.6, 1.2], dtype=pl.Float32)  # which are 0.69999999, 1.10000002, ..
+    rows = pl.DataFrame({"a": ["u"] * 4, "d": numbers})
+    tally = Tally(schema, sample_of(schema, rows), Profile.load(folder))
+    encoder.encode_chunk(rows, tally)
+    assert tally.counts()["d"] == Counts(rows=4, values=4, unseen=2)
+
+
 def test_the_size_of_chunks_and_of_the_sample_does_not_matter(run, write, monkeypatch):
     rng = np.random.default_rng(0)
     rows = "".join(f"{k % 2},u{rng.integers(0, 400)},{rng.normal():.4f}\n" for k in range(6000))

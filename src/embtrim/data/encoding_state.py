@@ -42,7 +42,7 @@ from embtrim.data.log_file import START, Position, Skipped
 from embtrim.errors import DataError, EmbtrimError, UnreachableError
 from embtrim.system.files import flush_file, write_then_rename
 
-CHECKPOINT_VERSION = 4
+CHECKPOINT_VERSION = 5
 # A checkpoint that takes longer is saved less often. With one checkpoint a minute, this is one percent of the time.
 CHEAP_SECONDS = 0.6
 

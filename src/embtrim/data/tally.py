@@ -142,11 +142,15 @@ def ranges(profile: Profile | None) -> dict[str, tuple[float, float]]:
 def outside_range(
     sample: NumberSample, numbers_NK: np.ndarray, ranges: Mapping[str, tuple[float, float]]
 ) -> dict[str, tuple[int, int]]:
-    """How many numbers there are, and how many lie outside their field's range, by field."""
+    """How many numbers there are, and how many lie outside their field's range, by field.
+
+    Float32 numbers are compared, so that a range holds both the float32 and the float64 of a number.
+    """
     found = {}
     for k, field in enumerate(sample.fields):
-        number_N = numbers_NK[:, k]
-        low, high = ranges.get(field.name, (-np.inf, np.inf))
+        with np.errstate(over="ignore"):
+            low, high = np.array(ranges.get(field.name, (-np.inf, np.inf)), np.float32)
+            number_N = numbers_NK[:, k].astype(np.float32)
         outside = np.count_nonzero((number_N < low) | (number_N > high))
         found[field.name] = (int(np.count_nonzero(~np.isnan(number_N))), int(outside))
     return found

@@ -1,8 +1,9 @@
 """Transforms of numbers: buckets of numeric fields, and the values of dense fields.
 
 log2: v > 2 -> floor(ln(v)^2), else floor(v), so negative numbers keep one bucket per unit; all below -2^31 + 1 share
-the last bucket. quantile:k: bucket i holds edge[i-1] <= v < edge[i]; equal edges are merged. log1p: sign(v) ln(1 +
-|v|). standard: (v - mean) / std over the training rows that have a value; std is 1 if all are equal.
+the last bucket. quantile:k: bucket i holds edge[i-1] <= v < edge[i]; edges lie between values, see `quantile_edges`.
+log1p: sign(v) ln(1 + |v|). standard: (v - mean) / std over the training rows that have a value; std is 1 if all are
+equal.
 
 Shapes: N rows.
 """
@@ -58,15 +59,37 @@ def is_learned(transform: str | None) -> bool:
 def quantile_edges(values: np.ndarray, num_buckets: int) -> list[float]:
     """Rising edges that divide values into buckets of equal size, as far as ties allow; at most num_buckets - 1.
 
+    An edge lies midway between two neighbouring values, and values that are one float32 are ties. A float64 number and
+    its float32 are in one bucket, whether or not training saw the number: an edge is the least float64 that rounds to
+    its own float32, so `number >= edge` exactly if float32(number) >= float32(edge).
+
+    Args:
+        values: The numbers of the training rows: float (N,).
+        num_buckets: Number of buckets.
+
     Example:
-        >>> quantile_edges(np.array([1.0, 2, 3, 4, 5, 6]), 3)
-        [3.0, 5.0]
+        >>> edges = quantile_edges(np.array([1.0, 2, 3, 4, 5, 6]), 3)
+        >>> np.array(edges, np.float32).tolist()
+        [2.5, 4.5]
     """
-    ordered = np.sort(values)
-    if not len(ordered):
-        return []
-    edges = np.unique(ordered[len(ordered) * np.arange(1, num_buckets) // num_buckets])
-    return [float(edge) for edge in edges if edge > ordered[0]]
+    with np.errstate(over="ignore"):  # a number beyond float32 is its infinity
+        ordered = np.sort(np.asarray(values).astype(np.float32))
+        if not len(ordered):
+            return []
+        upper = np.unique(ordered[len(ordered) * np.arange(1, num_buckets) // num_buckets])
+        upper = upper[upper > ordered[0]]
+        lower = ordered[np.searchsorted(ordered, upper) - 1]
+        middle = ((_finite(lower) + _finite(upper)) / 2).astype(np.float32)
+        edges = np.maximum(middle, np.nextafter(lower, np.float32(np.inf)))
+        # The least float64 that rounds to an edge is halfway to the float32 below, or just above halfway.
+        halfway = (_finite(np.nextafter(edges, np.float32(-np.inf))) + _finite(edges)) / 2
+        least = np.where(halfway.astype(np.float32) == edges, halfway, np.nextafter(halfway, np.inf))
+    return least.tolist()
+
+
+def _finite(numbers: np.ndarray) -> np.ndarray:
+    """Float32 numbers as float64; infinite ones as the powers of two that follow the largest float32."""
+    return np.clip(numbers.astype(float), -(2.0**128), 2.0**128)
 
 
 @dataclass
