@@ -227,6 +227,11 @@ class TestFolder:
             run(self.FRAME, ONE, out=tmp_path / "data", split="8:1:1")
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_schema_of_dense_fields_has_no_table(self, run):
+        schema = schema_of(FieldSpec(name="a", type="dense", transform="none"))
+        with pytest.raises(DataError, match=r"all fields of the schema are dense.*declare a field categorical"):
+            run(pl.DataFrame({"y": [0, 1], "a": [0.5, 1.5]}), schema)
+
     def test_unwritable_parent(self, run, write):
         with pytest.raises(DataError, match="cannot write beside"):
             run(self.FRAME, ONE, out=write("file", "") / "data")

@@ -188,7 +188,12 @@ def encode_further(
 
 
 def _check_logs(logs: Mapping[str, RawLog], schema: Schema, chosen: Split | None) -> None:
-    """Raise DataError unless the logs have the columns that the schema and the split need."""
+    """Raise DataError unless the schema has ids, and the logs have the columns that the schema and the split need."""
+    if not schema.id_fields:
+        raise DataError(
+            "all fields of the schema are dense, so there is no table to shrink; declare a field categorical, or numeric "
+            "with transform = 'log2' or 'quantile:k'"
+        )
     if chosen is not None and chosen.by == "time" and schema.time is None:
         raise DataError(
             "a split by time needs the schema's time column; set time = '<column>' in the schema (--time COLUMN)"
