@@ -72,7 +72,7 @@ def deepfm(source: int | str, layout: str, bits: int = 32, **hparams: Any) -> De
     schema = embtrim.Schema.from_sizes(synthetic.table_sizes(source))
     model = DeepFM(schema, plan=plan_of(schema, layout).with_bits(bits), batch_norm=False, **hparams).to(measure.device)
     if bits < 32:
-        model.tables.quantize()
+        model.tables.quantize_()
     return model
 
 

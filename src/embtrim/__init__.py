@@ -12,7 +12,7 @@ from embtrim._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from embtrim import methods, models
-    from embtrim.compaction.compacting import compact, quantize
+    from embtrim.compaction.compacting import compact, quantize_
     from embtrim.compaction.verification import Verification, verify
     from embtrim.data.catalog import load
     from embtrim.data.dataset import EncodedDataset
@@ -80,7 +80,7 @@ _HOMES = {
     "load_bundle": "serving.bundle",
     "methods": "methods",
     "models": "models",
-    "quantize": "compaction.compacting",
+    "quantize_": "compaction.compacting",
     "run": "experiments.run",
     "save": "serving.bundle",
     "search": "methods.searching",
@@ -90,7 +90,7 @@ _HOMES = {
 }
 
 __all__ = [  # noqa: RUF022 (in the order of the way through the house)
-    "encode", "load", "models", "fit", "evaluate", "methods", "search", "verify", "compact", "quantize", "save",
+    "encode", "load", "models", "fit", "evaluate", "methods", "search", "verify", "compact", "quantize_", "save",
     "load_bundle", "export", "update", "run", "size_curve", "compare",
     "Schema", "FieldSpec", "Split", "ReadOptions", "EncodedDataset", "Encoder", "TrainConfig", "FitResult", "Metrics",
     "Task", "CTRTask", "Finding", "Budget", "SizePlan", "Verification", "Bundle", "Manifest", "UpdateConfig", "UpdateReport",

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from embtrim.compaction.compacting import compact, quantize
+from embtrim.compaction.compacting import compact, quantize_
 from embtrim.compaction.verification import verify
 from embtrim.errors import EmbtrimError
 from embtrim.methods import FrequencyConfig, PMEConfig, RandomConfig, SSEDSConfig, search
@@ -170,7 +170,7 @@ def test_a_saved_module_opens_without_search_code(tmp_path: Path):
     task = pooled_task()
     plan = search(task, PMEConfig(), "50%", bits=8)
     tables = nn.ModuleDict({name: compact(task.model, plan).get_submodule(name) for name in ("flat", "history")})
-    quantize(tables.eval())
+    quantize_(tables.eval())
     torch.save(tables, tmp_path / "tables.pt")
     torch.save(tables["flat"](PAIRS), tmp_path / "expected.pt")
     code = """

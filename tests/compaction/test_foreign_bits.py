@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from embtrim.compaction.compacting import compact, quantize
+from embtrim.compaction.compacting import compact, quantize_
 from embtrim.compaction.foreign import compact_tables
 from embtrim.compaction.verification import verify
 from embtrim.errors import EmbtrimError
@@ -70,7 +70,7 @@ class TestBits:
                 if ".projections." in name:
                     p.copy_(p.half())  # as they are stored
             expected = torch.cat([quantized_rows(t) for t in compact_tables(small, plan)])
-            quantize(small)
+            quantize_(small)
             assert torch.equal(small.eval()(PAIRS), expected[PAIRS])
         assert sum(v.nbytes for v in small.state_dict().values()) == plan.num_bytes()
 
@@ -81,7 +81,7 @@ class TestBits:
         model = bag(mode=mode, padding_idx=padding_idx)
         plan = plan_for(model, "rows").with_bits(bits)
         small = compact(model, plan, seed=0).eval()
-        quantize(small)
+        quantize_(small)
         stands_for = bag(mode=mode, padding_idx=padding_idx)
         with torch.no_grad():
             stands_for[0].weight.copy_(small[0].entries(torch.arange(ROWS)))
@@ -92,7 +92,7 @@ class TestBits:
         model = nn.Sequential(nn.Embedding(ROWS, WIDTH, padding_idx=0))  # of both signs: zero is not a code
         for bits in (16, 8, 4):
             small = compact(model, plan_for(model, "columns").with_bits(bits), "inherit").eval()
-            quantize(small)
+            quantize_(small)
             assert not small(torch.tensor([0])).any()
             assert small(torch.tensor([1])).any()
 
@@ -100,7 +100,7 @@ class TestBits:
         task = pooled_task()
         plan = search(task, PMEConfig(), "50%", bits=8)
         small = compact(task.model, plan, seed=1).eval()
-        quantize(small)
+        quantize_(small)
         torch.save(small.state_dict(), tmp_path / "small.pt")
         torch.save(small, tmp_path / "module.pt")
         again = compact(task.model, plan, seed=2).eval()
@@ -122,8 +122,8 @@ class TestBits:
         small, into, quantized = (compact(m, plan, "inherit").eval() for m in (zero, other, other))
         if not saved_is_zero:
             small, into, quantized = into, small, compact(zero, plan, "inherit").eval()
-        quantize(small)
-        quantize(quantized)
+        quantize_(small)
+        quantize_(quantized)
         assert bool(small(torch.tensor(3)).any()) != saved_is_zero
         for again in (into, quantized):
             again.load_state_dict(small.state_dict())
@@ -134,7 +134,7 @@ class TestBits:
         model = nn.Sequential(nn.Embedding(ROWS, WIDTH))
         small = compact(model, plan_for(model, "rows").with_bits(8), "inherit")
         small(PAIRS).sum().backward()
-        quantize(small)
+        quantize_(small)
         assert not list(small.parameters())
         with pytest.raises(EmbtrimError, match="'0' is quantised, for inference only"):
             small(PAIRS)
@@ -142,22 +142,22 @@ class TestBits:
             small(PAIRS)
         small.eval()(PAIRS)
         with pytest.raises(EmbtrimError, match="quantised already"):
-            quantize(small)
+            quantize_(small)
         with pytest.raises(EmbtrimError, match=r"no compact table of fewer than 32 bits; .* plan\.with_bits\(8\)"):
-            quantize(compact(model, plan_for(model, "rows")))
+            quantize_(compact(model, plan_for(model, "rows")))
         with pytest.raises(EmbtrimError, match="no compact table"):
-            quantize(model)
+            quantize_(model)
 
     def test_a_weight_in_a_list_is_emptied(self):
         model = Owner()
         small = compact(model, plan_for(model, "columns").with_bits(8), "inherit")
-        quantize(small)
+        quantize_(small)
         assert small.penalized[0].numel() == 0
 
     def test_a_model_of_doubles_stays_one(self):
         model = bag(mode="sum").double()
         small = compact(model, plan_for(model, "sizes").with_bits(8)).eval()
-        quantize(small)
+        quantize_(small)
         assert small(PAIRS).dtype == torch.float64
 
     @pytest.mark.slow
@@ -170,7 +170,7 @@ class TestBits:
             assert 100 < plan.num_bytes() <= 230
             assert verify(task.model, plan, task).passed
             small = compact(task.model, plan).eval()
-            quantize(small)
+            quantize_(small)
             stored = [v for t in compact_tables(small, plan) for v in t.state_dict().values()]
             assert sum(v.nbytes for v in stored) == plan.num_bytes()
 
@@ -181,7 +181,7 @@ class TestBits:
         for bits in (32, 8, 4):
             small = compact(task.model, task.full_plan().with_bits(bits), "inherit").eval()
             if bits < 32:
-                quantize(small)
+                quantize_(small)
             losses.append(-task.valid_score(small))
         assert losses[0] == pytest.approx(-task.valid_score(task.model))
         assert losses[0] < losses[1] == pytest.approx(losses[0], rel=0.02)

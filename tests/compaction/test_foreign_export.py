@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from embtrim.compaction.compacting import compact, quantize
+from embtrim.compaction.compacting import compact, quantize_
 from embtrim.methods import FrequencyConfig, PMEConfig, RandomConfig, search
 from embtrim.tables.replacements import pool_entries
 from embtrim.tasks.task import Task
@@ -31,7 +31,7 @@ class TestExporters:
         plan = search(task, FrequencyConfig() if kind == "rows" else config, "50%", bits=bits)
         small = compact(task.model, plan, seed=0).eval()
         if bits < 32:
-            quantize(small)
+            quantize_(small)
         return small
 
     @pytest.mark.slow

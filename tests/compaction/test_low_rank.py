@@ -272,7 +272,7 @@ def test_low_rank_tables_may_have_few_bits(wide_data):
     task = zoo_task_of("deepfm", wide_data)
     plan = mixed_plan(task.full_plan(), "project", (2, 3, 3, WIDTH)).with_bits(16)
     small = compact(task.model, plan, init="low_rank", task=task)
-    small.tables.quantize()
+    small.tables.quantize_()
     expected = predict_logits(approximated(task, plan), wide_data, "valid")
     np.testing.assert_allclose(predict_logits(small, wide_data.recode(plan), "valid"), expected, rtol=2e-2, atol=5e-3)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from embtrim.compaction.compacting import compact, quantize
+from embtrim.compaction.compacting import compact, quantize_
 from embtrim.compaction.verification import verify
 from embtrim.errors import EmbtrimError
 from embtrim.models import FNN
@@ -86,7 +86,7 @@ class TestReads:
         before = task.valid_score(small)
         task.fit(small, epochs=10, seed=0)
         assert task.valid_score(small) > before
-        quantize(small)
+        quantize_(small)
         again = compact(task.model, plan, seed=2, reads=self.READS).eval()
         again.load_state_dict(small.state_dict())
         ids, _ = next(foreign_batches())

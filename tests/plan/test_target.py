@@ -87,7 +87,7 @@ def test_tables_and_vocabulary_are_within_the_budget(request, name, config, bits
     assert plan.num_params < plan.num_full_params
     small = embtrim.compact(task.model, plan)
     if plan.is_quantized:
-        small.tables.quantize()
+        small.tables.quantize_()
     save(small, tmp_path / "bundle", data.recode(plan))
     manifest = export(load_bundle(tmp_path / "bundle"), format, tmp_path / "served")
     assert plan.vocabulary_bytes == manifest["vocabulary_bytes"] == folder_bytes(tmp_path / "bundle" / "encoder") > 1000

@@ -208,7 +208,7 @@ def test_the_card_says_where_the_model_comes_from(encoded, tmp_path):
     full = DeepFM(encoded.schema, embedding_dim=8, hidden_units=(8,), seed=4)
     plan = search(CTRTask(full, encoded), UniformConfig(), "30%", seed=7).with_bits(8)
     small = compact(full, plan)
-    small.tables.quantize()
+    small.tables.quantize_()
     metrics = {"valid": {"auc": 0.75, "num_rows": 300}, "test": {"auc": 0.5}}
     save(small, tmp_path / "b", encoded, metrics=metrics, seed=9)
     card = (tmp_path / "b" / "README.md").read_text()
@@ -289,7 +289,7 @@ def test_bytes_are_those_of_the_target_of_the_search(encoded, raw, tmp_path):
     assert report.table_bytes_after == load_bundle(tmp_path / "new").model.tables.plan.num_bytes("fbgemm")
     # fbgemm has no tables of 8 bits, so a plan with 8 bits is for another target, and its model can be saved.
     small = compact(full, plan.with_bits(8))
-    small.tables.quantize()
+    small.tables.quantize_()
     save(small, tmp_path / "8 bits", encoded)
     assert load_bundle(tmp_path / "8 bits").model.tables.plan.target is None
 

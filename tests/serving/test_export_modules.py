@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from embtrim.compaction.compacting import compact, quantize
+from embtrim.compaction.compacting import compact, quantize_
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Block
 from embtrim.serving import exporting
@@ -83,7 +83,7 @@ def test_a_quantised_module_says_its_bytes(bits, reads, tmp_path):
     plan = task.full_plan().with_columns({"user": (1, 4, 5), "item": (0, 3)}).with_bits(bits)
     small = compact(task.model, plan, "inherit", reads=reads).eval()
     if bits < 32:
-        quantize(small)
+        quantize_(small)
     batches = [ids for ids, _ in foreign_batches()]
     manifest = export(small, "pt2", tmp_path / "out", example=batches[0])
     served = torch.export.load(str(tmp_path / "out" / "model.pt2")).module()
@@ -138,7 +138,7 @@ def test_full_model_bytes_are_those_of_the_full_models_export(format, kind, tmp_
     example = next(foreign_batches())[0]
     small = task.model if kind == "as it is" else compact(task.model, plan, "scratch", seed=0, reads=reads).eval()
     if kind == "4 bits":
-        quantize(small)
+        quantize_(small)
     manifest = export(small, format, tmp_path / "small", example=example)
     full_bytes = export(task.model, format, tmp_path / "full", example=example)["model_bytes"]
     assert manifest["full_model_bytes"] == pytest.approx(full_bytes, rel=0.01)

@@ -47,7 +47,7 @@ def sized_model(name: str, layout: str, bits: int, multi: bool = False) -> CTRMo
     hparams = {} if name == "fm" else {"hidden_units": (2,)}
     model = build(name, schema, plan=plan, embedding_dim=16, init_std=0.1, **hparams).eval()
     if bits < 32:
-        model.tables.quantize()
+        model.tables.quantize_()
     return model
 
 

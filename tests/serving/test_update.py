@@ -114,7 +114,7 @@ def save_random(plan: SizePlan, encoded: EncodedDataset, folder: Path) -> Path:
         model.tables.weight.normal_(generator=torch.Generator().manual_seed(1))
         model.tables.first_order.normal_(generator=torch.Generator().manual_seed(2))
     if plan.is_quantized:
-        model.tables.quantize()
+        model.tables.quantize_()
     save(model, folder, encoded.recode(plan))
     return folder
 

@@ -41,7 +41,7 @@ MIXED = {"strong": 8, "weak": 4, "noise": 4, "tags": 16}
 def test_outputs_are_those_of_quantised_tables(wide, bits):
     model = small_model(wide, bits)
     stored, ids = copy.deepcopy(model), next(iter(wide.batches("valid", 100))).ids_BC
-    stored.tables.quantize()
+    stored.tables.quantize_()
     for training in (True, False):
         model.train(training)
         with model.tables.gated(row_gate=CodeGate(model.tables, 1)):

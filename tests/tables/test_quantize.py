@@ -115,7 +115,7 @@ def test_projections_of_earlier_releases_stay_as_they_are():
     plan = full.with_columns(dict.fromkeys(("f0", "f1"), (0, 2)), "project").with_bits({"f0": 8, "f1": 4})
     tables = EmbeddingTables(SCHEMA, plan, 1.0).eval()
     whole = tables.projection.detach().clone()
-    tables.quantize()
+    tables.quantize_()
     assert tables.half_projection is not None
     old = {**tables.state_dict(), "projection": whole}
     del old["half_projection"]
@@ -241,7 +241,7 @@ def test_every_layout_reads_what_decoding_by_hand_gives(case, draw):
             if "projection" in name:
                 reference.get_parameter(name).copy_(parameter)
     original = {t.name: tables.get_rows(t.name, np.arange(t.num_compact_rows)) for t in plan.tables}
-    tables.quantize()
+    tables.quantize_()
     assert sum(value.nbytes for value in tables.state_dict().values()) == tables.plan.num_bytes()
     if tables.layout.has_projections:
         projections = tables.projections().detach()
@@ -285,17 +285,17 @@ def test_every_layout_reads_what_decoding_by_hand_gives(case, draw):
 def test_dequantised_tables_read_the_same_and_can_be_trained(case, draw):
     reference, ids = case
     tables = EmbeddingTables(reference.schema, draw.draw(precisions(reference.plan)), 1.0).eval()
-    tables.quantize()
+    tables.quantize_()
     before, state = tables(ids), {name: value.clone() for name, value in tables.state_dict().items()}
-    tables.dequantize()
-    tables.dequantize()
+    tables.dequantize_()
+    tables.dequantize_()
     after = tables(ids)
     torch.testing.assert_close(after.concat, before.concat)
     if before.first_order is not None:
         torch.testing.assert_close(after.first_order, before.first_order)
     if tables.weight.numel():
         tables.train()(ids).concat.sum().backward()
-    tables.eval().quantize()
+    tables.eval().quantize_()
     assert {name: value.shape for name, value in tables.state_dict().items()} == {k: v.shape for k, v in state.items()}
 
 
@@ -303,10 +303,10 @@ def test_what_quantised_tables_refuse():
     plan = SizePlan.full(SCHEMA, 4, first_order=True).with_bits(8)
     tables, ids = EmbeddingTables(SCHEMA, plan), torch.zeros(2, 3, dtype=torch.int32)
     with tables.gated(lambda concat: concat), pytest.raises(EmbtrimError, match="masked by a gate"):
-        tables.quantize()
-    tables.quantize()
+        tables.quantize_()
+    tables.quantize_()
     for refused in (
-        tables.quantize,
+        tables.quantize_,
         lambda: tables.gated(lambda concat: concat).__enter__(),
         lambda: RowSGD(tables),
         lambda: tables.get_rows("f0", np.array([0])),
@@ -318,7 +318,7 @@ def test_what_quantised_tables_refuse():
     split = EmbeddingTables(SCHEMA, plan)
     split.split_by_width()
     with pytest.raises(EmbtrimError, match="split by width"):
-        split.quantize()
+        split.quantize_()
 
 
 # ---- models ------------------------------------------------------------------------------------------------------
@@ -366,7 +366,7 @@ def test_a_run_trains_in_fp32_and_keeps_the_quantised_model(raw, tmp_path):
             refused()
     fp32 = compact(full.model, done.plan)
     for refused in (lambda: save(fp32, tmp_path / "b", recoded), lambda: export(fp32, "pt2", tmp_path / "e")):
-        with pytest.raises(EmbtrimError, match=r"its tables are still fp32; call model\.tables\.quantize\(\)"):
+        with pytest.raises(EmbtrimError, match=r"its tables are still fp32; call model\.tables\.quantize_\(\)"):
             refused()
     mixed = shrink(full, data, config.replace(bits=None, method="uniform", budget="6%"))
     assert mixed.record.bits == "mixed"
@@ -385,7 +385,7 @@ def test_an_exported_model_stays_quantised(format, tmp_path):
     names = [t.name for t in like.tables.plan.tables]
     plan = like.tables.plan.with_bits(dict(zip(names, (4, 8, 16, 8), strict=True)))
     model = compact(DeepFM(like.schema, embedding_dim=4, hidden_units=(8,), init_std=0.5), plan).eval()
-    model.tables.quantize()
+    model.tables.quantize_()
     manifest = export(model, format, tmp_path / "out")
     export_models.check_agreement(model, tmp_path / "out", format)
     assert manifest["table_bytes"] == dataclasses.replace(plan, first_order=True).num_bytes()

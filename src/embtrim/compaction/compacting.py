@@ -1,4 +1,4 @@
-"""compact: build the smaller model that a plan describes. quantize: store its tables in the bits of the plan.
+"""compact: build the smaller model that a plan describes. quantize_: store its tables in the bits of the plan.
 
 A zoo model is built from its hyper-parameters with the tables of the plan. Layers that read the removed columns (first
 deep layers, cross layers, pair inputs) shrink with them. A foreign module is copied; smaller embeddings of the same
@@ -77,7 +77,7 @@ def compact(
         task: Task of the model, whose batches "low_rank" reads; other kinds of `init` do not need it.
 
     Returns:
-        The compact model in fp32, on the device of the full one. If the plan has fewer than 32 bits, call `quantize`
+        The compact model in fp32, on the device of the full one. If the plan has fewer than 32 bits, call `quantize_`
         after training. A plan that drops or re-sizes rows renumbers ids: `fit`, `evaluate` and `save` re-code the data
         of a compact zoo model by themselves, and a loop of one's own reads `data.recode(plan)`.
 
@@ -123,17 +123,17 @@ def compact(
     return small
 
 
-def quantize(model: nn.Module) -> None:
+def quantize_(model: nn.Module) -> None:
     """Store the tables of a trained compact model in the bits of its plan, in place. Afterwards it only infers.
 
     Args:
-        model: Compact model, from `compact`. For a zoo model this calls `model.tables.quantize()`.
+        model: Compact model, from `compact`. For a zoo model this calls `model.tables.quantize_()`.
 
     Raises:
         ModelError: The tables are quantised already, or the plan stores all tables of the module in 32 bits.
     """
     if isinstance(model, CTRModel):
-        model.tables.quantize()
+        model.tables.quantize_()
         return
     tables = [module for module in model.modules() if isinstance(module, CompactEmbedding)]
     if any(table.packed is not None for table in tables):
@@ -143,4 +143,4 @@ def quantize(model: nn.Module) -> None:
             f"this {type(model).__name__} has no compact table of fewer than 32 bits; compact it with plan.with_bits(8)"
         )
     for table in tables:
-        table.quantize()
+        table.quantize_()

@@ -259,7 +259,7 @@ def compact_and_retrain(
         path = None if checkpoint is None else checkpoint.with_stem("finishing")
         trainings.append(_finish(small, model, data, config, lessons, progress=progress, checkpoint=path))
     if plan.is_quantized:
-        small.tables.quantize()
+        small.tables.quantize_()
     return Compacted(small, data.recode(plan), _one_result(trainings))
 
 

@@ -88,7 +88,7 @@ def serve_module(module: nn.Module, example: object) -> Served:
         if isinstance(table, CompactEmbedding) and table.bits < 32 and table.stores_columns and table.packed is None:
             raise ModelError(
                 f"the plan says {table.bits} bits for the table of {table.path!r}, which is fp32 still; call "
-                "embtrim.quantize(model) once it is trained, or compact with plan.with_bits(32)"
+                "embtrim.quantize_(model) once it is trained, or compact with plan.with_bits(32)"
             )
     kwargs: dict[str, Any] = example if isinstance(example, dict) else {}
     args: tuple[Any, ...] = () if isinstance(example, dict) else example if isinstance(example, tuple) else (example,)

@@ -232,7 +232,7 @@ def update(
         ids_before = parent_ids(parent, plan, Encoder.load(work / "data"))
         splits = [name for name in ("valid", "test") if name in data.splits]
         train = config.train.replace(seed=config.seed)
-        parent.model.tables.dequantize()
+        parent.model.tables.dequantize_()
         model = grown_model(parent.model, data.schema, plan, ids_before)
         before = {name: _metrics_before(parent.model, data.with_id_maps(ids_before), name, train) for name in splits}
         # The ids on disk are the model's own; for tables whose ids differ from a full table's, the maps say so.
@@ -242,7 +242,7 @@ def update(
             fitted = fit(model, data, train, progress=progress, checkpoint=work / "training.safetensors")
             epochs = len(fitted.history)
         if plan.is_quantized:
-            model.tables.quantize()
+            model.tables.quantize_()
         after = {name: evaluate(model, data, name, train).to_dict() for name in splits}
         changes = table_changes(parent.model.tables.plan, plan)
         note = {

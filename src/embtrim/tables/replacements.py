@@ -166,7 +166,7 @@ class CompactEmbedding(Replacement):
         if not self.stores_columns:
             return self.weights[0].new_zeros(*input.shape, self.embedding_dim)
         if self.packed is not None and self.training and torch.is_grad_enabled():
-            raise ModelError(f"the table of {self.path!r} is quantised, for inference only; train before quantize()")
+            raise ModelError(f"the table of {self.path!r} is quantised, for inference only; train before quantize_()")
         rows = self.rows_of(input)
         if len(self.segments) == 1:
             found = self.widen(self._read(rows, 0, 0))
@@ -248,7 +248,7 @@ class CompactEmbedding(Replacement):
             self.projections = nn.ParameterDict()
 
     @torch.no_grad()
-    def quantize(self) -> None:
+    def quantize_(self) -> None:
         """Store the rows in the bits of the plan, in place: for inference only. Projections are stored in fp16.
 
         All rows of one width and precision share a scale and an offset for each column. A padding row of zeros stays zero.

@@ -2,7 +2,7 @@
 
 Rows are trained in one 1-D parameter `weight`, of which each group is a 2-D view (see `layout.py`). Two forms serve
 inference only: one parameter for each group, for export (`split_by_width`), and rows in the bits of the plan
-(`quantize`).
+(`quantize_`).
 
 Axes: N rows, D full width, R storage rows, U distinct rows of a batch.
 """
@@ -72,8 +72,8 @@ class TableStorage(nn.Module, Indices):
         half_projection: None, or the fp16 rows of the projections of quantised tables of fewer than 32 bits.
         shared_projections: PME's projections (s, D) of mixed tables, by the width s as text.
         weight_by_width: None, or the rows of each group by its name; see `split_by_width`.
-        packed: None, or the rows of each group; see `quantize`.
-        packed_first_order: None, or the first-order weights of each precision by its bits as text; see `quantize`.
+        packed: None, or the rows of each group; see `quantize_`.
+        packed_first_order: None, or the first-order weights of each precision by its bits as text; see `quantize_`.
         row_owner: None, or the row optimiser that owns the updates; see `attach`.
         lookups: Passes since the owner's last step that have gradients.
 
@@ -234,14 +234,14 @@ class TableStorage(nn.Module, Indices):
         if self.packed is not None:
             raise ModelError(
                 "these tables are quantised, for inference only; train, search and change the model before "
-                "model.tables.quantize(), or store them in fp32 again with model.tables.dequantize()"
+                "model.tables.quantize_(), or store them in fp32 again with model.tables.dequantize_()"
             )
 
     def check_quantized(self) -> None:
         """Raise ModelError if the tables are fp32 and their plan says fewer bits."""
         if self.plan.is_quantized and self.packed is None:
             raise ModelError(
-                "the plan of this model says fewer than 32 bits, but its tables are still fp32; call model.tables.quantize() "
+                "the plan of this model says fewer than 32 bits, but its tables are still fp32; call model.tables.quantize_() "
                 "once it is trained, or compact with plan.with_bits(32)"
             )
 
@@ -256,7 +256,7 @@ class TableStorage(nn.Module, Indices):
         return self.weight_by_width is not None or self.packed is not None
 
     @torch.no_grad()
-    def quantize(self) -> None:
+    def quantize_(self) -> None:
         """Store the tables in the bits of their plan, in place: for inference only. Shared projections stay fp32.
 
         Raises:
@@ -266,7 +266,7 @@ class TableStorage(nn.Module, Indices):
             >>> from embtrim.plan.plan import SizePlan
             >>> plan = SizePlan.full(Schema.from_sizes([100, 10]), width=4).with_bits(8)
             >>> tables = TableStorage(Schema.from_sizes([100, 10]), plan)
-            >>> tables.quantize()
+            >>> tables.quantize_()
             >>> sum(b.nbytes for b in tables.state_dict().values()) == plan.num_bytes()
             True
         """
@@ -280,7 +280,7 @@ class TableStorage(nn.Module, Indices):
         self._take_packed(packed, packed_first_order)
 
     @torch.no_grad()
-    def dequantize(self) -> None:
+    def dequantize_(self) -> None:
         """Store quantised tables in fp32 again, with the values that their codes stand for, in place: to train on."""
         if self.packed is None or self.packed_first_order is None:
             return
