@@ -93,7 +93,7 @@ def _search_compact(embtrim: Any, task: Any) -> object:
 
 BAD_CALLS = (
     BadCall("module without embeddings", lambda: _search_module("Linear"), ("no embedding to shrink", "Linear")),
-    BadCall("module of which nothing may shrink", lambda: _search_module(keep=lambda name: False), ("no embedding to shrink", "user")),
+    BadCall("module of which nothing may shrink", lambda: _search_module(exclude="*"), ("no embedding to shrink", "user")),
     BadCall("fields= of no embedding", lambda: _search_module(fields={"usr": {"a": 40}}), ("names 'usr'", "not an embedding that was found")),
     BadCall("fields= whose rows are not the table's", lambda: _search_module(fields={"user": {"a": 30, "b": 5}}),
             ("fields of 'user'", "30 (a) + 5 (b) = 35 rows, the table has 40")),
@@ -112,7 +112,7 @@ BAD_CALLS = (
             ("the loss of train batch 0 (counted from 0) is nan", "missing values")),
     BadCall("weight that is NaN", _of_module(_search_nan), ("weight 'user.weight'", "nan or infinity, first in row 3")),
     BadCall("module that holds a lock", _of_module(_search_locked), ("cannot be copied", "'head.lock', a lock", "__deepcopy__")),
-    BadCall("loss that asks for nn.Embedding", _of_module(_search_penalty), ("'user' cannot be replaced", "the loss changes", "keep=")),
+    BadCall("loss that asks for nn.Embedding", _of_module(_search_penalty), ("'user' cannot be replaced", "the loss changes", "exclude=")),
     BadCall("loss without a gradient", _of_module(lambda e, task: e.search(
         e.Task(task.model, lambda *given: task.loss(*given).detach(), task.batches("train"), task.batches("valid")),
         e.methods.SSEDSConfig(), "50%")),

@@ -17,6 +17,7 @@ from embtrim.errors import EmbtrimError
 from embtrim.methods import FrequencyConfig, PMEConfig, RandomConfig, SSEDSConfig, search
 from embtrim.plan.plan import SizePlan
 from embtrim.tables.replacements import CompactEmbedding
+from embtrim.tasks.chosen import Chosen
 from embtrim.tasks.task import Task
 from embtrim.testing.toys import ForeignModel, foreign_batches, foreign_task, pooled_task
 from tests.tasks.foreign_modules import FIELDS, PAIRS, ROWS, WIDTH, Owner, plan_for
@@ -106,10 +107,10 @@ class TestWeightsReadOutside:
     def test_are_refused_before_the_search(self, read, monkeypatch):
         task = foreign_task(lambda: self.Reader(read))
         monkeypatch.setattr(Task, "row_counts", lambda self: pytest.fail("the search began"))
-        with pytest.raises(EmbtrimError, match=r"reads the weight of 'item' outside of that module.* keep="):
+        with pytest.raises(EmbtrimError, match=r"reads the weight of 'item' outside of that module.* exclude="):
             search(task, FrequencyConfig(), "50%")
         monkeypatch.undo()
-        task._keep = lambda name: name != "item"
+        task._chosen = Chosen(exclude=("item",))
         assert verify(task.model, search(task, FrequencyConfig(), "50%"), task).passed
 
     def test_a_loss_that_reads_one_is_refused_too(self):

@@ -35,9 +35,6 @@ def test_weight_of_a_batch_among_others(batch, rows):
 
 def test_find_sites_says_what_it_left():
     assert [s.names for s in find_sites(ForeignModel())] == [("user",), ("item",)]
-    assert [s.names for s in find_sites(ForeignModel(), keep=lambda name: name == "item")] == [("item",)]
-    with pytest.raises(EmbtrimError, match=r"keep= is a function of a module's path, .* given 'item'"):
-        find_sites(ForeignModel(), keep="item")
     with pytest.raises(EmbtrimError, match="first-order"):
         find_sites(nn.Sequential(nn.Embedding(5, 1)))
     with pytest.raises(EmbtrimError, match=r"no nn\.Embedding"):

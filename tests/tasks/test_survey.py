@@ -48,7 +48,7 @@ class TestSurvey:
                 "unwanted": nn.Embedding(9, 4),
             }
         )
-        found = {f.name: f for f in survey(model, keep=lambda name: name != "unwanted")}
+        found = {f.name: f for f in survey(model, exclude="unwant*")}
         assert [name for name, f in found.items() if f.found] == ["plain", "bag"]
         assert str(found["bag"]) == "bag: EmbeddingBag 9 x 4, found"
         reasons = {
@@ -60,7 +60,7 @@ class TestSurvey:
             "one": "shares its weight with other, whose settings differ",
             "other": "shares its weight with one, whose settings differ",
             "computed": "its weight is computed",
-            "unwanted": "filtered out",
+            "unwanted": "excluded",
         }
         assert set(reasons) == {name for name, f in found.items() if not f.found}
         for name, reason in reasons.items():

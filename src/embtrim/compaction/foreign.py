@@ -74,7 +74,7 @@ def compact_module(model: nn.Module, plan: SizePlan, init: Init, seed: int | Non
         if stale is not None and not _replace_in_lists(small, stale, pieces):
             raise ModelError(
                 f"the model keeps the weight of {site.path!r} outside of its modules too, and not just in lists; this plan "
-                f"stores it in {len(pieces)} pieces, which cannot take its place; leave it alone with the Task's keep="
+                f"stores it in {len(pieces)} pieces, which cannot take its place; leave it alone with the Task's exclude="
             )
     return small
 

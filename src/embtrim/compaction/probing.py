@@ -24,7 +24,7 @@ from embtrim.tasks.task import Task
 # Foreign modules are compared in their own precision: |a - b| <= tolerance * (1 + |b|).
 MODULE_TOLERANCE = 1e-5
 
-ADVICE = "leave it alone with the Task's keep="
+ADVICE = "leave it alone with the Task's exclude="
 
 
 class Run(NamedTuple):

@@ -148,7 +148,7 @@ def _check_fp32(sites: Sequence[Site]) -> None:
             kind = str(site.module.weight.dtype).removeprefix("torch.")
             raise ModelError(
                 f"the table of {site.path!r} is {kind}, but plans count {BYTES_PER_PARAM} bytes a value; search in "
-                "model.float(), or leave it alone with the Task's keep="
+                "model.float(), or leave it alone with the Task's exclude="
             )
 
 

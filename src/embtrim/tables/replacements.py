@@ -50,14 +50,14 @@ class Replacement(nn.Module):
         if name == "weight":
             raise ReplacedError(
                 f"the model reads the weight of {self.path!r} outside of that module, which a compact table does not have; "
-                "call the module instead, or leave it alone with the Task's keep="
+                "call the module instead, or leave it alone with the Task's exclude="
             )
         try:
             return super().__getattr__(name)
         except AttributeError:
             raise ReplacedError(
                 f"the model reads {name!r} of {self.path!r}, which a compact table does not have; keep it outside of the "
-                "embedding, or leave the embedding alone with the Task's keep="
+                "embedding, or leave the embedding alone with the Task's exclude="
             ) from None
 
     def take_attributes(self, module: nn.Module, memo: dict[int, Any]) -> None:
@@ -78,7 +78,7 @@ class Replacement(nn.Module):
             if hasattr(self, name):
                 raise ModelError(
                     f"{self.path!r} has an attribute {name!r}, which is what a compact table calls something of its own; "
-                    "rename it, or leave the embedding alone with the Task's keep="
+                    "rename it, or leave the embedding alone with the Task's exclude="
                 )
             if name in module._buffers:
                 self.register_buffer(name, copy.deepcopy(value, memo), name not in module._non_persistent_buffers_set)

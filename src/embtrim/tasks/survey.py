@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from embtrim.system.modules import named_modules
 from embtrim.system.torch_private import has_backward_hooks, has_forward_hooks
 from embtrim.tables.embedding_tables import EmbeddingTables
 from embtrim.tables.replacements import Replacement
+from embtrim.tasks.chosen import Chosen, Patterns
 from embtrim.tasks.sites import ModuleSite, Site, TableSite
 
 logger = logging.getLogger(__name__)
@@ -55,17 +56,27 @@ class Finding:
         return f"{self.name}: {self.kind} {self.num_rows:,} x {self.width}, {'found' if self.found else 'left'}{note}"
 
 
-def survey(model: nn.Module, keep: Callable[[str], bool] | None = None, fields: Fields | None = None) -> list[Finding]:
+def survey(
+    model: nn.Module,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    fields: Fields | None = None,
+) -> list[Finding]:
     """Report every module with embeddings: found, or left alone and why. Arguments are those of `find_sites`.
 
     Example:
         >>> print(*survey(nn.Sequential(nn.Embedding(9, 4), nn.Embedding(9, 1))), sep="; ")
         0: Embedding 9 x 4, found; 1: Embedding 9 x 1, left (width 1, a first-order term)
     """
-    return _look(model, keep, fields)[0]
+    return _look(model, Chosen.parse(include, exclude), fields)[0]
 
 
-def find_sites(model: nn.Module, keep: Callable[[str], bool] | None = None, fields: Fields | None = None) -> list[Site]:
+def find_sites(
+    model: nn.Module,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    fields: Fields | None = None,
+) -> list[Site]:
     """Find where embeddings enter a model.
 
     Modules that share one weight are one site. These are left alone: first-order terms (width 1), pooling by max,
@@ -74,26 +85,23 @@ def find_sites(model: nn.Module, keep: Callable[[str], bool] | None = None, fiel
 
     Args:
         model: Zoo model or foreign module.
-        keep: Filter on module paths; False leaves a module alone.
+        include: Paths of the embeddings to search, or patterns such as "towers.*.item"; None searches all.
+        exclude: Paths or patterns of embeddings to leave alone, of those included.
         fields: Fields of each flat table by module path, in order, with the rows of each field.
 
     Raises:
-        ModelError: No embedding was found; the message lists every module seen and why it was left. Or `fields` names a
-            module that was not found, or rows that do not add up to its table.
+        ModelError: No embedding was found; the message lists every module seen and why it was left. A pattern matches no
+            embedding. Or `fields` names a module that was not found, or rows that do not add up to its table.
     """
-    findings, sites = _look(model, keep, fields)
+    findings, sites = _look(model, Chosen.parse(include, exclude), fields)
     if not sites:
         seen = "; ".join(map(str, findings)) or "it has no nn.Embedding or nn.EmbeddingBag"
         raise ModelError(f"no embedding to shrink was found in {type(model).__name__}: {seen}")
     return sites
 
 
-def _look(
-    model: nn.Module, keep: Callable[[str], bool] | None, fields: Fields | None
-) -> tuple[list[Finding], list[Site]]:
+def _look(model: nn.Module, chosen: Chosen, fields: Fields | None) -> tuple[list[Finding], list[Site]]:
     """One pass over the modules for both `survey` and `find_sites`, so that the report matches the search."""
-    if keep is not None and not callable(keep):
-        raise ModelError(f"keep= is a function of a module's path, such as lambda path: path != 'user'; given {keep!r}")
     findings: list[Finding] = []
     sites: list[Site] = []
     by_weight: dict[int, ModuleSite] = {}
@@ -108,7 +116,7 @@ def _look(
             found, note, size = True, "", (sum(sites[-1].num_rows), module.width)
         elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             sharing = holders.get(id(module._parameters.get("weight")), [])
-            note, named = _why_not_searched(name, module, sharing, keep), (fields or {}).get(name)
+            note, named = _why_not_searched(name, module, sharing, chosen), (fields or {}).get(name)
             found, size = not note, (module.num_embeddings, module.embedding_dim)
             if found:
                 note = _note_on_site(name, module, sharing, named)
@@ -124,6 +132,7 @@ def _look(
         else:
             continue
         findings.append(Finding(name, type(module).__name__, *size, found, note, _new_bytes(module, counted)))  # type: ignore[arg-type]
+    chosen.check([finding.name for finding in findings])
     unknown = set(fields or ()) - {site.path for site in by_weight.values()}
     if unknown:
         seen = "; ".join(map(str, findings)) or "it has none"
@@ -147,12 +156,10 @@ def _new_bytes(module: nn.Module, counted: set[int]) -> int:
     return sum(new.values())
 
 
-def _why_not_searched(
-    name: str, module: nn.Module, sharing: Sequence[tuple[str, nn.Module]], keep: Callable[[str], bool] | None
-) -> str:
+def _why_not_searched(name: str, module: nn.Module, sharing: Sequence[tuple[str, nn.Module]], chosen: Chosen) -> str:
     """Why an embedding is left alone, because of itself or of the modules that share its weight; empty if it is not."""
-    reasons = [_why_left(name, module, keep), *(_why_left(*other, keep) for other in sharing)]
-    note = next(filter(None, reasons), "")
+    reasons = [_why_left(name, module), *(_why_left(*other) for other in sharing)]
+    note = next(filter(None, reasons), "") or chosen.why_left([name, *(path for path, _ in sharing)])
     if not note and any(_settings(other) != _settings(module) for _, other in sharing):
         first = next(path for path, other in sharing if other is not module)
         note = f"shares its weight with {first}, whose settings differ"
@@ -173,7 +180,7 @@ def _note_on_site(
     return f"one table with {', '.join(others)}" if others else ""
 
 
-def _why_left(name: str, module: nn.Module, keep: Callable[[str], bool] | None) -> str:
+def _why_left(name: str, module: nn.Module) -> str:
     """Why one holder of an embedding weight cannot be searched; empty if it can."""
     if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return f"{name or type(module).__name__}, a {type(module).__name__}, reads its weight too"
@@ -196,7 +203,7 @@ def _why_left(name: str, module: nn.Module, keep: Callable[[str], bool] | None) 
         return "mode 'max': a removed entry is not the same as a zero"
     if module.scale_grad_by_freq:
         return "scale_grad_by_freq"
-    return "filtered out" if keep is not None and not keep(name) else ""
+    return ""
 
 
 def _has_own_forward(module: nn.Module) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import glob
 import inspect
 import itertools
 import logging
@@ -24,6 +26,7 @@ from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Alignment
 from embtrim.system.modules import unwrapped
 from embtrim.system.progress import tracked
+from embtrim.tasks.chosen import Chosen, Patterns
 from embtrim.tasks.row_counts import count_rows, unread
 from embtrim.tasks.sites import ModuleSite, Site, SlotGate, gate_sites
 from embtrim.tasks.survey import Fields, Finding, find_sites, site_plan, survey
@@ -56,7 +59,8 @@ class Task:
         optimizer: model -> optimiser. Searches that train need it.
         fresh: seed -> model with initial weights. Searches that start from initial weights need it. If it takes no
             argument, torch's generator is seeded around the call.
-        keep: Filter on module paths, see `find_sites`.
+        include: Paths of the embeddings to search, or patterns such as "towers.*.item"; None searches all.
+        exclude: Paths or patterns of embeddings to leave alone, of those included.
         fields: Rows of each field of a flat table, by module path, such as
             `{"embedding": {"user": 1000, "item": 500}}`. A flat table holds several fields, told apart by offsets.
 
@@ -82,22 +86,24 @@ class Task:
         score: Callable[[nn.Module], float] | None = None,
         optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
         fresh: Callable[..., nn.Module] | None = None,
-        keep: Callable[[str], bool] | None = None,
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
         fields: Fields | None = None,
     ) -> None:
         self.model = unwrapped(model)
         self.loss = loss
         self._train, self._valid = train, valid
         self.score = score
-        self._optimizer, self._fresh, self._keep, self._fields = optimizer, fresh, keep, fields
+        self._optimizer, self._fresh, self._fields = optimizer, fresh, fields
+        self._chosen = Chosen.parse(include, exclude)
 
     def sites(self, model: nn.Module) -> list[Site]:
         """Sites of a model of this task."""
-        return find_sites(model, self._keep, self._fields)
+        return find_sites(model, self._chosen.include, self._chosen.exclude, self._fields)
 
     def survey(self) -> list[Finding]:
         """Every module of the model with embeddings: found, or left alone and why."""
-        return survey(self.model, self._keep, self._fields)
+        return survey(self.model, self._chosen.include, self._chosen.exclude, self._fields)
 
     def full_plan(self) -> SizePlan:
         """The plan that keeps everything."""
@@ -337,8 +343,9 @@ class Task:
     def without_tables(self, names: Collection[str]) -> Task:
         """This task without the embeddings of a foreign model whose tables are all among the names; others stay."""
         left = {site.path for site in self._module_sites() if all(name in names for name in site.names)}
-        task, keep = copy.copy(self), self._keep
-        task._keep = lambda path: path not in left and (keep is None or keep(path))
+        task = copy.copy(self)
+        excluded = (*self._chosen.exclude, *map(glob.escape, left))
+        task._chosen = dataclasses.replace(self._chosen, exclude=excluded)
         task._fields = {path: fields for path, fields in (self._fields or {}).items() if path not in left}
         return task
 
