@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import polars as pl
+
 
 @dataclass(frozen=True)
 class BadCall:
@@ -119,6 +121,10 @@ BAD_CALLS = (
             ("loss has no gradient by the embeddings",)),
     BadCall("module where a Task belongs", _of_module(lambda e, task: e.search(task.model, e.methods.SSEDSConfig(), "50%")),
             ("search takes a Task, given a ForeignModel", "Task(model, loss=..")),
+    BadCall("raw log given to run", _of_module(lambda e, task: e.run("log.csv", e.RunConfig(), "out")),
+            ("take encoded data, given the path 'log.csv'", "embtrim.encode(LOG, label=..)", "embtrim.load")),
+    BadCall("frame given to compare", _of_module(lambda e, task: e.compare(pl.DataFrame(), e.CompareConfig(), "out")),
+            ("take encoded data, given a DataFrame",)),
     BadCall("class of settings", _of_module(lambda e, task: e.search(task, e.methods.SSEDSConfig, "50%")),
             ("SSEDSConfig'> is not", "SSEDSConfig()")),
     BadCall("module trained as one of ours", _of_module(lambda e, task: e.fit(task.model, e.load("flights"))),

@@ -237,7 +237,10 @@ BAD_INPUTS = (
     # data, flags and settings
     BadInput("data that are not there", lambda s: ["run", "flihgts", "--out", s.new("out")], 1, ("'flihgts'", "did you mean 'flights'?")),
     BadInput("raw log where encoded data belong", lambda s: ["run", s.log, "--out", s.new("out")], 1,
-             ("is a file, not an encoded folder", "embtrim encode")),
+             ("is a file, not an encoded folder", "embtrim encode", "--label LABEL [--where RULE] --out data/log")),
+    BadInput("URL of a raw log where encoded data belong",
+             lambda s: ["run", "s3://bucket/days/*", "--out", s.new("out")], 1,
+             ("is neither a folder nor a dataset", "embtrim encode 's3://bucket/days/*' --label LABEL [--where RULE] --out data/days")),
     BadInput("known dataset that is not bundled", lambda s: ["run", "criteo", "--out", s.new("out")], 1,
              ("criteo", "is not bundled", "licence", "embtrim encode FOLDER --dataset criteo")),
     BadInput("truncated encoded data", _truncated_data, 1, ("ids.npy is damaged", "encode again")),

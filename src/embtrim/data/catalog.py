@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ import polars as pl
 from embtrim._version import __version__
 from embtrim.data.dataset import EncodedDataset
 from embtrim.data.encoding import encode
-from embtrim.data.read_options import ReadOptions
+from embtrim.data.log_file import suffix_of
+from embtrim.data.read_options import SUFFIXES, ReadOptions
 from embtrim.data.reading import open_log
 from embtrim.data.splitting import Split
 from embtrim.errors import DataError, hint
@@ -180,17 +182,25 @@ def load(name_or_folder: str | Path) -> EncodedDataset:
 
 def _load_folder(path: Path, name: str) -> EncodedDataset:
     if path.is_file():
-        raise DataError(
-            f"{path} is a file, not an encoded folder; encode it first: embtrim encode {path} --label LABEL --out data/{path.stem}"
-        )
+        raise DataError(f"{path} is a file, not an encoded folder; encode it first: {_encode_command(str(path))}")
     if path.is_dir() and not (path / "meta.json").exists():
         raise DataError(
             f"{path} is not an encoded folder (it has no meta.json); if it holds raw logs, encode them first: "
-            f"embtrim encode {path} --label LABEL --out data/{path.name}"
+            f"{_encode_command(str(path))}"
         )
     if not path.exists():
-        raise DataError(f"{name!r} is neither a folder nor a dataset of the catalog; {hint(name, CATALOG)}")
+        advice = hint(name, CATALOG)
+        if "://" in name or suffix_of(name) in SUFFIXES:
+            advice = f"if it names a raw log, encode it first: {_encode_command(name)}"
+        raise DataError(f"{name!r} is neither a folder nor a dataset of the catalog; {advice}")
     return EncodedDataset.load(path)
+
+
+def _encode_command(log: str) -> str:
+    """The command that encodes a log, as advice."""
+    parts = [part.partition(".")[0] for part in log.split("/") if not set(part) & set("*?[:")]
+    name = next(filter(None, reversed(parts)), "log")
+    return f"embtrim encode {shlex.quote(log)} --label LABEL [--where RULE] --out {shlex.quote(f'data/{name}')}"
 
 
 def _cache_folder() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
@@ -9,7 +10,7 @@ from pydantic import Field, model_validator
 from embtrim.compaction.foreign import Init
 from embtrim.config import Config
 from embtrim.data.dataset import EncodedDataset
-from embtrim.errors import ConfigError
+from embtrim.errors import ConfigError, DataError
 from embtrim.methods import method_named
 from embtrim.methods.curves import STARTS
 from embtrim.methods.guided import Start
@@ -134,6 +135,12 @@ def starts_of(config: RunConfig) -> tuple[Start, ...]:
 
 def check_run(data: EncodedDataset, config: RunConfig) -> None:
     """Raise early, before any training, for a missing split, an unknown name or setting, or an impossible budget."""
+    if not isinstance(data, EncodedDataset):
+        given = f"the path {str(data)!r}" if isinstance(data, (str, Path)) else f"a {type(data).__name__}"
+        raise DataError(
+            f"run and compare take encoded data, given {given}; embtrim.encode(LOG, label=..) makes them from a raw log, and "
+            "embtrim.load opens their folder"
+        )
     for split in ("train", "valid", "test"):
         data.split(split)
     for control in config.controls:
