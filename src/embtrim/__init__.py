@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from embtrim.data.dataset import EncodedDataset
     from embtrim.data.encoder import Encoder
     from embtrim.data.encoding import encode
+    from embtrim.data.log_profile import profile
+    from embtrim.data.profile import LogProfile
     from embtrim.data.read_options import ReadOptions
     from embtrim.data.splitting import Split
     from embtrim.errors import EmbtrimError
@@ -56,6 +58,7 @@ _HOMES = {
     "FieldSpec": "schema",
     "Finding": "tasks.survey",
     "FitResult": "training.settings",
+    "LogProfile": "data.profile",
     "Manifest": "serving.manifest",
     "Metrics": "training.metrics",
     "ReadOptions": "data.read_options",
@@ -80,6 +83,7 @@ _HOMES = {
     "load_bundle": "serving.bundle",
     "methods": "methods",
     "models": "models",
+    "profile": "data.log_profile",
     "quantize_": "compaction.compacting",
     "run": "experiments.run",
     "save": "serving.bundle",
@@ -90,9 +94,9 @@ _HOMES = {
 }
 
 __all__ = [  # noqa: RUF022 (in the order of the way through the house)
-    "encode", "load", "models", "fit", "evaluate", "methods", "search", "verify", "compact", "quantize_", "save",
+    "encode", "profile", "load", "models", "fit", "evaluate", "methods", "search", "verify", "compact", "quantize_", "save",
     "load_bundle", "export", "update", "run", "size_curve", "compare",
-    "Schema", "FieldSpec", "Split", "ReadOptions", "EncodedDataset", "Encoder", "TrainConfig", "FitResult", "Metrics",
+    "Schema", "FieldSpec", "Split", "ReadOptions", "LogProfile", "EncodedDataset", "Encoder", "TrainConfig", "FitResult", "Metrics",
     "Task", "CTRTask", "Finding", "Budget", "SizePlan", "Verification", "Bundle", "Manifest", "UpdateConfig", "UpdateReport",
     "RunConfig", "RunRecord", "SizeCurve", "CompareConfig", "Comparison", "EmbtrimError",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 
 from embtrim.data.dataset import EncodedDataset
+from embtrim.data.profile import Profile
 from embtrim.data.read_options import ReadOptions
 from embtrim.data.reading import open_log
 from embtrim.data.text_rows import Grammar
@@ -220,8 +221,10 @@ def test_skipped_lines_are_counted_in_the_encoded_folder_also_after_an_interrupt
             run(path, ONE, out=path.parent / "again", **settings)
     again = run(path, ONE, out=path.parent / "again", **settings)
     for data in (whole, again):
+        profile = Profile.load(data.folder)
         skipped = json.loads((data.folder / "meta.json").read_text())["skipped"]["train"]
         assert skipped["num_lines"] == 3
+        assert {name: lines.model_dump(mode="json") for name, lines in profile.skipped.items()} == {"train": skipped}
         assert [line.partition(" line ")[2] for line in skipped["first"]] == [
             f"{n} has 1 cells, the log has 2 columns: broken" for n in (51, 151, 300)
         ]

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 import embtrim
-from embtrim.data.log_profile import profile_log
+from embtrim.data.log_profile import profile
 from embtrim.errors import DataError
 from embtrim.models import FM
 from embtrim.reports.profile_page import render_profile
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 
 def test_a_log_alone(folder):
-    found = profile_log(folder / "monday.csv")
+    found = profile(folder / "monday.csv")
     rows = {row["field"]: row for row in profile_rows(found)}
     monday = pl.read_csv(folder / "monday.csv")
     assert found.rows == 3000
@@ -58,7 +58,7 @@ def test_a_log_alone(folder):
 
 @pytest.mark.parametrize("against", ["data", "bundle"])
 def test_a_log_against_an_earlier_one(folder, against):
-    same, other = (profile_log(folder / name, folder / against) for name in ("monday.csv", "tuesday.csv"))
+    same, other = (profile(folder / name, folder / against) for name in ("monday.csv", "tuesday.csv"))
     assert same.drift == ()
     assert [(drift.field, drift.what) for drift in other.drift] == [("user", "unseen")]
     rows = {row["field"]: row for row in profile_rows(other)}
@@ -67,7 +67,7 @@ def test_a_log_against_an_earlier_one(folder, against):
 
 
 def test_the_page_shows_names_as_text_and_loads_nothing(folder):
-    page = render_profile(profile_log(folder / "tuesday.csv", folder / "data"))
+    page = render_profile(profile(folder / "tuesday.csv", folder / "data"))
     assert "<b>" not in page
     assert "&lt;b&gt;" in page
     assert "http://" not in page.replace("http-equiv", "")
@@ -78,7 +78,7 @@ def test_the_page_shows_names_as_text_and_loads_nothing(folder):
 
 
 def test_bars_of_numbers_have_the_area_of_their_rows(folder):
-    price = next(f for f in profile_log(folder / "monday.csv").profile.fields if f.name == "price")
+    price = next(f for f in profile(folder / "monday.csv").profile.fields if f.name == "price")
     bars = bars_of(price, 3000)
     area = np.array([bar["width"] * bar["height"] for bar in bars])
     assert area / area.sum() * 0.98 == pytest.approx([0.04, 0.05, 0.15, 0.25, 0.25, 0.15, 0.05, 0.04])
@@ -104,6 +104,43 @@ def test_the_command(folder, tmp_path):
     assert call("profile", folder / "monday.csv", "--out", tmp_path / "page.txt").code == 2
 
 
+def test_the_schema_says_which_rows_count(folder, tmp_path, caplog):
+    log = pl.DataFrame({"click": [0, 1] * 300, "user": [f"u{k % 7}" for k in range(600)], "rating": [0, 3, 5] * 200})
+    other = log.with_columns(user=pl.when(pl.col("rating") == 0).then(pl.lit("bot")).otherwise("user"))
+    embtrim.encode(log, label="click", where="rating > 0", out=tmp_path / "data")
+    found = profile(other, tmp_path / "data")
+    assert (found.rows, found.drift) == (400, ())
+    assert "all its rows are counted" not in caplog.text
+    assert profile(other.drop("click"), tmp_path / "data").rows == 400
+    with pytest.raises(DataError, match="has no column 'rating'"):  # a field of the data, and not only of the rule
+        profile(other.drop("rating"), tmp_path / "data")
+
+
+def test_a_log_without_the_columns_that_choose_rows_counts_whole(tmp_path, caplog):
+    log = pl.DataFrame({"rating": [0, 3, 9] * 200, "user": [f"u{k % 7}" for k in range(600)]})
+    embtrim.encode(log, label="rating > 5", where="rating > 0", out=tmp_path / "data")
+    assert profile(log, tmp_path / "data").rows == 400
+    assert profile(log.drop("rating"), tmp_path / "data").rows == 600
+    assert "has no column 'rating', which where = 'rating > 0' reads: all its rows are counted" in caplog.text
+
+
+def test_lines_that_were_skipped_are_in_the_profile(folder, tmp_path):
+    lines = (folder / "monday.csv").read_text().splitlines()
+    log = tmp_path / "log.csv"
+    log.write_text("\n".join([*lines[:100], "broken", *lines[100:]]))
+    done = call("profile", log, "--on-error", "skip", "--json", "--quiet")
+    assert json.loads(done.out)["profile"]["skipped"] == {
+        "log": {"num_lines": 1, "first": [f"{log} line 101 has 1 cells, the log has 5 columns: broken"]}
+    }
+    assert "skipped 1 lines that cannot be read" in call("profile", log, "--on-error", "skip").out
+    scores = tmp_path / "scores.csv"
+    done = call("predict", folder / "bundle", log, "--out", scores, "--on-error", "skip", "--json", "--quiet")
+    assert json.loads(done.out)["skipped"]["num_lines"] == 1
+    assert json.loads(done.out)["num_rows"] == 3000
+    done = call("predict", folder / "bundle", log, "--out", scores, "--on-error", "skip", "--overwrite")
+    assert "skipped lines: 1" in done.out
+
+
 def test_against_something_else(folder, tmp_path):
     with pytest.raises(DataError, match="neither encoded data nor a bundle"):
-        profile_log(folder / "monday.csv", tmp_path)
+        profile(folder / "monday.csv", tmp_path)

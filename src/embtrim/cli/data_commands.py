@@ -221,7 +221,6 @@ def profile(
 ) -> None:
     """Show what the fields of a raw log hold: distinct, missing and unseen values, the most frequent ones, quantiles."""
     start_log(quiet)
-    from embtrim.data.log_profile import profile_log
     from embtrim.data.profile import TOLERANCE, describe_drift
     from embtrim.reports.profile_page import write_profile
 
@@ -232,7 +231,7 @@ def profile(
     options = read_options(read_flags(format, no_header, columns, separator, encoding, quote, escape, on_error))
     tolerance = TOLERANCE if drift_tolerance is None else drift_tolerance
     source: Any = log[0] if len(log) == 1 else log
-    found = profile_log(source, against, options, tolerance=tolerance)
+    found = embtrim.profile(source, against, options, tolerance=tolerance)
     if out is not None:
         write_profile(found, out)
     show_profile(found, as_json)

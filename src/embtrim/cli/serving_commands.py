@@ -90,8 +90,10 @@ def predict(
     facts = {"out": str(target), "num_rows": done.num_rows}
     if as_json:
         drift = [found.model_dump(mode="json") for found in done.drift]
-        print_json({**facts, "drift": drift, "shares": done.shares})
+        print_json({**facts, "skipped": done.skipped.model_dump(mode="json"), "drift": drift, "shares": done.shares})
         return
+    if done.skipped.num_lines:
+        facts["skipped_lines"] = done.skipped.num_lines
     show_facts(facts, as_json=False)
 
 

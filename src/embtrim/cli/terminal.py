@@ -196,6 +196,8 @@ def show_profile(found: LogProfile, as_json: bool) -> None:
 
     show_rows(profile_rows(found), as_json=False)
     print_text(f"{found.log}: {found.rows:,} rows")
+    for lines in found.profile.skipped.values():
+        print_text(f"skipped {lines.num_lines:,} lines that cannot be read")
     for line in describe_drift(found.drift):
         print_text(f"drift: {line}")
 

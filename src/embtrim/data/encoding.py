@@ -40,7 +40,7 @@ from embtrim.data.kinds import kinds_of_log
 from embtrim.data.log_file import CHUNK_BYTES
 from embtrim.data.numbering import Numbering
 from embtrim.data.profile import Profile
-from embtrim.data.profiling import finish_profile, note_training_rows
+from embtrim.data.profiling import finish_profile, note_training_rows, skipped_lines
 from embtrim.data.read_options import ReadOptions
 from embtrim.data.reading import RawLog, Source, open_log, read_ahead
 from embtrim.data.splitting import Sample, Split, Splitter, check_splits, choose_split
@@ -275,7 +275,7 @@ def _encode_logs(
             if chosen is None
             else {**chosen.model_dump(mode="json"), "cuts": splitter.cut_texts() or None},
             "seed": seed,
-            "skipped": {name: lines.model_dump() for name, lines in coded.skipped.items() if lines.num_lines},
+            "skipped": {name: lines.model_dump() for name, lines in skipped_lines(coded).items()},
             "seconds": round(seconds, 3),
         }
         (work.folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")

@@ -5,6 +5,7 @@ Memory grows with the different texts of the log as it does when the log is enco
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,29 +21,43 @@ from embtrim.data.read_options import ReadOptions
 from embtrim.data.reading import RawLog, Source, open_log, read_ahead
 from embtrim.data.tally import Tally, sample_of
 from embtrim.errors import DataError
+from embtrim.rules import parse_rule
 from embtrim.schema import FieldSpec, Schema
+
+logger = logging.getLogger(__name__)
 
 SPLIT = "log"
 
 
-def profile_log(
+def profile(
     source: Source,
     against: str | Path | None = None,
     options: ReadOptions | None = None,
     *,
     tolerance: float = TOLERANCE,
 ) -> LogProfile:
-    """Count what the fields of a raw log hold.
+    """Count what the fields of a raw log hold, alone or beside an earlier log.
 
     Args:
-        source: The log, see `open_log`. It needs no label.
-        against: Folder of encoded data or of a bundle: its fields are counted as its encoder reads them, and compared with
-            its profile. None counts the fields that a draft would have.
+        source: The log: a path or URL, several of them, a glob, a folder or a DataFrame. It needs no label.
+        against: Folder of encoded data or of a bundle: its fields are counted as its encoder reads them, over the rows that
+            its schema's `where` chooses, and compared with its profile. A log without the columns of `where`, such as
+            one without labels, counts whole. None counts the fields that a draft would have.
         options: How the log is read.
         tolerance: Share by which unseen or missing values may exceed those of validation; see profile.py.
 
+    Returns:
+        Counts, most frequent values and quantiles by field, and the fields that have drifted.
+
     Raises:
-        DataError: The log cannot be read, or `against` is neither encoded data nor a bundle.
+        DataError: The log cannot be read, lacks a column that `against` reads, or `against` is neither encoded data nor a
+            bundle.
+
+    Example:
+        >>> import polars as pl
+        >>> found = profile(pl.DataFrame({"user": ["ann", "bob", "ann", None]}))
+        >>> [(field.distinct, field.top[0]) for field in found.profile.fields]
+        [(2, ('ann', 2))]
     """
     log = open_log(source, options)
     if against is None:
@@ -52,6 +67,7 @@ def profile_log(
     else:
         encoder, earlier = _open(Path(against))
         schema = encoder.schema
+        _choose_rows(log, schema)
         numbering = Numbering(schema, encoder.transforms)
     tally = Tally(schema, sample_of(schema, log), earlier)
     numbering.vocabularies(_codes(log, numbering, encoder, tally))
@@ -72,8 +88,21 @@ def profile_log(
             )
         )
     drift = [] if earlier is None else find_drift(earlier, counts, tolerance, tally.examples)
-    profile = Profile(fields=tuple(fields))
-    return LogProfile(log=log.name, rows=seen.rows, profile=profile, against=earlier, drift=tuple(drift))
+    skipped = {SPLIT: log.skipped} if log.skipped.num_lines else {}
+    held = Profile(fields=tuple(fields), skipped=skipped)
+    return LogProfile(log=log.name, rows=seen.rows, profile=held, against=earlier, drift=tuple(drift))
+
+
+def _choose_rows(log: RawLog, schema: Schema) -> None:
+    """Let the log leave out the rows that the schema leaves out, if it has the columns that say which."""
+    missing = [] if schema.where is None else [n for n in parse_rule(schema.where).columns if n not in log.columns]
+    if missing and not log.is_sparse:
+        logger.warning(
+            "%s has no column %s, which where = %r reads: all its rows are counted",
+            log.name, ", ".join(map(repr, missing)), schema.where,
+        )  # fmt: skip
+        return
+    log.choose_rows(schema.where, schema.nulls)
 
 
 def _codes(log: RawLog, numbering: Numbering, encoder: Encoder | None, tally: Tally) -> Iterator[list[np.ndarray]]:

@@ -28,6 +28,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import Field
 
 from embtrim.config import Config
+from embtrim.data.log_file import Skipped
 from embtrim.errors import DataError
 from embtrim.system.files import read_json
 
@@ -99,10 +100,12 @@ class Profile(Config):
     Attributes:
         profile_version: Version of the format.
         fields: The fields in the order of the schema.
+        skipped: Lines that could not be read (`on_error = "skip"`), by split; a split without such lines is left out.
     """
 
     profile_version: int = PROFILE_VERSION
     fields: tuple[FieldProfile, ...] = ()
+    skipped: dict[str, Skipped] = Field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: str | Path) -> Profile | None:
@@ -132,7 +135,7 @@ class LogProfile(Config):
     Attributes:
         log: Name of the log.
         rows: Its rows.
-        profile: What it holds; its counts have the split "log".
+        profile: What it holds; its counts and skipped lines have the split "log".
         against: Profile of the earlier log; None if there is none.
         drift: Fields that have left what the earlier validation saw.
     """

@@ -18,6 +18,7 @@ from embtrim.config import Config
 from embtrim.data.dataset import SPLITS
 from embtrim.data.encoder import Encoder
 from embtrim.data.encoding_state import Coded, WorkingFolder
+from embtrim.data.log_file import Skipped
 from embtrim.data.numbering import Numbering, Seen
 from embtrim.data.profile import Counts, FieldProfile, Profile
 from embtrim.data.tally import MISSING, UNSEEN, NumberSample, outside_range, quantiles_of, ranges
@@ -95,13 +96,18 @@ def finish_profile(
     for split, numbers_NK in numbers.items():
         _with_numbers(counts, split, schema, sample, numbers_NK, limits, coded)
     fields = [f.replace(counts=counts[f.name], quantiles=quantiles.get(f.name, ())) for f in profile.fields]
-    Profile(fields=tuple(fields)).save(work.folder)
+    Profile(fields=tuple(fields), skipped=skipped_lines(coded)).save(work.folder)
     if (work.folder / AGAINST_FILE).exists():
         against = Against.load(work.folder)
         found = {name: {"train": part} for name, part in against.counts.items()}
         _with_numbers(found, "train", schema, sample, numbers["train"], ranges(earlier), coded)
         against = against.replace(counts={name: part["train"] for name, part in found.items()})
         (work.folder / AGAINST_FILE).write_text(against.model_dump_json(indent=1), "utf-8")
+
+
+def skipped_lines(coded: Coded) -> dict[str, Skipped]:
+    """The lines that could not be read, by log; a log without such lines is left out."""
+    return {name: lines for name, lines in coded.skipped.items() if lines.num_lines}
 
 
 def _training_counts(numbering: Numbering, encoder: Encoder) -> dict[str, Counts]:

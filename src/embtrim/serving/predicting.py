@@ -12,6 +12,7 @@ from typing import Any
 import polars as pl
 
 from embtrim.data.cells import number_columns
+from embtrim.data.log_file import Skipped
 from embtrim.data.profile import TOLERANCE, Drift, shares_of
 from embtrim.data.read_options import ReadOptions
 from embtrim.data.reading import open_log, read_ahead
@@ -30,11 +31,13 @@ class Predictions:
         num_rows: Rows of the log.
         drift: Fields whose unseen or missing values exceed what validation saw, the largest growth first.
         shares: Shares of unseen and missing values by field, see `shares_of`.
+        skipped: Lines of the log that could not be read, and have no score.
     """
 
     num_rows: int
     drift: list[Drift]
     shares: list[dict[str, Any]]
+    skipped: Skipped
 
 
 def write_predictions(
@@ -109,7 +112,7 @@ def write_predictions(
             os.replace(complete, out)
         except (OSError, pl.exceptions.PolarsError) as error:
             raise DataError(f"{out} could not be written: {error}; free space or choose another place") from None
-    return Predictions(rows, drift, shares_of(bundle.profile, counts))
+    return Predictions(rows, drift, shares_of(bundle.profile, counts), log.skipped)
 
 
 def _check_kept(frame: pl.DataFrame, out: Path) -> None:
