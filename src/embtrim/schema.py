@@ -28,7 +28,7 @@ from embtrim.rules import parse_rule, rule_or_none
 PAD = -1
 OOV = 0
 
-_LATER_KEYS = {"where": None, "time_format": None, "decimal": None, "keep": "first"}
+_LATER_KEYS = {"where": None, "time_format": None, "decimal": None, "keep": "first", "hash_function": None}
 # What a field's training column held, see docs/values.md. An instant is a timestamp with a zone.
 Kind: TypeAlias = Literal["text", "integer", "decimal", "float", "float32", "boolean", "date", "timestamp", "instant"]
 
@@ -45,6 +45,8 @@ class FieldSpec(Config):
             for dense fields "log1p", "standard" (zero mean, unit variance over the training rows) or "none".
         min_count: Least count of a value in the training rows; rarer values are out of vocabulary.
         hash_size: Number of rows into which values are hashed; None lists the values in a vocabulary.
+        hash_function: Hash of a hashed field, which `encode` sets to "murmur3"; None is that of data encoded by earlier
+            releases, see hashing.py.
         decimal: For numbers written with commas: "," for a decimal comma (1.217,5), "." for commas between thousands
             (1,217.5); None for plain numbers.
         separator: Text between the values of a multi field inside a string; None for a list column. White space
@@ -68,6 +70,7 @@ class FieldSpec(Config):
     transform: str | None = Field(default=None, pattern=r"^(log2|log1p|standard|none|quantile:[1-9][0-9]*)$")
     min_count: int = Field(default=1, ge=1)
     hash_size: int | None = Field(default=None, ge=1)
+    hash_function: Literal["murmur3"] | None = None
     decimal: Literal[",", "."] | None = None
     separator: str | None = Field(default=None, min_length=1)
     max_len: int = Field(default=1, ge=1)
@@ -152,7 +155,7 @@ class Schema(Config):
         by_table: dict[str, FieldSpec] = {}
         for field in self.id_fields:
             first = by_table.setdefault(field.table_name, field)
-            for key in ("vocab_size", "hash_size", "min_count"):
+            for key in ("vocab_size", "hash_size", "hash_function", "min_count"):
                 if getattr(field, key) != getattr(first, key):
                     raise ValueError(f"fields {first.name!r} and {field.name!r} share a table but differ in {key}")
         return self

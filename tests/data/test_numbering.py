@@ -20,6 +20,7 @@ TEXTS = st.one_of(st.none(), st.sampled_from(["", "NA", "3", "03", "-1", "x", "Ã
 NUMBERS = st.one_of(st.none(), st.sampled_from([-1e15, -3e9, -1.0, -0.5, 0.0, 2.0, 3.0, 1e18]), st.floats(-5, 50))
 ROW = st.tuples(TEXTS, TEXTS, NUMBERS, TEXTS, st.lists(TEXTS, max_size=4), TEXTS)
 MAX_LEN = 2
+HASHED = FieldSpec(name="h", hash_size=20)
 
 
 def schema(min_count: int) -> Schema:
@@ -34,7 +35,7 @@ def schema(min_count: int) -> Schema:
             field("n", "t", type="numeric", transform="log2"),
             field("g", "u"),
             field("tags", "u", type="multi", max_len=MAX_LEN),
-            field("h", hash_size=20),
+            HASHED,
             field("hashed_tags", column="tags", type="multi", max_len=MAX_LEN, hash_size=20),
         ),
     )
@@ -68,7 +69,7 @@ def plain_ids(draft: Schema, rows: list, num_training: int) -> list[list[int]]:
     result = []
     for row in values:
         tags = [ids["u"].get(tag, 0) for tag in row["tags"]]
-        hashed, *hashed_tags = hash_values(pl.Series([row["h"], *row["tags"]], dtype=pl.String), 20).tolist()
+        hashed, *hashed_tags = hash_values(pl.Series([row["h"], *row["tags"]], dtype=pl.String), HASHED).tolist()
         single = [ids["t"].get(row[name], 0) for name in ("a", "b", "n")]
         unused = [PAD] * (MAX_LEN - len(tags))
         result.append([*single, ids["u"].get(row["g"], 0), *tags, *unused, hashed, *hashed_tags, *unused])

@@ -98,7 +98,7 @@ def number_cells(
             row = np.repeat(np.arange(frame.height), length_N)
             where = partial(_located, locate, row)
             if field.hash_size:
-                code = hash_values(one_texts(flat, field, nulls_of(schema, field), where), field.hash_size)
+                code = hash_values(one_texts(flat, field, nulls_of(schema, field), where), field)
             else:
                 code = flat.to_frame().select(codes[field.name]).to_series().to_numpy()
             place = np.arange(len(flat)) - np.repeat(np.cumsum(length_N) - length_N, length_N)
@@ -107,21 +107,21 @@ def number_cells(
         if field.type == "numeric":
             code = buckets[field.name]
             if field.hash_size:
-                code = _hashes(bucket_texts(pl.Series(code)), field.hash_size)
+                code = _hashes(bucket_texts(pl.Series(code)), field)
             stored_CN[columns.start] = finish(field, code, None, locate)
             continue
         values = texts[field.name]
         if field.hash_size:
-            code = _hashes(one_texts(values, field, nulls_of(schema, field), locate), field.hash_size)
+            code = _hashes(one_texts(values, field, nulls_of(schema, field), locate), field)
         else:
             code = coded[field.name].to_numpy()
         stored_CN[columns.start] = finish(field, code, values, locate)
     return stored_CN
 
 
-def _hashes(values: pl.Series, hash_size: int) -> np.ndarray:
+def _hashes(values: pl.Series, field: FieldSpec) -> np.ndarray:
     """Hashed ids of texts, int32 (N,); 0 for a missing value, so that it is told apart from values of its hash."""
-    hash_N = hash_values(values, hash_size)
+    hash_N = hash_values(values, field)
     if values.null_count():
         hash_N = np.where(values.is_null().to_numpy(), np.int32(0), hash_N)
     return hash_N

@@ -174,7 +174,7 @@ class Encoder:
         if field.hash_size:
             hash_map = self.hash_maps.get(field.table_name)
             if not code_N.all():
-                code_N = np.where(code_N == 0, np.int32(missing_hash(field.hash_size)), code_N)
+                code_N = np.where(code_N == 0, np.int32(missing_hash(field)), code_N)
             return code_N if hash_map is None else hash_map[code_N]
         if field.type == "numeric":
             return self._bucket_lookups[field.name].ids(code_N)

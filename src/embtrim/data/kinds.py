@@ -73,7 +73,7 @@ def kind_of_texts(texts: pl.Series, nulls: Sequence[str] = ()) -> Kind:
 
 
 def kinds_of_log(schema: Schema, log: RawLog) -> tuple[Schema, frozenset[str]]:
-    """The schema with the kinds that the types of the log's files say, and the fields whose texts must say it.
+    """The schema with hash functions and the kinds that the types of the log's files say, and the fields whose texts must say it.
 
     Args:
         schema: The schema of a new dataset; kinds that it gives stay.
@@ -91,7 +91,8 @@ def kinds_of_log(schema: Schema, log: RawLog) -> tuple[Schema, frozenset[str]]:
             kind = _kind_in_head(field, log, schema)
         if kind is None:
             undecided.add(field.name)
-        fields.append(field.replace(kind=kind or "text"))
+        hash_function = "murmur3" if field.hash_size else None
+        fields.append(field.replace(kind=kind or "text", hash_function=hash_function))
     return schema.replace(fields=tuple(fields)), frozenset(undecided)
 
 
