@@ -256,7 +256,7 @@ def export(source: int | str, layout: str, batch_sizes: list[int], seconds: floa
         exported = torch.export.load(f"{folder}/pt2/model.pt2").module()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(f"{folder}/onnx/model.onnx", options)
+        session = onnxruntime.InferenceSession(f"{folder}/onnx/model_ids.onnx", options)
         for size in batch_sizes:
             turns = itertools.cycle([batch.ids_BC.cpu() for batch in make_batches(source, size, 20)])
             calls = {

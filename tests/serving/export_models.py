@@ -95,7 +95,7 @@ def batch_of(model: CTRModel, num_rows: int, seed: int = 0) -> dict[str, Tensor]
 
 
 def onnx_model(folder: Path) -> Callable[..., Tensor]:
-    session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+    session = onnxruntime.InferenceSession(str(folder / "model_ids.onnx"))
     assert [output.name for output in session.get_outputs()] == ["logits"]
     return lambda **batch: torch.from_numpy(session.run(["logits"], {n: x.numpy() for n, x in batch.items()})[0])
 

@@ -54,7 +54,7 @@ def test_every_compact_model_agrees_as_onnx(name, tmp_path):
     model = model_of(name, schema_of(multi=False), uniform_blocks)
     export(model, "onnx", tmp_path / "out")
     check_agreement(model, tmp_path / "out", "onnx")
-    assert not (tmp_path / "out" / "model.onnx.data").exists()
+    assert not (tmp_path / "out" / "model_ids.onnx.data").exists()
 
 
 def test_rows_of_several_widths_agree_as_onnx(tmp_path):
@@ -68,7 +68,7 @@ def test_several_values_agree_as_onnx_with_weights_in_a_file_of_their_own(tmp_pa
     model = model_of("lr", schema_of())
     manifest = export(model, "onnx", tmp_path / "out", external_data=True)
     check_agreement(model, tmp_path / "out", "onnx")
-    assert manifest["files"]["model.onnx.data"]["bytes"] >= 4 * model.tables.num_rows
+    assert manifest["files"]["model_ids.onnx.data"]["bytes"] >= 4 * model.tables.num_rows
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -145,10 +145,11 @@ def test_a_bundle_is_exported_with_all_a_server_needs(bundle_folder, raw, tmp_pa
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     manifest = json.loads((out / "manifest.json").read_text())
     assert json.loads(done.out) == manifest
-    assert str(Path(embtrim.__file__).parent).encode() not in (out / "model.onnx").read_bytes()
+    assert str(Path(embtrim.__file__).parent).encode() not in (out / "model_ids.onnx").read_bytes()
     found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} - {"manifest.json"}
     encoder_files = {f"encoder/{name}" for name in ("schema.json", "vocab.parquet", "transforms.json")}
-    assert found == set(manifest["files"]) == {"model.onnx", "README.md", *encoder_files}
+    programs, graph_files = ("encode.py", "check.py"), ("model.onnx", "model_ids.onnx")
+    assert found == set(manifest["files"]) == {*programs, *graph_files, "README.md", "golden.json", *encoder_files}
     for name, entry in manifest["files"].items():
         content = (out / name).read_bytes()
         assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -188,7 +189,7 @@ def test_the_command_shows_what_it_does(bundle_folder, tmp_path):
     assert call("export", bundle_folder, "--format", "torchrec", "--out", tmp_path / "out", "--overwrite").code == 0
     assert not (tmp_path / "out" / "model.pt2").exists()
     done = call("export", bundle_folder, "--format", "onnx", "--external-data", "--out", tmp_path / "apart")
-    assert (done.code, (tmp_path / "apart" / "model.onnx.data").exists()) == (0, True)
+    assert (done.code, (tmp_path / "apart" / "model_ids.onnx.data").exists()) == (0, True)
     done = call("export", bundle_folder, "--format", "pt2", "--external-data", "--out", tmp_path / "no")
     assert (done.code, "external_data is for format 'onnx'" in done.err) == (2, True)
 

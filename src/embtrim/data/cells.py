@@ -146,7 +146,7 @@ def _canonical_values(
         if field.type == "multi":
             lists = _lists(field, frame)
             is_kept = pl.element().is_not_null() & ~pl.element().is_in([*nulls, ""])
-            if field.kind is not None and (numbers_null := _numbers_of(nulls)):
+            if field.kind is not None and (numbers_null := null_numbers(schema, field)):
                 number = pl.element().str.strip_chars().cast(pl.Float64, strict=False)
                 is_kept &= ~number.is_in(numbers_null).fill_null(False)
             lists = lists.list.eval(pl.element().filter(is_kept)).list
@@ -192,7 +192,7 @@ def to_numbers(
 def _number_cells(field: FieldSpec, dtype: pl.DataType, schema: Schema) -> pl.Expr:
     """The cells of a numeric or dense field as float64; null where they are missing or not a number."""
     number = _number(field, dtype, pl.col(field.raw_column)).fill_nan(None)
-    missing = [] if field.kind is None else [*_numbers_of(nulls_of(schema, field))]
+    missing = [] if field.kind is None else [*null_numbers(schema, field)]
     if dtype == pl.Float32:  # which holds -999.1 as -999.0999755859375
         missing += np.array(missing, np.float32).astype(float).tolist()
     if missing:
@@ -212,7 +212,7 @@ def _repair(
     found = found.fill_nan(None)
     is_stated = texts.is_in(nulls)
     if field.kind is not None:
-        is_stated |= stripped.is_in(nulls) | found.is_in(_numbers_of(nulls)).fill_null(False)
+        is_stated |= stripped.is_in(nulls) | found.is_in(null_numbers(schema, field)).fill_null(False)
     is_word = stripped.str.to_lowercase().is_in(["nan", "+nan", "-nan"])
     is_missing = (is_stated | is_word).fill_null(False)
     numbers = numbers.fill_null(found).set(is_missing, None)
@@ -298,6 +298,11 @@ def nulls_of(schema: Schema, field: FieldSpec) -> tuple[str, ...]:
     return (*schema.nulls, *field.nulls)
 
 
+def null_numbers(schema: Schema, field: FieldSpec) -> tuple[float, ...]:
+    """The numbers that mean "missing" in a field."""
+    return _numbers_of(nulls_of(schema, field))
+
+
 @cache
 def _numbers_of(nulls: tuple[str, ...]) -> tuple[float, ...]:
     """The finite numbers among texts that mean "missing"."""
@@ -307,7 +312,7 @@ def _numbers_of(nulls: tuple[str, ...]) -> tuple[float, ...]:
 
 def _compares_null_texts(schema: Schema, field: FieldSpec) -> bool:
     """Whether numbers that mean "missing" are compared as texts: so they are in a field without a kind."""
-    return field.kind is None and bool(_numbers_of(nulls_of(schema, field)))
+    return field.kind is None and bool(null_numbers(schema, field))
 
 
 def _located(locate: Callable[[int], str], row_N: np.ndarray, place: int) -> str:

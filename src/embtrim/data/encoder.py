@@ -266,27 +266,12 @@ class Encoder:
                     "the vocabulary was made without the kinds of its columns: values are compared as texts, so that 1034.0 is "
                     "not 1034; encode the training log again to have them compared by kind"
                 )
-            listed, unseen, missing_id = self._listed(field)
-            if len({f.kind for f in self.schema.fields_of_table[field.table_name]}) > 1:
-                listed = self._brought(listed, field, unseen, missing_id)
-            ids_V, texts = listed["id"].to_numpy(), listed["value"]
-            status_V = np.where(ids_V == unseen, UNSEEN, KNOWN)
-            if field.type == "categorical":
-                # Texts that mean "missing" become codes too, so that no pass over the cells has to replace them.
-                nulls = sorted({*nulls_of(self.schema, field)})
-                is_null = texts.is_in(nulls)
-                extra = sorted(set(nulls) - set(texts.filter(is_null)))
-                ids_V = np.where(is_null.to_numpy(), missing_id, ids_V)
-                ids_V = np.concatenate([ids_V, np.full(len(extra), missing_id)])
-                status_V = np.concatenate(
-                    [np.where(is_null.to_numpy(), MISSING, status_V), np.full(len(extra), MISSING)]
-                )
-                texts = pl.concat([texts, pl.Series("value", extra, pl.String)])
-            text = pl.col(field.name)
+            listing = self.listing(field)
+            texts, text = listing.values, pl.col(field.name)
             code = text.cast(pl.Enum(texts), strict=False).to_physical().cast(pl.UInt32).fill_null(len(texts))
             code = pl.when(text.is_null()).then(pl.lit(len(texts) + 1, pl.UInt32)).otherwise(code).alias(field.name)
-            ids_V = np.concatenate([ids_V, [unseen, missing_id]]).astype(np.int32)
-            status_V = np.concatenate([status_V, [UNSEEN, MISSING]]).astype(np.int8)
+            ids_V = np.concatenate([listing.ids_V, [listing.unseen, listing.missing]]).astype(np.int32)
+            status_V = np.concatenate([listing.status_V, [UNSEEN, MISSING]]).astype(np.int8)
             lookups[field.name] = _TextLookup(code, ids_V, status_V)
         return lookups
 
@@ -296,14 +281,35 @@ class Encoder:
         for field in self.schema.id_fields:
             if field.hash_size or field.type != "numeric":
                 continue
-            listed, unseen, missing_id = self._listed(field)
+            listing = self.listing(field)
+            lookups[field.name] = _BucketLookup(
+                listing.values.to_numpy(), listing.ids_V, listing.unseen, listing.missing
+            )
+        return lookups
+
+    def listing(self, field: FieldSpec) -> Listing:
+        """What a listed field finds in its vocabulary."""
+        listed, unseen, missing_id = self._listed(field)
+        if field.type == "numeric":
             number = pl.col("value").cast(pl.Int32, strict=False)
             # A table shared with a field of texts may hold texts that do not name a bucket, such as "05".
             listed = listed.with_columns(number=number).filter(pl.col("number").cast(pl.String) == pl.col("value"))
-            lookups[field.name] = _BucketLookup(
-                listed["number"].to_numpy(), listed["id"].to_numpy(), unseen, missing_id
-            )
-        return lookups
+            ids_V = listed["id"].to_numpy()
+            return Listing(listed["number"], ids_V, np.where(ids_V == unseen, UNSEEN, KNOWN), unseen, missing_id)
+        if len({f.kind for f in self.schema.fields_of_table[field.table_name]}) > 1:
+            listed = self._brought(listed, field, unseen, missing_id)
+        ids_V, texts = listed["id"].to_numpy(), listed["value"]
+        status_V = np.where(ids_V == unseen, UNSEEN, KNOWN)
+        if field.type == "categorical":
+            # Texts that mean "missing" are listed too, so that no pass over the cells has to replace them.
+            nulls = sorted({*nulls_of(self.schema, field)})
+            is_null = texts.is_in(nulls)
+            extra = sorted(set(nulls) - set(texts.filter(is_null)))
+            ids_V = np.where(is_null.to_numpy(), missing_id, ids_V)
+            ids_V = np.concatenate([ids_V, np.full(len(extra), missing_id)])
+            status_V = np.concatenate([np.where(is_null.to_numpy(), MISSING, status_V), np.full(len(extra), MISSING)])
+            texts = pl.concat([texts, pl.Series("value", extra, pl.String)])
+        return Listing(texts, ids_V, status_V, unseen, missing_id)
 
     def _brought(self, listed: pl.DataFrame, field: FieldSpec, unseen: int, missing_id: int) -> pl.DataFrame:
         """A vocabulary shared with fields of other kinds: a text that has another text in this field gets its id."""
@@ -344,6 +350,26 @@ def vocabulary_bytes(data: EncodedDataset, plan: SizePlan | None = None) -> int:
             f"the vocabulary could not be written to {tempfile.gettempdir()}, where its bytes are counted ({error}); make room "
             "there, or set TMPDIR to another folder"
         ) from None
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What one field finds in the vocabulary of its table.
+
+    Attributes:
+        values: Distinct texts, or buckets of a numeric field, V of them; for a categorical field also the texts that mean
+            "missing".
+        ids_V: The id of each of them.
+        status_V: KNOWN, UNSEEN or MISSING for each of them.
+        unseen: The id of other values.
+        missing: The id of missing values.
+    """
+
+    values: pl.Series
+    ids_V: np.ndarray
+    status_V: np.ndarray
+    unseen: int
+    missing: int
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from embtrim.data.instants import read_moments
 from embtrim.errors import DataError
 from embtrim.schema import FieldSpec, Kind
 
-# Besides 1 and 0, into which `_number` turns true and false.
-_YES, _NO = ("1", "t", "yes", "y"), ("0", "f", "no", "n")
+# Words in small letters; `_number` turns true and false into 1 and 0.
+BOOLEAN_WORDS = {"true": ("true", "1", "t", "yes", "y"), "false": ("false", "0", "f", "no", "n")}
 NUMBERS = ("integer", "decimal", "float", "float32")
 _EXACT = ("integer", "decimal")
 
@@ -194,7 +194,9 @@ def _of_kind(texts: pl.Series, kind: Kind) -> pl.Series:
     """Texts as the one text of booleans, days, timestamps or instants; other texts stay."""
     if kind == "boolean":
         word = _number(texts.str.to_lowercase(), "integer").str.strip_chars()
-        return texts.set(word.is_in(_YES).fill_null(False), "true").set(word.is_in(_NO).fill_null(False), "false")
+        for text, words in BOOLEAN_WORDS.items():
+            texts = texts.set(word.is_in(words).fill_null(False), text)
+        return texts
     frame = read_moments(texts).with_columns(text=texts)
     whole = pl.col("moment").dt.to_string("%Y-%m-%d %H:%M:%S")
     if kind == "date":

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from embtrim.data.encoder import Encoder
 from embtrim.schema import PAD
 from embtrim.serving.manifest import Manifest
 from embtrim.serving.served import Served, argument_names
 from embtrim.system.templates import render
 
 
-def readme(manifest: Manifest, served: Served) -> str:
+def readme(manifest: Manifest, served: Served, encoder: Encoder | None, has_raw_graph: bool) -> str:
     """The README as text.
 
     Args:
         manifest: What manifest.json will hold; its files are not read.
         served: What was exported.
+        encoder: Encoder of the bundle, if one was exported.
+        has_raw_graph: Whether the export holds a graph that takes raw values.
     """
     inputs = manifest["inputs"]
     method = manifest.get("method")
     if method is None:
         ids = "module"
     else:
-        ids = "encoder" if "vocabulary_bytes" in manifest else "model"
+        ids = "model" if encoder is None else "encoder"
     by_position = argument_names(served)[: len(served.args)]
     return render(
         "embtrim.serving",
@@ -33,6 +36,9 @@ def readme(manifest: Manifest, served: Served) -> str:
         model_bytes=manifest["model_bytes"],
         full_model_bytes=manifest["full_model_bytes"],
         ids=ids,
+        has_raw_graph=has_raw_graph,
+        raw_inputs=manifest.get("raw_inputs", {}),
+        hashes=encoder is not None and any(field.hash_size for field in encoder.schema.fields),
         pad=PAD,
         arguments=", ".join([*by_position, *(f"{name}={name}" for name in served.kwargs)]),
         feeds="{" + ", ".join(f'"{name}": {name}' for name in inputs) + "}",

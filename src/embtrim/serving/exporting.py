@@ -1,7 +1,12 @@
 """export: write a trained model as a folder that a server reads without embtrim.
 
-model.pt2 | model.onnx (and model.onnx.data) | tables.json and weights (torchrec, see write_torchrec)
+model.pt2 | model.onnx | tables.json and weights (torchrec, see write_torchrec)
+model_ids.onnx   for models of embtrim.models, the graph that takes ids; model.onnx then takes raw values, and is there only if a
+                 bundle was exported, whose hashed fields have a hash that ONNX knows
 encoder/         schema.json, vocab.parquet, transforms.json: from raw values to ids, if a bundle was exported
+encode.py        from raw values to ids without embtrim, likewise
+golden.json      rows with their ids and scores, see golden.py; for models of embtrim.models
+check.py         replays them
 README.md        how to call the model, with code made for it
 manifest.json    see Manifest: inputs, bytes of tables and model beside those of the full one, digest of every file
 
@@ -12,6 +17,8 @@ name; the network's code is the reader's own.
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,16 +27,32 @@ from typing import Any, Literal, cast, overload
 from torch import nn
 
 from embtrim._version import __version__
-from embtrim.errors import ConfigError, DataError
+from embtrim.data.encoder import Encoder
+from embtrim.errors import ConfigError, DataError, ModelError
 from embtrim.models.ctr_model import CTRModel
 from embtrim.serving.bundle import Bundle
 from embtrim.serving.export_readme import readme
 from embtrim.serving.export_sizes import export_sizes
+from embtrim.serving.golden import golden_ids, golden_rows
 from embtrim.serving.graphs import write_onnx, write_pt2
 from embtrim.serving.manifest import EXPORT_VERSION, Format, Manifest, is_export
-from embtrim.serving.served import Served, describe_example, describe_inputs, serve_model, serve_module
+from embtrim.serving.raw_inputs import keys_bytes, raw_inputs
+from embtrim.serving.served import (
+    IDS_GRAPH,
+    RAW_GRAPH,
+    Served,
+    describe_example,
+    describe_inputs,
+    serve_model,
+    serve_module,
+)
 from embtrim.serving.torchrec import write_torchrec
 from embtrim.system.folders import check_replaceable, file_digest, folder_bytes, write_folder
+
+logger = logging.getLogger(__name__)
+
+# Programs that an export holds as they are.
+STANDALONE = Path(__file__).parent / "standalone"
 
 FORMATS: dict[Format, Callable[[Served, Path], None]] = {
     "pt2": write_pt2,
@@ -106,7 +129,11 @@ def export(
     check_replaceable(out, overwrite, "an earlier export", is_export, DataError)
     bundle, model = (model, model.model) if isinstance(model, Bundle) else (None, model)
     served, origin = _describe(model, format, example, {} if bundle is None else bundle.info["metrics"])
-    write = partial(write_onnx, external_data=True) if external_data else FORMATS[format]
+    write = FORMATS[format]
+    if format == "onnx":
+        write = partial(
+            write_onnx, external_data=external_data, other_bytes=keys_bytes(bundle.encoder) if bundle else 0
+        )
     with write_folder(out, what="export") as folder:
         write(served, folder)
         sizes = export_sizes(model, served, format, write, folder)
@@ -118,7 +145,15 @@ def export(
         if bundle is not None:
             bundle.encoder.save(folder / "encoder")
             manifest["vocabulary_bytes"] = folder_bytes(folder / "encoder")
-        (folder / "README.md").write_text(readme(manifest, served), "utf-8")
+            manifest["raw_inputs"] = raw_inputs(bundle.encoder)
+            shutil.copy(STANDALONE / "encode.py", folder)
+            if format == "onnx":
+                _write_raw_graph(bundle.encoder, folder)
+            _write_golden(golden_rows(bundle), folder)
+        elif isinstance(model, CTRModel):
+            _write_golden(golden_ids(model), folder)
+        encoder, has_raw_graph = (None, False) if bundle is None else (bundle.encoder, (folder / RAW_GRAPH).exists())
+        (folder / "README.md").write_text(readme(manifest, served, encoder, has_raw_graph), "utf-8")
         manifest["files"] = {
             str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
             for path in sorted(folder.rglob("*"))
@@ -126,6 +161,21 @@ def export(
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
     return manifest
+
+
+def _write_raw_graph(encoder: Encoder, folder: Path) -> None:
+    """Write model.onnx, from raw values to scores; a warning says why if ONNX cannot encode them."""
+    from embtrim.serving.raw_graph import write_raw_graph  # onnx is not installed everywhere
+
+    try:
+        write_raw_graph(folder / IDS_GRAPH, encoder, folder / RAW_GRAPH)
+    except ModelError as error:
+        logger.warning("%s", error)
+
+
+def _write_golden(golden: dict[str, Any], folder: Path) -> None:
+    (folder / "golden.json").write_text(json.dumps(golden, indent=1), "utf-8")
+    shutil.copy(STANDALONE / "check.py", folder)
 
 
 def check_format(format: str) -> Format:

@@ -60,15 +60,16 @@ def write_pt2(served: Served, folder: Path) -> None:
     (folder / "model.pt2").write_bytes(written.getbuffer())
 
 
-def write_onnx(served: Served, folder: Path, external_data: bool = False) -> None:
-    """Write model.onnx.
+def write_onnx(served: Served, folder: Path, external_data: bool = False, other_bytes: int = 0) -> None:
+    """Write model_ids.onnx for a zoo model, model.onnx for a module of one's own.
 
-    A zoo model has the inputs `ids` and `dense` and the output `logits`; a module of one's own has those of its forward.
+    The first has the inputs `ids` and `dense` and the output `logits`, the second those of its forward.
 
     Args:
         served: The model.
         folder: Folder to write to.
         external_data: Store the weights in a file of their own, whatever their size.
+        other_bytes: Bytes of what else a file with the weights will hold.
 
     Raises:
         EmbtrimError: onnx or onnxscript is not installed.
@@ -92,7 +93,7 @@ def write_onnx(served: Served, folder: Path, external_data: bool = False) -> Non
     weights = sum(
         value.const_value.nbytes for value in program.model.graph.initializers.values() if value.const_value is not None
     )
-    program.save(folder / "model.onnx", external_data=external_data or weights > ONNX_FILE_BYTES)
+    program.save(folder / served.onnx_name, external_data=external_data or weights + other_bytes > ONNX_FILE_BYTES)
 
 
 @contextmanager

@@ -23,9 +23,13 @@ class Input(_Input, total=False):
         dtype: Name of the type, such as "int32".
         shape: Size of each dimension; "batch" or "any" for one that may vary.
         columns: Field of each column, for models of embtrim.models. A field of several values fills as many columns of ids.
+        column: Raw column, for an input of raw values.
+        missing: What stands for a missing raw value; "NaN" is the number.
     """
 
     columns: list[str]
+    column: str
+    missing: str | int
 
 
 class File(TypedDict):
@@ -87,6 +91,7 @@ class Manifest(_Manifest, total=False):
         metrics: Metrics by split, as the bundle notes them; empty if a model alone was exported.
         table_bytes, full_table_bytes, model_bytes, full_model_bytes: See Sizes.
         vocabulary_bytes: Files of the encoder, if a bundle was exported.
+        raw_inputs: Inputs of raw values by field, if a bundle was exported.
         files: Every other file by its path in the folder.
     """
 
@@ -94,6 +99,7 @@ class Manifest(_Manifest, total=False):
     schema: str
     metrics: dict[str, dict[str, Any]]
     vocabulary_bytes: int
+    raw_inputs: dict[str, Input]
 
 
 def is_export(folder: Path) -> bool:

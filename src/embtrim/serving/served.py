@@ -21,6 +21,9 @@ from embtrim.serving.manifest import Input
 from embtrim.system.torch_private import tree_leaves, tree_leaves_with_names, tree_map
 from embtrim.tables.replacements import CompactEmbedding
 
+# A zoo model takes ids. From a bundle comes a second graph, model.onnx, which takes raw values.
+IDS_GRAPH, RAW_GRAPH = "model_ids.onnx", "model.onnx"
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -34,6 +37,7 @@ class Served:
         kwargs: Example of its inputs by keyword.
         shapes: Dimensions that may vary, for each input, as torch.export wants them.
         outputs: Names of the outputs; None leaves them to the exporter.
+        onnx_name: Name of the ONNX file.
     """
 
     module: nn.Module
@@ -41,6 +45,7 @@ class Served:
     kwargs: dict[str, Any] = field(default_factory=dict)
     shapes: Any = None
     outputs: tuple[str, ...] | None = None
+    onnx_name: str = RAW_GRAPH
 
 
 class ServedModel(nn.Module):
@@ -70,7 +75,7 @@ def serve_model(model: CTRModel) -> Served:
     if model.schema.dense_fields:
         inputs["dense"] = torch.zeros(2, len(model.schema.dense_fields))
     batch = torch.export.Dim("batch", min=1)
-    return Served(ServedModel(served), (), inputs, {name: {0: batch} for name in inputs}, ("logits",))
+    return Served(ServedModel(served), (), inputs, {name: {0: batch} for name in inputs}, ("logits",), IDS_GRAPH)
 
 
 def serve_module(module: nn.Module, example: object) -> Served:

@@ -1,0 +1,384 @@
+"""The graph from raw values, the stand-alone encoder and the golden rows agree with embtrim, and need neither it nor torch."""
+
+from __future__ import annotations
+
+import datetime as dt
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import embtrim
+from embtrim.compaction.compacting import compact
+from embtrim.data.encoder import Encoder
+from embtrim.errors import DataError
+from embtrim.models import DeepFM
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import Block, TablePlan
+from embtrim.schema import FieldSpec, Kind, Schema
+from embtrim.serving.bundle import Bundle, load_bundle, save
+from embtrim.serving.exporting import export
+from tests.serving.export_models import model_of, schema_of
+
+pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+TOLERANCE = 1e-5
+NUM_ROWS = 600
+# Makes torch and embtrim impossible to import, and onnxruntime all that a program finds beside numpy and polars.
+ALONE = "import sys, runpy; sys.modules.update(torch=None, embtrim=None, onnx=None); runpy.run_path({!r}, run_name='__main__')"
+
+FIELDS = (
+    FieldSpec(name="user", min_count=3),
+    FieldSpec(name="item"),
+    FieldSpec(name="rating", nulls=("2.5",)),
+    FieldSpec(name="single"),
+    FieldSpec(name="member"),
+    FieldSpec(name="day"),
+    FieldSpec(name="moment"),
+    FieldSpec(name="price", type="numeric", transform="quantile:10"),
+    FieldSpec(name="price again", column="price", type="dense", transform="standard"),
+    FieldSpec(name="count", type="numeric", transform="log2", nulls=("-999",)),
+    FieldSpec(name="count as text", column="count", nulls=("-999",)),
+    FieldSpec(name="amount", type="dense", transform="log1p"),
+    FieldSpec(name="plain", column="amount", type="dense", transform="none"),
+    FieldSpec(name="hashed", hash_size=50),
+    FieldSpec(name="hashed item", column="item", hash_size=40, nulls=("1000003",)),
+    FieldSpec(name="hashed count", column="count", type="numeric", transform="log2", hash_size=30, nulls=("-999",)),
+    FieldSpec(name="tags", type="multi", max_len=3),
+    FieldSpec(name="history", type="multi", max_len=4, keep="last", pooling="sum"),
+    FieldSpec(name="genres", type="multi", separator="|", max_len=3, nulls=("C",)),
+    FieldSpec(name="hashed tags", column="tags", type="multi", max_len=3, hash_size=11),
+)
+
+
+def raw_rows(seed: int, num_rows: int = NUM_ROWS) -> pl.DataFrame:
+    rng = np.random.default_rng(seed)
+
+    def some(values, share: float = 0.1) -> pl.Series:
+        return pl.Series(values).set(pl.Series(rng.random(num_rows) < share), None)
+
+    def lists(values, most: int) -> list[list]:
+        return [rng.choice(values, rng.integers(0, most)).tolist() for _ in range(num_rows)]
+
+    return pl.DataFrame(
+        {
+            "click": rng.integers(0, 2, num_rows),
+            "user": some([f"u{i} é" for i in rng.zipf(1.3, num_rows) % 500]),
+            "item": some(rng.integers(0, 300, num_rows) * 1_000_003),
+            "rating": some(rng.integers(0, 20, num_rows) / 4),
+            "single": some((rng.integers(0, 20, num_rows) / 7).astype(np.float32)),
+            "member": some(rng.random(num_rows) < 0.4),
+            "day": some([dt.date(2024, 1, 1) + dt.timedelta(days=int(i)) for i in rng.integers(0, 30, num_rows)]),
+            "moment": [dt.datetime(2024, 1, 1, int(i), tzinfo=dt.timezone.utc) for i in rng.integers(0, 24, num_rows)],
+            "price": some(rng.gamma(2, 10, num_rows).round(2)),
+            "count": pl.Series(rng.integers(-2, 500, num_rows)).set(pl.Series(rng.random(num_rows) < 0.05), -999),
+            "amount": some(rng.normal(size=num_rows) * 100),
+            "hashed": some([f"h{i}" for i in rng.integers(0, 500, num_rows)]),
+            "tags": lists([f"t{i}" for i in range(20)], 7),
+            "history": lists(range(50), 9),
+            "genres": ["|".join(part) for part in lists(["A", "B", "C", "D e"], 5)],
+        }
+    )
+
+
+def saved(folder: Path, fields: tuple[FieldSpec, ...], rows: pl.DataFrame) -> Path:
+    """The bundle of an untrained compact model that dropped half of the rows of each table."""
+    data = embtrim.encode(rows, Schema(label="click", fields=fields), out=folder / "data")
+    full = DeepFM(data.schema, embedding_dim=4, hidden_units=(8,), init_std=0.5, seed=0)
+    kept = {t: np.arange(0, n, 2, dtype=np.int32) for t, n in data.schema.tables.items()}
+    blocks = {t: (Block(len(ids), (0, 2), "scatter", ids),) for t, ids in kept.items()}
+    tables = [TablePlan(t, n, 4, blocks[t]) for t, n in data.schema.tables.items()]
+    plan = SizePlan(data.schema.fingerprint, len(data.schema.id_fields), tuple(tables), first_order=True)
+    save(compact(full, plan), folder / "bundle", data.recode(plan))
+    return folder / "bundle"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Bundle:
+    return load_bundle(saved(tmp_path_factory.mktemp("raw"), FIELDS, raw_rows(0)))
+
+
+@pytest.fixture(scope="module")
+def folder(bundle, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("served") / "out"
+    export(bundle, "onnx", folder)
+    return folder
+
+
+def standalone(folder: Path) -> Any:
+    """The encoder of an export, as its encode.py makes it."""
+    spec = importlib.util.spec_from_file_location("encode", folder / "encode.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Encoder()
+
+
+def run_check(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", ALONE.format(str(folder / "check.py"))]
+    return subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"})
+
+
+def test_the_graph_and_the_encoder_agree_with_predict_on_rows_never_seen(bundle, folder):
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+    encoder = standalone(folder)
+    rows = raw_rows(1)
+    narrow = rows.with_columns(pl.col("price", "rating", "amount").cast(pl.Float32))
+    for frame in (raw_rows(0), rows, narrow, rows.head(1), rows.select(reversed(rows.columns))):
+        expected = bundle.predict(frame)
+        (scores,) = session.run(["score"], encoder.graph_inputs(frame))
+        assert np.abs(scores - expected).max() < TOLERANCE
+        encoded = bundle.encoder.encode_chunk(frame)
+        ids, dense = encoder.encode(frame)
+        np.testing.assert_array_equal(ids, encoded.ids)
+        np.testing.assert_allclose(dense, encoded.dense, rtol=1e-6)
+    assert bundle.predict(rows).std() > 0.1
+
+
+def test_golden_rows_are_replayed_without_torch_and_embtrim(folder):
+    golden = json.loads((folder / "golden.json").read_text())
+    assert len(golden["rows"]) == len(golden["ids"]) == len(golden["scores"]) == 32
+    assert set(golden["rows"][0].values()) == {None}
+    assert np.std(golden["scores"]) > 0.1
+    done = run_check(folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("model.onnx", "model_ids.onnx", "encode.py, ids", "encode.py, dense"):
+        assert f"{name}: 32 rows, largest difference" in done.stdout
+
+
+@pytest.mark.parametrize("part", ["scores", "ids"])
+def test_the_check_sees_a_difference(part, folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    golden = json.loads((folder / "golden.json").read_text())
+    if part == "scores":
+        golden["scores"][7] += 1e-3
+    else:
+        golden["ids"][7][0] += 1
+    for name in ("golden.json", "check.py"):
+        (tmp_path / name).unlink()
+    (tmp_path / "golden.json").write_text(json.dumps(golden))
+    (tmp_path / "check.py").write_bytes((folder / "check.py").read_bytes())
+    assert run_check(tmp_path).returncode == 1
+
+
+def test_the_readme_runs_and_names_every_input(folder, bundle):
+    text = (folder / "README.md").read_text()
+    for field in FIELDS:
+        assert f"| {field.name} " in text
+    assert "MurmurHash3" in text
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert list(manifest["raw_inputs"]) == [field.name for field in FIELDS]
+    assert manifest["raw_inputs"]["item"]["dtype"] == "int64"
+    assert manifest["raw_inputs"]["rating"]["dtype"] == "float64"
+    assert manifest["raw_inputs"]["price again"]["column"] == "price"
+    names: dict[str, Any] = {"encoded": standalone(folder).encode(raw_rows(1)), "folder": str(folder)}
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    names["ids"], names["dense"] = names["encoded"]
+    exec(code.replace('"model_ids.onnx"', 'folder + "/model_ids.onnx"'), names)
+    np.testing.assert_allclose((1 + np.tanh(names["logits"] / 2)) / 2, bundle.predict(raw_rows(1)), atol=TOLERANCE)
+
+
+def test_weights_in_a_file_of_their_own_are_shared_by_both_graphs(bundle, folder, tmp_path):
+    manifest = export(bundle, "onnx", tmp_path / "out", external_data=True)
+    found = [name for name in manifest["files"] if name.endswith(".data")]
+    assert found == ["model_ids.onnx.data"]
+    assert run_check(tmp_path / "out").returncode == 0
+
+
+def test_a_hash_that_onnx_lacks_leaves_the_encoder(bundle, tmp_path, caplog):
+    """Data and bundles of earlier releases have no hash_function."""
+    rows = raw_rows(0)
+    data = embtrim.encode(
+        rows, Schema(label="click", fields=(FieldSpec(name="hashed", hash_size=50),)), out=tmp_path / "d"
+    )
+    old = data.schema.replace(fields=(data.schema.fields[0].replace(hash_function=None),))
+    model = DeepFM(old, embedding_dim=4, hidden_units=(8,), init_std=0.5)
+    info: dict[str, Any] = {"metrics": {}}
+    manifest = export(Bundle(model.eval(), Encoder(old, {}), info), "onnx", tmp_path / "out")
+    assert "model.onnx" not in manifest["files"]
+    assert "fields hashed were hashed by blake2b" in caplog.text
+    assert "no graph from raw values" in (tmp_path / "out" / "README.md").read_text()
+    ids, _ = standalone(tmp_path / "out").encode(rows)
+    np.testing.assert_array_equal(ids, Encoder(old, {}).encode_chunk(rows).ids)
+    assert run_check(tmp_path / "out").returncode == 0
+
+
+@pytest.mark.parametrize("format", ["pt2", "torchrec"])
+def test_other_formats_hold_the_encoder_and_golden_rows(format, bundle, tmp_path):
+    export(bundle, format, tmp_path / "out")
+    done = run_check(tmp_path / "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "encode.py, ids: 32 rows, largest difference 0" in done.stdout
+
+
+def test_a_model_alone_has_golden_ids(tmp_path):
+    export(model_of("deepfm", schema_of()), "onnx", tmp_path / "out")
+    assert not (tmp_path / "out" / "encode.py").exists()
+    assert not (tmp_path / "out" / "model.onnx").exists()
+    done = run_check(tmp_path / "out")
+    assert (done.returncode, "model_ids.onnx: 32 rows" in done.stdout) == (0, True), done.stdout + done.stderr
+
+
+# ---- the stand-alone encoder, on texts of every kind -----------------------------------------------------------------
+
+ODD = [
+    "",
+    " ",
+    "7",
+    " 7",
+    "07",
+    "+7",
+    "7.0",
+    "7.50",
+    "7.5",
+    "-0",
+    "-0.0",
+    ".5",
+    "1e3",
+    "1E+3",
+    "0.00001234",
+    "1e-7",
+    "1e21",
+]
+ODD += [
+    "9007199254740993",
+    "9007199254740993.0",
+    "1e400",
+    "nan",
+    "NaN",
+    "inf",
+    "-999",
+    "-999.0",
+    " -999",
+    "0999",
+    "x",
+    "é",
+]
+ODD += [
+    "True",
+    "TRUE",
+    "true",
+    "t",
+    "yes",
+    "1",
+    "0",
+    "1.0",
+    "false",
+    "F",
+    "no",
+    "0.0",
+    "2024-03-01",
+    "2024-3-1",
+    "0999-03-01",
+]
+ODD += ["2024-03-01 08:00:00", "2024-03-01T08:00:00.250", "2024-03-01 08:00 PM", "2024-03-01T08:00:00Z", "2024-02-30"]
+ODD += [
+    "2024-03-01T08:00:00+02:00",
+    "2024-03-01 00:00:00",
+    "2024-03-01T08:00:00.5Z",
+    "2024-03-01 24:00:00",
+    "1_000",
+    "0x1",
+]
+ODD += ["['a', 'b']", "a|b", "[1, 2]", "( x )", "None", "a||b", '["a|b", c]', "[]", "[None]", "a b|c"]
+KINDS: tuple[Kind | None, ...] = (
+    None,
+    "text",
+    "integer",
+    "decimal",
+    "float",
+    "float32",
+    "boolean",
+    "date",
+    "timestamp",
+    "instant",
+)
+
+
+def encoder_of(folder: Path, kind: Kind | None, listed: list[str]) -> Encoder:
+    fields = (
+        FieldSpec(name="one", kind=kind, nulls=("-999",), vocab_size=100),
+        FieldSpec(name="hash", column="one", kind=kind, nulls=("-999",), hash_size=97, hash_function="murmur3", vocab_size=98),
+        FieldSpec(name="many", kind=kind, type="multi", separator="|", max_len=2, vocab_size=100),
+        FieldSpec(name="last", column="many", kind=kind, type="multi", separator="|", max_len=2, keep="last", hash_size=9, vocab_size=10),
+    )  # fmt: skip
+    texts = [None, *dict.fromkeys(listed)]
+    frame = pl.DataFrame({"value": texts, "id": range(1, len(texts) + 1), "count": [1] * len(texts)})
+    frame = frame.cast({"value": pl.String, "id": pl.Int32})
+    encoder = Encoder(Schema(label="y", fields=fields), {"one": frame, "many": frame})
+    encoder.save(folder / "encoder")
+    (folder / "manifest.json").write_text("{}")
+    source = Path(embtrim.__file__).parent / "serving" / "standalone" / "encode.py"
+    (folder / "encode.py").write_bytes(source.read_bytes())
+    return encoder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(
+    listed=st.lists(st.sampled_from(ODD[2:]), max_size=8),
+    cells=st.lists(
+        st.one_of(st.none(), st.sampled_from(ODD), st.text("0179.-+eE |'[]", max_size=5)), min_size=1, max_size=6
+    ),
+)
+@settings(max_examples=60, deadline=None)
+def test_texts_are_encoded_as_embtrim_does(kind, listed, cells, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kind")
+    encoder = encoder_of(folder, kind, listed)
+    alone = standalone(folder)
+    for cell in cells:
+        rows = {"one": [cell], "many": [cell]}
+        try:
+            expected = encoder.encode_chunk(pl.DataFrame(rows, schema={"one": pl.String, "many": pl.String})).ids
+        except DataError:
+            with pytest.raises(ValueError):
+                alone.encode(rows)
+            continue
+        np.testing.assert_array_equal(alone.encode(rows)[0], expected, err_msg=repr(cell))
+
+
+CELLS: dict[str, tuple[Any, list[Any]]] = {
+    "integers": (pl.Int64, [0, 7, -999, 2**53 + 1, None]),
+    "floats": (
+        pl.Float64,
+        [0.0, -0.0, 7.0, 7.5, 0.1, 1e-5, 1.25e-5, -1e-5, 1e-7, 1e16, 1.5e21, 1e300, float("nan"), None],
+    ),
+    "singles": (pl.Float32, [0.1, 7.0, 1e-5, 3.4e38, 16777216.0, 1.1754943508222875e-38, None]),
+    "booleans": (pl.Boolean, [True, False, None]),
+    "days": (pl.Date, [dt.date(2024, 3, 1), dt.date(999, 1, 1), None]),
+    "moments": (pl.Datetime("us"), [dt.datetime(2024, 3, 1), dt.datetime(2024, 3, 1, 8, 0, 0, 250_000), None]),
+    "instants": (pl.Datetime("us", "Europe/Paris"), [dt.datetime(2024, 3, 1, 8, tzinfo=dt.timezone.utc), None]),
+    "times": (pl.Time, [dt.time(8), dt.time(8, 0, 0, 500_000), None]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("cells", CELLS)
+def test_typed_cells_are_encoded_as_embtrim_does(kind, cells, tmp_path):
+    encoder = encoder_of(
+        tmp_path, kind, ["0", "7", "7.5", "0.1", "0.00001", "true", "false", "2024-03-01", "08:00:00.5"]
+    )
+    dtype, values = CELLS[cells]
+    alone = standalone(tmp_path)
+    for value in values:
+        frame = pl.DataFrame(
+            {"one": pl.Series([value], dtype=dtype), "many": pl.Series([[value]], dtype=pl.List(dtype))}
+        )
+        try:
+            expected = encoder.encode_chunk(frame).ids
+        except DataError:
+            with pytest.raises(ValueError):
+                alone.encode(frame)
+            continue
+        np.testing.assert_array_equal(alone.encode(frame)[0], expected, err_msg=repr(value))
