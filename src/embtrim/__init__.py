@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from embtrim.serving.exporting import export
     from embtrim.serving.manifest import Manifest
     from embtrim.serving.updating import UpdateConfig, UpdateReport, update
+    from embtrim.tables.replacements import table_logits
     from embtrim.tasks.survey import Finding
     from embtrim.tasks.task import CTRTask, Task
     from embtrim.training.evaluation import evaluate
@@ -89,13 +90,14 @@ _HOMES = {
     "save": "serving.bundle",
     "search": "methods.searching",
     "size_curve": "experiments.curve",
+    "table_logits": "tables.replacements",
     "update": "serving.updating",
     "verify": "compaction.verification",
 }
 
 __all__ = [  # noqa: RUF022 (in the order of the way through the house)
     "encode", "profile", "load", "models", "fit", "evaluate", "methods", "search", "verify", "compact", "quantize_", "save",
-    "load_bundle", "export", "update", "run", "size_curve", "compare",
+    "load_bundle", "export", "update", "run", "size_curve", "compare", "table_logits",
     "Schema", "FieldSpec", "Split", "ReadOptions", "LogProfile", "EncodedDataset", "Encoder", "TrainConfig", "FitResult", "Metrics",
     "Task", "CTRTask", "Finding", "Budget", "SizePlan", "Verification", "Bundle", "Manifest", "UpdateConfig", "UpdateReport",
     "RunConfig", "RunRecord", "SizeCurve", "CompareConfig", "Comparison", "EmbtrimError",

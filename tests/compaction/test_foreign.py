@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from embtrim.compaction.compacting import compact, quantize_
 from embtrim.compaction.verification import verify
 from embtrim.errors import EmbtrimError
-from embtrim.methods import FrequencyConfig, PMEConfig, RandomConfig, SSEDSConfig, search
+from embtrim.methods import PMEConfig, RandomConfig, SSEDSConfig, search
 from embtrim.plan.plan import SizePlan
 from embtrim.tables.replacements import CompactEmbedding
-from embtrim.tasks.chosen import Chosen
 from embtrim.tasks.task import Task
-from embtrim.testing.toys import ForeignModel, foreign_batches, foreign_task, pooled_task
+from embtrim.testing.toys import ForeignModel, foreign_batches, pooled_task
 from tests.tasks.foreign_modules import FIELDS, PAIRS, ROWS, WIDTH, Owner, plan_for
 
 
@@ -84,48 +83,8 @@ class TestWhereElseTheModelKeepsThem:
         assert verify(task.model, plan, task).passed
 
 
-class TestWeightsReadOutside:
-    """A compact table has no weight to read: a search says so before it begins."""
-
-    class Reader(ForeignModel):
-        def __init__(self, read: Callable[[nn.Embedding, Tensor], Tensor]) -> None:
-            super().__init__()
-            self.read = read
-
-        def forward(self, ids_BC: Tensor) -> Tensor:
-            return super().forward(ids_BC) + self.read(self.item, ids_BC[:, 1]).sum(1)
-
-    @pytest.mark.parametrize(
-        "read",
-        [
-            lambda item, ids: item.weight[ids],
-            lambda item, ids: nn.functional.embedding(ids, item.weight),
-            lambda item, ids: item(ids) @ item.weight.T,
-        ],
-        ids=["indexed", "functional", "tied"],
-    )
-    def test_are_refused_before_the_search(self, read, monkeypatch):
-        task = foreign_task(lambda: self.Reader(read))
-        monkeypatch.setattr(Task, "row_counts", lambda self: pytest.fail("the search began"))
-        with pytest.raises(EmbtrimError, match=r"reads the weight of 'item' outside of that module.* exclude="):
-            search(task, FrequencyConfig(), "50%")
-        monkeypatch.undo()
-        task._chosen = Chosen(exclude=("item",))
-        assert verify(task.model, search(task, FrequencyConfig(), "50%"), task).passed
-
-    def test_a_loss_that_reads_one_is_refused_too(self):
-        task = foreign_task()
-        plain = task.loss
-        task.loss = lambda model, batch: plain(model, batch) + model.user.weight.norm()
-        with pytest.raises(EmbtrimError, match="'user'"):
-            search(task, RandomConfig(), "50%")
-
-    @pytest.mark.parametrize("make", [foreign_task, pooled_task])
-    def test_there_is_none(self, make):
-        task = make()
-        small = compact(task.model, search(task, RandomConfig(), "50%"))
-        for name in ("user", "item", "flat", "history"):
-            assert not hasattr(getattr(small, name, None), "weight")
+class TestProbe:
+    """A batch is run through copies before a search, which changes nothing else."""
 
     def test_the_search_that_follows_is_as_without_the_probe(self, monkeypatch):
         def plan() -> SizePlan:

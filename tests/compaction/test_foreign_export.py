@@ -11,7 +11,7 @@ from torch import nn
 
 from embtrim.compaction.compacting import compact, quantize_
 from embtrim.methods import FrequencyConfig, PMEConfig, RandomConfig, search
-from embtrim.tables.replacements import pool_entries
+from embtrim.tables.pooling import pool_entries
 from embtrim.tasks.task import Task
 from embtrim.testing.toys import ForeignModel, PooledModel, foreign_batches, foreign_task, pooled_task
 from tests.tasks.foreign_modules import FIELDS, FLAT_IDS, KINDS, PAIRS, ROWS, WIDTH, bag, plan_for

@@ -66,8 +66,9 @@ class TestGates:
         assert torch.allclose(found, torch.stack([expected[0], expected[1] + expected[2], expected[3]]))
         sequences = PAIRS[:3]
         (site,) = find_sites(single)
+        expected = single[0].weight[sequences] * gate_BS[:, None, :WIDTH]
         with site.gated(gate_BS[:, :WIDTH]):
-            assert torch.allclose(single(sequences), single[0].weight[sequences] * gate_BS[:, None, :WIDTH])
+            assert torch.allclose(single(sequences), expected)
 
     @pytest.mark.parametrize(
         "make", [lambda: nn.Sequential(nn.Embedding(ROWS, WIDTH, sparse=True)), lambda: bag(sparse=True)]

@@ -49,14 +49,14 @@ class TestSurvey:
             }
         )
         found = {f.name: f for f in survey(model, exclude="unwant*")}
-        assert [name for name, f in found.items() if f.found] == ["plain", "bag"]
+        assert [name for name, f in found.items() if f.found] == ["plain", "bag", "table"]
+        assert found["table"].note == "tied, a Linear, multiplies by all of it: a compact table by what it stores"
         assert str(found["bag"]) == "bag: EmbeddingBag 9 x 4, found"
         reasons = {
             "own": "Own has a forward of its own",
             "narrow": "width 1, a first-order term",
             "max": "mode 'max'",
             "by_freq": "scale_grad_by_freq",
-            "table": "tied, a Linear, reads its weight too",
             "one": "shares its weight with other, whose settings differ",
             "other": "shares its weight with one, whose settings differ",
             "computed": "its weight is computed",

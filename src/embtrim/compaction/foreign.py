@@ -15,6 +15,7 @@ from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import TablePlan
 from embtrim.system.modules import copied, named_modules
 from embtrim.tables.replacements import CompactEmbedding, CompactEmbeddingBag, CompactFlatEmbedding, Replacement
+from embtrim.tables.ties import tie
 from embtrim.tasks.sites import ModuleSite
 from embtrim.tasks.survey import fields_of, find_sites, site_plan
 
@@ -69,9 +70,11 @@ def compact_module(model: nn.Module, plan: SizePlan, init: Init, seed: int | Non
     small = copied(model, memo)
     for site, replacement in replaced:
         replacement.take_attributes(site.module, memo)
+        for reader, name in site.readers:
+            tie(memo[id(reader)], name, replacement)
     for site, pieces in in_pieces:
         stale = memo.get(id(site.module.weight))
-        if stale is not None and not _replace_in_lists(small, stale, pieces):
+        if stale is not None and not _replace_in_lists(small, stale, pieces, found=bool(site.readers)):
             raise ModelError(
                 f"the model keeps the weight of {site.path!r} outside of its modules too, and not just in lists; this plan "
                 f"stores it in {len(pieces)} pieces, which cannot take its place; leave it alone with the Task's exclude="
@@ -79,11 +82,17 @@ def compact_module(model: nn.Module, plan: SizePlan, init: Init, seed: int | Non
     return small
 
 
-def _replace_in_lists(model: nn.Module, stale: Tensor, pieces: Sequence[Tensor]) -> bool:
-    """Replace a weight by its pieces in the lists that a model's attributes hold; False if it is kept elsewhere too."""
+def _replace_in_lists(model: nn.Module, stale: Tensor, pieces: Sequence[Tensor], found: bool) -> bool:
+    """Replace a weight by its pieces in the lists that a model's attributes hold; False if it is kept elsewhere too.
+
+    Args:
+        model: Copy of the model.
+        stale: The weight's copy.
+        pieces: What takes its place.
+        found: Whether it is known why the weight was copied; otherwise a list must hold it.
+    """
     containers: list[Any] = [vars(module) for module in model.modules()]
     seen: set[int] = set()
-    found = False
     while containers:
         container = containers.pop()
         if id(container) in seen:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import types
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from embtrim.compaction.foreign import compact_module
 from embtrim.errors import ModelError
 from embtrim.plan.table import Block, TablePlan
-from embtrim.system.modules import copied, evaluating, named_modules, uncompiled
+from embtrim.system.modules import copied, evaluating, graph_tensors, named_modules, uncompiled
 from embtrim.system.torch_private import tree_leaves
 from embtrim.tables.replacements import CompactEmbedding, CompactEmbeddingBag, Replacement
 from embtrim.tasks.sites import ModuleSite
 from embtrim.tasks.task import Task
+from embtrim.tasks.watching import reads_of_batch, reads_seen
 
 # Foreign modules are compared in their own precision: |a - b| <= tolerance * (1 + |b|).
 MODULE_TOLERANCE = 1e-5
@@ -61,8 +62,9 @@ def check_compactable(task: Task) -> None:
                 raise ModelError(
                     f"the Task's loss= must give the mean loss of a batch as a scalar tensor, it gave {given}"
                 )
+            _check_norms(task, sites, batch)
             _compare(task, sites, batch, expected)
-            _try(partial(run, task, narrow, batch), [site.path for site in sites])
+            _try(task.model, partial(run, task, narrow, batch), [site.path for site in sites])
 
 
 def run(task: Task, model: nn.Module, batch: Any) -> Run:
@@ -92,6 +94,17 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return float(apart.nan_to_num(nan=float("inf")).max()) if apart.numel() else 0.0
 
 
+def _check_norms(task: Task, sites: Sequence[ModuleSite], batch: Any) -> None:
+    """Raise ModelError for a table that max_norm changes as it is looked up, and whose weight is read beside that."""
+    limited = [site for site in sites if site.module.max_norm is not None]
+    for path, reads in reads_of_batch(task.model, limited, task.loss, batch).items():
+        if any(reads.counts[how] for how in ("index", "product", "whole")):
+            raise ModelError(
+                f"{path!r} has a max_norm, which changes its rows as they are looked up, and its weight is read otherwise "
+                f"too; {ADVICE}"
+            )
+
+
 # ---- a copy whose tables are the model's -------------------------------------------------------------------------------
 
 
@@ -117,17 +130,20 @@ def _fault(task: Task, sites: Sequence[ModuleSite], batch: Any, expected: Run) -
     """What goes wrong where equal tables stand in for the embeddings of some sites; None if nothing does."""
     copy = _with_stand_ins(task.model, sites)
     calls: list[str] = []
-    with _noted_calls(sites, calls):
+    with ExitStack() as stack:
+        for site in sites:
+            stack.enter_context(reads_seen(site, lambda _read, path=site.path: calls.append(path)))
         try:
             found = run(task, copy, batch)
         except ModelError:
             raise
         except Exception as error:  # a model may fail in any way
-            return f"{_failure(error)}, such as isinstance(m, nn.Embedding)"
+            return f"{_failure(error)}, such as isinstance(m, nn.Embedding){_left_out(task.model)}"
     if calls:
         raise ModelError(
-            f"a copy of the model calls {calls[0]!r} of the model itself, because {_functions(task.model)} a function made of the "
-            "model; use model.compile() instead of forward = torch.compile(forward), or define the function in the class"
+            f"a copy of the model reads {calls[0]!r} of the model itself, because {_functions(task.model)} a function made of the "
+            "model; use model.compile() instead of forward = torch.compile(forward), define the function in the class, and "
+            "let loss= read the model that it is given"
         )
     outputs = difference(found.outputs, expected.outputs)
     if outputs > MODULE_TOLERANCE:
@@ -163,21 +179,6 @@ def _with_stand_ins(model: nn.Module, sites: Sequence[ModuleSite]) -> nn.Module:
     return copy
 
 
-@contextmanager
-def _noted_calls(sites: Sequence[ModuleSite], calls: list[str]) -> Iterator[None]:
-    """Note the paths of embeddings that are called inside a `with` block."""
-    hooks = [
-        module.register_forward_hook(partial(lambda path, *_: calls.append(path), site.path))
-        for site in sites
-        for module in site.modules
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def _functions(model: nn.Module) -> str:
     """The attributes that are functions, in words: a copy shares them."""
     found = (
@@ -190,14 +191,23 @@ def _functions(model: nn.Module) -> str:
     return f"attribute {', '.join(names)} is" if names else "an attribute is"
 
 
-def _try(work: Callable[[], Any], paths: Sequence[str]) -> None:
+def _try(model: nn.Module, work: Callable[[], Any], paths: Sequence[str]) -> None:
     try:
         work()
     except ModelError:
         raise
     except Exception as error:  # a model may fail in any way
         listed = ", ".join(map(repr, paths))
-        raise ModelError(f"narrow tables cannot take the place of {listed}: {_failure(error)}; {ADVICE}") from error
+        raise ModelError(
+            f"narrow tables cannot take the place of {listed}: {_failure(error)}{_left_out(model)}; {ADVICE}"
+        ) from error
+
+
+def _left_out(model: nn.Module) -> str:
+    """The attributes that a copy of a model lacks until its forward makes them, in words; empty if there are none."""
+    names = ", ".join(map(repr, itertools.islice(graph_tensors(model), 3)))
+    said = "is the result of a computation; keep value.detach(), or compute it in forward before it is read"
+    return f". A copy lacks its attribute {names}, which {said}" if names else ""
 
 
 def _failure(error: Exception) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,7 @@ from embtrim.plan.budget_limits import (
 )
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Bits, Target
+from embtrim.system.modules import left_as_found
 from embtrim.tasks.sites import ModuleSite, Site, weights_kept
 from embtrim.tasks.task import Task
 
@@ -95,8 +97,6 @@ def search(
         )
     budget = Budget.parse(budget)
     full = task.full_plan()
-    if full.standalone:
-        _log_survey(task)
     if not full.num_full_params:
         raise ModelError(f"{type(task.model).__name__} has no embedding tables to shrink, only first-order weights")
     request = _Request(task, method_of(config), config, seed, bits, target)
@@ -104,8 +104,12 @@ def search(
     _check_fp32(sites)
     check_weights(task.model)
     check_budget(full, budget, bits, target)
-    with weights_kept(task.model), torch.enable_grad():  # a caller's torch.no_grad() is meant for the model's own use
-        if all(isinstance(site, ModuleSite) for site in sites):
+    is_foreign = all(isinstance(site, ModuleSite) for site in sites)
+    untouched = left_as_found(task.model) if is_foreign else nullcontext()
+    # A caller's torch.no_grad() is meant for the model's own use.
+    with untouched, weights_kept(task.model), torch.enable_grad():
+        if is_foreign:
+            _log_survey(task)
             check_compactable(task)
         if unread := task.unread_tables():
             plan = _search_read_tables(request, budget, full, unread)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import random
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,9 @@ WRAPPERS = {
     "_FabricModule": "_original_module",  # Lightning Fabric
 }
 WRAPPING_PACKAGES = ("torch", "lightning", "lightning_fabric")
+
+# Most numbers of a buffer that a search gives back as they were: counters and running statistics.
+KEPT_NUMEL = 2**20
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -74,6 +79,21 @@ def uncompiled() -> AbstractContextManager[Any]:
 
 
 @contextmanager
+def reads_given(module: nn.Module, name: str, get: Callable[[], Any]) -> Iterator[None]:
+    """Let reads of `module.name` get what `get()` returns inside a `with` block.
+
+    The module's parameter of this name stays as it is, for optimisers and state dicts.
+    """
+    own = type(module)
+    reads = {name: property(lambda _self: get()), "__module__": own.__module__, "__qualname__": own.__qualname__}
+    module.__class__ = type(own.__name__, (own,), reads)
+    try:
+        yield
+    finally:
+        module.__class__ = own
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode inside a `with` block; each of its modules then returns to its own mode."""
     modes = [(module, module.training) for module in model.modules()]
@@ -85,8 +105,58 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """Give a model its attributes, modes, gradients and small buffers back after a `with` block, whatever ran it.
+
+    A forward pass may keep results in attributes, draw random numbers and count in buffers. Generators of torch, NumPy and
+    Python continue where they were. Parameters are left to those who change them.
+    """
+    modules = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    values = [(b, b.detach().clone()) for b in model.buffers() if b.layout == torch.strided and b.numel() <= KEPT_NUMEL]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    drawn, drawn_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (a loss may draw from it)
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(drawn)
+        np.random.set_state(drawn_numpy)  # noqa: NPY002
+        for module, attributes, buffers in modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, value in values:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+def graph_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Results of earlier computations that modules keep in attributes with their graphs, by path; copies leave them out."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        waiting = [(name, value) for name, value in vars(module).items() if name not in vars(nn.Module())]
+        seen: set[int] = set()
+        while waiting:
+            name, value = waiting.pop()
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                found[f"{path}.{name}" if path else name] = value
+            elif isinstance(value, (list, tuple, dict)) and id(value) not in seen:
+                seen.add(id(value))
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                waiting.extend((f"{name}[{key!r}]", item) for key, item in items)
+    return found
+
+
 def copied(model: ModuleT, memo: dict[int, Any] | None = None) -> ModuleT:
-    """A deep copy of a model.
+    """A deep copy of a model, without the attributes that hold results of earlier computations with their graphs.
+
+    Such an attribute is missing in the copy until a forward pass makes it again; in a list it is None.
 
     Args:
         model: The model.
@@ -97,9 +167,15 @@ def copied(model: ModuleT, memo: dict[int, Any] | None = None) -> ModuleT:
         ModelError: An attribute cannot be copied; the message names it.
     """
     memo = {} if memo is None else memo
+    memo.update((id(tensor), None) for tensor in graph_tensors(model).values())
     given = dict(memo)
     try:
-        return copy.deepcopy(model, memo)
+        found = copy.deepcopy(model, memo)
+        for module in model.modules():
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    vars(memo[id(module)]).pop(name, None)
+        return found
     except Exception as error:  # an attribute may refuse in any way
         found = _uncopied(model, given) or f"{_said(error)}; give it a __deepcopy__"
         raise ModelError(f"this {type(model).__name__} cannot be copied: {found}") from error

@@ -10,7 +10,8 @@ Shapes: N rows, D full width; ids (...) of any shape.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 
 from embtrim.errors import ModelError
 from embtrim.plan.table import TablePlan, projects
-from embtrim.tables.packing import packed_rows
+from embtrim.tables.lazy_weights import WeightSource, lazy_weight
+from embtrim.tables.packing import CHUNK_ROWS, packed_rows
+from embtrim.tables.pooling import is_exporting, pool_entries
 
 # Attributes that torch's modules and embeddings have of their own.
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -39,19 +42,38 @@ class Replacement(nn.Module):
     Attributes:
         path: Path of the replaced module in the model.
         num_embeddings: Rows of the replaced module.
+        embedding_dim: Columns returned.
         padding_idx: Padding id of the replaced module, or None.
     """
 
     path = ""
     num_embeddings: int
+    embedding_dim: int
     padding_idx: int | None
 
+    @property
+    def weight(self) -> Tensor:
+        """(V, D) embeddings of all ids, computed as they are read; see `embtrim.tables.lazy_weights`."""
+        return lazy_weight(_Whole(self))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the embeddings that are returned."""
+        raise NotImplementedError
+
+    def all_rows(self) -> Tensor:
+        """(V, D) embeddings of all ids, as they are stored: without `max_norm`, like the weight of an nn.Embedding."""
+        raise NotImplementedError
+
+    def rows_at(self, ids: Tensor) -> Tensor:
+        """(..., D) embeddings of ids (...), like `all_rows`: a gradient reaches the padding row too."""
+        raise NotImplementedError
+
+    def logits(self, input: Tensor) -> Tensor:
+        """(..., V) inner products of vectors (..., D) with the embeddings of all ids, without building the embeddings."""
+        raise NotImplementedError
+
     def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            raise ReplacedError(
-                f"the model reads the weight of {self.path!r} outside of that module, which a compact table does not have; "
-                "call the module instead, or leave it alone with the Task's exclude="
-            )
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -103,6 +125,28 @@ class Replacement(nn.Module):
         )
         found.num_embeddings = self.num_embeddings
         return found
+
+
+class _Whole(WeightSource):
+    """What is read of the weight of a replacement."""
+
+    def __init__(self, table: Replacement) -> None:
+        self.table, self.what = table, f"the weight of {table.path!r}"
+        self.dtype, self.device = table.dtype, next(itertools.chain(table.parameters(), table.buffers())).device
+        self.shape = (table.num_embeddings, table.embedding_dim)
+        self.parameters = [p for p in table.parameters() if p.requires_grad]
+
+    def all_rows(self) -> Tensor:
+        """See WeightSource."""
+        return self.table.all_rows()
+
+    def rows_at(self, ids: Tensor) -> Tensor:
+        """See WeightSource."""
+        return self.table.rows_at(ids)
+
+    def products(self, input: Tensor) -> Tensor:
+        """See WeightSource."""
+        return self.table.logits(input)
 
 
 class CompactEmbedding(Replacement):
@@ -165,23 +209,94 @@ class CompactEmbedding(Replacement):
         self.check_ids(input)
         if not self.stores_columns:
             return self.weights[0].new_zeros(*input.shape, self.embedding_dim)
-        if self.packed is not None and self.training and torch.is_grad_enabled():
-            raise ModelError(f"the table of {self.path!r} is quantised, for inference only; train before quantize_()")
-        rows = self.rows_of(input)
-        if len(self.segments) == 1:
-            found = self.widen(self._read(rows, 0, 0))
-        else:
-            parts, start = [], 0
-            for number, (num_rows, _) in enumerate(self.segments):
-                local = rows - start
-                inside = (local >= 0) & (local < num_rows)
-                parts.append(self.widen(self._read(local * inside, number, start)) * inside[..., None])
-                start += num_rows
-            found = sum(parts[1:], parts[0])
+        found = self._look_up(input, self.padding_row)
         if self.max_norm is not None:
             norms = found.detach().norm(self.norm_type, dim=-1, keepdim=True)
             found = found * (self.max_norm / (norms + 1e-7)).clamp(max=1.0)
-        return found.masked_fill((input == self.padding_idx)[..., None], 0.0) if self.zeroes_padding else found
+        return self._without_padding(found, input)
+
+    def _look_up(self, ids: Tensor, padding_row: int | None) -> Tensor:
+        """(..., D) embeddings of ids (...); no gradient reaches the padding row."""
+        self._check_not_trained()
+        rows = self.rows_of(ids)
+        if len(self.segments) == 1:
+            return self.widen(self._read(rows, 0, 0, padding_row))
+        parts, start = [], 0
+        for number, (num_rows, _) in enumerate(self.segments):
+            local = rows - start
+            inside = (local >= 0) & (local < num_rows)
+            parts.append(self.widen(self._read(local * inside, number, start, padding_row)) * inside[..., None])
+            start += num_rows
+        return sum(parts[1:], parts[0])
+
+    def _without_padding(self, found: Tensor, ids: Tensor) -> Tensor:
+        """Embeddings of ids, those of the padding id zero if its row is not stored."""
+        return found.masked_fill((ids == self.padding_idx)[..., None], 0.0) if self.zeroes_padding else found
+
+    def rows_at(self, ids: Tensor) -> Tensor:
+        """See Replacement."""
+        self.check_ids(ids)
+        if not self.stores_columns:
+            return self.weights[0].new_zeros(*ids.shape, self.embedding_dim)
+        return self._without_padding(self._look_up(ids, None), ids)
+
+    def all_rows(self) -> Tensor:
+        """See Replacement."""
+        if not self.stores_columns:
+            return self.weights[0].new_zeros(self.num_embeddings, self.embedding_dim)
+        self._check_not_trained()
+        stored = [self.widen(part) for n in range(len(self.segments)) for part in self._stored(n)]
+        return self._spread(stored[0] if len(stored) == 1 else torch.cat(stored), 0)
+
+    def logits(self, input: Tensor) -> Tensor:
+        """See Replacement."""
+        if not self.stores_columns:
+            return input.new_zeros(*input.shape[:-1], self.num_embeddings)
+        self._check_not_trained()
+        parts = []
+        for number, (_, width) in enumerate(self.segments):
+            narrow = self._narrowed(input, width)
+            parts.extend(narrow @ part.T for part in self._stored(number))
+        return self._spread(parts[0] if len(parts) == 1 else torch.cat(parts, -1), -1)
+
+    def _stored(self, segment: int) -> Iterator[Tensor]:
+        """The rows of a segment at their stored width; codes are decoded in chunks."""
+        if self.packed is None:
+            yield self.weights[segment]
+            return
+        num_rows, like = self.segments[segment][0], next(self.packed.buffers())
+        for start in range(0, num_rows, CHUNK_ROWS):
+            local = torch.arange(start, min(start + CHUNK_ROWS, num_rows), device=like.device)
+            yield self._read(local, segment, 0, None)
+
+    def _narrowed(self, wide: Tensor, width: int) -> Tensor:
+        """Vectors whose products with stored rows of a width are those of the full vectors with the widened rows."""
+        if str(width) in self.projections:
+            return wide @ self.projections[str(width)].to(wide.dtype).T
+        if width == self.embedding_dim:
+            return wide
+        return wide.index_select(-1, self.columns[:width])
+
+    def _spread(self, stored: Tensor, dim: int) -> Tensor:
+        """What compact rows hold, as all ids read it, along one dimension."""
+        left = self.num_embeddings - stored.shape[dim]
+        if self.id_map is not None:
+            found = stored.index_select(dim, self.id_map.long())
+        elif self.last_row is not None and left:
+            dropped = stored.narrow(dim, self.last_row, 1)
+            shape = list(stored.shape)
+            shape[dim] = left
+            found = torch.cat([stored, dropped.expand(shape)], dim)
+        else:
+            found = stored
+        if not self.zeroes_padding:
+            return found
+        return found.index_fill(dim, torch.tensor([self.padding_idx], device=found.device), 0.0)
+
+    def _check_not_trained(self) -> None:
+        """Raise ModelError if codes would be trained."""
+        if self.packed is not None and self.training and torch.is_grad_enabled():
+            raise ModelError(f"the table of {self.path!r} is quantised, for inference only; train before quantize_()")
 
     def check_ids(self, ids: Tensor) -> None:
         """Raise IndexError for an id without a row, as nn.Embedding does, where no lookup of this table would.
@@ -209,7 +324,7 @@ class CompactEmbedding(Replacement):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the embeddings that are returned."""
+        """See Replacement."""
         return self.weights[0].dtype if self.packed is None else self.value_dtype
 
     def full_table(self, generator: torch.Generator) -> nn.Embedding:
@@ -294,14 +409,14 @@ class CompactEmbedding(Replacement):
             self._zero_padding(f"{prefix}zero_padding" in state_dict)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _read(self, local: Tensor, segment: int, start: int) -> Tensor:
+    def _read(self, local: Tensor, segment: int, start: int, padding_row: int | None) -> Tensor:
         """Stored rows of a segment, which begins at the compact id `start`."""
         num_rows, width = self.segments[segment]
         if self.packed is not None:
             before = sum(rows for rows, other in self.segments[:segment] if other == width)
             stretch = torch.zeros(1, dtype=torch.int64, device=local.device)
             return self.packed[str(width)](local + before, stretch).to(self.value_dtype)
-        padding = None if self.padding_row is None else self.padding_row - start
+        padding = None if padding_row is None else padding_row - start
         if padding is not None and not 0 <= padding < num_rows:
             padding = None
         return nn.functional.embedding(local, self.weights[segment], padding_idx=padding, sparse=self.sparse)
@@ -333,18 +448,37 @@ class CompactFlatEmbedding(Replacement):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., D) embeddings of ids (...)."""
-        if is_exporting():
-            return self._forward_fixed(input)
+        return self._forward_fixed(input) if is_exporting() else self._grouped(input, nn.Module.__call__)
+
+    def rows_at(self, ids: Tensor) -> Tensor:
+        """See Replacement."""
+        return self._grouped(ids, lambda table, own: table.rows_at(own))  # type: ignore[operator]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See Replacement."""
+        return self.tables[0].dtype  # type: ignore[return-value]
+
+    def _grouped(self, input: Tensor, read: Callable[..., Tensor]) -> Tensor:
+        """What a function reads of every table for its ids."""
         ids = input.flatten()
         field_N = torch.bucketize(ids.long(), self.ends[:-1], right=True)  # type: ignore[index]
         order = torch.argsort(field_N, stable=True)  # one lookup for each field, of all its ids
         counts = torch.bincount(field_N, minlength=len(self.tables)).tolist()
         parts, start = [], 0
         for table, ids_n in zip(self.tables, ids[order].split(counts), strict=True):
-            parts.append(table(ids_n - start))
+            parts.append(read(table, ids_n - start))
             start += table.num_embeddings  # type: ignore[operator]
         found_ND = torch.cat(parts)[torch.argsort(order)]
         return found_ND.view(*input.shape, self.embedding_dim)
+
+    def all_rows(self) -> Tensor:
+        """See Replacement."""
+        return torch.cat([table.all_rows() for table in self.tables])  # type: ignore[operator]
+
+    def logits(self, input: Tensor) -> Tensor:
+        """See Replacement."""
+        return torch.cat([table.logits(input) for table in self.tables], -1)  # type: ignore[operator]
 
     def full_table(self, generator: torch.Generator) -> nn.Embedding:
         """See Replacement."""
@@ -404,6 +538,23 @@ class CompactEmbeddingBag(Replacement):
         )
         return entries.widen(pooled)
 
+    def all_rows(self) -> Tensor:
+        """See Replacement."""
+        return self.entries.all_rows()
+
+    def logits(self, input: Tensor) -> Tensor:
+        """See Replacement."""
+        return self.entries.logits(input)
+
+    def rows_at(self, ids: Tensor) -> Tensor:
+        """See Replacement."""
+        return self.entries.rows_at(ids)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See Replacement."""
+        return self.entries.dtype
+
     def full_table(self, generator: torch.Generator) -> nn.EmbeddingBag:
         """See Replacement."""
         entries = self.entries.full_table(generator)
@@ -428,41 +579,19 @@ class CompactEmbeddingBag(Replacement):
         self.embedding_dim = self.entries.embedding_dim
 
 
-def is_exporting() -> bool:
-    """Whether torch is recording a graph, in which shapes must not depend on values."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def pool_entries(
-    module: Any, entries: Tensor, ids: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
-) -> Tensor:
-    """Pool the embeddings of single ids as an nn.EmbeddingBag does. Those of an nn.Embedding stay as they are.
+def table_logits(input: Tensor, table: nn.Module) -> Tensor:
+    """Inner products of vectors with all embeddings of a table: `input @ table.weight.T`, at the cost of what is stored.
 
     Args:
-        module: Says how to pool, by its `mode`, `include_last_offset` and `padding_idx`.
-        entries: Embeddings (..., D) of ids (...).
-        ids: Ids of one dimension, with `offsets`, or of two.
-        offsets: As in nn.EmbeddingBag.
-        per_sample_weights: As in nn.EmbeddingBag.
+        input: Vectors (..., D).
+        table: An nn.Embedding or nn.EmbeddingBag of V rows, or the compact table in its place. The products of a compact
+            table are those with its stored columns and rows, spread over all ids; its weight (V, D) is not built.
+
+    Returns:
+        (..., V) logits.
+
+    Example:
+        >>> table_logits(torch.ones(2, 4), nn.Embedding(9, 4)).shape
+        torch.Size([2, 9])
     """
-    if not hasattr(module, "mode"):
-        return entries
-    if offsets is None and is_exporting():  # an embedding_bag of entries would fix the batch size
-        counts = torch.ones_like(ids) if module.padding_idx is None else (ids != module.padding_idx).to(ids.dtype)
-        weights = counts if per_sample_weights is None else counts * per_sample_weights
-        pooled = (entries * weights[..., None]).sum(-2)
-        return pooled / counts.sum(-1, keepdim=True).clamp(min=1) if module.mode == "mean" else pooled
-    flat_ND = entries.flatten(0, -2)
-    # Row 0 holds zeros. As the padding row it counts for nothing.
-    index = torch.arange(1, flat_ND.shape[0] + 1, device=ids.device, dtype=ids.dtype).view(ids.shape)
-    if module.padding_idx is not None:
-        index = index.masked_fill(ids == module.padding_idx, 0)
-    return nn.functional.embedding_bag(
-        index,
-        torch.cat([flat_ND.new_zeros(1, flat_ND.shape[1]), flat_ND]),
-        offsets,
-        mode=module.mode,
-        per_sample_weights=per_sample_weights,
-        include_last_offset=module.include_last_offset,
-        padding_idx=0,
-    )
+    return table.logits(input) if isinstance(table, Replacement) else nn.functional.linear(input, table.weight)  # type: ignore[arg-type]

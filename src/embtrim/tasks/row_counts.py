@@ -9,23 +9,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from embtrim.system.modules import evaluating, uncompiled
-from embtrim.tasks.sites import ModuleSite, read_call
+from embtrim.tasks.sites import ModuleSite
+from embtrim.tasks.watching import Read, reads_seen
 
 
 def count_rows(
     model: nn.Module, sites: Sequence[ModuleSite], loss: Callable[[nn.Module, Any], Any], batches: Iterable[Any]
 ) -> tuple[dict[str, np.ndarray], int]:
-    """How often batches read each row, int64 (V,) by table name, and the number of batches."""
+    """How often batches read each row, int64 (V,) by table name, and the number of batches.
+
+    Rows that are indexed out of a weight count as often as their indices; all rows count once where it is read whole.
+    """
     totals = [np.zeros(sum(site.num_rows), np.int64) for site in sites]
     num_batches = 0
     with torch.no_grad(), evaluating(model), uncompiled(), ExitStack() as stack:
         for site, total_V in zip(sites, totals, strict=True):
-            for module in site.modules:
-                hook = module.register_forward_hook(partial(_count, total_V), with_kwargs=True)
-                stack.callback(hook.remove)
+            stack.enter_context(reads_seen(site, partial(_count, total_V)))
         for batch in batches:
             loss(model, batch)
             num_batches += 1
@@ -37,9 +39,11 @@ def count_rows(
     return counts, num_batches
 
 
-def _count(total_V: np.ndarray, _module: nn.Module, args: Any, kwargs: Any, _output: Tensor) -> None:
-    ids, *_ = read_call(args, kwargs)
-    total_V += torch.bincount(ids.flatten(), minlength=len(total_V)).cpu().numpy()
+def _count(total_V: np.ndarray, read: Read) -> None:
+    if read.ids is None:
+        total_V += 1
+    else:
+        total_V += torch.bincount(read.ids.flatten(), minlength=len(total_V)).cpu().numpy()
 
 
 def unread(sites: Sequence[ModuleSite], counts: dict[str, np.ndarray]) -> list[str]:

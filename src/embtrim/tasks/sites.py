@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,9 +25,10 @@ from torch import Tensor, nn
 
 from embtrim.errors import ModelError
 from embtrim.schema import OOV
-from embtrim.system.modules import uncompiled
+from embtrim.system.modules import reads_given, uncompiled
 from embtrim.tables.embedding_tables import EmbeddingTables, OutputGate, RowGate
-from embtrim.tables.replacements import pool_entries
+from embtrim.tables.lazy_weights import WeightSource, lazy_weight
+from embtrim.tables.pooling import pool_entries
 
 SlotGate = Tensor | OutputGate
 
@@ -124,9 +126,13 @@ class ModuleSite:
         module: Module that holds the weight.
         fields: Rows of each field of a flat table, in order.
 
+    The weight may be read whole too: as `module.weight`, or as a parameter of another module. Its gates then see all rows,
+    and a slot function sees them as samples.
+
     Attributes:
         path: Path of the module.
         modules: The module, and all others with the same weight and the same settings.
+        readers: Other modules that hold the weight, such as a tied output layer, and the names of their parameters.
     """
 
     def __init__(
@@ -134,6 +140,7 @@ class ModuleSite:
     ) -> None:
         self.path, self.module = name, module
         self.modules = [module]
+        self.readers: list[tuple[nn.Module, str]] = []
         self.names = tuple(f"{name}[{field}]" for field in fields) if fields else (name,)
         self.num_rows = tuple(fields.values()) if fields else (module.num_embeddings,)
         self.widths = (module.embedding_dim,) * len(self.names)
@@ -147,54 +154,126 @@ class ModuleSite:
     def gated(self, slots: SlotGate | None = None, rows: RowGate | None = None) -> Iterator[None]:
         """See Site. A slot function gets the module's output (..., D), or ones (B, S) if the table is flat."""
         by_entry = slots if len(self.names) > 1 else None
+        called: list[nn.Module] = []
+
+        def enter(module: nn.Module, _args: Any) -> None:
+            called.append(module)
 
         def apply(module: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            called.remove(module)
             if rows is not None or by_entry is not None:
                 ids, offsets, weights = read_call(args, kwargs)
-                rows_U, inverse = torch.unique(ids, return_inverse=True)
-                found_UD = nn.functional.embedding(
-                    rows_U, module.weight, padding_idx=module.padding_idx, sparse=module.sparse
-                )
-                entries = (found_UD if rows is None else rows(rows_U, found_UD))[inverse]
+                entries = self._gated_rows(ids, rows, module.padding_idx)
                 if by_entry is not None:
-                    entries = entries * self._entry_gates(by_entry, ids, offsets)
+                    entries = entries * self._entry_gates(by_entry, ids, *_samples(module, ids, offsets))
                 output = pool_entries(module, entries, ids, offsets, weights)
-            if slots is None or by_entry is not None:
-                return output
-            if not isinstance(slots, Tensor):
-                return slots(output)
-            return output * (slots if slots.ndim == 1 else slots.view(len(slots), *[1] * (output.ndim - 2), -1))
+            return output if slots is None or by_entry is not None else _gated_output(output, slots)
+
+        def read(module: nn.Module) -> Tensor:
+            return self.weight if module in called else lazy_weight(_Gated(self, slots, rows))
 
         with ExitStack() as stack:
+            for module, name in self.holders:
+                stack.enter_context(reads_given(module, name, partial(read, module)))
             for module in self.modules:
-                handle = module.register_forward_hook(apply, with_kwargs=True)
-                stack.callback(handle.remove)
+                for handle in (
+                    module.register_forward_pre_hook(enter),
+                    module.register_forward_hook(apply, with_kwargs=True),
+                ):
+                    stack.callback(handle.remove)
             yield
 
-    def _entry_gates(self, slots: SlotGate, ids: Tensor, offsets: Tensor | None) -> Tensor:
-        """Factors (..., D) of the entries of a flat table, by the field of each id and by its sample."""
+    @property
+    def weight(self) -> nn.Parameter:
+        """The weight (V, D) of the site, whatever gates are on it."""
+        return self.module._parameters["weight"]  # type: ignore[return-value]
+
+    @property
+    def holders(self) -> list[tuple[nn.Module, str]]:
+        """All modules that hold the weight, and the names of their parameters."""
+        return [*((module, "weight") for module in self.modules), *self.readers]
+
+    def _gated_rows(self, ids: Tensor, rows: RowGate | None, padding_idx: int | None) -> Tensor:
+        """Embeddings (..., D) of ids (...), whose distinct rows the row gate saw."""
+        rows_U, inverse = torch.unique(ids, return_inverse=True)
+        found_UD = nn.functional.embedding(rows_U, self.weight, padding_idx=padding_idx, sparse=self.module.sparse)
+        return (found_UD if rows is None else rows(rows_U, found_UD))[inverse]
+
+    def _entry_gates(self, slots: SlotGate, ids: Tensor, sample: Tensor, size: int) -> Tensor:
+        """Factors (..., D) of the entries of a flat table, by the field of each id and by its sample, one of `size`."""
         width = self.widths[0]
         ends = torch.tensor(np.cumsum(self.num_rows), device=ids.device)
         field = torch.bucketize(ids.long(), ends, right=True)
         if isinstance(slots, Tensor) and slots.ndim == 1:
             return nn.functional.embedding(field, slots.view(-1, width))
-        if offsets is None:
-            sample, size = torch.arange(len(ids), device=ids.device).view(-1, *[1] * (ids.ndim - 1)), len(ids)
-        else:
-            sample = torch.bucketize(torch.arange(len(ids), device=ids.device), offsets.long(), right=True) - 1
-            size = len(offsets) - bool(self.module.include_last_offset)
         if not isinstance(slots, Tensor):
-            slots = slots(self.module.weight.new_ones(size, len(self.names) * width))
+            slots = slots(self.weight.new_ones(size, len(self.names) * width))
         return slots.view(size, -1, width)[sample, field]
 
     def weights(self) -> list[Tensor]:
         """See Site."""
-        return list(self.module.weight.detach().split(self.num_rows))
+        return list(self.weight.detach().split(self.num_rows))
 
     @torch.no_grad()
     def drop_rows(self, kept: Sequence[Tensor]) -> None:
         """See Site."""
-        self.module.weight[~torch.cat(list(kept))] = 0.0
+        self.weight[~torch.cat(list(kept))] = 0.0
+
+
+class _Gated(WeightSource):
+    """The weight of a site under its gates, as it is read outside of the site's modules."""
+
+    def __init__(self, site: ModuleSite, slots: SlotGate | None, rows: RowGate | None) -> None:
+        self.site, self.slots, self.rows = site, slots, rows
+        self.has_graph = torch.is_grad_enabled()
+        self.what, self.shape = f"the weight of {site.path!r}", (site.weight.shape[0], site.weight.shape[1])
+        self.dtype, self.device, self.parameters = site.weight.dtype, site.weight.device, (site.weight,)
+
+    def all_rows(self) -> Tensor:
+        """See WeightSource. A function of its own computes its gradient itself, without the gates."""
+        if self.has_graph and not torch.is_grad_enabled():
+            raise ModelError(
+                f"a torch.autograd.Function, or a block under no_grad, takes {self.what} from outside, where the gates of a "
+                "search do not reach; read the weight inside, or leave it alone with the Task's exclude="
+            )
+        site, slots, ids = self.site, self.slots, torch.arange(self.shape[0], device=self.device)
+        found = site.weight if self.rows is None else self.rows(ids, site.weight)
+        if slots is None:
+            return found
+        if isinstance(slots, Tensor) and slots.ndim > 1:
+            raise ModelError(f"{site.path!r} is read whole, which has no samples, but its slot gate differs per sample")
+        if len(site.names) > 1:
+            return found * site._entry_gates(slots, ids, torch.zeros_like(ids), 1)
+        return _gated_output(found, slots)
+
+    def rows_at(self, ids: Tensor) -> Tensor:
+        """See WeightSource."""
+        site, slots = self.site, self.slots
+        found = site._gated_rows(ids, self.rows, None)
+        if slots is None:
+            return found
+        if len(site.names) == 1:
+            return _gated_output(found, slots)
+        return found * site._entry_gates(slots, ids, *_samples(site.module, ids, None))
+
+    def products(self, input: Tensor) -> Tensor:
+        """See WeightSource."""
+        return nn.functional.linear(input, self.all_rows())
+
+
+def _gated_output(output: Tensor, slots: SlotGate) -> Tensor:
+    """Embeddings (..., D) under a slot gate of one table."""
+    if not isinstance(slots, Tensor):
+        return slots(output)
+    return output * (slots if slots.ndim == 1 else slots.view(len(slots), *[1] * (output.ndim - 2), -1))
+
+
+def _samples(module: Any, ids: Tensor, offsets: Tensor | None) -> tuple[Tensor, int]:
+    """The sample of each id in a call of an nn.Embedding or nn.EmbeddingBag, and the number of samples."""
+    if offsets is None:
+        return torch.arange(len(ids), device=ids.device).view(-1, *[1] * (ids.ndim - 1)), len(ids)
+    sample = torch.bucketize(torch.arange(len(ids), device=ids.device), offsets.long(), right=True) - 1
+    return sample, len(offsets) - bool(module.include_last_offset)
 
 
 def read_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None, Tensor | None]:

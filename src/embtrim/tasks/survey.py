@@ -7,8 +7,9 @@ import hashlib
 import logging
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from embtrim.errors import ModelError
@@ -79,9 +80,9 @@ def find_sites(
 ) -> list[Site]:
     """Find where embeddings enter a model.
 
-    Modules that share one weight are one site. These are left alone: first-order terms (width 1), pooling by max,
-    gradients scaled by frequency, subclasses with a forward of their own, and weights that other kinds of modules read
-    as well.
+    Modules that share one weight are one site, and so is what else reads the weight, such as a tied output layer. These
+    are left alone: first-order terms (width 1), pooling by max, gradients scaled by frequency, and subclasses with a
+    forward of their own.
 
     Args:
         model: Zoo model or foreign module.
@@ -125,6 +126,7 @@ def _look(model: nn.Module, chosen: Chosen, fields: Fields | None) -> tuple[list
                     site.modules.append(module)
                 else:
                     by_weight[id(module.weight)] = site = ModuleSite(name, module, named)
+                    site.readers.extend((other.module, other.name) for other in sharing if not other.looks_up)
                     sites.append(site)
         elif getattr(module, "original_name", None) in ("Embedding", "EmbeddingBag"):  # of torch.jit
             scripted: Any = module
@@ -140,12 +142,33 @@ def _look(model: nn.Module, chosen: Chosen, fields: Fields | None) -> tuple[list
     return findings, sites
 
 
-def _weight_holders(model: nn.Module) -> dict[int, list[tuple[str, nn.Module]]]:
-    """Paths and modules that hold each parameter, by the id of the parameter."""
-    holders: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in named_modules(model):
-        for parameter in module._parameters.values():
-            holders.setdefault(id(parameter), []).append((name, module))
+class _Holder(NamedTuple):
+    """A module that holds a parameter, and its name for it."""
+
+    path: str
+    module: nn.Module
+    name: str
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether the parameter is the weight of an embedding, which looks up its rows."""
+        return isinstance(self.module, (nn.Embedding, nn.EmbeddingBag)) and self.name == "weight"
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether the parameter is the weight of an nn.Linear, of which a compact table needs what it stores only."""
+        return self.name == "weight" and type(self.module).forward is nn.Linear.forward
+
+    def __str__(self) -> str:
+        return f"{self.path or type(self.module).__name__}, a {type(self.module).__name__}"
+
+
+def _weight_holders(model: nn.Module) -> dict[int, list[_Holder]]:
+    """The holders of each parameter, by the id of the parameter."""
+    holders: dict[int, list[_Holder]] = {}
+    for path, module in named_modules(model):
+        for name, parameter in module._parameters.items():
+            holders.setdefault(id(parameter), []).append(_Holder(path, module, name))
     return holders
 
 
@@ -156,34 +179,62 @@ def _new_bytes(module: nn.Module, counted: set[int]) -> int:
     return sum(new.values())
 
 
-def _why_not_searched(name: str, module: nn.Module, sharing: Sequence[tuple[str, nn.Module]], chosen: Chosen) -> str:
+def _why_not_searched(
+    name: str, module: nn.Embedding | nn.EmbeddingBag, sharing: Sequence[_Holder], chosen: Chosen
+) -> str:
     """Why an embedding is left alone, because of itself or of the modules that share its weight; empty if it is not."""
-    reasons = [_why_left(name, module), *(_why_left(*other) for other in sharing)]
-    note = next(filter(None, reasons), "") or chosen.why_left([name, *(path for path, _ in sharing)])
-    if not note and any(_settings(other) != _settings(module) for _, other in sharing):
-        first = next(path for path, other in sharing if other is not module)
+    lookups, readers = [other for other in sharing if other.looks_up], [o for o in sharing if not o.looks_up]
+    reasons = [_why_left(module), *(_why_left(other.module) for other in lookups), *map(_why_not_tied, readers)]
+    note = next(filter(None, reasons), "") or chosen.why_left([name, *(other.path for other in lookups)])
+    if not note and any(_settings(other.module) != _settings(module) for other in lookups):
+        first = next(other.path for other in lookups if other.module is not module)
         note = f"shares its weight with {first}, whose settings differ"
+    if not note and readers and module.max_norm is not None:
+        note = f"{readers[0]}, reads its weight too, whose rows max_norm changes as they are looked up"
     return note
 
 
 def _note_on_site(
     name: str,
     module: nn.Embedding | nn.EmbeddingBag,
-    sharing: Sequence[tuple[str, nn.Module]],
+    sharing: Sequence[_Holder],
     fields: Mapping[str, int] | None,
 ) -> str:
-    """The fields of a searched embedding, or the modules that share its weight; empty if there are none."""
+    """The fields of a searched embedding, and the modules that share or read its weight; empty if there are none."""
+    notes = []
     if fields is not None:
         _check_fields(name, module.num_embeddings, fields)
-        return f"fields {', '.join(fields)}"
-    others = [path for path, other in sharing if other is not module]
-    return f"one table with {', '.join(others)}" if others else ""
+        notes.append(f"fields {', '.join(fields)}")
+    others = [other.path for other in sharing if other.looks_up and other.module is not module]
+    if others:
+        notes.append(f"one table with {', '.join(others)}")
+    for other in sharing:
+        if other.multiplies:
+            notes.append(f"{other}, multiplies by all of it: a compact table by what it stores")
+        elif not other.looks_up:
+            notes.append(f"{other}, reads all of it, {cost_of_reading(module)}")
+    return "; ".join(notes)
 
 
-def _why_left(name: str, module: nn.Module) -> str:
-    """Why one holder of an embedding weight cannot be searched; empty if it can."""
-    if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return f"{name or type(module).__name__}, a {type(module).__name__}, reads its weight too"
+def cost_of_reading(module: nn.Embedding | nn.EmbeddingBag) -> str:
+    """What a read of all rows takes in a compact table, in words."""
+    rows, width = module.num_embeddings, module.embedding_dim
+    num_bytes = rows * width * module.weight.element_size()
+    return f"for which a compact table computes {rows:,} x {width} values ({num_bytes:,} bytes) each time"
+
+
+def _why_not_tied(other: _Holder) -> str:
+    """Why a module that reads an embedding's weight as its parameter could not read it from a compact table."""
+    if isinstance(other.module, (nn.Embedding, nn.EmbeddingBag)):
+        return f"{other}, holds its weight as {other.name!r} too"
+    if isinstance(other.module, torch.jit.ScriptModule):
+        return f"{other}, reads its weight too"
+    return ""
+
+
+def _why_left(module: nn.Module) -> str:
+    """Why one embedding of a weight cannot be searched; empty if it can."""
+    assert isinstance(module, (nn.Embedding, nn.EmbeddingBag))
     if _has_own_forward(module):
         return f"{type(module).__name__} has a forward of its own"
     if has_forward_hooks(module):

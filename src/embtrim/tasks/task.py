@@ -27,9 +27,11 @@ from embtrim.plan.table import Alignment
 from embtrim.system.modules import unwrapped
 from embtrim.system.progress import tracked
 from embtrim.tasks.chosen import Chosen, Patterns
+from embtrim.tasks.noting import with_reads
 from embtrim.tasks.row_counts import count_rows, unread
 from embtrim.tasks.sites import ModuleSite, Site, SlotGate, gate_sites
 from embtrim.tasks.survey import Fields, Finding, find_sites, site_plan, survey
+from embtrim.tasks.watching import reads_of_batch
 from embtrim.training.checkpoint import Checkpoint, CheckpointFolder
 from embtrim.training.devices import device_of, fast_matmul
 from embtrim.training.evaluation import check_finite, evaluate, logits_of_split, logloss_of_batch, loss_weight
@@ -102,8 +104,18 @@ class Task:
         return find_sites(model, self._chosen.include, self._chosen.exclude, self._fields)
 
     def survey(self) -> list[Finding]:
-        """Every module of the model with embeddings: found, or left alone and why."""
-        return survey(self.model, self._chosen.include, self._chosen.exclude, self._fields)
+        """Every module of the model with embeddings: found, or left alone and why.
+
+        One batch is run to see what the model reads, where the task has batches that can be read again: notes say what
+        reading all of a table takes, and how to name the fields of a flat table.
+        """
+        findings = survey(self.model, self._chosen.include, self._chosen.exclude, self._fields)
+        with torch.random.fork_rng([]):  # a loader may draw its order
+            batches = self.probe()
+        if not batches or not any(finding.found for finding in findings):
+            return findings
+        sites = self._module_sites()
+        return with_reads(findings, self.model, sites, reads_of_batch(self.model, sites, self.loss, batches[0]))
 
     def full_plan(self) -> SizePlan:
         """The plan that keeps everything."""
