@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import random
 import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -383,6 +385,47 @@ class TestCopies:
         with pytest.raises(ModelError, match=rf"this Clicks cannot be copied: its attribute {message}"):
             search(task_of(model, fresh=None), config, "40%")
 
+    class Keeps(Clicks):
+        """Keeps results of its forward pass, as AutoInt of deepctr-torch does with its attention."""
+
+        def __init__(self, reads_first: bool = False) -> None:
+            super().__init__()
+            self.reads_first, self.kept, self.list = reads_first, self.head.weight * 2, [self.head.bias * 3, 1]
+
+        def forward(self, ids_BC: Tensor) -> Tensor:
+            logits = super().forward(ids_BC) + (self.kept.sum() if self.reads_first else 0.0)
+            self.kept, self.list, self.extra = logits * 2, [logits, 2], [logits]
+            return logits
+
+    @pytest.mark.parametrize(
+        "config", [RandomConfig(), HardMaskConfig(), GuidedConfig()], ids=lambda c: type(c).__name__
+    )
+    def test_results_of_a_forward_pass_are_left_out(self, config: Config):
+        model = clicks(self.Keeps)
+        task = task_of(model, fresh=lambda: clicks(self.Keeps))
+        loss_of(model, batches()[0])
+        kept = (model.kept, model.list, model.extra)
+        plan = search(task, config, "40%")
+        assert (model.kept, model.list, model.extra) == kept
+        assert verify(model, plan, task).passed
+        small = compact(model, plan)
+        assert not hasattr(small, "kept")
+        assert (small.list, small.extra) == ([None, 2], [None])
+        loss_of(small, batches()[0]).backward()
+        assert small.kept.requires_grad
+
+    def test_a_result_that_is_read_before_it_is_made_is_named(self):
+        with pytest.raises(
+            ModelError, match=r"no attribute 'kept'.* lacks its attribute 'kept', 'list.0.', .* keep value.detach\(\)"
+        ):
+            search(task_of(clicks(partial(self.Keeps, reads_first=True))), RandomConfig(), "40%")
+
+    def test_weight_norm_of_old_is_computed_again(self):
+        model = with_weight_norm()
+        assert model.head.weight.grad_fn is not None
+        plan = search(task_of(model, fresh=None), RandomConfig(), "40%")
+        assert verify(model, plan, task_of(model)).passed
+
     def test_every_attribute_alone_can(self):
         class Whole(Clicks):
             def __deepcopy__(self, memo: Any) -> Any:
@@ -513,6 +556,50 @@ def test_each_module_returns_to_its_own_mode():
     assert not model.head.training
     search(task_of(model), SSEDSConfig(), "40%")
     assert not model.head.training
+
+
+class Noisy(Clicks):
+    """A model that leaves traces of every forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm1d(3 * WIDTH), nn.Dropout(0.1)
+        self.register_buffer("steps", torch.zeros(()))
+        self.last = None
+
+    def forward(self, ids_BC: Tensor) -> Tensor:
+        self.steps += 1
+        self.last = super().forward(ids_BC)
+        self.__dict__[f"seen{int(self.steps)}"] = torch.rand(3) + float(np.random.rand()) + random.random()  # noqa: NPY002
+        fields = (self.user, self.item, self.noise)
+        wide = torch.cat([field(ids_BC[:, n]) for n, field in enumerate(fields)], 1)
+        return self.last + self.drop(self.norm(wide)).sum(1) + 0 * self.item.weight.sum()
+
+
+def traces_of(model: nn.Module) -> list[Any]:
+    found: list[Any] = [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]  # noqa: NPY002
+    for module in model.modules():
+        hooks = [len(value) for name, value in vars(module).items() if "hooks" in name]
+        kept = {name: id(value) for name, value in vars(module).items() if not isinstance(value, bool)}
+        found.append((type(module), module.training, hooks, kept))
+    found.extend((p.tolist(), p.grad is None or p.grad.tolist()) for p in model.parameters())
+    return [*found, *(b.tolist() for b in model.buffers())]
+
+
+@pytest.mark.parametrize("config", [*ALL_METHODS, RandomConfig()], ids=lambda c: type(c).__name__)
+def test_a_search_leaves_nothing_behind(config: Config):
+    model = clicks(Noisy).train()
+    model.drop.eval()
+    loss_of(model, batches()[0]).backward()
+    task = task_of(model, loss_of, fresh=lambda: clicks(Noisy))
+    before = traces_of(model)
+    plan = search(task, config, "40%")
+    assert traces_of(model) == before
+    assert verify(model, plan, task).passed
+    assert task.survey()[0].found
+    compact(model, plan)
+    task.row_counts()
+    assert traces_of(model)[3:] == before[3:]
 
 
 def test_a_plan_of_other_sizes_is_still_refused():

@@ -49,6 +49,7 @@ def check_compactable(task: Task) -> None:
     """
     full = task.full_plan()
     plan = full.with_columns({table.name: (0,) for table in full.tables})
+    left_out = list(graph_tensors(task.model))  # a forward pass under no_grad makes them anew, without graphs
     narrow = compact_module(task.model, plan, "inherit", None).eval()
     sites = [site for site in task.sites(task.model) if isinstance(site, ModuleSite)]
     with evaluating(task.model), uncompiled(), torch.random.fork_rng([]):  # a loader may draw its order
@@ -64,7 +65,7 @@ def check_compactable(task: Task) -> None:
                 )
             _check_norms(task, sites, batch)
             _compare(task, sites, batch, expected)
-            _try(task.model, partial(run, task, narrow, batch), [site.path for site in sites])
+            _try(partial(run, task, narrow, batch), [site.path for site in sites], left_out)
 
 
 def run(task: Task, model: nn.Module, batch: Any) -> Run:
@@ -138,7 +139,7 @@ def _fault(task: Task, sites: Sequence[ModuleSite], batch: Any, expected: Run) -
         except ModelError:
             raise
         except Exception as error:  # a model may fail in any way
-            return f"{_failure(error)}, such as isinstance(m, nn.Embedding){_left_out(task.model)}"
+            return f"{_failure(error)}, such as isinstance(m, nn.Embedding)"
     if calls:
         raise ModelError(
             f"a copy of the model reads {calls[0]!r} of the model itself, because {_functions(task.model)} a function made of the "
@@ -191,7 +192,7 @@ def _functions(model: nn.Module) -> str:
     return f"attribute {', '.join(names)} is" if names else "an attribute is"
 
 
-def _try(model: nn.Module, work: Callable[[], Any], paths: Sequence[str]) -> None:
+def _try(work: Callable[[], Any], paths: Sequence[str], left_out: Sequence[str]) -> None:
     try:
         work()
     except ModelError:
@@ -199,15 +200,15 @@ def _try(model: nn.Module, work: Callable[[], Any], paths: Sequence[str]) -> Non
     except Exception as error:  # a model may fail in any way
         listed = ", ".join(map(repr, paths))
         raise ModelError(
-            f"narrow tables cannot take the place of {listed}: {_failure(error)}{_left_out(model)}; {ADVICE}"
+            f"narrow tables cannot take the place of {listed}: {_failure(error)}{_left_out(left_out)}; {ADVICE}"
         ) from error
 
 
-def _left_out(model: nn.Module) -> str:
+def _left_out(names: Sequence[str]) -> str:
     """The attributes that a copy of a model lacks until its forward makes them, in words; empty if there are none."""
-    names = ", ".join(map(repr, itertools.islice(graph_tensors(model), 3)))
+    listed = ", ".join(map(repr, names[:3]))
     said = "is the result of a computation; keep value.detach(), or compute it in forward before it is read"
-    return f". A copy lacks its attribute {names}, which {said}" if names else ""
+    return f". A copy lacks its attribute {listed}, which {said}" if names else ""
 
 
 def _failure(error: Exception) -> str:

@@ -143,7 +143,7 @@ def graph_tensors(model: nn.Module) -> dict[str, Tensor]:
         waiting = [(name, value) for name, value in vars(module).items() if name not in vars(nn.Module())]
         seen: set[int] = set()
         while waiting:
-            name, value = waiting.pop()
+            name, value = waiting.pop(0)
             if isinstance(value, Tensor) and value.grad_fn is not None:
                 found[f"{path}.{name}" if path else name] = value
             elif isinstance(value, (list, tuple, dict)) and id(value) not in seen:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from embtrim.system.modules import evaluating, uncompiled
-from embtrim.tasks.sites import ModuleSite
+from embtrim.system.modules import evaluating, left_as_found, uncompiled
+from embtrim.tasks.sites import ModuleSite, weights_kept
 from embtrim.tasks.watching import Read, reads_seen
 
 
@@ -25,7 +25,14 @@ def count_rows(
     """
     totals = [np.zeros(sum(site.num_rows), np.int64) for site in sites]
     num_batches = 0
-    with torch.no_grad(), evaluating(model), uncompiled(), ExitStack() as stack:
+    with (
+        torch.no_grad(),
+        left_as_found(model),
+        evaluating(model),
+        weights_kept(model),
+        uncompiled(),
+        ExitStack() as stack,
+    ):
         for site, total_V in zip(sites, totals, strict=True):
             stack.enter_context(reads_seen(site, partial(_count, total_V)))
         for batch in batches:
