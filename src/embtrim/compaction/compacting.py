@@ -8,7 +8,8 @@ output width replace its nn.Embeddings and nn.EmbeddingBags.
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar, get_args, overload
+import logging
+from typing import Any, TypeVar, get_args, overload
 
 from torch import nn
 
@@ -22,6 +23,8 @@ from embtrim.system.modules import unwrapped
 from embtrim.tables.replacements import CompactEmbedding
 from embtrim.tasks.survey import plan_for
 from embtrim.tasks.task import Task
+
+logger = logging.getLogger(__name__)
 
 ZooModel = TypeVar("ZooModel", bound=CTRModel)
 
@@ -77,8 +80,8 @@ def compact(
         task: Task of the model, whose batches "low_rank" reads; other kinds of `init` do not need it.
 
     Returns:
-        The compact model in fp32, on the device of the full one. If the plan has fewer than 32 bits, call `quantize_`
-        after training. A plan that drops or re-sizes rows renumbers ids: `fit`, `evaluate` and `save` re-code the data
+        The compact model in fp32, on the device of the full one. If the plan has fewer than 32 bits, a log line says so:
+        call `quantize_` after training. A plan that drops or re-sizes rows renumbers ids: `fit`, `evaluate` and `save` re-code the data
         of a compact zoo model by themselves, and a loop of one's own reads `data.recode(plan)`.
 
     Raises:
@@ -88,6 +91,30 @@ def compact(
             kept where they cannot replace it; or `reads` names no such Linear or embedding, or parts that do not add up
             to the Linear's input.
     """
+    small = made_compact(model, plan, init, seed, reads, task)
+    if plan.is_quantized:
+        zoo = isinstance(small, CTRModel)
+        owed = "model.tables.quantize_()" if zoo else "embtrim.quantize_(model)"
+        logger.log(
+            logging.INFO if zoo else logging.WARNING,  # a bundle refuses such a model; a state dict does not
+            "the tables of this compact %s are fp32 still, %s bytes; its plan stores %s: call %s once it is trained",
+            type(small).__name__,
+            f"{plan.with_bits(32).num_bytes():,}",
+            f"{plan.num_bytes():,}",
+            owed,
+        )
+    return small
+
+
+def made_compact(
+    model: nn.Module,
+    plan: SizePlan,
+    init: Init = "scratch",
+    seed: int | None = None,
+    reads: LinearReads | None = None,
+    task: Task | None = None,
+) -> Any:
+    """What `compact` returns; it says nothing."""
     model = unwrapped(model)
     if not isinstance(model, CTRModel):
         plan = plan_for(model, plan)
@@ -96,7 +123,7 @@ def compact(
     if init == "low_rank":
         if task is None or task.model is not model or reads is not None:
             raise EmbtrimError("init = 'low_rank' reads batches: give `task=`, the Task of this model, and no `reads=`")
-        small = compact(model, plan, "inherit", seed)
+        small = made_compact(model, plan, "inherit", seed)
         start_low_rank(small, plan, task)
         return small
     if not isinstance(model, CTRModel):

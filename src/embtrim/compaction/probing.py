@@ -71,15 +71,23 @@ def check_compactable(task: Task) -> None:
 def run(task: Task, model: nn.Module, batch: Any) -> Run:
     """What a model gives for a batch; the random numbers that it draws are the same at every call."""
     outputs: list[Tensor] = []
-    hook = model.register_forward_hook(
-        lambda _module, _args, output: outputs.extend(x for x in tree_leaves(output) if isinstance(x, Tensor))
-    )
+    hook = model.register_forward_hook(lambda _module, _args, output: outputs.extend(_tensors(output)))
     try:
         with torch.random.fork_rng([]):  # a loss may draw negatives
             loss = task.loss(model, batch)
     finally:
         hook.remove()
     return Run(outputs, loss)
+
+
+def tensors_of(call: Callable[[Any, Any], Any], model: nn.Module, batch: Any) -> list[Tensor]:
+    """The tensors that a function of a model and a batch gives; the random numbers drawn are the same at every call."""
+    with torch.random.fork_rng([]):
+        return _tensors(call(model, batch))
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

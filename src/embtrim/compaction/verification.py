@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embtrim.compaction.compacting import compact
+from embtrim.compaction.compacting import made_compact
 from embtrim.compaction.foreign import LinearReads, compact_tables, module_sites, narrow_linears, select_columns
 from embtrim.compaction.inheriting import kept_rows_of
-from embtrim.compaction.probing import MODULE_TOLERANCE, Run, difference, run
+from embtrim.compaction.probing import MODULE_TOLERANCE, Run, difference, run, tensors_of
 from embtrim.data.dataset import EncodedDataset
-from embtrim.errors import EmbtrimError, ModelError
+from embtrim.errors import EmbtrimError, ModelError, hint
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import TablePlan, projects
@@ -32,6 +33,10 @@ TOLERANCE = 1e-9
 LOOKUP_ROWS = 1024
 
 
+# The name of a method that takes a batch, or a function (model, batch) -> tensors.
+Call = str | Callable[[Any, Any], Any]
+
+
 @dataclasses.dataclass(frozen=True)
 class Verification:
     """Result of `verify`: whether a compact model equals the full model under its plan, on real rows.
@@ -43,6 +48,8 @@ class Verification:
         passed: Whether the difference is within the tolerance.
         against: Source of the expected values. "masked": the full model with the removed entries set to zero. "lookup":
             each value's embedding by definition of the plan, for plans that only count columns.
+        checked: What was compared, with the largest difference of each: "forward" (what the model returned during the loss),
+            "loss", "lookup" of every id, and the names of `calls=`.
     """
 
     max_difference: float
@@ -50,14 +57,25 @@ class Verification:
     tolerance: float
     passed: bool
     against: Literal["masked", "lookup"] = "masked"
+    checked: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def require(self) -> None:
         """Raise EmbtrimError unless the comparison passed."""
         if not self.passed:
+            where = ", ".join(name for name, found in self.checked.items() if not found <= self.tolerance)
             raise EmbtrimError(
-                f"compact and {self.against} model differ by {self.max_difference:.2e} (allowed {self.tolerance:.0e}); "
-                "please report this as a bug, with the plan"
+                f"compact and {self.against} model differ by {self.max_difference:.2e} (allowed {self.tolerance:.0e}) in "
+                f"{where}; please report this as a bug, with the plan"
             )
+
+
+def _verification(
+    checked: Mapping[str, float], num_rows: int, tolerance: float, is_lookup: bool = False
+) -> Verification:
+    worst = max(checked.values())
+    return Verification(
+        worst, num_rows, tolerance, worst <= tolerance, "lookup" if is_lookup else "masked", dict(checked)
+    )
 
 
 def verify(
@@ -67,6 +85,7 @@ def verify(
     split: str = "valid",
     max_rows: int = 65_536,
     reads: LinearReads | None = None,
+    calls: Sequence[Call] = (),
 ) -> Verification:
     """Compare a compact copy with the masked full model on real batches.
 
@@ -85,12 +104,15 @@ def verify(
         split: Split to compare on.
         max_rows: Most rows to compare.
         reads: Same as for `compact`.
+        calls: What else to compare of a foreign module: names of methods that take a batch, such as "predict" and
+            "full_sort_predict", or functions (model, batch) -> tensors.
 
     Raises:
         PlanError: The plan was made for another model.
         DataError: The data do not fit the model.
         ModelError: The embeddings that `reads` narrows are also read outside of its Linears, or in another order; the
-            Task has no batches to compare on; or `data` is not of the kind that the model needs.
+            Task has no batches to compare on; `calls` names no method, or one that gives no tensor; or `data` is not of
+            the kind that the model needs.
     """
     model = unwrapped(model)
     if not isinstance(model, CTRModel):
@@ -100,14 +122,18 @@ def verify(
                 "embtrim.models is compared on the batches of its Task"
             )
         with uncompiled():
-            return _verify_module(model, plan_for(model, plan), data, split, max_rows, reads)
+            return _verify_module(
+                model, plan_for(model, plan), data, split, max_rows, reads, _named_calls(model, calls)
+            )
+    if calls:
+        raise ModelError("calls= is for foreign modules: the models of embtrim.models have no entry point but forward")
     if not isinstance(data, EncodedDataset):
         raise ModelError(f"verify compares a zoo model on encoded data, given a {type(data).__name__}; give its data")
     data = data_for(model, data)
     if any(table.only_counts for table in plan.tables):
         return _verify_lookup(model, plan, data, split, min(max_rows, LOOKUP_ROWS))
     full = copied(model).cpu().double().eval()
-    small = compact(full, plan, init="inherit").eval()
+    small = made_compact(full, plan, "inherit").eval()
     masked = mask_tables(full, plan)
     recoded = data.recode(plan)
     worst, rows = 0.0, 0
@@ -122,7 +148,7 @@ def verify(
             rows += len(batch)
             if rows >= max_rows:
                 break
-    return Verification(worst, rows, TOLERANCE, worst <= TOLERANCE)
+    return _verification({"forward": worst}, rows, TOLERANCE)
 
 
 @torch.no_grad()
@@ -130,7 +156,7 @@ def _verify_lookup(model: CTRModel, plan: SizePlan, data: EncodedDataset, split:
     """Compare the compact tables with embeddings looked up value by value, straight from the definition of the plan."""
     full_ids_BC = next(iter(data.batches(split, max_rows))).ids_BC.numpy()
     ids_BC = next(iter(data.recode(plan).batches(split, max_rows))).ids_BC
-    tables = compact(copied(model).cpu().double(), plan, seed=0).eval().tables
+    tables = made_compact(copied(model).cpu().double(), plan, seed=0).eval().tables
     generator = torch.Generator().manual_seed(0)
     tables.weight.normal_(generator=generator)
     values_VD = {t.name: torch.randn(t.num_rows + 1, t.width, generator=generator).double() for t in plan.tables}
@@ -163,7 +189,7 @@ def _verify_lookup(model: CTRModel, plan: SizePlan, data: EncodedDataset, split:
             pooled = torch.stack(vectors).sum(0) if vectors else torch.zeros(table.output_width).double()
             parts.append(pooled / len(vectors) if field.pooling == "mean" and vectors else pooled)
         worst = max(worst, difference([found_BS[row]], [torch.cat(parts)]))
-    return Verification(worst, len(full_ids_BC), TOLERANCE, worst <= TOLERANCE, "lookup")
+    return _verification({"lookup": worst}, len(full_ids_BC), TOLERANCE, is_lookup=True)
 
 
 @torch.no_grad()
@@ -184,28 +210,19 @@ def mask_tables(model: CTRModel, plan: SizePlan) -> CTRModel:
 
 @torch.no_grad()
 def _verify_module(
-    model: nn.Module, plan: SizePlan, task: Task, split: str, max_rows: int, reads: LinearReads | None
+    model: nn.Module,
+    plan: SizePlan,
+    task: Task,
+    split: str,
+    max_rows: int,
+    reads: LinearReads | None,
+    calls: Mapping[str, Callable[[Any, Any], Any]],
 ) -> Verification:
     """`verify` for a foreign module."""
-    counts_only = any(table.only_counts for table in plan.tables)
-    if counts_only:
-        by_lookup = _verify_module_lookup(model, plan)
-        if reads is None:
-            return by_lookup
-        # Without a masked model, the compact model of full output width takes its place, aligned by selection.
-        expected_of = compact(model, plan, seed=0).eval()
-        for table, compacted in zip(plan.tables, compact_tables(expected_of, plan), strict=True):
-            if projects(table):
-                select_columns(table, compacted)
-        small = copied(expected_of)
-        narrow_linears(small, reads)
-    else:
-        small, expected_of = compact(model, plan, init="inherit", reads=reads).eval(), copied(model).eval()
-        tables = iter(plan.tables)
-        for site in module_sites(expected_of, plan):
-            for weight_VD in site.weights():
-                weight_VD.mul_(torch.from_numpy(next(tables).kept_mask()).to(weight_VD.device))
-    worst, rows = 0.0, 0
+    is_lookup = any(table.only_counts for table in plan.tables)
+    small, expected_of = _looked_up_pair(model, plan, reads) if is_lookup else _masked_pair(model, plan, reads)
+    checked = dict.fromkeys(("forward", "loss", *calls), 0.0)
+    rows = 0
     for number, batch in enumerate(task.batches(split)):
         expected = run(task, expected_of, batch)
         num_rows = len(expected.outputs[0]) if expected.outputs and expected.outputs[0].ndim else 1
@@ -217,7 +234,13 @@ def _verify_module(
             if reads is None:
                 raise
             raise ModelError(f"{_misread(reads)}; it fails: {error}") from error
-        worst = max(worst, _module_difference(found, expected, reads))
+        outputs, loss = _module_differences(found, expected, reads)
+        checked["forward"], checked["loss"] = max(checked["forward"], outputs), max(checked["loss"], loss)
+        for name, call in calls.items():
+            given = [tensors_of(call, some, batch) for some in (small, expected_of)]
+            if not given[1]:
+                raise ModelError(f"calls= names {name!r}, which gives no tensor to compare; leave it out")
+            checked[name] = max(checked[name], difference(*given))
         rows += num_rows
         if rows >= max_rows:
             break
@@ -225,15 +248,65 @@ def _verify_module(
         raise ModelError(
             f"verify compared no row: the Task's {split} batches are empty or spent; give some that can be read again"
         )
+    if not expected.outputs:
+        del checked["forward"]
+    worst = max(checked.values())
     if reads is not None and worst > MODULE_TOLERANCE:
         raise ModelError(f"{_misread(reads)}; outputs differ by {worst:.2e}")
-    if counts_only:
-        return dataclasses.replace(by_lookup, max_difference=max(worst, by_lookup.max_difference))
-    return Verification(worst, rows, MODULE_TOLERANCE, worst <= MODULE_TOLERANCE)
+    if is_lookup:
+        checked["lookup"], rows = _difference_of_lookups(model, plan)
+    return _verification(checked, rows, MODULE_TOLERANCE, is_lookup)
 
 
-def _module_difference(found: Run, expected: Run, reads: LinearReads | None) -> float:
-    """Largest difference of outputs and losses; ModelError where the losses differ though the outputs do not."""
+def _named_calls(model: nn.Module, calls: Sequence[Call]) -> dict[str, Callable[[Any, Any], Any]]:
+    """The functions of `calls=` by name; ModelError for what is neither a method of the model nor a function."""
+    found: dict[str, Callable[[Any, Any], Any]] = {}
+    for number, call in enumerate([calls] if isinstance(calls, str) else calls, 1):
+        if isinstance(call, str):
+            if not callable(getattr(model, call, None)):
+                methods = [name for name in dir(type(model)) if not name.startswith("_") and name not in dir(nn.Module)]
+                raise ModelError(
+                    f"calls= names {call!r}, which is not a method of this {type(model).__name__}; {hint(call, methods)}"
+                )
+            found[call] = lambda some, batch, name=call: getattr(some, name)(batch)
+        elif callable(call):
+            found[f"call {number} ({getattr(call, '__name__', type(call).__name__)})"] = call
+        else:
+            raise ModelError(f"calls= takes names of methods and functions (model, batch) -> tensors, given {call!r}")
+    return found
+
+
+def _masked_pair(model: nn.Module, plan: SizePlan, reads: LinearReads | None) -> tuple[nn.Module, nn.Module]:
+    """The compact module, and the full one with the removed entries set to zero."""
+    small, masked = made_compact(model, plan, "inherit", reads=reads).eval(), copied(model).eval()
+    tables = iter(plan.tables)
+    for site in module_sites(masked, plan):
+        for weight_VD in site.weights():
+            weight_VD.mul_(torch.from_numpy(next(tables).kept_mask()).to(weight_VD.device))
+    return small, masked
+
+
+def _looked_up_pair(model: nn.Module, plan: SizePlan, reads: LinearReads | None) -> tuple[nn.Module, nn.Module]:
+    """A compact module with random weights, and the full one with the embeddings that the compact one gives every id.
+
+    A plan that only counts columns has no masked model. Under `reads`, tables are aligned by selection.
+    """
+    small, expected_of = made_compact(model, plan, seed=0).eval(), copied(model).eval()
+    compacted = compact_tables(small, plan)
+    if reads is not None:
+        for table, found in zip(plan.tables, compacted, strict=True):
+            if projects(table):
+                select_columns(table, found)
+    weights = [weight_VD for site in module_sites(expected_of, plan) for weight_VD in site.weights()]
+    for weight_VD, found in zip(weights, compacted, strict=True):
+        weight_VD.copy_(found.all_rows())
+    if reads is not None:
+        narrow_linears(small, reads)
+    return small, expected_of
+
+
+def _module_differences(found: Run, expected: Run, reads: LinearReads | None) -> tuple[float, float]:
+    """Largest differences of outputs and of losses; ModelError where the losses differ though the outputs do not."""
     outputs = difference(found.outputs, expected.outputs)
     loss = difference([found.loss], [expected.loss])
     if reads is None and expected.outputs and outputs <= MODULE_TOLERANCE < loss:
@@ -242,7 +315,7 @@ def _module_difference(found: Run, expected: Run, reads: LinearReads | None) -> 
             "more than the output, such as isinstance(m, nn.Embedding) or the number of parameters for a penalty; compare with "
             "a Task whose loss= has no such penalty"
         )
-    return max(outputs, loss)
+    return outputs, loss
 
 
 def _misread(reads: LinearReads) -> str:
@@ -253,9 +326,13 @@ def _misread(reads: LinearReads) -> str:
 
 
 @torch.no_grad()
-def _verify_module_lookup(model: nn.Module, plan: SizePlan) -> Verification:
-    """Compare compact tables of random weights with the embedding of every id, straight from the definition of the plan."""
-    small = compact(model, plan, seed=0).cpu().eval()  # the generator is on the CPU
+def _difference_of_lookups(model: nn.Module, plan: SizePlan) -> tuple[float, int]:
+    """Compare compact tables of random weights with the embedding of every id, straight from the definition of the plan.
+
+    Returns:
+        The largest difference, and the number of ids.
+    """
+    small = made_compact(model, plan, seed=0).cpu().eval()  # the generator is on the CPU
     generator = torch.Generator().manual_seed(0)
     worst, rows = 0.0, 0
     for table, compacted in zip(plan.tables, compact_tables(small, plan), strict=True):
@@ -278,4 +355,4 @@ def _verify_module_lookup(model: nn.Module, plan: SizePlan) -> Verification:
             expected_VD[compacted.padding_idx] = 0.0
         found_VD = compacted(torch.arange(table.num_rows, device=expected_VD.device))
         worst, rows = max(worst, difference([found_VD], [expected_VD])), rows + table.num_rows
-    return Verification(worst, rows, MODULE_TOLERANCE, worst <= MODULE_TOLERANCE, "lookup")
+    return worst, rows

@@ -33,6 +33,7 @@ from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Bits, Target
 from embtrim.system.modules import left_as_found
 from embtrim.tasks.sites import ModuleSite, Site, weights_kept
+from embtrim.tasks.survey import Finding
 from embtrim.tasks.task import Task
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ logger = logging.getLogger(__name__)
 VOCABULARY_MARGIN = 1.005
 # A search is not repeated for less than this part of the budget, nor more often than this.
 VOCABULARY_SPARE, MOST_SEARCHES = 0.02, 5
+# A plan for less of the bytes of all embeddings is warned of.
+LEAST_COVERAGE = 0.8
 
 
 @dataclass(frozen=True)
@@ -109,14 +112,26 @@ def search(
     # A caller's torch.no_grad() is meant for the model's own use.
     with untouched, weights_kept(task.model), torch.enable_grad():
         if is_foreign:
-            _log_survey(task)
+            findings = task.survey()
+            _log_survey(task, findings)
             check_compactable(task)
-        if unread := task.unread_tables():
+        unread = task.unread_tables()
+        if unread:
             plan = _search_read_tables(request, budget, full, unread)
         else:
             plan = _search_within(request, budget)
     if plan.keeps_nothing:
         raise _keeps_nothing(request, full, budget)
+    if is_foreign:
+        left = [finding for finding in findings if not finding.found]
+        plan = dataclasses.replace(plan, left_bytes=sum(finding.num_bytes for finding in left))
+        _warn_of_coverage(plan, left)
+    if emptied := [t.name for t in plan.tables if not t.output_width and t.name not in unread]:
+        logger.log(
+            logging.WARNING if is_foreign else logging.INFO,
+            "the plan takes the last column of %s, which will read as zeros",
+            ", ".join(map(repr, emptied)),
+        )
     return plan if target is None else dataclasses.replace(plan, target=target)
 
 
@@ -137,9 +152,21 @@ def check_weights(model: nn.Module) -> None:
             )
 
 
-def _log_survey(task: Task) -> None:
+def _warn_of_coverage(plan: SizePlan, left: Sequence[Finding]) -> None:
+    """Warn of a plan that covers little of a foreign model's embeddings, whose budget says little then."""
+    if plan.coverage >= LEAST_COVERAGE:
+        return
+    largest = sorted(left, key=lambda finding: -finding.num_bytes)[:3]
+    logger.warning(
+        "the plan covers %.1f%% of all embedding bytes of the model, and so does its budget; %s bytes are left alone: %s",
+        100 * plan.coverage,
+        f"{plan.left_bytes:,}",
+        "; ".join(map(str, largest)),
+    )
+
+
+def _log_survey(task: Task, findings: Sequence[Finding]) -> None:
     """Log which embeddings of a foreign model a search sees, and which it leaves alone."""
-    findings = task.survey()
     left = sum(finding.num_bytes for finding in findings if not finding.found)
     lines = [*map(str, findings), f"left alone, beside what plans count: {left:,} bytes"]
     logger.info("embeddings of %s:\n  %s", type(task.model).__name__, "\n  ".join(lines))

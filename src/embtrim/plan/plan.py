@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 
 PLAN_VERSION = 1
 # Fields of a plan that a plan file holds among its details.
-IN_DETAILS = ("budget", "seed", "vocabulary_bytes", "target")
+IN_DETAILS = ("budget", "seed", "vocabulary_bytes", "target", "left_bytes")
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,6 +86,9 @@ class PlanShape:
         seed: Seed of the search.
         vocabulary_bytes: Bytes of the vocabulary, counted against the budget beside `num_bytes`; None where the budget
             does not include the vocabulary.
+        left_bytes: Bytes of the embeddings of a module of one's own that the plan leaves alone, such as first-order terms.
+            They are in no budget and not in `num_bytes`, but in the `table_bytes` of an export's manifest. None for models
+            of embtrim.models, whose plans cover everything.
     """
 
     fingerprint: str
@@ -99,6 +102,7 @@ class PlanShape:
     budget: Budget | None = None
     seed: int | None = None
     vocabulary_bytes: int | None = None
+    left_bytes: int | None = None
 
     def shape(self) -> PlanShape:
         """The plan without its rows, and of its details without all but the settings: what a bundle holds."""
@@ -228,12 +232,20 @@ class PlanShape:
                     state.update(np.ascontiguousarray(block.rows, np.int32).tobytes())
         return state.hexdigest()[:12]
 
+    @property
+    def coverage(self) -> float:
+        """Share of the bytes of all embeddings of the full model that the plan covers."""
+        covered = BYTES_PER_PARAM * self.num_full_params
+        return covered / max(1, covered + (self.left_bytes or 0))
+
     def max_params(self, budget: Budget) -> int:
         """Embedding parameters that a budget allows an fp32 plan with the first-order weights of this plan."""
         return budget.max_params(self.num_full_params, self.num_first_order_params)
 
     def num_bytes(self, target: Target | None = None) -> int:
         """Bytes of the tables as a target stores them; the tables of an export for that target agree within 1%.
+
+        The manifest of an export also counts the embeddings that the plan of a module of one's own leaves alone, `left_bytes`.
 
         The count includes the values at their bits, their scales, projections, first-order weights, and the id maps of a
         module of one's own. The count excludes the vocabulary, which belongs to the encoder (see `vocabulary_bytes`), and
@@ -389,7 +401,7 @@ class PlanShape:
         config = {"config": details.pop("config")} if "config" in details else {}
         budget = None if self.budget is None else str(self.budget)
         before = {"budget": budget, "seed": self.seed}
-        after = {"vocabulary_bytes": self.vocabulary_bytes, "target": self.target}
+        after = {name: getattr(self, name) for name in ("vocabulary_bytes", "target", "left_bytes")}
         found = {**config, **before, **details, **after}
         return {name: value for name, value in found.items() if value is not None or name not in IN_DETAILS}
 
@@ -456,6 +468,8 @@ class PlanShape:
             f"{self.num_bytes(self.target):,} bytes with {self.num_first_order_params:,} first-order weights"
             + (f", beside {self.vocabulary_bytes:,} of the vocabulary" if self.vocabulary_bytes else "")
         )
+        if self.left_bytes is not None:
+            head += f"; covers {self.coverage:.1%} of all embedding bytes, {self.left_bytes:,} are left alone"
         return "\n".join([head, *(f"  {t.name}: {describe_table(t)}" for t in self.tables)])
 
 

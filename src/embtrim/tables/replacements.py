@@ -425,7 +425,8 @@ class CompactEmbedding(Replacement):
         """Sizes, for print(model)."""
         stored = ", ".join(f"{rows:,} x {width}" for rows, width in self.segments)
         levels = [self.bits] if self.bands is None else [bits for _, bits in self.bands]
-        bits = "" if self.packed is None else f", {', '.join(map(str, levels))} bits"
+        bits = "" if self.bits == 32 else f", {', '.join(map(str, levels))} bits"
+        bits += " once quantized" if bits and self.packed is None else ""
         return f"{stored} of {self.num_embeddings:,} x {self.embedding_dim}{bits}"
 
 

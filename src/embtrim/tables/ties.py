@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from embtrim.tables.replacements import Replacement
+from embtrim.tables.replacements import Replacement, table_logits
 
 
 class Tied(nn.Module):
@@ -58,5 +58,5 @@ def _read(module: Tied, name: str) -> Tensor:
 
 def _linear(module: Any, input: Tensor) -> Tensor:
     """nn.Linear.forward, without building the weight."""
-    logits = module.tied_tables["weight"].logits(input)
+    logits = table_logits(input, module.tied_tables["weight"])
     return logits if module.bias is None else logits + module.bias
