@@ -23,7 +23,7 @@ from embtrim.methods import (
     UniformConfig,
     search,
 )
-from embtrim.methods.precision import code_loss, mixed_bits
+from embtrim.methods.precision import code_losses, mixed_bits
 from embtrim.methods.readings import row_energies
 from embtrim.methods.registry import register
 from embtrim.models import FNN, DeepFM
@@ -93,9 +93,8 @@ def test_bits_go_where_they_save_most_loss_a_byte(task):
         error = tables.packed[0](rows[:, None], stretch)[:, 0] - weights[name]
         return float((error.double().square().sum(1) * torch.from_numpy(counts[name])).sum())
 
-    losses = {
-        (t.name, bits): code_loss(t, weights[t.name], counts[t.name], bits) for t in plan.tables for bits in (4, 8, 16)
-    }
+    found_TN = code_losses(plan.tables, weights, counts, (4, 8, 16))
+    losses = {(t.name, bits): found_TN[i, n] for i, t in enumerate(plan.tables) for n, bits in enumerate((4, 8, 16))}
     for (name, bits), loss in losses.items():
         assert loss == pytest.approx(loss_by_hand(name, bits), rel=1e-3)
     # No table's next level fits any more, and no other allotment within the bytes loses much less.
@@ -226,7 +225,7 @@ def test_large_tables_are_read_in_parts(bits, monkeypatch):
     def found() -> tuple[np.ndarray, float, Tensor]:
         packed = PackedRows(10, 4, bits, 1)
         packed.store(0, torch.arange(10).flip(0), weight_VD)
-        loss = code_loss(table, weight_VD, count_V, bits)
+        loss = code_losses([table], {"f0": weight_VD}, {"f0": count_V}, [bits])[0, 0]
         return row_energies(weight_VD, count_V, mean_D), loss, packed(torch.arange(10)[:, None], torch.zeros(1).long())
 
     energies, loss, stored = found()

@@ -17,6 +17,7 @@ from embtrim.compaction.compacting import compact
 from embtrim.errors import EmbtrimError, PlanError
 from embtrim.experiments.settings import RunConfig
 from embtrim.experiments.steps import shrink, train_full
+from embtrim.methods.readings import code_errors, errors_of_each
 from embtrim.models import DeepFM
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import BITS, CODE_BITS, Block, TablePlan
@@ -24,7 +25,7 @@ from embtrim.schema import Schema
 from embtrim.serving.bundle import load_bundle, save
 from embtrim.serving.exporting import export
 from embtrim.tables.embedding_tables import EmbeddingTables
-from embtrim.tables.packing import CLIPS, BandedRows, PackedRows
+from embtrim.tables.packing import CLIPS, BandedRows, PackedRows, fit_codes, fit_each, together
 from embtrim.tables.row_optimizers import RowSGD
 from embtrim.training.evaluation import evaluate
 from embtrim.training.fitting import fit
@@ -389,3 +390,20 @@ def test_an_exported_model_stays_quantised(format, tmp_path):
     manifest = export(model, format, tmp_path / "out")
     export_models.check_agreement(model, tmp_path / "out", format)
     assert manifest["table_bytes"] == dataclasses.replace(plan, first_order=True).num_bytes()
+
+
+def test_tables_that_are_coded_together_have_the_codes_of_each(monkeypatch):
+    """Small tables of equally many rows side by side, a table alone, and one that is too large to be joined."""
+    monkeypatch.setattr("embtrim.tables.packing.SMALL_VALUES", 60)
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(7, 3, 4), (7, 5, 4), (7, 3, 8), (9, 2, 4), (40, 4, 4), (40, 4, 4), (7, 0, 4), (0, 3, 4)]
+    tables = [torch.randn(rows, width, generator=generator) for rows, width, _ in sizes]
+    bits = [level for *_, level in sizes]
+    assert together(tables, bits) == [[0, 1, 6], [2], [3], [4], [5], [7]]
+    for found, table, level in zip(fit_each(tables, bits), tables, bits, strict=True):
+        for joined, alone in zip(found, fit_codes(table, level), strict=True):
+            torch.testing.assert_close(joined, alone, rtol=0, atol=0)
+    counts = [np.arange(len(table)) for table in tables]
+    for level in (16, 4):
+        for found, table, count in zip(errors_of_each(tables, counts, level), tables, counts, strict=True):
+            np.testing.assert_allclose(found, code_errors(table, count, level), rtol=1e-12)

@@ -9,17 +9,19 @@ that the embedded training data lose. `guided` chooses rows, columns and bits to
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 from embtrim.compaction.low_rank import trained_rows
 from embtrim.methods.allotting import spend
-from embtrim.methods.readings import code_errors
+from embtrim.methods.readings import errors_of_each
 from embtrim.plan.budget import BYTES_PER_PARAM, Budget
 from embtrim.plan.budget_limits import LEVELS
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import TablePlan
+from embtrim.tables.packing import RUN_VALUES
 from embtrim.tasks.task import Task
 
 # Bits per value that a method other than guided assumes while it searches, if bits are chosen for each table.
@@ -38,21 +40,40 @@ def mixed_bits(task: Task, plan: SizePlan, budget: Budget) -> SizePlan:
         budget: Budget in percent or bytes. If even the fewest bytes exceed it, so does the returned plan.
     """
     weights, counts = trained_rows(task)
-    bytes_TN, losses_TN = [], []
+    bytes_TN = []
     for table in plan.tables:
         stored = [dataclasses.replace(table, bits=bits) for bits in LEVELS]
         bytes_TN.append(np.array([plan.table_bytes(t, budget=budget) for t in stored], np.int64))
-        losses_TN.append(np.array([code_loss(table, weights[table.name], counts[table.name], bits) for bits in LEVELS]))
+    losses_TN = code_losses(plan.tables, weights, counts, LEVELS)
     allowed = plan.counted_bytes(budget) - BYTES_PER_PARAM * plan.num_shared_projection_params
-    chosen = spend(bytes_TN, losses_TN, allowed)
+    chosen = spend(bytes_TN, list(losses_TN), allowed)
     return plan.with_bits({table.name: LEVELS[n] for table, n in zip(plan.tables, chosen, strict=True)})
 
 
-def code_loss(table: TablePlan, weight_VD: torch.Tensor, count_V: np.ndarray, bits: int) -> float:
-    """The loss of storing a table's kept rows and columns in 16 bits or codes; see the module docstring."""
-    total = 0.0
-    for block in table.blocks:
-        rows = slice(None) if block.rows is None else block.rows
-        kept = weight_VD if block.rows is None else weight_VD[torch.from_numpy(block.rows).to(weight_VD.device)]
-        total += float(code_errors(kept[:, list(block.kept_columns)], count_V[rows], bits).sum())
-    return total
+def code_losses(
+    tables: Sequence[TablePlan],
+    weights: Mapping[str, torch.Tensor],
+    counts: Mapping[str, np.ndarray],
+    levels: Sequence[int],
+) -> np.ndarray:
+    """The loss of storing each table's kept rows and columns in 16 bits or codes: float64 (tables, levels).
+
+    See the module docstring. Tables are taken in runs of about RUN_VALUES values, so that memory is bounded.
+    """
+    loss_TN = np.zeros((len(tables), len(levels)))
+    number_P, kept_P, count_P, size = [], [], [], 0
+    for number, table in enumerate(tables):
+        weight_VD, count_V = weights[table.name], counts[table.name]
+        for block in table.blocks:
+            rows = slice(None) if block.rows is None else block.rows
+            kept = weight_VD if block.rows is None else weight_VD[torch.from_numpy(block.rows).to(weight_VD.device)]
+            number_P.append(number)
+            kept_P.append(kept[:, list(block.kept_columns)])
+            count_P.append(count_V[rows])
+            size += kept_P[-1].numel()
+        if size >= RUN_VALUES or number == len(tables) - 1:
+            for n, bits in enumerate(levels):
+                errors_P = errors_of_each(kept_P, count_P, bits)
+                np.add.at(loss_TN[:, n], number_P, [errors.sum() for errors in errors_P])
+            number_P, kept_P, count_P, size = [], [], [], 0
+    return loss_TN

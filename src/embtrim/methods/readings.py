@@ -31,7 +31,7 @@ from embtrim.compaction.low_rank import Basis, bases, coordinates_of, num_occurr
 from embtrim.plan.table import BITS, BYTES_PER_SCALE, CODE_BITS
 from embtrim.system.modules import evaluating
 from embtrim.system.progress import tracked
-from embtrim.tables.packing import CHUNK_ROWS, as_coded, fit_codes
+from embtrim.tables.packing import CHUNK_ROWS, as_coded, fit_codes, together
 from embtrim.tasks.sites import weights_by_table, weights_kept
 from embtrim.tasks.task import Task
 
@@ -339,11 +339,30 @@ def rounding(weight_VD: Tensor, bits: int) -> Rounding:
 
 
 def code_errors(values_VW: Tensor, count_V: np.ndarray, bits: int) -> np.ndarray:
-    """sum_r n_r (v_r - stored(v_r))^2 of each column of a table in 16 bits or codes, float64 (W,); 0 in 32 bits."""
+    """sum_r n_r (v_r - stored(v_r))^2 of each column of a table in 16 bits or codes, float64 (W,); 0 in 32 bits.
+
+    The rows may have a count for each column, (V, W).
+    """
     found_W = torch.zeros(values_VW.shape[1], dtype=torch.float64)
     if bits == 32 or not len(values_VW):
         return found_W.numpy()
     stored = rounding(values_VW, bits)
     for part, count in zip(values_VW.split(CHUNK_ROWS), torch.from_numpy(count_V).split(CHUNK_ROWS), strict=True):
-        found_W += count.double() @ (stored(part) - part.float()).double().square().cpu()
+        squares = (stored(part) - part.float()).double().square().cpu()
+        found_W += count.double() @ squares if count.ndim == 1 else (count * squares).sum(0)
     return found_W.numpy()
+
+
+def errors_of_each(tables: Sequence[Tensor], counts: Sequence[np.ndarray], bits: int) -> list[np.ndarray]:
+    """`code_errors` of several tables; small ones are rounded together."""
+    found: list[Any] = [None] * len(tables)
+    for members in together(tables, [bits] * len(tables)):
+        if len(members) == 1:
+            found[members[0]] = code_errors(tables[members[0]], counts[members[0]], bits)
+            continue
+        widths = [tables[i].shape[1] for i in members]
+        count_VW = np.repeat(np.stack([counts[i] for i in members], 1), widths, 1)
+        errors_W = code_errors(torch.cat([tables[i] for i in members], 1), count_VW, bits)
+        for i, part in zip(members, np.split(errors_W, np.cumsum(widths)[:-1]), strict=True):
+            found[i] = part
+    return found

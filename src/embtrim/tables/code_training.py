@@ -15,7 +15,7 @@ from torch import Tensor
 from embtrim.plan.table import CODE_BITS
 from embtrim.tables.embedding_tables import EmbeddingTables
 from embtrim.tables.layout import Group
-from embtrim.tables.packing import as_coded, fit_codes
+from embtrim.tables.packing import as_coded, fit_each
 
 
 class Stretches(NamedTuple):
@@ -58,8 +58,8 @@ class CodeGate:
             runs = self._runs(group)
             starts = [start for start, _ in runs]
             sizes = [end - start for start, end in zip(starts, [*starts[1:], group.stop], strict=True)]
-            parts = zip(self.tables.group_view(group).split(sizes), runs, strict=True)
-            scales, offsets = zip(*(fit_codes(rows, bits) for rows, (_, bits) in parts), strict=True)
+            fitted = fit_each(self.tables.group_view(group).split(sizes), [bits for _, bits in runs])
+            scales, offsets = zip(*fitted, strict=True)
             start_T, bits_T = (torch.tensor(values, device=scales[0].device) for values in zip(*runs, strict=True))
             self.stretches[group.start] = Stretches(start_T, bits_T, torch.stack(scales), torch.stack(offsets))
 

@@ -17,8 +17,8 @@ Axes: N rows, W columns, T stretches.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 MOST_VALUE = torch.finfo(torch.float16).max
 # Rows coded at a time, which bounds the memory that coding takes.
 CHUNK_ROWS = 65_536
+# Most values of a table that is coded together with others, and about how many values are coded in one go.
+SMALL_VALUES, RUN_VALUES = 65_536, 1 << 24
 
 
 class PackedRows(nn.Module):
@@ -66,13 +68,16 @@ class PackedRows(nn.Module):
         self.register_buffer("offset", torch.zeros(num_stretches, width, dtype=torch.float16))
 
     @torch.no_grad()
-    def store(self, stretch: int, rows_N: Tensor, values_NW: Tensor) -> None:
+    def store(
+        self, stretch: int, rows_N: Tensor, values_NW: Tensor, fitted: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         """Pack all rows of a stretch.
 
         Args:
             stretch: Number of the stretch.
             rows_N: int64 rows to write to.
             values_NW: Values of these rows.
+            fitted: What `fit_codes` gives for the values; None calls it.
 
         Raises:
             ModelError: A value is not a number, or is beyond those of fp16.
@@ -86,11 +91,15 @@ class PackedRows(nn.Module):
                 f"a table has values from {values_NW.min():g} to {values_NW.max():g}; codes of {self.bits} bits have fp16 "
                 f"scales, which end at {MOST_VALUE:,.0f}: give the table 32 bits, or train it with embedding_l2"
             )
-        scale_W, offset_W = fit_codes(values_NW, self.bits)
+        scale_W, offset_W = fit_codes(values_NW, self.bits) if fitted is None else fitted
         self.scale[stretch], self.offset[stretch] = scale_W, offset_W
         for place_N, part_NW in zip(rows_N.split(CHUNK_ROWS), values_NW.split(CHUNK_ROWS), strict=True):
             codes_NW = codes_of(part_NW, scale_W, offset_W, self.bits).to(torch.uint8)
             self.values[place_N] = _packed(codes_NW, self.bits)
+
+    def pieces(self, stretch: int, rows_N: Tensor, values_NW: Tensor) -> Iterator[Piece]:
+        """The arguments of `store` by precision."""
+        yield self, stretch, rows_N, values_NW
 
     def forward(self, index: Tensor, stretch_C: Tensor) -> Tensor:
         """fp32 rows (.., C, W) for row numbers `index` (.., C); column c of `index` reads rows of stretch `stretch_C[c]`."""
@@ -106,6 +115,10 @@ class PackedRows(nn.Module):
             if stored is not None and stored.dtype == torch.float32:
                 setattr(self, name, getattr(self, name).float())
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+# A store and the arguments of its `store`: the number of a stretch, and its rows and values.
+Piece: TypeAlias = tuple[PackedRows, int, Tensor, Tensor]
 
 
 class BandedRows(nn.Module):
@@ -145,13 +158,18 @@ class BandedRows(nn.Module):
 
     def store(self, stretch: int, rows_N: Tensor, values_NW: Tensor) -> None:
         """Pack all rows of a table, by its number; see `PackedRows.store`."""
+        for store, own, place_N, part_NW in self.pieces(stretch, rows_N, values_NW):
+            store.store(own, place_N, part_NW)
+
+    def pieces(self, stretch: int, rows_N: Tensor, values_NW: Tensor) -> Iterator[Piece]:
+        """The rows of a table by precision, each with the arguments of `PackedRows.store`."""
         for bits, store in self._levels():
             start, size, place, own = (
                 int(self.get_buffer(f"{name}_{bits}")[stretch]) for name in ("start", "size", "place", "stretch")
             )
             inside = (rows_N >= start) & (rows_N < start + size)
             if size:
-                store.store(own, rows_N[inside] - start + place, values_NW[inside])
+                yield store, own, rows_N[inside] - start + place, values_NW[inside]
 
     def forward(self, index: Tensor, stretch_C: Tensor) -> Tensor:
         """fp32 rows (.., C, W) for row numbers `index` (.., C); column c of `index` reads the table `stretch_C[c]`."""
@@ -177,6 +195,29 @@ def packed_rows(width: int, bands_T: Sequence[Sequence[tuple[int, int]]]) -> Pac
     if any(len(bands) > 1 for bands in bands_T):
         return BandedRows(width, bands_T)
     return PackedRows(sum(bands[0][0] for bands in bands_T), width, bands_T[0][0][1], len(bands_T))
+
+
+def store_each(stretches: Iterable[tuple[PackedRows | BandedRows, int, Tensor, Tensor]]) -> None:
+    """Pack the rows of several stretches: each a store and the arguments of its `store`. Small ones are coded together."""
+    waiting: list[Piece] = []
+    size = 0
+    for store, stretch, rows_N, values_NW in stretches:
+        waiting += store.pieces(stretch, rows_N, values_NW)
+        size += values_NW.numel()
+        if size >= RUN_VALUES:
+            _store_pieces(waiting)
+            waiting, size = [], 0
+    _store_pieces(waiting)
+
+
+def _store_pieces(pieces: Sequence[Piece]) -> None:
+    coded = [piece for piece in pieces if piece[0].bits <= CODE_BITS]
+    fitted = fit_each([values_NW.float() for *_, values_NW in coded], [store.bits for store, *_ in coded])
+    for (store, stretch, rows_N, values_NW), codes in zip(coded, fitted, strict=True):
+        store.store(stretch, rows_N, values_NW, codes)
+    for store, stretch, rows_N, values_NW in pieces:
+        if store.bits > CODE_BITS:
+            store.store(stretch, rows_N, values_NW)
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:
@@ -238,6 +279,25 @@ def fit_codes(values_NW: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         best_offset_W = torch.where(better_W, offset_W, best_offset_W)
         least_W = torch.where(better_W, error_W, least_W)
     return best_scale_W, best_offset_W
+
+
+def fit_each(tables: Sequence[Tensor], bits: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """`fit_codes` of several tables; small ones are fitted together."""
+    found: list[Any] = [None] * len(tables)
+    for members in together(tables, bits):
+        scale_W, offset_W = fit_codes(torch.cat([tables[i] for i in members], 1), bits[members[0]])
+        widths = [tables[i].shape[1] for i in members]
+        for i, *codes in zip(members, scale_W.split(widths), offset_W.split(widths), strict=True):
+            found[i] = tuple(codes)
+    return found
+
+
+def together(tables: Sequence[Tensor], bits: Sequence[int]) -> list[list[int]]:
+    """Numbers of tables that are coded together: small ones of equally many rows and equal bits, side by side."""
+    groups: dict[Any, list[int]] = {}
+    for i, (table, level) in enumerate(zip(tables, bits, strict=True)):
+        groups.setdefault((len(table), level) if table.numel() <= SMALL_VALUES else i, []).append(i)
+    return list(groups.values())
 
 
 def _rounded(values_W: Tensor, *, up: bool) -> Tensor:

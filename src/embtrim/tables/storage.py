@@ -22,7 +22,7 @@ from embtrim.plan.plan import PlanShape
 from embtrim.schema import Schema
 from embtrim.tables.indices import Indices, index_tensors, packed_tensors, segment_tensors
 from embtrim.tables.layout import Group, lay_out, places_of
-from embtrim.tables.packing import BandedRows, PackedRows, packed_rows
+from embtrim.tables.packing import BandedRows, PackedRows, packed_rows, store_each
 
 
 @dataclass
@@ -275,8 +275,10 @@ class TableStorage(nn.Module, Indices):
         if self.weight_by_width is not None:
             raise ModelError("these tables are split by width, for export; quantise the model before you split them")
         packed, packed_first_order = self._empty_packed()
-        for store, stretch, local, rows_RW in self._stretches(packed, packed_first_order):
-            store.store(stretch, local, rows_RW[local])
+        store_each(
+            (store, stretch, local, rows_RW[local])
+            for store, stretch, local, rows_RW in self._stretches(packed, packed_first_order)
+        )
         self._take_packed(packed, packed_first_order)
 
     @torch.no_grad()
