@@ -491,3 +491,12 @@ def test_a_contender_that_is_not_there_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ours.py", json.dumps(order)])
     measure.worker(ours.KINDS)
     assert "ModuleNotFoundError: No module named 'embtrim.tables.kernels.nothing'" in capsys.readouterr().out
+
+
+def test_costs_of_many_fields_are_counted_by_stage():
+    command = [sys.executable, bench.HERE / "fields.py", "--worker", "--fields", "4", "--rows", "600"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    spent = json.loads(done.stdout.splitlines()[-1])
+    stages = {"import", "data", "training", "check", "search", "verify", "compact", "quantise", "save", "other"}
+    assert set(spent) == stages
+    assert all(seconds > 0 for seconds in spent.values())
