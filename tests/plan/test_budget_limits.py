@@ -48,9 +48,10 @@ def test_a_table_is_counted_a_few_times_however_many_there_are(bits, monkeypatch
     calls = []
     monkeypatch.setattr(PlanShape, "table_bytes", lambda *args, **kwargs: calls.append(0) or counted(*args, **kwargs))
 
-    def calls_for(num_tables: int) -> int:
+    def calls_for(sizes: list[int]) -> int:
         calls.clear()
-        check_budget(SizePlan.full(Schema.from_sizes([5] * num_tables), 4), Budget.parse("50%"), bits)
+        check_budget(SizePlan.full(Schema.from_sizes(sizes), 4), Budget.parse("50%"), bits)
         return len(calls)
 
-    assert 0 < calls_for(40) == 10 * calls_for(4)
+    assert 0 < calls_for([*range(5, 45)]) == 10 * calls_for([*range(5, 9)])
+    assert calls_for([5] * 40) == calls_for([5])

@@ -45,7 +45,8 @@ def require_columns(frame: pl.DataFrame, columns: Sequence[str]) -> None:
     Raises:
         DataError: A column is missing; the message names the columns there are and the columns needed.
     """
-    missing = [name for name in columns if name not in frame.columns]
+    there = set(frame.columns)
+    missing = [name for name in columns if name not in there]
     if missing:
         raise DataError(
             f"the rows have no column {', '.join(map(repr, missing))}; they have {', '.join(frame.columns)}; "
@@ -137,9 +138,10 @@ def _canonical_values(
     """
     numeric = [field for field in schema.id_fields if field.type == "numeric"]
     numbers = to_numbers(frame, numeric, schema, locate)
+    dtypes = frame.schema  # made anew at each call
     texts: list[pl.Expr] = []
     for field in schema.id_fields:
-        dtype, column = frame.schema[field.raw_column], pl.col(field.raw_column)
+        dtype, column = dtypes[field.raw_column], pl.col(field.raw_column)
         nulls = nulls_of(schema, field)
         if field.type == "numeric":
             continue
@@ -170,13 +172,14 @@ def to_numbers(
     Raises:
         DataError: A cell does not hold a finite number.
     """
+    dtypes = frame.schema
     for field in fields:
-        dtype = frame.schema[field.raw_column]
+        dtype = dtypes[field.raw_column]
         if not (dtype.is_numeric() or dtype in (pl.String, pl.Boolean, pl.Null, pl.Categorical, pl.Enum)):
             is_duration = isinstance(dtype, pl.Duration)
             advice = "write its seconds as a number" if is_duration else f"declare field {field.name!r} categorical"
             raise DataError(f"column {field.raw_column!r} holds {dtype}, which is not a number; {advice}")
-    numbers = frame.select(_number_cells(f, frame.schema[f.raw_column], schema) for f in fields)
+    numbers = frame.select(_number_cells(f, dtypes[f.raw_column], schema) for f in fields)
     # A second pass over the cells is made only where a column holds more than finite numbers and nulls.
     num_null = numbers.null_count()
     num_null_raw = frame.select(list(dict.fromkeys(f.raw_column for f in fields))).null_count()

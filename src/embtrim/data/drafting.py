@@ -153,10 +153,15 @@ def draft_schema(
 
 def _joined(frames: list[pl.DataFrame], log: str) -> pl.DataFrame:
     """The rows of all frames; columns of several types become text, or lists of texts."""
-    mixed = [name for name in frames[0].columns if len({frame.schema[name] for frame in frames}) > 1]
-    parts = [frame.with_columns(_as_texts(name, frame.schema[name]) for name in mixed) for frame in frames]
+    schemas = [frame.schema for frame in frames]
+    mixed = [name for name in frames[0].columns if len({schema[name] for schema in schemas}) > 1]
+    parts = [
+        frame.with_columns(_as_texts(name, schema[name]) for name in mixed)
+        for frame, schema in zip(frames, schemas, strict=True)
+    ]
+    schemas = [part.schema for part in parts]
     for name in mixed:
-        if len({frame.schema[name] for frame in parts}) > 1:
+        if len({schema[name] for schema in schemas}) > 1:
             raise DataError(
                 f"{log}: column {name!r} holds lists in some files and text in others; write a schema in which its field "
                 "has type = 'multi' and the text's separator"

@@ -110,12 +110,11 @@ class Encoder:
         path = folder / "vocab.parquet"
         try:
             frame = pl.read_parquet(path, glob=False)
-            by_table = {
-                str(key[0]): part.drop("table") for key, part in frame.partition_by("table", as_dict=True).items()
-            }
+            frame = frame.select(pl.col("table").cast(pl.String), *_VOCABULARY_SCHEMA).cast(_VOCABULARY_SCHEMA)  # type: ignore[arg-type]
+            by_table = frame.partition_by("table", as_dict=True, include_key=False)
             empty = pl.DataFrame(schema=_VOCABULARY_SCHEMA)
             tables = [field.table_name for field in schema.id_fields if not field.hash_size]
-            vocabularies = {name: by_table.get(name, empty).cast(_VOCABULARY_SCHEMA) for name in tables}  # type: ignore[arg-type]
+            vocabularies = {name: by_table.get((name,), empty) for name in tables}
         except (pl.exceptions.PolarsError, OSError) as error:
             raise DataError(f"{path} cannot be read ({first_line_of(error)}); encode again") from None
         hash_maps = {}
@@ -132,12 +131,13 @@ class Encoder:
         state = {"fields": self.transforms, "unseen_ids": self.unseen_ids}
         (folder / "transforms.json").write_text(json.dumps(state, indent=1), "utf-8")
         # Sorted by id, wherever the ids come from, and in one chunk, which packs the same for any number of threads.
-        parts = [
-            frame.sort("id", maintain_order=True).select(pl.lit(name).alias("table"), *_VOCABULARY_SCHEMA)
-            for name, frame in self.vocabularies.items()
-        ]
-        empty = pl.DataFrame(schema={"table": pl.String, **_VOCABULARY_SCHEMA})
-        pl.concat([empty, *parts]).rechunk().write_parquet(folder / "vocab.parquet", compression="zstd")
+        tables = pl.Series("table", list(self.vocabularies), pl.String)
+        heights = np.array([frame.height for frame in self.vocabularies.values()], np.int64)
+        empty = pl.DataFrame(schema=_VOCABULARY_SCHEMA)
+        whole = pl.concat([empty, *(frame.select(*_VOCABULARY_SCHEMA) for frame in self.vocabularies.values())])
+        place = pl.Series("place", np.repeat(np.arange(len(tables)), heights))
+        whole = whole.with_columns(place, tables.gather(place)).sort("place", "id", maintain_order=True)
+        whole.select("table", *_VOCABULARY_SCHEMA).rechunk().write_parquet(folder / "vocab.parquet", compression="zstd")
         if self.hash_maps:
             np.savez_compressed(folder / "hash_maps.npz", **self.hash_maps)  # type: ignore[arg-type]
 

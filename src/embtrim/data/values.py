@@ -92,6 +92,8 @@ def one_texts(cells: pl.Series, field: FieldSpec, nulls: Sequence[str], where: C
     if field.kind is None:
         return cells
     texts = _unusual(cells.drop_nulls().unique(), field.kind, nulls)
+    if texts.is_empty():
+        return cells
     if (refused := _refusal(texts, field.kind)) is not None:
         text, why = refused
         place = (cells == text).arg_true()[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
@@ -71,10 +72,12 @@ def least_amount(
         stored = _in_fewest_bytes(plan, table, budget) if bits == "mixed" else dataclasses.replace(table, bits=bits)
         return _table_amount(plan, stored, budget, target)
 
-    nothing = [amount(_without_columns(table, keeps_rows=unit == "columns")) for table in plan.tables]
-    least = [min(map(amount, least_tables(table, unit))) for table in full.tables]
-    more = min(kept - gone for kept, gone in zip(least, nothing, strict=True))
-    return (sum(nothing) + more) / _unit_bytes(plan, budget)
+    sizes = Counter((table.num_rows, table.width) for table in full.tables)
+    one_of_each = {(table.num_rows, table.width): table for table in full.tables}
+    nothing = {s: amount(_without_columns(t.shape(), keeps_rows=unit == "columns")) for s, t in one_of_each.items()}
+    least = {size: min(map(amount, least_tables(table, unit))) for size, table in one_of_each.items()}
+    more = min(least[size] - nothing[size] for size in sizes)
+    return (sum(count * nothing[size] for size, count in sizes.items()) + more) / _unit_bytes(plan, budget)
 
 
 def amount_of(plan: PlanShape, budget: Budget, target: Target | None) -> float:

@@ -129,13 +129,15 @@ class TableStorage(nn.Module, Indices):
     @torch.no_grad()
     def _zero_special_rows(self) -> None:
         """OOV and DROPPED rows start at zero, so that an untrained one adds no noise."""
+        found = [np.empty(0, np.int64)]
         for table in self.plan.tables:
-            for row in (table.dropped_id, table.oov_id()):
-                if row is None:
-                    continue
-                self.set_rows(table.name, np.array([row]), torch.zeros(1, self.width))
-                if self.first_order is not None:
-                    self.first_order[int(self.storage_rows(table.name, np.array([row]))[0])] = 0.0
+            special = [row for row in (table.dropped_id, table.oov_id()) if row is not None]
+            found.append(self.storage_rows(table.name, np.array(special, np.int64)))
+        rows = np.concatenate(found)
+        for inside, group in self._groups_of(rows):
+            self.group_view(group)[torch.from_numpy(rows[inside] - group.start)] = 0.0
+        if self.first_order is not None:
+            self.first_order[torch.from_numpy(rows)] = 0.0
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -191,11 +193,15 @@ class TableStorage(nn.Module, Indices):
         self.check_fp32()
         self.settle()  # decay is owed on the weights as they are, also on those that are about to be overwritten
         rows = self.storage_rows(name, ids)
-        for group in self.groups:
-            inside = np.flatnonzero((rows >= group.start) & (rows < group.stop))
-            if len(inside):
-                index = torch.from_numpy(rows[inside] - group.start).to(self.weight.device)
-                yield inside, index, self.group_view(group)
+        for inside, group in self._groups_of(rows):
+            index = torch.from_numpy(rows[inside] - group.start).to(self.weight.device)
+            yield inside, index, self.group_view(group)
+
+    def _groups_of(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Group]]:
+        """The groups that have any of the storage rows, each with the positions of its rows."""
+        numbers = np.searchsorted([group.stop for group in self.groups], rows, side="right")
+        for number in np.unique(numbers):
+            yield np.flatnonzero(numbers == number), self.groups[number]
 
     # ---- the row optimiser, copies and files ------------------------------------------------------------------
 
