@@ -66,9 +66,27 @@ class TestExporters:
     def test_bags_are_pooled_the_same(self, mode: str, padding_idx: int | None, monkeypatch):
         module, entries = bag(mode=mode, padding_idx=padding_idx)[0], torch.randn(4, 3, WIDTH)
         weights = torch.randn(4, 3) if mode == "sum" else None
-        expected = pool_entries(module, entries, PAIRS, None, weights)
-        monkeypatch.setattr("embtrim.tables.replacements.is_exporting", lambda: True)
-        assert torch.allclose(pool_entries(module, entries, PAIRS, None, weights), expected, atol=1e-6)
+        given = [(entries, PAIRS, None, weights)]
+        flat = (entries.flatten(0, 1), PAIRS.flatten(), torch.tensor([0, 0, 2, 7]))
+        given.append((*flat, None if weights is None else weights.flatten()))
+        expected = [pool_entries(module, *call) for call in given]
+        monkeypatch.setattr("embtrim.tables.pooling.is_exporting", lambda: True)
+        monkeypatch.delattr("torch.nn.functional.embedding_bag")  # it would fix the number of ids
+        for call, pooled in zip(given, expected, strict=True):
+            assert torch.allclose(pool_entries(module, *call), pooled, atol=1e-6)
+        module.include_last_offset = True
+        ends = torch.tensor([0, 0, 2, 7, 12])
+        assert torch.allclose(pool_entries(module, *flat[:2], ends, given[1][-1]), expected[1], atol=1e-6)
+
+    @pytest.mark.parametrize("kind", ["columns", "rows"])
+    def test_quantised_bags_with_offsets_have_dynamic_sizes(self, kind: str):
+        model = bag(mode="mean", padding_idx=0)
+        small = compact(model, plan_for(model, kind).with_bits(8), "inherit").eval()
+        quantize_(small)
+        shapes = {"input": {0: torch.export.Dim("ids")}, "offsets": {0: torch.export.Dim("bags")}}
+        program = torch.export.export(small[0], (FLAT_IDS, torch.tensor([0, 2, 2, 7])), dynamic_shapes=shapes).module()
+        ids, offsets = FLAT_IDS[:5], torch.tensor([0, 1, 1])
+        assert torch.allclose(program(ids, offsets), small[0](ids, offsets), atol=1e-6)
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("padding_idx", [None, 0, 8])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,10 +29,15 @@ def pool_entries(
     if not hasattr(module, "mode"):
         return entries
     if offsets is None and is_exporting():  # an embedding_bag of entries would fix the batch size
-        counts = torch.ones_like(ids) if module.padding_idx is None else (ids != module.padding_idx).to(ids.dtype)
-        weights = counts if per_sample_weights is None else counts * per_sample_weights
-        pooled = (entries * weights[..., None]).sum(-2)
-        return pooled / counts.sum(-1, keepdim=True).clamp(min=1) if module.mode == "mean" else pooled
+        return _pooled(module, entries, ids, per_sample_weights, lambda values: values.sum(1))
+    if offsets is not None and is_exporting():
+        num_bags = offsets.shape[0] - bool(module.include_last_offset)
+        bag_N = torch.bucketize(torch.arange(ids.shape[0], device=ids.device), offsets.long(), right=True) - 1
+
+        def add(values: Tensor) -> Tensor:
+            return values.new_zeros(num_bags, *values.shape[1:]).index_add(0, bag_N, values)
+
+        return _pooled(module, entries, ids, per_sample_weights, add)
     flat_ND = entries.flatten(0, -2)
     # Row 0 holds zeros. As the padding row it counts for nothing.
     index = torch.arange(1, flat_ND.shape[0] + 1, device=ids.device, dtype=ids.dtype).view(ids.shape)
@@ -46,3 +52,13 @@ def pool_entries(
         include_last_offset=module.include_last_offset,
         padding_idx=0,
     )
+
+
+def _pooled(
+    module: Any, entries: Tensor, ids: Tensor, per_sample_weights: Tensor | None, add: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Pool entries by a function that adds the values of every bag."""
+    counts = torch.ones_like(ids) if module.padding_idx is None else (ids != module.padding_idx).to(ids.dtype)
+    weights = counts if per_sample_weights is None else counts * per_sample_weights
+    pooled = add(entries * weights[..., None])
+    return pooled / add(counts).clamp(min=1)[..., None] if module.mode == "mean" else pooled

@@ -26,7 +26,8 @@ def with_reads(
         if counts["product"] > ties:
             found.append("vectors are multiplied by all of its weight: in a compact table by what it stores")
         if counts["whole"]:
-            found.append(f"a batch reads all of its weight {counts['whole']} times, {cost_of_reading(site.module)}")
+            times = "once" if counts["whole"] == 1 else f"{counts['whole']} times"
+            found.append(f"a batch reads all of its weight {times}, {cost_of_reading(site.module)}")
         if len(site.names) == 1 and (columns := reads[site.path].stretches()):
             found.append(_fields_line(model, site, columns))
     return [
