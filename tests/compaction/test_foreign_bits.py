@@ -39,7 +39,7 @@ def quantized_rows(compacted: CompactEmbedding) -> Tensor:
     parts = []
     for weight in compacted.weights:
         width, start = weight.shape[1], read[weight.shape[1]]
-        parts.append(compacted.widen(by_width[width][start : start + len(weight)]))
+        parts.append(compacted.widen(by_width[width][start : start + len(weight)], width))
         read[width] = start + len(weight)
     return torch.cat(parts)[compacted.rows_of(torch.arange(compacted.num_embeddings)).long()]
 

@@ -403,6 +403,22 @@ class TestModels:
             program = torch.export.export(small, (ids,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
             assert torch.allclose(program.module()(ids[:7]), small(ids[:7]), atol=1e-5)
 
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+    @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+    @pytest.mark.parametrize("make", [*SCORES.values(), Factors], ids=[*SCORES, "factors"])
+    def test_traces_and_compiled_models_give_the_same(self, make):
+        task = task_of(make)
+        plan = search(task, SSEDSConfig(align="project"), "40%")
+        small = compact(task.model, plan, "low_rank", task=task).eval()
+        batch = next(iter(task.batches("train")))
+        ids = batch if make is Factors else batch[0]
+        traced = torch.jit.trace(small, (ids,))
+        assert torch.allclose(traced(ids), small(ids), atol=1e-5)
+        torch._dynamo.reset()
+        compiled = torch.compile(small, backend="eager", fullgraph=True)
+        assert torch.allclose(compiled(ids), small(ids), atol=1e-5)
+        torch._dynamo.reset()
+
     def test_rows_that_are_indexed_are_counted(self):
         task = task_of(Factors)
         counts = task.row_counts()

@@ -20,6 +20,7 @@ from embtrim.serving.manifest import Format, Sizes, TableSizes
 from embtrim.serving.served import Served
 from embtrim.system.folders import folder_bytes
 from embtrim.tables.replacements import CompactEmbedding, Replacement
+from embtrim.tables.ties import Tied
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ def full_module_bytes(served: Served, write: Callable[[Served, Path], None], fol
 
     A graph of compact tables also says how they are read, so the full model's graph differs from it by more than the
     numbers in the tables. The full model is therefore exported too, with tables of a few rows; the bytes of the missing rows
-    are added. If that export fails (torch exports some bags as replacements only), the compact model's graph stands for it.
+    are added. If that export fails (torch exports some bags as replacements only), or a tied layer has an output for every
+    row, the compact model's graph stands for it.
 
     Args:
         served: The compact model.
@@ -85,12 +87,19 @@ def full_module_bytes(served: Served, write: Callable[[Served, Path], None], fol
     if not any(isinstance(module, Replacement) for module in served.module.modules()):
         return folder_bytes(folder)
     module, missing = full_module(served.module)
+    if any(isinstance(part, Tied) for part in module.modules()):  # as many outputs as rows
+        return _estimated_bytes(served, module, missing, folder)
     with tempfile.TemporaryDirectory(dir=folder) as full:
         try:
             write(dataclasses.replace(served, module=module), Path(full))
             return folder_bytes(Path(full)) + missing
         except Exception as error:  # exporters raise what they like
             logger.warning("the full %s cannot be exported (%s); its bytes are estimated", type(module).__name__, error)
+    return _estimated_bytes(served, module, missing, folder)
+
+
+def _estimated_bytes(served: Served, module: nn.Module, missing: int, folder: Path) -> int:
+    """Bytes of a full model's files, by the graph of the compact one."""
     before, after = (sum(p.nbytes for p in m.state_dict().values()) for m in (served.module, module))
     return folder_bytes(folder) + after - before + missing
 

@@ -32,7 +32,8 @@ def pool_entries(
         return _pooled(module, entries, ids, per_sample_weights, lambda values: values.sum(1))
     if offsets is not None and is_exporting():
         num_bags = offsets.shape[0] - bool(module.include_last_offset)
-        bag_N = torch.bucketize(torch.arange(ids.shape[0], device=ids.device), offsets.long(), right=True) - 1
+        starts = torch.zeros(ids.shape[0] + 1, dtype=torch.int64, device=ids.device)  # ONNX has no bucketize
+        bag_N = starts.index_add(0, offsets.long(), torch.ones_like(offsets.long())).cumsum(0)[:-1] - 1
 
         def add(values: Tensor) -> Tensor:
             return values.new_zeros(num_bags, *values.shape[1:]).index_add(0, bag_N, values)

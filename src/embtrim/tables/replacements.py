@@ -220,12 +220,12 @@ class CompactEmbedding(Replacement):
         self._check_not_trained()
         rows = self.rows_of(ids)
         if len(self.segments) == 1:
-            return self.widen(self._read(rows, 0, 0, padding_row))
+            return self.widen(self._read(rows, 0, 0, padding_row), self.segments[0][1])
         parts, start = [], 0
-        for number, (num_rows, _) in enumerate(self.segments):
+        for number, (num_rows, width) in enumerate(self.segments):
             local = rows - start
             inside = (local >= 0) & (local < num_rows)
-            parts.append(self.widen(self._read(local * inside, number, start, padding_row)) * inside[..., None])
+            parts.append(self.widen(self._read(local * inside, number, start, padding_row), width) * inside[..., None])
             start += num_rows
         return sum(parts[1:], parts[0])
 
@@ -245,7 +245,7 @@ class CompactEmbedding(Replacement):
         if not self.stores_columns:
             return self.weights[0].new_zeros(self.num_embeddings, self.embedding_dim)
         self._check_not_trained()
-        stored = [self.widen(part) for n in range(len(self.segments)) for part in self._stored(n)]
+        stored = [self.widen(part, width) for n, (_, width) in enumerate(self.segments) for part in self._stored(n)]
         return self._spread(stored[0] if len(stored) == 1 else torch.cat(stored), 0)
 
     def logits(self, input: Tensor) -> Tensor:
@@ -337,9 +337,8 @@ class CompactEmbedding(Replacement):
             return self.id_map.index_select(0, ids.flatten()).view(ids.shape).to(ids.dtype)
         return ids if self.last_row is None else ids.clamp(max=self.last_row)
 
-    def widen(self, narrow: Tensor) -> Tensor:
-        """Stored rows of one width, brought to width D."""
-        width = narrow.shape[-1]
+    def widen(self, narrow: Tensor, width: int) -> Tensor:
+        """Stored rows of one width, brought to width D. A trace knows the width as no number of Python."""
         if str(width) in self.projections:
             return narrow @ self.projections[str(width)].to(narrow.dtype)
         if width in (0, self.embedding_dim):
@@ -537,7 +536,7 @@ class CompactEmbeddingBag(Replacement):
             include_last_offset=self.include_last_offset,
             padding_idx=entries.padding_row,
         )
-        return entries.widen(pooled)
+        return entries.widen(pooled, entries.segments[0][1])  # type: ignore[index]
 
     def all_rows(self) -> Tensor:
         """See Replacement."""
