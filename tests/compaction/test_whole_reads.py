@@ -92,6 +92,7 @@ SCORES: dict[str, Callable[[], nn.Module]] = {
     "slice": lambda: Sequential(
         lambda model, state: torch.cat([state.new_zeros(len(state), 1), state @ model.item.weight[1:].T], 1)
     ),
+    "tower": lambda: Sequential(lambda model, state: state @ model.norm(model.item.weight).T),  # both towers in one
     "held": Held,
 }
 

@@ -191,6 +191,8 @@ def _keeps_nothing(request: _Request, full: SizePlan, budget: Budget) -> BudgetE
     enough = max((least_amount(full, budget, bits, target, u) for u in method.adds if u != "sizes"), default=0.0)
     is_exact = bits == 32 and target != "fbgemm" and enough > budget.amount
     advice = f"{budget.words_for(enough)} is enough" if is_exact else "give more"
+    if method.plans_bits:
+        advice += "; or the model scores no worse on validation data without its tables, as one does that was trained too long"
     return BudgetError(f"method {method.name!r} keeps no row of any table within a budget of {budget}; {advice}")
 
 
