@@ -8,15 +8,21 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.export.graph_signature import InputKind
 
 from embtrim.errors import EmbtrimError
-from embtrim.serving.served import Served, named_tensors
+from embtrim.serving.served import Served, copy_for_export, named_tensors
 from embtrim.system.torch_private import ONNX_LOGGER, set_example_inputs, tree_map
+from embtrim.tables.gathered_bags import gather_bags
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 # Values that constant folding may add to an ONNX graph per constant. A folded table would be stored beside the table itself.
 FOLDED_VALUES = 64
@@ -81,7 +87,7 @@ def write_onnx(served: Served, folder: Path, external_data: bool = False, other_
 
     with quiet_exporter():
         program = torch.onnx.export(
-            traced(served),
+            traced(replace(served, module=gather_bags(copy_for_export(served.module)))),
             dynamo=True,
             optimize=False,
             verbose=False,
@@ -90,20 +96,34 @@ def write_onnx(served: Served, folder: Path, external_data: bool = False, other_
         )
         assert program is not None
         optimize_ir(program.model, output_size_limit=FOLDED_VALUES)
+    name_batch(program.model)
     weights = sum(
         value.const_value.nbytes for value in program.model.graph.initializers.values() if value.const_value is not None
     )
     program.save(folder / served.onnx_name, external_data=external_data or weights + other_bytes > ONNX_FILE_BYTES)
 
 
+def name_batch(model: onnx_ir.Model) -> None:
+    """Call the dimension that counts rows `batch` in all shapes, in place; the exporter numbers it."""
+    import onnx_ir
+
+    first = next(value.shape[0] for value in model.graph.inputs if value.shape)
+    for value in [*model.graph.inputs, *(output for node in model.graph.all_nodes() for output in node.outputs)]:
+        if value.shape is not None and first in value.shape.dims:
+            value.shape = onnx_ir.Shape(["batch" if size == first else size for size in value.shape.dims])
+
+
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Silence torch's exporter about its own insides, and about a torchvision that it does not need."""
-    level = ONNX_LOGGER.level
-    ONNX_LOGGER.setLevel(logging.ERROR)
+    """Silence exporters about their own insides, and about a torchvision that they do not need."""
+    loggers = [ONNX_LOGGER, *map(logging.getLogger, ("onnxscript", "onnx_ir"))]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated", FutureWarning)
             yield
     finally:
-        ONNX_LOGGER.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -120,7 +121,26 @@ def serve_module(module: nn.Module, example: object) -> Served:
             f"torch.export cannot be told which dimensions of these inputs may vary ({kinds}: {error}); export a module whose "
             "forward takes tensors, or lists or dicts of them, and builds its other inputs from them"
         ) from error
-    return Served(copy_for_export(module), args, kwargs, shapes)
+    module = copy_for_export(module)
+    with torch.no_grad():
+        outputs = module(*args, **kwargs)
+    return Served(module, args, kwargs, shapes, _output_names(outputs, {*named_tensors(Served(module, args, kwargs))}))
+
+
+def _output_names(outputs: Any, inputs: Container[str]) -> tuple[str, ...]:
+    """Names of the tensors that a module gives: the keys of a dict, otherwise output_0, output_1, and so on."""
+    leaves = [(_plain_name(path), leaf) for path, leaf in tree_leaves_with_names(outputs)]
+    names = [
+        f"output_{name}" if name.isdecimal() else name or "output_0"
+        for name, leaf in leaves
+        if isinstance(leaf, Tensor)
+    ]
+    return tuple(f"output_{name}" if name in inputs else name for name in names)
+
+
+def _plain_name(path: str) -> str:
+    """Keys of nested containers, with dots between them."""
+    return re.sub(r"\W+", ".", path).strip(".")
 
 
 def copy_for_export(model: ModuleT) -> ModuleT:
@@ -138,7 +158,7 @@ def named_tensors(served: Served) -> dict[str, Tensor]:
     """Tensors of the example in order, each by its argument and, after dots, its keys inside nested containers."""
     arguments = zip(argument_names(served), (*served.args, *served.kwargs.values()), strict=False)
     leaves = [(name + keys, leaf) for name, tree in arguments for keys, leaf in tree_leaves_with_names(tree)]
-    return {re.sub(r"\W+", ".", path).strip("."): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
+    return {_plain_name(path): leaf for path, leaf in leaves if isinstance(leaf, Tensor)}
 
 
 def describe_inputs(schema: Schema) -> dict[str, Input]:

@@ -516,15 +516,9 @@ class CompactEmbeddingBag(Replacement):
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """(bags, D) pooled embeddings. Arguments are those of nn.EmbeddingBag."""
         entries = self.entries
-        if (
-            isinstance(entries, CompactFlatEmbedding)
-            or len(entries.segments) > 1
-            or not entries.stores_columns
-            or entries.packed is not None
-            or entries.zeroes_padding
-            or entries.max_norm is not None
-        ):
+        if self.pools_whole:
             return pool_entries(self, entries(input), input, offsets, per_sample_weights)
+        assert isinstance(entries, CompactEmbedding)
         entries.check_ids(input)
         pooled = nn.functional.embedding_bag(  # at the stored width, which widens linearly
             entries.rows_of(input),
@@ -554,6 +548,19 @@ class CompactEmbeddingBag(Replacement):
     def dtype(self) -> torch.dtype:
         """See Replacement."""
         return self.entries.dtype
+
+    @property
+    def pools_whole(self) -> bool:
+        """Whether entries are widened one by one before they are pooled."""
+        entries = self.entries
+        return (
+            isinstance(entries, CompactFlatEmbedding)
+            or len(entries.segments) > 1
+            or not entries.stores_columns
+            or entries.packed is not None
+            or entries.zeroes_padding
+            or entries.max_norm is not None
+        )
 
     def full_table(self, generator: torch.Generator) -> nn.EmbeddingBag:
         """See Replacement."""
