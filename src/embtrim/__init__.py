@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from embtrim.serving.exporting import export
     from embtrim.serving.manifest import Manifest
     from embtrim.serving.updating import UpdateConfig, UpdateReport, update
-    from embtrim.tables.replacements import table_logits
+    from embtrim.tables.logits import table_logits
     from embtrim.tasks.survey import Finding
     from embtrim.tasks.task import CTRTask, Task
     from embtrim.training.evaluation import evaluate
@@ -90,7 +90,7 @@ _HOMES = {
     "save": "serving.bundle",
     "search": "methods.searching",
     "size_curve": "experiments.curve",
-    "table_logits": "tables.replacements",
+    "table_logits": "tables.logits",
     "update": "serving.updating",
     "verify": "compaction.verification",
 }

@@ -28,7 +28,7 @@ from embtrim.methods import (
     search,
 )
 from embtrim.plan.plan import SizePlan
-from embtrim.tables.replacements import table_logits
+from embtrim.tables.logits import table_logits
 from embtrim.tables.ties import Tied
 from embtrim.tasks.sites import ModuleSite
 from embtrim.tasks.survey import find_sites, survey

@@ -19,12 +19,13 @@ from embtrim.data.tally import KNOWN
 from embtrim.models.ctr_model import CTRModel
 from embtrim.schema import PAD, FieldSpec
 from embtrim.serving.bundle import Bundle
-from embtrim.serving.raw_inputs import Dtype, dtype_of, keys_of
+from embtrim.serving.raw_inputs import Dtype, dtype_of
 from embtrim.serving.served import copy_for_export
 
 NUM_ROWS = 32
 
 _FREQUENT = 10
+_MOST_KNOWN = 1_000
 _MISSING_SHARE = _UNSEEN_SHARE = 1 / 8
 _TYPES: dict[Dtype, type[pl.DataType]] = {"string": pl.String, "int64": pl.Int64, "float64": pl.Float64}
 
@@ -109,8 +110,10 @@ def _known_values(encoder: Encoder, field: FieldSpec, rng: np.random.Generator) 
     if field.hash_size:
         return [*range(100)] if dtype_of(encoder, field) == "int64" else [f"value {i}" for i in range(100)]
     listing = encoder.listing(field)
-    texts = listing.values.filter(pl.Series(listing.status_V == KNOWN)).to_list()
-    dtype = keys_of(encoder, field).dtype
+    known = listing.values.filter(pl.Series(listing.status_V == KNOWN))
+    others = np.sort(rng.permutation(len(known))[:_MOST_KNOWN])
+    texts = pl.concat([known.head(_FREQUENT), known.gather(others)]).to_list()
+    dtype = dtype_of(encoder, field)
     return texts if dtype == "string" else [int(text) if dtype == "int64" else float(text) for text in texts]
 
 

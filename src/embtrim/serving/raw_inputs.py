@@ -76,7 +76,7 @@ def dtype_of(encoder: Encoder, field: FieldSpec) -> Dtype:
         return "float64"
     if field.hash_size:
         return "int64" if field.kind == "integer" and field.type == "categorical" else "string"
-    return keys_of(encoder, field).dtype
+    return keys_of(encoder, field).dtype if field.kind in NUMBERS and field.type == "categorical" else "string"
 
 
 def missing_text(schema: Schema, field: FieldSpec) -> str:

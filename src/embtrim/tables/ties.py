@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from embtrim.tables.replacements import Replacement, table_logits
+from embtrim.tables.logits import table_logits
+from embtrim.tables.replacements import Replacement
 
 
 class Tied(nn.Module):
