@@ -31,7 +31,7 @@ class GatheredBag(nn.Module):
             entries, widen = nn.functional.embedding(input, bag.weight), None
         if offsets is not None:
             pooled = _pooled_by_offsets(bag, entries, input, offsets, per_sample_weights)
-        elif bag.mode == "max":
+        elif isinstance(bag, nn.EmbeddingBag) and bag.mode == "max":
             pooled = _largest(bag, entries, input)
         else:
             pooled = pool_entries(bag, entries, input, None, per_sample_weights)
