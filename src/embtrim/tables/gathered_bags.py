@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,9 @@ def _stored_entries(bag: CompactEmbeddingBag, ids: Tensor) -> tuple[Tensor, Call
     if bag.pools_whole:
         return bag.entries(ids), None
     assert isinstance(bag.entries, CompactEmbedding)
-    return nn.functional.embedding(bag.entries.rows_of(ids), bag.entries.weights[0]), bag.entries.widen
+    (_, width), *_ = bag.entries.segments
+    widen = partial(bag.entries.widen, width=width)
+    return nn.functional.embedding(bag.entries.rows_of(ids), bag.entries.weights[0]), widen
 
 
 def _largest(bag: nn.EmbeddingBag, entries: Tensor, ids: Tensor) -> Tensor:
