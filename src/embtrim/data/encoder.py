@@ -31,6 +31,7 @@ import polars as pl
 
 from embtrim.data.cells import dense_values, needed_columns, nulls_of, number_cells, require_columns, row_number
 from embtrim.data.dataset import EncodedDataset
+from embtrim.data.frames import as_polars
 from embtrim.data.hashing import missing_hash
 from embtrim.data.log_file import Chunk, first_line_of
 from embtrim.data.tally import KNOWN, MISSING, UNSEEN, Tally
@@ -145,7 +146,7 @@ class Encoder:
         """Encode rows; a value that is not in its table's vocabulary gets the table's OOV id.
 
         Args:
-            rows: A frame with the raw columns (other columns are ignored), or a chunk of a raw log.
+            rows: A frame with the raw columns (other columns are ignored), of polars or pandas, or a chunk of a raw log.
             tally: Counts missing and unseen values, if given.
 
         Raises:
@@ -157,6 +158,7 @@ class Encoder:
             >>> Encoder(schema, {"user": vocabulary}).encode_chunk(pl.DataFrame({"user": ["bob", "eve"]})).ids.tolist()
             [[2], [0]]
         """
+        rows = as_polars(rows)
         frame, locate = (rows.frame, rows.locate) if isinstance(rows, Chunk) else (rows, row_number)
         require_columns(frame, self.columns)
         codes = {name: lookup.code for name, lookup in self._text_lookups.items()}

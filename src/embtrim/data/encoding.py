@@ -81,7 +81,7 @@ def encode(
     work. A run over a DataFrame makes no checkpoints.
 
     Args:
-        source: Path, paths, glob, folder or polars DataFrame; the training rows if `valid` or `test` is given.
+        source: Path, paths, glob, folder or DataFrame (polars, pandas); the training rows if `valid` or `test` is given.
         schema: The fields, or a TOML file with them; None infers a draft and writes it to `<out>.schema.toml`.
         label: The label column, or a rule that makes the label, such as "rating >= 8" (see rules.py); needed without a
             schema, unless the column has a usual name (label, click, ..).

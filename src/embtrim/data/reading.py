@@ -26,6 +26,7 @@ from typing import Any, TypeAlias, TypeVar
 import polars as pl
 
 from embtrim.data.csv_text import CsvFile
+from embtrim.data.frames import as_polars
 from embtrim.data.log_file import CHUNK_BYTES, START, Chunk, LogFile, Position, Skipped, listed, suffix_of
 from embtrim.data.parquet import FrameFile, ParquetFile
 from embtrim.data.places import Place, places
@@ -203,7 +204,7 @@ def open_log(source: Source, options: ReadOptions | None = None) -> RawLog:
     """Open a raw log.
 
     Args:
-        source: A path or URL, several of them, a glob, a folder, or a polars DataFrame; see places.py.
+        source: A path or URL, several of them, a glob, a folder, or a DataFrame of polars or pandas; see places.py.
         options: How to read the log; None finds out from names and content.
 
     Raises:
@@ -214,20 +215,16 @@ def open_log(source: Source, options: ReadOptions | None = None) -> RawLog:
         >>> open_log(pl.DataFrame({"click": [0, 1], "user": ["a", "b"]})).columns
         ('click', 'user')
     """
-    options = options or ReadOptions()
+    options, source = options or ReadOptions(), as_polars(source)
     if isinstance(source, pl.DataFrame):
         return RawLog("the frame", [FrameFile(source)])
-    if type(source).__module__.split(".")[0] in ("pandas", "pyarrow"):
-        raise DataError(
-            f"cannot read a {type(source).__module__.split('.')[0]} object; convert it: polars.DataFrame(..)"
-        )
     if isinstance(source, (str, Path)):
         name, found = str(source), _places(source, options)
     elif isinstance(source, Sequence) and all(isinstance(part, (str, Path)) for part in source):
         found = [place for part in source for place in _places(part, options)]
         name = str(source[0]) if len(source) == 1 else f"{len(found)} files"
     else:
-        raise DataError(f"cannot read a {type(source).__name__}; give a path, a list of paths, or a polars DataFrame")
+        raise DataError(f"cannot read a {type(source).__name__}; give a path, a list of paths, or a DataFrame")
     if not found:
         raise DataError("the list of files is empty")
     formats: list[Format] = [options.format or _find_format(place) for place in found]

@@ -31,6 +31,7 @@ from embtrim.config import Config
 from embtrim.data.cells import number_columns
 from embtrim.data.dataset import EncodedDataset
 from embtrim.data.encoder import Encoder
+from embtrim.data.frames import as_polars
 from embtrim.data.log_file import Chunk
 from embtrim.data.profile import Profile, describe_drift, find_drift
 from embtrim.data.read_options import ReadOptions
@@ -110,12 +111,13 @@ class Bundle:
         """float32 probabilities (N,) of raw rows, in order; values never seen read the OOV row.
 
         Args:
-            rows: Frame, or log on disk.
+            rows: Frame of polars or pandas, or log on disk.
             options: How to read the log.
 
         Raises:
             DataError: A column is missing or holds a value that its field cannot read.
         """
+        rows = as_polars(rows)
         if isinstance(rows, pl.DataFrame):
             tally = self.tally(rows)
             scores = self.predict_chunk(rows, tally)
