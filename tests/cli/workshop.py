@@ -17,7 +17,16 @@ import numpy as np
 
 TINY = [
     *("--set", "hparams.hidden_units=[16]", "--set", "hparams.embedding_dim=8"),
-    *("--set", "train.epochs=2", "--set", "train.batch_size=256", "--set", "train.precision=fp32"),
+    *(
+        "--set",
+        "train.epochs=2",
+        "--set",
+        "train.batch_size=256",
+        "--set",
+        "train.precision=fp32",
+        "--set",
+        "train.embedding_l2=0",
+    ),
 ]
 
 # Run main() with a limit on the size of files: what a full disk is to a writer. Python ignores SIGXFSZ by itself.

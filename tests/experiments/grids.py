@@ -19,7 +19,7 @@ from embtrim.training.settings import TrainConfig
 CONFIG = CompareConfig(
     models=("deepfm", "fm"),
     hparams={"embedding_dim": 4, "hidden_units": [8]},
-    train=TrainConfig(epochs=1, batch_size=128, learning_rate=1e-2, precision="fp32"),
+    train=TrainConfig(epochs=1, batch_size=128, learning_rate=1e-2, precision="fp32", embedding_l2=0.0),
     methods=("uniform", "random"),
     variants={"wide-sseds": {"method": "sseds", "min_dim": 1}},
     budgets=("50%", "30%"),
@@ -32,7 +32,9 @@ FM_ONLY = CompareConfig(**{**CONFIG.model_dump(), "models": ("fm",), "hparams": 
 FM_RUN = RunConfig(
     model="fm",
     hparams={"embedding_dim": 4},
-    train=TrainConfig(epochs=2, batch_size=128, learning_rate=1e-2, precision="fp32", checkpoint_seconds=0),
+    train=TrainConfig(
+        epochs=2, batch_size=128, learning_rate=1e-2, precision="fp32", checkpoint_seconds=0, embedding_l2=0.0
+    ),
     controls=(),
     budget="40%",
 )

@@ -121,14 +121,14 @@ def test_cell_below_the_floor_is_listed_and_tried_again(
 def test_other_cells_survive_a_full_model_that_fails(
     small: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_full = comparison.train_full
+    train_full = comparison.train_full_swept
 
     def fails_for_fm(data: Any, config: Any, **rest: Any) -> Any:
         if config.model == "fm":
             raise EmbtrimError("training loss is nan")
         return train_full(data, config, **rest)
 
-    monkeypatch.setattr(comparison, "train_full", fails_for_fm)
+    monkeypatch.setattr(comparison, "train_full_swept", fails_for_fm)
     made = compare(small, CONFIG.replace(budgets=("50%",), variants={}), tmp_path / "x")
     assert [r.variant for r in made.records] == ["full", "uniform", "random"]
     assert [(s.label, s.reason) for s in made.skipped] == [

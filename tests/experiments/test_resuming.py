@@ -122,7 +122,7 @@ def test_grid_grows_on_the_full_models_it_has(
 ) -> None:
     out = copy_of(first, tmp_path / "grown")
     before = {path: path.stat().st_mtime_ns for path in out.glob("records/*.json")}
-    monkeypatch.setattr(comparison, "train_full", never)
+    monkeypatch.setattr(comparison, "train_full_swept", never)
     seen: list[tuple[str, int, int]] = []
     more = CONFIG.replace(methods=("random", "sseds"), budgets=("30%", "40%"))
     grown = compare(small, more, out, on_record=lambda r, done, total: seen.append((r.variant, done, total)))

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
 
 CONFIG = RunConfig(
     hparams={"embedding_dim": 8, "hidden_units": [16]},
-    train=TrainConfig(epochs=2, batch_size=256, learning_rate=3e-3, precision="fp32"),
+    train=TrainConfig(epochs=2, batch_size=256, learning_rate=3e-3, precision="fp32", embedding_l2=0.0),
     budget="30%",
     controls=("uniform", "random"),
     seeds=2,
@@ -86,7 +86,7 @@ def test_run_writes_records_plans_bundles_and_its_settings(encoded, tmp_path):
 def test_finished_run_is_not_made_again(encoded, tmp_path, monkeypatch):
     config = CONFIG.replace(seeds=1, controls=())
     first = run(encoded, config, tmp_path)
-    monkeypatch.setattr("embtrim.experiments.run.train_full", None)
+    monkeypatch.setattr("embtrim.experiments.run.train_full_swept", None)
     assert run(encoded, config.replace(train=config.train.replace(checkpoint_seconds=1)), tmp_path) == first
     path = tmp_path / "records" / "full-seed0.json"
     path.write_text(path.read_text().replace(encoded.schema.fingerprint, "0123456789ab"))

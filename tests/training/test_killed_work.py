@@ -31,7 +31,7 @@ from tests.training.interruptions import SEARCHES, TRAIN
 
 RUN = RunConfig(
     hparams={"embedding_dim": 4, "hidden_units": [8]},
-    train=TRAIN.replace(epochs=3),
+    train=TRAIN.replace(epochs=3, embedding_l2=0.0),
     method="optembed",
     search=SEARCHES[2].model_dump(mode="json", exclude_none=True),
     controls=("sseds", "hard_mask"),
@@ -39,7 +39,7 @@ RUN = RunConfig(
 )
 
 COMPARE = CompareConfig(
-    models=("fm",), hparams={"embedding_dim": 4}, train=TRAIN.replace(epochs=3), methods=("uniform",),
+    models=("fm",), hparams={"embedding_dim": 4}, train=TRAIN.replace(epochs=3, embedding_l2=0.0), methods=("uniform",),
     variants={"mixed": {"method": "guided", "bits": "mixed"}}, budgets=("40%", "20%"), seeds=1,
 )  # fmt: skip
 

@@ -212,6 +212,14 @@ class EncodedDataset:
                 )
         return EncodedDataset(self.schema, self.splits, self.folder, id_maps)
 
+    def sampled(self, split: str, max_rows: int, seed: int = 0) -> EncodedDataset:
+        """The same data with at most that many rows of a split, drawn at random and kept in order and in memory."""
+        arrays = self.split(split)
+        if max_rows >= len(arrays):
+            return self
+        rows = np.sort(np.random.default_rng(seed).choice(len(arrays), max_rows, replace=False))
+        return EncodedDataset(self.schema, {**self.splits, split: _take(arrays, rows)}, self.folder, self.id_maps)
+
     def _batch(self, arrays: SplitArrays) -> Batch:
         ids = np.ascontiguousarray(arrays.ids)
         if self.id_maps:

@@ -40,7 +40,7 @@ from embtrim.experiments.grid import (
     write_skipped,
 )
 from embtrim.experiments.records import RunRecord, Trained, code_version
-from embtrim.experiments.steps import shrink, train_full
+from embtrim.experiments.steps import shrink, train_full_swept, with_l2
 from embtrim.models import build
 from embtrim.system.files import write_then_rename
 from embtrim.system.processes import in_processes
@@ -78,10 +78,11 @@ class Worker:
         unfinished = self.out / "unfinished" / cell.name
         try:
             if cell.budget is None:
-                trained = self._train_full(cell, unfinished / "full.safetensors")
+                trained = self._train_full(cell, unfinished)
             else:
-                config = cell_config(self.config, cell)
-                trained = shrink(self.full(cell.full), self.data, config, label=cell.label, unfinished=unfinished)
+                full = self.full(cell.full)
+                config = with_l2(cell_config(self.config, cell), full.record.train["embedding_l2"])
+                trained = shrink(full, self.data, config, label=cell.label, unfinished=unfinished)
         except EmbtrimError as error:
             return cell, _skip(cell, str(error))
         if trained.plan is not None:
@@ -90,15 +91,15 @@ class Worker:
         shutil.rmtree(unfinished, ignore_errors=True)
         return cell, trained.record
 
-    def _train_full(self, cell: Cell, checkpoint: Path) -> Trained:
+    def _train_full(self, cell: Cell, unfinished: Path) -> Trained:
         """Train the full model of a cell and write its weights."""
         config = cell_config(self.config, cell)
         try:
-            trained = train_full(self.data, config, checkpoint=checkpoint)
+            trained = train_full_swept(self.data, config, unfinished=unfinished)
         except OtherTrainingError as error:
             logger.warning("%s: this training starts again", error)
-            checkpoint.unlink()
-            trained = train_full(self.data, config, checkpoint=checkpoint)
+            shutil.rmtree(unfinished)
+            trained = train_full_swept(self.data, config, unfinished=unfinished)
         state = {name: value.detach().cpu().contiguous() for name, value in trained.model.state_dict().items()}
         weights = safetensors.torch.save(state)
         # Weights are written before the record: if the record exists, so do they.

@@ -316,7 +316,8 @@ def check_settings(
         **_under("hparams", record.hparams),
         **_under("search", {**default, **record.search}),
     }
-    for free in ("train.seed", "hparams.seed", "train.checkpoint_seconds"):
+    chosen = () if config.train.embedding_l2 is not None else ("train.embedding_l2",)
+    for free in ("train.seed", "hparams.seed", "train.checkpoint_seconds", *chosen):
         expected.pop(free, None)
         made.pop(free, None)
     change = first_change(made, expected)

@@ -78,6 +78,9 @@ class RunRecord(Config):
         search_epochs: Cost of the search in training epochs of the full model: search_seconds / epoch_seconds.
         train_seconds: Wall time of training this model, validation included.
         epochs: Number of epochs trained.
+        best_epoch: Epoch whose weights the model has, as in FitResult; None in records of earlier releases.
+        l2_sweep: How `train.embedding_l2` was chosen, see `embtrim.experiments.sweep`; None if it was given, and for
+            compact models, which train with that of their full model.
         rows_per_second: Training rows per second; see FitResult.
         compile_seconds: Wall time of compilation; see FitResult.
         precision: Precision of the forward pass in training, in words.
@@ -124,6 +127,8 @@ class RunRecord(Config):
     search_epochs: float
     train_seconds: float
     epochs: int
+    best_epoch: int | None = None
+    l2_sweep: dict[str, Any] | None = None
     rows_per_second: float
     compile_seconds: float = 0.0
     precision: str
@@ -268,7 +273,7 @@ def make_record(
         **_sizes(model, data, config.target),
         model=config.model,
         hparams=model.hparams,
-        train=config.train.replace(seed=config.seed).model_dump(),
+        train=config.train.replace(seed=config.seed, embedding_l2=config.train.embedding_l2 or 0.0).model_dump(),
         seed=config.seed,
         data={
             "fingerprint": data.schema.fingerprint,
@@ -283,6 +288,7 @@ def make_record(
         search_epochs=search_seconds / max(epoch_seconds, 1e-9),
         train_seconds=training.seconds,
         epochs=len(training.history),
+        best_epoch=training.best_epoch,
         rows_per_second=training.rows_per_second,
         compile_seconds=training.compile_seconds,
         precision=training.precision,

@@ -13,7 +13,7 @@ from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import DataError
 from embtrim.experiments.records import RunRecord, Trained
 from embtrim.experiments.settings import RunConfig, check_run, split_control
-from embtrim.experiments.steps import shrink, train_full
+from embtrim.experiments.steps import shrink, train_full_swept, with_l2
 from embtrim.experiments.tolerance import smallest_within
 from embtrim.plan.budget import Budget
 from embtrim.plan.budget_limits import counts_vocabulary, target_settings
@@ -80,9 +80,12 @@ def _run_seed(
     if all(finished.values()):
         return [record for record in finished.values() if record is not None]
     unfinished = out / "unfinished" / f"seed{config.seed}"
+    if (before := finished["full"]) is not None:
+        config = with_l2(config, before.train["embedding_l2"])
     # If a run is continued, its last checkpoint gives the full model.
-    full = train_full(data, config, progress, unfinished / "full.safetensors")
-    full.record = finished["full"] or _keep(full, data, out, on_record)
+    full = train_full_swept(data, config, progress, unfinished)
+    full.record = before or _keep(full, data, out, on_record)
+    config = with_l2(config, full.record.train["embedding_l2"])
     records, budget = [full.record], config.limit
     for variant in variants[1:]:
         record, work = finished[variant], unfinished / _label(variant)

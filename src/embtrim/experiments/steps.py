@@ -16,6 +16,7 @@ from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import BudgetError, DataError
 from embtrim.experiments.records import FoundPlan, Trained, make_record, started_as
 from embtrim.experiments.settings import RunConfig, method_config, starts_of
+from embtrim.experiments.sweep import chosen_l2
 from embtrim.methods import method_named, search
 from embtrim.methods.curves import least_within
 from embtrim.methods.guided import Start
@@ -51,14 +52,48 @@ FINISHING_EPOCHS, FINISHING_RATE, CODE_FITS_PER_EPOCH = 8, 0.05, 4
 def train_full(
     data: EncodedDataset, config: RunConfig, progress: bool = False, checkpoint: Path | None = None
 ) -> Trained:
-    """Train the full model of a run, with the run's first seed, and record it; see `fit` for the checkpoint."""
+    """Train the full model of a run, with the run's first seed, and record it; see `fit` for the checkpoint.
+
+    Without `train.embedding_l2` it is trained with 0; see `train_full_swept`.
+    """
     with peak_memory() as peak:
         model = build(config.model, data.schema, **{**config.hparams, "seed": config.seed})
         train = config.train.replace(seed=config.seed)
         result = fit(model, data, train, progress=progress, checkpoint=checkpoint)
     epoch_seconds = data.num_rows("train") / max(result.rows_per_second, 1e-9)
     record = make_record(model, data, config, result, peak_bytes=peak.bytes, epoch_seconds=epoch_seconds)
+    if result.best_epoch == 1 and len(result.history) > 1:
+        logger.warning(
+            "the full model was at its best after its first epoch: more training made it worse, as it does where tables "
+            "overfit, and smaller models may then do better for that reason alone; it was trained with embedding_l2 = %g",
+            config.train.embedding_l2 or 0.0,
+        )
     return Trained(model, record)
+
+
+def train_full_swept(
+    data: EncodedDataset, config: RunConfig, progress: bool = False, unfinished: Path | None = None
+) -> Trained:
+    """`train_full`, with `embedding_l2` chosen by a sweep where it is not given; the record holds the choice.
+
+    Args:
+        data: Encoded data with splits train, valid and test.
+        config: Settings of the run.
+        progress: Show progress bars on stderr.
+        unfinished: Folder for the state of sweep and training. Interrupted work is continued from it.
+    """
+    checkpoint = None if unfinished is None else unfinished / "full.safetensors"
+    if config.train.embedding_l2 is not None:
+        return train_full(data, config, progress, checkpoint)
+    sweep = chosen_l2(data, config, None if unfinished is None else unfinished / "embedding_l2.json", progress)
+    full = train_full(data, with_l2(config, sweep.embedding_l2), progress, checkpoint)
+    full.record = full.record.replace(l2_sweep=sweep.model_dump(mode="json"))
+    return full
+
+
+def with_l2(config: RunConfig, embedding_l2: float) -> RunConfig:
+    """The settings with a value of `embedding_l2`."""
+    return config.replace(train=config.train.replace(embedding_l2=embedding_l2))
 
 
 def load_full(folder: Path, data: EncodedDataset) -> CTRModel:

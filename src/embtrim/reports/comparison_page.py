@@ -103,4 +103,5 @@ def _title(records: Sequence[RunRecord]) -> str:
 
 def _facts(records: Sequence[RunRecord]) -> str:
     facts = provenance(records)
-    return f"{len(records)} records. Rows: {facts['rows']}. {facts['versions']}. {facts['hardware']}."
+    full = f" Full models: {facts['full models']}." if "full models" in facts else ""
+    return f"{len(records)} records. Rows: {facts['rows']}.{full} {facts['versions']}. {facts['hardware']}."

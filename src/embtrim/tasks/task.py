@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embtrim.data.dataset import EncodedDataset, SplitArrays
+from embtrim.data.dataset import EncodedDataset
 from embtrim.data.encoder import vocabulary_bytes
 from embtrim.errors import ModelError
 from embtrim.models.ctr_model import CTRModel
@@ -443,16 +443,10 @@ class CTRTask(Task):
 
     def sampled(self, max_rows: int) -> CTRTask:
         """See Task."""
-        arrays = self.data.split("valid")
-        if max_rows >= len(arrays):
+        if max_rows >= self.data.num_rows("valid"):
             return self
-        rows = np.sort(np.random.default_rng(0).choice(len(arrays), max_rows, replace=False))
-        columns = (arrays.ids, arrays.labels, arrays.dense, arrays.weights)
-        sample = SplitArrays(*(None if column is None else column[rows] for column in columns))  # type: ignore[arg-type]
         task = copy.copy(self)
-        task.data = EncodedDataset(
-            self.data.schema, {**self.data.splits, "valid": sample}, self.data.folder, id_maps=self.data.id_maps
-        )
+        task.data = self.data.sampled("valid", max_rows)
         task.score = task._score
         return task
 

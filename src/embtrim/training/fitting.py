@@ -130,6 +130,7 @@ def training_settings(model: CTRModel, data: EncodedDataset, config: TrainConfig
     tables = model.tables
     return {
         **config.model_dump(mode="json", exclude={"checkpoint_seconds"}),
+        "embedding_l2": config.embedding_l2 or 0.0,
         "model": model.name,
         "hparams": model.hparams,
         "plan": tables.plan.digest,
@@ -147,7 +148,7 @@ def make_optimizers(model: CTRModel, config: TrainConfig) -> list[Optimizer]:
     tables.check_fp32()
     in_tables = {id(p) for p in (tables.weight, tables.first_order) if p is not None}
     dense = [p for p in model.parameters() if id(p) not in in_tables and p.requires_grad]
-    lr, l2, coupled = config.learning_rate, config.embedding_l2, config.l2_form == "coupled"
+    lr, l2, coupled = config.learning_rate, config.embedding_l2 or 0.0, config.l2_form == "coupled"
     optimizers: list[Optimizer] = []
     if dense:
         optimizers.append(_dense_optimizer(dense, config, l2=0.0))

@@ -23,7 +23,8 @@ class TrainConfig(Config):
         learning_rate: Learning rate of all parameters.
         tables: "lazy" moves only the rows of the batch. "dense" updates the whole tables at every step with a fused
             dense optimiser, like most published code, and is slow on large tables.
-        embedding_l2: Lambda of the L2 regularisation of embeddings and first-order weights.
+        embedding_l2: Lambda of the L2 regularisation of embeddings and first-order weights. None is 0, but `run` and
+            `compare` then choose a value on validation data.
         l2_scope: "table" decays every row at every step; a row outside the batch catches up when it is next read.
             "batch" decays only the rows of the batch. The dense mode allows "table" only.
         l2_form: "coupled" adds lambda W to the gradient. "decoupled" shrinks the weights directly (AdamW).
@@ -44,7 +45,7 @@ class TrainConfig(Config):
     optimizer: Literal["adam", "adagrad", "sgd"] = "adam"
     learning_rate: float = Field(default=1e-3, gt=0)
     tables: Literal["lazy", "dense"] = "lazy"
-    embedding_l2: float = Field(default=0.0, ge=0)
+    embedding_l2: float | None = Field(default=None, ge=0)
     l2_scope: Literal["table", "batch"] = "table"
     l2_form: Literal["coupled", "decoupled"] = "coupled"
     monitor: Literal["auc", "logloss"] = "auc"
