@@ -25,7 +25,7 @@ from embtrim.training.fitting import fit
 logger = logging.getLogger(__name__)
 
 VALUES = (0.1, 0.01, 0.001, 0.0)
-PASSES = 4
+PASSES = 3
 # The sample is copied into memory.
 SAMPLE_PART, LEAST_ROWS, MOST_ROWS = 1 / 8, 1 << 17, 1 << 20
 
