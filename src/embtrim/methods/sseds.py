@@ -10,7 +10,7 @@ Reconstructed: how many batches are scored, and that a slot that does not fit is
 
 Departures: at a training optimum the gradient vanishes in expectation and its absolute value cannot tell a useful slot
 from a harmful one. `score = "signed"` ranks by -g, the first-order rise of the loss if the slot went away; `data =
-"valid"` reads it where the weights were not fitted. Both are our defaults, as the evidence has it (docs/results.md);
+"valid"` reads it where the weights were not fitted. Both are our defaults, as the evidence has it (benchmarks/results/methods.md);
 `preset = "faithful"` is the paper's. Further options: `pretrain = "epochs:1"` reads the score before the model overfits,
 `cost_aware` ranks by importance per parameter.
 """
@@ -47,7 +47,7 @@ class SSEDSConfig(Config):
         pretrain: Model that is scored: "early_stop" takes the given, trained model; "epochs:k" trains a fresh model for k
             epochs.
         min_dim: Columns that every table keeps. None keeps one column if the budget has room for it; 0 lets useless tables
-            go. By signs alone, scores may take the last column of an id that matters (MovieLens, docs/results.md).
+            go. By signs alone, scores may take the last column of an id that matters (MovieLens, benchmarks/results/methods.md).
         align: How narrow fields reach the full width in models that need it: "scatter" or "project".
     """
 
