@@ -239,23 +239,28 @@ def _search_with_vocabulary(request: _Request, budget: Budget) -> SizePlan:
     of_full = VOCABULARY_MARGIN * task.vocabulary_bytes()
     for_tables = allowed - of_full if of_full <= 0.75 * allowed else allowed / 2
     best: SizePlan | None = None
+    too_much: float | None = None
     tried: list[str] = []
     for _ in range(MOST_SEARCHES):
         within = Budget("bytes", for_tables)
         try:
             plan = _search_tables(request, within)
         except BudgetError as error:
-            if tried:
+            if not tried:
+                raise BudgetError(
+                    f"budget of {budget} for tables and vocabulary, searched within {within} for the tables: {error}"
+                ) from None
+            plan = None
+        if plan is None or plan.keeps_nothing:
+            if best is not None or too_much is None:
                 break
-            raise BudgetError(
-                f"budget of {budget} for tables and vocabulary, searched within {within} for the tables: {error}"
-            ) from None
-        if plan.keeps_nothing:
-            break
+            for_tables = (for_tables + too_much) / 2  # too little for a plan, and a plan of too_much is too large
+            continue
         vocabulary = task.vocabulary_bytes(plan)
         plan = dataclasses.replace(plan, budget=budget, vocabulary_bytes=vocabulary)
         tried.append(f"{plan.num_bytes(target):,} + {vocabulary:,}")
         if plan.num_bytes(target) + vocabulary > allowed:
+            too_much = for_tables
             left = allowed - VOCABULARY_MARGIN * vocabulary
             for_tables = left if left > 0 else for_tables / 2
             continue
