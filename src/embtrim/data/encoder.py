@@ -182,18 +182,11 @@ class Encoder:
             return self._bucket_lookups[field.name].ids(code_N)
         return self._text_lookups[field.name].ids_V[code_N]
 
-    def text_ids(self, field: FieldSpec, values: pl.Series) -> np.ndarray:
-        """Ids of texts and nulls as cells of a listed categorical or multi field: int32 (N,)."""
-        return self.ids(field, self._text_codes(field, values))
-
-    def text_statuses(self, field: FieldSpec, values: pl.Series) -> np.ndarray:
-        """KNOWN, UNSEEN or MISSING for texts and nulls as cells of a listed categorical or multi field: int8 (N,)."""
-        return self._text_lookups[field.name].status_V[self._text_codes(field, values)]
-
-    def _text_codes(self, field: FieldSpec, values: pl.Series) -> np.ndarray:
-        return self._brought_codes(
-            field, self._text_lookups[field.name].codes(field, values), values, lambda _: "the log"
-        )
+    def read_texts(self, field: FieldSpec, values: pl.Series) -> tuple[np.ndarray, np.ndarray]:
+        """Texts and nulls as cells of a listed categorical or multi field: ids, int32 (N,), and KNOWN, UNSEEN or MISSING, int8."""
+        lookup = self._text_lookups[field.name]
+        code_N = self._brought_codes(field, lookup.codes(field, values), values, lambda _: "the log")
+        return self.ids(field, code_N), lookup.status_V[code_N]
 
     def _ids_of_cells(
         self,

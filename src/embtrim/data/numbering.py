@@ -76,6 +76,8 @@ class Numbering:
         self.transforms = transforms
         self.undecided = frozenset(undecided)
         self.seen = Seen()
+        self._read_by: Encoder | None = None
+        self._read: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._texts = [f for f in schema.id_fields if f.type in ("categorical", "multi") and not f.hash_size]
         self._categories = {field.table_name: pl.Categories.random() for field in self._texts}
         self._num_texts = dict.fromkeys(self._categories, 0)
@@ -213,11 +215,19 @@ class Numbering:
         frame = frame.with_columns(one_texts(frame["value"], field, nulls, lambda _: "training rows"))
         return frame if field.type == "categorical" else frame.filter(pl.col("value").is_not_null())
 
+    def read_by(self, encoder: Encoder, field: str) -> tuple[np.ndarray, np.ndarray]:
+        """The ids and statuses of a listed field's codes in an encoder, see `Encoder.read_texts`: (1 + V,) each."""
+        if self._read_by is not encoder:
+            self._read_by, self._read = encoder, {}
+        if field not in self._read:
+            spec = next(f for f in encoder.schema.id_fields if f.name == field)  # with the kind decided since
+            self._read[field] = encoder.read_texts(spec, self.values(spec.table_name))
+        return self._read[field]
+
     def encoded_by(self, encoder: Encoder) -> Callable[[np.ndarray], np.ndarray]:
         """A function that turns codes into the encoder's ids, both int32 (C, N)."""
         # The last place holds PAD, so that the code PAD (-1) reads PAD.
-        fields = [f for f in encoder.schema.id_fields if f.name in self._codes]  # with the kinds decided since
-        ids_of = {f.name: np.append(encoder.text_ids(f, self.values(f.table_name)), PAD) for f in fields}
+        ids_of = {name: np.append(self.read_by(encoder, name)[0], PAD) for name in self._codes}
 
         def encoded(codes_CN: np.ndarray) -> np.ndarray:
             ids_CN = np.empty_like(codes_CN)

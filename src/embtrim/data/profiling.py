@@ -24,7 +24,7 @@ from embtrim.data.profile import Counts, FieldProfile, Profile
 from embtrim.data.tally import MISSING, UNSEEN, NumberSample, outside_range, quantiles_of, ranges
 from embtrim.data.transforms import MISSING_BUCKET
 from embtrim.data.writing import blocks_of_codes, numbers_path
-from embtrim.schema import PAD, FieldSpec, Schema
+from embtrim.schema import PAD, Schema
 from embtrim.system.files import read_json
 
 AGAINST_FILE = "against.json"
@@ -116,23 +116,17 @@ def _training_counts(numbering: Numbering, encoder: Encoder) -> dict[str, Counts
     for field in numbering.schema.fields:
         missing, values, unseen = seen.missing.get(field.name, 0), 0, None
         if field.name in seen.counts:
-            status_V, count_V = _statuses(numbering, encoder, field), seen.counts[field.name]
+            (_, status_V), count_V = numbering.read_by(encoder, field.name), seen.counts[field.name]
             values, unseen = int(count_V.sum()), int(count_V[status_V == UNSEEN].sum())
         found[field.name] = Counts(rows=seen.rows, missing=missing, values=values, unseen=unseen)
     return found
-
-
-def _statuses(numbering: Numbering, encoder: Encoder, field: FieldSpec) -> np.ndarray:
-    """KNOWN, UNSEEN or MISSING for each code of a listed field of texts: int8 (1 + V,)."""
-    spec = next(f for f in encoder.schema.fields if f.name == field.name)  # with the kind decided since
-    return encoder.text_statuses(spec, numbering.values(field.table_name))
 
 
 def _unseen_texts(numbering: Numbering, encoder: Encoder) -> dict[str, tuple[str, ...]]:
     found = {}
     for field in numbering.schema.fields:
         if field.name in numbering.seen.counts:
-            count_V = numbering.seen.counts[field.name] * (_statuses(numbering, encoder, field) == UNSEEN)
+            count_V = numbering.seen.counts[field.name] * (numbering.read_by(encoder, field.name)[1] == UNSEEN)
             most = np.argsort(-count_V, kind="stable")[:_NUM_EXAMPLES]
             texts = numbering.values(field.table_name)[most[count_V[most] > 0].tolist()]
             found[field.name] = tuple(texts.drop_nulls())
@@ -145,7 +139,7 @@ def _counts_of_blocks(
     """Counts of a split by field, from its codes; numbers are not counted yet."""
     schema = numbering.schema
     statuses = {
-        f.name: np.append(_statuses(numbering, encoder, f), np.int8(-1))  # the last place holds PAD
+        f.name: np.append(numbering.read_by(encoder, f.name)[1], np.int8(-1))  # the last place holds PAD
         for f in schema.id_fields
         if f.type in ("categorical", "multi") and not f.hash_size
     }
