@@ -49,7 +49,9 @@ def latencies(port: int, body: bytes, seconds: float) -> list[float]:
 
 def resident_bytes(process: subprocess.Popen[str]) -> int:
     """Resident memory of a process."""
-    line = next(part for part in Path(f"/proc/{process.pid}/status").read_text().splitlines() if part.startswith("VmRSS"))
+    line = next(
+        part for part in Path(f"/proc/{process.pid}/status").read_text().splitlines() if part.startswith("VmRSS")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -68,7 +70,9 @@ def main() -> None:
             servers.append((export, process, int(process.stdout.readline().rsplit(":", 1)[1].partition("/")[0])))
         found: dict[tuple[Path, int], list[float]] = {}
         for _, batch, (export, _, port) in itertools.product(range(ROUNDS), BATCHES, servers):
-            found.setdefault((export, batch), []).extend(latencies(port, columns(export, batch), given.seconds / ROUNDS))
+            found.setdefault((export, batch), []).extend(
+                latencies(port, columns(export, batch), given.seconds / ROUNDS)
+            )
         print("| export | batch | p50 ms | p99 ms | rows/s | server MB |\n|---|---|---|---|---|---|")
         for export, process, _ in servers:
             megabytes = resident_bytes(process) / 1e6

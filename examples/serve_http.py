@@ -1,6 +1,6 @@
 """Serve an ONNX export over HTTP: python serve_http.py EXPORT [--port 8000]. It needs onnxruntime, numpy, and polars or pyarrow.
 
-    curl localhost:8000/score -d '{"user": ["ann", "bob"], "price": [9.5, null]}'     ->  {"score": [0.31, 0.07]}
+curl localhost:8000/score -d '{"user": ["ann", "bob"], "price": [9.5, null]}'     ->  {"score": [0.31, 0.07]}
 """
 
 import argparse
@@ -38,7 +38,9 @@ def make_server(export: Path, port: int) -> ThreadingHTTPServer:
             size = int(self.headers.get("Content-Length") or 0)
             if self.path != "/score" or not 0 < size <= MAX_BYTES:
                 self.close_connection = True  # what was sent is not read
-                return self.answer(404 if self.path != "/score" else 413, {"error": f"POST /score, at most {MAX_BYTES:,} bytes"})
+                return self.answer(
+                    404 if self.path != "/score" else 413, {"error": f"POST /score, at most {MAX_BYTES:,} bytes"}
+                )
             body = self.rfile.read(size)
             if not places.acquire(blocking=False):
                 return self.answer(503, {"error": "too many requests are waiting"})

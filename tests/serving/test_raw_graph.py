@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import datetime as dt
+import http.client
 import importlib.util
 import json
 import re
+import runpy
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -382,3 +385,29 @@ def test_typed_cells_are_encoded_as_embtrim_does(kind, cells, tmp_path):
                 alone.encode(frame)
             continue
         np.testing.assert_array_equal(alone.encode(frame)[0], expected, err_msg=repr(value))
+
+
+def test_the_example_server_answers_as_predict_and_refuses_in_words(bundle, folder):
+    path = Path(__file__).parents[2] / "examples" / "serve_http.py"
+    server = runpy.run_path(str(path))["make_server"](folder, 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+
+    def post(body: str, path: str = "/score") -> tuple[int, dict[str, Any]]:
+        connection.request("POST", path, body)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+    golden = json.loads((folder / "golden.json").read_text())
+    columns = {name: [row[name] for row in golden["rows"]] for name in golden["rows"][0]}
+    status, answer = post(json.dumps(columns))
+    assert status == 200
+    np.testing.assert_allclose(answer["score"], golden["scores"], atol=TOLERANCE)
+    status, answer = post(json.dumps({**columns, "user": ["ann"]}))
+    assert (status, "columns of equal length" in answer["error"]) == (400, True)
+    status, answer = post(json.dumps({"user": ["ann"]}))
+    assert (status, answer["columns"]) == (400, list(bundle.encoder.columns))
+    assert post("{}", "/other")[0] == 404
+    connection.close()
+    server.shutdown()
+    server.server_close()
