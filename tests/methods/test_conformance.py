@@ -123,7 +123,7 @@ class TestTheChecksCanFail:
             return small
 
         monkeypatch.setattr("embtrim.testing.checks.compact", off_by_one)
-        monkeypatch.setattr("embtrim.compaction.verification.compact", off_by_one)
+        monkeypatch.setattr("embtrim.compaction.verification.made_compact", off_by_one)
         with pytest.raises((AssertionError, EmbtrimError)):
             CHECKS["compact equals masked"](task, RandomConfig())
         with pytest.raises(AssertionError):
