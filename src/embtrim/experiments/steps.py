@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from embtrim.compaction.compacting import compact
+from embtrim.compaction.compacting import made_compact
 from embtrim.compaction.verification import Verification, verify
 from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import BudgetError, DataError
@@ -284,7 +284,7 @@ def compact_and_retrain(
     lessons = {} if lessons is None else lessons
     init, train = started_as(plan, config.init), config.train.replace(seed=config.seed)
     task = search_task(model, data, config, progress) if init == "low_rank" else None
-    small = compact(model, plan, init=init, seed=config.seed, task=task)  # type: ignore[arg-type]
+    small = made_compact(model, plan, init, config.seed, task=task)  # type: ignore[arg-type]
     trainings = []
     if retrain:
         lesson = _lesson(lessons, data, model, config.teacher, config.train)
