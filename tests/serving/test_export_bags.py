@@ -85,6 +85,17 @@ def test_bags_with_offsets_agree_and_hold_no_loop(settings, last, tmp_path):
         np.testing.assert_allclose(found, expected.detach().numpy(), atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("padding_idx", [None, 3])
+def test_the_largest_of_bags_with_offsets_agrees(padding_idx, tmp_path):
+    model = Bags(mode="max", padding_idx=padding_idx)
+    example = {"ids": torch.tensor([3, 1, 2, 4, 5]), "offsets": torch.tensor([0, 3])}
+    export(model, "onnx", tmp_path / "out", example=example)
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    outputs = session.run(None, {name: value.numpy() for name, value in example.items()})
+    for found, expected in zip(outputs, model(**example).values(), strict=True):
+        np.testing.assert_allclose(found, expected.detach().numpy(), atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("bits", [32, 8])
 def test_compact_bags_hold_no_loop(bits, tmp_path):
     task = foreign_task(PooledModel)

@@ -28,19 +28,18 @@ class GatheredBag(nn.Module):
         bag = self.bag
         if isinstance(bag, CompactEmbeddingBag):
             entries, widen = _stored_entries(bag, input)
-        else:
-            entries, widen = nn.functional.embedding(input, bag.weight), None
-        if offsets is not None:
-            pooled = _pooled_by_offsets(bag, entries, input, offsets, per_sample_weights)
-        elif isinstance(bag, nn.EmbeddingBag) and bag.mode == "max":
-            pooled = _largest(bag, entries, input)
-        else:
-            pooled = pool_entries(bag, entries, input, None, per_sample_weights)
-        return pooled if widen is None else widen(pooled)
+            pooled = pool_entries(bag, entries, input, offsets, per_sample_weights)
+            return pooled if widen is None else widen(pooled)
+        if bag.mode == "max" and offsets is not None:
+            return bag(input, offsets)
+        entries = nn.functional.embedding(input, bag.weight)
+        if bag.mode == "max":
+            return _largest(bag, entries, input)
+        return pool_entries(bag, entries, input, offsets, per_sample_weights)
 
 
 def gather_bags(module: nn.Module) -> nn.Module:
-    """A module with its bags read entry by entry, in place; a bag of mode max with offsets stays what it is."""
+    """A module with its bags read entry by entry, in place; one of mode max that is read with offsets stays what it is."""
     bags = {
         path: bag
         for path, bag in module.named_modules(remove_duplicate=False)
@@ -70,25 +69,3 @@ def _largest(bag: nn.EmbeddingBag, entries: Tensor, ids: Tensor) -> Tensor:
     is_kept = (ids != bag.padding_idx)[..., None]
     largest = entries.masked_fill(~is_kept, torch.finfo(entries.dtype).min).amax(-2)
     return torch.where(is_kept.any(-2), largest, 0.0)
-
-
-def _pooled_by_offsets(
-    bag: nn.EmbeddingBag | CompactEmbeddingBag,
-    entries: Tensor,
-    ids: Tensor,
-    offsets: Tensor,
-    per_sample_weights: Tensor | None,
-) -> Tensor:
-    """Bags of ids of one dimension, each from its offset to the next."""
-    starts = offsets[:-1] if bag.include_last_offset else offsets
-    opens = torch.zeros(ids.shape[0] + 1, dtype=torch.int64).scatter_add(
-        0, starts.long(), torch.ones_like(starts).long()
-    )
-    bag_N = opens.cumsum(0)[:-1] - 1
-    counts = torch.ones_like(entries[:, 0]) if bag.padding_idx is None else (ids != bag.padding_idx).to(entries.dtype)
-    weights = counts if per_sample_weights is None else counts * per_sample_weights
-    empty = entries.new_zeros(starts.shape[0], entries.shape[1])
-    pooled = empty.index_add(0, bag_N, entries * weights[:, None])
-    if bag.mode != "mean":
-        return pooled
-    return pooled / empty[:, :1].index_add(0, bag_N, counts[:, None]).clamp(min=1)
