@@ -21,7 +21,7 @@ import polars as pl
 from embtrim.data.hashing import hash_values
 from embtrim.data.text_lists import split_texts
 from embtrim.data.transforms import bucket_numbers, bucket_texts, transformed
-from embtrim.data.values import cell_text, one_texts
+from embtrim.data.values import as_float32, cell_text, one_texts
 from embtrim.data.written_numbers import written_numbers
 from embtrim.errors import DataError
 from embtrim.schema import PAD, FieldSpec, Schema
@@ -196,8 +196,8 @@ def _number_cells(field: FieldSpec, dtype: pl.DataType, schema: Schema) -> pl.Ex
     """The cells of a numeric or dense field as float64; null where they are missing or not a number."""
     number = _number(field, dtype, pl.col(field.raw_column)).fill_nan(None)
     missing = [] if field.kind is None else [*null_numbers(schema, field)]
-    if dtype == pl.Float32:  # which holds -999.1 as -999.0999755859375
-        missing += np.array(missing, np.float32).astype(float).tolist()
+    if dtype == pl.Float32:
+        missing += as_float32(missing).tolist()
     if missing:
         number = pl.when(~number.is_in(missing)).then(number)
     return number.alias(field.name)

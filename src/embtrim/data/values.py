@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 
+import numpy as np
 import polars as pl
+from numpy.typing import ArrayLike
 
 from embtrim.data.instants import read_moments
 from embtrim.errors import DataError
@@ -70,6 +72,12 @@ def float_text(column: pl.Expr) -> pl.Expr:
 def _trimmed(text: pl.Expr) -> pl.Expr:
     """Texts without the zeros that end a fraction."""
     return text.str.replace(r"(\.\d*?)0+$", "${1}").str.strip_suffix(".")
+
+
+def as_float32(numbers: ArrayLike) -> np.ndarray:
+    """Numbers as float32 holds them: -999.1 is -999.0999755859375; float64 (N,)."""
+    with np.errstate(over="ignore"):
+        return np.asarray(numbers, np.float32).astype(float)
 
 
 # --- texts of a kind --------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from embtrim.data.cells import null_numbers, nulls_of
 from embtrim.data.encoder import Encoder
 from embtrim.data.hashing import missing_hash
 from embtrim.data.transforms import MISSING_BUCKET
+from embtrim.data.values import as_float32
 from embtrim.errors import ModelError
 from embtrim.schema import PAD, FieldSpec
 from embtrim.serving.graphs import ONNX_FILE_BYTES
@@ -214,10 +215,8 @@ def _dense_column(builder: _Builder, encoder: Encoder, field: FieldSpec) -> str:
 def _without_nulls(builder: _Builder, encoder: Encoder, field: FieldSpec) -> str:
     """The numbers of a numeric or dense field, NaN where they mean "missing": float64 (B,)."""
     nulls = null_numbers(encoder.schema, field)
-    with np.errstate(over="ignore"):
-        rounded = np.array(nulls, np.float32).astype(float).tolist()
     numbers = field.name
-    for null in sorted({*nulls, *rounded}):
+    for null in sorted({*nulls, *as_float32(nulls).tolist()}):
         is_null = builder.node("Equal", [numbers, builder.constant(null, np.float64)])
         numbers = builder.node("Where", [is_null, builder.constant(np.nan, np.float64), numbers])
     return numbers

@@ -20,7 +20,7 @@ from embtrim.data.cells import null_numbers, nulls_of
 from embtrim.data.encoder import Encoder, Listing
 from embtrim.data.hashing import MISSING_TOKEN
 from embtrim.data.tally import MISSING
-from embtrim.data.values import BOOLEAN_WORDS, NUMBERS, float_text
+from embtrim.data.values import BOOLEAN_WORDS, NUMBERS, as_float32, float_text
 from embtrim.schema import PAD, FieldSpec, Schema
 from embtrim.serving.manifest import Input
 
@@ -131,9 +131,8 @@ def _number_keys(field: FieldSpec, listing: Listing, null_numbers: Sequence[floa
             return None
         null_values = np.array(null_numbers, float)
         # A number that comes as float32 is not the float64 of the same text.
-        with np.errstate(over="ignore"):
-            null_values = np.concatenate([null_values, null_values.astype(np.float32).astype(float)])
-            values, ids_V = np.concatenate([values, values.astype(np.float32).astype(float)]), np.tile(ids_V, 2)
+        null_values = np.concatenate([null_values, as_float32(null_values)])
+        values, ids_V = np.concatenate([values, as_float32(values)]), np.tile(ids_V, 2)
     values = np.concatenate([null_values, values])
     ids_V = np.concatenate([np.full(len(null_values), listing.missing), ids_V])
     values, first = np.unique(values, return_index=True)

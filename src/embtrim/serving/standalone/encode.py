@@ -309,7 +309,7 @@ def _typed(texts: Sequence[str | None], dtype: str, missing: Any) -> np.ndarray:
         # A text that is not a number is not in the vocabulary, and neither is infinity.
         pairs = zip(texts, numbers, strict=True)
         return np.array([math.nan if t is None else math.inf if n is None else n for t, n in pairs], np.float64)
-    # No value of the vocabulary is next to the missing one; what is no integer of 64 bits is not in it either.
+    # A text that is no integer of 64 bits is not in the vocabulary. Neither is the integer next to the missing one, which stands for it.
     fits = [text is not None and re.fullmatch(r"-?\d{1,18}", text) for text in texts]
     pairs = zip(texts, fits, strict=True)
     return np.array([missing if t is None else int(t) if ok else missing + 1 for t, ok in pairs], np.int64)
