@@ -34,7 +34,7 @@ STAGES = {
     "check": ("embtrim.experiments.run.check_run",),
     "search": ("embtrim.experiments.steps.search",),
     "verify": ("embtrim.experiments.steps.verify",),
-    "compact": ("embtrim.experiments.steps.compact",),
+    "compact": ("embtrim.experiments.steps.made_compact",),
     "quantise": ("embtrim.tables.storage.TableStorage.quantize_",),
     "save": ("embtrim.experiments.run.save",),
 }
