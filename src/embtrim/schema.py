@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from embtrim.config import Config, read_toml
 from embtrim.errors import DataError
 from embtrim.rules import parse_rule, rule_or_none
+from embtrim.system.files import write_then_rename
 
 PAD = -1
 OOV = 0
@@ -239,7 +240,7 @@ class Schema(Config):
             {"name": f.name, "type": f.type, **f.model_dump(mode="json", exclude_defaults=True, exclude={"vocab_size"})}
             for f in self.fields
         ]
-        Path(path).write_text(tomli_w.dumps(values), "utf-8")
+        write_then_rename(Path(path), lambda file: tomli_w.dump(values, file))
 
     @classmethod
     def load_draft(cls, path: str | Path) -> Schema:

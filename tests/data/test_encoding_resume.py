@@ -5,9 +5,9 @@ import gzip
 import json
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,12 @@ import pytest
 
 from embtrim.data import encoding, encoding_state, writing
 from embtrim.data.encoding import encode
-from embtrim.data.encoding_state import CHEAP_SECONDS, WorkingFolder, locked, working_folder
+from embtrim.data.encoding_state import CHEAP_SECONDS, WorkingFolder, working_folder
 from embtrim.data.read_options import ReadOptions
 from embtrim.errors import DataError
 from embtrim.schema import FieldSpec, Schema
+from embtrim.system import holding
+from embtrim.system.holding import hold
 from embtrim.system.progress import StageBar
 
 SCHEMA = Schema(
@@ -333,7 +335,7 @@ class TestStartsFromTheBeginning:
         job = Job(tmp_path)
         (tmp_path / ".data.encoding/data/train").mkdir(parents=True)
         (tmp_path / ".data.encoding/data/train/dense.npy").write_text("half")
-        (tmp_path / ".data.encoding.lock").touch()
+        (tmp_path / ".data.lock").touch()
         assert job.run() == job.whole()
         assert [r.message for r in caplog.records if r.levelno >= logging.WARNING] == []
 
@@ -380,49 +382,10 @@ class TestWorkingFolder:
         job = Job(tmp_path)
         interrupts.into("written", job)
         before = (tmp_path / ".data.encoding/checkpoint.json").read_bytes()
-        with locked(job.out) as can_lock:
-            assert can_lock
-            with pytest.raises(DataError, match="another run is encoding into"):
-                interrupts.run(job)
+        with ThreadPoolExecutor(1) as other, hold(job.out), pytest.raises(DataError, match="another thread of this"):
+            other.submit(interrupts.run, job).result()
         assert (tmp_path / ".data.encoding/checkpoint.json").read_bytes() == before
         assert interrupts.run(job) is not None
-
-    @pytest.mark.slow
-    def test_another_process_is_at_work_until_it_is_killed(self, tmp_path):
-        job = Job(tmp_path)
-        whole = job.whole()
-        code = (
-            "import sys, pathlib\nfrom embtrim.data.encoding_state import locked\n"
-            "with locked(pathlib.Path(sys.argv[1])) as can_lock:\n    print(can_lock, flush=True)\n    sys.stdin.read()\n"
-        )
-        command = [sys.executable, "-c", code, str(job.out)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == b"True\n"
-            with pytest.raises(DataError, match="another run is encoding into"):
-                job.run()
-            process.kill()
-        assert job.left() == {".data.encoding.lock"}
-        assert job.run() == whole
-        assert job.left() == {"data"}
-
-    def test_a_lock_on_a_file_that_a_finished_run_removes(self, tmp_path, monkeypatch):
-        path, locks, lock_descriptor = tmp_path / ".data.encoding.lock", [], encoding_state.lock_descriptor
-
-        def remove_first(descriptor, *, blocking):
-            is_free = lock_descriptor(descriptor, blocking=blocking)
-            locks.append(os.fstat(descriptor).st_ino)
-            if len(locks) == 1:
-                path.unlink()
-                path.with_name("keeps the number in use").touch()
-            return is_free
-
-        monkeypatch.setattr(encoding_state, "lock_descriptor", remove_first)
-        with locked(tmp_path / "data") as can_lock:
-            assert can_lock
-            assert len(locks) == 2
-            assert path.stat().st_ino == locks[1]
-        assert not path.exists()
 
     @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP])
     def test_files_that_cannot_be_locked(self, tmp_path, monkeypatch, interrupts, code):
@@ -432,7 +395,7 @@ class TestWorkingFolder:
         def unsupported(*_, **__):
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr(encoding_state, "lock_descriptor", unsupported)
+        monkeypatch.setattr(holding, "lock_descriptor", unsupported)
         assert interrupts.run(job, after=12) is None
         assert job.left() == set()
         assert job.run() == whole

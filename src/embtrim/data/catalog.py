@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shlex
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,8 @@ from embtrim.data.reading import open_log
 from embtrim.data.splitting import Split
 from embtrim.errors import DataError, hint
 from embtrim.schema import FieldSpec, Schema
+from embtrim.system.folders import temporary_folder
+from embtrim.system.holding import undo_replacement
 
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 
@@ -140,9 +141,8 @@ def encode_known(
     paths = _find_files(entry, folder)
     settings: dict[str, Any] = {"out": out, "seed": seed, "overwrite": overwrite, "progress": progress}
     if entry.prepare is not None:
-        Path(out).expanduser().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".embtrim-prepare-", dir=Path(out).expanduser().parent) as work:
-            source = entry.prepare(paths[entry.files[0]].parent, Path(work))
+        with temporary_folder(Path(out).expanduser()) as work:
+            source = entry.prepare(paths[entry.files[0]].parent, work)
             # The prepared log is removed with this run, so no later run could go on with a checkpoint.
             return encode(source, schema, split=chosen, checkpoint_seconds=None, **settings)
     if entry.split is None:
@@ -162,6 +162,7 @@ def load(name_or_folder: str | Path) -> EncodedDataset:
     """
     path = Path(name_or_folder).expanduser()
     name = str(name_or_folder)
+    undo_replacement(path)
     if name not in CATALOG or path.is_dir():
         return _load_folder(path, name)
     entry = CATALOG[name]

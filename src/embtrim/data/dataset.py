@@ -27,6 +27,7 @@ from embtrim.errors import DataError
 from embtrim.plan.plan import SizePlan
 from embtrim.schema import PAD, Schema
 from embtrim.system.files import read_json
+from embtrim.system.holding import undo_replacement
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "valid", "test")
@@ -121,6 +122,7 @@ class EncodedDataset:
             DataError: The folder is missing, incomplete, truncated or of another format version.
         """
         folder = Path(folder)
+        undo_replacement(folder)
         meta = read_json(folder / "meta.json", hint="is this a folder written by `embtrim encode`?")
         if meta.get("format_version") != FORMAT_VERSION:
             raise DataError(

@@ -4,8 +4,6 @@
     .<target>.encoding/texts-<0|1>.parquet   the texts numbered so far
     .<target>.encoding/codes/                codes of the values of all rows, by split
     .<target>.encoding/data/                 the folder that replaces the target at the end
-    .<target>.encoding.lock                  locked by the running process; the system unlocks it if that process dies
-    .<target>.replaced                       the dataset being replaced, between two renames
 
 The order of writing makes a checkpoint safe. Data reaches the disk (fsync) before the checkpoint that counts on it, and
 the checkpoint is renamed into place. Arrays only grow: rows that a checkpoint does not count are cut off. Every other
@@ -30,10 +28,9 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import polars as pl
-from filelock import lock_descriptor
 from pydantic import Field
 
 from embtrim.config import Config
@@ -41,6 +38,8 @@ from embtrim.data.clock import Clock
 from embtrim.data.log_file import START, Position, Skipped
 from embtrim.errors import DataError, EmbtrimError, UnreachableError
 from embtrim.system.files import flush_file, write_then_rename
+from embtrim.system.folders import replace_folder
+from embtrim.system.holding import hold, undo_replacement
 
 CHECKPOINT_VERSION = 5
 # A checkpoint that takes longer is saved less often. With one checkpoint a minute, this is one percent of the time.
@@ -141,7 +140,7 @@ class WorkingFolder:
         self.state = self.state.replace(**changes)
         body = json.dumps({"inputs": self._inputs, "checkpoint": self.state.model_dump()})
         text = f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}"
-        write_then_rename(self._path, lambda file: (file.write(text.encode()), file.flush(), os.fsync(file.fileno())))
+        write_then_rename(self._path, lambda file: file.write(text.encode()))
         for path in self.root.glob("texts-*.parquet"):
             if path.name not in self.state.crcs:
                 path.unlink()
@@ -224,27 +223,20 @@ def working_folder(
         DataError: The target cannot be written, another run is writing it, or the disk is full.
         KeyboardInterrupt: At Ctrl-C, with a message if the same call can go on.
     """
-    old = target.with_name(f".{target.name}.replaced")
-    with contextlib.ExitStack() as stack:
+    place = target.resolve()
+    with hold(target) as can_lock:
+        root = place.with_name(f".{place.name}.encoding")
+        if not can_lock:
+            # Without locks, only a folder that no other run knows is safe; but then no run can go on with it.
+            root, checkpoint_seconds = root.with_name(f"{root.name}-{uuid.uuid4().hex[:8]}"), None
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            root = target.with_name(f".{target.name}.encoding")
-            if not stack.enter_context(locked(target)):
-                # Without locks, only a folder that no other run knows is safe; but then no run can go on with it.
-                root, checkpoint_seconds = root.with_name(f"{root.name}-{uuid.uuid4().hex[:8]}"), None
-            if old.exists() and not target.exists():
-                old.rename(target)
             work = WorkingFolder(root, inputs, checkpoint_seconds)
         except OSError as error:
             raise DataError(f"cannot write beside {target}: {error.strerror or error}; choose another --out") from None
         try:
             yield work
             check_target(target, overwrite)
-            if target.exists():
-                shutil.rmtree(old, ignore_errors=True)  # left by a run that was killed after its renames
-                target.rename(old)
-            work.folder.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
+            replace_folder(work.folder, target)
             shutil.rmtree(root, ignore_errors=True)
         except BaseException as error:
             stays = work.is_resumable and (isinstance(error, UnreachableError) or not isinstance(error, EmbtrimError))
@@ -268,47 +260,13 @@ def check_target(target: Path, overwrite: bool) -> None:
     Raises:
         DataError: `target` exists and may not be replaced.
     """
+    undo_replacement(target)
     if not target.exists() and not target.is_symlink():
         return
     if not overwrite:
         raise DataError(f"{target} exists; choose another folder, or pass overwrite=True (--overwrite)")
     if not (target / "meta.json").exists():
         raise DataError(f"{target} exists and is not an encoded dataset; it is not overwritten")
-
-
-@contextlib.contextmanager
-def locked(target: Path) -> Iterator[bool]:
-    """Keep other runs away from the target's working folder, inside a `with` block; False if files cannot be locked.
-
-    The lock belongs to an open file, so the system releases it when the process ends, however it ends. A lock file that
-    a killed run left is locked by nobody and does not hinder the next run.
-
-    Raises:
-        DataError: Another run holds the lock.
-    """
-    path = target.with_name(f".{target.name}.encoding.lock")
-    while True:
-        with open(path, "ab") as file:
-            try:
-                is_free, can_lock = lock_descriptor(file.fileno(), blocking=False), True
-            except OSError:  # some network file systems have no locks
-                is_free, can_lock = True, False
-            if not is_free:
-                raise DataError(f"another run is encoding into {target}; wait for it, or choose another --out")
-            if not _is_at(path, file):  # a run that has just ended removed the file: its lock keeps nobody away
-                continue
-            try:
-                yield can_lock
-            finally:
-                path.unlink(missing_ok=True)
-            return
-
-
-def _is_at(path: Path, file: IO[bytes]) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
 
 
 def _crc(path: Path) -> int:

@@ -23,6 +23,7 @@ from embtrim.data.tally import Tally, sample_of
 from embtrim.errors import DataError
 from embtrim.rules import parse_rule
 from embtrim.schema import FieldSpec, Schema
+from embtrim.system.holding import undo_replacement
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +133,7 @@ def _plain(schema: Schema) -> Schema:
 
 def _open(folder: Path) -> tuple[Encoder, Profile | None]:
     """The encoder and the profile of encoded data or of a bundle."""
+    undo_replacement(folder)
     if (folder / "bundle.json").exists():
         return Encoder.load(folder / "encoder"), Profile.load(folder)
     if (folder / "meta.json").exists():

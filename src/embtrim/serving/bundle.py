@@ -14,6 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import shutil
 import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -44,8 +46,9 @@ from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import PlanShape, SizePlan
 from embtrim.schema import Schema
 from embtrim.serving.model_card import model_card
-from embtrim.system.files import read_json, write_then_rename
+from embtrim.system.files import read_json
 from embtrim.system.folders import check_replaceable, file_digest, folder_bytes, write_folder
+from embtrim.system.holding import undo_replacement
 from embtrim.system.memory import freed_pages_kept
 from embtrim.training.evaluation import EVAL_BATCH_SIZE
 from embtrim.training.recoding import data_for
@@ -247,8 +250,6 @@ def check_out(folder: Path, overwrite: bool) -> None:
 def note_spread(folder: str | Path, metrics: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> None:
     """Note in a bundle and its card how the metrics spread over the seeds of its run.
 
-    A call that is killed between the two files leaves a card that does not fit bundle.json; the same call repairs it.
-
     Args:
         folder: Folder of the bundle.
         metrics: Metrics by seed and split, of the models of the run that differ only in the seed.
@@ -271,8 +272,19 @@ def note_spread(folder: str | Path, metrics: Mapping[int, Mapping[str, Mapping[s
     plan = PlanShape.load(folder / "plan.json")
     card = model_card(schema, plan, info, folder_bytes(folder / "encoder")).encode()
     info["files"]["README.md"] = hashlib.sha256(card).hexdigest()
-    write_then_rename(folder / "README.md", lambda file: file.write(card))
-    write_then_rename(folder / "bundle.json", lambda file: file.write(_with_digest(info).encode()))
+    with write_folder(folder, what="bundle") as temporary:
+        shutil.copytree(folder, temporary, copy_function=_linked, dirs_exist_ok=True)
+        for name, content in (("README.md", card), ("bundle.json", _with_digest(info).encode())):
+            (temporary / name).unlink()  # a link to the file of the earlier bundle, which stays as it is
+            (temporary / name).write_bytes(content)
+
+
+def _linked(source: str, target: str) -> None:
+    """One more name for a file; a copy where the disk has no such names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy(source, target)
 
 
 def load_bundle(folder: str | Path) -> Bundle:
@@ -309,6 +321,7 @@ def load_bundle(folder: str | Path) -> Bundle:
 def _read_contents(folder: Path) -> dict[str, Any]:
     """Contents of bundle.json; BundleError if the file is missing, damaged, or of a newer version."""
     path = folder / "bundle.json"
+    undo_replacement(folder)
     try:
         info = json.loads(path.read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,8 @@ from embtrim.data.reading import open_log, read_ahead
 from embtrim.errors import ConfigError, DataError
 from embtrim.serving.bundle import Bundle
 from embtrim.serving.drift import check_drift
+from embtrim.system.files import take_place
+from embtrim.system.folders import new_file_mode, temporary_folder
 from embtrim.system.memory import freed_pages_kept
 from embtrim.system.progress import progress_bar
 
@@ -80,10 +80,9 @@ def write_predictions(
         raise DataError("column 'score' of the log would collide with the scores; leave it out of keep")
     log = open_log(source, options)
     log.require([*bundle.encoder.columns, *keep])
-    out.parent.mkdir(parents=True, exist_ok=True)
     rows, tally = 0, bundle.tally(log)
     with (
-        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder,
+        temporary_folder(out) as folder,
         progress_bar(progress) as bar,
         freed_pages_kept(),
     ):
@@ -96,7 +95,7 @@ def write_predictions(
                     _check_kept(chunk.frame.select(keep), out)
                 scores = pl.Series("score", bundle.predict_chunk(chunk, tally))
                 part = pl.DataFrame([*(chunk.frame[name] for name in keep), scores])
-                parts.append(Path(folder) / f"{len(parts):06d}.parquet")
+                parts.append(folder / f"{len(parts):06d}.parquet")
                 part.write_parquet(parts[-1])
                 rows += len(part)
                 bar.update(task, completed=rows, total=rows / max(chunk.done, 1e-9))
@@ -105,11 +104,11 @@ def write_predictions(
                 if parts
                 else pl.LazyFrame(schema=dict.fromkeys([*keep, "score"], pl.Float32))
             )
-            complete = Path(folder) / f"complete{out.suffix}"
+            complete = folder / f"complete{out.suffix}"
             (whole.sink_parquet if out.suffix == ".parquet" else whole.sink_csv)(complete)
             counts = tally.counts()
             drift = check_drift(bundle.profile, counts, tally.examples, drift_tolerance, strict, "the bundle")
-            os.replace(complete, out)
+            take_place(complete, out, new_file_mode(folder))
         except (OSError, pl.exceptions.PolarsError) as error:
             raise DataError(f"{out} could not be written: {error}; free space or choose another place") from None
     return Predictions(rows, drift, shares_of(bundle.profile, counts), log.skipped)

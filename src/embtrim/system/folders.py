@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,40 +14,79 @@ import polars as pl
 from safetensors import SafetensorError
 
 from embtrim.errors import BundleError, EmbtrimError
+from embtrim.system.files import flush_file, flush_names
+from embtrim.system.holding import RemovedError, hold, undo_replacement
 
 
 @contextmanager
 def write_folder(folder: Path, what: str) -> Iterator[Path]:
     """Yield a temporary folder to fill inside a `with` block; at the end it takes the place of `folder`.
 
-    A process killed in between leaves the earlier folder as `.<name of folder>.<process>.old` beside the new one.
-
     Raises:
         BundleError: The folder could not be written; `folder` is unchanged.
+        DataError: It is held elsewhere, see `hold`.
     """
-    place = folder.resolve()  # a link stays a link: its target is replaced
-    temporary, aside = (place.with_name(f".{place.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        yield temporary
-        try:
-            if place.exists():
-                os.replace(place, aside)
-            os.replace(temporary, place)
-        except BaseException:
-            if aside.exists() and not place.exists():
-                os.replace(aside, place)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
+        with temporary_folder(folder) as temporary:
+            yield temporary
+            replace_folder(temporary, folder)
+    except RemovedError:
+        raise
     except (OSError, SafetensorError, pl.exceptions.PolarsError) as error:
         # safetensors and polars write from Rust and report a full disk by errors of their own.
         raise BundleError(
             f"{what} {folder} could not be written: {getattr(error, 'strerror', None) or error}; "
             "free space or choose another place"
         ) from None
-    finally:
+
+
+@contextmanager
+def temporary_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside a path that is held inside a `with` block."""
+    with hold(target):
+        place = target.resolve()
+        temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Rename a folder to another one, which it replaces, once its content is on the disk; `folder` is held.
+
+    Raises:
+        OSError: It cannot be done; `folder` is unchanged.
+    """
+    place = folder.resolve()
+    aside = place.with_name(f".{place.name}.{os.getpid()}.old")
+    _flush_folder(new)
+    try:
+        if place.exists():
+            os.replace(place, aside)
+        os.replace(new, place)
+    except BaseException:
+        if aside.exists() and not place.exists():
+            os.replace(aside, place)
+        raise
+    flush_names(place.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Wait until all below a folder is on the disk; its files get the mode that new files have, whoever wrote them."""
+    mode = new_file_mode(folder)
+    for inside, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            flush_file(Path(inside, name), mode)
+        flush_names(Path(inside))
+
+
+def new_file_mode(folder: Path) -> int:
+    """The mode of new files, from that of a new folder; to ask the system for the umask would change it for a moment."""
+    return stat.S_IMODE(folder.stat().st_mode) & 0o666
 
 
 def check_replaceable(
@@ -64,6 +104,7 @@ def check_replaceable(
     Raises:
         EmbtrimError: Something is there that may not be replaced; of the class `error`.
     """
+    undo_replacement(folder)
     if not folder.exists():
         return
     if not overwrite:

@@ -13,6 +13,7 @@ from typing import Any
 from embtrim.config import first_change
 from embtrim.errors import DataError
 from embtrim.system.files import write_then_rename
+from embtrim.system.holding import hold
 
 logger = logging.getLogger(__name__)
 
@@ -46,16 +47,20 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
 
 @contextmanager
 def unfinished(target: Path) -> Iterator[Path]:
-    """Yield the folder beside `target` where work towards the target keeps its state.
+    """Yield the folder beside `target` where work towards the target keeps its state; the target is held, see `hold`.
 
     The folder is removed when the `with` block ends. If the block raises, the folder stays, so that the work can go on,
     unless it holds nothing but the settings of `claim`.
+
+    Raises:
+        DataError: The target is held elsewhere, or nothing can be written beside it.
     """
     folder = target.with_name(f".{target.name}.unfinished")
-    try:
-        yield folder
-    except BaseException:
-        if folder.is_dir() and {path.name for path in folder.iterdir()} <= {SETTINGS}:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
+    with hold(target):
+        try:
+            yield folder
+        except BaseException:
+            if folder.is_dir() and {path.name for path in folder.iterdir()} <= {SETTINGS}:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
