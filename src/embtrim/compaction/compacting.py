@@ -141,13 +141,21 @@ def made_compact(
     if plan.first_order != model.has_first_order:
         plan = dataclasses.replace(plan, first_order=model.has_first_order)
     hparams = dict(model.hparams) if seed is None else {**model.hparams, "seed": seed}
-    like = next(model.parameters())
-    small = type(model)(model.schema, plan=plan, **hparams).to(like.device, like.dtype)
+    small = _like(model, type(model)(model.schema, plan=plan, **hparams))
     if init == "initial":
-        inherit_weights(type(model)(model.schema, **hparams).to(like.device, like.dtype), small)
+        inherit_weights(_like(model, type(model)(model.schema, **hparams)), small)
     elif init == "inherit":
         inherit_weights(model, small)
     return small
+
+
+def _like(model: ZooModel, made: ZooModel) -> ZooModel:
+    """`made`, whose parts take the devices and number types of the parts of `model`."""
+    for name, part in made.named_children():
+        like = next(model.get_submodule(name).parameters(), None)
+        if like is not None:
+            part.to(like.device, like.dtype)
+    return made
 
 
 def quantize_(model: nn.Module) -> None:

@@ -165,8 +165,8 @@ def _compact_table(
     compacted = CompactEmbedding(table, padding, module.max_norm, module.norm_type, module.sparse).to(weight_VD.dtype)
     if init == "inherit":
         check_inheritable(table)
-        kept_rows, compact_ids = kept_rows_of(table)
-        compacted.set_rows(compact_ids, weight_VD[torch.from_numpy(kept_rows)][:, list(table.columns)])
+        for kept_rows, compact_ids in kept_rows_of(table):
+            compacted.set_rows(compact_ids, weight_VD[torch.from_numpy(kept_rows)][:, list(table.columns)])
         select_columns(table, compacted)
     else:
         # New rows get the spread of the present ones: a foreign module does not tell how it was initialised.

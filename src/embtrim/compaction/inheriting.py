@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import TablePlan
 from embtrim.tables.embedding_tables import EmbeddingTables
+from embtrim.tables.packing import CHUNK_ROWS
 
 
 @torch.no_grad()
@@ -47,13 +50,13 @@ def inherit_weights(full: CTRModel, small: CTRModel) -> None:
 def _inherit_table(full: EmbeddingTables, small: EmbeddingTables, table: TablePlan) -> None:
     """Copy the kept rows and columns, and the first-order weights of the kept rows, of one table."""
     check_inheritable(table)
-    kept_rows, compact_ids = kept_rows_of(table)
-    if table.output_width:
-        values_ND = full.get_rows(table.name, kept_rows)[0][1]
-        small.set_rows(table.name, compact_ids, values_ND[:, list(table.columns)])
-    if small.first_order is not None and full.first_order is not None:
-        source = torch.from_numpy(full.storage_rows(table.name, kept_rows))
-        small.first_order[torch.from_numpy(small.storage_rows(table.name, compact_ids))] = full.first_order[source]
+    for kept_rows, compact_ids in kept_rows_of(table):
+        if table.output_width:
+            values_ND = full.get_rows(table.name, kept_rows)[0][1]
+            small.set_rows(table.name, compact_ids, values_ND[:, list(table.columns)])
+        if small.first_order is not None and full.first_order is not None:
+            source = torch.from_numpy(full.storage_rows(table.name, kept_rows))
+            small.first_order[torch.from_numpy(small.storage_rows(table.name, compact_ids))] = full.first_order[source]
 
 
 def check_inheritable(table: TablePlan) -> None:
@@ -62,10 +65,14 @@ def check_inheritable(table: TablePlan) -> None:
         raise PlanError(f"plan for table {table.name!r} says how many columns, not which; use init='scratch'")
 
 
-def kept_rows_of(table: TablePlan) -> tuple[np.ndarray, np.ndarray]:
-    """Kept rows of a table, and their compact ids."""
+def kept_rows_of(table: TablePlan) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Kept rows of a table, ascending, and their compact ids, in chunks: rows of a table may fill the memory."""
     id_map = table.id_map()
-    if id_map is None:
-        return np.arange(table.num_rows), np.arange(table.num_rows)
-    kept_rows = np.flatnonzero(id_map != table.dropped_id) if table.has_dropped else np.arange(table.num_rows)
-    return kept_rows, id_map[kept_rows]
+    for start in range(0, table.num_rows, CHUNK_ROWS):
+        rows = np.arange(start, min(start + CHUNK_ROWS, table.num_rows))
+        if id_map is None:
+            yield rows, rows
+            continue
+        compact_ids = id_map[rows]
+        kept = compact_ids != table.dropped_id if table.has_dropped else slice(None)
+        yield rows[kept], compact_ids[kept]

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -230,18 +231,17 @@ def _start_tables(
             continue
         basis, weight_VD = found[table.name], weights[table.name]
         encode = basis.encode_DD[:, stored[table.name]] if table.name in stored else None
-        tables: list[tuple[np.ndarray, Tensor]] = []
+        set_rows = (
+            partial(small.tables.set_rows, table.name)
+            if isinstance(small, CTRModel)
+            else compacted[table.name].set_rows
+        )
         if encode is not None:
-            kept_rows, compact_ids = kept_rows_of(table)
-            tables.append((compact_ids, weight_VD[torch.from_numpy(kept_rows).to(weight_VD.device)] @ encode))
+            for kept_rows, compact_ids in kept_rows_of(table):
+                set_rows(compact_ids, weight_VD[torch.from_numpy(kept_rows).to(weight_VD.device)] @ encode)
         if table.dropped_id is not None:
             mean = basis.mean_D @ encode if encode is not None else basis.mean_D[list(table.columns)]
-            tables.append((np.array([table.dropped_id]), mean[None]))
-        for ids, values in tables:
-            if isinstance(small, CTRModel):
-                small.tables.set_rows(table.name, ids, values)
-            else:
-                compacted[table.name].set_rows(ids, values)
+            set_rows(np.array([table.dropped_id]), mean[None])
         if encode is not None and not isinstance(small, CTRModel):
             compacted[table.name].projections[str(table.output_width)].copy_(basis.decode_DD[: table.output_width])
     if isinstance(small, CTRModel) and isinstance(full, CTRModel):

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from embtrim.compaction.compacting import made_compact
 from embtrim.compaction.foreign import LinearReads, compact_tables, module_sites, narrow_linears, select_columns
-from embtrim.compaction.inheriting import kept_rows_of
 from embtrim.compaction.probing import MODULE_TOLERANCE, Run, difference, run, tensors_of
 from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import EmbtrimError, ModelError, hint
@@ -21,6 +20,9 @@ from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import TablePlan, projects
 from embtrim.schema import PAD
 from embtrim.system.modules import copied, uncompiled, unwrapped
+from embtrim.tables.embedding_tables import EmbeddingTables
+from embtrim.tables.packing import CHUNK_ROWS
+from embtrim.tables.rows_read import rows_read
 from embtrim.tasks.survey import plan_for
 from embtrim.tasks.task import Task
 from embtrim.training.evaluation import check_finite
@@ -31,6 +33,8 @@ TOLERANCE = 1e-9
 
 # Rows to look up value by value for a plan that only counts columns.
 LOOKUP_ROWS = 1024
+# Values of embeddings in float64 that are compared at a time, and fewest rows of a batch, whatever its rows take.
+BATCH_VALUES, LEAST_BATCH = 1 << 19, 256
 
 
 # The name of a method that takes a batch, or a function (model, batch) -> tensors.
@@ -132,80 +136,132 @@ def verify(
     data = data_for(model, data)
     if any(table.only_counts for table in plan.tables):
         return _verify_lookup(model, plan, data, split, min(max_rows, LOOKUP_ROWS))
-    full = copied(model).cpu().double().eval()
+    return _verify_masked(model, plan, data, split, max_rows)
+
+
+@torch.no_grad()
+def _verify_masked(model: CTRModel, plan: SizePlan, data: EncodedDataset, split: str, max_rows: int) -> Verification:
+    """Compare a compact zoo model with the masked one, on tables in float64 of the rows that each batch reads."""
+    full, tables = _in_float64(model), model.tables
     small = made_compact(full, plan, "inherit").eval()
-    masked = mask_tables(full, plan)
+    compacted, masked = small.tables, _MaskedRows(tables, plan)
     recoded = data.recode(plan)
-    worst, rows = 0.0, 0
-    batch_size = min(8192, max_rows)
+    values_of_row = len(data.schema.id_fields) * max(1, plan.width)
+    batch_size = min(max_rows, max(LEAST_BATCH, BATCH_VALUES // values_of_row))
     batches = zip(data.batches(split, batch_size), recoded.batches(split, batch_size), strict=True)
-    with torch.no_grad():
-        for number, (batch, small_batch) in enumerate(batches):
-            dense = None if batch.dense_BE is None else batch.dense_BE.double()
-            expected = masked(batch.ids_BC, dense)
-            check_finite(expected, "output", split, number)
-            worst = max(worst, difference([small(small_batch.ids_BC, dense)], [expected]))
-            rows += len(batch)
-            if rows >= max_rows:
-                break
+    worst, rows = 0.0, 0
+    for number, (batch, small_batch) in enumerate(batches):
+        dense = None if batch.dense_BE is None else batch.dense_BE.double()
+        full.tables = rows_read(tables, batch.ids_BC, torch.float64, masked.values, masked.first_order)
+        small.tables = rows_read(compacted, small_batch.ids_BC, torch.float64)
+        expected = full(batch.ids_BC, dense)
+        check_finite(expected, "output", split, number)
+        worst = max(worst, difference([small(small_batch.ids_BC, dense)], [expected]))
+        rows += len(batch)
+        if rows >= max_rows:
+            break
     return _verification({"forward": worst}, rows, TOLERANCE)
+
+
+def _in_float64(model: CTRModel) -> CTRModel:
+    """A copy of a zoo model for inference on the CPU in float64, but for the tables, which are those of the model."""
+    found = copied(model, {id(model.tables): model.tables})
+    for part in found.children():
+        if part is not found.tables:
+            part.cpu().double().eval()
+    found.training = False
+    return found
+
+
+class _MaskedRows:
+    """What the masked model reads in the place of each row of full tables: zeros where the plan removes an entry.
+
+    Args:
+        tables: Full tables, R storage rows.
+        plan: Plan that says which columns.
+    """
+
+    def __init__(self, tables: EmbeddingTables, plan: SizePlan) -> None:
+        kept, is_block = [], []
+        kind_R = np.empty(tables.num_rows, np.int32)
+        for table in plan.tables:
+            start = tables.layout.segment_starts[table.name][0]
+            # Rows in no block, at -1, are of the table's last kind.
+            kind_R[start : start + table.num_rows] = table.block_of_row() % (len(table.blocks) + 1) + len(is_block)
+            kept.append(table.kept_by_block())
+            is_block += [True] * len(table.blocks) + [False]
+        self.kind_R, self.kept_KD = torch.from_numpy(kind_R), torch.from_numpy(np.concatenate(kept))
+        self.is_block_K = torch.tensor(is_block)
+
+    def values(self, rows_U: Tensor, found_UW: Tensor) -> Tensor:
+        """The entries that are kept of storage rows; zeros for the others."""
+        return found_UW * self.kept_KD[self.kind_R[rows_U.long()].long(), : found_UW.shape[1]]
+
+    def first_order(self, rows_U: Tensor, found_U1: Tensor) -> Tensor:
+        """The first-order weights of rows that are kept; zeros for the others."""
+        return found_U1 * self.is_block_K[self.kind_R[rows_U.long()].long(), None]
 
 
 @torch.no_grad()
 def _verify_lookup(model: CTRModel, plan: SizePlan, data: EncodedDataset, split: str, max_rows: int) -> Verification:
     """Compare the compact tables with embeddings looked up value by value, straight from the definition of the plan."""
     full_ids_BC = next(iter(data.batches(split, max_rows))).ids_BC.numpy()
-    ids_BC = next(iter(data.recode(plan).batches(split, max_rows))).ids_BC
-    tables = made_compact(copied(model).cpu().double(), plan, seed=0).eval().tables
+    recoded = data.recode(plan)
+    ids_BC = next(iter(recoded.batches(split, max_rows))).ids_BC
+    tables = made_compact(model, plan, seed=0).cpu().eval().tables
     generator = torch.Generator().manual_seed(0)
     tables.weight.normal_(generator=generator)
-    values_VD = {t.name: torch.randn(t.num_rows + 1, t.width, generator=generator).double() for t in plan.tables}
-    block_of_row: dict[str, np.ndarray] = {}
-    for table in plan.tables:
-        block_of_row[table.name] = np.full(table.num_rows, -1)
-        for number, block in enumerate(table.blocks):
-            block_of_row[table.name][slice(None) if block.rows is None else block.rows] = number
-        kept_rows, compact_ids = kept_rows_of(table)
-        tables.set_rows(table.name, compact_ids, values_VD[table.name][kept_rows])
-        if table.dropped_id is not None:
-            tables.set_rows(table.name, np.array([table.dropped_id]), values_VD[table.name][-1:])
-
-    def embedding(table: TablePlan, row: int) -> Tensor:
-        block = block_of_row[table.name][row]
-        width = table.blocks[block].width if block >= 0 else max((b.width for b in table.blocks), default=0)
-        vector = values_VD[table.name][row if block >= 0 else -1, :width]
-        if not table.mixed or width == table.width:
-            return vector
-        return vector @ tables.shared_projections[str(width)] if width else torch.zeros(table.width).double()
-
     by_name = {table.name: table for table in plan.tables}
-    found_BS = tables(ids_BC).concat
+    read: dict[str, set[int]] = {name: set() for name in by_name}
+    for field, columns in zip(data.schema.id_fields, data.schema.column_slices, strict=True):
+        read[field.table_name].update(np.unique(full_ids_BC[:, columns]).tolist())
+    embeddings: dict[str, dict[int, Tensor]] = {}
+    for table in plan.tables:
+        rows = np.array(sorted(read[table.name] - {PAD}), np.int64)
+        id_map = recoded.id_maps.get(table.name)
+        embeddings[table.name] = _draw_rows(tables, table, rows, rows if id_map is None else id_map[rows], generator)
+
+    found_BS = rows_read(tables, ids_BC, torch.float64)(ids_BC).concat
     worst = 0.0
     for row, ids_C in enumerate(full_ids_BC):
         parts = []
         for field, columns in zip(data.schema.id_fields, data.schema.column_slices, strict=True):
             table = by_name[field.table_name]
-            vectors = [embedding(table, int(i)) for i in ids_C[columns] if i != PAD]
+            vectors = [embeddings[table.name][i] for i in ids_C[columns].tolist() if i != PAD]
             pooled = torch.stack(vectors).sum(0) if vectors else torch.zeros(table.output_width).double()
             parts.append(pooled / len(vectors) if field.pooling == "mean" and vectors else pooled)
         worst = max(worst, difference([found_BS[row]], [torch.cat(parts)]))
     return _verification({"lookup": worst}, len(full_ids_BC), TOLERANCE, is_lookup=True)
 
 
-@torch.no_grad()
-def mask_tables(model: CTRModel, plan: SizePlan) -> CTRModel:
-    """Set every entry that the plan removes to zero, in place. Papers evaluate this masked model."""
-    tables = model.tables
-    for table in plan.tables:
-        rows = np.arange(table.num_rows)
-        kept = table.kept_mask()
-        if table.width:
-            values = tables.get_rows(table.name, rows)[0][1]
-            tables.set_rows(table.name, rows, values * torch.from_numpy(kept).to(values))
-        if tables.first_order is not None and table.has_dropped:
-            dropped = np.flatnonzero(table.id_map() == table.dropped_id)
-            tables.first_order[torch.from_numpy(tables.storage_rows(table.name, dropped))] = 0.0
-    return model
+def _draw_rows(
+    tables: EmbeddingTables, table: TablePlan, rows: np.ndarray, compact_ids: np.ndarray, generator: torch.Generator
+) -> dict[int, Tensor]:
+    """Give some rows of a compact table random values, and return the embedding of each by definition of the plan.
+
+    Args:
+        tables: The compact tables.
+        table: Plan of the table.
+        rows: Rows of the full table, ascending.
+        compact_ids: Where the compact table should hold them.
+        generator: Source of the values; the last ones are those of the DROPPED row.
+    """
+    values_ND = torch.randn(len(rows) + 1, table.width, generator=generator)
+    block_N = table.block_of_row()[rows]
+    kept = block_N >= 0
+    tables.set_rows(table.name, compact_ids[kept], values_ND[:-1][torch.from_numpy(kept)])
+    if table.dropped_id is not None:
+        tables.set_rows(table.name, np.array([table.dropped_id]), values_ND[-1:])
+    widest = max((block.width for block in table.blocks), default=0)
+    found = {}
+    for place, row in enumerate(rows.tolist()):
+        width = table.blocks[block_N[place]].width if kept[place] else widest
+        vector = values_ND[place if kept[place] else -1, :width].double()
+        if table.mixed and width < table.width:
+            zero = torch.zeros(table.width).double()
+            vector = vector @ tables.shared_projections[str(width)].double() if width else zero
+        found[row] = vector
+    return found
 
 
 @torch.no_grad()
@@ -282,8 +338,16 @@ def _masked_pair(model: nn.Module, plan: SizePlan, reads: LinearReads | None) ->
     tables = iter(plan.tables)
     for site in module_sites(masked, plan):
         for weight_VD in site.weights():
-            weight_VD.mul_(torch.from_numpy(next(tables).kept_mask()).to(weight_VD.device))
+            _mask(weight_VD, next(tables))
     return small, masked
+
+
+def _mask(weight_VD: Tensor, table: TablePlan) -> None:
+    """Set the entries of a weight that a plan removes to zero, in place."""
+    kept_KD = torch.from_numpy(table.kept_by_block()).to(weight_VD.device)
+    block_V = torch.from_numpy(table.block_of_row())
+    for part_ND, block_N in zip(weight_VD.split(CHUNK_ROWS), block_V.split(CHUNK_ROWS), strict=True):
+        part_ND.mul_(kept_KD[block_N.long().to(weight_VD.device)])  # the last row, at -1, is that of no block
 
 
 def _looked_up_pair(model: nn.Module, plan: SizePlan, reads: LinearReads | None) -> tuple[nn.Module, nn.Module]:

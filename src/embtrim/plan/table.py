@@ -350,8 +350,11 @@ class TablePlan(TableShape):
             if len(rows) and (np.any(np.diff(rows) <= 0) or rows[0] < 0 or rows[-1] >= self.num_rows):
                 raise PlanError(f"{where}: row ids must ascend within 0..{self.num_rows - 1:,}")
         listed = [block.rows for block in self.blocks if block.rows is not None]
-        if len(listed) > 1 and len(np.unique(np.concatenate(listed))) != sum(map(len, listed)):
-            raise PlanError(f"{where}: a row is in two blocks")
+        is_listed_V = np.zeros(self.num_rows if len(listed) > 1 else 0, bool)
+        for rows in listed if len(listed) > 1 else ():
+            if is_listed_V[rows].any():
+                raise PlanError(f"{where}: a row is in two blocks")
+            is_listed_V[rows] = True
 
     @property
     def keeps_first_rows(self) -> bool:
@@ -389,14 +392,27 @@ class TablePlan(TableShape):
         expected = self.id_map()
         return expected is not None and np.array_equal(id_map, expected)
 
+    def block_of_row(self) -> np.ndarray:
+        """int32 (num_rows,): the number of the block that each row of the full table is in; -1 for a row in none."""
+        block_V = np.full(self.num_rows, -1, np.int32)
+        for number, block in enumerate(self.blocks):
+            if block.num_rows:
+                block_V[slice(None) if block.rows is None else block.rows] = number
+        return block_V
+
+    def kept_by_block(self) -> np.ndarray:
+        """bool (number of blocks + 1, width): the columns that each block keeps, and none, for rows in no block.
+
+        A count keeps the first columns.
+        """
+        kept = np.zeros((len(self.blocks) + 1, self.width), bool)
+        for number, block in enumerate(self.blocks):
+            kept[number, list(block.kept_columns)] = True
+        return kept
+
     def kept_mask(self) -> np.ndarray:
         """bool (num_rows, width): the entries of the full table that survive; a count keeps the first columns."""
-        mask = np.zeros((self.num_rows, self.width), bool)
-        for block in self.blocks:
-            if block.num_rows:
-                rows = np.arange(self.num_rows) if block.rows is None else block.rows
-                mask[np.ix_(rows, np.array(block.kept_columns, np.int64))] = True
-        return mask
+        return self.kept_by_block()[self.block_of_row()]
 
 
 TableT = TypeVar("TableT", bound=TableShape)

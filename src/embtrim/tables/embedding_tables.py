@@ -114,7 +114,7 @@ class EmbeddingTables(TableStorage):
             self.settle()  # `_forward_distinct` catches up the rows that it reads, and no others
         if distinct:
             concat, first_order = self._forward_distinct(ids_BC, pool_BC, learns)
-        elif not self.is_fixed and ids_BC.shape[0] <= ELEMENT_GATHER_ROWS and layout.gathers_elements:
+        elif self.gathers_elements(ids_BC.shape[0]):
             index_BS = ids_BC[:, self.field_S] * self.width_S + self.element_S
             concat = self.weight[index_BS]
             first_order = None if self.first_order is None else self.first_order[ids_BC + self.shift_C].sum(1)
@@ -123,6 +123,10 @@ class EmbeddingTables(TableStorage):
         if self.slot_gate is not None:
             concat = self.slot_gate(concat)
         return EmbeddingViews(self, concat, first_order)
+
+    def gathers_elements(self, batch_rows: int) -> bool:
+        """Whether inference on so many rows gathers single elements from the flat buffer."""
+        return not self.is_fixed and batch_rows <= ELEMENT_GATHER_ROWS and self.layout.gathers_elements
 
     def _pool_weights(self, ids_BC: Tensor) -> Tensor:
         """(B, C) factor of each id column: 0 for PAD, and 1 / count where a field takes the mean."""
