@@ -13,7 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from embtrim.compaction.compacting import compact
 from embtrim.compaction.verification import verify
 from embtrim.methods import FrequencyConfig, GuidedConfig, MagnitudeConfig, OptEmbedConfig, PMEConfig, search
-from embtrim.methods.pme import fill_sizes, sized_plan
+from embtrim.methods.value_sizes import bucket_scores, fill_sizes, sized_plan
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Block, TablePlan, smallest_dtype
 from embtrim.tables.replacements import CompactEmbedding
@@ -141,7 +141,7 @@ def test_sizes_stop_where_the_map_would_need_two_bytes():
     ranked[0][:, 0], ranked[0][-254:, 0] = 1.0, 3.0
     ranked[1][7, 0] = 2.0  # never fits, for its map
     least = 255 + 4 + 175
-    sizes = fill_sizes(full, ranked, least + 100)
+    sizes = fill_sizes(full, bucket_scores(full, ranked), least + 100)
     assert [int((s > 0).sum()) for s in sizes] == [255, 0]
     assert sized_plan(full, sizes).num_params == least + 1
-    assert int((fill_sizes(full, ranked, least + 300)[0] > 0).sum()) == 254 + 300 - 175
+    assert int((fill_sizes(full, bucket_scores(full, ranked), least + 300)[0] > 0).sum()) == 254 + 300 - 175

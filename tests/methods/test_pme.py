@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from embtrim.compaction.compacting import compact
+from embtrim.data.dataset import EncodedDataset, SplitArrays
 from embtrim.errors import EmbtrimError
 from embtrim.methods import (
     PMEConfig,
     search,
+    value_sizes,
 )
-from embtrim.methods.pme import entry_saliency, fill_sizes, reassign, sized_plan
+from embtrim.methods.pme import entry_saliency, reassign
+from embtrim.methods.value_sizes import bucket_scores, fill_sizes, sized_plan
 from embtrim.models import FNN, DeepFM
 from embtrim.plan.plan import SizePlan
 from embtrim.schema import Schema
@@ -24,6 +27,7 @@ from embtrim.testing.toys import (
 )
 from embtrim.training.fitting import fit
 from embtrim.training.settings import TrainConfig
+from tests.resident import peak_resident
 
 
 class TestPME:
@@ -52,14 +56,14 @@ class TestPME:
         full = SizePlan.full(Schema.from_sizes((8,)), 4)
         ranked = [np.array([[9.0, 8, 7, 1], [6, 5, 0.5, 0.5], [4, 0.1, 0.1, 0.1], *[[0.0] * 4] * 5])]
         # Entries above 3.5 are 3, 2, 1, 0 .. of the values: sizes 2, 2, 1, 0 .., 2 for DROPPED and 4 + 8 of W.
-        sizes = fill_sizes(full, ranked, 19)
+        sizes = fill_sizes(full, bucket_scores(full, ranked), 19)
         assert sizes[0].tolist() == [2, 2, 1, 0, 0, 0, 0, 0]
         plan = sized_plan(full, sizes)
         assert plan.num_params == 2 + 2 + 1 + 2 + 4 + 8
         assert [(b.width, b.rows.tolist()) for b in plan.tables[0].blocks] == [(2, [0, 1]), (1, [2])]
         # One less, and only W_2 is left: what it frees goes to the next values in order.
-        assert fill_sizes(full, ranked, 18)[0].tolist() == [2, 2, 2, 2, 0, 0, 0, 0]
-        assert fill_sizes(full, ranked, 32)[0].tolist() == [4] * 8
+        assert fill_sizes(full, bucket_scores(full, ranked), 18)[0].tolist() == [2, 2, 2, 2, 0, 0, 0, 0]
+        assert fill_sizes(full, bucket_scores(full, ranked), 32)[0].tolist() == [4] * 8
 
     def test_controls_give_the_same_histogram_to_other_values(self):
         rng = np.random.default_rng(0)
@@ -87,6 +91,34 @@ class TestPME:
         assert small.tables.weight.numel() + sum(p.numel() for p in small.tables.shared_projections.values()) == (
             plan.num_params
         )
+
+    def test_steps_are_counted_about_twice_however_many_there_are(self, monkeypatch):
+        """A bisection counts only the steps that its last answer left open."""
+        full = SizePlan.full(Schema.from_sizes((5000, 300)), 8)
+        rng = np.random.default_rng(0)
+        ranked = [np.sort(rng.random((t.num_rows, 8)), axis=1)[:, ::-1] for t in full.tables]
+        counted = []
+        rows_of_levels, bincount = value_sizes._Steps.rows_of_levels, np.bincount
+
+        def noted(steps, prefix):
+            with monkeypatch.context() as patch:
+                patch.setattr(np, "bincount", lambda x, **more: counted.append(len(x)) or bincount(x, **more))
+                return rows_of_levels(steps, prefix)
+
+        monkeypatch.setattr(value_sizes._Steps, "rows_of_levels", noted)
+        fill_sizes(full, bucket_scores(full, ranked), 6000)
+        assert 0 < sum(counted) < 2 * 4 * 5300
+
+    def test_memory_is_at_most_three_times_the_tables(self):
+        rng = np.random.default_rng(0)
+        schema = Schema.from_sizes((200_000, 10))
+        ids = np.stack([rng.integers(200_000, size=2048), rng.integers(10, size=2048)], 1).astype(np.int32)
+        splits = SplitArrays(ids, rng.integers(2, size=2048).astype(np.float32))
+        data = EncodedDataset(schema, {"train": splits, "valid": splits})
+        task = CTRTask(FNN(schema, embedding_dim=32, hidden_units=(4,)), data, TrainConfig(batch_size=256))
+        small = planted_data(num_rows=300, noise_vocab=20)
+        search(CTRTask(FNN(small.schema, embedding_dim=2, hidden_units=(4,)), small), PMEConfig(), "20%")  # imports
+        assert peak_resident(lambda: search(task, PMEConfig(), "20%")) <= 3 * 4 * 200_000 * 32
 
     def test_no_batches(self):
         task = foreign_task()
