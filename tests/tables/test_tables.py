@@ -20,6 +20,15 @@ from embtrim.schema import PAD, FieldSpec, Schema
 from embtrim.tables import embedding_tables as tables_module
 from embtrim.tables.embedding_tables import EmbeddingTables, full_tables
 from embtrim.tables.row_optimizers import RowSGD
+from embtrim.tables.views import gram_parts
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short_runs():
+    """Runs of a field or two, so that small schemas have several."""
+    with mock.patch("embtrim.tables.layout.RUN_OUTPUTS", 4):
+        yield
+
 
 # ---- random schemas, plans and batches ---------------------------------------------------------------------------
 
@@ -403,6 +412,16 @@ def test_slot_gate_may_differ_per_sample_and_reaches_every_view():
     torch.testing.assert_close(views.concat, plain * gate)
     torch.testing.assert_close(views.aligned, (plain * gate).view(2, 2, 2))
     torch.testing.assert_close(views.fm(), (views.aligned[:, 0] * views.aligned[:, 1]).sum(1))
+
+
+def test_projections_of_many_fields_take_memory_in_proportion_to_the_fields():
+    def numbers(num_fields: int) -> int:
+        schema = Schema.from_sizes([3] * num_fields)
+        full = SizePlan.full(schema, 4)
+        tables = EmbeddingTables(schema, full.with_columns({t.name: (0, 2) for t in full.tables}, "project"))
+        return sum(b.numel() for b in tables.buffers()) + sum(gram.numel() for gram in gram_parts(tables))
+
+    assert numbers(80) <= 2.1 * numbers(40)
 
 
 def test_gates_do_not_nest_and_are_gone_after_an_error():

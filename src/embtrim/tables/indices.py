@@ -43,7 +43,6 @@ class Indices:
             quantised tables of which one owns a projection.
         fixed_projection_SD: The `scatter_matrix`; None once tables are split by width. Exists unless every field is D
             wide.
-        same_field_PP: The `same_field_matrix`; None once tables are split by width. Exists unless every field is D wide.
         mixed_C: Id columns that read a mixed table. Exists if a table is mixed.
         mixed_outputs: Columns of `concat` that mixed tables fill. Exists if a table is mixed.
         mixed_first_id: int32, for each of `mixed_C`. Offset from an id to its key, which is unique over all mixed
@@ -69,7 +68,6 @@ class Indices:
     projection_rows: Tensor
     projection_places: Tensor
     fixed_projection_SD: Tensor | None
-    same_field_PP: Tensor | None
     mixed_C: Tensor
     mixed_outputs: Tensor
     mixed_first_id: Tensor
@@ -133,14 +131,12 @@ def _projection_tensors(layout: Layout, place_S: Tensor) -> dict[str, Tensor]:
     """Index tensors and matrices that bring `concat` to the full width."""
     plain = sorted(set(range(len(place_S))) - set(layout.projected_outputs))
     row_of = {layout.projection_key(s): row for row, s in enumerate(layout.first_projected_outputs)}
-    projected_outputs = int64(layout.projected_outputs)
     return {
         "plain_outputs": int64(plain),
         "projected_S": int64(layout.first_projected_outputs),
-        "projected_outputs": projected_outputs,
+        "projected_outputs": int64(layout.projected_outputs),
         "projection_rows": int64(row_of[layout.projection_key(s)] for s in layout.projected_outputs),
         "fixed_projection_SD": scatter_matrix(place_S, layout.width),
-        "same_field_PP": same_field_matrix(place_S, projected_outputs, layout.width),
     }
 
 
@@ -148,12 +144,6 @@ def scatter_matrix(place_S: Tensor, width: int) -> Tensor:
     """(S, D) of 0 and 1: the column of the full width that each column of `concat` stands for."""
     columns_D = torch.arange(width, device=place_S.device, dtype=place_S.dtype)
     return (place_S[:, None] % width == columns_D).float()
-
-
-def same_field_matrix(place_S: Tensor, projected_outputs: Tensor, width: int) -> Tensor:
-    """(P, P) of 0 and 1: which of the projected columns of `concat` belong to one field."""
-    field_P = torch.div(place_S, width, rounding_mode="floor").index_select(0, projected_outputs)
-    return (field_P[:, None] == field_P).float()
 
 
 def _element_tensors(layout: Layout) -> dict[str, Tensor]:

@@ -20,6 +20,9 @@ from embtrim.plan.plan import PlanShape
 from embtrim.plan.table import TableShape, projects
 from embtrim.schema import FieldSpec, Schema
 
+# Most columns of `concat` in a run of fields, unless one field has more.
+RUN_OUTPUTS = 512
+
 
 @dataclass(frozen=True)
 class Group:
@@ -64,6 +67,21 @@ class Group:
     def has_mixed(self) -> bool:
         """Whether any of the rows belong to mixed tables."""
         return self.mixed_start < self.stop
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive fields whose columns of `concat` are brought to the full width in one product.
+
+    Attributes:
+        num_fields: Number of fields.
+        num_outputs: Their columns of `concat`.
+        num_projected: Columns among them that a uniform table projects.
+    """
+
+    num_fields: int
+    num_outputs: int
+    num_projected: int
 
 
 @dataclass(frozen=True)
@@ -167,7 +185,8 @@ class Layout:
     @cached_property
     def mixed_columns(self) -> tuple[int, ...]:
         """Id columns that read a mixed table."""
-        return tuple(c for c, i in enumerate(self.field_of_column) if i in self.mixed_fields)
+        mixed = set(self.mixed_fields)
+        return tuple(c for c, i in enumerate(self.field_of_column) if i in mixed)
 
     @cached_property
     def column_buffers(self) -> tuple[str, ...]:
@@ -209,6 +228,19 @@ class Layout:
     def projected_outputs(self) -> tuple[int, ...]:
         """The columns of `concat` that a uniform table projects to D."""
         return tuple(s for s, i in enumerate(self.field_of_output) if projects(self.table_of_field[i]))
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """The fields in runs of about RUN_OUTPUTS columns of `concat`: products grow with the columns, not their square."""
+        runs = [Run(0, 0, 0)]
+        for table, width in zip(self.table_of_field, self.widths, strict=True):
+            last = runs[-1]
+            if last.num_outputs and last.num_outputs + width > RUN_OUTPUTS:
+                last = Run(0, 0, 0)
+                runs.append(last)
+            projected = width if projects(table) else 0
+            runs[-1] = Run(last.num_fields + 1, last.num_outputs + width, last.num_projected + projected)
+        return tuple(runs)
 
     @cached_property
     def first_projected_outputs(self) -> tuple[int, ...]:

@@ -379,7 +379,7 @@ class TableStorage(nn.Module, Indices):
                 device = self.shift_C.device
                 self._register({name: value.to(device) for name, value in segment_tensors(self.layout).items()})
         if not self.layout.is_equal_width:
-            self.fixed_projection_SD = self.same_field_PP = None
+            self.fixed_projection_SD = None
         for name, value in list(self.named_buffers(recurse=False)):
             if value.dtype == torch.int64:
                 self.register_buffer(name, value.int(), persistent=False)

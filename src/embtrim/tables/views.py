@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from embtrim.tables.indices import same_field_matrix, scatter_matrix
+from embtrim.tables.indices import scatter_matrix
 from embtrim.tables.kernels.fm import FMTerm
 from embtrim.tables.storage import TableStorage
 
@@ -47,19 +47,22 @@ class EmbeddingViews:
         tables, concat = self.tables, self.concat
         layout = tables.layout
         projection_SD = None if layout.is_equal_width else stacked_projections(tables)
-        gram_PP = gram_matrix(tables) if layout.has_projections else None
+        grams = gram_parts(tables) if layout.has_projections else []
+        num_projected = sum(map(len, grams))
         if not torch.compiler.is_compiling():  # what is exported or compiled is left to torch, operator by operator
-            projected = None if gram_PP is None or len(gram_PP) == concat.shape[1] else tables.projected_outputs
-            return FMTerm.apply(concat, tables.num_fields, projection_SD, projected, gram_PP)
+            projected = None if num_projected in (0, concat.shape[1]) else tables.projected_outputs
+            return FMTerm.apply(concat, tables.num_fields, projection_SD, projected, *grams)
         if projection_SD is None:
             sum_BD = concat.view(concat.shape[0], tables.num_fields, tables.width).sum(1)
         else:
             sum_BD = concat @ projection_SD
-        if gram_PP is None:
+        if not grams:
             return 0.5 * ((sum_BD * sum_BD).sum(1) - (concat * concat).sum(1))
-        projected_BP = concat.index_select(1, tables.projected_outputs)
         plain_BS = concat.index_select(1, tables.plain_outputs)
-        squares_B = (plain_BS * plain_BS).sum(1) + ((projected_BP @ gram_PP) * projected_BP).sum(1)
+        squares_B = (plain_BS * plain_BS).sum(1)
+        projected_BP = concat.index_select(1, tables.projected_outputs)
+        for part_BP, gram_PP in zip(projected_BP.split([len(gram) for gram in grams], 1), grams, strict=True):
+            squares_B = squares_B + ((part_BP @ gram_PP) * part_BP).sum(1)
         return 0.5 * ((sum_BD * sum_BD).sum(1) - squares_B)
 
 
@@ -75,11 +78,17 @@ def align(tables: TableStorage, concat_BS: Tensor) -> Tensor:
             .index_copy(1, tables.place_S.long(), concat_BS)
             .view(shape)
         )
-    # One product with the block matrix Q, whose block of field f is P_f.
-    field_of_output = torch.div(tables.place_S, tables.width, rounding_mode="floor")
-    blocks = torch.nn.functional.one_hot(field_of_output.long(), tables.num_fields).to(concat_BS.dtype)
-    q = blocks[:, :, None] * stacked_projections(tables).to(concat_BS.dtype)[:, None, :]
-    return (concat_BS @ q.view(-1, flat_size)).view(shape)
+    # One product for each run of fields with the block matrix Q, whose block of field f is P_f.
+    projection_SD = stacked_projections(tables).to(concat_BS.dtype)
+    field_S = torch.div(tables.place_S, tables.width, rounding_mode="floor").long()
+    parts, first_field, first_output = [], 0, 0
+    for run in tables.layout.runs:
+        outputs = slice(first_output, first_output + run.num_outputs)
+        blocks = torch.nn.functional.one_hot(field_S[outputs] - first_field, run.num_fields).to(concat_BS.dtype)
+        q = blocks[:, :, None] * projection_SD[outputs, None, :]
+        parts.append(concat_BS[:, outputs] @ q.view(run.num_outputs, -1))
+        first_field, first_output = first_field + run.num_fields, first_output + run.num_outputs
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).view(shape)
 
 
 def stacked_projections(tables: TableStorage) -> Tensor:
@@ -92,13 +101,12 @@ def stacked_projections(tables: TableStorage) -> Tensor:
     return fixed_SD.index_copy(0, tables.projected_outputs.long(), _own_projections(tables).to(fixed_SD.dtype))
 
 
-def gram_matrix(tables: TableStorage) -> Tensor:
-    """(P, P) blockdiag(P_f P_f^T) over the projected outputs."""
-    own_PD = _own_projections(tables)
-    same_field_PP = tables.same_field_PP
-    if same_field_PP is None:
-        same_field_PP = same_field_matrix(tables.place_S, tables.projected_outputs, tables.width)
-    return (own_PD @ own_PD.T) * same_field_PP.to(own_PD.dtype)
+def gram_parts(tables: TableStorage) -> list[Tensor]:
+    """Diagonal parts (P_i, P_i) of blockdiag(P_f P_f^T) over the projected outputs, one for each run of fields with any."""
+    field_P = torch.div(tables.place_S, tables.width, rounding_mode="floor").index_select(0, tables.projected_outputs)
+    sizes = [run.num_projected for run in tables.layout.runs if run.num_projected]
+    own = zip(_own_projections(tables).split(sizes), field_P.split(sizes), strict=True)
+    return [(own_PD @ own_PD.T) * (fields[:, None] == fields).to(own_PD.dtype) for own_PD, fields in own]
 
 
 def _own_projections(tables: TableStorage) -> Tensor:
