@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from embtrim.config import Config, to_toml
 from embtrim.system.files import read_json
 
-if TYPE_CHECKING:  # these modules import torch, for which --help must not wait
+if TYPE_CHECKING:  # --help must wait neither for rich nor for torch, which the others import
+    from rich.table import Table
+
     from embtrim.data.dataset import EncodedDataset
     from embtrim.data.profile import LogProfile
     from embtrim.experiments.grid import Skipped
@@ -86,6 +85,8 @@ def print_json(value: Any) -> None:
 
 
 def _print_table(table: Table) -> None:
+    from rich.console import Console
+
     Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False).print(table)
 
 
@@ -237,6 +238,9 @@ def show_rows(rows: Sequence[Mapping[str, Any]], as_json: bool, shown: Sequence[
     if as_json:
         print_json(rows)
         return
+    from rich.table import Table
+    from rich.text import Text
+
     names = list(shown or rows[0])
     table = Table(box=None, pad_edge=False)
     for name in names:

@@ -31,9 +31,9 @@ def xavier_normal(num_outputs: int, num_inputs: int, generator: torch.Generator)
 
 def linear(num_inputs: int, num_outputs: int, generator: torch.Generator) -> nn.Linear:
     """A Linear layer with Xavier normal weights and zero bias. Either side may be empty, where a plan keeps nothing."""
-    # torch's own initialisation would draw from the global generator, and warn about empty sides.
-    layer = nn.utils.skip_init(nn.Linear, 1, 1)
-    assert isinstance(layer, nn.Linear)
+    # torch's own initialisation would draw from the global generator, and warn about empty sides. `skip_init` would import
+    # sympy, which takes a second.
+    layer = nn.Linear(1, 1, device="meta")
     layer.in_features, layer.out_features = num_inputs, num_outputs
     layer.weight = xavier_normal(num_outputs, num_inputs, generator)
     layer.bias = nn.Parameter(torch.zeros(num_outputs))
