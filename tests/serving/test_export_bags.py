@@ -16,6 +16,7 @@ from embtrim.serving.exporting import export
 from embtrim.tables.gathered_bags import GatheredBag
 from embtrim.testing.toys import PooledModel, foreign_batches, foreign_task
 from tests.serving.export_models import TOLERANCE
+from tests.serving.triton_config import check_repository
 
 pytestmark = pytest.mark.slow
 
@@ -77,7 +78,8 @@ def test_bags_with_offsets_agree_and_hold_no_loop(settings, last, tmp_path):
     offsets = torch.tensor([0, 3, 3, 4] + [7] * last)  # the second bag is empty, the third is padding alone
     weights = torch.linspace(0.1, 0.7, 7)
     example = {"ids": ids, "offsets": offsets} | ({"weights": weights} if model.with_weights else {})
-    export(model, "onnx", tmp_path / "out", example=example)
+    export(model, "onnx", tmp_path / "out", example=example, triton="bags")
+    check_repository(tmp_path / "out" / "triton", "bags", batches=False)
     path = str(tmp_path / "out" / "model.onnx")
     assert not [node for node in onnx.load(path).graph.node if node.op_type == "Loop"]
     outputs = onnxruntime.InferenceSession(path).run(None, {name: value.numpy() for name, value in example.items()})

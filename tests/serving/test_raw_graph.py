@@ -31,6 +31,7 @@ from embtrim.schema import FieldSpec, Kind, Schema
 from embtrim.serving.bundle import Bundle, load_bundle, save
 from embtrim.serving.exporting import export
 from tests.serving.export_models import model_of, schema_of
+from tests.serving.triton_config import check_repository
 
 pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -194,10 +195,17 @@ def test_the_readme_runs_and_names_every_input(folder, bundle):
 
 
 def test_weights_in_a_file_of_their_own_are_shared_by_both_graphs(bundle, folder, tmp_path):
-    manifest = export(bundle, "onnx", tmp_path / "out", external_data=True)
+    manifest = export(bundle, "onnx", tmp_path / "out", external_data=True, triton="ads")
     found = [name for name in manifest["files"] if name.endswith(".data")]
-    assert found == ["model_ids.onnx.data"]
+    assert found == ["model_ids.onnx.data", "triton/ads/1/model_ids.onnx.data"]
     assert run_check(tmp_path / "out").returncode == 0
+    session = check_repository(tmp_path / "out" / "triton", "ads", batches=True)
+    assert {value.name for value in session.get_inputs()} == set(manifest["raw_inputs"])
+    assert "TYPE_STRING" in (tmp_path / "out" / "triton" / "ads" / "config.pbtxt").read_text()
+    feeds = standalone(tmp_path / "out").graph_inputs(raw_rows(3))
+    expected = onnxruntime.InferenceSession(str(folder / "model.onnx")).run(None, feeds)
+    np.testing.assert_array_equal(session.run(None, feeds), expected)
+    assert "`triton/` is a model repository" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_hash_that_onnx_lacks_leaves_the_encoder(bundle, tmp_path, caplog):

@@ -31,7 +31,7 @@ from embtrim.cli.flags import (
     Strict,
 )
 from embtrim.cli.settings import PredictSettings, needed, read_flags, read_options, settle, split_commas
-from embtrim.cli.terminal import log_line, print_json, show_dry_run, show_facts, show_update, start_log, wants_progress
+from embtrim.cli.terminal import log_line, print_json, show_dry_run, show_facts, show_update, start_log
 
 if TYPE_CHECKING:
     from embtrim.data.read_options import ReadOptions
@@ -85,7 +85,7 @@ def predict(
     target = needed(out)
     done = write_predictions(
         loaded, log, target, keep=settings.keep, options=options, overwrite=overwrite,
-        drift_tolerance=settings.drift_tolerance, strict=settings.strict, progress=wants_progress(quiet),
+        drift_tolerance=settings.drift_tolerance, strict=settings.strict, progress=not quiet,
     )  # fmt: skip
     facts = {"out": str(target), "num_rows": done.num_rows}
     if as_json:
@@ -163,7 +163,7 @@ def update(
         config=settings,
         retrain=not no_train,
         overwrite=overwrite,
-        progress=wants_progress(quiet),
+        progress=not quiet,
     )
     if as_json:
         print_json(report.to_dict())
@@ -200,6 +200,14 @@ def export(
             "--external-data", help="With onnx: write the weights to a second file; above 2 GB they always are."
         ),
     ] = False,
+    triton: Annotated[
+        str | None,
+        typer.Option(
+            "--triton",
+            metavar="NAME",
+            help="With onnx: also write a model repository of NVIDIA's Triton server, with a model of this name.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     dry_run: DryRun = False,
@@ -224,7 +232,9 @@ def export(
         show_facts({"model": loaded.info["model"], "format": format, **facts}, as_json)
         return
     target = needed(out)
-    manifest = exporting.export(loaded, checked, target, external_data=external_data, overwrite=overwrite)
+    manifest = exporting.export(
+        loaded, checked, target, external_data=external_data, triton=triton, overwrite=overwrite
+    )
     if as_json:
         print_json(manifest)
         return

@@ -9,7 +9,9 @@ from embtrim.serving.served import Served, argument_names
 from embtrim.system.templates import render
 
 
-def readme(manifest: Manifest, served: Served, encoder: Encoder | None, has_raw_graph: bool) -> str:
+def readme(
+    manifest: Manifest, served: Served, encoder: Encoder | None, has_raw_graph: bool, triton: str | None = None
+) -> str:
     """The README as text.
 
     Args:
@@ -17,6 +19,7 @@ def readme(manifest: Manifest, served: Served, encoder: Encoder | None, has_raw_
         served: What was exported.
         encoder: Encoder of the bundle, if one was exported.
         has_raw_graph: Whether the export holds a graph that takes raw values.
+        triton: Name of the model in the export's Triton repository, if it has one.
     """
     inputs = manifest["inputs"]
     method = manifest.get("method")
@@ -37,6 +40,7 @@ def readme(manifest: Manifest, served: Served, encoder: Encoder | None, has_raw_
         full_model_bytes=manifest["full_model_bytes"],
         ids=ids,
         has_raw_graph=has_raw_graph,
+        triton=triton,
         raw_inputs=manifest.get("raw_inputs", {}),
         hashes=encoder is not None and any(field.hash_size for field in encoder.schema.fields),
         pad=PAD,

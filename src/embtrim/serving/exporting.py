@@ -5,6 +5,7 @@ model_ids.onnx   for models of embtrim.models, the graph that takes ids; model.o
                  bundle was exported, whose hashed fields have a hash that ONNX knows
 encoder/         schema.json, vocab.parquet, transforms.json: from raw values to ids, if a bundle was exported
 encode.py        from raw values to ids without embtrim, likewise
+triton/          a model repository of Triton around model.onnx, if asked for; see triton.py
 golden.json      rows with their ids and scores, see golden.py; for models of embtrim.models
 check.py         replays them
 README.md        how to call the model, with code made for it
@@ -47,6 +48,7 @@ from embtrim.serving.served import (
     serve_module,
 )
 from embtrim.serving.torchrec import write_torchrec
+from embtrim.serving.triton import check_name, write_repository
 from embtrim.system.folders import check_replaceable, file_digest, folder_bytes, write_folder
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,7 @@ def export(
     out: str | Path,
     *,
     external_data: bool = False,
+    triton: str | None = None,
     overwrite: bool = False,
 ) -> Manifest: ...
 
@@ -80,6 +83,7 @@ def export(
     *,
     example: object,
     external_data: bool = False,
+    triton: str | None = None,
     overwrite: bool = False,
 ) -> Manifest: ...
 
@@ -91,6 +95,7 @@ def export(
     *,
     example: object = None,
     external_data: bool = False,
+    triton: str | None = None,
     overwrite: bool = False,
 ) -> Manifest:
     """Write a model as a folder for serving, under a temporary name that is then renamed. The model is not changed.
@@ -103,13 +108,14 @@ def export(
             dict by argument. The first dimension of every tensor counts rows, at least two; the export takes any number.
         external_data: For "onnx": store the weights in a file of their own. Weights that one file cannot hold (2 GB) always
             get one.
+        triton: For "onnx": also write a model repository of NVIDIA's Triton server, with a model of this name.
         overwrite: Replace an earlier export.
 
     Returns:
         The contents of manifest.json, among them the bytes of tables and model beside those of the full model.
 
     Raises:
-        ConfigError: The format is unknown, has no external data, or cannot describe a module of one's own; the example is
+        ConfigError: The format is unknown, has no external data or Triton repository, or cannot describe a module of one's own; the example is
             missing, has one row, holds something other than tensors, lists and dicts, or is not needed.
         DataError: `out` exists.
         ModelError: The model is masked by a gate or has a row optimiser attached; its plan says fewer than 32 bits and its
@@ -126,6 +132,10 @@ def export(
     check_format(format)
     if external_data and format != "onnx":
         raise ConfigError(f"external_data is for format 'onnx', given {format!r}; leave it out")
+    if triton is not None and format != "onnx":
+        raise ConfigError(f"a Triton repository is for format 'onnx', given {format!r}; leave triton out")
+    if triton is not None:
+        check_name(triton)
     check_replaceable(out, overwrite, "an earlier export", is_export, DataError)
     bundle, model = (model, model.model) if isinstance(model, Bundle) else (None, model)
     served, origin = _describe(model, format, example, {} if bundle is None else bundle.info["metrics"])
@@ -153,7 +163,9 @@ def export(
         elif isinstance(model, CTRModel):
             _write_golden(golden_ids(model), folder)
         encoder, has_raw_graph = (None, False) if bundle is None else (bundle.encoder, (folder / RAW_GRAPH).exists())
-        (folder / "README.md").write_text(readme(manifest, served, encoder, has_raw_graph), "utf-8")
+        if triton is not None:
+            write_repository(folder / (RAW_GRAPH if has_raw_graph else served.onnx_name), triton)
+        (folder / "README.md").write_text(readme(manifest, served, encoder, has_raw_graph, triton), "utf-8")
         manifest["files"] = {
             str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
             for path in sorted(folder.rglob("*"))
