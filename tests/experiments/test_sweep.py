@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,14 @@ OPEN = FM_RUN.replace(train=FM_RUN.train.replace(embedding_l2=None), method="ran
     "scores, tried, chosen",
     [
         ({0.1: 0.8, 0.01: 0.7}, [0.1, 0.01], 0.1),
-        ({0.1: 0.6, 0.01: 0.7, 0.001: 0.7}, [0.1, 0.01, 0.001], 0.01),
-        ({0.1: 0.5, 0.01: 0.6, 0.001: 0.7, 0.0: 0.8}, [0.1, 0.01, 0.001, 0.0], 0.0),
+        ({0.1: 0.6, 0.01: 0.7, 0.0: 0.7}, [0.1, 0.01, 0.0], 0.01),
+        ({0.1: 0.5, 0.01: 0.6, 0.0: 0.7}, [0.1, 0.01, 0.0], 0.0),
     ],
 )
 def test_smaller_values_are_tried_while_they_do_better(
     small: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scores: Any, tried: Any, chosen: float
 ) -> None:
-    def trial(data: Any, config: Any, value: float, progress: bool) -> L2Trial:
+    def trial(data: Any, config: Any, value: float, share: float, progress: bool) -> L2Trial:
         return L2Trial(embedding_l2=value, score=scores[value], best_epoch=1, epochs=2)
 
     monkeypatch.setattr(sweep, "_trial", trial)
@@ -50,7 +51,7 @@ def test_a_sweep_takes_a_sample_of_large_data(small: EncodedDataset, monkeypatch
     rows = small.num_rows("train")
     monkeypatch.setattr(sweep, "LEAST_ROWS", 50)
     found = chosen_l2(small, OPEN)
-    assert found.rows == rows // 8
+    assert found.rows == rows // 4
     sample = small.sampled("train", found.rows, seed=3)
     assert sample.num_rows("valid") == small.num_rows("valid")
     ids, all_ids = np.asarray(sample.split("train").ids), np.asarray(small.split("train").ids)
@@ -59,10 +60,21 @@ def test_a_sweep_takes_a_sample_of_large_data(small: EncodedDataset, monkeypatch
 
 
 def test_run_trains_all_models_with_the_chosen_value(
-    small: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    small: EncodedDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with caplog.at_level(logging.INFO, "embtrim"):
-        records = run(small, OPEN, tmp_path / "run")
+        records = run(small, OPEN, tmp_path / "run", progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert "seed 0, sweep, embedding_l2 = 0.1: begins" in lines
+    assert any(
+        re.match(r"seed 0, full model: epoch 1 of at most \d+, loss .*, valid auc 0\.\d+, .* s", x) for x in lines
+    )
+    assert any(re.match(r"seed 0: 1 of 2 models are made, about 0:0\d:\d\d left", line) for line in lines)
+    assert {"seed 0, random, search: begins", "seed 0, random, retraining: begins"} <= set(lines)
     chosen = records[0].l2_sweep
     assert chosen is not None
     assert f"embedding_l2 is not given; {chosen['embedding_l2']:g} is chosen" in caplog.text

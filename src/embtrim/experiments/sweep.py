@@ -1,12 +1,14 @@
-"""Choose the full model's `embedding_l2` by short trainings on a sample, scored on the validation rows.
+"""Choose the full model's `embedding_l2` by short trainings of a smaller model on a sample, scored on the validation rows.
 
 Tables of many ids overfit within an epoch or two. A full model that nothing holds back then loses to any smaller one, and
-its loss says nothing about the sizes. The values lie a factor of ten apart. Two of them are tried first, and smaller ones
-only where the smaller one of the last two did better: two to four trainings.
+its loss says nothing about the sizes. The values are tried from the largest one down, as long as the scores rise: two or
+three trainings.
 
-The sample has an eighth of the training rows, but LEAST_ROWS to MOST_ROWS where there are as many. A training makes a few
-passes over it, in which too little regularisation shows, and stops after two passes without a gain. A sample overfits
-sooner than all rows do, which favours larger values; the largest one is therefore moderate.
+A training is of low fidelity, as in FABOLAS (Klein et al. 2017, arXiv 1605.07079): it makes three passes over a quarter of
+the training rows, with a network of one narrow layer and batches that are smaller by as much as the rows are fewer, so that a
+pass has as many steps. The tables, which overfit, keep their widths. All trainings together read at most 2.25 times as many
+rows as there are training rows, and a full training reads them three times or more. The choice is an approximation: a value
+that needs many epochs to win is not found.
 """
 
 from __future__ import annotations
@@ -18,16 +20,19 @@ from pathlib import Path
 from embtrim.config import Config
 from embtrim.data.dataset import EncodedDataset
 from embtrim.experiments.settings import RunConfig
-from embtrim.models import build
+from embtrim.models import arguments, build
 from embtrim.system.files import read_json, write_then_rename
+from embtrim.system.progress import stage
 from embtrim.training.fitting import fit
 
 logger = logging.getLogger(__name__)
 
-VALUES = (0.1, 0.01, 0.001, 0.0)
+# A value of 0.001 scores within the noise of 0.
+VALUES = (0.1, 0.01, 0.0)
 PASSES = 3
-# The sample is copied into memory.
-SAMPLE_PART, LEAST_ROWS, MOST_ROWS = 1 / 8, 1 << 17, 1 << 20
+# The sample is copied into memory. Batches of fewer rows would take longer.
+SAMPLE_PART, LEAST_ROWS, MOST_ROWS, LEAST_BATCH = 1 / 4, 1 << 14, 1 << 20, 256
+NARROW = (32,)
 
 
 class L2Trial(Config):
@@ -54,12 +59,14 @@ class L2Sweep(Config):
         trials: The trainings, in the order in which they were made.
         rows: Training rows of the sample.
         seconds: Wall time of all trainings.
+        hidden_units: Layers of the network that was trained; None if it was the full model's own.
     """
 
     embedding_l2: float
     trials: tuple[L2Trial, ...]
     rows: int
     seconds: float
+    hidden_units: tuple[int, ...] | None = None
 
 
 def chosen_l2(data: EncodedDataset, config: RunConfig, path: Path | None = None, progress: bool = False) -> L2Sweep:
@@ -75,9 +82,10 @@ def chosen_l2(data: EncodedDataset, config: RunConfig, path: Path | None = None,
         return L2Sweep.parse(read_json(path), where=str(path))
     started = time.perf_counter()
     sample = data.sampled("train", sample_rows(data), config.seed)
+    share = sample.num_rows("train") / data.num_rows("train")
     trials: list[L2Trial] = []
     for value in VALUES:
-        trials.append(_trial(sample, config, value, progress))
+        trials.append(_trial(sample, config, value, share, progress))
         if len(trials) > 1 and trials[-1].score <= trials[-2].score:
             break
     best = max(trials, key=lambda trial: trial.score)
@@ -86,6 +94,7 @@ def chosen_l2(data: EncodedDataset, config: RunConfig, path: Path | None = None,
         trials=tuple(trials),
         rows=sample.num_rows("train"),
         seconds=time.perf_counter() - started,
+        hidden_units=NARROW if "hidden_units" in arguments(config.model) else None,
     )
     logger.info("%s", describe_sweep(sweep, config.train.monitor))
     if path is not None:
@@ -100,12 +109,26 @@ def sample_rows(data: EncodedDataset) -> int:
     return min(rows, MOST_ROWS, max(int(SAMPLE_PART * rows), LEAST_ROWS))
 
 
-def _trial(sample: EncodedDataset, config: RunConfig, value: float, progress: bool) -> L2Trial:
-    model = build(config.model, sample.schema, **{**config.hparams, "seed": config.seed})
+def sweep_passes(data: EncodedDataset, config: RunConfig) -> tuple[float, int, int]:
+    """Cost of a sweep: the share of the training rows in its sample, and the least and the most passes over the sample."""
+    passes = min(PASSES, config.train.epochs)
+    return sample_rows(data) / data.num_rows("train"), 2 * passes, len(VALUES) * passes
+
+
+def _trial(sample: EncodedDataset, config: RunConfig, value: float, share: float, progress: bool) -> L2Trial:
+    narrow = {"hidden_units": NARROW} if "hidden_units" in arguments(config.model) else {}
+    model = build(config.model, sample.schema, **{**config.hparams, **narrow, "seed": config.seed})
     train = config.train.replace(
-        seed=config.seed, embedding_l2=value, epochs=min(PASSES, config.train.epochs), patience=2, compile=False
+        seed=config.seed,
+        embedding_l2=value,
+        epochs=min(PASSES, config.train.epochs),
+        batch_size=min(config.train.batch_size, max(LEAST_BATCH, round(share * config.train.batch_size))),
+        patience=0,
+        reduce_lr=1.0,
+        compile=False,
     )
-    result = fit(model, sample, train, progress=progress)
+    with stage(f"sweep, embedding_l2 = {value:g}", progress):
+        result = fit(model, sample, train, progress=progress)
     assert result.best_score is not None
     return L2Trial(
         embedding_l2=value, score=result.best_score, best_epoch=result.best_epoch, epochs=len(result.history)
@@ -115,7 +138,10 @@ def _trial(sample: EncodedDataset, config: RunConfig, value: float, progress: bo
 def describe_sweep(sweep: L2Sweep, monitor: str) -> str:
     """A sweep in one line."""
     tried = ", ".join(f"{trial.embedding_l2:g}: {abs(trial.score):.4f}" for trial in sweep.trials)
+    network = (
+        "" if sweep.hidden_units is None else f" with a network of {', '.join(map(str, sweep.hidden_units))} units"
+    )
     return (
-        f"embedding_l2 is not given; {sweep.embedding_l2:g} is chosen (valid {monitor} after up to {PASSES} passes over "
-        f"{sweep.rows:,} rows: {tried}), in {sweep.seconds:.1f} s"
+        f"embedding_l2 is not given; {sweep.embedding_l2:g} is chosen, in {sweep.seconds:.1f} s (valid {monitor} after up to "
+        f"{PASSES} passes over {sweep.rows:,} rows{network}: {tried}); longer trainings may prefer another value"
     )
