@@ -124,6 +124,20 @@ def to_toml(config: BaseModel) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
+def all_settings(values: Mapping[str, Any]) -> str:
+    """JSON-able settings as TOML for a reader, with the names of those that are None in a comment at the end."""
+
+    def given(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: given(v) if isinstance(v, Mapping) else v for k, v in values.items() if v is not None}
+
+    def unset(values: Mapping[str, Any], before: str = "") -> list[str]:
+        nested = [unset(v, f"{before}{k}.") for k, v in values.items() if isinstance(v, Mapping)]
+        return [f"{before}{k}" for k, v in values.items() if v is None] + [name for names in nested for name in names]
+
+    names = unset(values)
+    return tomli_w.dumps(given(values)) + (f"\n# not set: {', '.join(names)}\n" if names else "")
+
+
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Apply `section.key=value` strings to nested settings; a value that is not TOML is a string."""
     result = _copy_nested(values)

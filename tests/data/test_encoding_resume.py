@@ -22,7 +22,7 @@ from embtrim.errors import DataError
 from embtrim.schema import FieldSpec, Schema
 from embtrim.system import holding
 from embtrim.system.holding import hold
-from embtrim.system.progress import StageBar
+from embtrim.system.progress import Counter
 
 SCHEMA = Schema(
     label="y",
@@ -110,15 +110,15 @@ class Interrupts:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.count = lambda: False, 0
-        update = StageBar.update
+        reach = Counter.reach
 
         def interrupted(bar, stage, done):
-            update(bar, stage, done)
+            reach(bar, stage, done)
             self.count += 1
             if self.now():
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(StageBar, "update", interrupted)
+        monkeypatch.setattr(Counter, "reach", interrupted)
         monkeypatch.setattr(writing, "COUNTED_ROWS", 90)
 
     def run(self, job: Job, after: int = sys.maxsize) -> dict[str, bytes] | None:

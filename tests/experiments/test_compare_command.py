@@ -36,6 +36,9 @@ def test_command(encoded: Path, tmp_path: Path) -> None:
     facts = json.loads(call(*arguments, "--out", out, "--dry-run", "--json").out)
     assert (facts["num_cells"], facts["num_cells_on_disk"], facts["labels"]) == (8, 0, ["uniform", "random", "floor"])
     assert facts["config"]["budgets"] == ["10%"]
+    assert facts["hparams_fm"]["embedding_dim"] == 8
+    assert facts["search_floor"]["min_dim"] == 3
+    assert facts["seconds"]["least"] < facts["seconds"]["most"]
     assert not out.exists()
 
     done = call(*arguments, "--out", out)
@@ -43,6 +46,8 @@ def test_command(encoded: Path, tmp_path: Path) -> None:
     for words in ("Results: fm", "uniform", "±", "Ranks", "Search cost", "could not be made", "3 column(s)"):
         assert words in done.out
     assert "6 of 8: fm random 10%, seed 1: test AUC" in done.err
+    assert "grid: 1 of 8 cells, 0:00:" in done.err
+    assert "fm-full-seed0, full model: epoch 1 of" in done.err
     readme, page = (out / "README.md").read_text(), (out / "report.html").read_bytes()
     assert "| fm | floor | 10% | 0, 1 |" in readme
 

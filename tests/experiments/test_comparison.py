@@ -12,6 +12,7 @@ from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import DataError, EmbtrimError
 from embtrim.experiments import comparison, estimates
 from embtrim.experiments.comparison import Comparison, compare, estimate
+from embtrim.experiments.estimates import Measured, Range
 from embtrim.experiments.grid import CompareConfig, cell_of, grid, read_skipped, resolve
 from embtrim.experiments.records import RunRecord, read_records
 from embtrim.methods import METHODS
@@ -123,10 +124,10 @@ def test_other_cells_survive_a_full_model_that_fails(
 ) -> None:
     train_full = comparison.train_full_swept
 
-    def fails_for_fm(data: Any, config: Any, **rest: Any) -> Any:
+    def fails_for_fm(data: Any, config: Any, *rest: Any) -> Any:
         if config.model == "fm":
             raise EmbtrimError("training loss is nan")
-        return train_full(data, config, **rest)
+        return train_full(data, config, *rest)
 
     monkeypatch.setattr(comparison, "train_full_swept", fails_for_fm)
     made = compare(small, CONFIG.replace(budgets=("50%",), variants={}), tmp_path / "x")
@@ -161,7 +162,11 @@ def test_two_jobs_give_what_one_gives(first: tuple[Path, Comparison], small: Enc
 def test_estimate_is_of_what_is_left(
     first: tuple[Path, Comparison], small: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimates, "seconds_per_step", lambda *_: 2.0)
+    measured = Measured(Range(1.0, 2.0), Range(0.0, 0.0), 100, 10)
+    monkeypatch.setattr(estimates, "measure", lambda *_: measured)
+    monkeypatch.setattr(estimates, "FILE_SECONDS", 0.0)
     facts = estimate(small, CONFIG.replace(budgets=("50%", "40%")), first[0])
     assert (facts["num_cells"], facts["num_cells_on_disk"]) == (14, 8)
-    assert facts["seconds_at_most"] == 2.0 * 7 * 6  # 800 rows are 7 batches of 128; one epoch, six models
+    # 800 rows are 7 batches of 128. Three models for each of two base models train an epoch and are verified in a pass;
+    # sseds reads the trained model in another one.
+    assert facts["seconds"]["most"] == 2.0 * 7 * 2 * (2 + 2 + 3)

@@ -15,12 +15,13 @@ import embtrim
 from embtrim.compaction.verification import verify
 from embtrim.data.encoder import Encoder
 from embtrim.errors import BudgetError, ConfigError, DataError, EmbtrimError
-from embtrim.experiments import steps
-from embtrim.experiments.estimates import dry_run
+from embtrim.experiments import estimates, steps
+from embtrim.experiments.estimates import Measured, Range, dry_run
 from embtrim.experiments.records import RunRecord
 from embtrim.experiments.run import run
 from embtrim.experiments.settings import RunConfig
 from embtrim.experiments.steps import shrink, train_full
+from embtrim.experiments.sweep import sweep_passes
 from embtrim.experiments.tolerance import smallest_within
 from embtrim.models import build
 from embtrim.plan.plan import SizePlan
@@ -163,8 +164,26 @@ def test_dry_run_says_what_would_happen(encoded):
     rows = sum(encoded.schema.tables.values())
     assert facts["table_bytes_before"] == 4 * (rows * 8 + rows)
     assert facts["table_bytes_allowed"] == int(4 * rows * 8 * 0.3 + 4 * rows)
-    assert facts["seconds_at_most"] > 0
+    assert facts["config"]["hparams"]["hidden_units"]  # a default of the model
+    for name in ("seconds_per_step", "seconds", "memory_bytes", "disk_bytes"):
+        assert 0 < facts[name]["least"] < facts[name]["most"]
     json.dumps(facts)
+
+
+def test_an_estimate_counts_all_trainings(encoded, monkeypatch):
+    measured = Measured(Range(1, 2), Range(0, 0), 100, 10)
+    monkeypatch.setattr(estimates, "measure", lambda *given: measured)
+    monkeypatch.setattr(estimates, "FILE_SECONDS", 0.0)
+    steps = encoded.num_batches("train", CONFIG.train.batch_size)
+    config = CONFIG.replace(seeds=1, controls=(), method="uniform", teacher=0.0, bits=32)
+    config = config.replace(train=config.train.replace(epochs=10, patience=2, embedding_l2=0.1))
+    # Three to ten epochs of the full model, as many of a compact one that is 0.3 to 1 times as slow, and a pass to verify.
+    assert dry_run(encoded, config)["seconds"] == {"least": round(3 * 1.3 * steps, 1), "most": (10 + 11) * 2 * steps}
+    swept = dry_run(encoded, config.replace(train=config.train.replace(embedding_l2=None)))["seconds"]
+    share, least, most = sweep_passes(encoded, config)
+    more = round(share * steps)
+    assert swept == {"least": round(3 * 1.3 * steps + least * more, 1), "most": (21 * steps + most * more) * 2}
+    assert dry_run(encoded, config.replace(seeds=2))["seconds"]["most"] == 84 * steps
 
 
 def test_it_refuses_early(encoded, data, tmp_path):

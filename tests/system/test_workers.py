@@ -15,7 +15,6 @@ import pytest
 
 from embtrim.errors import EmbtrimError
 from embtrim.system.processes import in_processes
-from embtrim.system.progress import grid_bar, seconds_left
 from tests.cli.workshop import environment
 from tests.experiments.grids import until
 
@@ -82,18 +81,3 @@ def running(pid: int) -> bool:
         return " Z " not in re.sub(r"\(.*\)", "", Path(f"/proc/{pid}/stat").read_text())
     except OSError:
         return False
-
-
-def test_eta_counts_what_was_finished_since_the_start() -> None:
-    assert seconds_left(60.0, finished=0, remaining=10) is None
-    assert seconds_left(60.0, finished=3, remaining=10) == 200
-    with grid_bar(False) as bar:
-        bar.get_time = lambda: 0.0
-        bar.add_task("cells", total=20, completed=8, before=8)
-        (task,) = bar.tasks
-        column = bar.columns[-1]
-        assert str(column.render(task)) == ""  # type: ignore[union-attr]
-        bar.advance(task.id, 4)
-        task.get_time = lambda: 60.0
-        # Four cells in a minute, eight to go; with the eight on disk in the rate it would be 40 s.
-        assert str(column.render(task)) == "0:02:00 left"  # type: ignore[union-attr]

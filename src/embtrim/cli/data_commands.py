@@ -39,7 +39,6 @@ from embtrim.cli.terminal import (
     show_profile,
     show_schema,
     start_log,
-    wants_progress,
 )
 from embtrim.errors import ConfigError, DataError
 from embtrim.rules import parse_rule
@@ -120,7 +119,7 @@ def encode(
     _check_encode(settings, log)
     source: Any = log[0] if log and len(log) == 1 else log
     if draft is None and not dry_run:
-        data = _encode_log(settings, source, options, needed(out), overwrite, wants_progress(quiet))
+        data = _encode_log(settings, source, options, needed(out), overwrite, not quiet)
         show_encoded(data, needed(out), as_json)
         return
     drafted = _draft_schema(settings, source, options)

@@ -23,7 +23,7 @@ NumSeeds = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the file or folder at --out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what the command would do, and write nothing.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars, and log only warnings.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress, and log only warnings.")]
 ModelName = Annotated[str | None, typer.Option("--model", help="Base model; `embtrim models` lists them.")]
 MethodName = Annotated[str | None, typer.Option("--method", help="Search method; `embtrim methods` lists them.")]
 BudgetText = Annotated[

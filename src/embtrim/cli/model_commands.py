@@ -38,7 +38,6 @@ from embtrim.cli.terminal import (
     show_facts,
     show_records,
     start_log,
-    wants_progress,
 )
 from embtrim.errors import ConfigError, DataError
 
@@ -68,12 +67,13 @@ def train(
     for split in ("train", "valid", "test"):
         encoded.split(split)
     if dry_run:
-        show_dry_run(settings, estimate_training(encoded, settings), as_json)
+        facts = estimate_training(encoded, settings)
+        show_dry_run(facts.pop("config"), facts, as_json)
         return
     target = needed(out)
     check_out(target, overwrite)  # before hours of training, not after them
     with unfinished(target) as work:
-        trained = train_full(encoded, settings, wants_progress(quiet), work / "full.safetensors")
+        trained = train_full(encoded, settings, not quiet, work / "full.safetensors")
         record = trained.record
         metrics = {"valid": record.valid, "test": record.test}
         save(trained.model, target, encoded, metrics=metrics, seed=settings.seed, overwrite=overwrite)
@@ -121,7 +121,7 @@ def search(
     if path.exists() and not overwrite:  # before hours of searching, not after them
         raise DataError(f"{path} exists; choose another --out or pass --overwrite")
     with unfinished(path) as work:
-        plan = find_plan(full, encoded, settings, progress=wants_progress(quiet), unfinished=work).plan
+        plan = find_plan(full, encoded, settings, progress=not quiet, unfinished=work).plan
         plan.save(path)
     if as_json:
         print_json(json.loads(path.read_text("utf-8")))
@@ -180,7 +180,7 @@ def curve(
     for path in () if out is None else (out / VALUES, out / PAGE):
         if path.exists() and not overwrite:
             raise DataError(f"{path} exists; choose another --out or pass --overwrite")
-    found = size_curve(full, encoded, settings, budgets=asked, progress=wants_progress(quiet))
+    found = size_curve(full, encoded, settings, budgets=asked, progress=not quiet)
     show_curve(found, as_json)
     if out is not None:
         write_curve(found, out, records)
@@ -220,7 +220,7 @@ def compact(
     from embtrim.system.unfinished import unfinished
     from embtrim.training.evaluation import evaluate
 
-    retrain, progress = not no_train, wants_progress(quiet)
+    retrain, progress = not no_train, not quiet
     sizes = SizePlan.load(plan)
     if no_train and (start := started_as(sizes, settings.init)) not in ("inherit", "low_rank"):
         raise ConfigError(

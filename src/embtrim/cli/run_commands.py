@@ -36,7 +36,6 @@ from embtrim.cli.terminal import (
     show_dry_run,
     show_records,
     start_log,
-    wants_progress,
 )
 from embtrim.errors import ConfigError
 
@@ -89,11 +88,10 @@ def run(
     encoded = embtrim.load(data)
     if dry_run:
         facts = estimates.dry_run(encoded, settings)
-        facts.pop("config")
-        show_dry_run(settings, facts, as_json)
+        show_dry_run(facts.pop("config"), facts, as_json)
         return
     path = needed(out)
-    records = run_all(encoded, settings, path, progress=wants_progress(quiet), on_record=log_record)
+    records = run_all(encoded, settings, path, progress=not quiet, on_record=log_record)
     write_report(records, path / "report.html")
     show_records(records, as_json)
     log_line(f"report: {path / 'report.html'}")
@@ -138,7 +136,7 @@ def compare(
         show_dry_run(settings, comparison.estimate(encoded, settings, out), as_json)
         return
     folder = needed(out)
-    progress = wants_progress(quiet)
+    progress = not quiet
     made = comparison.compare(encoded, settings, folder, jobs=jobs, progress=progress, on_record=log_cell)
     if made.records:
         write_comparison(read_records(folder), folder, read_skipped(folder))

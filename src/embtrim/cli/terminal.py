@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from embtrim.config import Config, to_toml
+from embtrim.config import Config, all_settings, to_toml
 from embtrim.system.files import read_json
 
 if TYPE_CHECKING:  # --help must wait neither for rich nor for torch, which the others import
@@ -42,11 +42,6 @@ def start_log(quiet: bool) -> None:
     if not any(isinstance(handler, _LogLines) for handler in logger.handlers):
         logger.addHandler(_LogLines())
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
-
-
-def wants_progress(quiet: bool) -> bool:
-    """Whether to show progress bars: on a terminal, unless quiet."""
-    return not quiet and sys.stderr.isatty()
 
 
 def log_line(text: str) -> None:
@@ -140,12 +135,13 @@ def show_update(report: UpdateReport) -> None:
     show_facts({name: facts[name] for name in ("num_rows", "epochs", "seconds")}, as_json=False)
 
 
-def show_dry_run(settings: Config, facts: Mapping[str, Any], as_json: bool) -> None:
+def show_dry_run(settings: Config | Mapping[str, Any], facts: Mapping[str, Any], as_json: bool) -> None:
     """Print the settings that a command would use, and facts."""
+    values = settings.model_dump(mode="json") if isinstance(settings, Config) else settings
     if as_json:
-        print_json({"config": settings.model_dump(mode="json"), **facts})
+        print_json({"config": values, **facts})
         return
-    print_text(to_toml(settings))
+    print_text(all_settings(values))
     print_text("")
     show_facts(facts, as_json=False)
 
@@ -159,10 +155,12 @@ def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
 
     for name, value in facts.items():
         words = name.replace("_", " ")
-        if "bytes" in name:
-            print_text(f"{words}: {format_bytes(value)}")
-        elif name.startswith("seconds"):
-            print_text(f"{words.replace('seconds', 'time')}: {format_seconds(value)}")
+        unit = format_bytes if "bytes" in name else format_seconds if name.startswith("seconds") else None
+        if unit is not None and isinstance(value, dict):  # a range
+            words = words.removesuffix(" bytes").replace("seconds", "time")
+            print_text(f"{words}: {unit(value['least'])} to {unit(value['most'])}")
+        elif unit is not None:
+            print_text(f"{words.replace('seconds', 'time')}: {unit(value)}")
         elif isinstance(value, dict):
             parts = (f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items() if v is not None)
             print_text(f"{words}: {', '.join(parts)}")

@@ -48,7 +48,7 @@ from embtrim.data.transforms import Moments, is_learned, quantile_edges
 from embtrim.data.writing import groups_of_training_codes, write_codes, write_ids
 from embtrim.errors import DataError
 from embtrim.schema import Schema
-from embtrim.system.progress import StageBar
+from embtrim.system.progress import Counter
 
 logger = logging.getLogger(__name__)
 
@@ -241,7 +241,7 @@ def _encode_logs(
         "source files": sources,
         **more_inputs,
     }
-    with working_folder(target, overwrite, inputs, checkpoint_seconds) as work, StageBar(progress) as bar:
+    with working_folder(target, overwrite, inputs, checkpoint_seconds) as work, Counter(progress, after=2.0) as bar:
         seconds_before = work.state.seconds
         splitter = Splitter(chosen, schema, seed)
         _learn_cuts(splitter, logs["train"], chunk_bytes, bar, work)
@@ -287,20 +287,20 @@ def _encode_logs(
 # --- fitting ----------------------------------------------------------------------------------------------------------
 
 
-def _learn_cuts(splitter: Splitter, log: RawLog, chunk_bytes: int, bar: StageBar, work: WorkingFolder) -> None:
+def _learn_cuts(splitter: Splitter, log: RawLog, chunk_bytes: int, bar: Counter, work: WorkingFolder) -> None:
     """Find the moments at which to cut, if the split is by time."""
     if splitter.column is None:
         return
     if work.state.cuts is not None:
         splitter.cuts, splitter.clock = list(work.state.cuts), work.state.clock
     else:
-        splitter.learn_cuts(log, chunk_bytes, bar.update)
+        splitter.learn_cuts(log, chunk_bytes, bar.reach)
         work.save(cuts=tuple(splitter.cuts or ()), clock=splitter.clock)
     logger.info("split by time: %s", splitter.describe())
 
 
 def _learned_transforms(
-    schema: Schema, log: RawLog, splitter: Splitter, seed: int, chunk_bytes: int, bar: StageBar, work: WorkingFolder
+    schema: Schema, log: RawLog, splitter: Splitter, seed: int, chunk_bytes: int, bar: Counter, work: WorkingFolder
 ) -> dict[str, dict[str, Any]]:
     """The learned transforms by field, from the checkpoint if it has them."""
     if work.state.transforms is not None:
@@ -312,7 +312,7 @@ def _learned_transforms(
 
 
 def _fit_transforms(
-    schema: Schema, log: RawLog, splitter: Splitter, seed: int, chunk_bytes: int, bar: StageBar
+    schema: Schema, log: RawLog, splitter: Splitter, seed: int, chunk_bytes: int, bar: Counter
 ) -> dict[str, dict[str, Any]]:
     """Quantile edges, and mean and std, from the training rows."""
     fitted = [f for f in schema.fields if is_learned(f.transform)]
@@ -332,7 +332,7 @@ def _fit_transforms(
             samples[name].add(chunk.first_row, values[name].gather(rows), rows)
         for name, moment in moments.items():
             moment.add(values[name].filter(pl.Series(is_train_N)).drop_nulls().to_numpy())
-        bar.update("reading numbers", chunk.done)
+        bar.reach("reading numbers", chunk.done)
     transforms: dict[str, dict[str, Any]] = {}
     for f in fitted:
         if f.transform == "standard":

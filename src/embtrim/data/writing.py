@@ -28,7 +28,7 @@ from embtrim.data.splitting import Splitter
 from embtrim.data.tally import NumberSample, sample_of
 from embtrim.schema import Schema
 from embtrim.system.files import flush_file
-from embtrim.system.progress import StageBar
+from embtrim.system.progress import Counter
 
 # Training rows whose codes are counted together. Each group costs a pass over all counts and holds one column in
 # memory.
@@ -142,7 +142,7 @@ def write_codes(
     numbering: Numbering,
     parts: Mapping[str, tuple[RawLog, Splitter | int]],
     chunk_bytes: int,
-    bar: StageBar,
+    bar: Counter,
     work: WorkingFolder,
 ) -> Coded:
     """Read every log and append its rows to their splits, values as codes.
@@ -178,7 +178,7 @@ def write_codes(
                 _append_chunk(chunk, numbering, sample, splitter, writers, files, work)
                 at = {"log": index, "position": chunk.end, "skipped": skipped}
                 work.save_if_due(partial(_coded_so_far, numbering, writers, at, work))
-                bar.update("reading", chunk.done)
+                bar.reach("reading", chunk.done)
             skipped[part] = log.skipped
     num_bytes = {_within(file.path, work): file.path.stat().st_size for file in files}
     return _coded(writers, num_bytes).replace(skipped=skipped)
@@ -250,7 +250,7 @@ def blocks_of_codes(name: str, coded: Coded, schema: Schema, work: WorkingFolder
 
 
 def groups_of_training_codes(
-    coded: Coded, schema: Schema, bar: StageBar, work: WorkingFolder
+    coded: Coded, schema: Schema, bar: Counter, work: WorkingFolder
 ) -> Iterator[list[np.ndarray]]:
     """The codes of the training rows, in groups of blocks with COUNTED_ROWS rows or more each."""
     group: list[np.ndarray] = []
@@ -261,12 +261,12 @@ def groups_of_training_codes(
         if counted - before >= COUNTED_ROWS:
             yield group
             group, before = [], counted
-            bar.update("counting values", counted / sum(coded.blocks["train"]))
+            bar.reach("counting values", counted / sum(coded.blocks["train"]))
     if group:
         yield group
 
 
-def write_ids(numbering: Numbering, encoder: Encoder, coded: Coded, bar: StageBar, work: WorkingFolder) -> None:
+def write_ids(numbering: Numbering, encoder: Encoder, coded: Coded, bar: Counter, work: WorkingFolder) -> None:
     """Rewrite the codes of all splits as the encoder's ids."""
     schema, encoded = numbering.schema, numbering.encoded_by(encoder)
     row_bytes = 4 * schema.num_id_columns
@@ -285,7 +285,7 @@ def write_ids(numbering: Numbering, encoder: Encoder, coded: Coded, bar: StageBa
                 ids.append(ids_NC)
                 num_bytes[_within(path, work)] = ArrayFile.HEADER_BYTES + ids.num_rows * row_bytes
                 work.save_if_due(partial(_written_so_far, numbering, coded, ids, num_bytes, work))
-                bar.update("writing ids", (seen + ids.num_rows) / total)
+                bar.reach("writing ids", (seen + ids.num_rows) / total)
         seen += ids.num_rows
 
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from embtrim.config import to_toml
 from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import DataError, EmbtrimError
-from embtrim.experiments.estimates import longest_training
+from embtrim.experiments import estimates
 from embtrim.experiments.grid import (
     Cell,
     CompareConfig,
@@ -44,7 +44,7 @@ from embtrim.experiments.steps import shrink, train_full_swept, with_l2
 from embtrim.models import build
 from embtrim.system.files import write_then_rename
 from embtrim.system.processes import in_processes
-from embtrim.system.progress import grid_bar
+from embtrim.system.progress import Counter, shows_bars, stage
 from embtrim.system.unfinished import OtherTrainingError
 from embtrim.training.devices import device_of
 
@@ -69,20 +69,16 @@ class Comparison:
 class Worker:
     """Makes cells in one process; keeps the last full model it used."""
 
-    def __init__(self, data: EncodedDataset, config: CompareConfig, out: Path) -> None:
-        self.data, self.config, self.out = data, config, out
+    def __init__(self, data: EncodedDataset, config: CompareConfig, out: Path, progress: bool) -> None:
+        self.data, self.config, self.out, self.progress = data, config, out, progress
         self._full: tuple[Cell, Trained] | None = None
 
     def make(self, cell: Cell) -> tuple[Cell, RunRecord | Skipped]:
         """Train the model of a cell and write its record; a fault that a user can mend is a reason to skip the cell."""
         unfinished = self.out / "unfinished" / cell.name
         try:
-            if cell.budget is None:
-                trained = self._train_full(cell, unfinished)
-            else:
-                full = self.full(cell.full)
-                config = with_l2(cell_config(self.config, cell), full.record.train["embedding_l2"])
-                trained = shrink(full, self.data, config, label=cell.label, unfinished=unfinished)
+            with stage(cell.name, False):
+                trained = self._trained(cell, unfinished)
         except EmbtrimError as error:
             return cell, _skip(cell, str(error))
         if trained.plan is not None:
@@ -91,15 +87,23 @@ class Worker:
         shutil.rmtree(unfinished, ignore_errors=True)
         return cell, trained.record
 
+    def _trained(self, cell: Cell, unfinished: Path) -> Trained:
+        """The trained model of a cell."""
+        if cell.budget is None:
+            return self._train_full(cell, unfinished)
+        full = self.full(cell.full)
+        config = with_l2(cell_config(self.config, cell), full.record.train["embedding_l2"])
+        return shrink(full, self.data, config, label=cell.label, progress=self.progress, unfinished=unfinished)
+
     def _train_full(self, cell: Cell, unfinished: Path) -> Trained:
         """Train the full model of a cell and write its weights."""
         config = cell_config(self.config, cell)
         try:
-            trained = train_full_swept(self.data, config, unfinished=unfinished)
+            trained = train_full_swept(self.data, config, self.progress, unfinished)
         except OtherTrainingError as error:
             logger.warning("%s: this training starts again", error)
             shutil.rmtree(unfinished)
-            trained = train_full_swept(self.data, config, unfinished=unfinished)
+            trained = train_full_swept(self.data, config, self.progress, unfinished)
         state = {name: value.detach().cpu().contiguous() for name, value in trained.model.state_dict().items()}
         weights = safetensors.torch.save(state)
         # Weights are written before the record: if the record exists, so do they.
@@ -126,9 +130,11 @@ class Worker:
         return self._full[1]
 
 
-def start_worker(data: EncodedDataset | Path, config: CompareConfig, out: Path) -> Callable[[Cell], Any]:
+def start_worker(
+    data: EncodedDataset | Path, config: CompareConfig, out: Path, progress: bool
+) -> Callable[[Cell], Any]:
     """`make` of a new Worker; data on disk may be given as their folder."""
-    return Worker(EncodedDataset.load(data) if isinstance(data, Path) else data, config, out).make
+    return Worker(EncodedDataset.load(data) if isinstance(data, Path) else data, config, out, progress).make
 
 
 class Outcomes:
@@ -203,13 +209,17 @@ def compare(
     outcomes = Outcomes(cells, {cell: record for cell, record in records.items() if cell not in fulls}, out, on_record)
     # Workers open a folder themselves: memory-mapped data are not copied.
     source = data if jobs == 1 or data.folder is None else data.folder
-    with grid_bar(progress) as bar, in_processes(jobs, start_worker, source, config, out) as make:
-        done = len(outcomes.records)
-        task = bar.add_task("cells", total=len(cells), completed=done, before=done)
+    # A bar over the cells leaves no room for bars of their trainings; lines have room.
+    lines = progress and not shows_bars()
+    with (
+        Counter(progress, "cells", each=True) as bar,
+        in_processes(jobs, start_worker, source, config, out, lines) as make,
+    ):
+        bar.begin("grid", len(cells), len(outcomes.records))
 
         def keep(made: Iterable[tuple[Cell, RunRecord | Skipped]]) -> None:
             for cell, outcome in made:
-                bar.advance(task)
+                bar.advance()
                 outcomes.keep(cell, outcome)
 
         keep(make(fulls))
@@ -237,28 +247,40 @@ def _skip(cell: Cell, reason: str) -> Skipped:
 
 
 def estimate(data: EncodedDataset, config: CompareConfig, out: Path | None = None) -> dict[str, Any]:
-    """Estimate a grid: its cells, the cells with a record in `out`, and the longest time of training the others in turn.
-
-    A few training steps of each full model are timed. The longest time assumes that every model trains all epochs; the
-    searches come on top.
+    """Estimate a grid: its cells, those with a record in `out`, and ranges of time, memory and disk for the others in turn.
 
     Raises:
         ConfigError, DataError: See `compare`.
     """
     config = resolve(config)
     check_compare(data, config)
-    cells = grid(config)
+    cells, labels = grid(config), settings_by_label(config)
     done = {} if out is None else finished(cells, data, config, out)
-    seconds = 0.0
+    seconds = disk = memory = estimates.ZERO
+    hparams: dict[str, Any] = {}
     for name in config.models:
+        left = [cell for cell in cells if cell.model == name and cell not in done]
+        if not left:
+            continue
         model = build(name, data.schema, **run_config(config, name).hparams)
-        cells_left = sum(cell.model == name and cell not in done for cell in cells)
-        seconds += longest_training(model, data, config.train)["seconds_at_most"] * cells_left
+        hparams[f"hparams_{name}"] = dict(model.hparams)
+        measured = estimates.measure(model, data, config.train)
+        for cell in left:
+            of_cell = estimates.full_seconds if cell.budget is None else estimates.compact_seconds
+            seconds += of_cell(measured, data, cell_config(config, cell))
+        fulls = sum(cell.budget is None for cell in left)
+        disk += estimates.Range(fulls, fulls) * estimates.Range(measured.model_bytes, measured.model_bytes)
+        disk += estimates.unfinished_bytes(measured)
+        memory = max(memory, estimates.memory_bytes(measured), key=lambda found: found.most)
     return {
         "models": list(config.models),
-        "labels": list(settings_by_label(config)),
+        "labels": list(labels),
         "budgets": [budget.text for budget in config.budgets],
+        **hparams,
+        **{f"search_{label}": setup.search for label, setup in labels.items() if setup.search},
         "num_cells": len(cells),
         "num_cells_on_disk": len(done),
-        "seconds_at_most": seconds,
+        "seconds": seconds.to_dict(1),
+        "memory_bytes": memory.to_dict(),
+        "disk_bytes": disk.to_dict(),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from embtrim.plan.table import Target
 from embtrim.serving.bundle import note_spread, save
 from embtrim.system.files import write_then_rename
 from embtrim.system.folders import folder_bytes
+from embtrim.system.progress import say, stage, time_left
 
 
 def run(
@@ -57,9 +59,10 @@ def run(
     _check_folder(out, config)
     out.mkdir(parents=True, exist_ok=True)
     write_then_rename(out / "config.toml", lambda file: file.write(to_toml(config).encode()))
-    records = []
+    records, count = [], _count(data, config, out, progress, on_record)
     for seed in range(config.seed, config.seed + config.seeds):
-        records += _run_seed(data, config.replace(seed=seed), out, progress, on_record)
+        with stage(f"seed {seed}", False):
+            records += _run_seed(data, config.replace(seed=seed), out, progress, count)
     with suppress(OSError):
         (out / "unfinished").rmdir()
     if config.seeds > 1:
@@ -67,15 +70,39 @@ def run(
     return records
 
 
+def _count(
+    data: EncodedDataset, config: RunConfig, out: Path, progress: bool, on_record: Callable[[RunRecord], None] | None
+) -> Callable[[RunRecord], None]:
+    """`on_record` that also says how many models are made, and the time that the others may take."""
+    seeds, variants = range(config.seed, config.seed + config.seeds), _variants(config)
+    left = [_finished(out, _label(v), seed, data, config.target) is None for seed in seeds for v in variants]
+    started, total, done = time.monotonic(), sum(left), 0
+
+    def count(record: RunRecord) -> None:
+        nonlocal done
+        done += 1
+        if on_record is not None:
+            on_record(record)
+        if done < total:
+            left = time_left(time.monotonic() - started, done, total - done)
+            say(f"{done} of {total} models are made, about {left}", progress)
+
+    return count
+
+
+def _variants(config: RunConfig) -> tuple[str, ...]:
+    return ("full", *dict.fromkeys((config.method, *config.controls)))
+
+
 def _run_seed(
     data: EncodedDataset,
     config: RunConfig,
     out: Path,
     progress: bool,
-    on_record: Callable[[RunRecord], None] | None,
+    on_record: Callable[[RunRecord], None],
 ) -> list[RunRecord]:
     """The records of one seed: the full model, the method, the controls; finished ones are read."""
-    variants = ("full", *dict.fromkeys((config.method, *config.controls)))
+    variants = _variants(config)
     finished = {name: _finished(out, _label(name), config.seed, data, config.target) for name in variants}
     if all(finished.values()):
         return [record for record in finished.values() if record is not None]
@@ -159,9 +186,7 @@ def _finished(out: Path, variant: str, seed: int, data: EncodedDataset, target: 
     return record
 
 
-def _keep(
-    trained: Trained, data: EncodedDataset, out: Path, on_record: Callable[[RunRecord], None] | None
-) -> RunRecord:
+def _keep(trained: Trained, data: EncodedDataset, out: Path, on_record: Callable[[RunRecord], None]) -> RunRecord:
     """Write the bundle, the plan and the record of a trained model."""
     name = f"{trained.record.variant}-seed{trained.record.seed}"
     record = trained.record
@@ -180,8 +205,7 @@ def _keep(
     if trained.plan is not None:
         trained.plan.save(out / "plans" / f"{name}.json")
     record.save(out / "records" / f"{name}.json")
-    if on_record is not None:
-        on_record(record)
+    on_record(record)
     return record
 
 

@@ -29,6 +29,7 @@ from embtrim.plan.plan import SizePlan
 from embtrim.serving.bundle import load_bundle
 from embtrim.system.files import write_then_rename
 from embtrim.system.memory import peak_memory
+from embtrim.system.progress import stage
 from embtrim.system.unfinished import claim
 from embtrim.tables.code_training import CodeGate
 from embtrim.tasks.task import CTRTask
@@ -56,7 +57,7 @@ def train_full(
 
     Without `train.embedding_l2` it is trained with 0; see `train_full_swept`.
     """
-    with peak_memory() as peak:
+    with peak_memory() as peak, stage("full model", progress):
         model = build(config.model, data.schema, **{**config.hparams, "seed": config.seed})
         train = config.train.replace(seed=config.seed)
         result = fit(model, data, train, progress=progress, checkpoint=checkpoint)
@@ -88,6 +89,8 @@ def train_full_swept(
     sweep = chosen_l2(data, config, None if unfinished is None else unfinished / "embedding_l2.json", progress)
     full = train_full(data, with_l2(config, sweep.embedding_l2), progress, checkpoint)
     full.record = full.record.replace(l2_sweep=sweep.model_dump(mode="json"))
+    share = sweep.seconds / max(full.record.train_seconds, 1e-9)
+    logger.info("the sweep of embedding_l2 took %.2f times as long as the training of the full model", share)
     return full
 
 
@@ -144,7 +147,7 @@ def find_plan(
             cost = json.loads(cost_path.read_text("utf-8"))
             return FoundPlan(SizePlan.load(unfinished / "plan.json"), cost["seconds"], cost["peak_bytes"])
         task.checkpoints = CheckpointFolder(unfinished, task.config.checkpoint_seconds)
-    with peak_memory() as peak:
+    with peak_memory() as peak, stage("search", progress):
         started = time.perf_counter()
         if config.method == "guided":
             task.readings = readings or read(task)
@@ -289,7 +292,10 @@ def compact_and_retrain(
     if retrain:
         lesson = _lesson(lessons, data, model, config.teacher, config.train)
         hooks = None if checkpoint is None else Hooks(settings=teaching_settings(model, config.teacher))
-        trainings.append(fit(small, lesson.recode(plan), train, hooks=hooks, progress=progress, checkpoint=checkpoint))
+        with stage("retraining", progress):
+            trainings.append(
+                fit(small, lesson.recode(plan), train, hooks=hooks, progress=progress, checkpoint=checkpoint)
+            )
     if retrain and config.teacher and plan.is_quantized:
         path = None if checkpoint is None else checkpoint.with_stem("finishing")
         trainings.append(_finish(small, model, data, config, lessons, progress=progress, checkpoint=path))
@@ -325,7 +331,7 @@ def _finish(
     gate = CodeGate(small.tables, max(1, data.num_rows("train") // train.batch_size // CODE_FITS_PER_EPOCH))
     if gate.coded:
         hooks = dataclasses.replace(hooks, on_step=gate.on_step, state=gate)
-    with small.tables.gated(row_gate=gate):
+    with small.tables.gated(row_gate=gate), stage("training the codes", progress):
         return fit(small, lesson, train, hooks=hooks, progress=progress, checkpoint=checkpoint)
 
 
@@ -383,11 +389,12 @@ def shrink(
     claimed: dict[str, Any] = {"init": config.init}
     if config.teacher:  # state of earlier releases names no teacher, and trains on clicks
         claimed["teacher"] = config.teacher
-    with peak_memory() as peak:
+    with peak_memory() as peak, stage(label or config.method, progress):
         found = find_plan(
             full.model, data, config, readings=full.readings, progress=progress, unfinished=unfinished, **claimed
         )
-        verification = verify_plan(full.model, found.plan, data)
+        with stage("verify", progress):
+            verification = verify_plan(full.model, found.plan, data)
         small = compact_and_retrain(
             full.model, found.plan, data, config,
             lessons=full.lessons, progress=progress, checkpoint=checkpoint,
@@ -439,7 +446,8 @@ def _best_start(
         work = None if unfinished is None else unfinished / way
         settings = config.replace(init=way, search={**config.search, "start": way})
         try:
-            small = shrink(full, data, settings, unfinished=work, **shown)
+            with stage(f"start {way}", False):
+                small = shrink(full, data, settings, unfinished=work, **shown)
         except BudgetError as error:  # projections may take all of a small budget
             if way == ways[-1] and not trials:
                 raise

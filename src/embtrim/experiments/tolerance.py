@@ -18,6 +18,7 @@ from embtrim.experiments.steps import (
     with_predicted_budget,
     with_search_seconds,
 )
+from embtrim.system.progress import stage
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ def _smallest_predicted(
         budget = predicted.config.limit
         assert budget is not None
         work = None if unfinished is None else unfinished / str(budget)
-        trained = shrink(full, data, predicted.config, progress=progress, unfinished=work)
+        with stage(f"budget {budget}", False):
+            trained = shrink(full, data, predicted.config, progress=progress, unfinished=work)
         loss = full.record.valid["auc"] - trained.record.valid["auc"]
         logger.info(
             "budget %s: predicted loss %.5f, measured %.5f, allowed %.5f", budget, predicted.loss, loss, allowed
@@ -140,7 +142,8 @@ def _smallest_bisected(
         budget = f"{share:.4%}"
         work = None if unfinished is None else unfinished / budget
         try:
-            trained = shrink(full, data, config.replace(budget=budget), progress=progress, unfinished=work)
+            with stage(f"budget {budget}", False):
+                trained = shrink(full, data, config.replace(budget=budget), progress=progress, unfinished=work)
         except BudgetError as error:  # so small that the method keeps nothing
             logger.info("budget %.2f%%: %s", share * 100, error)
             low = share

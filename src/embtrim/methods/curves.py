@@ -144,7 +144,7 @@ def curve_of(
     lines: dict[str, list[CurvePoint]] = {kind: [] for kind in kinds}
     ordered = sorted(budgets, key=lambda budget: -budget.amount)
     planned = [(kind, budget) for kind in kinds for budget in ordered]
-    for kind, budget in tracked(planned, "planning", len(planned), task.progress):
+    for kind, budget in tracked(planned, "planning", len(planned), task.progress, "plans"):
         of_kind, keeps_rows = kinds[kind]
         try:
             start, found = best_within(task, readings, starts, budget, of_kind, target, keeps_rows=keeps_rows)

@@ -122,7 +122,9 @@ def search_optembed(task: Task, config: OptEmbedConfig, budget: Budget, seed: in
     sampled = Fitness(task, model, config.fitness_rows, task.next_checkpoint(searched, model))
     exact = Fitness(task, model, 0, task.next_checkpoint(searched, model)) if config.fitness_rows else sampled
     rng = np.random.default_rng(seed)
-    generations = tracked(range(config.generations), "evolution", config.generations, task.progress)
+    generations = tracked(
+        range(config.generations), "evolution", config.generations, task.progress, "generations", each=True
+    )
     finalists = evolve(space, sampled, config, rng, generations)[: config.finalists]  # (evolution)
     widths = finalists[int(np.argmax(exact(finalists)))]
     if not config.natural:

@@ -20,7 +20,7 @@ from embtrim.serving.drift import check_drift
 from embtrim.system.files import take_place
 from embtrim.system.folders import new_file_mode, temporary_folder
 from embtrim.system.memory import freed_pages_kept
-from embtrim.system.progress import progress_bar
+from embtrim.system.progress import Counter
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ def write_predictions(
     rows, tally = 0, bundle.tally(log)
     with (
         temporary_folder(out) as folder,
-        progress_bar(progress) as bar,
+        Counter(progress, "rows") as bar,
         freed_pages_kept(),
     ):
-        task = bar.add_task("predict", total=None)
+        bar.begin("predict", None)
         parts: list[Path] = []
         try:
             numbers = set(number_columns(bundle.encoder.schema)) - set(keep)
@@ -98,7 +98,7 @@ def write_predictions(
                 parts.append(folder / f"{len(parts):06d}.parquet")
                 part.write_parquet(parts[-1])
                 rows += len(part)
-                bar.update(task, completed=rows, total=rows / max(chunk.done, 1e-9))
+                bar.update(rows, rows / max(chunk.done, 1e-9))
             whole = (
                 pl.scan_parquet(parts, glob=False)
                 if parts

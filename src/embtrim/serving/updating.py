@@ -50,6 +50,7 @@ from embtrim.schema import OOV, Schema
 from embtrim.serving.bundle import Bundle, check_out, load_bundle, save
 from embtrim.serving.drift import check_drift
 from embtrim.system.folders import file_digest, folder_bytes
+from embtrim.system.progress import stage
 from embtrim.system.unfinished import unfinished
 from embtrim.training.evaluation import evaluate, logits_of_split
 from embtrim.training.fitting import fit
@@ -239,7 +240,8 @@ def update(
         data = data.with_id_maps({t.name: np.arange(t.num_rows, dtype=np.int32) for t in plan.tables if t.renumbers})
         epochs = 0
         if retrain:
-            fitted = fit(model, data, train, progress=progress, checkpoint=work / "training.safetensors")
+            with stage("training", progress):
+                fitted = fit(model, data, train, progress=progress, checkpoint=work / "training.safetensors")
             epochs = len(fitted.history)
         if plan.is_quantized:
             model.tables.quantize_()

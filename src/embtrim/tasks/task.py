@@ -140,7 +140,7 @@ class Task:
     def tracked_batches(self, split: str, what: str, seed: int | None = None) -> Iterable[Any]:
         """`batches`, with a progress bar if the task shows progress."""
         total = self.num_batches(split) if self.progress else None
-        return tracked(self.batches(split, seed), what, total, self.progress)
+        return tracked(self.batches(split, seed), what, total, self.progress, "batches")
 
     def num_batches(self, split: str) -> int:
         """Number of batches of "train" or "valid". A loader without a length is read once to count them."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from embtrim.data.dataset import Batch
 from embtrim.errors import DataError, EmbtrimError
 from embtrim.system.memory import freed_pages_kept
-from embtrim.system.progress import progress_bar
+from embtrim.system.progress import Counter, say, time_left
 from embtrim.tables.row_optimizers import RowOptimizer
 from embtrim.training.checkpoint import Checkpoint, restore_checkpoint, write_checkpoint
 from embtrim.training.devices import fast_matmul
@@ -88,21 +88,44 @@ def run_epochs(
     result, position = state.result, state.position
     if training.hooks.keeps_start and training.score is not None and result.best_score is None:
         keep_best(training, state, 0, training.score())
-    with progress_bar(progress) as bar:
-        task = bar.add_task(f"epoch {position.epoch}", total=training.num_rows)
+    news, started, first = "", time.perf_counter(), position.epoch
+    with Counter(progress, "rows") as bar:
         while not position.stopped and position.epoch <= training.config.epochs:
-            bar.reset(task, total=training.num_rows, completed=position.rows)
-            record = run_epoch(training, state, autocast, lambda rows: bar.advance(task, rows), checkpoint)
+            bar.begin(f"epoch {position.epoch}{news}", training.num_rows, position.rows)
+            record = run_epoch(training, state, autocast, bar.advance, checkpoint)
             epoch = position.epoch
             position.start_next_epoch()
             if training.score is None:
                 result.best_epoch = epoch
-                continue
-            record["score"] = training.score()
-            label = f"epoch {epoch + 1} (valid {training.monitor} {abs(record['score']):.4f})"
-            bar.update(task, description=label)
-            if after_epoch(training, state, epoch, record["score"]):
+            else:
+                record["score"] = training.score()
+                news = f" (valid {training.monitor} {abs(record['score']):.4f})"
+            ended = training.score is not None and after_epoch(training, state, epoch, record["score"])
+            say(epoch_line(training, record, time.perf_counter() - started, epoch - first + 1, ended), progress)
+            if ended:
                 break
+
+
+def epoch_line(training: Training, record: Mapping[str, float], elapsed: float, epochs_done: int, ended: bool) -> str:
+    """A finished epoch in words, with the longest time that is left; early stopping may end the training sooner.
+
+    Args:
+        training: The training.
+        record: The epoch's entry in the history of the result.
+        elapsed: Seconds since the training began or was continued, with validation.
+        epochs_done: Epochs made in this time.
+        ended: Whether early stopping ends the training.
+    """
+    most = training.config.epochs
+    words = [f"epoch {record['epoch']:.0f} of at most {most}", f"loss {record['loss']:.4f}"]
+    if "score" in record:
+        words.append(f"valid {training.monitor} {abs(record['score']):.4f}")
+    words.append(f"{record['seconds']:.1f} s")
+    if ended:
+        words.append("stopped early")
+    elif record["epoch"] < most:
+        words.append(f"at most {time_left(elapsed, epochs_done, most - record['epoch'])}")
+    return ", ".join(words)
 
 
 def run_epoch(
