@@ -134,11 +134,12 @@ class Encoder:
         # Sorted by id, wherever the ids come from, and in one chunk, which packs the same for any number of threads.
         tables = pl.Series("table", list(self.vocabularies), pl.String)
         heights = np.array([frame.height for frame in self.vocabularies.values()], np.int64)
-        empty = pl.DataFrame(schema=_VOCABULARY_SCHEMA)
-        whole = pl.concat([empty, *(frame.select(*_VOCABULARY_SCHEMA) for frame in self.vocabularies.values())])
-        place = pl.Series("place", np.repeat(np.arange(len(tables)), heights))
-        whole = whole.with_columns(place, tables.gather(place)).sort("place", "id", maintain_order=True)
-        whole.select("table", *_VOCABULARY_SCHEMA).rechunk().write_parquet(folder / "vocab.parquet", compression="zstd")
+        frames = [frame.select(*_VOCABULARY_SCHEMA) for frame in self.vocabularies.values()]
+        frames = [f if f["id"].is_sorted() else f.sort("id", maintain_order=True) for f in frames]
+        whole = pl.concat([pl.DataFrame(schema=_VOCABULARY_SCHEMA), *frames], rechunk=True)
+        place = np.repeat(np.arange(len(tables), dtype=np.uint32), heights)
+        whole = whole.with_columns(tables.gather(pl.Series(place)))
+        whole.select("table", *_VOCABULARY_SCHEMA).write_parquet(folder / "vocab.parquet", compression="zstd")
         if self.hash_maps:
             np.savez_compressed(folder / "hash_maps.npz", **self.hash_maps)  # type: ignore[arg-type]
 
@@ -183,10 +184,13 @@ class Encoder:
         return self._text_lookups[field.name].ids_V[code_N]
 
     def read_texts(self, field: FieldSpec, values: pl.Series) -> tuple[np.ndarray, np.ndarray]:
-        """Texts and nulls as cells of a listed categorical or multi field: ids, int32 (N,), and KNOWN, UNSEEN or MISSING, int8."""
-        lookup = self._text_lookups[field.name]
-        code_N = self._brought_codes(field, lookup.codes(field, values), values, lambda _: "the log")
-        return self.ids(field, code_N), lookup.status_V[code_N]
+        """Texts and nulls as cells of a listed categorical or multi field: ids, int32 (N,), and KNOWN, UNSEEN or MISSING, int8.
+
+        The lookup of the field is not kept: it takes six times the memory of the texts.
+        """
+        lookup = self._text_lookup(field)
+        code_N = self._brought_codes(field, lookup, lookup.codes(field, values), values, lambda _: "the log")
+        return lookup.ids_V[code_N], lookup.status_V[code_N]
 
     def _ids_of_cells(
         self,
@@ -198,7 +202,7 @@ class Encoder:
     ) -> np.ndarray:
         """Ids of a field's cells, see `ids`; texts are brought to the field's kind, and their statuses counted."""
         if texts is not None and not field.hash_size:
-            code_N = self._brought_codes(field, code_N, texts, where)
+            code_N = self._brought_codes(field, self._text_lookups[field.name], code_N, texts, where)
             if tally is not None:
                 tally.add_statuses(field, self._text_lookups[field.name].status_V[code_N], texts)
         elif tally is not None:
@@ -206,10 +210,14 @@ class Encoder:
         return self.ids(field, code_N)
 
     def _brought_codes(
-        self, field: FieldSpec, code_N: np.ndarray, texts: pl.Series, where: Callable[[int], str]
+        self,
+        field: FieldSpec,
+        lookup: _TextLookup,
+        code_N: np.ndarray,
+        texts: pl.Series,
+        where: Callable[[int], str],
     ) -> np.ndarray:
         """The codes of texts; texts that the vocabulary lacks are first brought to the field's kind."""
-        lookup = self._text_lookups[field.name]
         unseen = np.flatnonzero(code_N == lookup.unseen) if field.kind is not None else np.empty(0, np.int64)
         if len(unseen):
             code_N = code_N.copy()
@@ -250,25 +258,24 @@ class Encoder:
 
     @cached_property
     def _text_lookups(self) -> dict[str, _TextLookup]:
+        fields = [f for f in self.schema.id_fields if not f.hash_size and f.type != "numeric"]
+        if fields and fields[0].kind is None:
+            logger.warning(
+                "the vocabulary was made without the kinds of its columns: values are compared as texts, so that 1034.0 is "
+                "not 1034; encode the training log again to have them compared by kind"
+            )
+        return {field.name: self._text_lookup(field) for field in fields}
+
+    def _text_lookup(self, field: FieldSpec) -> _TextLookup:
         # A polars Enum builds its index once, when the expression is made; each chunk then costs one hash probe per
         # cell. Two more codes stand for "not in it" and "missing".
-        lookups = {}
-        for field in self.schema.id_fields:
-            if field.hash_size or field.type == "numeric":
-                continue
-            if field.kind is None and not lookups:
-                logger.warning(
-                    "the vocabulary was made without the kinds of its columns: values are compared as texts, so that 1034.0 is "
-                    "not 1034; encode the training log again to have them compared by kind"
-                )
-            listing = self.listing(field)
-            texts, text = listing.values, pl.col(field.name)
-            code = text.cast(pl.Enum(texts), strict=False).to_physical().cast(pl.UInt32).fill_null(len(texts))
-            code = pl.when(text.is_null()).then(pl.lit(len(texts) + 1, pl.UInt32)).otherwise(code).alias(field.name)
-            ids_V = np.concatenate([listing.ids_V, [listing.unseen, listing.missing]]).astype(np.int32)
-            status_V = np.concatenate([listing.status_V, [UNSEEN, MISSING]]).astype(np.int8)
-            lookups[field.name] = _TextLookup(code, ids_V, status_V)
-        return lookups
+        listing = self.listing(field)
+        texts, text = listing.values, pl.col(field.name)
+        code = text.cast(pl.Enum(texts), strict=False).to_physical().cast(pl.UInt32).fill_null(len(texts))
+        code = pl.when(text.is_null()).then(pl.lit(len(texts) + 1, pl.UInt32)).otherwise(code).alias(field.name)
+        ids_V = np.concatenate([listing.ids_V, [listing.unseen, listing.missing]]).astype(np.int32)
+        status_V = np.concatenate([listing.status_V, [UNSEEN, MISSING]]).astype(np.int8)
+        return _TextLookup(code, ids_V, status_V)
 
     @cached_property
     def _bucket_lookups(self) -> dict[str, _BucketLookup]:
@@ -290,11 +297,13 @@ class Encoder:
             # A table shared with a field of texts may hold texts that do not name a bucket, such as "05".
             listed = listed.with_columns(number=number).filter(pl.col("number").cast(pl.String) == pl.col("value"))
             ids_V = listed["id"].to_numpy()
-            return Listing(listed["number"], ids_V, np.where(ids_V == unseen, UNSEEN, KNOWN), unseen, missing_id)
+            return Listing(
+                listed["number"], ids_V, np.where(ids_V == unseen, UNSEEN, KNOWN).astype(np.int8), unseen, missing_id
+            )
         if len({f.kind for f in self.schema.fields_of_table[field.table_name]}) > 1:
             listed = self._brought(listed, field, unseen, missing_id)
         ids_V, texts = listed["id"].to_numpy(), listed["value"]
-        status_V = np.where(ids_V == unseen, UNSEEN, KNOWN)
+        status_V = np.where(ids_V == unseen, UNSEEN, KNOWN).astype(np.int8)
         if field.type == "categorical":
             # Texts that mean "missing" are listed too, so that no pass over the cells has to replace them.
             nulls = sorted({*nulls_of(self.schema, field)})

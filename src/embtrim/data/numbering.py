@@ -81,8 +81,9 @@ class Numbering:
         self._texts = [f for f in schema.id_fields if f.type in ("categorical", "multi") and not f.hash_size]
         self._categories = {field.table_name: pl.Categories.random() for field in self._texts}
         self._num_texts = dict.fromkeys(self._categories, 0)
+        self._listed: dict[str, pl.Series] = {}  # see `_drop_index`
         # These columns keep the categories alive: polars forgets categories that no column uses.
-        self._kept = [pl.Series([], dtype=pl.Categorical(categories)) for categories in self._categories.values()]
+        self._kept = {name: pl.Series([], dtype=pl.Categorical(of)) for name, of in self._categories.items()}
         self._codes = {
             f.name: (pl.col(f.name).cast(pl.Categorical(self._categories[f.table_name])).to_physical() + 1).fill_null(0)
             for f in self._texts
@@ -106,10 +107,19 @@ class Numbering:
 
     def texts(self, table: str) -> pl.Series:
         """The texts of a table in the order of their codes, which start at 1."""
+        if table in self._listed:
+            return self._listed[table]
         places = pl.DataFrame({"value": np.arange(self._num_texts[table], dtype=np.uint32)})
         return places.select(
             pl.col("value").cat.to(pl.Categorical(self._categories[table])).cast(pl.String)
         ).to_series()
+
+    def _drop_index(self) -> None:
+        """Keep the texts alone, a sixth of the memory of an index that gives further texts their codes."""
+        self._codes.clear()
+        for name in list(self._categories):
+            self._listed[name] = self.texts(name)
+            del self._categories[name], self._kept[name]
 
     def values(self, table: str) -> pl.Series:
         """The values of a table in the order of their codes: the missing value, then the texts."""
@@ -117,11 +127,11 @@ class Numbering:
 
     def state(self) -> pl.DataFrame:
         """The texts seen so far, as a frame with columns table and value."""
-        tables = pl.Enum(list(self._categories))
+        tables = pl.Enum(list(self._num_texts))
         empty = pl.DataFrame(schema={"table": tables, "value": pl.String})
         parts = [
             pl.DataFrame({"value": self.texts(name)}).select(pl.lit(name, tables).alias("table"), "value")
-            for name in self._categories
+            for name in self._num_texts
         ]
         return pl.concat([empty, *parts])
 
@@ -139,6 +149,8 @@ class Numbering:
 
     def vocabularies(self, groups: Iterable[Sequence[np.ndarray]]) -> tuple[Schema, dict[str, pl.DataFrame]]:
         """The schema with all kinds; and by table the values kept, a frame with columns value, id and count by ids.
+
+        No text gets a code afterwards.
 
         Args:
             groups: The codes of all training rows in any order, blocks of shape (C, N). The blocks of a group are
@@ -174,6 +186,7 @@ class Numbering:
             counts[field.name] = np.pad(
                 counts[field.name], (0, 1 + self._num_texts[field.table_name] - len(counts[field.name]))
             )
+        self._drop_index()
         schema, result = self._decided(counts), {}
         seen.counts = counts
         for name, readers in schema.fields_of_table.items():
@@ -227,7 +240,7 @@ class Numbering:
     def encoded_by(self, encoder: Encoder) -> Callable[[np.ndarray], np.ndarray]:
         """A function that turns codes into the encoder's ids, both int32 (C, N)."""
         # The last place holds PAD, so that the code PAD (-1) reads PAD.
-        ids_of = {name: np.append(self.read_by(encoder, name)[0], PAD) for name in self._codes}
+        ids_of = {name: np.append(self.read_by(encoder, name)[0], PAD) for name in (f.name for f in self._texts)}
 
         def encoded(codes_CN: np.ndarray) -> np.ndarray:
             ids_CN = np.empty_like(codes_CN)
