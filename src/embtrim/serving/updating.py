@@ -37,7 +37,7 @@ from embtrim.config import Config
 from embtrim.data.dataset import EncodedDataset
 from embtrim.data.encoder import Encoder, digest
 from embtrim.data.encoding import encode_further
-from embtrim.data.profile import TOLERANCE, shares_of
+from embtrim.data.profile import TOLERANCE, Profile, shares_of
 from embtrim.data.profiling import Against
 from embtrim.data.read_options import ReadOptions
 from embtrim.data.reading import Source
@@ -47,11 +47,12 @@ from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import PlanShape
 from embtrim.plan.table import TableShape
 from embtrim.schema import OOV, Schema
-from embtrim.serving.bundle import Bundle, check_out, load_bundle, save
+from embtrim.serving.bundle import check_out, load_bundle, save
 from embtrim.serving.drift import check_drift
 from embtrim.system.folders import file_digest, folder_bytes
 from embtrim.system.progress import stage
 from embtrim.system.unfinished import unfinished
+from embtrim.tables.packing import CHUNK_ROWS
 from embtrim.training.evaluation import evaluate, logits_of_split
 from embtrim.training.fitting import fit
 from embtrim.training.metrics import compute_metrics
@@ -217,13 +218,12 @@ def update(
     folder, target = Path(bundle), Path(out)
     _check_apart(folder, target)
     check_out(target, overwrite)
-    parent = load_bundle(folder)
-    parent_digest = file_digest(folder / "bundle.json")
+    parent = _Parent.of(folder)
     with unfinished(target) as work:
         data = encode_further(
             source, parent.encoder, partial(extend, parent, renumber=config.renumber), out=work / "data",
             split=config.split, min_count=config.min_count, seed=config.seed, options=config.read,
-            inputs={"bundle": parent_digest, "renumber": config.renumber}, profile=parent.profile, progress=progress,
+            inputs={"bundle": parent.digest, "renumber": config.renumber}, profile=parent.profile, progress=progress,
         )  # fmt: skip
         against = Against.load(work / "data")
         drift = check_drift(
@@ -233,9 +233,10 @@ def update(
         ids_before = parent_ids(parent, plan, Encoder.load(work / "data"))
         splits = [name for name in ("valid", "test") if name in data.splits]
         train = config.train.replace(seed=config.seed)
-        parent.model.tables.dequantize_()
-        model = grown_model(parent.model, data.schema, plan, ids_before)
-        before = {name: _metrics_before(parent.model, data.with_id_maps(ids_before), name, train) for name in splits}
+        old = parent.model()
+        model = grown_model(old, data.schema, plan, ids_before)
+        before = {name: _metrics_before(old, data.with_id_maps(ids_before), name, train) for name in splits}
+        del old  # training needs the memory
         # The ids on disk are the model's own; for tables whose ids differ from a full table's, the maps say so.
         data = data.with_id_maps({t.name: np.arange(t.num_rows, dtype=np.int32) for t in plan.tables if t.renumbers})
         epochs = 0
@@ -246,9 +247,9 @@ def update(
         if plan.is_quantized:
             model.tables.quantize_()
         after = {name: evaluate(model, data, name, train).to_dict() for name in splits}
-        changes = table_changes(parent.model.tables.plan, plan)
+        changes = table_changes(parent.plan, plan)
         note = {
-            "of": parent_digest,
+            "of": parent.digest,
             **_lineage(parent, config, changes),
             "num_rows": {name: data.num_rows(name) for name in data.splits},
             "epochs": epochs,
@@ -263,11 +264,51 @@ def update(
     return _report(folder, target, parent, plan, note, changes, after, shares, time.perf_counter() - started)
 
 
-def _lineage(parent: Bundle, config: UpdateConfig, changes: Sequence[TableChange]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Parent:
+    """The bundle to update without its model, which is opened when the log is encoded: its tables may fill the memory.
+
+    Attributes:
+        folder: Folder of the bundle.
+        digest: SHA-256 of its bundle.json.
+        plan: Layout of its tables.
+        encoder: Its encoder.
+        info: Contents of its bundle.json.
+        profile: Profile of the data that trained it, or None.
+    """
+
+    folder: Path
+    digest: str
+    plan: PlanShape
+    encoder: Encoder
+    info: dict[str, Any]
+    profile: Profile | None
+
+    @classmethod
+    def of(cls, folder: Path) -> _Parent:
+        """What a bundle says; its model is opened once, so that a damaged bundle is refused before anything is done."""
+        bundle = load_bundle(folder)
+        digest_of_folder = file_digest(folder / "bundle.json")
+        return cls(folder, digest_of_folder, bundle.model.tables.plan, bundle.encoder, bundle.info, bundle.profile)
+
+    def model(self) -> CTRModel:
+        """The model in fp32.
+
+        Raises:
+            BundleError: Another bundle has taken the place of this one meanwhile.
+        """
+        model = load_bundle(self.folder).model
+        if file_digest(self.folder / "bundle.json") != self.digest:
+            raise BundleError(f"{self.folder} was replaced while the log was encoded; start the update again")
+        model.tables.dequantize_()
+        return model
+
+
+def _lineage(parent: _Parent, config: UpdateConfig, changes: Sequence[TableChange]) -> dict[str, Any]:
     """What a bundle notes of its parent's layout, and of what became of it."""
     return {
-        "schema_before": parent.model.schema.fingerprint,
-        "plan_before": parent.model.tables.plan.digest,
+        "schema_before": parent.encoder.schema.fingerprint,
+        "plan_before": parent.plan.digest,
         "renumbered": config.renumber,
         "tables": {c.table: {"new": c.new, "returned": c.returned} for c in changes if c.new or c.returned},
     }
@@ -283,7 +324,7 @@ def _check_apart(bundle: Path, out: Path) -> None:
 def _report(
     bundle: Path,
     out: Path,
-    parent: Bundle,
+    parent: _Parent,
     plan: PlanShape,
     note: Mapping[str, Any],
     changes: tuple[TableChange, ...],
@@ -314,7 +355,7 @@ def _report(
         plan_after=plan.digest,
         renumbered=note["renumbered"],
         tables=changes,
-        table_bytes_before=parent.model.tables.plan.num_bytes(plan.target),
+        table_bytes_before=parent.plan.num_bytes(plan.target),
         table_bytes_after=plan.num_bytes(plan.target),
         bundle_bytes_before=folder_bytes(bundle),
         bundle_bytes_after=folder_bytes(out),
@@ -328,7 +369,7 @@ def _report(
     )
 
 
-def extend(parent: Bundle, frequent: Mapping[str, pl.DataFrame], folder: Path, renumber: bool = False) -> Encoder:
+def extend(parent: _Parent, frequent: Mapping[str, pl.DataFrame], folder: Path, renumber: bool = False) -> Encoder:
     """The parent's encoder with ids for new and returned values; writes the plan with their rows to `folder`/plan.json.
 
     Args:
@@ -337,7 +378,7 @@ def extend(parent: Bundle, frequent: Mapping[str, pl.DataFrame], folder: Path, r
         folder: Folder that plan.json is written to.
         renumber: See UpdateConfig.
     """
-    encoder, sizes = parent.encoder, parent.model.tables.plan
+    encoder, sizes = parent.encoder, parent.plan
     vocabularies, unseen_ids, tables = dict(encoder.vocabularies), dict(encoder.unseen_ids), []
     for table in sizes.tables:
         # A hashed table has no vocabulary, and a removed one stores nothing that a row could be added to.
@@ -404,10 +445,10 @@ def renumbered(table: TableShape, vocabulary: pl.DataFrame, frequent: pl.DataFra
     return pl.concat([ordered.with_columns(ids).select(vocabulary.columns), kept]).sort("id", maintain_order=True)
 
 
-def parent_ids(parent: Bundle, plan: PlanShape, encoder: Encoder) -> dict[str, np.ndarray]:
+def parent_ids(parent: _Parent, plan: PlanShape, encoder: Encoder) -> dict[str, np.ndarray]:
     """An int32 map for each table, from the new model's ids to the same values' ids in the parent."""
     maps = {}
-    for table, grown in zip(parent.model.tables.plan.tables, plan.tables, strict=True):
+    for table, grown in zip(parent.plan.tables, plan.tables, strict=True):
         ids_V = np.arange(grown.num_rows, dtype=np.int32)
         if table.dropped_id is not None and grown.dropped_id is not None:
             ids_V[grown.dropped_id] = table.dropped_id
@@ -446,24 +487,26 @@ def grown_model(parent: CTRModel, schema: Schema, plan: PlanShape, ids_before: M
     state = parent.state_dict()
     model.load_state_dict({**model.state_dict(), **{k: v for k, v in state.items() if k not in _ROWS}})
     for table, grown in zip(parent.tables.plan.tables, plan.tables, strict=True):
-        ids = np.arange(grown.num_compact_rows)
-        before = ids_before[grown.name][ids]
-        same = _row_widths(grown) == _row_widths(table)[before]
-        model.tables.set_rows(grown.name, ids[~same], torch.zeros(int((~same).sum()), plan.width))
-        for positions, values in parent.tables.get_rows(table.name, before[same]):
-            model.tables.set_rows(grown.name, ids[same][positions], values)
-        if model.tables.first_order is not None and parent.tables.first_order is not None:
-            rows, rows_before = (
-                model.tables.storage_rows(grown.name, ids),
-                parent.tables.storage_rows(table.name, before),
-            )
-            model.tables.first_order[torch.from_numpy(rows)] = parent.tables.first_order[torch.from_numpy(rows_before)]
+        width_V, width_before_V = _row_widths(grown), _row_widths(table)
+        for start in range(0, grown.num_compact_rows, CHUNK_ROWS):
+            ids = np.arange(start, min(start + CHUNK_ROWS, grown.num_compact_rows))
+            before = ids_before[grown.name][ids]
+            same = width_V[ids] == width_before_V[before]
+            model.tables.set_rows(grown.name, ids[~same], torch.zeros(int((~same).sum()), plan.width))
+            for positions, values in parent.tables.get_rows(table.name, before[same]):
+                model.tables.set_rows(grown.name, ids[same][positions], values)
+            if model.tables.first_order is not None and parent.tables.first_order is not None:
+                rows = model.tables.storage_rows(grown.name, ids)
+                rows_before = parent.tables.storage_rows(table.name, before)
+                model.tables.first_order[torch.from_numpy(rows)] = parent.tables.first_order[
+                    torch.from_numpy(rows_before)
+                ]
     return model
 
 
 def _row_widths(table: TableShape) -> np.ndarray:
-    """Width of each compact row."""
-    return np.repeat([width for _, width in table.segments], [rows for rows, _ in table.segments])
+    """Width of each compact row, int16."""
+    return np.repeat(np.array([width for _, width in table.segments], np.int16), [rows for rows, _ in table.segments])
 
 
 def _metrics_before(model: CTRModel, data: EncodedDataset, split: str, train: TrainConfig) -> dict[str, Any]:

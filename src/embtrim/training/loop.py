@@ -256,7 +256,12 @@ def after_epoch(training: Training, state: TrainingState, epoch: int, score: flo
 def keep_best(training: Training, state: TrainingState, epoch: int, score: float) -> None:
     """Keep the present weights as the best ones."""
     state.result.best_score, state.result.best_epoch = score, epoch
-    state.best_weights = {name: value.detach().clone() for name, value in training.model.state_dict().items()}
+    now = {name: value.detach() for name, value in training.model.state_dict().items()}
+    if state.best_weights is None:
+        state.best_weights = {name: value.clone() for name, value in now.items()}
+        return
+    for name, value in state.best_weights.items():  # in place: two copies would take as much as the optimiser
+        value.copy_(now[name])
 
 
 @contextmanager

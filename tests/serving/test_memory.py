@@ -1,0 +1,55 @@
+"""The memory of bundles, exports and updates, in multiples of the full tables' bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from embtrim.data.dataset import EncodedDataset
+from embtrim.data.encoding import encode
+from embtrim.models import FNN
+from embtrim.serving.bundle import load_bundle, save
+from embtrim.serving.exporting import export
+from embtrim.serving.updating import update
+from tests.resident import peak_resident
+
+NUM_ROWS, WIDTH = 100_000, 64
+TABLE_BYTES = 4 * NUM_ROWS * WIDTH
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A large bundle, and a tiny one by which everything is imported before it is measured."""
+    folder = tmp_path_factory.mktemp("memory")
+    for name, num_rows in (("large", NUM_ROWS), ("tiny", 1000)):
+        log = pl.DataFrame({"click": np.arange(num_rows) % 2, "user": np.arange(num_rows)})
+        data = encode(log, label="click", out=folder / f"{name}-data", split="1:0:0", progress=False)
+        save(FNN(data.schema, embedding_dim=WIDTH, hidden_units=(4,)), folder / name, data)
+    return folder
+
+
+def test_saving_and_opening(folder: Path):
+    def save_again(name: str) -> None:
+        save(models[name], folder / f"{name}-again", data[name])
+
+    models = {name: load_bundle(folder / name).model for name in ("tiny", "large")}
+    data = {name: EncodedDataset.load(folder / f"{name}-data") for name in models}
+    save_again("tiny")
+    assert peak_resident(lambda: save_again("large")) <= 2 * TABLE_BYTES
+    assert peak_resident(lambda: load_bundle(folder / "large")) <= 2 * TABLE_BYTES
+
+
+def test_exporting(folder: Path):
+    export(load_bundle(folder / "tiny"), "pt2", folder / "tiny-pt2")
+    bundle = load_bundle(folder / "large")
+    assert peak_resident(lambda: export(bundle, "pt2", folder / "large-pt2")) <= 2 * TABLE_BYTES
+
+
+def test_updating(folder: Path):
+    log = pl.DataFrame({"click": np.arange(1000) % 2, "user": np.arange(500, 2500, 2)})
+    update(folder / "tiny", log, out=folder / "tiny-updated", retrain=False)
+    peak = peak_resident(lambda: update(folder / "large", log, out=folder / "large-updated", retrain=False))
+    assert peak <= 2.5 * TABLE_BYTES
