@@ -38,6 +38,7 @@ check: .venv/installed
 
 bench: .venv/installed
 	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/bench.py
+	env -u OMP_WAIT_POLICY $(BIN)/python benchmarks/growth.py
 
 clean:
 	rm -rf .venv benchmarks/.peers-venv runs build dist

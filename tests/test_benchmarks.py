@@ -10,11 +10,13 @@ import sys
 from contextlib import nullcontext
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
 import bench
 import embtrim
+import growth
 import measure
 import ours
 import peers
@@ -500,3 +502,27 @@ def test_costs_of_many_fields_are_counted_by_stage():
     stages = {"import", "data", "training", "check", "search", "verify", "compact", "quantise", "save", "other"}
     assert set(spent) == stages
     assert all(seconds > 0 for seconds in spent.values())
+
+
+def test_growth_runs_the_steps_whose_results_a_step_reads():
+    assert growth.with_needs(["compact"]) == ["encode", "fit", "search guided", "compact"]
+    assert set(growth.with_needs(list(growth.STEPS))) == set(growth.STEPS)
+
+
+def test_growth_is_a_power_of_the_size():
+    assert growth.exponent(16.0, 2.0, 4.0) == "1.50"
+    assert growth.exponent(16.0, None, 1.0) == growth.exponent(0.0, 2.0, 4.0) == ""
+
+
+def test_a_step_is_watched_in_a_process_of_its_own(tmp_path):
+    growth.write_field_data(tmp_path, 3)
+    found = growth.watched("fields", "build", tmp_path)
+    assert 0 < found.seconds < 60
+    assert 0 <= found.peak < 1 << 30
+
+
+def test_each_value_of_a_growing_log_occurs(tmp_path):
+    growth.write_log(tmp_path / "log.parquet", num_rows=500, num_values=200)
+    log = pl.read_parquet(tmp_path / "log.parquet")
+    assert log.shape == (500, 1 + growth.NUM_FIELDS)
+    assert sum(log[name].n_unique() for name in log.columns[1:]) == pytest.approx(200, rel=0.1)
