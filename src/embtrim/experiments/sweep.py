@@ -1,8 +1,8 @@
 """Choose the full model's `embedding_l2` by short trainings of a smaller model on a sample, scored on the validation rows.
 
 Tables of many ids overfit within an epoch or two. A full model that nothing holds back then loses to any smaller one, and
-its loss says nothing about the sizes. The values are tried from the largest one down, as long as the scores rise: two or
-three trainings.
+its loss says nothing about the sizes. The values are tried from the largest one down, as long as the score rises by MARGIN:
+two or three trainings.
 
 A training is of low fidelity, as in FABOLAS (Klein et al. 2017, arXiv 1605.07079): it makes three passes over a quarter of
 the training rows, with a network of one narrow layer and batches that are smaller by as much as the rows are fewer, so that a
@@ -33,6 +33,8 @@ PASSES = 3
 # The sample is copied into memory. Batches of fewer rows would take longer.
 SAMPLE_PART, LEAST_ROWS, MOST_ROWS, LEAST_BATCH = 1 / 4, 1 << 14, 1 << 20, 256
 NARROW = (32,)
+# A smaller value is taken only for a gain beyond noise: it overfits in longer trainings.
+MARGIN = 0.002
 
 
 class L2Trial(Config):
@@ -84,11 +86,13 @@ def chosen_l2(data: EncodedDataset, config: RunConfig, path: Path | None = None,
     sample = data.sampled("train", sample_rows(data), config.seed)
     share = sample.num_rows("train") / data.num_rows("train")
     trials: list[L2Trial] = []
+    best: L2Trial | None = None
     for value in VALUES:
         trials.append(_trial(sample, config, value, share, progress))
-        if len(trials) > 1 and trials[-1].score <= trials[-2].score:
+        if best is not None and trials[-1].score <= best.score + MARGIN:
             break
-    best = max(trials, key=lambda trial: trial.score)
+        best = trials[-1]
+    assert best is not None
     sweep = L2Sweep(
         embedding_l2=best.embedding_l2,
         trials=tuple(trials),

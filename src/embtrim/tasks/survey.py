@@ -19,6 +19,7 @@ from embtrim.system.modules import named_modules
 from embtrim.system.torch_private import has_backward_hooks, has_forward_hooks
 from embtrim.tables.embedding_tables import EmbeddingTables
 from embtrim.tables.replacements import Replacement
+from embtrim.tasks.bare_tables import bare_tables
 from embtrim.tasks.chosen import Chosen, Patterns
 from embtrim.tasks.sites import ModuleSite, Site, TableSite
 
@@ -32,11 +33,11 @@ COMPACT_NOTE = "compact already; search and compact the full model"
 
 @dataclass(frozen=True)
 class Finding:
-    """One module with embeddings, as `survey` reports it.
+    """One module with embeddings, or a parameter that is indexed as one, as `survey` reports it.
 
     Attributes:
-        name: Path of the module.
-        kind: Type of the module.
+        name: Path of the module or parameter.
+        kind: Type of the module; "Parameter".
         num_rows: Rows of the module's tables.
         width: Columns of the module's tables.
         found: Whether a search can shrink the module.
@@ -63,7 +64,9 @@ def survey(
     exclude: Patterns | None = None,
     fields: Fields | None = None,
 ) -> list[Finding]:
-    """Report every module with embeddings: found, or left alone and why. Arguments are those of `find_sites`.
+    """Report every module with embeddings, and every matrix that a module indexes itself: found, or left alone and why.
+
+    Arguments are those of `find_sites`.
 
     Example:
         >>> print(*survey(nn.Sequential(nn.Embedding(9, 4), nn.Embedding(9, 1))), sep="; ")
@@ -132,6 +135,7 @@ def _look(model: nn.Module, chosen: Chosen, fields: Fields | None) -> tuple[list
             scripted: Any = module
             found, note, size = False, "scripted by torch.jit; give the module as it was", tuple(scripted.weight.shape)
         else:
+            findings += _bare(name, module, holders, counted)
             continue
         findings.append(Finding(name, type(module).__name__, *size, found, note, _new_bytes(module, counted)))  # type: ignore[arg-type]
     chosen.check([finding.name for finding in findings])
@@ -140,6 +144,21 @@ def _look(model: nn.Module, chosen: Chosen, fields: Fields | None) -> tuple[list
         seen = "; ".join(map(str, findings)) or "it has none"
         raise ModelError(f"fields= names {sorted(unknown)[0]!r}, which is not an embedding that was found: {seen}")
     return findings, sites
+
+
+def _bare(path: str, module: nn.Module, holders: Mapping[int, Sequence[_Holder]], counted: set[int]) -> list[Finding]:
+    """Parameters that a module looks rows up in itself, which no search can replace."""
+    found = []
+    for name, parameter in bare_tables(module):
+        if id(parameter) in counted or any(holder.looks_up for holder in holders.get(id(parameter), ())):
+            continue
+        counted.add(id(parameter))
+        note = f"{type(module).__name__} indexes it itself; hold it in an nn.Embedding, call that, and it is searched"
+        rows, width = parameter.shape
+        found.append(
+            Finding(f"{path}.{name}" if path else name, "Parameter", rows, width, False, note, parameter.nbytes)
+        )
+    return found
 
 
 class _Holder(NamedTuple):
