@@ -80,6 +80,18 @@ def test_verify_holds_when_rows_go(name, wide_data):
     assert verify(model, row_plan(model), wide_data).passed
 
 
+def test_tables_are_inherited_in_parts_of_which_some_keep_nothing(wide_data, monkeypatch):
+    model = small_model("deepfm", wide_data.schema)
+    full = model.tables.plan
+    rows = np.array([0, 1, 4, full.tables[0].num_rows - 1], np.int32)
+    first = dataclasses.replace(full.tables[0], blocks=(Block(4, (0, 2), "scatter", rows),))
+    plan = dataclasses.replace(full, tables=(first, *full.tables[1:]))
+    expected = compact(model, plan, init="inherit").state_dict()
+    monkeypatch.setattr("embtrim.compaction.inheriting.CHUNK_ROWS", 2)
+    for name, value in compact(model, plan, init="inherit").state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
 def test_verify_sees_a_wrong_compact_model(wide_data, monkeypatch):
     model = small_model("deepfm", wide_data.schema)
     plan = search(CTRTask(model, wide_data), RandomConfig(), "40%")

@@ -74,5 +74,6 @@ def kept_rows_of(table: TablePlan) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             yield rows, rows
             continue
         compact_ids = id_map[rows]
-        kept = compact_ids != table.dropped_id if table.has_dropped else slice(None)
-        yield rows[kept], compact_ids[kept]
+        kept = np.flatnonzero(compact_ids != table.dropped_id) if table.has_dropped else slice(None)
+        if len(rows[kept]):
+            yield rows[kept], compact_ids[kept]
