@@ -425,6 +425,7 @@ def test_everything_learns(name, batch_norm):
         hidden_biases = {f"{part}.{n}.bias" for part, n in itertools.product(("mlp", "deep", "bottom"), (0, 3))}
         hidden_biases -= {"bottom.3.bias"}  # the last layer
     for key, parameter in model.named_parameters():
+        assert parameter.requires_grad == (key not in hidden_biases), key
         if key not in hidden_biases and parameter.numel():
             assert parameter.grad is not None, key
             assert parameter.grad.abs().max() > 1e-4, key

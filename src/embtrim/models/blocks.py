@@ -79,6 +79,9 @@ class Dropout(nn.Dropout):
 class MLP(nn.Sequential):
     """Hidden layers of Linear -> BatchNorm -> ReLU -> Dropout, and a last Linear.
 
+    The bias in front of a BatchNorm stays zero. The norm subtracts it, so that its gradient is rounding error alone,
+    which Adam would turn into steps of full length: results would then depend on the number of threads.
+
     Args:
         num_inputs: Number of inputs, N; may be 0.
         hidden_units: Width of each hidden layer.
@@ -100,8 +103,10 @@ class MLP(nn.Sequential):
         layers: list[nn.Module] = []
         width = num_inputs
         for units in hidden_units:
-            layers.append(linear(width, units, generator))
+            layer = linear(width, units, generator)
+            layers.append(layer)
             if batch_norm:
+                layer.bias.requires_grad_(False)
                 layers.append(BatchNorm(units))
             layers.append(nn.ReLU(inplace=True))  # nothing else reads what Linear and BatchNorm give
             if dropout:

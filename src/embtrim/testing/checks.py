@@ -169,11 +169,13 @@ def check_only_declared_parameters_move(task: Task, config: Config) -> None:
     """A search does not change the model, and reads trained weights only if the method declares it."""
     model = task.model
     before, training = copy.deepcopy(model.state_dict()), model.training
+    trained = [p.requires_grad for p in model.parameters()]
     plan = search(task, config, "30%")
     assert model.training == training, "the model's mode changed"
     moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
     assert not moved, f"the search moved {moved}"
-    assert all(p.grad is None and p.requires_grad for p in model.parameters()), "gradients or flags are left"
+    assert all(p.grad is None for p in model.parameters()), "gradients are left"
+    assert [p.requires_grad for p in model.parameters()] == trained, "the search changed which weights are trained"
     assert not any(map(has_forward_hooks, model.modules())), "hooks are left"
     if isinstance(model, CTRModel):
         assert (model.tables.slot_gate, model.tables.row_gate) == (None, None), "gates are left"
