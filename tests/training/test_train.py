@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from embtrim.schema import Schema
 from embtrim.tasks.task import CTRTask, Task
 from embtrim.testing.checks import CHECKS
 from embtrim.testing.toys import foreign_task, zoo_task
+from embtrim.training import fitting
 from embtrim.training.evaluation import evaluate, predict_logits, rarest_value_counts
 from embtrim.training.fitting import fit
 from embtrim.training.settings import Hooks, TrainConfig
@@ -75,6 +77,20 @@ def test_learning_rate_falls_on_a_plateau(data):
     factors = [record["lr_factor"] for record in result.history]
     assert factors[0] == 1.0
     assert factors[-1] < 0.11
+
+
+@pytest.mark.parametrize(
+    ("patience", "min_delta", "epochs", "factors"),
+    [(2, 1e-4, 3, [1, 1, 0.1]), (3, 1e-4, 7, [1, 1, 0.1, 0.01, 0.01, 1e-3, 1e-4]), (2, 0, 8, [1] * 7 + [0.1])],
+)
+def test_gains_below_min_delta_keep_the_weights_and_count_together(
+    data, monkeypatch, patience, min_delta, epochs, factors
+):
+    scores = iter([0.5, 0.50004, 0.50008, 0.50012, 0.50016, 0.50020, 0.5, 0.5])
+    monkeypatch.setattr(fitting, "evaluate", lambda *_: SimpleNamespace(auc=next(scores)))
+    result = fit(model_of(data), data, QUICK, epochs=8, patience=patience, reduce_lr=0.1, min_delta=min_delta)
+    assert [record["lr_factor"] for record in result.history] == pytest.approx(factors[:epochs])
+    assert (len(result.history), result.best_epoch) == (epochs, min(epochs, 6))
 
 
 def test_monitor_logloss(data):

@@ -35,7 +35,14 @@ BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 # publication.
 _FRAPPE_RECIPE: dict[str, dict[str, Any]] = {
     "model": {"embedding_dim": 10, "hidden_units": [400, 400, 400], "dropout": 0.2, "batch_norm": True},
-    "train": {"batch_size": 4096, "learning_rate": 1e-3, "embedding_l2": 0.05, "reduce_lr": 0.1, "patience": 2},
+    "train": {
+        "batch_size": 4096,
+        "learning_rate": 1e-3,
+        "embedding_l2": 0.05,
+        "reduce_lr": 0.1,
+        "patience": 2,
+        "min_delta": 0.0,
+    },
 }
 # Id fields overfit in the second epoch, on MovieLens as on Criteo; so one epoch, or strong L2.
 _LARGE_RECIPE: dict[str, dict[str, Any]] = {

@@ -235,15 +235,18 @@ def run_step(training: Training, batch: Any, autocast: Autocast) -> Tensor:
 
 
 def after_epoch(training: Training, state: TrainingState, epoch: int, score: float) -> bool:
-    """Keep the weights of the best epoch, or reduce the learning rate after a worse one.
+    """Keep the weights of the best epoch, and reduce the learning rate after one without improvement.
 
     Returns:
         Whether early stopping ends the training.
     """
     result, position, config = state.result, state.position, training.config
-    if result.best_score is None or score > result.best_score:
+    best = result.best_score
+    to_beat = best if position.score_to_beat is None else position.score_to_beat
+    if best is None or score > best:
         keep_best(training, state, epoch, score)
-        position.bad_epochs = 0
+    if to_beat is None or score > to_beat + config.min_delta:
+        position.score_to_beat, position.bad_epochs = score, 0
         return False
     position.bad_epochs += 1
     if config.patience and position.bad_epochs >= config.patience:

@@ -30,6 +30,8 @@ class TrainConfig(Config):
         l2_form: "coupled" adds lambda W to the gradient. "decoupled" shrinks the weights directly (AdamW).
         monitor: Validation metric for early stopping and for reducing the learning rate.
         patience: Epochs without improvement after which training stops; 0 never stops early.
+        min_delta: Gain of the metric that counts as an improvement. The weights of the best epoch are kept whatever it
+            gained; small gains that add up to this one count as well.
         reduce_lr: Factor on the learning rate after an epoch without improvement; 1 keeps it.
         precision: "fp32", "bf16" (autocast), or "auto": oneDNN matmuls, and bf16 if the processor has it.
         compile: Let torch compile everything but the tables, with a C++ compiler. Steps take a little less time, and the
@@ -50,6 +52,7 @@ class TrainConfig(Config):
     l2_form: Literal["coupled", "decoupled"] = "coupled"
     monitor: Literal["auc", "logloss"] = "auc"
     patience: int = Field(default=2, ge=0)
+    min_delta: float = Field(default=1e-4, ge=0)
     reduce_lr: float = Field(default=0.1, gt=0, le=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False

@@ -59,7 +59,8 @@ class Position:
         epoch_seconds: Seconds spent in the epoch.
         step: Steps done in all epochs.
         stopped: Whether a hook has ended the training.
-        bad_epochs: Epochs since the last better score.
+        score_to_beat: Score of the last epoch that counted as an improvement; None before the first.
+        bad_epochs: Epochs since then.
         factor: Product of all reductions of the learning rate.
         train_seconds: Seconds of all finished epochs, without validation.
         train_rows: Rows of all finished epochs.
@@ -72,6 +73,7 @@ class Position:
     epoch_seconds: float = 0.0
     step: int = 0
     stopped: bool = False
+    score_to_beat: float | None = None
     bad_epochs: int = 0
     factor: float = 1.0
     train_seconds: float = 0.0
