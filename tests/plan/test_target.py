@@ -70,16 +70,16 @@ def budget_of(data: EncodedDataset, share: float) -> str:
 
 
 @pytest.mark.parametrize(
-    ("config", "bits", "target", "format"),
+    ("name", "config", "bits", "target", "format"),
     [
-        (UniformConfig(), 32, "torch", "pt2"),
-        (UniformConfig(), 32, "fbgemm", "torchrec"),
-        (FrequencyConfig(), 32, "onnx", "onnx"),
-        (FrequencyConfig(), 8, "onnx", "onnx"),
-        (GuidedConfig(), "mixed", "onnx", "onnx"),
+        ("encoded", UniformConfig(), 32, "torch", "pt2"),
+        ("hashed", UniformConfig(), 32, "fbgemm", "torchrec"),
+        ("encoded", FrequencyConfig(), 32, "onnx", "onnx"),
+        ("encoded", FrequencyConfig(), 8, "onnx", "onnx"),
+        ("hashed", FrequencyConfig(), 8, "torch", "pt2"),
+        ("encoded", GuidedConfig(), "mixed", "onnx", "onnx"),
     ],
 )
-@pytest.mark.parametrize("name", ["encoded", "hashed"])
 def test_tables_and_vocabulary_are_within_the_budget(request, name, config, bits, target, format, tmp_path):
     data: EncodedDataset = request.getfixturevalue(name)
     task, text = task_of(data), budget_of(data, {32: 0.6, 8: 0.15, "mixed": 0.06}[bits])

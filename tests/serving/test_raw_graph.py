@@ -343,7 +343,7 @@ def encoder_of(folder: Path, kind: Kind | None, listed: list[str]) -> Encoder:
         st.one_of(st.none(), st.sampled_from(ODD), st.text("0179.-+eE |'[]", max_size=5)), min_size=1, max_size=6
     ),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_texts_are_encoded_as_embtrim_does(kind, listed, cells, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kind")
     encoder = encoder_of(folder, kind, listed)
