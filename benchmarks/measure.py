@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import statistics
 import subprocess
@@ -135,16 +136,21 @@ def worker(kinds: dict[str, Callable[..., dict[str, Any]]]) -> None:
 def run_alone(command: Sequence[str], env: dict[str, str]) -> dict[str, Any]:
     """Run a worker and return its result with the peak memory of the process and its descendants, as sampled.
 
-    `peak_bytes` is anonymous memory, without mapped files and shared memory. `peak_file_bytes` is the resident part of
+    `cpu_seconds` are those of the process and all descendants. `peak_bytes` is anonymous memory, without mapped files and shared memory. `peak_file_bytes` is the resident part of
     mapped files, libraries included; a page that several processes share counts once for each. A process that dies or takes
     over JOB_SECONDS gives an "error".
     """
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, env=env, stdout=output, stderr=errors, start_new_session=True)
-        peak, peak_mapped, until = 0, 0, time.monotonic() + JOB_SECONDS
+        peak, peak_mapped, started = 0, 0, time.monotonic()
+        spent: dict[int, float] = {}  # by process, as last seen: daemons are not waited for, and so in no total
+        waited_before = waited_cpu_seconds()
+        until = started + JOB_SECONDS
         try:
             while process.poll() is None and time.monotonic() < until:
-                anonymous, mapped = map(sum, zip(*map(resident_bytes, family(process.pid)), strict=True))
+                pids = family(process.pid)
+                anonymous, mapped = map(sum, zip(*map(resident_bytes, pids), strict=True))
+                spent |= {pid: seconds for pid in pids if (seconds := cpu_seconds(pid)) is not None}
                 peak, peak_mapped = max(peak, anonymous), max(peak_mapped, mapped)
                 time.sleep(SAMPLE_SECONDS)
         finally:
@@ -153,11 +159,18 @@ def run_alone(command: Sequence[str], env: dict[str, str]) -> dict[str, Any]:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             process.wait()
+        wall = time.monotonic() - started
         output.seek(0)
         errors.seek(0)
         lines = [line for line in output.read().splitlines() if line.startswith(RESULT)]
         if lines and not late:
-            return {**json.loads(lines[-1][len(RESULT) :]), "peak_bytes": peak, "peak_file_bytes": peak_mapped}
+            return {
+                **json.loads(lines[-1][len(RESULT) :]),
+                "peak_bytes": peak,
+                "peak_file_bytes": peak_mapped,
+                "wall_seconds": wall,
+                "cpu_seconds": max(sum(spent.values()), waited_cpu_seconds() - waited_before),
+            }
         why = f"took over {JOB_SECONDS} s" if late else f"ended with {process.returncode}, without a result"
         last = [line for line in errors.read().splitlines() if line.strip()][-1:]
         return {"error": "; ".join([why, *last])}
@@ -173,6 +186,21 @@ def family(pid: int) -> list[int]:
         except OSError:  # the process has ended
             continue
     return pids
+
+
+def waited_cpu_seconds() -> float:
+    """CPU seconds of all child processes that have ended, and of theirs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def cpu_seconds(pid: int) -> float | None:
+    """CPU seconds of a process so far; None if it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def resident_bytes(pid: int) -> tuple[int, int]:

@@ -14,6 +14,8 @@ import json
 import os
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -378,8 +380,29 @@ def write_dataset(folder: Path, num_rows: int, table_rows: int) -> None:
             labels[start:stop] = synthetic.labels_of(ids[start:stop], rng)
 
 
+def whole_way(out: str, commands: list[list[str]]) -> dict[str, Any]:
+    """embtrim's commands one after the other, and what the last one, `run`, recorded."""
+    for command in commands:
+        subprocess.run([sys.executable, "-m", "embtrim", *command], check=True, stdout=subprocess.DEVNULL)
+    records = {
+        record["variant"]: record
+        for record in (json.loads(path.read_text("utf-8")) for path in Path(out, "run", "records").glob("*.json"))
+    }
+    full = records.pop("full")
+    (small,) = records.values()
+    return {
+        "auc": small["test"]["auc"],
+        "full_auc": full["test"]["auc"],
+        "epochs": full["epochs"],
+        "small_epochs": small["epochs"],
+        "table_bytes": small["table_bytes"],
+        "seconds": {"full": full["train_seconds"], "search": small["search_seconds"], "small": small["train_seconds"]},
+    }
+
+
 KINDS = {
-    f.__name__: f for f in (train, profile, embedding, predict, export, score, encode, read, train_epoch, accuracy)
+    f.__name__: f
+    for f in (train, profile, embedding, predict, export, score, encode, read, train_epoch, accuracy, whole_way)
 }
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -119,38 +119,23 @@ def one_table(sizes: list[int], optimizer: str) -> tuple[Callable[[Any], Any], P
     )
 
 
-def fuxictr(sizes: list[int]) -> tuple[Callable[[Any], Any], Prepare]:
-    """DeepFM of FuxiCTR's layers and its own `train_step`: dense Adam, with gradient clipping in the backward time."""
-    from fuxictr.features import FeatureMap
+def fuxictr_deepfm(feature_map: Any, width: int, hidden: Sequence[int], learning_rate: float, **settings: Any) -> Any:
+    """A DeepFM of FuxiCTR's layers, ready to train; `settings` are those of its MLP_Block and BaseModel."""
     from fuxictr.pytorch.layers import FactorizationMachine, FeatureEmbedding, MLP_Block
     from fuxictr.pytorch.models import BaseModel
 
-    names = [f"f{i}" for i in range(len(sizes))]
-    feature_map = FeatureMap("synthetic", tempfile.gettempdir())
-    feature_map.labels = [synthetic.LABEL]
-    feature_map.num_fields = len(sizes)
-    for name, size in zip(names, sizes, strict=True):
-        feature_map.features[name] = {"source": "", "type": "categorical", "vocab_size": size, "padding_idx": 0}
+    of_mlp = {name: settings.pop(name) for name in ("dropout_rates", "batch_norm") if name in settings}
 
     class DeepFM(BaseModel):
         def __init__(self) -> None:
             gpu = 0 if measure.device.type == "cuda" else -1
-            super().__init__(feature_map, gpu=gpu, verbose=0, model_root=tempfile.gettempdir(), metrics=["AUC"])
-            self.embedding = FeatureEmbedding(feature_map, synthetic.FULL_WIDTH)
+            super().__init__(feature_map, gpu=gpu, verbose=0, metrics=["AUC"], **settings)
+            self.embedding = FeatureEmbedding(feature_map, width)
             self.fm = FactorizationMachine(feature_map)
-            num_inputs = len(sizes) * synthetic.FULL_WIDTH
-            self.mlp = MLP_Block(num_inputs, list(HIDDEN), output_dim=1)
-            self.compile("adam", "binary_crossentropy", LEARNING_RATE)
+            self.mlp = MLP_Block(feature_map.num_fields * width, list(hidden), output_dim=1, **of_mlp)
+            self.compile("adam", "binary_crossentropy", learning_rate)
             self.reset_parameters()
             self.model_to_device()
-            self._max_gradient_norm = 10.0  # the default of FuxiCTR's fit
-            self.times: list[float] = []
-            self.optimizer.register_step_pre_hook(lambda *_: self.times.append(measure.now()))
-
-        def compute_loss(self, *outputs: Any) -> Tensor:
-            loss = super().compute_loss(*outputs)
-            self.times.append(measure.now())
-            return loss
 
         def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
             ids = self.get_inputs(inputs)
@@ -158,13 +143,37 @@ def fuxictr(sizes: list[int]) -> tuple[Callable[[Any], Any], Prepare]:
             logits_B1 = self.fm(ids, embeddings_BFD) + self.mlp(embeddings_BFD.flatten(1))
             return {"y_pred": self.output_activation(logits_B1)}
 
-    model = DeepFM()
+    return DeepFM()
+
+
+def fuxictr(sizes: list[int]) -> tuple[Callable[[Any], Any], Prepare]:
+    """DeepFM of FuxiCTR's layers and its own `train_step`: dense Adam, with gradient clipping in the backward time."""
+    from fuxictr.features import FeatureMap
+
+    names = [f"f{i}" for i in range(len(sizes))]
+    feature_map = FeatureMap("synthetic", tempfile.gettempdir())
+    feature_map.labels = [synthetic.LABEL]
+    feature_map.num_fields = len(sizes)
+    for name, size in zip(names, sizes, strict=True):
+        feature_map.features[name] = {"source": "", "type": "categorical", "vocab_size": size, "padding_idx": 0}
+    model = fuxictr_deepfm(feature_map, synthetic.FULL_WIDTH, HIDDEN, LEARNING_RATE, model_root=tempfile.gettempdir())
+    model._max_gradient_norm = 10.0  # the default of FuxiCTR's fit
+    times: list[float] = []
+    model.optimizer.register_step_pre_hook(lambda *_: times.append(measure.now()))
+    plain_loss = model.compute_loss
+
+    def compute_loss(*outputs: Any) -> Tensor:
+        loss = plain_loss(*outputs)
+        times.append(measure.now())
+        return loss
+
+    model.compute_loss = compute_loss
     model.train()
 
     def step(batch: dict[str, Tensor]) -> tuple[Tensor, measure.Times]:
-        model.times = [measure.now()]
+        times[:] = [measure.now()]
         loss = model.train_step(batch)
-        return loss, (*model.times, measure.now())
+        return loss, (*times, measure.now())
 
     def prepare(ids: np.ndarray, labels: np.ndarray) -> dict[str, Tensor]:
         columns = on_device(*(torch.from_numpy(column) for column in ids.T.astype(np.int64)))
@@ -367,6 +376,88 @@ def encode_fuxictr(log: str, out: str) -> dict[str, Any]:
     }
 
 
+class LoaderInMemory:
+    """Batches of a parquet file that FuxiCTR's preprocessing wrote, from memory instead of by Ray."""
+
+    def __init__(self, feature_map: Any, data_path: str, split: str, batch_size: int, shuffle: bool, **_: Any) -> None:
+        import polars as pl
+
+        columns = [*feature_map.features, *feature_map.labels]
+        self.columns = {name: pl.read_parquet(data_path, columns=[name])[name].to_torch() for name in columns}
+        self.num_samples, self.num_blocks = len(self.columns[columns[0]]), 1
+        self.batch_size, self.shuffle = batch_size, shuffle and split == "train"
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        order = torch.randperm(self.num_samples) if self.shuffle else torch.arange(self.num_samples)
+        for rows in order.split(self.batch_size):
+            yield {name: column[rows] for name, column in self.columns.items()}
+
+
+def whole_way(
+    files: dict[str, str],
+    fields: dict[str, str],
+    label: str,
+    out: str,
+    loader: str,
+    model: dict[str, Any],
+    batch_size: int,
+) -> dict[str, Any]:
+    """From csv files to a full DeepFM by FuxiCTR: its preprocessing, its `fit` until it stops, its metrics.
+
+    Args:
+        files: The csv files of "train", "valid" and "test".
+        fields: "int", "float" or "str" by the name of each field. Numbers that are floats become buckets, as for Criteo.
+        label: Column of the label.
+        out: Folder for what it writes.
+        loader: "ray", as shipped, or "memory".
+        model: Arguments of `fuxictr_deepfm`.
+        batch_size: Rows a step.
+    """
+    import logging
+
+    from fuxictr.datasets.criteo import CustomizedFeatureProcessor
+    from fuxictr.features import FeatureMap
+    from fuxictr.preprocess import build_dataset
+    from fuxictr.pytorch.dataloaders import RankDataLoader
+    from fuxictr.pytorch.torch_utils import seed_everything
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    logging.basicConfig(level=logging.INFO)
+    shutil.rmtree(out, ignore_errors=True)
+    os.makedirs(out)
+    seed_everything(seed=2024)
+    columns = [
+        {"name": name, "active": True, "dtype": kind, "type": "categorical"}
+        | (
+            {"fill_na": 0, "preprocess": "convert_to_bucket"}
+            if kind == "float"
+            else {"fill_na": "" if kind == "str" else 0}
+        )
+        for name, kind in fields.items()
+    ]
+    processor = CustomizedFeatureProcessor(columns, {"name": label, "dtype": "float"}, dataset_id="log", data_root=out)
+    paths = {f"{name}_data": path for name, path in files.items()}
+    paths = dict(zip(paths, build_dataset(processor, **paths, min_categr_count=1, data_format="csv"), strict=True))
+    feature_map = FeatureMap("log", processor.data_dir)
+    feature_map.load(processor.json_file, {})
+    network = fuxictr_deepfm(feature_map, model_root=out, **model)
+    settings: dict[str, Any] = {"batch_size": batch_size, "data_format": "parquet", **paths}
+    if loader == "memory":
+        settings["data_loader"] = LoaderInMemory
+    train, valid, test = RankDataLoader(feature_map, stage="both", shuffle=True, **settings)
+    network.fit(train, validation_data=valid, epochs=100)
+    tables = sum(value.nbytes for name, value in network.state_dict().items() if "embedding" in name)
+    return {
+        "auc": float(network.evaluate(test)["AUC"]),
+        "epochs": network._epoch_index + 1,
+        "table_bytes": tables,
+        "model_bytes": Path(network.checkpoint).stat().st_size,
+    }
+
+
 def encode_pandas(log: str, out: str) -> dict[str, Any]:
     """Encode the log with a plain pandas script: read everything, count, map, save."""
     import pandas as pd
@@ -398,7 +489,7 @@ def encode_pandas(log: str, out: str) -> dict[str, Any]:
 
 
 KINDS: dict[str, Callable[..., dict[str, Any]]] = {
-    f.__name__: f for f in (train, embedding, predict, encode_fuxictr, encode_pandas)
+    f.__name__: f for f in (train, embedding, predict, encode_fuxictr, encode_pandas, whole_way)
 }
 
 if __name__ == "__main__":
