@@ -91,6 +91,7 @@ _HOMES = {
     "search": "methods.searching",
     "size_curve": "experiments.curve",
     "table_logits": "tables.logits",
+    "torchrec": "torchrec",
     "update": "serving.updating",
     "verify": "compaction.verification",
 }

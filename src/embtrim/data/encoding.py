@@ -49,6 +49,7 @@ from embtrim.data.writing import groups_of_training_codes, write_codes, write_id
 from embtrim.errors import DataError
 from embtrim.schema import Schema
 from embtrim.system.progress import Counter
+from embtrim.system.ranks import refuse_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,7 @@ def encode(
         >>> data.schema.tables
         {'user': 4}
     """
+    refuse_ranks("encode")
     options = options or ReadOptions()
     target = Path(out).expanduser()
     check_target(target, overwrite)

@@ -45,6 +45,7 @@ from embtrim.models import build
 from embtrim.system.files import write_then_rename
 from embtrim.system.processes import in_processes
 from embtrim.system.progress import Counter, shows_bars, stage
+from embtrim.system.ranks import refuse_ranks
 from embtrim.system.unfinished import OtherTrainingError
 from embtrim.training.devices import device_of
 
@@ -195,6 +196,7 @@ def compare(
         DataError: A split is missing, or a record in `out` was made with other settings.
         EmbtrimError: A worker process died.
     """
+    refuse_ranks("compare")
     out = Path(out)
     config = resolve(config)
     check_compare(data, config)

@@ -23,6 +23,7 @@ from embtrim.serving.bundle import note_spread, save
 from embtrim.system.files import write_then_rename
 from embtrim.system.folders import folder_bytes
 from embtrim.system.progress import say, stage, time_left
+from embtrim.system.ranks import refuse_ranks
 
 
 def run(
@@ -53,6 +54,7 @@ def run(
         DataError: A split is missing, or `out` holds something else.
         BudgetError: The budget is below the smallest plan.
     """
+    refuse_ranks("run")
     out = Path(out)
     config = config.replace(bits=config.stored_bits)
     check_run(data, config)

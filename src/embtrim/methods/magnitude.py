@@ -13,7 +13,6 @@ from embtrim.config import Config
 from embtrim.methods.selection import field_plan, filled, row_plan, slot_costs
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
-from embtrim.tasks.sites import weights_by_table
 from embtrim.tasks.task import Task, alignment_of
 
 
@@ -34,17 +33,17 @@ class MagnitudeConfig(Config):
 def search_magnitude(task: Task, config: MagnitudeConfig, budget: Budget, seed: int) -> SizePlan:
     """Keep the slots, or the rows, with the largest norms."""
     full = task.full_plan()
-    weights = weights_by_table(task.sites(task.model))
     alignment = alignment_of(task, config.align)
     details = {"config": config.model_dump()}
     if config.unit == "rows":
-        scores = {t.name: weights[t.name].double().norm(dim=1).cpu().numpy() for t in full.tables}
+        scores = task.row_norms()
         if config.cost_aware:
             scores = {t.name: scores[t.name] / t.width for t in full.tables}
         columns = {t.name: range(t.width) for t in full.tables}
         plan = filled(full, budget, lambda limit: row_plan(full, scores, columns, limit, alignment))
         return plan.made_by("magnitude", budget, seed, details)
-    score_S = np.concatenate([weights[t.name].double().norm(dim=0).cpu().numpy() for t in full.tables])
+    norms = task.column_norms()
+    score_S = np.concatenate([norms[t.name] for t in full.tables])
     key_S = score_S / slot_costs(full, alignment) if config.cost_aware else score_S
     plan = field_plan(full, np.argsort(-key_S, kind="stable"), full.max_params(budget), alignment)
     return plan.made_by("magnitude", budget, seed, details)

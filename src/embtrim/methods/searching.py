@@ -32,9 +32,10 @@ from embtrim.plan.budget_limits import (
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Bits, Target
 from embtrim.system.modules import left_as_found
+from embtrim.system.ranks import refuse_ranks
 from embtrim.tasks.sites import ModuleSite, Site, weights_kept
 from embtrim.tasks.survey import Finding
-from embtrim.tasks.task import Task
+from embtrim.tasks.task import CTRTask, Task
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,8 @@ def search(
             f"search takes a Task, given a {type(task).__name__}; wrap a model of your own as Task(model, loss=.., train=.., "
             "valid=..), one of embtrim.models as CTRTask(model, data)"
         )
+    if isinstance(task, CTRTask):
+        refuse_ranks("search of a model of embtrim.models")
     budget = Budget.parse(budget)
     full = task.full_plan()
     if not full.num_full_params:
@@ -132,7 +135,7 @@ def search(
             "the plan takes the last column of %s, which will read as zeros",
             ", ".join(map(repr, emptied)),
         )
-    return plan if target is None else dataclasses.replace(plan, target=target)
+    return task.agreed(plan if target is None else dataclasses.replace(plan, target=target))
 
 
 def _search_within(request: _Request, budget: Budget) -> SizePlan:

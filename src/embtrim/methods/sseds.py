@@ -31,7 +31,7 @@ from embtrim.plan.plan import SizePlan
 from embtrim.system.modules import evaluating
 from embtrim.tasks.sites import gate_sites, num_slots
 from embtrim.tasks.task import Task, alignment_of
-from embtrim.training.evaluation import check_finite, loss_weight
+from embtrim.training.evaluation import check_finite
 
 
 class SSEDSConfig(Config):
@@ -112,14 +112,17 @@ def slot_gradients(task: Task, model: torch.nn.Module, config: SSEDSConfig, seed
                 raise ModelError(
                     "the Task's loss has no gradient by the embeddings: it detaches them, or this runs in torch.inference_mode()"
                 )
-            check_finite(loss, "loss", config.data, number)
+            weight = task.weight_of(batch)
+            if weight:
+                check_finite(loss, "loss", config.data, number)
             # (one backward); a table that the batch does not use has gradient 0, which some releases of torch attach to a graph
             gradients = torch.autograd.grad(loss, gates, allow_unused=True, materialize_grads=True)
             gradient = torch.cat([g.detach().flatten() for g in gradients]).double().cpu().numpy()
-            check_finite(gradient, "gradient by the slots", config.data, number)
-            weight = loss_weight(batch)
-            total_S += weight * (gradient if config.average == "sum" else np.abs(gradient))
-            scored += weight
+            if weight:
+                check_finite(gradient, "gradient by the slots", config.data, number)
+                total_S += weight * (gradient if config.average == "sum" else np.abs(gradient))
+                scored += weight
+    *total, scored = task.summed(torch.tensor([*total_S.tolist(), scored], dtype=torch.float64)).tolist()
     if not scored:
         raise EmbtrimError(f"there are no {config.data} batches to score slots on; give some that can be read again")
-    return total_S / scored
+    return np.array(total) / scored

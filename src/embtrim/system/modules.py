@@ -23,8 +23,9 @@ WRAPPERS = {
     "DistributedDataParallel": "module",
     "AveragedModel": "module",
     "_FabricModule": "_original_module",  # Lightning Fabric
+    "DistributedModelParallel": "_dmp_wrapped_module",
 }
-WRAPPING_PACKAGES = ("torch", "lightning", "lightning_fabric")
+WRAPPING_PACKAGES = ("torch", "lightning", "lightning_fabric", "torchrec")
 
 # Most numbers of a buffer that a search gives back as they were: counters and running statistics.
 KEPT_NUMEL = 2**20

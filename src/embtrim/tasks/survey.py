@@ -134,6 +134,9 @@ def _look(model: nn.Module, chosen: Chosen, fields: Fields | None) -> tuple[list
         elif getattr(module, "original_name", None) in ("Embedding", "EmbeddingBag"):  # of torch.jit
             scripted: Any = module
             found, note, size = False, "scripted by torch.jit; give the module as it was", tuple(scripted.weight.shape)
+        elif sizes := _sizes_of_sharded(module):
+            note = f"{len(sizes)} tables sharded by torchrec; search them with embtrim.torchrec.Task"
+            found, size = False, (sum(rows for rows, _ in sizes), max(width for _, width in sizes))
         else:
             findings += _bare(name, module, holders, counted)
             continue
@@ -159,6 +162,14 @@ def _bare(path: str, module: nn.Module, holders: Mapping[int, Sequence[_Holder]]
             Finding(f"{path}.{name}" if path else name, "Parameter", rows, width, False, note, parameter.nbytes)
         )
     return found
+
+
+def _sizes_of_sharded(module: nn.Module) -> list[tuple[int, int]]:
+    """Rows and widths of the tables of a sharded collection of torchrec; none for any other module."""
+    if not any(kind.__name__ == "ShardedModule" for kind in type(module).__mro__):
+        return []
+    configs = getattr(module, "_embedding_bag_configs", None) or getattr(module, "_embedding_configs", ())
+    return [(config.num_embeddings, config.embedding_dim) for config in configs]
 
 
 class _Holder(NamedTuple):

@@ -29,7 +29,7 @@ from embtrim.system.progress import tracked
 from embtrim.tasks.chosen import Chosen, Patterns
 from embtrim.tasks.noting import with_reads
 from embtrim.tasks.row_counts import count_rows, unread
-from embtrim.tasks.sites import ModuleSite, Site, SlotGate, gate_sites
+from embtrim.tasks.sites import ModuleSite, Site, SlotGate, gate_sites, weights_by_table
 from embtrim.tasks.survey import Fields, Finding, find_sites, site_plan, survey
 from embtrim.tasks.watching import reads_of_batch
 from embtrim.training.checkpoint import Checkpoint, CheckpointFolder
@@ -142,6 +142,28 @@ class Task:
         total = self.num_batches(split) if self.progress else None
         return tracked(self.batches(split, seed), what, total, self.progress, "batches")
 
+    def weight_of(self, batch: Any) -> float:
+        """Weight of a batch's mean loss in an average over batches, see `loss_weight`."""
+        return loss_weight(batch)
+
+    def summed(self, values: Tensor) -> Tensor:
+        """Sums over a split, float64, of this process and of all others that share the work; here there are no others."""
+        return values
+
+    def agreed(self, plan: SizePlan) -> SizePlan:
+        """The plan that all processes take which share the search; here there is one process."""
+        return plan
+
+    def column_norms(self) -> dict[str, np.ndarray]:
+        """Euclidean norms of the columns of every table, float64 (D,) by name."""
+        weights = weights_by_table(self.sites(self.model))
+        return {name: weight_VD.double().norm(dim=0).cpu().numpy() for name, weight_VD in weights.items()}
+
+    def row_norms(self) -> dict[str, np.ndarray]:
+        """Euclidean norms of the rows of every table, float64 (V,) by name."""
+        weights = weights_by_table(self.sites(self.model))
+        return {name: weight_VD.double().norm(dim=1).cpu().numpy() for name, weight_VD in weights.items()}
+
     def num_batches(self, split: str) -> int:
         """Number of batches of "train" or "valid". A loader without a length is read once to count them."""
         batches = self.batches(split)
@@ -203,7 +225,9 @@ class Task:
         optimizer = self._optimizer(model)
         if lr_factor != 1:
             scale_learning_rates([optimizer], lr_factor)
-        config = TrainConfig(epochs=epochs, seed=seed, precision="fp32", patience=patience or 0, reduce_lr=1.0)
+        config = TrainConfig(
+            epochs=epochs, seed=seed, precision="fp32", patience=patience or 0, min_delta=0.0, reduce_lr=1.0
+        )
         batches = partial(self._train_batches, seed)
         checkpoint = self.next_checkpoint(depends_on, model)
         score = None if patience is None else lambda: self.valid_score(model)
@@ -271,9 +295,16 @@ class Task:
         if self.score is not None:
             return 0.0
         model.eval()
+        sums = torch.zeros(3, dtype=torch.float64)  # batches, their losses, and the squares of these
         with torch.no_grad():
-            losses = np.array([float(self.loss(model, batch)) for batch in self.batches("valid")])
-        return float(losses.std(ddof=1) / len(losses) ** 0.5) if len(losses) > 1 else 0.0
+            for batch in self.batches("valid"):
+                loss = self.loss(model, batch).double().cpu()
+                if self.weight_of(batch):
+                    sums += torch.stack([torch.ones_like(loss), loss, loss**2])
+        number, total, squares = self.summed(sums).tolist()
+        if number < 2:
+            return 0.0
+        return (max(0.0, squares - total**2 / number) / (number - 1) / number) ** 0.5
 
     @torch.no_grad()
     def valid_score(self, model: nn.Module) -> float:
@@ -283,9 +314,11 @@ class Task:
             return self._own_score(model)
         total = rows = 0.0
         for number, batch in enumerate(self.batches("valid")):
-            weight, loss = loss_weight(batch), float(self.loss(model, batch))
-            check_finite(loss, "loss", "valid", number)
-            total, rows = total + weight * loss, rows + weight
+            weight, loss = self.weight_of(batch), float(self.loss(model, batch))
+            if weight:
+                check_finite(loss, "loss", "valid", number)
+                total, rows = total + weight * loss, rows + weight
+        total, rows = self.summed(torch.tensor([total, rows], dtype=torch.float64)).tolist()
         return -total / self._scored(rows)
 
     def _own_score(self, model: nn.Module) -> float:
@@ -317,13 +350,15 @@ class Task:
             return scores
         totals, rows = [0.0] * len(gates), 0.0
         for place, batch in enumerate(self.batches("valid")):
-            weight = loss_weight(batch)
+            weight = self.weight_of(batch)
             rows += weight
             for number, gating in enumerate(gates):
                 with gate_sites(sites, gating):
                     loss = float(self.loss(model, batch))
-                check_finite(loss, "loss", "valid", place)
-                totals[number] -= weight * loss
+                if weight:
+                    check_finite(loss, "loss", "valid", place)
+                    totals[number] -= weight * loss
+        *totals, rows = self.summed(torch.tensor([*totals, rows], dtype=torch.float64)).tolist()
         return [total / self._scored(rows) for total in totals]
 
     @staticmethod

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from embtrim.data.dataset import Batch, EncodedDataset
 from embtrim.errors import ConfigError, EmbtrimError
 from embtrim.models.ctr_model import CTRModel
+from embtrim.system.ranks import refuse_ranks
 from embtrim.system.torch_private import compile_error
 from embtrim.tables.row_optimizers import RowAdagrad, RowAdam, RowSGD
 from embtrim.training.checkpoint import Checkpoint
@@ -61,6 +62,7 @@ def fit(
     Example:
         >>> embtrim.fit(model, data, epochs=3, embedding_l2=0.05)  # doctest: +SKIP
     """
+    refuse_ranks("fit")
     config = (config or TrainConfig()).replace(**settings) if settings else config or TrainConfig()
     data = data_for(model, data)
     valid = "valid" in data.splits and data.num_rows("valid") > 0

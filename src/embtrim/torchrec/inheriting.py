@@ -1,0 +1,129 @@
+"""Weights of a full model into a compact one, from any sharding to any other, a bounded number of rows at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embtrim.compaction.inheriting import kept_rows_of
+from embtrim.errors import ModelError, PlanError
+from embtrim.plan.plan import SizePlan
+from embtrim.system.modules import named_modules, unwrapped
+from embtrim.torchrec.compacting import CompactCollection, CompactSequences
+from embtrim.torchrec.ranks import summed
+from embtrim.torchrec.sites import Shard, configs_of, find_collections, name_of, shards_of
+
+# Rows that are exchanged at a time; each rank then holds so many rows of one table beside its own.
+CHUNK_ROWS = 65_536
+
+
+@torch.no_grad()
+def inherit(full: nn.Module, small: nn.Module, plan: SizePlan, chunk_rows: int = CHUNK_ROWS) -> None:
+    """Give a compact model the weights that a full one has: rows and columns that the plan keeps, and all other weights.
+
+    All ranks call it. DROPPED rows become zero, as the rows are that a masked full model reads. The columns that fill a row
+    up to a multiple of four become zero too; nothing reads them.
+
+    Args:
+        full: Full model, sharded or not.
+        small: Compact model that `compact` made, changed in place; sharded in any way or not.
+        plan: Plan of the compact model.
+        chunk_rows: Rows that are exchanged at a time.
+
+    Raises:
+        PlanError: The plan was made for another model.
+        ModelError: A weight beside the tables has another shape in the compact model, or is missing in the full one.
+    """
+    full, small = unwrapped(full), unwrapped(small)
+    tables = {table.name: table for table in plan.tables}
+    given = _shards_by_name(full)
+    if missing := [name for name in tables if name not in given]:
+        raise PlanError(f"the plan is for a table {missing[0]!r}, which the full model does not have")
+    for name, (config, shards) in _compact_shards(small).items():
+        if name not in given:
+            raise ModelError(f"the compact model has a table {name!r}, which the full model does not have")
+        full_config, own = given[name]
+        width, table = full_config.embedding_dim, tables.get(name)
+        rows = ids = np.arange(config.num_embeddings)  # of a table that the plan leaves as it is
+        if table is not None:
+            rows, ids = kept_rows_of(table)
+        columns = range(width) if table is None else table.columns
+        for shard in shards:
+            shard.weight_RC.zero_()
+        for start in range(0, len(rows), chunk_rows):
+            part = slice(start, start + chunk_rows)
+            values_ND = _gathered(own, torch.from_numpy(rows[part].astype(np.int64)), width)
+            _put(shards, torch.from_numpy(ids[part].astype(np.int64)), values_ND[:, list(columns)])
+    _copy_others(full, small)
+
+
+def _gathered(shards: list[Shard], rows_N: Tensor, width: int) -> Tensor:
+    """Rows (N, D) of a table on every rank: each rank adds what it holds to zeros, and all are summed."""
+    found_ND = torch.zeros(len(rows_N), width)
+    for shard in shards:
+        if shard.counts:
+            here = (rows_N >= shard.rows.start) & (rows_N < shard.rows.stop)
+            local = (rows_N[here] - shard.rows.start).to(shard.weight_RC.device)
+            found_ND[here, shard.columns] = shard.weight_RC[local].float().cpu()
+    return summed(found_ND)
+
+
+def _put(shards: list[Shard], ids_N: Tensor, values_NW: Tensor) -> None:
+    """Write rows of a compact table into the pieces of it that this rank holds."""
+    for shard in shards:
+        here = (ids_N >= shard.rows.start) & (ids_N < shard.rows.stop)
+        columns = slice(shard.columns.start, min(shard.columns.stop, values_NW.shape[1]))
+        if columns.stop > columns.start:
+            local, width = (ids_N[here] - shard.rows.start).to(shard.weight_RC.device), columns.stop - columns.start
+            shard.weight_RC[local, :width] = values_NW[here, columns].to(shard.weight_RC)
+
+
+def _shards_by_name(model: nn.Module) -> dict[str, tuple[Any, list[Shard]]]:
+    """Config and this rank's pieces of each table of a full model, by its name in plans."""
+    found: dict[str, tuple[Any, list[Shard]]] = {}
+    for path, module in find_collections(model):
+        for config in configs_of(module):
+            found[name_of(path, module, config)] = config, shards_of(module, [config])
+    return found
+
+
+def _compact_shards(model: nn.Module) -> dict[str, tuple[Any, list[Shard]]]:
+    """Config and this rank's pieces of each table of a compact model, by the name that the full table has in plans."""
+    found: dict[str, tuple[Any, list[Shard]]] = {}
+    for path, module in named_modules(model):
+        if isinstance(module, (CompactCollection, CompactSequences)):
+            for _, inner in find_collections(module):
+                for config in configs_of(inner):
+                    found[name_of(path, inner, config)] = config, shards_of(inner, [config])
+    if not found and not any(isinstance(m, (CompactCollection, CompactSequences)) for _, m in named_modules(model)):
+        raise ModelError(f"this {type(model).__name__} has no compact collection; make it by embtrim.torchrec.compact")
+    return found
+
+
+def _copy_others(full: nn.Module, small: nn.Module) -> None:
+    """Copy all parameters and buffers that are not inside a collection."""
+    source = _other_values(full)
+    for name, value in _other_values(small).items():
+        if name not in source or source[name].shape != value.shape:
+            has = f"is {tuple(source[name].shape)}" if name in source else "is missing"
+            raise ModelError(
+                f"weight {name!r} of the compact model is {tuple(value.shape)}, in the full model it {has}"
+            )
+        value.copy_(source[name])
+
+
+def _other_values(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers outside of collections by name; those of DistributedDataParallel's wrapper among them."""
+    inside = [path for path, _ in find_collections(model)]
+    inside += [path for path, m in named_modules(model) if isinstance(m, (CompactCollection, CompactSequences))]
+    found: dict[str, Tensor] = {}
+    for path, module in named_modules(model):
+        if any(path == start or path.startswith(f"{start}.") for start in inside):
+            continue
+        for name, value in [*module._parameters.items(), *module._buffers.items()]:
+            if value is not None:
+                found[f"{path}.{name}" if path else name] = value.detach()
+    return found

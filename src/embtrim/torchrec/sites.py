@@ -1,0 +1,218 @@
+"""Sites of TorchRec's collections, plain or sharded: where they are, gates on their output, and the pieces of their tables.
+
+A collection looks up many tables at once. Its site has a table for each of its configs, and a slot for each column of a
+table; features that share a table share its slots. Slot gates multiply what the collection returns, after all ranks have
+exchanged it, so that gradients by the gates never reach the tables: a fused optimiser, which would update the tables
+within the backward pass, does nothing.
+
+The output is always read by name: sharding table by table changes the order of a KeyedTensor's keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+
+from embtrim.errors import ModelError
+from embtrim.system.modules import named_modules
+from embtrim.tables.embedding_tables import RowGate
+from embtrim.tasks.sites import SlotGate
+from embtrim.torchrec.ranks import own_rank
+from torchrec import EmbeddingBagCollection, EmbeddingCollection, JaggedTensor, KeyedJaggedTensor, KeyedTensor
+
+BAGS = (EmbeddingBagCollection, ShardedEmbeddingBagCollection)
+SEQUENCES = (EmbeddingCollection, ShardedEmbeddingCollection)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A piece of a table that this rank holds.
+
+    Attributes:
+        table: Name of the table's config.
+        rows: Rows of the table.
+        columns: Columns of the table.
+        weight_RC: The values: a view, so that writes change the table.
+        counts: Whether sums over all ranks take this piece; of the copies of a table that every rank holds, one does.
+    """
+
+    table: str
+    rows: slice
+    columns: slice
+    weight_RC: Tensor
+    counts: bool
+
+
+class CollectionSite:
+    """A collection in a model, see Site.
+
+    Args:
+        path: Path of the collection in the model, without wrappers.
+        module: The collection.
+        configs: The configs of the tables to search; the others are left alone.
+
+    Attributes:
+        features: Features of all tables of the collection, in the order of the configs.
+        by_config: Name of each table in plans, by the name of its config.
+    """
+
+    def __init__(self, path: str, module: nn.Module, configs: Sequence[Any]) -> None:
+        self.path, self.module, self.configs = path, module, tuple(configs)
+        self.pooled = isinstance(module, BAGS)
+        self.by_config = {config.name: name_of(path, module, config) for config in configs}
+        self.names = tuple(self.by_config.values())
+        self.num_rows = tuple(config.num_embeddings for config in configs)
+        self.widths = tuple(config.embedding_dim for config in configs)
+        self.reserved_rows: tuple[int | None, ...] = (None,) * len(configs)
+        first = np.cumsum([0, *self.widths]).tolist()
+        self._slots = {
+            feature: range(first[number], first[number + 1])
+            for number, config in enumerate(configs)
+            for feature in config.feature_names
+        }
+        self.features = [feature for config in configs_of(module) for feature in config.feature_names]
+        if len(set(self.features)) < len(self.features):
+            raise ModelError(
+                f"a feature of the collection {path!r} is looked up in several tables, whose outputs then have other names; "
+                "give each table its own feature"
+            )
+
+    @contextmanager
+    def gated(self, slots: SlotGate | None = None, rows: RowGate | None = None) -> Iterator[None]:
+        """See Site. A slot function gets the outputs of all features of the searched tables side by side.
+
+        Raises:
+            ModelError: Rows are gated; the input's exchange between ranks has no gradient by single rows.
+        """
+        if rows is not None:
+            raise ModelError(
+                f"this search gates single rows, which the collection {self.path!r} of torchrec does not show; choose sseds, "
+                "hard_mask, or a control"
+            )
+        apply = self._gate_pooled if self.pooled else self._gate_sequences
+        handle = self.module.register_forward_hook(lambda _module, args, output: apply(slots, args[0], output))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _gate_pooled(self, slots: SlotGate | None, _given: KeyedJaggedTensor, output: Any) -> KeyedTensor:
+        keys, lengths, values = list(output.keys()), list(output.length_per_key()), output.values()
+        parts = dict(zip(keys, values.split(lengths, 1), strict=True))
+        parts |= self._gated_parts(slots, parts)
+        return KeyedTensor(keys, lengths, torch.cat([parts[key] for key in keys], 1))
+
+    def _gate_sequences(self, slots: SlotGate | None, given: KeyedJaggedTensor, output: Any) -> dict[str, JaggedTensor]:
+        found = dict(output.items())
+        gated: dict[str, Any] = {}
+        if isinstance(slots, Tensor) and slots.ndim == 1:
+            gated = self._gated_parts(slots, {name: jagged.values() for name, jagged in found.items()})
+        elif slots is not None:
+            size = given.stride()
+            ones = {name: found[name].values().new_ones(size, len(own)) for name, own in self._slots.items()}
+            of_sample = self._gated_parts(slots, ones)
+            gated = {
+                name: found[name].values() * gate.repeat_interleave(found[name].lengths().long(), 0)
+                for name, gate in of_sample.items()
+            }
+        return {
+            name: JaggedTensor(gated.get(name, jagged.values()), lengths=jagged.lengths())
+            for name, jagged in found.items()
+        }
+
+    def _gated_parts(self, slots: SlotGate | None, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs (N, D) of the searched features under a slot gate, by feature."""
+        if slots is None:
+            return {}
+        if isinstance(slots, Tensor):
+            return {name: parts[name] * slots[..., own.start : own.stop] for name, own in self._slots.items()}
+        widths = [len(own) for own in self._slots.values()]
+        gated = slots(torch.cat([parts[name] for name in self._slots], 1))
+        return dict(zip(self._slots, gated.split(widths, 1), strict=True))
+
+    def weights(self) -> list[Tensor]:
+        """Refused: nothing gathers the tables of a collection. See `shards`."""
+        raise ModelError(
+            f"this search reads whole tables, and those of the collection {self.path!r} may lie on several ranks; choose "
+            "sseds, hard_mask, or a control"
+        )
+
+    def drop_rows(self, kept: Sequence[Tensor]) -> None:
+        """See Site."""
+        by_name = dict(zip((config.name for config in self.configs), kept, strict=True))
+        with torch.no_grad():
+            for shard in self.shards():
+                shard.weight_RC[~by_name[shard.table][shard.rows].to(shard.weight_RC.device)] = 0.0
+
+    def shards(self) -> list[Shard]:
+        """The pieces of the searched tables that this rank holds, whatever the sharding."""
+        return shards_of(self.module, self.configs)
+
+    @contextmanager
+    def rows_seen(self, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Call `see` with the name of a table and the ids of each feature of this rank's batches inside a `with` block."""
+        of_feature = {f: self.by_config[config.name] for config in self.configs for f in config.feature_names}
+
+        def look(_module: nn.Module, args: Any) -> None:
+            for feature, jagged in args[0].to_dict().items():
+                if feature in of_feature:
+                    see(of_feature[feature], jagged.values())
+
+        handle = self.module.register_forward_pre_hook(look)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def find_collections(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Paths, without wrappers, and modules of the collections of a model, plain or sharded."""
+    return [(path, module) for path, module in named_modules(model) if isinstance(module, (*BAGS, *SEQUENCES))]
+
+
+def configs_of(module: nn.Module) -> list[Any]:
+    """The configs of a collection's tables."""
+    if isinstance(module, EmbeddingBagCollection):
+        return list(module.embedding_bag_configs())
+    if isinstance(module, EmbeddingCollection):
+        return list(module.embedding_configs())
+    found: Any = module
+    return list(found._embedding_bag_configs if isinstance(module, BAGS) else found._embedding_configs)
+
+
+def name_of(path: str, module: nn.Module, config: Any) -> str:
+    """The name that a table has in plans: the path of its module in the plain collection."""
+    inside = f"{'embedding_bags' if isinstance(module, BAGS) else 'embeddings'}.{config.name}"
+    return f"{path}.{inside}" if path else inside
+
+
+def shards_of(module: nn.Module, configs: Sequence[Any]) -> list[Shard]:
+    """The pieces of a collection's tables that this rank holds."""
+    state, part = module.state_dict(), "embedding_bags" if isinstance(module, BAGS) else "embeddings"
+    found = []
+    for config in configs:
+        value = state[f"{part}.{config.name}.weight"]
+        for (row, column), (rows, columns), weight, counts in _pieces(value):
+            piece = slice(row, row + rows), slice(column, column + columns)
+            found.append(Shard(config.name, *piece, weight.detach(), counts))
+    return found
+
+
+def _pieces(value: Any) -> list[tuple[Sequence[int], Sequence[int], Tensor, bool]]:
+    """First row and column, size, values and whether to count, of each piece that this rank holds of a tensor."""
+    if hasattr(value, "to_local"):  # a DTensor, around torchrec's wrapper of several pieces
+        local = value.to_local()
+        pieces = zip(local.local_offsets(), local.local_shards(), strict=True)
+        return [(offset, tuple(piece.shape), piece, True) for offset, piece in pieces]
+    if hasattr(value, "local_shards"):
+        pieces = [(s.metadata.shard_offsets, s.metadata.shard_sizes, s.tensor, True) for s in value.local_shards()]
+        return pieces
+    return [((0, 0), tuple(value.shape), value, own_rank() == 0)]  # every rank has a copy

@@ -1,0 +1,179 @@
+"""Task of a model whose collections TorchRec looks up, on one process or on the ranks of a process group."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import glob
+import itertools
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Sized
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embtrim.errors import ModelError
+from embtrim.plan.plan import SizePlan
+from embtrim.system.modules import evaluating
+from embtrim.system.progress import tracked
+from embtrim.tasks import task as plain
+from embtrim.tasks.chosen import Patterns
+from embtrim.tasks.survey import Finding
+from embtrim.torchrec.ranks import Filler, InStep, from_first, own_rank, summed
+from embtrim.torchrec.sites import CollectionSite, configs_of, find_collections, name_of
+
+logger = logging.getLogger(__name__)
+
+
+class Task(plain.Task):
+    """A model with collections of TorchRec, with everything that a search may need.
+
+    Every rank makes a Task of the same model, with its own part of the batches, and calls `search` with the same settings.
+    Scores are summed over the ranks, so that they all get the same plan. Ranks may have unequal numbers of batches: those
+    that have none left run their last one again, uncounted.
+
+    Args:
+        model: A DistributedModelParallel, or a model whose collections are not sharded. Searches never change it.
+        loss: (model, batch) -> mean loss of the batch, a scalar tensor. It gets the model inside the
+            DistributedModelParallel, and must read the collections' output by name, never `KeyedTensor.values()` by
+            position: sharding changes the order.
+        train: Training batches of this rank: an iterable that can be read again.
+        valid: Validation batches of this rank, likewise.
+        include: Names of the tables to search, such as "sparse.ebc.embedding_bags.t_user", or patterns such as "*.t_user";
+            None searches all.
+        exclude: Names or patterns of tables to leave alone, of those included.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[nn.Module, Any], Tensor],
+        train: Iterable[Any],
+        valid: Iterable[Any] | None = None,
+        include: Patterns | None = None,
+        exclude: Patterns | None = None,
+    ) -> None:
+        def of_batch(model: nn.Module, batch: Any) -> Tensor:
+            return loss(model, batch.batch if isinstance(batch, Filler) else batch)
+
+        super().__init__(model, of_batch, train, valid, include=include, exclude=exclude)
+
+    def sites(self, model: nn.Module) -> list[CollectionSite]:  # type: ignore[override]
+        """See Task."""
+        found, names = [], []
+        for path, module in find_collections(model):
+            configs = configs_of(module)
+            names += [name_of(path, module, config) for config in configs]
+            chosen = [c for c in configs if not self._chosen.why_left([name_of(path, module, c)])]
+            if chosen:
+                found.append(CollectionSite(path, module, chosen))
+        self._chosen.check(names)
+        if not found:
+            left = f"; all of {', '.join(names)} are left alone" if names else ", only what embtrim.Task searches"
+            raise ModelError(f"no collection of torchrec to shrink was found in {type(model).__name__}{left}")
+        return found
+
+    def survey(self) -> list[Finding]:
+        """Every table of every collection of the model: found, or left alone and why."""
+        findings = []
+        for path, module in find_collections(self.model):
+            for config in configs_of(module):
+                name, size = name_of(path, module, config), (config.num_embeddings, config.embedding_dim)
+                why = self._chosen.why_left([name])
+                note = why or f"features {', '.join(config.feature_names)}"
+                findings.append(Finding(name, type(module).__name__, *size, not why, note, 4 * size[0] * size[1]))
+        return findings
+
+    def batches(self, split: str, seed: int | None = None) -> Iterable[Any]:
+        """See Task. All ranks get equally many; the Fillers among them do not count."""
+        return InStep(super().batches(split, seed), self._train, split, self.weight_of)
+
+    def tracked_batches(self, split: str, what: str, seed: int | None = None) -> Iterable[Any]:
+        """See Task. Rank 0 shows the progress."""
+        own = self._train if split == "train" else self._valid
+        total = len(own) if isinstance(own, Sized) else None
+        return tracked(self.batches(split, seed), what, total, self.progress and own_rank() == 0)
+
+    def num_batches(self, split: str) -> int:
+        """See Task."""
+        return sum(1 for _ in self.batches(split))
+
+    def weight_of(self, batch: Any) -> float:
+        """See Task. Batches of torchrec's datasets count by their labels."""
+        if isinstance(batch, Filler):
+            return 0.0
+        labels = getattr(batch, "labels", None)
+        return float(len(labels)) if isinstance(labels, Tensor) else super().weight_of(batch)
+
+    def summed(self, values: Tensor) -> Tensor:
+        """See Task."""
+        return summed(values)
+
+    def agreed(self, plan: SizePlan) -> SizePlan:
+        """See Task: the plan of rank 0."""
+        return from_first(plan)
+
+    def column_norms(self) -> dict[str, np.ndarray]:
+        """See Task."""
+        return self._norms(0)
+
+    def row_norms(self) -> dict[str, np.ndarray]:
+        """See Task."""
+        return self._norms(1)
+
+    def _norms(self, over: int) -> dict[str, np.ndarray]:
+        found: dict[str, Tensor] = {}
+        for site in self.sites(self.model):
+            for config, name in site.by_config.items():
+                size = next((c.embedding_dim, c.num_embeddings) for c in site.configs if c.name == config)
+                found[name] = torch.zeros(size[over], dtype=torch.float64)
+            for shard in site.shards():
+                if shard.counts:
+                    place = shard.columns if over == 0 else shard.rows
+                    found[site.by_config[shard.table]][place] += shard.weight_RC.double().square().sum(over).cpu()
+        return {name: summed(squares).sqrt().numpy() for name, squares in found.items()}
+
+    def row_counts(self) -> dict[str, np.ndarray]:
+        """See Task."""
+        return self._counts(self.batches("train"))
+
+    def unread_tables(self) -> list[str]:
+        """See Task."""
+        if isinstance(self._train, Iterator):
+            return []
+        first = self._counts(itertools.islice(iter(self.batches("train")), 1))
+        counts = first if all(count_V.any() for count_V in first.values()) else self.row_counts()
+        return [name for name, count_V in counts.items() if not count_V.any()]
+
+    @torch.no_grad()
+    def _counts(self, batches: Iterable[Any]) -> dict[str, np.ndarray]:
+        """How often all ranks together read each row, int64 (V,) by table."""
+        sites = self.sites(self.model)
+        counts = {
+            name: torch.zeros(rows, dtype=torch.int64)
+            for site in sites
+            for name, rows in zip(site.names, site.num_rows, strict=True)
+        }
+        counted = [True]
+
+        def see(name: str, ids: Tensor) -> None:
+            if counted[0]:
+                counts[name] += torch.bincount(ids.flatten().cpu(), minlength=len(counts[name]))
+
+        with evaluating(self.model), ExitStack() as stack:
+            for site in sites:
+                stack.enter_context(site.rows_seen(see))
+            for batch in batches:
+                counted[0] = not isinstance(batch, Filler)
+                self.loss(self.model, batch)
+        return {name: summed(count_V).numpy() for name, count_V in counts.items()}
+
+    def without_tables(self, names: Collection[str]) -> Task:
+        """This task without some of its tables."""
+        task = copy.copy(self)
+        excluded = (*self._chosen.exclude, *map(glob.escape, names))
+        task._chosen = dataclasses.replace(self._chosen, exclude=excluded)
+        return task

@@ -1,0 +1,89 @@
+"""Two ranks find what one process finds: scores, plans, compact models, and weights under another sharding."""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+pytest.importorskip("torchrec")
+from embtrim import torchrec as on_ranks
+from embtrim.plan.plan import SizePlan
+from tests.torchrec.models import Pooled, batches
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+WORLD = 2
+
+
+def on_rank(rank: int, folder: str, jobs: list[str]) -> None:
+    """Run the jobs on one of two ranks, and write what they return."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", WORLD), rank=rank, world_size=WORLD)
+    from tests.torchrec import jobs as home
+
+    for job in jobs:
+        try:
+            found[job] = getattr(home, job)(rank, Path(folder))
+        except BaseException:
+            found[job] = traceback.format_exc()
+            break  # the ranks are no longer in step
+    Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(found))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    jobs = ["scores", "plans", "compaction"]
+    mp.spawn(on_rank, (str(folder), jobs), WORLD)
+    found = [pickle.loads(Path(folder, f"{rank}.pickle").read_bytes()) for rank in range(WORLD)]
+    return [{**part, "folder": folder} for part in found]
+
+
+def of(ranks: list[dict[str, Any]], job: str) -> list[Any]:
+    failed = [part for rank in ranks for part in rank.values() if isinstance(part, str)]
+    assert not failed, "\n".join(failed)
+    return [rank[job] for rank in ranks]
+
+
+def test_scores_are_those_of_one_process_whatever_the_sharding(ranks):
+    first, second = of(ranks, "scores")
+    assert first == second
+    assert len(first) == 8
+    assert max(first.values()) <= 1e-5, first
+
+
+def test_all_ranks_get_the_plan_of_one_process(ranks):
+    first, second = of(ranks, "plans")
+    assert first == second
+    assert [name for name, (found, expected) in first.items() if found != expected] == []
+
+
+def test_compact_models_inherit_any_sharding_by_any_other(ranks):
+    first, second = of(ranks, "compaction")
+    assert first == second
+    assert len(first) == 9
+    assert max(first.values()) == 0.0, first
+
+
+def test_a_checkpoint_of_two_ranks_opens_in_one_process(ranks):
+    import torch.distributed.checkpoint as dcp
+
+    of(ranks, "compaction")
+    folder = ranks[0]["folder"]
+    small = on_ranks.compact(Pooled, SizePlan.load(folder / "plan.json"))
+    state = small.state_dict()
+    dcp.load(state, checkpoint_id=folder / "checkpoint")
+    small.load_state_dict(state)
+    with torch.no_grad():
+        found = small(batches(0, 256)[0][1])
+    assert torch.equal(found, torch.load(folder / "logits.pt"))
