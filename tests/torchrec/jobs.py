@@ -113,7 +113,7 @@ def compaction(rank: int, folder: Path) -> dict[str, float]:
             small: Any = on_ranks.compact(lambda kind=kind, inner=inner: kind("meta" if inner else "cpu"), plan)
             if inner is not None:
                 small = sharded(small, inner, taken)
-            on_ranks.inherit(full, small, plan, chunk_rows=64)
+            on_ranks.inherit(full, small, plan)
             result = on_ranks.verify(full, small, plan, task_of(full, rank))
             found[f"{path} {given} -> {taken}"] = result.max_difference if result.num_rows == NUM_ROWS else np.inf
             if inner is not None and taken == "row_wise":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,14 @@ from embtrim.compaction.inheriting import kept_rows_of
 from embtrim.errors import ModelError, PlanError
 from embtrim.plan.plan import SizePlan
 from embtrim.system.modules import named_modules, unwrapped
+from embtrim.tables.packing import CHUNK_ROWS
 from embtrim.torchrec.compacting import CompactCollection, CompactSequences
 from embtrim.torchrec.ranks import summed
 from embtrim.torchrec.sites import Shard, configs_of, find_collections, name_of, shards_of
 
-# Rows that are exchanged at a time; each rank then holds so many rows of one table beside its own.
-CHUNK_ROWS = 65_536
-
 
 @torch.no_grad()
-def inherit(full: nn.Module, small: nn.Module, plan: SizePlan, chunk_rows: int = CHUNK_ROWS) -> None:
+def inherit(full: nn.Module, small: nn.Module, plan: SizePlan) -> None:
     """Give a compact model the weights that a full one has: rows and columns that the plan keeps, and all other weights.
 
     All ranks call it. DROPPED rows become zero, as the rows are that a masked full model reads. The columns that fill a row
@@ -31,7 +30,6 @@ def inherit(full: nn.Module, small: nn.Module, plan: SizePlan, chunk_rows: int =
         full: Full model, sharded or not.
         small: Compact model that `compact` made, changed in place; sharded in any way or not.
         plan: Plan of the compact model.
-        chunk_rows: Rows that are exchanged at a time.
 
     Raises:
         PlanError: The plan was made for another model.
@@ -47,17 +45,20 @@ def inherit(full: nn.Module, small: nn.Module, plan: SizePlan, chunk_rows: int =
             raise ModelError(f"the compact model has a table {name!r}, which the full model does not have")
         full_config, own = given[name]
         width, table = full_config.embedding_dim, tables.get(name)
-        rows = ids = np.arange(config.num_embeddings)  # of a table that the plan leaves as it is
-        if table is not None:
-            rows, ids = kept_rows_of(table)
         columns = range(width) if table is None else table.columns
         for shard in shards:
             shard.weight_RC.zero_()
-        for start in range(0, len(rows), chunk_rows):
-            part = slice(start, start + chunk_rows)
-            values_ND = _gathered(own, torch.from_numpy(rows[part].astype(np.int64)), width)
-            _put(shards, torch.from_numpy(ids[part].astype(np.int64)), values_ND[:, list(columns)])
+        for rows, ids in _all_rows(config.num_embeddings) if table is None else kept_rows_of(table):
+            values_ND = _gathered(own, torch.from_numpy(rows.astype(np.int64)), width)
+            _put(shards, torch.from_numpy(ids.astype(np.int64)), values_ND[:, list(columns)])
     _copy_others(full, small)
+
+
+def _all_rows(number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All rows of a table that stays as it is, in chunks, see `kept_rows_of`."""
+    for start in range(0, number, CHUNK_ROWS):
+        rows = np.arange(start, min(start + CHUNK_ROWS, number))
+        yield rows, rows
 
 
 def _gathered(shards: list[Shard], rows_N: Tensor, width: int) -> Tensor:

@@ -61,10 +61,11 @@ def _masked(model: nn.Module, plan: SizePlan) -> Iterator[None]:
                 table = tables.get(name_of(path, module, config))
                 if table is None or (not table.has_dropped and table.output_width == table.width):
                     continue
-                mask_VD = torch.from_numpy(table.kept_mask())
+                kept_BD, block_V = torch.from_numpy(table.kept_by_block()), torch.from_numpy(table.block_of_row())
                 for shard in shards_of(module, [config]):
                     kept.append((shard, shard.weight_RC.clone()))
-                    shard.weight_RC.mul_(mask_VD[shard.rows, shard.columns].to(shard.weight_RC.device))
+                    mask_RC = kept_BD[block_V[shard.rows].long()][:, shard.columns]
+                    shard.weight_RC.mul_(mask_RC.to(shard.weight_RC.device))
         yield
     finally:
         for shard, values in kept:
