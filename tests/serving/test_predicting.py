@@ -118,3 +118,26 @@ def test_a_bundle_without_a_profile_still_scores(days, tmp_path, caplog):
     assert "has no profile, so that drift is not checked" in caplog.text
     with pytest.raises(DataError, match="has no profile"):
         write_predictions(bundle, days / "second.parquet", tmp_path / "s.parquet", strict=True)
+
+
+def test_drift_counts_rows_that_the_rule_keeps(tmp_path):
+    rng = np.random.default_rng(0)
+    log = pl.DataFrame({"click": [0, 1] * 300, "shown": [1] * 600, "user": [f"u{k}" for k in rng.integers(0, 30, 600)]})
+    schema = Schema(label="click", where="shown > 0", fields=(FieldSpec(name="user"),))
+    data = embtrim.encode(log, schema, out=tmp_path / "data")
+    save(FM(data.schema, embedding_dim=2), tmp_path / "bundle", data)
+    bundle = load_bundle(tmp_path / "bundle")
+    # A third of the rows were not shown; their users are new.
+    later = log.with_columns(user=pl.Series([f"new{k}" if k % 3 == 0 else f"u{k % 30}" for k in range(600)]))
+    later = later.with_columns(shown=pl.Series([int(k % 3 != 0) for k in range(600)]))
+    for suffix in ("csv", "parquet"):
+        path = tmp_path / f"later.{suffix}"
+        (later.write_csv if suffix == "csv" else later.write_parquet)(path)
+        done = write_predictions(bundle, path, tmp_path / f"{suffix}.parquet", keep=["user"])
+        scores = pl.read_parquet(tmp_path / f"{suffix}.parquet")
+        assert (done.num_rows, done.drift, done.shares[0]["unseen"]) == (600, [], 0.0)
+        assert scores["user"].to_list() == later["user"].to_list()
+        np.testing.assert_array_equal(scores["score"], bundle.predict(later))
+        np.testing.assert_allclose(scores["score"], bundle.predict(later.drop("shown")), rtol=1e-6)
+    log.drop("shown").with_columns(user=later["user"]).write_parquet(tmp_path / "without.parquet")
+    assert write_predictions(bundle, tmp_path / "without.parquet", tmp_path / "all.parquet").drift[0].field == "user"

@@ -13,6 +13,7 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import polars as pl
@@ -28,6 +29,7 @@ from embtrim.models import DeepFM
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Block, TablePlan
 from embtrim.schema import FieldSpec, Kind, Schema
+from embtrim.serving import raw_inputs
 from embtrim.serving.bundle import Bundle, load_bundle, save
 from embtrim.serving.exporting import export
 from tests.serving.export_models import model_of, schema_of
@@ -192,6 +194,16 @@ def test_the_readme_runs_and_names_every_input(folder, bundle):
     names["ids"], names["dense"] = names["encoded"]
     exec(code.replace('"model_ids.onnx"', 'folder + "/model_ids.onnx"'), names)
     np.testing.assert_allclose((1 + np.tanh(names["logits"] / 2)) / 2, bundle.predict(raw_rows(1)), atol=TOLERANCE)
+
+
+def test_keys_are_looked_at_once_for_their_type(bundle, monkeypatch):
+    looked_at: list[str] = []
+    keys_of = raw_inputs.keys_of
+    monkeypatch.setattr(raw_inputs, "keys_of", lambda encoder, f: looked_at.append(f.name) or keys_of(encoder, f))
+    monkeypatch.setattr(raw_inputs, "_dtypes", WeakKeyDictionary())
+    assert raw_inputs.raw_inputs(bundle.encoder) == raw_inputs.raw_inputs(bundle.encoder)
+    assert looked_at
+    assert len(looked_at) == len(set(looked_at))
 
 
 def test_weights_in_a_file_of_their_own_are_shared_by_both_graphs(bundle, folder, tmp_path):

@@ -181,6 +181,9 @@ def _time(raw: pl.Series) -> pl.Series:
 def chunk_where(chunk: Chunk, rule: Rule, nulls: Sequence[str]) -> Chunk:
     """The rows of a chunk for which the rule holds, with their place in the file."""
     kept = np.flatnonzero(holds(rule, chunk, nulls).fill_null(False).to_numpy())
-    if len(kept) == chunk.frame.height:
-        return chunk
-    return Chunk(chunk.frame[kept], chunk.first_row, lambda row: chunk.locate(int(kept[row])), chunk.done, chunk.end)
+    return chunk if len(kept) == chunk.frame.height else chunk_rows(chunk, kept)
+
+
+def chunk_rows(chunk: Chunk, rows: np.ndarray) -> Chunk:
+    """Some rows of a chunk, with their place in the file."""
+    return Chunk(chunk.frame[rows], chunk.first_row, lambda row: chunk.locate(int(rows[row])), chunk.done, chunk.end)

@@ -30,20 +30,22 @@ from safetensors.torch import load_file, save_file
 
 from embtrim._version import __version__
 from embtrim.config import Config
-from embtrim.data.cells import number_columns
+from embtrim.data.cells import number_columns, row_number
 from embtrim.data.dataset import EncodedDataset
 from embtrim.data.encoder import Encoder
 from embtrim.data.frames import as_polars
-from embtrim.data.log_file import Chunk
+from embtrim.data.log_file import START, Chunk
 from embtrim.data.profile import Profile, describe_drift, find_drift
 from embtrim.data.read_options import ReadOptions
 from embtrim.data.reading import RawLog, open_log, read_ahead
 from embtrim.data.recounting import recounted
+from embtrim.data.rule_cells import chunk_rows, holds
 from embtrim.data.tally import Tally, sample_of
 from embtrim.errors import BundleError, ConfigError, EmbtrimError, ModelError
 from embtrim.models import MODELS
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import PlanShape, SizePlan
+from embtrim.rules import parse_rule
 from embtrim.schema import Schema
 from embtrim.serving.model_card import model_card
 from embtrim.system.files import read_json
@@ -134,13 +136,47 @@ class Bundle:
         with freed_pages_kept():
             log = open_log(source, options)
             tally = self.tally(log)
-            for chunk in read_ahead(log.chunks(self.encoder.columns, numbers=number_columns(self.encoder.schema))):
+            columns, numbers = self.columns_of(log)
+            for chunk in read_ahead(log.chunks(columns, numbers=numbers)):
                 yield self.predict_chunk(chunk, tally)
             self._warn(tally)
 
     @torch.no_grad()
     def predict_chunk(self, rows: pl.DataFrame | Chunk, tally: Tally | None = None) -> np.ndarray:
-        """Probabilities of one chunk of raw rows; `tally` counts its values, if given."""
+        """Probabilities of one chunk of raw rows; `tally` counts its values, if given.
+
+        Rows that the schema's `where` leaves out were not among those of training: they are scored, and not counted.
+        """
+        kept_N = None if tally is None else self._counted(rows)
+        if kept_N is None or kept_N.all():
+            return self._scores(rows, tally)
+        scores = np.empty(len(kept_N), np.float32)
+        for is_counted in (True, False):
+            places = np.flatnonzero(kept_N == is_counted)
+            if len(places):
+                part = chunk_rows(rows, places) if isinstance(rows, Chunk) else rows[places]
+                scores[places] = self._scores(part, tally if is_counted else None)
+        return scores
+
+    def columns_of(self, log: RawLog) -> tuple[list[str], set[str]]:
+        """The columns to read of a log that is scored, and those of them that may be read as numbers.
+
+        Columns that only the schema's `where` reads are among them if the log has them all.
+        """
+        schema = self.encoder.schema
+        where = schema.where_columns if set(schema.where_columns) <= set(log.columns) else ()
+        return [*self.encoder.columns, *where], set(number_columns(schema)) - set(where)
+
+    def _counted(self, rows: pl.DataFrame | Chunk) -> np.ndarray | None:
+        """Whether the schema's `where` keeps each row: bool (N,); None without it, or if the rows lack its columns."""
+        schema = self.encoder.schema
+        frame = rows.frame if isinstance(rows, Chunk) else rows
+        if schema.where is None or not set(schema.where_columns) <= set(frame.columns):
+            return None
+        chunk = rows if isinstance(rows, Chunk) else Chunk(rows, 0, row_number, 1.0, START)
+        return holds(parse_rule(schema.where), chunk, schema.nulls).fill_null(False).to_numpy()
+
+    def _scores(self, rows: pl.DataFrame | Chunk, tally: Tally | None) -> np.ndarray:
         encoded = self.encoder.encode_chunk(rows, tally)
         scores = np.empty(len(encoded), np.float32)
         for start in range(0, len(encoded), EVAL_BATCH_SIZE):

@@ -9,7 +9,6 @@ from typing import Any
 
 import polars as pl
 
-from embtrim.data.cells import number_columns
 from embtrim.data.log_file import Skipped
 from embtrim.data.profile import TOLERANCE, Drift, shares_of
 from embtrim.data.read_options import ReadOptions
@@ -89,8 +88,8 @@ def write_predictions(
         bar.begin("predict", None)
         parts: list[Path] = []
         try:
-            numbers = set(number_columns(bundle.encoder.schema)) - set(keep)
-            for chunk in read_ahead(log.chunks([*bundle.encoder.columns, *keep], numbers=numbers)):
+            columns, numbers = bundle.columns_of(log)
+            for chunk in read_ahead(log.chunks([*columns, *keep], numbers=numbers - set(keep))):
                 if not parts:
                     _check_kept(chunk.frame.select(keep), out)
                 scores = pl.Series("score", bundle.predict_chunk(chunk, tally))

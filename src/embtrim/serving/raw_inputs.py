@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import polars as pl
@@ -52,6 +53,9 @@ class Keys:
     missing: int
 
 
+_dtypes: WeakKeyDictionary[Encoder, dict[str, Dtype]] = WeakKeyDictionary()
+
+
 def raw_inputs(encoder: Encoder) -> dict[str, Input]:
     """The inputs of a graph that takes raw values, by field."""
     inputs: dict[str, Input] = {}
@@ -76,7 +80,12 @@ def dtype_of(encoder: Encoder, field: FieldSpec) -> Dtype:
         return "float64"
     if field.hash_size:
         return "int64" if field.kind == "integer" and field.type == "categorical" else "string"
-    return keys_of(encoder, field).dtype if field.kind in NUMBERS and field.type == "categorical" else "string"
+    if field.kind not in NUMBERS or field.type != "categorical":
+        return "string"
+    found = _dtypes.setdefault(encoder, {})
+    if field.name not in found:  # looking at millions of keys takes seconds
+        found[field.name] = keys_of(encoder, field).dtype
+    return found[field.name]
 
 
 def missing_text(schema: Schema, field: FieldSpec) -> str:
