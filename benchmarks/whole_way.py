@@ -25,6 +25,7 @@ from typing import Any
 
 import polars as pl
 
+import embtrim
 import measure
 import synthetic
 
@@ -53,12 +54,9 @@ class Log:
 
     def write_schema(self, path: Path) -> Path:
         """Write embtrim's schema of the same fields: every value has a row, and floats go to log2 buckets."""
-        fields = [
-            f'    {{ name = "{name}", type = "{"numeric" if kind == "float" else "categorical"}", '
-            + ('transform = "log2" }' if kind == "float" else "min_count = 1 }")
-            for name, kind in self.kinds.items()
-        ]
-        path.write_text("\n".join([f'label = "{self.label}"', "fields = [", ",\n".join(fields), "]\n"]), "utf-8")
+        kinds = {"float": {"type": "numeric", "transform": "log2"}}
+        fields = [{"name": name, "min_count": 1, **kinds.get(kind, {})} for name, kind in self.kinds.items()]
+        embtrim.Schema.parse({"label": self.label, "fields": fields}).save_draft(path)
         return path
 
 

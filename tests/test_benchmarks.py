@@ -22,6 +22,7 @@ import ours
 import peers
 import report
 import synthetic
+import whole_way
 import workloads
 from embtrim.data.dataset import EncodedDataset, SplitArrays
 from embtrim.tables.views import stacked_projections
@@ -526,3 +527,30 @@ def test_each_value_of_a_growing_log_occurs(tmp_path):
     log = pl.read_parquet(tmp_path / "log.parquet")
     assert log.shape == (500, 1 + growth.NUM_FIELDS)
     assert sum(log[name].n_unique() for name in log.columns[1:]) == pytest.approx(200, rel=0.1)
+
+
+def test_the_whole_way_gives_both_the_same_fields_and_settings(tmp_path):
+    log = whole_way.Log({"train": tmp_path / "train.csv"}, "click", {"user": "str", "price": "float"}, 8, 0.5)
+    log.files["valid"] = log.files["test"] = log.files["train"]
+    schema = embtrim.Schema.load_draft(log.write_schema(tmp_path / "schema.toml"))
+    assert [(f.name, f.type, f.transform, f.min_count) for f in schema.fields] == [
+        ("user", "categorical", None, 1),
+        ("price", "numeric", "log2", 1),
+    ]
+    *_, order = whole_way.of_embtrim(log, tmp_path / "ours", "10%")
+    kind, threads, _, settings = json.loads(order)
+    encode, run = settings["commands"]
+    assert (kind, threads, encode[0], run[0]) == ("whole_way", 1, "encode", "run")
+    assert {"--set=hparams.embedding_dim=8", "--set=train.embedding_l2=0.5"} < set(run)
+    *_, order = whole_way.of_fuxictr("python", log, tmp_path / "theirs", "memory")
+    model = json.loads(order)[3]["model"]
+    assert (model["width"], model["embedding_regularizer"], model["hidden"]) == (8, 0.5, [400, 400, 400])
+
+
+def test_a_line_of_the_whole_way_holds_medians_or_the_first_error():
+    runs = [
+        {"cpu_seconds": s, "wall_seconds": 2 * s, "peak_bytes": 5e6, "auc": 0.5, "epochs": 3, "table_bytes": 4096}
+        for s in (3.0, 1.0, 2.0)
+    ]
+    assert whole_way.line("x", "embtrim", runs) == "| x | embtrim, small | 2 | 4 | 5 | 0.5000 | 3 | 4,096 | 3 |"
+    assert whole_way.line("x", "ray", [*runs, {"error": "died"}]) == "| x | FuxiCTR, full, ray | died |"
