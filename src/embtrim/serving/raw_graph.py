@@ -64,18 +64,27 @@ def write_raw_graph(ids_graph: Path, encoder: Encoder, out: Path) -> None:
     dense = [_dense_column(builder, encoder, field) for field in encoder.schema.dense_fields]
     if dense:
         builder.node("Cast", [builder.node("Concat", dense, axis=1)], [f"{NETWORK}dense"], to=TensorProto.FLOAT)
+    # In place: the weights of the graph, which may be as large as a file can be, are not copied.
     nodes = [*builder.nodes, *graph.node, helper.make_node("Sigmoid", [graph.output[0].name], [SCORE])]
     inputs = [
         helper.make_tensor_value_info(name, _TYPES[entry["dtype"]], entry["shape"])
         for name, entry in raw_inputs(encoder).items()
     ]
     score = helper.make_tensor_value_info(SCORE, TensorProto.FLOAT, ["batch"])
-    raw = helper.make_graph(nodes, "embtrim", inputs, [score], [*builder.constants, *graph.initializer])
+    parts: list[tuple[Any, list[Any]]] = [(graph.node, nodes), (graph.input, inputs), (graph.output, [score])]
+    for part, new in [*parts, (graph.value_info, [])]:
+        del part[:]
+        part.extend(new)
+    nodes.clear()
+    builder.nodes.clear()
+    graph.initializer.extend(builder.constants)
+    graph.name, model.producer_name = "embtrim", "embtrim"
+    for name in ("producer_version", "doc_string", "metadata_props"):
+        model.ClearField(name)
     domains = {entry.domain: entry.version for entry in model.opset_import} | {"ai.onnx.ml": 4, "com.microsoft": 1}
-    versions = [helper.make_opsetid(domain, version) for domain, version in domains.items()]
-    whole = helper.make_model(raw, opset_imports=versions, ir_version=model.ir_version, producer_name="embtrim")
-    whole.functions.extend(model.functions)
-    out.write_bytes(whole.SerializeToString())
+    del model.opset_import[:]
+    model.opset_import.extend(helper.make_opsetid(domain, version) for domain, version in domains.items())
+    out.write_bytes(model.SerializeToString())
 
 
 class _Builder:
