@@ -147,7 +147,8 @@ def _verify_masked(model: CTRModel, plan: SizePlan, data: EncodedDataset, split:
     compacted, masked = small.tables, _MaskedRows(tables, plan)
     recoded = data.recode(plan)
     values_of_row = len(data.schema.id_fields) * max(1, plan.width)
-    batch_size = min(max_rows, max(LEAST_BATCH, BATCH_VALUES // values_of_row))
+    at_once = max(LEAST_BATCH, BATCH_VALUES // values_of_row)
+    batch_size = min(max_rows, 1 << (at_once.bit_length() - 1))  # a power of two, of which the default is a multiple
     batches = zip(data.batches(split, batch_size), recoded.batches(split, batch_size), strict=True)
     worst, rows = 0.0, 0
     for number, (batch, small_batch) in enumerate(batches):
