@@ -405,10 +405,15 @@ def test_interrupt_leaves_nothing_half_written(shop: Workshop) -> None:
         process.kill()
     assert process.returncode == 130
     assert printed == ""
-    assert message.strip().splitlines()[-1].startswith("embtrim: interrupted")
+    told = message.strip().splitlines()[-1]
     assert "Traceback" not in message
     new = {path for path in shop.snapshot() if path not in before}
-    assert new == {"interrupted", "interrupted/config.toml"}
+    if new == {"interrupted", "interrupted/config.toml"}:  # it had not begun to train
+        assert told.startswith("embtrim: interrupted; nothing is half-written; there is no checkpoint, and the same")
+    else:
+        assert new == {"interrupted", "interrupted/config.toml", *(f"interrupted/unfinished{end}" for end in
+                                                                   ("", "/seed0", "/seed0/full.safetensors"))}  # fmt: skip
+        assert told.startswith(f"embtrim: interrupted; the same call goes on with {out}: embtrim run {shop.data} ")
 
 
 def test_interrupted_encode_goes_on(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -418,7 +423,10 @@ def test_interrupted_encode_goes_on(shop: Workshop, monkeypatch: pytest.MonkeyPa
         interrupt_encoding(patch)
         done = call(*command)
     assert done.code == 130
-    assert done.err.strip().splitlines()[-1] == "embtrim: interrupted; the same command goes on from where it was"
+    where = shop.folder / ".data-interrupted.encoding"
+    assert done.err.strip().splitlines()[-1] == (
+        f"embtrim: interrupted; the same call goes on with {where}: embtrim {' '.join(map(str, command))}"
+    )
     done = call(*command)
     assert done.code == 0
     assert "going on from where an interrupted run left" in done.err

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from embtrim.errors import BundleError, DataError
+from embtrim.errors import BundleError
 from embtrim.system import holding
 from embtrim.system.files import write_then_rename
 from embtrim.system.folders import check_replaceable, write_folder
@@ -228,9 +228,9 @@ def test_a_folder_that_is_removed_while_it_is_written_is_not_made_again(tmp_path
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"cannot write beside .*File exists; repair that or choose another --out"):
-        with hold(tmp_path / "file" / "out"):
-            pass
+    with pytest.raises(OSError) as raised, hold(tmp_path / "file" / "out"):
+        pass
+    assert raised.value.filename == str(tmp_path / "file" / "out")
     with pytest.raises(OSError) as raised:
         write_then_rename(tmp_path / "file" / "out", lambda file: None)
     assert raised.value.filename == str(tmp_path / "file" / "out")

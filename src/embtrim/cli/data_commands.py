@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import embtrim
-from embtrim.cli.errors import Resumable
 from embtrim.cli.flags import (
     AsJson,
     Columns,
@@ -181,20 +180,15 @@ def _encode_log(
 ) -> EncodedDataset:
     from embtrim.data.catalog import encode_known
 
-    try:
-        if settings.dataset is not None:
-            return encode_known(
-                settings.dataset, source, out, split=settings.split, seed=settings.seed, min_count=settings.min_count,
-                overwrite=overwrite, progress=progress,
-            )  # fmt: skip
-        return embtrim.encode(
-            source, settings.schema_file, label=settings.label, where=settings.where, time=settings.time,
-            time_format=settings.time_format, out=out, split=settings.split, valid=settings.valid, test=settings.test, seed=settings.seed, options=options, overwrite=overwrite, progress=progress,
+    if settings.dataset is not None:
+        return encode_known(
+            settings.dataset, source, out, split=settings.split, seed=settings.seed, min_count=settings.min_count,
+            overwrite=overwrite, progress=progress,
         )  # fmt: skip
-    except KeyboardInterrupt as interrupt:
-        if not interrupt.args:
-            raise
-        raise Resumable from None
+    return embtrim.encode(
+        source, settings.schema_file, label=settings.label, where=settings.where, time=settings.time,
+        time_format=settings.time_format, out=out, split=settings.split, valid=settings.valid, test=settings.test, seed=settings.seed, options=options, overwrite=overwrite, progress=progress,
+    )  # fmt: skip
 
 
 def profile(

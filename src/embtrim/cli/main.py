@@ -1,7 +1,7 @@
 """The command line: one command per verb, each a thin mirror of a Python function.
 
 Results go to stdout, logs and errors to stderr. Exit codes: 0 done; 1 failed; 2 usage (a flag or a setting is wrong);
-130 interrupted.
+130 interrupted by Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import typer
 
 import embtrim
 from embtrim.cli.data_commands import encode, profile
-from embtrim.cli.errors import INTERRUPTED, Resumable, fail, fail_os
+from embtrim.cli.errors import Stopped, fail, fail_interrupted, fail_os, stopping
 from embtrim.cli.list_commands import datasets, methods, models
 from embtrim.cli.model_commands import compact, curve, search, train
 from embtrim.cli.run_commands import compare, report, run
 from embtrim.cli.serving_commands import export, predict, update
 from embtrim.errors import ConfigError, EmbtrimError
+from embtrim.system.interrupts import signals_raised
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,7 +36,7 @@ for command in (
     encode, profile, train, curve, search, compact, predict, update, export,
     run, compare, report, datasets, models, methods,
 ):  # fmt: skip
-    app.command()(command)
+    app.command()(stopping(command))
 
 
 @app.callback(invoke_without_command=True)
@@ -48,14 +49,15 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
 def main(arguments: Sequence[str] | None = None) -> None:
     """Console entry point. A user's error becomes one clear line and an exit code; a fault of embtrim keeps its traceback."""
     code: Any
-    advice = "nothing is half-written; train, search, compact, update, run and compare go on when started again"
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
-        sys.stdout.flush()
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
-    except Resumable:
-        code, advice = INTERRUPTED, "the same command goes on from where it was"
+        with signals_raised():
+            code = app(args=given, standalone_mode=False)
+            sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort) as interrupt:
+        code = fail_interrupted(interrupt, given)
+    except Stopped as stopped:
+        code = fail_interrupted(stopped.interrupt, given)
     except ConfigError as error:
         code = fail(str(error), 2)
     except EmbtrimError as error:
@@ -68,6 +70,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         show(file=sys.stderr)
         code = 2
-    if code == INTERRUPTED:
-        fail(f"interrupted; {advice}", INTERRUPTED)
     sys.exit(code or 0)

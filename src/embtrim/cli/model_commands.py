@@ -58,6 +58,7 @@ def train(
     start_log(quiet)
     settings = run_config(data, config, overrides, {"model": model, "seed": seed})
     from embtrim.experiments.estimates import estimate_training
+    from embtrim.experiments.room import check_room, room_of_training
     from embtrim.experiments.steps import train_full
     from embtrim.serving.bundle import check_out, save
     from embtrim.system.folders import folder_bytes
@@ -73,6 +74,7 @@ def train(
     target = needed(out)
     check_out(target, overwrite)  # before hours of training, not after them
     with unfinished(target) as work:
+        check_room(target, room_of_training(encoded, settings), work)
         trained = train_full(encoded, settings, not quiet, work / "full.safetensors")
         record = trained.record
         metrics = {"valid": record.valid, "test": record.test}

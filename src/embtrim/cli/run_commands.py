@@ -84,6 +84,7 @@ def run(
     from embtrim.experiments import estimates
     from embtrim.experiments.run import run as run_all
     from embtrim.reports.run_page import write_report
+    from embtrim.system.holding import watch_folder
 
     encoded = embtrim.load(data)
     if dry_run:
@@ -92,7 +93,8 @@ def run(
         return
     path = needed(out)
     records = run_all(encoded, settings, path, progress=not quiet, on_record=log_record)
-    write_report(records, path / "report.html")
+    with watch_folder(path):  # which somebody may have removed
+        write_report(records, path / "report.html")
     show_records(records, as_json)
     log_line(f"report: {path / 'report.html'}")
 
@@ -130,6 +132,7 @@ def compare(
     from embtrim.experiments.grid import read_skipped
     from embtrim.experiments.records import read_records
     from embtrim.reports.comparison_page import write_comparison
+    from embtrim.system.holding import watch_folder
 
     encoded = embtrim.load(data)
     if dry_run:
@@ -139,7 +142,8 @@ def compare(
     progress = not quiet
     made = comparison.compare(encoded, settings, folder, jobs=jobs, progress=progress, on_record=log_cell)
     if made.records:
-        write_comparison(read_records(folder), folder, read_skipped(folder))
+        with watch_folder(folder):
+            write_comparison(read_records(folder), folder, read_skipped(folder))
     if as_json:
         parts = {"records": made.records, "skipped": made.skipped}
         print_json({name: [part.model_dump(mode="json") for part in found] for name, found in parts.items()})

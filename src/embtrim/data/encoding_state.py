@@ -40,6 +40,7 @@ from embtrim.errors import DataError, EmbtrimError, UnreachableError
 from embtrim.system.files import flush_file, write_then_rename
 from embtrim.system.folders import replace_folder
 from embtrim.system.holding import hold, undo_replacement
+from embtrim.system.interrupts import going_on_with
 
 CHECKPOINT_VERSION = 5
 # A checkpoint that takes longer is saved less often. With one checkpoint a minute, this is one percent of the time.
@@ -224,15 +225,16 @@ def working_folder(
         KeyboardInterrupt: At Ctrl-C, with a message if the same call can go on.
     """
     place = target.resolve()
-    with hold(target) as can_lock:
+    with contextlib.ExitStack() as stack:
         root = place.with_name(f".{place.name}.encoding")
-        if not can_lock:
-            # Without locks, only a folder that no other run knows is safe; but then no run can go on with it.
-            root, checkpoint_seconds = root.with_name(f"{root.name}-{uuid.uuid4().hex[:8]}"), None
         try:
+            if not stack.enter_context(hold(target)):
+                # Without locks, only a folder that no other run knows is safe; but then no run can go on with it.
+                root, checkpoint_seconds = root.with_name(f"{root.name}-{uuid.uuid4().hex[:8]}"), None
             work = WorkingFolder(root, inputs, checkpoint_seconds)
         except OSError as error:
             raise DataError(f"cannot write beside {target}: {error.strerror or error}; choose another --out") from None
+        stack.enter_context(going_on_with(root, root.exists))
         try:
             yield work
             check_target(target, overwrite)
@@ -242,8 +244,6 @@ def working_folder(
             stays = work.is_resumable and (isinstance(error, UnreachableError) or not isinstance(error, EmbtrimError))
             if not stays:
                 shutil.rmtree(root, ignore_errors=True)
-            if isinstance(error, KeyboardInterrupt) and stays:
-                raise KeyboardInterrupt(f"interrupted; the same call goes on with {root}") from None
             way = f"and start again to go on, or remove {root} and" if stays else "or"
             if _is_disk_full(error):
                 raise DataError(

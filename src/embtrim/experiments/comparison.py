@@ -40,13 +40,16 @@ from embtrim.experiments.grid import (
     write_skipped,
 )
 from embtrim.experiments.records import RunRecord, Trained, code_version
+from embtrim.experiments.room import check_room, room_of_grid
 from embtrim.experiments.steps import shrink, train_full_swept, with_l2
 from embtrim.models import build
 from embtrim.system.files import write_then_rename
+from embtrim.system.holding import check_written, hold_folder, watch
+from embtrim.system.interrupts import going_on_with
 from embtrim.system.processes import in_processes
 from embtrim.system.progress import Counter, shows_bars, stage
 from embtrim.system.ranks import refuse_ranks
-from embtrim.system.unfinished import OtherTrainingError
+from embtrim.system.unfinished import OtherTrainingError, holds_work
 from embtrim.training.devices import device_of
 
 logger = logging.getLogger(__name__)
@@ -135,6 +138,7 @@ def start_worker(
     data: EncodedDataset | Path, config: CompareConfig, out: Path, progress: bool
 ) -> Callable[[Cell], Any]:
     """`make` of a new Worker; data on disk may be given as their folder."""
+    watch(out)
     return Worker(EncodedDataset.load(data) if isinstance(data, Path) else data, config, out, progress).make
 
 
@@ -193,7 +197,9 @@ def compare(
 
     Raises:
         ConfigError: An unknown model, method, setting or budget.
-        DataError: A split is missing, or a record in `out` was made with other settings.
+        DataError: A split is missing; a record in `out` was made with other settings; `out` is written by another process,
+            or cannot be written; or its disk has no room for the full models.
+        RemovedError: `out` was removed while the grid was writing into it.
         EmbtrimError: A worker process died.
     """
     refuse_ranks("compare")
@@ -201,7 +207,25 @@ def compare(
     config = resolve(config)
     check_compare(data, config)
     cells = grid(config)
-    records = finished(cells, data, config, out)
+    finished(cells, data, config, out)
+    configs = [run_config(config, model) for model in config.models]
+    check_room(out, room_of_grid(data, configs, config.seeds, jobs), out)
+    with hold_folder(out), going_on_with(out, lambda: holds_work(out)):
+        made = _make_cells(data, config, out, cells, jobs, progress, on_record)
+    return made
+
+
+def _make_cells(
+    data: EncodedDataset,
+    config: CompareConfig,
+    out: Path,
+    cells: list[Cell],
+    jobs: int,
+    progress: bool,
+    on_record: OnRecord | None,
+) -> Comparison:
+    """Make the cells that have no record yet; see `compare`."""
+    records = finished(cells, data, config, out)  # once more: another process may have been faster
     _warn_of_other_code(records.values(), out)
     write_then_rename(out / "config.toml", lambda file: file.write(to_toml(config).encode()))
     pending = [cell for cell in cells if cell.budget is not None and cell not in records]
@@ -228,8 +252,11 @@ def compare(
         failed = [cell for cell in pending if cell.full.name in outcomes.skipped]
         keep((cell, _skip(cell, "its full model could not be made")) for cell in failed)
         keep(make(cell for cell in pending if cell not in failed))
+    for cell in outcomes.records:  # a process that was killed after its record may have left them
+        shutil.rmtree(out / "unfinished" / cell.name, ignore_errors=True)
     with suppress(OSError):
         (out / "unfinished").rmdir()
+    check_written(out / "config.toml", *(record_path(out, cell) for cell in outcomes.records))
     return outcomes.in_order()
 
 

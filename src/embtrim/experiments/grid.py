@@ -27,6 +27,7 @@ from embtrim.plan.budget import Budget, BudgetSetting
 from embtrim.plan.budget_limits import target_settings
 from embtrim.plan.table import Bits, Target
 from embtrim.system.files import write_then_rename
+from embtrim.system.holding import content
 from embtrim.training.settings import TrainConfig
 
 FULL = "full"
@@ -264,7 +265,7 @@ def finished(cells: Iterable[Cell], data: EncodedDataset, config: CompareConfig,
     Raises:
         DataError: A record was made with other settings or is damaged, or `out` is not a folder of `compare`.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or content(out)):
         settings = out / "config.toml"
         if not settings.is_file() or "models" not in read_toml(settings):
             raise DataError(f"{out} exists and is not a folder of `embtrim compare`; choose another --out or remove it")

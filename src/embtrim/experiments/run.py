@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from embtrim.config import first_change, read_toml, to_toml
 from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import DataError
 from embtrim.experiments.records import RunRecord, Trained
+from embtrim.experiments.room import check_room, room_of_run
 from embtrim.experiments.settings import RunConfig, check_run, split_control
 from embtrim.experiments.steps import shrink, train_full_swept, with_l2
 from embtrim.experiments.tolerance import smallest_within
@@ -22,8 +22,11 @@ from embtrim.plan.table import Target
 from embtrim.serving.bundle import note_spread, save
 from embtrim.system.files import write_then_rename
 from embtrim.system.folders import folder_bytes
+from embtrim.system.holding import check_written, content, hold_folder
+from embtrim.system.interrupts import going_on_with
 from embtrim.system.progress import say, stage, time_left
 from embtrim.system.ranks import refuse_ranks
+from embtrim.system.unfinished import holds_work
 
 
 def run(
@@ -51,7 +54,9 @@ def run(
         The records: for each seed the full model, the method, the controls.
 
     Raises:
-        DataError: A split is missing, or `out` holds something else.
+        DataError: A split is missing; `out` holds something else, is written by another process, or cannot be written; or
+            its disk has no room for the results.
+        RemovedError: `out` was removed while the run was writing into it.
         BudgetError: The budget is below the smallest plan.
     """
     refuse_ranks("run")
@@ -59,16 +64,18 @@ def run(
     config = config.replace(bits=config.stored_bits)
     check_run(data, config)
     _check_folder(out, config)
-    out.mkdir(parents=True, exist_ok=True)
-    write_then_rename(out / "config.toml", lambda file: file.write(to_toml(config).encode()))
-    records, count = [], _count(data, config, out, progress, on_record)
-    for seed in range(config.seed, config.seed + config.seeds):
-        with stage(f"seed {seed}", False):
-            records += _run_seed(data, config.replace(seed=seed), out, progress, count)
-    with suppress(OSError):
-        (out / "unfinished").rmdir()
-    if config.seeds > 1:
-        _note_spread(records, out)
+    check_room(out, room_of_run(data, config), out)
+    with hold_folder(out), going_on_with(out, lambda: holds_work(out)):
+        _check_folder(out, config)  # another process may have been faster
+        write_then_rename(out / "config.toml", lambda file: file.write(to_toml(config).encode()))
+        records, count = [], _count(data, config, out, progress, on_record)
+        for seed in range(config.seed, config.seed + config.seeds):
+            with stage(f"seed {seed}", False):
+                records += _run_seed(data, config.replace(seed=seed), out, progress, count)
+        shutil.rmtree(out / "unfinished", ignore_errors=True)
+        if config.seeds > 1:
+            _note_spread(records, out)
+        check_written(out / "config.toml", *(record_path(out, record.variant, record.seed) for record in records))
     return records
 
 
@@ -140,6 +147,11 @@ def _run_seed(
     return records
 
 
+def record_path(out: Path, variant: str, seed: int) -> Path:
+    """File of a model's record."""
+    return out / "records" / f"{variant}-seed{seed}.json"
+
+
 def _label(variant: str) -> str:
     """The name of a variant in records and files."""
     return variant.replace(":", "-")
@@ -147,7 +159,7 @@ def _label(variant: str) -> str:
 
 def _check_folder(out: Path, config: RunConfig) -> None:
     """Raise DataError unless `out` is free or belongs to a run with the same config."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.exists() or (out.is_dir() and not content(out)):
         return
     settings = out / "config.toml"
     values = read_toml(settings) if settings.is_file() else {}
@@ -169,7 +181,7 @@ def _check_folder(out: Path, config: RunConfig) -> None:
 
 def _finished(out: Path, variant: str, seed: int, data: EncodedDataset, target: Target | None) -> RunRecord | None:
     """The record of a finished model, or None; DataError if it was made on other data or counted its budget otherwise."""
-    path = out / "records" / f"{variant}-seed{seed}.json"
+    path = record_path(out, variant, seed)
     if not path.exists():
         return None
     record = RunRecord.load(path)
@@ -206,7 +218,7 @@ def _keep(trained: Trained, data: EncodedDataset, out: Path, on_record: Callable
         record = record.replace(bundle_bytes=folder_bytes(bundle), vocabulary_bytes=folder_bytes(bundle / "encoder"))
     if trained.plan is not None:
         trained.plan.save(out / "plans" / f"{name}.json")
-    record.save(out / "records" / f"{name}.json")
+    record.save(record_path(out, record.variant, record.seed))
     on_record(record)
     return record
 

@@ -14,7 +14,7 @@ from embtrim.errors import ConfigError, DataError
 from embtrim.methods import method_named
 from embtrim.methods.curves import STARTS
 from embtrim.methods.guided import Start
-from embtrim.models import build
+from embtrim.models import MODELS, arguments, build
 from embtrim.models.ctr_model import HyperParameters
 from embtrim.plan.budget import AUTO, Budget, BudgetOrAuto
 from embtrim.plan.budget_limits import check_budget
@@ -147,19 +147,25 @@ def check_run(data: EncodedDataset, config: RunConfig) -> None:
         split_control(control)
     method_config(config)
     device_of(config.train)
-    hparams = config.hparams
-    if "embedding_dim" in hparams:
-        HyperParameters.parse({"embedding_dim": hparams["embedding_dim"]}, where="hparams")
-        hparams = {**hparams, "embedding_dim": 1}  # a small model is built faster
-    model = build(config.model, data.schema, **hparams)
-    if model.tables.width == 0:
+    full = full_plan(data, config)
+    if full.width == 0:
         raise ConfigError(
             f"model {config.model!r} has no embedding tables to shrink, only first-order weights; choose another"
         )
-    plan = model.tables.plan
-    if config.limit is not None:
-        width = config.hparams.get("embedding_dim", plan.width)
-        bits = config.stored_bits
-        if bits == 32 or config.target != "fbgemm":
-            full = SizePlan.full(data.schema, width, plan.first_order)
-            check_budget(full, config.limit, bits, config.target, method_named(config.method).adds)
+    if config.limit is not None and (config.stored_bits == 32 or config.target != "fbgemm"):
+        check_budget(full, config.limit, config.stored_bits, config.target, method_named(config.method).adds)
+
+
+def full_plan(data: EncodedDataset, config: RunConfig) -> SizePlan:
+    """Plan of the full tables of a run's model, whose settings are checked.
+
+    Raises:
+        ConfigError: The model or one of its arguments is unknown or cannot be used.
+    """
+    hparams, known = config.hparams, arguments(config.model) if config.model in MODELS else {}
+    width = hparams.get("embedding_dim", known.get("embedding_dim", 0))
+    if "embedding_dim" in {**known, **hparams}:
+        HyperParameters.parse({"embedding_dim": width}, where="hparams")
+        hparams = {**hparams, "embedding_dim": 1}  # a small model is built faster
+    model = build(config.model, data.schema, **hparams)
+    return SizePlan.full(data.schema, width, model.tables.plan.first_order)

@@ -258,11 +258,19 @@ class Fitness:
         if new:
             started = time.perf_counter()
             gates = [width_masks(self.task.sites(self.model), c) for c in new]
-            self.scores.update(zip(new, self.task.gated_scores(self.model, gates, self.max_rows), strict=True))
+            try:
+                self.scores.update(zip(new, self.task.gated_scores(self.model, gates, self.max_rows), strict=True))
+            except KeyboardInterrupt:
+                self._save()
+                raise
             self.seconds += time.perf_counter() - started
             if self.checkpoint is not None and self.checkpoint.is_due:
-                self.checkpoint.save({"scores": list(self.scores.items()), "seconds": self.seconds})
+                self._save()
         return [self.scores[c] for c in candidates]
+
+    def _save(self) -> None:
+        if self.checkpoint is not None:
+            self.checkpoint.save({"scores": list(self.scores.items()), "seconds": self.seconds})
 
 
 def width_masks(sites: Sequence[Site], widths: Widths) -> list[Tensor]:

@@ -31,8 +31,8 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,7 @@ import numpy as np
 
 from embtrim.errors import PlanError
 from embtrim.plan.budget import BYTES_PER_PARAM, Budget
+from embtrim.plan.rows_file import crc32_of, read_rows, set_aside
 from embtrim.plan.table import (
     FBGEMM_COLUMNS,
     Alignment,
@@ -59,6 +60,7 @@ from embtrim.plan.table import (
 )
 from embtrim.schema import Schema
 from embtrim.system.files import write_then_rename
+from embtrim.system.holding import hold
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -389,11 +391,12 @@ class PlanShape:
         }
         head["details"] = self._stored_details()
         if arrays:
-            head["rows_crc32"] = _crc32(arrays)
+            head["rows_crc32"] = crc32_of(arrays)
         text = json.dumps({"plan_version": PLAN_VERSION, **head, "tables": tables}, indent=1)
-        if arrays:
-            write_then_rename(path.with_suffix(".npz"), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
-        write_then_rename(path, lambda file: file.write(text.encode()))
+        with hold(path) if arrays else nullcontext(), set_aside(path.with_suffix(".npz")) if arrays else nullcontext():
+            if arrays:
+                write_then_rename(path.with_suffix(".npz"), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
+            write_then_rename(path, lambda file: file.write(text.encode()))
 
     def _stored_details(self) -> dict[str, Any]:
         """The details in the order of the file format, which holds the fields of a search among them."""
@@ -516,9 +519,7 @@ class SizePlan(PlanShape):
     @classmethod
     def _read_tables(cls, entries: Sequence[dict[str, Any]], rows: Path, crc32: int | None) -> tuple[TablePlan, ...]:
         named = any("rows" in block for entry in entries for block in entry["blocks"])
-        arrays = dict(np.load(rows, allow_pickle=False)) if named else {}
-        if arrays and crc32 not in (None, _crc32(arrays)):
-            raise PlanError(f"{rows.name} holds the rows of another plan; save or copy both again")
+        arrays = read_rows(rows, crc32) if named else {}
 
         def block_of(
             num_rows: int, columns: Any, alignment: Alignment, rows: str | None = None, *, bits: int | None = None
@@ -533,14 +534,6 @@ def _in_bits(table: TableT, bits: int) -> TableT:
     if any(block.bits is not None for block in table.blocks):
         table = dataclasses.replace(table, blocks=tuple(dataclasses.replace(b, bits=None) for b in table.blocks))
     return dataclasses.replace(table, bits=bits)
-
-
-def _crc32(arrays: Mapping[str, np.ndarray]) -> int:
-    """Checksum of the rows of a plan, which tells that its two files belong together."""
-    found = 0
-    for _, array in sorted(arrays.items()):
-        found = zlib.crc32(np.ascontiguousarray(array).data, found)
-    return found
 
 
 def _read_table(entry: dict[str, Any], block_of: Callable[..., BlockShape]) -> dict[str, Any]:

@@ -31,6 +31,8 @@ from embtrim.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+LOCK = ".lock"
+
 # Seconds that a reader waits for a living process between its two renames.
 WAIT_SECONDS = 1.0
 
@@ -58,7 +60,7 @@ def hold(target: Path) -> Iterator[bool]:
 
     Raises:
         HeldError: It is held elsewhere; the message says by whom.
-        DataError: Nothing can be written beside it.
+        OSError: Nothing can be written beside it.
     """
     place = target.resolve()  # a link stays a link: its target is replaced
     lock = place.with_name(f".{place.name}.lock")
@@ -75,25 +77,25 @@ def hold_folder(folder: Path) -> Iterator[None]:
 
     Raises:
         HeldError: It is held elsewhere; the message says by whom.
-        DataError: Nothing can be written into it.
+        OSError: Nothing can be written into it.
         RemovedError: It was removed inside the block.
     """
-    with _locked(folder / ".lock", folder), watch_folder(folder):
+    with _locked(folder / LOCK, folder), watch_folder(folder):
         yield
 
 
 @contextmanager
 def watch_folder(folder: Path) -> Iterator[None]:
-    """Have every write into a folder fail inside a `with` block once it has been removed, rather than make it again.
+    """`watch` a folder inside a `with` block.
 
     Raises:
-        RemovedError: It was removed inside the block.
+        RemovedError: It was removed inside the block, or before.
     """
     place = folder.resolve()
     if place in _watched:
         yield
         return
-    _watched[place] = os.open(place, os.O_RDONLY)
+    watch(place)
     try:
         yield
         check_there(place)
@@ -101,16 +103,49 @@ def watch_folder(folder: Path) -> Iterator[None]:
         os.close(_watched.pop(place))
 
 
+def content(folder: Path) -> list[Path]:
+    """What lies in a folder, beside its lock and what dead processes left."""
+    return [path for path in folder.iterdir() if not re.fullmatch(rf"{re.escape(LOCK)}|\..+\.\d+\.tmp", path.name)]
+
+
+def watch(folder: Path) -> None:
+    """Have every write into a folder fail from now on once it has been removed, rather than make it again.
+
+    Raises:
+        RemovedError: It has been removed before.
+    """
+    place = folder.resolve()
+    if place not in _watched:
+        try:
+            _watched[place] = os.open(place, os.O_RDONLY)
+        except FileNotFoundError:
+            raise _removed(place) from None
+
+
 def check_there(path: Path) -> None:
     """Raise RemovedError if a watched folder that holds the path is no longer the one it was."""
     for place, descriptor in _watched.items():
         if path.resolve().is_relative_to(place) and not _is_at(place, descriptor):
+            raise _removed(place)
+
+
+def check_written(*paths: Path) -> None:
+    """Raise RemovedError if files that were written in a `hold_folder` block are not there."""
+    for path in paths:
+        if not path.exists():
             raise RemovedError(
                 errno.ENOENT,
-                "it was removed or moved while this command was writing into it; put it back and start again to go on, or "
-                "start again from the beginning",
-                str(place),
+                "it was removed while this command was working; start again, and what is missing is made again",
+                str(path),
             )
+
+
+def _removed(place: Path) -> RemovedError:
+    words = (
+        "it was removed or moved while this command was writing into it; put it back and start again to go on, or start "
+        "again from the beginning"
+    )
+    return RemovedError(errno.ENOENT, words, str(place))
 
 
 @contextmanager
@@ -128,9 +163,8 @@ def _locked(lock: Path, target: Path) -> Iterator[bool]:
     except RemovedError:
         raise
     except OSError as error:
-        raise DataError(
-            f"cannot write beside {target}: {error.strerror or error}; repair that or choose another --out"
-        ) from None
+        error.filename, error.filename2 = str(target), None
+        raise
     _held[lock] = file, threading.get_ident(), can_lock
     try:
         yield can_lock

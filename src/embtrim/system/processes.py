@@ -5,19 +5,26 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context, parent_process
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 
 from embtrim.errors import EmbtrimError
+from embtrim.system.interrupts import Interrupted, raise_interrupted
 from embtrim.system.machine import available_cores
 
+# Seconds that workers have to write their checkpoints before they are killed.
+CHECKPOINT_SECONDS = 60.0
+
 _make: Callable[[Any], Any] | None = None  # in a worker process: the function that makes the result of an item
+_is_busy = False  # in a worker process: whether it makes a result
 
 
 @contextmanager
@@ -47,15 +54,24 @@ def in_processes(
         pool.shutdown()
     except BaseException as error:
         pool.shutdown(wait=False, cancel_futures=True)
-        for child in set(active_children()) - others:
-            child.terminate()
-            child.join()
+        _end(set(active_children()) - others)
         if isinstance(error, BrokenProcessPool):
             raise EmbtrimError(
                 "a worker process died (killed, or out of memory); what was finished is on disk: start again to go on, "
                 "with fewer --jobs if memory is short"
             ) from None
         raise
+
+
+def _end(children: Iterable[BaseProcess]) -> None:
+    """End worker processes; they have time to write their checkpoints."""
+    for child in children:
+        child.terminate()
+    end = time.monotonic() + CHECKPOINT_SECONDS
+    for child in children:
+        child.join(max(0.0, end - time.monotonic()))
+        child.kill()
+        child.join()
 
 
 def _results(pool: ProcessPoolExecutor, items: Sequence[Any]) -> Iterator[Any]:
@@ -86,6 +102,7 @@ def _start_worker(threads: int, start: Callable[..., Callable[[Any], Any]], argu
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # the parent ends its workers; systems without signal masks deliver Ctrl-C here too
+    signal.signal(signal.SIGTERM, lambda signum, _: _end_worker(signum))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _make = start(*arguments)
@@ -99,6 +116,20 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def _end_worker(signum: int) -> None:
+    """End this worker: at once, or after its training has written its state."""
+    if not _is_busy:
+        os._exit(128 + signum)
+    raise_interrupted(signum)
+
+
 def _call(item: Any) -> Any:
+    global _is_busy
     assert _make is not None
-    return _make(item)
+    try:
+        _is_busy = True
+        return _make(item)
+    except Interrupted as end:
+        os._exit(128 + end.signum)
+    finally:
+        _is_busy = False

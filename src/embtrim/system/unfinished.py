@@ -13,7 +13,8 @@ from typing import Any
 from embtrim.config import first_change
 from embtrim.errors import DataError
 from embtrim.system.files import write_then_rename
-from embtrim.system.holding import hold
+from embtrim.system.holding import LOCK, hold
+from embtrim.system.interrupts import going_on_with
 
 logger = logging.getLogger(__name__)
 
@@ -45,22 +46,28 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
     write_then_rename(path, lambda file: file.write(json.dumps(settings).encode()))
 
 
+def holds_work(folder: Path) -> bool:
+    """Whether a folder holds more than settings of work and locks."""
+    return any(path.is_file() and path.name not in (SETTINGS, "config.toml", LOCK) for path in folder.rglob("*"))
+
+
 @contextmanager
 def unfinished(target: Path) -> Iterator[Path]:
     """Yield the folder beside `target` where work towards the target keeps its state; the target is held, see `hold`.
 
     The folder is removed when the `with` block ends. If the block raises, the folder stays, so that the work can go on,
-    unless it holds nothing but the settings of `claim`.
+    unless it holds nothing but the settings of `claim`. An interrupt then says where the work goes on.
 
     Raises:
-        DataError: The target is held elsewhere, or nothing can be written beside it.
+        DataError: The target is held elsewhere.
+        OSError: Nothing can be written beside it.
     """
     folder = target.with_name(f".{target.name}.unfinished")
-    with hold(target):
+    with hold(target), going_on_with(folder, folder.exists):
         try:
             yield folder
         except BaseException:
-            if folder.is_dir() and {path.name for path in folder.iterdir()} <= {SETTINGS}:
+            if folder.is_dir() and not holds_work(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder, ignore_errors=True)

@@ -23,6 +23,8 @@ from torch import nn
 
 from embtrim.config import first_change
 from embtrim.system.files import write_then_rename
+from embtrim.system.holding import RemovedError
+from embtrim.system.interrupts import HeldSignals
 from embtrim.system.unfinished import OtherTrainingError
 from embtrim.training.settings import FitResult
 from embtrim.training.state import (
@@ -52,12 +54,16 @@ class Checkpoint:
         interval: Seconds between two writings; 0 writes after every step.
         settings: JSON-able values that the training depends on. A file with other values is refused.
         model: Model before training. The training depends on its weights as well.
+
+    Attributes:
+        signals: Signals that wait for the next writing.
     """
 
     def __init__(self, path: str | Path, interval: float, settings: Mapping[str, Any], model: nn.Module) -> None:
         self.path, self.interval = Path(path), interval
         self.settings = json.loads(json.dumps({**settings, "initial_weights": checksum(model)}))
         self._written = time.monotonic()
+        self.signals = HeldSignals()
 
     def load(self) -> dict[str, Any] | None:
         """The state saved last; None without a file. If the file is damaged, a warning says so and None is returned.
@@ -97,15 +103,21 @@ class Checkpoint:
 
     @property
     def is_due(self) -> bool:
-        """Whether the interval has passed since the last writing."""
-        return time.monotonic() - self._written >= self.interval
+        """Whether the interval has passed since the last writing, or a signal waits for one."""
+        return bool(self.signals) or time.monotonic() - self._written >= self.interval
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Write the state. If it cannot be written, a warning says so, and the previous file stays."""
+        """Write the state. If it cannot be written, a warning says so, and the previous file stays.
+
+        Raises:
+            RemovedError: The folder of the work was removed.
+        """
         tensors: dict[str, torch.Tensor] = {}
         head = {"version": VERSION, "settings": self.settings, "values": _without_tensors(state, tensors)}
         try:
             write_then_rename(self.path, lambda file: save_file(tensors, file.name, {"state": json.dumps(head)}))
+        except RemovedError:
+            raise
         except (OSError, SafetensorError) as error:
             logger.warning("checkpoint %s could not be written (%s); training goes on", self.path, error)
         self._written = time.monotonic()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from embtrim.data.dataset import Batch
 from embtrim.errors import DataError, EmbtrimError
+from embtrim.system.interrupts import held_back
 from embtrim.system.memory import freed_pages_kept
 from embtrim.system.progress import Counter, say, time_left
 from embtrim.tables.row_optimizers import RowOptimizer
@@ -40,12 +41,20 @@ def train_loop(training: Training, *, progress: bool = False, checkpoint: Checkp
     Args:
         training: model, loss, batches, optimisers and settings. Optimisers over tables are detached at the end.
         progress: Show a progress bar.
-        checkpoint: File that holds the state of the training. A training that finds its state there goes on from it.
+        checkpoint: File that holds the state of the training. A training that finds its state there goes on from it. Ctrl-C
+            and SIGTERM act after the step or the validation at hand, once the state is written.
 
     Raises:
         DataError: There are no training rows, or the checkpoint belongs to another training.
         EmbtrimError: The loss became infinite or NaN.
     """
+    with held_back(checkpoint is not None) as signals:
+        if checkpoint is not None:
+            checkpoint.signals = signals
+        return _train(training, progress, checkpoint)
+
+
+def _train(training: Training, progress: bool, checkpoint: Checkpoint | None) -> FitResult:
     model, hooks, config = training.model, training.hooks, training.config
     if hooks.param_groups is not None:
         training = dataclasses.replace(training, optimizers=[*training.optimizers, *hooks.param_groups(model)])
@@ -179,6 +188,7 @@ def run_epoch(
         if checkpoint is not None and checkpoint.is_due:
             position.total_loss, position.epoch_seconds = float(total_loss), time.perf_counter() - started
             write_checkpoint(checkpoint, training, state)
+            checkpoint.signals.act()
     if position.batches == 0:
         raise DataError("there are no training rows")
     check_losses(unchecked, position)
