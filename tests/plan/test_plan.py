@@ -18,6 +18,7 @@ from embtrim.plan.plan import PlanShape, SizePlan
 from embtrim.plan.table import Block, TablePlan, TableShape, describe_table
 from embtrim.schema import Schema
 from embtrim.tables.embedding_tables import EmbeddingTables
+from tests.system.kills import killed, names
 
 SCHEMA = Schema.from_sizes([10, 6, 3])
 
@@ -150,7 +151,7 @@ def test_impossible_blocks(block, message):
 
 
 def test_rows_of_another_plan_are_refused(tmp_path):
-    """What a plan saved over another leaves if it is killed between its two files."""
+    """Files of two plans that somebody copied together."""
     full = SizePlan.full(SCHEMA, 4)
     for name, kept in (("old", rows(0, 1, 2)), ("new", rows(7, 8, 9))):
         tables = (TablePlan("f0", 10, 4, (Block(3, (0, 1), "concat", kept),)), *full.tables[1:])
@@ -162,6 +163,24 @@ def test_rows_of_another_plan_are_refused(tmp_path):
     del text["rows_crc32"]  # as older releases wrote it
     (tmp_path / "old.json").write_text(json.dumps(text))
     assert SizePlan.load(tmp_path / "old.json").tables[0].blocks[0].rows.tolist() == [7, 8, 9]
+
+
+@pytest.mark.parametrize(("number", "found"), [(1, 0), (2, 0), (3, 0), (4, 1)])
+def test_a_plan_saved_over_another_and_killed_is_the_earlier_or_the_new_one(tmp_path, number, found):
+    full, path = SizePlan.full(SCHEMA, 4), tmp_path / "plan.json"
+    plans = [
+        dataclasses.replace(
+            full, tables=(TablePlan("f0", 10, 4, (Block(3, (0, 1), "concat", kept),)), *full.tables[1:])
+        )
+        for kept in (rows(0, 1, 2), rows(7, 8, 9))
+    ]
+    plans[0].save(path)
+    with killed(number, "replace") if number < 4 else killed(1, "unlink", to=".old"):
+        plans[1].save(path)
+    assert SizePlan.load(path).digest == plans[found].digest
+    plans[1].save(path)
+    assert SizePlan.load(path).digest == plans[1].digest
+    assert names(tmp_path) == {"plan.json", "plan.npz"}
 
 
 def test_another_schema():

@@ -30,6 +30,7 @@ from embtrim.training.evaluation import predict_logits
 from embtrim.training.fitting import fit
 from embtrim.training.settings import TrainConfig
 from tests.conftest import planted_data
+from tests.system.kills import killed
 
 
 @pytest.fixture(scope="module")
@@ -343,6 +344,30 @@ def test_overwriting_replaces_bundles_and_empty_folders_alone(saved, tmp_path):
     save(model, tmp_path / "link", data, seed=3, overwrite=True)
     assert load_bundle(out).info["seed"] == 3
     assert {path.name for path in tmp_path.iterdir()} == {"out", "link"}
+
+
+def test_a_bundle_that_was_killed_between_its_renames_is_back_when_it_is_opened(saved, tmp_path):
+    _, model, data = saved
+    save(model, tmp_path / "out", data, seed=1)
+    with killed(1, "replace", to="/out"):
+        save(model, tmp_path / "out", data, seed=2, overwrite=True)
+    assert not (tmp_path / "out").exists()
+    assert load_bundle(tmp_path / "out").info["seed"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    for path in (tmp_path / "out").rglob("*.*"):
+        assert path.stat().st_mode & 0o777 == (tmp_path / "out").stat().st_mode & 0o666
+
+
+def test_the_spread_of_a_run_is_noted_whole_or_not_at_all(saved, tmp_path):
+    _, model, data = saved
+    metrics = {seed: {"test": {"auc": 0.5 + seed / 10}} for seed in (0, 1)}
+    save(model, tmp_path / "out", data, metrics=metrics[0])
+    with killed(1, "replace", to="/out"):
+        note_spread(tmp_path / "out", metrics)
+    assert load_bundle(tmp_path / "out").info["spread"] is None
+    note_spread(tmp_path / "out", metrics)
+    assert load_bundle(tmp_path / "out").info["spread"]["test"]["auc"]["mean"] == pytest.approx(0.55)
+    assert "0.55" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_bundle_that_cannot_be_replaced_stays(saved, tmp_path, monkeypatch):

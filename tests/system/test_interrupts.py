@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,14 @@ from embtrim.system.interrupts import Interrupted, going_on_with, held_back, sig
 from embtrim.training import fitting
 from tests.cli.workshop import environment
 from tests.training.interruptions import TRAIN, same_weights
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_is_not_ignored() -> Iterator[None]:
+    """A shell starts processes in the background with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_signals_act_at_the_end_of_the_block() -> None:
