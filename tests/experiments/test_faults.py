@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from embtrim.cli.errors import fail_os
 from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import DataError
-from embtrim.experiments import comparison, room
+from embtrim.experiments import comparison, room, steps
 from embtrim.experiments import run as running
 from embtrim.experiments.comparison import compare
 from embtrim.experiments.records import read_records
@@ -22,9 +23,11 @@ from embtrim.experiments.room import check_room, room_of_grid, room_of_run, room
 from embtrim.experiments.run import run
 from embtrim.models import build
 from embtrim.system import holding
+from embtrim.system.files import write_then_rename
 from embtrim.system.holding import HeldError, RemovedError, hold_folder
 from embtrim.testing.toys import planted_data
 from embtrim.training.checkpoint import Checkpoint
+from tests.cli.workshop import call
 from tests.experiments.grids import FM_ONLY, FM_RUN, outcome
 from tests.system.kills import killed, names
 
@@ -192,6 +195,44 @@ class TestRoom:
             with pytest.raises(DataError, match="free space or choose another --out"):
                 start()
         assert not (tmp_path / "out").exists()
+
+
+class TestTrain:
+    """What the command says before, and instead of, hours of training."""
+
+    @pytest.fixture
+    def arguments(self, encoded: Path, tmp_path: Path) -> list[str]:
+        return ["train", str(encoded), "--model", "fm", "--out", str(tmp_path / "out")]
+
+    def test_no_room(self, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(steps, "train_full", None)
+        monkeypatch.setattr(room.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, 9))
+        done = call(*arguments)
+        assert (done.code, names(tmp_path)) == (1, set())
+        assert "out has 0.0 MB free, and what is going to be written there takes at least 0." in done.err
+
+    def test_held(self, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(steps, "train_full", None)
+        monkeypatch.setattr(holding, "lock_descriptor", lambda *_, **__: False)
+        done = call(*arguments)
+        assert done.code == 1
+        assert "out is being written by another process; wait for it, or choose another --out" in done.err
+
+    @pytest.mark.parametrize("kept", [True, False])
+    def test_sigterm(self, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool) -> None:
+        def train(data: Any, config: Any, progress: bool, checkpoint: Path) -> None:
+            if kept:
+                write_then_rename(checkpoint, lambda file: None)
+            signal.raise_signal(signal.SIGTERM)
+
+        monkeypatch.setattr(steps, "train_full", train)
+        done = call(*arguments)
+        where = f"the same call goes on with {tmp_path / '.out.unfinished'}"
+        if not kept:
+            where = "nothing is half-written; there is no checkpoint, and the same call starts from the beginning"
+        assert done.code == 143
+        assert done.err.splitlines()[-1] == f"embtrim: interrupted by SIGTERM; {where}: embtrim {' '.join(arguments)}"
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_checkpoint_in_a_removed_folder_ends_the_training(small: EncodedDataset, tmp_path: Path) -> None:
