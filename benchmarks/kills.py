@@ -36,7 +36,7 @@ from embtrim.cli.main import main as command_line
 
 TINY = ["--set", "hparams.embedding_dim=4", "--set", "train.precision=fp32", "--set", "train.batch_size=128"]
 SHORT = [*TINY, "--set", "train.epochs=2", "--set", "train.embedding_l2=0", "--set", "train.checkpoint_seconds=0"]
-UPDATE = [text for text in SHORT if text not in TINY[1:2]]
+UPDATE = SHORT[2:]
 CHANGES = ("replace", "rename", "link", "unlink", "remove", "rmdir", "mkdir")
 # Parts of a record that depend on the time and on the process.
 VOLATILE = (
