@@ -1,6 +1,7 @@
 """Paths that look like globs, folders of folders, partitions, markers, and parts that do not fit together."""
 
 import logging
+from typing import ClassVar
 
 import polars as pl
 import pytest
@@ -193,3 +194,31 @@ def test_urls_that_cannot_be_read_are_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(DataError, match=r"gs://bucket/a.csv needs gcsfs: pip install 'embtrim\[cloud\]'"):
         open_log("gs://bucket/a.csv")
+
+
+@pytest.mark.parametrize("scheme", ["gs", "gcs", "az", "abfs"])
+def test_urls_of_object_stores_go_to_their_own_file_system(scheme, monkeypatch):
+    registry = pytest.importorskip("fsspec.registry")
+    memory = pytest.importorskip("fsspec.implementations.memory")
+
+    class Bucket(memory.MemoryFileSystem):
+        """Stands for gcsfs or adlfs."""
+
+        protocol = scheme
+        store: ClassVar[dict] = {}
+        pseudo_dirs: ClassVar[list] = [""]
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(path.removeprefix(f"{scheme}://"))
+
+    monkeypatch.setitem(registry._registry, scheme, Bucket)
+    bucket = Bucket()
+    for day, content in (("day=1", ROWS), ("day=2", "y,a\n1,w\n")):
+        bucket.pipe(f"/logs/{day}/part.csv", content.encode())
+    bucket.pipe("/logs/_SUCCESS", b"")
+    assert [file.columns for file in open_log(f"{scheme}://logs").files] == [("y", "a"), ("y", "a")]
+    assert sorted(rows(f"{scheme}://logs", ["a", "day"])) == [("u", "1"), ("v", "1"), ("w", "2")]
+    assert rows(f"{scheme}://logs/*/part.csv", ["a"]) == [("u",), ("v",), ("w",)]
+    with pytest.raises(DataError, match=rf"{scheme}://logs/none.csv does not exist|none.csv does not exist"):
+        open_log(f"{scheme}://logs/none.csv")
