@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,12 +13,8 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import to_jsonable_python
 
-from embtrim.errors import ConfigError, hint
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pragma: no cover
-    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+from embtrim.errors import ConfigError, hint, shown
+from embtrim.untrusted import parse_toml, read_toml_tables
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 
@@ -32,6 +27,9 @@ class Config(BaseModel):
     @classmethod
     def parse(cls: type[ConfigT], values: Mapping[str, Any], where: str = "") -> ConfigT:
         """Validate values; the message of a ConfigError begins with `where`, a file or a section."""
+        if not isinstance(values, Mapping):
+            prefix = f"[{where}] " if where else ""
+            raise ConfigError(f"{prefix}{cls.__name__}: given {shown(values)}: keys with their values are needed")
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
@@ -46,6 +44,12 @@ class Config(BaseModel):
     def replace(self: ConfigT, **changes: Any) -> ConfigT:
         """Return a validated copy with some fields changed."""
         return type(self).parse({**self.model_dump(), **changes})
+
+
+class Entry(BaseModel):
+    """Base of what lies inside a file that a Config describes; an error names its whole path, such as `tables.0.width`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 def describe_settings(cls: type[BaseModel]) -> list[dict[str, Any]]:
@@ -85,16 +89,21 @@ def describe_errors(cls: type[BaseModel], error: ValidationError, where: str) ->
         return "\n".join(prefix + text for text in nested)
     lines = []
     for fault in faults:
-        path = ".".join(str(part) for part in fault["loc"])
+        path = ".".join(_shown_key(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
             key = str(fault["loc"][-1])
             allowed = list(_model_at(cls, fault["loc"][:-1]).model_fields)
             lines.append(f"{prefix}unknown key {path!r} for {cls.__name__}; {hint(key, allowed)}")
         else:
             message = fault["msg"].removeprefix("Value error, ")
-            given = "" if fault["type"] == "missing" else f", given {fault['input']!r}"
+            given = "" if fault["type"] == "missing" else f", given {shown(fault['input'])}"
             lines.append(f"{prefix}{cls.__name__}: {path or 'value'}{given}: {message}")
     return "\n".join(lines)
+
+
+def _shown_key(key: str | int) -> str:
+    """A key as it is, if it is a short printable text."""
+    return str(key) if isinstance(key, int) or (key.isprintable() and len(key) <= 80) else shown(key, 80)
 
 
 def _model_at(cls: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel]:
@@ -112,10 +121,10 @@ def _model_at(cls: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Read a TOML file; a ConfigError names the file, and the line that cannot be parsed."""
     try:
-        return tomllib.loads(Path(path).read_text("utf-8"))
+        return read_toml_tables(path)
     except FileNotFoundError:
         raise ConfigError(f"settings file {path} does not exist") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"settings file {path} is not valid TOML: {error}") from None
 
 
@@ -146,8 +155,8 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
         if not separator or not key.strip():
             raise ConfigError(f"--set takes section.key=value, given {override!r}")
         try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+            value = parse_toml(f"value = {text}")["value"]
+        except ValueError:
             value = text
         node = result
         *parents, last = key.strip().split(".")

@@ -54,3 +54,23 @@ def hint(given: str, allowed: Iterable[str]) -> str:
     if near:
         return f"did you mean {next(name for name in allowed if name.lower() == near[0])!r}?"
     return f"allowed: {', '.join(allowed)}"
+
+
+def shown(value: object, limit: int = 120) -> str:
+    """A value for a message: what `repr` says, cut off after `limit` characters.
+
+    Example:
+        >>> shown("abc" * 100, 10)
+        "'abcabcabc.."
+    """
+    try:
+        text = repr(value[:limit] if isinstance(value, (str, bytes)) else value)
+    except (RecursionError, ValueError):  # Python writes no integer of more than some thousand digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[:limit]}.."
+
+
+def first_line_of(error: BaseException) -> str:
+    """The first line of an error's text, cut off where it is long."""
+    text = str(error).strip().partition("\n")[0]
+    return text if len(text) <= 300 else f"{text[:300]}.."

@@ -19,7 +19,7 @@ from datetime import datetime
 from functools import cache
 from typing import Literal, NoReturn, TypeAlias
 
-from embtrim.errors import ConfigError
+from embtrim.errors import ConfigError, shown
 
 Kind: TypeAlias = Literal["number", "text", "time", "truth"]
 
@@ -32,6 +32,8 @@ _TOKEN = re.compile(
 _TIME = re.compile(r"\d{4}-\d\d-\d\d([ T]\d\d:\d\d(:\d\d(\.\d+)?)?)?")
 _ORDERS = ("<", "<=", ">", ">=")
 _COMPARISONS = (*_ORDERS, "=", "!=")
+# More would pass the depth to which Python and polars follow the parts of a rule.
+MAX_TOKENS = 1_000
 _KEYWORDS = ("AND", "OR", "NOT", "IN", "BETWEEN", "IS", "NULL", "TRUE", "FALSE")
 
 
@@ -80,13 +82,22 @@ def parse_rule(text: str) -> Rule:
         ('rating', 'event')
     """
     parser = _Parser(text)
+    if len(parser.tokens) > MAX_TOKENS:
+        parser.fail(f"it has {len(parser.tokens):,} words and signs; at most {MAX_TOKENS:,} are allowed")
+    try:
+        return _read(parser)
+    except RecursionError:
+        parser.fail("it is nested too deeply")
+
+
+def _read(parser: _Parser) -> Rule:
     test = parser.choice()
     if parser.token != ("end", ""):
         parser.fail(f"{parser.token[1]!r} does not belong there")
     test = parser.typed(test, "truth")
     if not _columns(test):
         parser.fail("it reads no column")
-    return Rule(text, test, tuple(dict.fromkeys(_columns(test))))
+    return Rule(parser.text, test, tuple(dict.fromkeys(_columns(test))))
 
 
 def rule_or_none(text: str) -> Rule | None:
@@ -121,17 +132,17 @@ class _Parser:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self._tokens = [(str(m.lastgroup), m[m.lastgroup or 0]) for m in _TOKEN.finditer(text)] + [("end", "")]
+        self.tokens = [(str(m.lastgroup), m[m.lastgroup or 0]) for m in _TOKEN.finditer(text)] + [("end", "")]
         self._next = 0
 
     @property
     def token(self) -> tuple[str, str]:
         """Kind and text of the next token; keywords are in capitals, with kind "word"."""
-        kind, text = self._tokens[self._next]
+        kind, text = self.tokens[self._next]
         return kind, text.upper() if kind == "word" and text.upper() in _KEYWORDS else text
 
     def fail(self, reason: str) -> NoReturn:
-        raise ConfigError(f"rule {self.text!r}: {reason}; {_FORM}")
+        raise ConfigError(f"rule {shown(self.text, 300)}: {reason}; {_FORM}")
 
     def _take(self, *texts: str) -> str:
         """Pass over the next token if it is one of `texts`, and return it; else the empty text."""
@@ -227,7 +238,8 @@ class _Parser:
         kind, text = self.token
         self._next += kind != "end"
         if kind == "number":
-            return Node("value", "number", int(text) if text.isdecimal() else float(text))
+            is_integer = text.isdecimal() and len(text) < 19  # a larger one is compared as a float
+            return Node("value", "number", int(text) if is_integer else float(text))
         if kind == "text":
             return Node("value", "text", text[1:-1].replace("''", "'"))
         if kind == "column":

@@ -30,6 +30,10 @@ PAD = -1
 OOV = 0
 
 _LATER_KEYS = {"where": None, "time_format": None, "decimal": None, "keep": "first", "hash_function": None}
+# Ids are int32. A schema that asks for more buckets or columns than these would take the memory before it is used.
+MAX_ROWS = 2**31 - 1
+MAX_COLUMNS = 1 << 20
+MAX_BUCKETS = 1 << 20
 # What a field's training column held, see docs/values.md. An instant is a timestamp with a zone.
 Kind: TypeAlias = Literal["text", "integer", "decimal", "float", "float32", "boolean", "date", "timestamp", "instant"]
 
@@ -70,17 +74,17 @@ class FieldSpec(Config):
     type: Literal["categorical", "numeric", "dense", "multi"] = "categorical"
     transform: str | None = Field(default=None, pattern=r"^(log2|log1p|standard|none|quantile:[1-9][0-9]*)$")
     min_count: int = Field(default=1, ge=1)
-    hash_size: int | None = Field(default=None, ge=1)
+    hash_size: int | None = Field(default=None, ge=1, lt=MAX_ROWS)
     hash_function: Literal["murmur3"] | None = None
     decimal: Literal[",", "."] | None = None
     separator: str | None = Field(default=None, min_length=1)
-    max_len: int = Field(default=1, ge=1)
+    max_len: int = Field(default=1, ge=1, le=1 << 16)
     keep: Literal["first", "last"] = "first"
     pooling: Literal["sum", "mean"] = "mean"
     table: str | None = None
     nulls: tuple[str, ...] = ()
     kind: Kind | None = None
-    vocab_size: int | None = Field(default=None, ge=1)
+    vocab_size: int | None = Field(default=None, ge=1, le=MAX_ROWS)
 
     @model_validator(mode="after")
     def _check_type(self) -> FieldSpec:
@@ -96,6 +100,10 @@ class FieldSpec(Config):
             raise ValueError(f"field {self.name!r}: max_len, separator and keep are for type = 'multi'")
         if self.type in ("categorical", "multi") and self.decimal is not None:
             raise ValueError(f"field {self.name!r}: decimal is for type = 'numeric' and 'dense'")
+        if self.transform is not None and self.transform.startswith("quantile:"):
+            digits = self.transform.partition(":")[2]
+            if len(digits) > 9 or int(digits) > MAX_BUCKETS:
+                raise ValueError(f"numeric field {self.name!r} has at most {MAX_BUCKETS:,} buckets")
         if self.type == "dense" and (self.table is not None or self.hash_size is not None):
             raise ValueError(f"dense field {self.name!r} has no table")
         return self
@@ -151,6 +159,8 @@ class Schema(Config):
         leaks = [field.name for field in self.fields if (field.raw_column,) == self.label_columns]
         if leaks:
             raise ValueError(f"field {leaks[0]!r} reads the label column {self.label_columns[0]!r}")
+        if self.num_id_columns > MAX_COLUMNS:
+            raise ValueError(f"the fields have {self.num_id_columns:,} id columns; at most {MAX_COLUMNS:,} are allowed")
         if self.where is not None:
             parse_rule(self.where)
         by_table: dict[str, FieldSpec] = {}

@@ -23,12 +23,14 @@ from embtrim.models import DeepFM
 from embtrim.plan.plan import PlanShape, SizePlan
 from embtrim.plan.table import Block
 from embtrim.schema import OOV, FieldSpec, Schema
-from embtrim.serving.bundle import contents_digest, load_bundle, note_spread, save
+from embtrim.serving.bundle import load_bundle, note_spread, save
+from embtrim.serving.bundle_files import contents_digest
 from embtrim.serving.model_card import model_card
 from embtrim.tasks.task import CTRTask
 from embtrim.training.evaluation import predict_logits
 from embtrim.training.fitting import fit
 from embtrim.training.settings import TrainConfig
+from tests.broken_files import seal_bundle
 from tests.conftest import planted_data
 from tests.system.kills import killed
 
@@ -254,6 +256,31 @@ def test_hostile_names_break_no_table_of_the_card():
     assert r"| on\|line auc | 0.50000 |  |" in lines
     rows = [line for line in lines if line.startswith("|")]
     assert {len(re.sub(r"\\.", "", line).split("|")) for line in rows} == {4, 5, 8}
+
+
+def test_names_are_no_html_no_link_and_no_escape_in_the_card():
+    schema = Schema(label="y", fields=(FieldSpec(name="<b>[x](y)`\x1b[31m", vocab_size=9),))
+    info = {
+        "model": "fm", "embtrim": "<1>", "version": 1, "hparams": {}, "seed": None, "schema": "", "spread": None, "update": None,
+        "metrics": {}, "data": {"num_rows": {}, "split": None, "split_seed": 0},
+    }  # fmt: skip
+    card = model_card(schema, SizePlan.full(schema, 4), info, 7)
+    assert r"| &lt;b>\[x\](y)\`\\x1b\[31m | 9 of 9 |" in card.replace("\\\\x1b", r"\\x1b")
+    assert "<" not in card
+    assert "\x1b" not in card
+
+
+def test_a_plan_of_fewer_bits_than_the_weights_is_refused(encoded, tmp_path):
+    save(DeepFM(encoded.schema, embedding_dim=8, hidden_units=(4,)), tmp_path / "bundle", encoded)
+    plan = json.loads((tmp_path / "bundle" / "plan.json").read_text())
+    for table in plan["tables"]:
+        table["bits"] = 8
+    (tmp_path / "bundle" / "plan.json").write_text(json.dumps(plan))
+    seal_bundle(tmp_path / "bundle")
+    with pytest.raises(
+        BundleError, match=r"plan.json says fewer than 32 bits, but model.safetensors holds fp32 tables"
+    ):
+        load_bundle(tmp_path / "bundle")
 
 
 def test_bytes_of_the_fields_add_up_to_those_of_the_plan(encoded, tmp_path):

@@ -35,6 +35,21 @@ def test_a_column_that_csv_cannot_hold_is_named(bundle, tmp_path, column):
     assert pl.read_parquet(tmp_path / "scores.parquet").columns == ["tags", "score"]
 
 
+def test_formulas_of_a_log_are_texts_in_a_csv(bundle, tmp_path):
+    cells = ["=1+1", "+x", "-5", "+1.5e3", "@a", "\ttab", "plain", "-1.217,5", None]
+    pl.DataFrame({"user": "u1", "=name": cells}).write_parquet(tmp_path / "log.parquet")
+    kept = {}
+    for name, raw in (("safe.csv", False), ("raw.csv", True), ("safe.parquet", False)):
+        write_predictions(bundle, tmp_path / "log.parquet", tmp_path / name, keep=["=name"], raw_text=raw)
+        read = pl.read_parquet if name.endswith("parquet") else pl.read_csv
+        frame = read(tmp_path / name)
+        kept[name] = (frame.columns[0], frame.to_series().to_list())
+    assert kept["safe.csv"] == (
+        "'=name", ["'=1+1", "'+x", "-5", "+1.5e3", "'@a", "'\ttab", "plain", "-1.217,5", None],
+    )  # fmt: skip
+    assert kept["raw.csv"] == kept["safe.parquet"] == ("=name", cells)
+
+
 @pytest.fixture(scope="module")
 def days(tmp_path_factory):
     """A bundle of a day, and a log of the next day in which half of the items are new and a price is missing more often."""

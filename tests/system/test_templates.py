@@ -32,7 +32,10 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_html_is_escaped_and_markdown_keeps_its_cells(package):
     assert render(package, "page.html.j2", name="<b>&'") == "<p>&lt;b&gt;&amp;&#39;</p>\n"
-    assert render(package, "card.md.j2", names=["<b>", HOSTILE]) == '| <b> | 1,234 |\n| <b>"&\\|\\\\ next | 1,234 |\n'
+    assert (
+        render(package, "card.md.j2", names=["<b>", HOSTILE])
+        == '| &lt;b> | 1,234 |\n| &lt;b>"&\\|\\\\ next | 1,234 |\n'
+    )
 
 
 def test_a_missing_value_is_an_error(package):

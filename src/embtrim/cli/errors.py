@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from embtrim.system.interrupts import Interrupted
+from embtrim.untrusted import printable
 
 # What to do about an error of the operating system. What is finished stays, and the same command goes on after it.
 REPAIRS = {
@@ -56,7 +57,7 @@ def fail_interrupted(interrupt: BaseException, arguments: Sequence[str]) -> int:
 def fail(message: str, code: int) -> int:
     """Print an error to stderr and return its exit code."""
     with suppress(OSError):
-        typer.echo(f"embtrim: {message}", err=True)
+        typer.echo(printable(f"embtrim: {message}"), err=True)
     return code
 
 

@@ -44,6 +44,13 @@ def predict(
     keep: Annotated[
         str | None, typer.Option("--keep", help="Columns of the log to copy beside the score, separated by commas.")
     ] = None,
+    raw_text: Annotated[
+        bool,
+        typer.Option(
+            "--raw-text",
+            help="Copy texts into a csv as they are; otherwise those that begin like formulas get a ' in front.",
+        ),
+    ] = False,
     format: FormatName = None,
     no_header: NoHeader = None,
     columns: Columns = None,
@@ -65,6 +72,7 @@ def predict(
     start_log(quiet)
     flags = {
         "keep": None if keep is None else split_commas(keep),
+        "raw_text": raw_text or None,
         "drift_tolerance": drift_tolerance,
         "strict": strict or None,
         "read": read_flags(format, no_header, columns, separator, encoding, quote, escape, on_error),
@@ -85,7 +93,8 @@ def predict(
     target = needed(out)
     done = write_predictions(
         loaded, log, target, keep=settings.keep, options=options, overwrite=overwrite,
-        drift_tolerance=settings.drift_tolerance, strict=settings.strict, progress=not quiet,
+        drift_tolerance=settings.drift_tolerance, strict=settings.strict, raw_text=settings.raw_text,
+        progress=not quiet,
     )  # fmt: skip
     facts = {"out": str(target), "num_rows": done.num_rows}
     if as_json:

@@ -59,10 +59,12 @@ class PredictSettings(Config):
         keep: Columns of the log that are copied beside the score.
         drift_tolerance: Share by which unseen or missing values may exceed those of validation.
         strict: Fail if a field has drifted.
+        raw_text: Copy texts into a csv as they are, also those that a spreadsheet would run as formulas.
         read: How the log is read; see ReadOptions.
     """
 
     keep: tuple[str, ...] = ()
+    raw_text: bool = False
     drift_tolerance: float = Field(default=0.01, ge=0, le=1)
     strict: bool = False
     read: dict[str, Any] = Field(default_factory=dict)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from embtrim.config import Config, all_settings, to_toml
-from embtrim.system.files import read_json
+from embtrim.untrusted import printable
 
 if TYPE_CHECKING:  # --help must wait neither for rich nor for torch, which the others import
+    from rich.console import Console, ConsoleOptions
+    from rich.segment import Segment
     from rich.table import Table
 
     from embtrim.data.dataset import EncodedDataset
@@ -33,7 +35,7 @@ class _LogLines(logging.Handler):
     """Writes log lines to the present sys.stderr, which tests replace."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(self.format(record), err=True)
+        typer.echo(printable(self.format(record)), err=True)
 
 
 def start_log(quiet: bool) -> None:
@@ -70,8 +72,8 @@ def _log_trained(what: str, record: RunRecord) -> None:
 
 
 def print_text(text: str) -> None:
-    """Print a text as it is."""
-    typer.echo(text.rstrip("\n"))
+    """Print a text; control characters are shown as escapes."""
+    typer.echo(printable(text.rstrip("\n")))
 
 
 def print_json(value: Any) -> None:
@@ -82,7 +84,20 @@ def print_json(value: Any) -> None:
 def _print_table(table: Table) -> None:
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False).print(table)
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False).print(_Printable(table))
+
+
+class _Printable:
+    """A table whose control characters are shown as escapes."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        from rich.segment import Segment
+
+        for segment in console.render(self.table, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def show_records(records: Sequence[RunRecord], as_json: bool, many: bool = True) -> None:
@@ -173,7 +188,9 @@ def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
 def show_encoded(data: EncodedDataset, folder: Path, as_json: bool) -> None:
     """Print the result of encoding: the fields, the rows of each split, the schema."""
     num_rows = {name: data.num_rows(name) for name in data.splits}
-    skipped = read_json(folder / "meta.json").get("skipped", {})
+    from embtrim.data.dataset import Meta
+
+    skipped = {name: lines.model_dump(mode="json") for name, lines in Meta.load(folder).skipped.items()}
     if as_json:
         facts = {"folder": str(folder), "fingerprint": data.schema.fingerprint, "num_rows": num_rows}
         print_json({**facts, "skipped": skipped, "schema": data.schema.model_dump(mode="json")})

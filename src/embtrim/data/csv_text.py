@@ -12,12 +12,12 @@ from typing import Any
 import polars as pl
 
 from embtrim.data.dialect import find_dialect, guess_at_names
-from embtrim.data.log_file import Chunk, LogFile, Position, Skipped, first_line_of
+from embtrim.data.log_file import Chunk, LogFile, Position, Skipped
 from embtrim.data.places import Place
 from embtrim.data.read_options import ReadOptions
 from embtrim.data.text_rows import CELL_SEPARATOR, NOT_UTF8, STAND_INS, BadLine, Rows, row_at, without_blank_lines
 from embtrim.data.text_stream import PLAIN, TextLines, decoded, is_latin, is_utf8
-from embtrim.errors import DataError
+from embtrim.errors import DataError, first_line_of
 
 logger = logging.getLogger(__name__)
 

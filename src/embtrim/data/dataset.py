@@ -14,18 +14,26 @@ Shapes: N rows of a split, B batch, C id columns, F fields.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from itertools import islice
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
-from embtrim.errors import DataError
+from embtrim.config import Config, Entry
+from embtrim.data.encoder_files import read_schema
+from embtrim.data.log_file import Skipped
+from embtrim.errors import ConfigError, DataError, shown
 from embtrim.plan.plan import SizePlan
 from embtrim.schema import PAD, Schema
+from embtrim.system.arrays import map_array
 from embtrim.system.files import read_json
 from embtrim.system.holding import undo_replacement
 
@@ -37,6 +45,56 @@ SPLITS = ("train", "valid", "test")
 # numbers of a window are in memory, 8 bytes each; the rows themselves are copied out of the memory map batch by batch.
 CHUNK_ROWS = 4_096
 WINDOW_ROWS = 1 << 20
+
+# Values of a split on disk are checked in blocks of this size. NaN goes through `minimum` and `maximum`.
+_BLOCK_BYTES = 16 << 20
+_EXTREMES = ((np.minimum, np.min), (np.maximum, np.max))
+_LARGEST = {"labels": 1.0, "weights": float(np.finfo(np.float32).max)}
+
+
+class SplitNote(Entry):
+    """How the rows were divided; see `embtrim.data.splitting.Split`."""
+
+    by: Literal["ratio", "time"]
+    ratio: tuple[float, float, float]
+    cuts: tuple[str | int | float, ...] | None = None
+
+
+class Meta(Config):
+    """What meta.json of encoded data holds, as far as it is read; `encode` notes more.
+
+    Attributes:
+        num_rows: Rows by split.
+        split: How one log was divided; None for a log of each split.
+        seed: Seed of the random split.
+        skipped: Lines that could not be read, by log.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    num_rows: dict[Literal["train", "valid", "test"], Annotated[int, Field(strict=True, ge=0)]]
+    split: SplitNote | None = None
+    seed: int | None = None
+    skipped: dict[str, Skipped] = Field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: Path) -> Meta:
+        """Read meta.json of encoded data.
+
+        Raises:
+            DataError: The file is missing, damaged or of another format version.
+        """
+        path = folder / "meta.json"
+        values = read_json(path, hint="is this a folder written by `embtrim encode`?")
+        if values.get("format_version") != FORMAT_VERSION:
+            raise DataError(
+                f"{folder} has dataset format {shown(values.get('format_version'))}, this release reads {FORMAT_VERSION}; "
+                "encode again"
+            )
+        try:
+            return cls.parse(values, where=str(path))
+        except ConfigError as error:
+            raise DataError(f"{error}; encode again") from None
 
 
 @dataclass(frozen=True)
@@ -79,12 +137,14 @@ class SplitArrays:
         labels: Labels 0 or 1, float32 (N,); soft labels lie between.
         dense: Values of the dense fields, float32 (N, number of dense fields), or None.
         weights: Sample weights, float32 (N,), or None.
+        fits: Fingerprints of the schemas that the values were checked against.
     """
 
     ids: np.ndarray
     labels: np.ndarray
     dense: np.ndarray | None = None
     weights: np.ndarray | None = None
+    fits: set[str] = dataclasses.field(default_factory=set, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -123,15 +183,11 @@ class EncodedDataset:
         """
         folder = Path(folder)
         undo_replacement(folder)
-        meta = read_json(folder / "meta.json", hint="is this a folder written by `embtrim encode`?")
-        if meta.get("format_version") != FORMAT_VERSION:
-            raise DataError(
-                f"{folder} has dataset format {meta.get('format_version')!r}, this release reads {FORMAT_VERSION}; encode again"
-            )
-        schema = Schema.parse(read_json(folder / "schema.json"), where=str(folder / "schema.json"))
+        num_rows = Meta.load(folder).num_rows
+        schema = read_schema(folder)
         splits = {}
         for name in SPLITS:
-            if name not in meta["num_rows"]:
+            if name not in num_rows:
                 continue
             arrays = SplitArrays(
                 ids=_open_array(folder / name / "ids.npy"),
@@ -139,26 +195,34 @@ class EncodedDataset:
                 dense=_open_array(folder / name / "dense.npy") if schema.dense_fields else None,
                 weights=_open_array(folder / name / "weights.npy") if schema.weight else None,
             )
-            if len(arrays) != meta["num_rows"][name]:
+            if len(arrays) != num_rows[name]:
                 raise DataError(
-                    f"{folder / name} holds {len(arrays)} rows, meta.json says {meta['num_rows'][name]}; encode again"
+                    f"{folder / name} holds {len(arrays)} rows, meta.json says {num_rows[name]}; encode again"
                 )
             splits[name] = arrays
         return cls(schema, splits, folder)
 
     def split(self, name: str) -> SplitArrays:
-        """The arrays of a split.
+        """The arrays of a split. Arrays on disk are read through once, when they are first asked for.
 
         Raises:
-            DataError: The dataset has no such split; the message names the splits it has.
+            DataError: The dataset has no such split; the message names the splits it has. Or a split on disk holds an id beyond
+                its table, or a label or a number that is none.
         """
+        arrays = self._split(name)
+        if isinstance(arrays.ids, np.memmap) and self.schema.fingerprint not in arrays.fits:
+            _check_values(self.schema, name, arrays)
+            arrays.fits.add(self.schema.fingerprint)
+        return arrays
+
+    def _split(self, name: str) -> SplitArrays:
         if name not in self.splits:
             raise DataError(f"dataset has no split {name!r}; it has {', '.join(self.splits) or 'none'}")
         return self.splits[name]
 
     def num_rows(self, split: str) -> int:
         """Number of rows of a split."""
-        return len(self.split(split))
+        return len(self._split(split))
 
     def num_batches(self, split: str, batch_size: int) -> int:
         """Number of batches that `batches` yields for a split."""
@@ -241,7 +305,7 @@ class EncodedDataset:
 
 def _open_array(path: Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return map_array(path)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; encode again") from None
     except (ValueError, OSError) as error:
@@ -254,20 +318,49 @@ def _check_split(schema: Schema, name: str, arrays: SplitArrays) -> None:
             f"split {name!r}: ids are {arrays.ids.dtype} {arrays.ids.shape}, "
             f"schema {schema.describe()} needs int32 ({len(arrays)}, {schema.num_id_columns})"
         )
-    # Memory-mapped arrays come from `encode` and need no check. Elsewhere, an id beyond its table would read a row of
-    # another table.
-    if len(arrays) and not isinstance(arrays.ids, np.memmap):
-        for field, columns in zip(schema.id_fields, schema.column_slices, strict=True):
-            least, rows = PAD if field.type == "multi" else 0, schema.tables[field.table_name]
-            found = arrays.ids[:, columns]
-            if found.min() < least or found.max() >= rows:
-                raise DataError(
-                    f"split {name!r}: ids of field {field.name!r} lie in {found.min()}..{found.max()}, its table has rows "
-                    f"{least}..{rows - 1}" + (", -1 where there is no value" if least == PAD else "")
-                )
+    if not isinstance(arrays.ids, np.memmap):
+        _check_ids(schema, name, arrays.ids)
     if (arrays.dense is None) != (not schema.dense_fields):
         raise DataError(f"split {name!r}: the schema has {len(schema.dense_fields)} dense fields, but dense values are "
                         f"{'missing' if arrays.dense is None else 'given'}")  # fmt: skip
+
+
+def _check_ids(schema: Schema, name: str, ids_NC: np.ndarray) -> None:
+    """Raise DataError for an id beyond its table, which would read a row of another table."""
+    if not ids_NC.size:
+        return
+    least_C, most_C = (reduce(pick, (part(block, axis=0) for block in _blocks(ids_NC))) for pick, part in _EXTREMES)
+    for field, columns in zip(schema.id_fields, schema.column_slices, strict=True):
+        allowed, rows = PAD if field.type == "multi" else 0, schema.tables[field.table_name]
+        least, most = least_C[columns].min(), most_C[columns].max()
+        if least < allowed or most >= rows:
+            raise DataError(
+                f"split {name!r}: ids of field {field.name!r} lie in {least}..{most}, its table has rows "
+                f"{allowed}..{rows - 1}" + (", -1 where there is no value" if allowed == PAD else "")
+            )
+
+
+def _check_values(schema: Schema, name: str, arrays: SplitArrays) -> None:
+    """Raise DataError for values on disk that `encode` does not write."""
+    _check_ids(schema, name, arrays.ids)
+    shapes = {"labels": (len(arrays),), "weights": (len(arrays),), "dense": (len(arrays), len(schema.dense_fields))}
+    for what, shape in shapes.items():
+        values = getattr(arrays, what)
+        if values is None or not len(values):
+            continue
+        if values.dtype != np.float32 or values.shape != shape:
+            raise DataError(
+                f"split {name!r}: {what} are {values.dtype} {values.shape}, float32 {shape} is needed; encode again"
+            )
+        least, most = (float(reduce(pick, map(part, _blocks(values)))) for pick, part in _EXTREMES)
+        if not (-np.inf <= least and most <= np.inf) or (what != "dense" and (least < 0 or most > _LARGEST[what])):
+            raise DataError(f"split {name!r}: {what} lie in {least}..{most}; encode again")
+
+
+def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
+    """The rows of an array in blocks of bounded size."""
+    rows = max(1, _BLOCK_BYTES // max(1, array[:1].nbytes))
+    return (np.asarray(array[start : start + rows]) for start in range(0, len(array), rows))
 
 
 def _rows_of_batches(num_rows: int, batch_size: int, shuffle_seed: int | None) -> Iterator[np.ndarray | slice]:

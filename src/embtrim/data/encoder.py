@@ -31,22 +31,20 @@ import polars as pl
 
 from embtrim.data.cells import dense_values, needed_columns, nulls_of, number_cells, require_columns, row_number
 from embtrim.data.dataset import EncodedDataset
+from embtrim.data.encoder_files import VOCABULARY_SCHEMA, maps_unpack, read_encoder
 from embtrim.data.frames import as_polars
 from embtrim.data.hashing import missing_hash
-from embtrim.data.log_file import Chunk, first_line_of
+from embtrim.data.log_file import Chunk
 from embtrim.data.tally import KNOWN, MISSING, UNSEEN, Tally
 from embtrim.data.transforms import MISSING_BUCKET, is_learned
 from embtrim.data.values import brought_texts, one_texts
 from embtrim.errors import DataError
 from embtrim.plan.plan import SizePlan
 from embtrim.schema import OOV, FieldSpec, Schema
-from embtrim.system.files import read_json
 
 logger = logging.getLogger(__name__)
 
 MAX_PLACES = 1 << 22  # more buckets than this, 16 MB of ids, are searched and not looked up by place
-
-_VOCABULARY_SCHEMA = {"value": pl.String, "id": pl.Int32, "count": pl.Int64}
 
 
 @dataclass(frozen=True)
@@ -99,30 +97,18 @@ class Encoder:
                 raise DataError(f"transforms.json lacks field {field.name!r}; encode again")
 
     @classmethod
-    def load(cls, folder: str | Path) -> Encoder:
+    def load(cls, folder: str | Path, num_ids: Mapping[str, int] | None = None) -> Encoder:
         """Read the encoder of an encoded folder or a bundle.
 
+        Args:
+            folder: The folder.
+            num_ids: Rows of each table that the ids must lie in; None means those of the schema.
+
         Raises:
-            DataError: A file is missing or damaged.
+            DataError: A file is missing or damaged, unpacks to far more than its like, or holds an id beyond its table.
         """
-        folder = Path(folder)
-        schema = Schema.parse(read_json(folder / "schema.json"), where=str(folder / "schema.json"))
-        state = read_json(folder / "transforms.json")
-        path = folder / "vocab.parquet"
-        try:
-            frame = pl.read_parquet(path, glob=False)
-            frame = frame.select(pl.col("table").cast(pl.String), *_VOCABULARY_SCHEMA).cast(_VOCABULARY_SCHEMA)  # type: ignore[arg-type]
-            by_table = frame.partition_by("table", as_dict=True, include_key=False)
-            empty = pl.DataFrame(schema=_VOCABULARY_SCHEMA)
-            tables = [field.table_name for field in schema.id_fields if not field.hash_size]
-            vocabularies = {name: by_table.get((name,), empty) for name in tables}
-        except (pl.exceptions.PolarsError, OSError) as error:
-            raise DataError(f"{path} cannot be read ({first_line_of(error)}); encode again") from None
-        hash_maps = {}
-        if (folder / "hash_maps.npz").exists():
-            with np.load(folder / "hash_maps.npz", allow_pickle=False) as stored:
-                hash_maps = {name: stored[name] for name in stored.files}
-        return cls(schema, vocabularies, state.get("fields", {}), state.get("unseen_ids", {}), hash_maps)
+        found = read_encoder(Path(folder), num_ids)
+        return cls(found.schema, found.vocabularies, found.transforms, found.unseen_ids, found.hash_maps)
 
     def save(self, folder: str | Path) -> None:
         """Write schema.json, vocab.parquet and transforms.json, and hash_maps.npz if hashed ids are mapped."""
@@ -134,14 +120,16 @@ class Encoder:
         # Sorted by id, wherever the ids come from, and in one chunk, which packs the same for any number of threads.
         tables = pl.Series("table", list(self.vocabularies), pl.String)
         heights = np.array([frame.height for frame in self.vocabularies.values()], np.int64)
-        frames = [frame.select(*_VOCABULARY_SCHEMA) for frame in self.vocabularies.values()]
+        frames = [frame.select(*VOCABULARY_SCHEMA) for frame in self.vocabularies.values()]
         frames = [f if f["id"].is_sorted() else f.sort("id", maintain_order=True) for f in frames]
-        whole = pl.concat([pl.DataFrame(schema=_VOCABULARY_SCHEMA), *frames], rechunk=True)
+        whole = pl.concat([pl.DataFrame(schema=VOCABULARY_SCHEMA), *frames], rechunk=True)
         place = np.repeat(np.arange(len(tables), dtype=np.uint32), heights)
         whole = whole.with_columns(tables.gather(pl.Series(place)))
-        whole.select("table", *_VOCABULARY_SCHEMA).write_parquet(folder / "vocab.parquet", compression="zstd")
+        whole.select("table", *VOCABULARY_SCHEMA).write_parquet(folder / "vocab.parquet", compression="zstd")
         if self.hash_maps:
-            np.savez_compressed(folder / "hash_maps.npz", **self.hash_maps)  # type: ignore[arg-type]
+            # A reader does not unpack a map that is larger than that, and packed far smaller.
+            write = np.savez_compressed if maps_unpack(self.hash_maps) else np.savez
+            write(folder / "hash_maps.npz", **self.hash_maps)  # type: ignore[arg-type]
 
     def encode_chunk(self, rows: Chunk | pl.DataFrame, tally: Tally | None = None) -> EncodedChunk:
         """Encode rows; a value that is not in its table's vocabulary gets the table's OOV id.

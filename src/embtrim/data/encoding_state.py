@@ -36,11 +36,12 @@ from pydantic import Field
 from embtrim.config import Config
 from embtrim.data.clock import Clock
 from embtrim.data.log_file import START, Position, Skipped
-from embtrim.errors import DataError, EmbtrimError, UnreachableError
+from embtrim.errors import DataError, EmbtrimError, UnreachableError, first_line_of, shown
 from embtrim.system.files import flush_file, write_then_rename
 from embtrim.system.folders import replace_folder
 from embtrim.system.holding import hold, undo_replacement
 from embtrim.system.interrupts import going_on_with
+from embtrim.untrusted import MAX_JSON_BYTES, parse_json, read_bytes
 
 CHECKPOINT_VERSION = 5
 # A checkpoint that takes longer is saved less often. With one checkpoint a minute, this is one percent of the time.
@@ -95,6 +96,13 @@ class EncodingState(Config):
     is_fitted: bool = False
     num_bytes: dict[str, int] = Field(default_factory=dict)
     crcs: dict[str, int] = Field(default_factory=dict)
+
+
+class _Stored(Config):
+    """What checkpoint.json holds below its digest."""
+
+    inputs: dict[str, Any]
+    checkpoint: EncodingState
 
 
 class WorkingFolder:
@@ -185,15 +193,24 @@ class WorkingFolder:
     def _read(self) -> EncodingState:
         if self._seconds is None:
             raise DataError("this run has no checkpoints")
-        digest, _, body = self._path.read_bytes().partition(b"\n")
+        try:
+            digest, _, body = read_bytes(self._path, MAX_JSON_BYTES).partition(b"\n")
+        except (OSError, ValueError) as error:
+            raise DataError(f"its checkpoint cannot be read ({first_line_of(error)})") from None
         if hashlib.sha256(body).hexdigest().encode() != digest:
             raise DataError("its checkpoint is damaged")
-        stored = json.loads(body)
+        try:
+            stored = _Stored.parse(parse_json(body, any_number=True), where="checkpoint.json")
+        except ValueError as error:
+            raise DataError(f"its checkpoint is damaged ({first_line_of(error)})") from None
         now = json.loads(json.dumps(self._inputs))
-        changed = [name for name in now if stored["inputs"].get(name) != now[name]]
+        changed = [name for name in now if stored.inputs.get(name) != now[name]]
         if changed:
             raise DataError(f"it was made with other {' and '.join(changed)}")
-        state = EncodingState.parse(stored["checkpoint"], where="checkpoint.json")
+        state, inside = stored.checkpoint, self.root.resolve()
+        for name in (*state.crcs, *state.coded.num_bytes, *state.num_bytes):
+            if not (self.root / name).resolve().is_relative_to(inside):
+                raise DataError(f"its checkpoint names {shown(name)}, which lies outside")
         for name, crc in state.crcs.items():
             if not (self.root / name).is_file() or _crc(self.root / name) != crc:
                 raise DataError(f"{name} is damaged")

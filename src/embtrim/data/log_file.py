@@ -154,11 +154,6 @@ def listed(names: Sequence[str], limit: int = 12) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def first_line_of(error: BaseException) -> str:
-    """The first line of an error's text."""
-    return str(error).strip().partition("\n")[0]
-
-
 def is_number(text: str) -> bool:
     """Whether a text is a number as Python reads it."""
     try:

@@ -8,9 +8,9 @@ from typing import Any
 
 import polars as pl
 
-from embtrim.data.log_file import Chunk, LogFile, Position, first_line_of, row_locator, rows_per_slice
+from embtrim.data.log_file import Chunk, LogFile, Position, row_locator, rows_per_slice
 from embtrim.data.places import Place
-from embtrim.errors import DataError
+from embtrim.errors import DataError, first_line_of
 
 
 class FrameFile(LogFile):

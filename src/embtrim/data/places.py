@@ -28,8 +28,8 @@ from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
-from embtrim.data.log_file import first_line_of, listed
-from embtrim.errors import DataError, UnreachableError
+from embtrim.data.log_file import listed
+from embtrim.errors import DataError, UnreachableError, first_line_of
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-from embtrim.data.log_file import first_line_of
 from embtrim.data.places import Place
-from embtrim.errors import DataError
+from embtrim.errors import DataError, first_line_of
 
 HEAD_BYTES = 1 << 20  # how much of a file its dialect is found from
 REMOTE_HEAD_BYTES = 1 << 17

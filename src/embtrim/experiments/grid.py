@@ -29,6 +29,7 @@ from embtrim.plan.table import Bits, Target
 from embtrim.system.files import write_then_rename
 from embtrim.system.holding import content
 from embtrim.training.settings import TrainConfig
+from embtrim.untrusted import read_json
 
 FULL = "full"
 ALL = "all"
@@ -338,7 +339,7 @@ def read_skipped(out: str | Path) -> list[Skipped]:
     """
     path = Path(out) / "skipped.json"
     try:
-        skipped = [Skipped.parse(values, where=str(path)) for values in json.loads(path.read_text("utf-8"))]
+        skipped = [Skipped.parse(values, where=str(path)) for values in read_json(path)]
     except FileNotFoundError:
         return []
     except (ValueError, TypeError) as error:

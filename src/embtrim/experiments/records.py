@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from embtrim._version import __version__
 from embtrim.compaction.verification import Verification
-from embtrim.config import Config, describe_errors
+from embtrim.config import Config, Entry, describe_errors
 from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import DataError
 from embtrim.experiments.settings import RunConfig, method_config
+from embtrim.experiments.sweep import L2Sweep
 from embtrim.methods.readings import Readings
 from embtrim.models.ctr_model import CTRModel
+from embtrim.plan.budget import Budget
 from embtrim.plan.plan import PlanShape, SizePlan
 from embtrim.plan.table import Bits, Target
 from embtrim.system.files import write_then_rename
@@ -28,11 +29,77 @@ from embtrim.system.machine import processor_name
 from embtrim.training.devices import kernels_used
 from embtrim.training.evaluation import evaluate
 from embtrim.training.settings import FitResult, TrainConfig
+from embtrim.untrusted import MAX_JSON_BYTES, open_regular, parse_json, read_bytes
 
 RECORD_VERSION = 1
 
 # The file of published records: one record a line.
 RECORDS_FILE = "records.jsonl"
+
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Scores(Entry):
+    """Metrics of a split, as far as tables and pages read them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    auc: FiniteFloat
+    logloss: FiniteFloat
+    calibration: FiniteFloat
+    auc_by_decile: list[tuple[int, int, FiniteFloat, FiniteFloat | None]] | None = None
+
+
+class _Data(Entry):
+    fingerprint: str
+    folder: str | None
+    num_rows: dict[str, Count]
+
+
+class _Training(Entry):
+    model_config = ConfigDict(extra="allow")
+
+    embedding_l2: FiniteFloat | None = None
+    monitor: str = ""
+
+
+class _Verified(Entry):
+    model_config = ConfigDict(extra="allow")
+
+    max_difference: FiniteFloat
+    num_rows: Count
+    tolerance: FiniteFloat
+    passed: bool
+
+
+class _Hardware(Entry):
+    model_config = ConfigDict(extra="allow")
+
+    processor: str = ""
+    threads: int = 0
+    device: str = ""
+
+
+def _held_as(kind: type[BaseModel]) -> AfterValidator:
+    """A dict that holds what a class describes, or nothing."""
+
+    def check(values: dict[str, Any]) -> dict[str, Any]:
+        try:
+            if values:
+                kind.model_validate(values)
+        except ValidationError as error:
+            raise ValueError(describe_errors(kind, error, "").partition("\n")[0].partition(": ")[2]) from None
+        return values
+
+    return AfterValidator(check)
+
+
+def _check_budget(text: str) -> str:
+    return Budget.parse(text).text
+
+
+Scores = Annotated[dict[str, Any], _held_as(_Scores)]
 
 
 class RunRecord(Config):
@@ -96,31 +163,31 @@ class RunRecord(Config):
     method: str | None = None
     model: str
     hparams: dict[str, Any]
-    train: dict[str, Any]
+    train: Annotated[dict[str, Any], _held_as(_Training)]
     search: dict[str, Any] = Field(default_factory=dict)
-    budget: str | None = None
+    budget: Annotated[str, AfterValidator(_check_budget)] | None = None
     init: str | None = None
     started: str | None = None
     predicted_loss: float | None = None
     teacher: float = 0.0
     seed: int
-    data: dict[str, Any]
-    valid: dict[str, Any]
-    test: dict[str, Any]
-    num_params: int
-    num_full_params: int
-    num_first_order_params: int
+    data: Annotated[dict[str, Any], _held_as(_Data)]
+    valid: Scores
+    test: Scores
+    num_params: Count
+    num_full_params: Count
+    num_first_order_params: Count
     bits: Bits = 32
     target: Target | None = None
-    table_bytes: int
-    model_params: int
-    bundle_bytes: int
-    vocabulary_bytes: int = 0
-    counted_vocabulary_bytes: int | None = None
+    table_bytes: Count
+    model_params: Count
+    bundle_bytes: Count
+    vocabulary_bytes: Count = 0
+    counted_vocabulary_bytes: Count | None = None
     widths: dict[str, int | float]
-    full_width: int
-    kept_rows: dict[str, int]
-    num_rows: dict[str, int]
+    full_width: Count
+    kept_rows: dict[str, Count]
+    num_rows: dict[str, Count]
     search_seconds: float
     search_peak_bytes: int | None = None
     epoch_seconds: float | None = None
@@ -128,14 +195,14 @@ class RunRecord(Config):
     train_seconds: float
     epochs: int
     best_epoch: int | None = None
-    l2_sweep: dict[str, Any] | None = None
+    l2_sweep: Annotated[dict[str, Any], _held_as(L2Sweep)] | None = None
     rows_per_second: float
     compile_seconds: float = 0.0
     precision: str
     peak_memory_bytes: int | None
-    verification: dict[str, Any] | None = None
+    verification: Annotated[dict[str, Any], _held_as(_Verified)] | None = None
     versions: dict[str, str]
-    hardware: dict[str, Any]
+    hardware: Annotated[dict[str, Any], _held_as(_Hardware)]
 
     def save(self, path: str | Path) -> None:
         """Write the record as JSON."""
@@ -149,7 +216,7 @@ class RunRecord(Config):
             DataError: The file is not a record, is damaged, or is of another version.
         """
         try:
-            text = Path(path).read_text("utf-8")
+            text = read_bytes(path, MAX_JSON_BYTES).decode("utf-8")
         except (OSError, ValueError) as error:
             raise DataError(f"{path} is not a run record ({error})") from None
         return _parse_record(text, str(path))
@@ -158,7 +225,7 @@ class RunRecord(Config):
 def _parse_record(text: str, where: str) -> RunRecord:
     """The record that a JSON text holds; errors name `where` it stands."""
     try:
-        values = json.loads(text)
+        values = parse_json(text)
     except ValueError as error:
         raise DataError(f"{where} is not a run record ({error})") from None
     version = values.get("record_version") if isinstance(values, dict) else None
@@ -354,11 +421,15 @@ def read_records(folder: str | Path) -> list[RunRecord]:
 
 def _read_lines(path: Path) -> list[RunRecord]:
     """The records of a file with one record a line."""
+    records, number = [], 0
     try:
-        lines = path.read_text("utf-8").split("\n")
-    except (OSError, ValueError) as error:
+        with open_regular(path) as file:
+            while line := file.readline(MAX_JSON_BYTES + 1):
+                number += 1
+                if line.strip():
+                    records.append(_parse_record(line.decode("utf-8"), f"{path} line {number:,}"))
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read ({error})") from None
-    records = [_parse_record(text, f"{path} line {n:,}") for n, text in enumerate(lines, start=1) if text.strip()]
     if not records:
         raise DataError(f"{path} holds no records; give the --out folder of `embtrim run`")
     return records

@@ -75,7 +75,7 @@ class RunConfig(Config):
     bits: Bits | None = None
     target: Target | None = None
     controls: tuple[str, ...] = ("uniform",)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     seeds: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import time
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 from embtrim.compaction.compacting import made_compact
 from embtrim.compaction.verification import Verification, verify
+from embtrim.config import Config
 from embtrim.data.dataset import EncodedDataset
 from embtrim.errors import BudgetError, DataError
 from embtrim.experiments.records import FoundPlan, Trained, make_record, started_as
@@ -27,7 +27,7 @@ from embtrim.plan.budget import AUTO
 from embtrim.plan.budget_limits import target_settings
 from embtrim.plan.plan import SizePlan
 from embtrim.serving.bundle import load_bundle
-from embtrim.system.files import write_then_rename
+from embtrim.system.files import read_json, write_then_rename
 from embtrim.system.memory import peak_memory
 from embtrim.system.progress import stage
 from embtrim.system.unfinished import claim
@@ -144,8 +144,8 @@ def find_plan(
     if unfinished is not None:
         claim(unfinished, {**search_settings(task, config), **claimed})
         if (cost_path := unfinished / "search.json").exists():  # written after the plan
-            cost = json.loads(cost_path.read_text("utf-8"))
-            return FoundPlan(SizePlan.load(unfinished / "plan.json"), cost["seconds"], cost["peak_bytes"])
+            cost = _Cost.parse(read_json(cost_path), where=str(cost_path))
+            return FoundPlan(SizePlan.load(unfinished / "plan.json"), cost.seconds, cost.peak_bytes)
         task.checkpoints = CheckpointFolder(unfinished, task.config.checkpoint_seconds)
     with peak_memory() as peak, stage("search", progress):
         started = time.perf_counter()
@@ -226,10 +226,17 @@ def search_settings(task: CTRTask, config: RunConfig) -> dict[str, Any]:
     }
 
 
+class _Cost(Config):
+    """What search.json holds beside a plan."""
+
+    seconds: float
+    peak_bytes: int | None = None
+
+
 def _keep_plan(found: FoundPlan, unfinished: Path) -> None:
     """Write a plan and the cost of its search; remove the checkpoints of trainings within the search."""
     found.plan.save(unfinished / "plan.json")
-    text = json.dumps({"seconds": found.seconds, "peak_bytes": found.peak_bytes})
+    text = _Cost(seconds=found.seconds, peak_bytes=found.peak_bytes).model_dump_json()
     write_then_rename(unfinished / "search.json", lambda file: file.write(text.encode()))
     for path in unfinished.glob("training-*.safetensors"):
         path.unlink()

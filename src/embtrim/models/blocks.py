@@ -20,7 +20,7 @@ from embtrim.plan.table import projects
 from embtrim.tables.embedding_tables import EmbeddingTables
 from embtrim.tables.views import EmbeddingViews
 
-Units = tuple[Annotated[int, Field(ge=1, strict=True)], ...]
+Units = Annotated[tuple[Annotated[int, Field(ge=1, le=1 << 20, strict=True)], ...], Field(max_length=1_000)]
 
 
 def xavier_normal(num_outputs: int, num_inputs: int, generator: torch.Generator) -> nn.Parameter:

@@ -21,6 +21,7 @@ from embtrim.config import Config
 from embtrim.errors import DataError, PlanError
 from embtrim.models.blocks import Units
 from embtrim.plan.plan import PlanShape, SizePlan
+from embtrim.plan.table import MAX_WIDTH
 from embtrim.schema import Schema
 from embtrim.tables.embedding_tables import EmbeddingTables
 from embtrim.tables.views import EmbeddingViews
@@ -40,12 +41,12 @@ class HyperParameters(Config):
         batch_norm: Whether hidden layers are normalised over the batch.
     """
 
-    embedding_dim: int = Field(default=16, ge=1, strict=True)
-    seed: int = Field(default=0, ge=0, strict=True)
+    embedding_dim: int = Field(default=16, ge=1, le=MAX_WIDTH, strict=True)
+    seed: int = Field(default=0, ge=0, lt=2**63, strict=True)
     init_std: float = Field(default=1e-4, ge=0, strict=True)
     hidden_units: Units = (400, 400, 400)
     bottom_units: Units = (64, 64, 64)
-    num_cross_layers: int = Field(default=3, ge=1, strict=True)
+    num_cross_layers: int = Field(default=3, ge=1, le=1_000, strict=True)
     dropout: float = Field(default=0.0, ge=0, lt=1, strict=True)
     batch_norm: bool = Field(default=True, strict=True)
 

@@ -31,7 +31,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,8 +39,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embtrim.errors import PlanError
+from embtrim.errors import BudgetError, PlanError
 from embtrim.plan.budget import BYTES_PER_PARAM, Budget
+from embtrim.plan.plan_file import PLAN_VERSION, BlockEntry, PlanFile, lengths_of, read_plan_file
 from embtrim.plan.rows_file import crc32_of, read_rows, set_aside
 from embtrim.plan.table import (
     FBGEMM_COLUMNS,
@@ -65,7 +66,6 @@ from embtrim.system.holding import hold
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-PLAN_VERSION = 1
 # Fields of a plan that a plan file holds among its details.
 IN_DETAILS = ("budget", "seed", "vocabulary_bytes", "target", "left_bytes")
 
@@ -355,6 +355,10 @@ class PlanShape:
                 f"plan was made for schema {self.fingerprint} ({self.num_fields} fields), this is "
                 f"{schema.fingerprint} ({len(schema.id_fields)} fields); search again or encode with the same schema"
             )
+        if [(t.name, t.num_rows) for t in self.tables] != list(schema.tables.items()):
+            raise PlanError(f"the tables of the plan are not those of its schema {schema.describe()}; search again")
+        if any(table.width != self.width for table in self.tables):
+            raise PlanError("the full tables of a schema have one width, those of the plan have several; search again")
 
     def check_tables(self, full: SizePlan) -> None:
         """Raise PlanError unless the plan lists the tables of `full` in the same order, with the same rows and widths."""
@@ -417,36 +421,39 @@ class PlanShape:
         """
         path = Path(path)
         try:
-            values = json.loads(path.read_text("utf-8"))
-            if not isinstance(values, dict) or "plan_version" not in values:
-                raise PlanError("this is not an embtrim plan: it has no plan_version")
-            version = values.pop("plan_version")
-            if version != PLAN_VERSION:
-                raise PlanError(f"plan version {version}, this release reads {PLAN_VERSION}; upgrade embtrim")
-            crc32 = values.pop("rows_crc32", None)
-            values["tables"] = cls._read_tables(values["tables"], path.with_suffix(".npz"), crc32)
-            details = dict(values.get("details", {}))
-            values |= {name: details.pop(name) for name in IN_DETAILS if name in details}
-            values["details"] = details
-            if "budget" in values:
-                values["budget"] = Budget.parse(values["budget"])
-            return cls(**values)
+            found = read_plan_file(path)
+            known = {name: getattr(found.details, name) for name in IN_DETAILS}
+            budget = known.pop("budget")
+            return cls(
+                fingerprint=found.fingerprint,
+                num_fields=found.num_fields,
+                tables=cls._read_tables(found, path.with_suffix(".npz")),  # type: ignore[arg-type]
+                first_order=found.first_order,
+                method=found.method,
+                details=found.details.model_dump(exclude_unset=True, exclude=set(IN_DETAILS)),
+                standalone=found.standalone,
+                budget=None if budget is None else Budget.parse(budget),
+                **known,
+            )
         except FileNotFoundError as error:
             raise PlanError(
                 f"{error.filename} does not exist; a plan is a .json and, where rows were chosen, an .npz"
             ) from None
-        except PlanError as error:
+        except (PlanError, BudgetError) as error:
             raise PlanError(f"{path}: {error}") from None
-        except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
-            raise PlanError(
-                f"{path} is not a valid plan ({type(error).__name__}: {error}); write it with SizePlan.save"
-            ) from None
 
     @classmethod
-    def _read_tables(cls, entries: Sequence[dict[str, Any]], rows: Path, crc32: int | None) -> tuple[TableShape, ...]:
-        """The tables of a plan file; `rows` is the path of its npz, `crc32` the checksum of what the npz should hold."""
-        del rows, crc32
-        return tuple(TableShape(**_read_table(entry, BlockShape)) for entry in entries)
+    def _read_tables(cls, found: PlanFile, rows: Path) -> tuple[TableShape, ...]:
+        """The tables of a plan file; `rows` is the path of its npz."""
+        del rows
+        return tuple(
+            TableShape(
+                t.name, t.num_rows, t.width,
+                tuple(BlockShape(b.num_rows, b.columns, b.alignment, bits=b.bits) for b in t.blocks),  # type: ignore[arg-type]
+                t.bits,
+            )
+            for t in found.tables
+        )  # fmt: skip
 
     def diff(self, other: PlanShape) -> str:
         """Lines that say which tables another plan keeps differently; empty if there are none."""
@@ -517,16 +524,17 @@ class SizePlan(PlanShape):
         return dataclasses.replace(self, tables=tables)
 
     @classmethod
-    def _read_tables(cls, entries: Sequence[dict[str, Any]], rows: Path, crc32: int | None) -> tuple[TablePlan, ...]:
-        named = any("rows" in block for entry in entries for block in entry["blocks"])
-        arrays = read_rows(rows, crc32) if named else {}
+    def _read_tables(cls, found: PlanFile, rows: Path) -> tuple[TablePlan, ...]:
+        lengths = lengths_of(found)
+        arrays = read_rows(rows, found.rows_crc32, lengths) if lengths else {}
 
-        def block_of(
-            num_rows: int, columns: Any, alignment: Alignment, rows: str | None = None, *, bits: int | None = None
-        ) -> Block:
-            return Block(num_rows, columns, alignment, None if rows is None else arrays[rows], bits=bits)
+        def block_of(entry: BlockEntry) -> Block:
+            listed = None if entry.rows is None else arrays[entry.rows]
+            return Block(entry.num_rows, entry.columns, entry.alignment, listed, bits=entry.bits)  # type: ignore[arg-type]
 
-        return tuple(TablePlan(**_read_table(entry, block_of)) for entry in entries)
+        return tuple(
+            TablePlan(t.name, t.num_rows, t.width, tuple(map(block_of, t.blocks)), t.bits) for t in found.tables
+        )
 
 
 def _in_bits(table: TableT, bits: int) -> TableT:
@@ -534,23 +542,3 @@ def _in_bits(table: TableT, bits: int) -> TableT:
     if any(block.bits is not None for block in table.blocks):
         table = dataclasses.replace(table, blocks=tuple(dataclasses.replace(b, bits=None) for b in table.blocks))
     return dataclasses.replace(table, bits=bits)
-
-
-def _read_table(entry: dict[str, Any], block_of: Callable[..., BlockShape]) -> dict[str, Any]:
-    """Arguments of a table's constructor, out of its entry in a plan file."""
-    _check_keys(entry, ("name", "num_rows", "width", "blocks", "bits"), f"table {entry.get('name')!r}")
-    blocks = []
-    for block in entry["blocks"]:
-        _check_keys(block, ("num_rows", "columns", "alignment", "bits", "rows"), "a block")
-        columns = block["columns"] if isinstance(block["columns"], int) else tuple(block["columns"])
-        listed = {"rows": block["rows"]} if "rows" in block and block_of is not BlockShape else {}
-        blocks.append(block_of(int(block["num_rows"]), columns, block["alignment"], bits=block.get("bits"), **listed))
-    sizes = {key: entry[key] for key in ("name", "num_rows", "width")}
-    return {**sizes, "blocks": tuple(blocks), "bits": entry.get("bits", 32)}
-
-
-def _check_keys(entry: dict[str, Any], allowed: Sequence[str], where: str) -> None:
-    """Raise PlanError for an unknown key, which would be an edit by hand that does nothing."""
-    unknown = [key for key in entry if key not in allowed]
-    if unknown:
-        raise PlanError(f"{where} has unknown key {unknown[0]!r}; allowed: {', '.join(allowed)}")

@@ -12,7 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from embtrim.errors import PlanError
+from embtrim.system.arrays import read_integers
 from embtrim.system.holding import left_beside
+
+# Rows are stored as they are, and ids that ascend do not pack well; more comes from a file that was made to fill the memory.
+_MAX_RATIO = 32
 
 
 @contextmanager
@@ -31,17 +35,34 @@ def set_aside(rows: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def read_rows(rows: Path, crc32: int | None) -> dict[str, np.ndarray]:
-    """The rows of a plan; those that a killed process had set aside, if they are the plan's and the others are not."""
-    arrays = dict(np.load(rows, allow_pickle=False)) if rows.exists() else {}
+def read_rows(rows: Path, crc32: int | None, lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """The rows of a plan; those that a killed process had set aside, if they are the plan's and the others are not.
+
+    Args:
+        rows: Path of the npz.
+        crc32: Checksum of the arrays; None in plans of earlier releases.
+        lengths: Number of rows of each array.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        PlanError: The file is damaged, or does not hold the rows of this plan.
+    """
+    arrays, fault = {}, None
+    try:
+        arrays = read_integers(rows, lengths, _MAX_RATIO) if rows.exists() else {}
+    except (OSError, ValueError) as error:
+        fault = error
     if arrays and crc32 in (None, crc32_of(arrays)):
         return arrays
     for aside in left_beside(rows, "old"):
-        found = dict(np.load(aside, allow_pickle=False))
-        if crc32 == crc32_of(found):
-            with suppress(OSError):
-                os.replace(aside, rows)
-            return found
+        with suppress(OSError, ValueError):
+            found = read_integers(aside, lengths, _MAX_RATIO)
+            if crc32 == crc32_of(found):
+                with suppress(OSError):
+                    os.replace(aside, rows)
+                return found
+    if fault is not None:
+        raise PlanError(f"{rows.name} is damaged ({fault}); save or copy the plan with its rows again")
     if not arrays:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(rows))
     raise PlanError(f"{rows.name} holds the rows of another plan; save or copy both again")

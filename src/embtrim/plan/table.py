@@ -14,7 +14,7 @@ from typing import Literal, TypeVar, get_args
 
 import numpy as np
 
-from embtrim.errors import PlanError
+from embtrim.errors import PlanError, shown
 from embtrim.plan.budget import BYTES_PER_PARAM
 from embtrim.schema import OOV
 
@@ -28,6 +28,10 @@ BITS = (32, 16, 8, 4, 3, 2)
 Bits = Literal[32, 16, 8, 4, 3, 2, "mixed"]
 # FBGEMM's kernels take rows whose number of columns is a multiple of this.
 FBGEMM_COLUMNS = 4
+# Most columns of a full table, and most blocks of a table: enough for any embedding, and a file that claims more is refused
+# before anything of that size is made.
+MAX_WIDTH = 1 << 16
+MAX_BLOCKS = 1 << 10
 # Most bits of a value that is a code, which has a scale and an offset.
 CODE_BITS = 8
 # A scale and an offset, both in fp16.
@@ -101,6 +105,11 @@ class TableShape:
             raise PlanError(
                 f"{where}: bits must be {', '.join(map(str, BITS[:-1]))} or {BITS[-1]}, given {self.bits!r}"
             )
+        if not 0 <= self.width <= MAX_WIDTH or len(self.blocks) > MAX_BLOCKS:
+            raise PlanError(
+                f"{where}: given {self.width} columns and {len(self.blocks):,} blocks; 0..{MAX_WIDTH:,} columns and at most "
+                f"{MAX_BLOCKS:,} blocks are allowed"
+            )
         if self.num_kept > self.num_rows:
             raise PlanError(f"{where}: its blocks hold {self.num_kept:,} rows, the table {self.num_rows:,}")
         for block in self.blocks:
@@ -110,9 +119,10 @@ class TableShape:
                 raise PlanError(
                     f"{where}: a block keeps {block.num_rows} rows and {block.columns} columns; 0 or more are allowed"
                 )
-            columns = block.kept_columns
-            if any(b <= a for a, b in itertools.pairwise(columns)) or any(not 0 <= c < self.width for c in columns):
-                raise PlanError(f"{where}: columns must ascend within 0..{self.width - 1}, given {block.columns}")
+            if not _fit(block.columns, self.width):
+                raise PlanError(
+                    f"{where}: columns must ascend within 0..{self.width - 1}, given {shown(block.columns)}"
+                )
             if block.bits is not None and (block.bits not in BITS or max(block.bits, self.bits) > CODE_BITS):
                 allowed = ", ".join(str(bits) for bits in BITS if bits <= CODE_BITS)
                 raise PlanError(
@@ -203,7 +213,9 @@ class TableShape:
     @property
     def output_width(self) -> int:
         """Columns that a field of this table occupies in `concat`."""
-        return len(self.columns)
+        if self.mixed:
+            return self.width
+        return self.blocks[0].width if self.blocks else 0
 
     @property
     def alignment(self) -> Alignment:
@@ -416,6 +428,13 @@ class TablePlan(TableShape):
 
 
 TableT = TypeVar("TableT", bound=TableShape)
+
+
+def _fit(columns: tuple[int, ...] | int, width: int) -> bool:
+    """Whether kept columns, or their number, ascend within a table's columns."""
+    if isinstance(columns, int):
+        return columns <= width
+    return all(a < b for a, b in itertools.pairwise((-1, *columns, width)))
 
 
 def with_more_columns(table: TableT, number: int) -> TableT:

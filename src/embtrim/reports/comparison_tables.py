@@ -185,14 +185,10 @@ def comparison_tables(records: Sequence[RunRecord], skipped: Sequence[Skipped] =
     for sheet in sheets(records, skipped):
         aligned = ["---" if name in TEXT_COLUMNS else "---:" for name in sheet.header]
         lines = [list(sheet.header), *sheet.rows]
-        table = [f"| {' | '.join(map(_markdown_cell, line))} |" for line in lines]
+        table = [f"| {' | '.join(map(cell, line))} |" for line in lines]
         table.insert(1, f"|{'|'.join(aligned)}|")
-        parts.append("\n".join([f"## {_markdown_cell(sheet.title)}", "", sheet.note, "", *table, ""]))
+        parts.append("\n".join([f"## {cell(sheet.title)}", "", sheet.note, "", *table, ""]))
     return "\n".join(parts)
-
-
-def _markdown_cell(text: str) -> str:
-    return cell(text).replace("<", "&lt;")
 
 
 def comparison_terminal(records: Sequence[RunRecord], skipped: Sequence[Skipped] = ()) -> list[Table]:

@@ -38,7 +38,7 @@ def _full_model(record: RunRecord) -> str:
         tried = ", ".join(f"{trial['embedding_l2']:g}: {abs(trial['score']):.4f}" for trial in sweep["trials"])
         share = sweep["seconds"] / max(record.train_seconds, 1e-9)
         words.append(
-            f"embedding_l2 {sweep['embedding_l2']:g} was chosen (valid {record.train['monitor']} of short trainings on "
+            f"embedding_l2 {sweep['embedding_l2']:g} was chosen (valid {record.train.get('monitor')} of short trainings on "
             f"{sweep['rows']:,} rows: {tried}; {sweep['seconds']:.1f} s, {share:.2f} of the full training)"
         )
     if record.best_epoch == 1 and record.epochs > 1:

@@ -1,6 +1,6 @@
 """The bundle: a folder with a trained model that scores raw logs; no pickle, and no search code or data to load it.
 
-bundle.json          see `Contents`: model and hyper-parameters, their origin, metrics, digest of every file and of
+bundle.json          see `Contents` in bundle_files.py: model and hyper-parameters, their origin, metrics, digest of every file and of
                      itself; for an updated model, what the update changed
 model.safetensors    weights and batch-norm statistics
 plan.json            layout of the tables; the vocabulary, not the plan, says which rows were kept
@@ -12,27 +12,26 @@ README.md            model card, see model_card.py
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shutil
 import statistics
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
-from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from embtrim._version import __version__
-from embtrim.config import Config
 from embtrim.data.cells import number_columns, row_number
-from embtrim.data.dataset import EncodedDataset
+from embtrim.data.dataset import EncodedDataset, Meta
 from embtrim.data.encoder import Encoder
+from embtrim.data.encoder_files import read_schema
 from embtrim.data.frames import as_polars
 from embtrim.data.log_file import START, Chunk
 from embtrim.data.profile import Profile, describe_drift, find_drift
@@ -41,58 +40,27 @@ from embtrim.data.reading import RawLog, open_log, read_ahead
 from embtrim.data.recounting import recounted
 from embtrim.data.rule_cells import chunk_rows, holds
 from embtrim.data.tally import Tally, sample_of
-from embtrim.errors import BundleError, ConfigError, EmbtrimError, ModelError
-from embtrim.models import MODELS
+from embtrim.errors import BundleError, EmbtrimError, ModelError
+from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import PlanShape, SizePlan
 from embtrim.rules import parse_rule
-from embtrim.schema import Schema
+from embtrim.serving.bundle_files import (
+    BUILD_ERRORS,
+    BUNDLE_VERSION,
+    check_files,
+    check_weights,
+    files_of,
+    read_contents,
+    with_digest,
+)
 from embtrim.serving.model_card import model_card
-from embtrim.system.files import read_json
 from embtrim.system.folders import check_replaceable, file_digest, folder_bytes, write_folder
-from embtrim.system.holding import undo_replacement
 from embtrim.system.memory import freed_pages_kept
 from embtrim.training.evaluation import EVAL_BATCH_SIZE
 from embtrim.training.recoding import data_for
 
 logger = logging.getLogger(__name__)
-
-# Version 1 has no digest of bundle.json itself and says less about the origin of a model; it still opens.
-BUNDLE_VERSION = 2
-
-
-class Contents(Config):
-    """What bundle.json holds.
-
-    Attributes:
-        bundle_version: Version of the bundle's format.
-        embtrim: Version of embtrim that wrote the bundle.
-        model: Name of the base model.
-        hparams: Arguments of the base model.
-        fingerprint: Fingerprint of the schema; stored as "schema".
-        version: Version of plan and schema: 1 as first trained, one more with each update.
-        data: Encoded data that trained the model: rows by split, the split, and the seed of the split.
-        seed: Seed of training; None if it is not known.
-        metrics: Metrics by split.
-        spread: For a run of several seeds: "seeds", and "mean" and "std" (sample standard deviation) by split and metric.
-        update: For an updated model: what the update changed, see `embtrim.update`.
-        files: SHA-256 of every other file.
-        digest: SHA-256 of all other entries, see `contents_digest`.
-    """
-
-    bundle_version: int = Field(strict=True, ge=1)
-    embtrim: str
-    model: str
-    hparams: dict[str, Any]
-    fingerprint: str = Field(alias="schema")
-    version: int = Field(default=1, strict=True, ge=1)
-    data: dict[str, Any] = Field(default_factory=dict)
-    seed: int | None = None
-    metrics: dict[str, dict[str, Any]]
-    spread: dict[str, Any] | None = None
-    update: dict[str, Any] | None = None
-    files: dict[str, str]
-    digest: str | None = None
 
 
 class Bundle:
@@ -253,7 +221,7 @@ def save(
         encoder.save(temporary / "encoder")
         if profile is not None:
             recounted(profile, data, whole, encoder, id_maps).save(temporary)
-        meta = read_json(data.folder / "meta.json")
+        meta = Meta.load(data.folder)
         info = {
             "bundle_version": BUNDLE_VERSION,
             "embtrim": __version__,
@@ -261,7 +229,11 @@ def save(
             "hparams": model.hparams,
             "schema": model.schema.fingerprint,
             "version": version,
-            "data": {"num_rows": meta["num_rows"], "split": meta["split"], "split_seed": meta["seed"]},
+            "data": {
+                "num_rows": meta.num_rows,
+                "split": None if meta.split is None else meta.split.model_dump(mode="json"),
+                "split_seed": meta.seed,
+            },
             "seed": seed,
             "metrics": metrics or {},
             "spread": None,
@@ -271,7 +243,7 @@ def save(
             model_card(model.schema, layout, info, folder_bytes(temporary / "encoder")), "utf-8"
         )
         info["files"] = {name: file_digest(temporary / name) for name in files_of(temporary)}
-        (temporary / "bundle.json").write_text(_with_digest(info), "utf-8")
+        (temporary / "bundle.json").write_text(with_digest(info), "utf-8")
 
 
 def check_out(folder: Path, overwrite: bool) -> None:
@@ -294,7 +266,7 @@ def note_spread(folder: str | Path, metrics: Mapping[int, Mapping[str, Mapping[s
         BundleError: The folder is not a bundle, or its bundle.json is damaged.
     """
     folder = Path(folder)
-    info = _read_contents(folder)
+    info = read_contents(folder)
     if info["bundle_version"] < BUNDLE_VERSION:
         return  # version 1 lacks the facts of a card
     spread: dict[str, Any] = {"seeds": list(metrics)}
@@ -304,13 +276,13 @@ def note_spread(folder: str | Path, metrics: Mapping[int, Mapping[str, Mapping[s
             name: {"mean": statistics.fmean(parts), "std": statistics.stdev(parts)} for name, parts in found.items()
         }
     info["spread"] = spread
-    schema = Schema.parse(read_json(folder / "encoder" / "schema.json"))
+    schema = read_schema(folder / "encoder")
     plan = PlanShape.load(folder / "plan.json")
     card = model_card(schema, plan, info, folder_bytes(folder / "encoder")).encode()
     info["files"]["README.md"] = hashlib.sha256(card).hexdigest()
     with write_folder(folder, what="bundle") as temporary:
         shutil.copytree(folder, temporary, copy_function=_linked, dirs_exist_ok=True)
-        for name, content in (("README.md", card), ("bundle.json", _with_digest(info).encode())):
+        for name, content in (("README.md", card), ("bundle.json", with_digest(info).encode())):
             (temporary / name).unlink()  # a link to the file of the earlier bundle, which stays as it is
             (temporary / name).write_bytes(content)
 
@@ -324,79 +296,28 @@ def _linked(source: str, target: str) -> None:
 
 
 def load_bundle(folder: str | Path) -> Bundle:
-    """Open a bundle; every file's digest is checked.
+    """Open a bundle; every file's digest, shape and size is checked before memory is taken for it.
 
     Raises:
-        BundleError: The folder is not a bundle or its version is newer; or a file is missing, truncated, changed or not listed.
+        BundleError: The folder is not a bundle or its version is newer; a file is missing, truncated, changed, not listed, not
+            regular, or a link out of the folder; or the files contradict each other.
     """
     folder = Path(folder)
-    info = _read_contents(folder)
-    found = files_of(folder)
-    for name, digest in info["files"].items():
-        if name not in found:
-            raise BundleError(f"{folder} is incomplete: {name} is missing; copy or save the bundle again")
-        if file_digest(folder / name) != digest:
-            raise BundleError(
-                f"{folder / name} was changed or truncated (its digest differs); copy or save the bundle again"
-            )
-    added = [name for name in found if name not in info["files"]]
-    if added:
-        raise BundleError(f"{folder} holds {added[0]}, which its bundle.json does not list; move it elsewhere")
+    info = read_contents(folder)
+    check_files(folder, info["files"])
     try:
-        encoder, profile = Encoder.load(folder / "encoder"), Profile.load(folder)
         plan = PlanShape.load(folder / "plan.json")
-        model = MODELS[info["model"]](encoder.schema, plan=plan, **info["hparams"])
+        schema = read_schema(folder / "encoder")
+        plan.check_schema(schema)
+        encoder = Encoder.load(folder / "encoder", {table.name: table.num_compact_rows for table in plan.tables})
+        profile = Profile.load(folder)
+        make = partial(build, info["model"], schema, plan=plan, **info["hparams"])
+        check_weights(folder / "model.safetensors", make)
+        model = make()
         model.load_state_dict(load_file(folder / "model.safetensors"))
-    except (KeyError, TypeError, RuntimeError, SafetensorError, EmbtrimError) as error:
-        raise BundleError(
-            f"{folder} cannot be opened ({type(error).__name__}: {error}); save the bundle again"
-        ) from None
+    except (*BUILD_ERRORS, SafetensorError, OSError) as error:
+        kind = "" if isinstance(error, EmbtrimError) else f"{type(error).__name__}: "
+        words = " ".join(str(error).split())  # torch lists every weight
+        words = words if len(words) <= 500 else f"{words[:500]}.."
+        raise BundleError(f"{folder} cannot be opened ({kind}{words}); save the bundle again") from None
     return Bundle(model.eval(), encoder, info, profile)
-
-
-def _read_contents(folder: Path) -> dict[str, Any]:
-    """Contents of bundle.json; BundleError if the file is missing, damaged, or of a newer version."""
-    path = folder / "bundle.json"
-    undo_replacement(folder)
-    try:
-        info = json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(
-            f"{folder} is not a bundle: it has no bundle.json; write one with `embtrim run` or embtrim.save"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path} is damaged ({error}); save the bundle again") from None
-    if not isinstance(info, dict):
-        raise BundleError(f"{path} is damaged (it does not hold an object); save the bundle again")
-    version = info.get("bundle_version")
-    if isinstance(version, int) and version > BUNDLE_VERSION:
-        raise BundleError(
-            f"{folder} has bundle version {version}, this release reads {BUNDLE_VERSION}; upgrade embtrim"
-        )
-    try:
-        contents = Contents.parse(info)
-    except ConfigError as error:
-        raise BundleError(f"{path} is damaged ({error}); save the bundle again") from None
-    if contents.digest != contents_digest(info) and contents.bundle_version > 1:
-        raise BundleError(f"{path} was changed or truncated (its digest differs); copy or save the bundle again")
-    held = contents.model_dump(by_alias=True)
-    if contents.bundle_version == 1 and contents.update is not None:
-        held["version"] = 1 + contents.update.get("number", 0)
-    return held
-
-
-def contents_digest(info: Mapping[str, Any]) -> str:
-    """SHA-256 of bundle.json without its digest, as JSON with sorted keys and no indentation."""
-    held = {key: value for key, value in info.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
-
-
-def _with_digest(info: Mapping[str, Any]) -> str:
-    """Text of bundle.json."""
-    return json.dumps({**info, "digest": contents_digest(info)}, indent=1)
-
-
-def files_of(folder: Path) -> list[str]:
-    """Paths of all files in a bundle's folder, except bundle.json, relative to it."""
-    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-    return [name for name in found if name != "bundle.json"]

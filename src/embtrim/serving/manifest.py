@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal, TypedDict
+
+from embtrim.untrusted import read_json
 
 Format = Literal["pt2", "onnx", "torchrec"]
 
@@ -105,7 +106,7 @@ class Manifest(_Manifest, total=False):
 def is_export(folder: Path) -> bool:
     """Whether a folder holds an export."""
     try:
-        json.loads((folder / "manifest.json").read_text("utf-8"))["export_version"]
+        read_json(folder / "manifest.json")["export_version"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,10 @@ from embtrim.system.files import take_place
 from embtrim.system.folders import new_file_mode, temporary_folder
 from embtrim.system.memory import freed_pages_kept
 from embtrim.system.progress import Counter
+
+# What a spreadsheet runs as a formula, and what of it is a number.
+_FORMULA = re.compile(r"^[=+\-@\t\r\n]")
+_NUMBER = re.compile(r"^[+-]?[0-9.,]*[0-9][0-9.,]*([eE][+-]?[0-9]+)?$")
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ def write_predictions(
     overwrite: bool = False,
     drift_tolerance: float = TOLERANCE,
     strict: bool = False,
+    raw_text: bool = False,
     progress: bool = False,
 ) -> Predictions:
     """Score a log on disk in bounded memory, and write the scores as a column `score`.
@@ -64,6 +70,8 @@ def write_predictions(
         overwrite: Replace an existing file.
         drift_tolerance: Share by which unseen or missing values may exceed those of validation; see profile.py.
         strict: Fail and write nothing if a field has drifted.
+        raw_text: Copy texts into a csv as they are. Otherwise a text that a spreadsheet would run as a formula gets a `'` in
+            front; see `without_formulas`.
         progress: Show a progress bar on stderr.
 
     Raises:
@@ -103,6 +111,8 @@ def write_predictions(
                 if parts
                 else pl.LazyFrame(schema=dict.fromkeys([*keep, "score"], pl.Float32))
             )
+            if out.suffix == ".csv" and not raw_text:
+                whole = without_formulas(whole, keep)
             complete = folder / f"complete{out.suffix}"
             (whole.sink_parquet if out.suffix == ".parquet" else whole.sink_csv)(complete)
             counts = tally.counts()
@@ -111,6 +121,23 @@ def write_predictions(
         except (OSError, pl.exceptions.PolarsError) as error:
             raise DataError(f"{out} could not be written: {error}; free space or choose another place") from None
     return Predictions(rows, drift, shares_of(bundle.profile, counts), log.skipped)
+
+
+def without_formulas(frame: pl.LazyFrame, columns: Sequence[str]) -> pl.LazyFrame:
+    """A frame for a csv in which no text is a formula to a spreadsheet.
+
+    Texts and names of columns that begin with = + - @, a tab or a line end get a `'` in front, unless they are numbers.
+    """
+    schema, parts = frame.collect_schema(), []
+    for name in columns:
+        part, dtype = pl.col(name), schema[name]
+        if dtype == pl.String or dtype in (pl.Categorical, pl.Enum):
+            text = part.cast(pl.String)
+            is_formula = text.str.contains(_FORMULA.pattern) & ~text.str.contains(_NUMBER.pattern)
+            part = pl.when(is_formula).then(pl.concat_str(pl.lit("'"), text)).otherwise(text)
+        is_formula = _FORMULA.match(name) is not None and _NUMBER.match(name) is None
+        parts.append(part.alias(f"'{name}" if is_formula else name))
+    return frame.select(*parts, *(name for name in schema.names() if name not in columns))
 
 
 def _check_kept(frame: pl.DataFrame, out: Path) -> None:

@@ -84,7 +84,7 @@ class UpdateConfig(Config):
     min_count: int | None = Field(default=None, ge=1)
     renumber: bool = False
     train: TrainConfig = TrainConfig(epochs=EPOCHS)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     drift_tolerance: float = Field(default=TOLERANCE, ge=0, le=1)
     strict: bool = False
     read: ReadOptions = ReadOptions()

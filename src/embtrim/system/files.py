@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from embtrim.errors import DataError
+from embtrim import untrusted
+from embtrim.errors import DataError, shown
 from embtrim.system.holding import RemovedError, check_there, left_beside, remove_dead, try_lock
 
 
@@ -54,14 +54,17 @@ def take_place(temporary: Path, path: Path, mode: int) -> None:
     flush_names(path.parent)
 
 
-def read_json(path: Path, hint: str = "encode again") -> dict:
-    """Read a JSON object; DataError if the file is missing or broken."""
+def read_json(path: Path, hint: str = "encode again") -> dict[str, Any]:
+    """Read a JSON object of bounded size; DataError if the file is missing or broken."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        values = untrusted.read_json(path)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; {hint}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, NotADirectoryError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); {hint}") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{path} holds {shown(values)} where keys with their values belong; {hint}")
+    return values
 
 
 def flush_file(path: Path, mode: int | None = None) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from embtrim.untrusted import printable
+
 
 def render(package: str, name: str, /, **values: Any) -> str:
     """Fill in a template.
@@ -24,14 +26,18 @@ def render(package: str, name: str, /, **values: Any) -> str:
     return _environment(package).get_template(name).render(values)
 
 
+_MARKDOWN = {"<": "&lt;", **{letter: f"\\{letter}" for letter in "\\|[]`"}}
+
+
 def cell(text: object) -> str:
-    """Text for one cell of a Markdown table: it ends neither the cell nor the line.
+    """Text for one cell of a Markdown table: it ends neither the cell nor the line, and is no HTML, link or picture.
 
     Example:
         >>> cell("a|b")
         'a\\\\|b'
     """
-    return " ".join(str(text).splitlines()).replace("\\", "\\\\").replace("|", "\\|")
+    line = printable(" ".join(str(text).splitlines()))
+    return "".join(_MARKDOWN.get(letter, letter) for letter in line)
 
 
 def count(number: int) -> str:

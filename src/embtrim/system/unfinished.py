@@ -15,6 +15,7 @@ from embtrim.errors import DataError
 from embtrim.system.files import write_then_rename
 from embtrim.system.holding import LOCK, hold
 from embtrim.system.interrupts import going_on_with
+from embtrim.untrusted import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,8 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
     path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
     if folder.exists():
         try:
-            change = first_change(json.loads(path.read_text("utf-8")), settings)
-        except (OSError, ValueError):
+            change = first_change(dict(read_json(path, any_number=True)), settings)
+        except (OSError, TypeError, ValueError):
             change = "settings that cannot be read"
         if change is None:
             return

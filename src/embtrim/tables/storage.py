@@ -350,9 +350,10 @@ class TableStorage(nn.Module, Indices):
         """Read from packed rows from now on; with `halves`, from projections in fp16 where their tables have fewer bits."""
         device = self.shift_C.device
         if halves and any(self.layout.is_half_projection):
-            is_half_P = torch.tensor(self.layout.is_half_projection, device=device)
-            self.half_projection = self.projection[is_half_P].half()
-            self.projection = nn.Parameter(self.projection[~is_half_P])
+            is_half_P = np.array(self.layout.is_half_projection)
+            half_P, full_P = (torch.tensor(np.flatnonzero(part), device=device) for part in (is_half_P, ~is_half_P))
+            self.half_projection = self.projection[half_P].half()
+            self.projection = nn.Parameter(self.projection[full_P])
         self.packed, self.packed_first_order = nn.ModuleList(packed), nn.ModuleDict(packed_first_order)
         del self.weight
         self.first_order = None

@@ -22,6 +22,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from embtrim.config import first_change
+from embtrim.errors import DataError, first_line_of
+from embtrim.system.arrays import tensor_shapes
 from embtrim.system.files import write_then_rename
 from embtrim.system.holding import RemovedError
 from embtrim.system.interrupts import HeldSignals
@@ -31,6 +33,7 @@ from embtrim.training.state import (
     Position,
     Training,
     TrainingState,
+    check_weights,
     checksum,
     optimizer_states,
     own_values,
@@ -40,6 +43,7 @@ from embtrim.training.state import (
     set_weights,
     weights_of,
 )
+from embtrim.untrusted import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -74,15 +78,17 @@ class Checkpoint:
         if not self.path.exists():
             return None
         try:
+            tensor_shapes(self.path)  # which reads the header alone
             with safe_open(self.path, "pt") as file:
-                head = json.loads(file.metadata()["state"])
+                head = parse_json(file.metadata()["state"], any_number=True)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
-            version, settings = head["version"], head["settings"]
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            version, settings = head["version"], dict(head["settings"])
+            values = _with_tensors(head["values"], tensors)
+        except (OSError, SafetensorError, AttributeError, LookupError, TypeError, ValueError) as error:
             logger.warning(
                 "%s is damaged (%s); this training starts again from the beginning",
                 self.path,
-                str(error).partition("\n")[0],
+                first_line_of(error),
             )
             return None
         if version != VERSION:
@@ -99,7 +105,7 @@ class Checkpoint:
             raise OtherTrainingError(
                 f"{self.path} belongs to a training with {change}; remove it, or give the settings of that training"
             )
-        return _with_tensors(head["values"], tensors)
+        return values
 
     @property
     def is_due(self) -> bool:
@@ -214,15 +220,28 @@ def restore_checkpoint(checkpoint: Checkpoint, training: Training, state: Traini
 
     Raises:
         OtherTrainingError: The file belongs to another training.
+        DataError: The file does not hold the state of a training with these settings.
     """
     saved = checkpoint.load()
     if saved is None:
         return
+    try:
+        _restore(saved, training, state)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{checkpoint.path} is damaged ({type(error).__name__}: {first_line_of(error)}); remove it, and this training starts "
+            "again from the beginning"
+        ) from None
+
+
+def _restore(saved: Mapping[str, Any], training: Training, state: TrainingState) -> None:
+    """Bring a training to a saved state."""
     state.had_ended = saved["ended"]
     state.result, state.position = FitResult(**saved["result"]), Position(**saved["position"])
     state.result.restored_seconds = state.result.seconds
     state.started -= state.result.seconds
     state.best_weights = saved["best_state"]
+    check_weights(training.model, state.best_weights or {})
     set_weights(training.model, saved["weights"])
     set_own_values(training.optimizers, training.model, saved["own_values"])
     if training.hooks.state is not None:
@@ -230,3 +249,6 @@ def restore_checkpoint(checkpoint: Checkpoint, training: Training, state: Traini
     if not saved["ended"]:
         set_optimizer_states(training.optimizers, saved["optimizers"])
         state.epoch_random, state.restored_random = saved["epoch_random"], saved["random"]
+        # What the loop sets later.
+        for random in (saved["epoch_random"][0], saved["random"][0]):
+            torch.Generator().set_state(random)

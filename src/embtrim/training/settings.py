@@ -57,7 +57,7 @@ class TrainConfig(Config):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
     device: str = "cpu"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     checkpoint_seconds: float = Field(default=300.0, ge=0)
 
 

@@ -127,7 +127,24 @@ def checksum(model: nn.Module) -> int:
 def set_weights(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     """Set the weights that `weights_of` gave."""
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        value.copy_(values[name])
+        _set(value, values[name])
+
+
+def check_weights(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Raise KeyError or ValueError unless these are weights of the model, by name and shape."""
+    held = weights_of(model)
+    for name, value in values.items():
+        _check_shape(held[name], value)
+
+
+def _set(target: torch.Tensor, value: torch.Tensor) -> None:
+    _check_shape(target, value)
+    target.copy_(value)
+
+
+def _check_shape(target: torch.Tensor, value: torch.Tensor) -> None:
+    if target.shape != value.shape:  # which `copy_` would stretch
+        raise ValueError(f"a weight of shape {tuple(value.shape)} stands where {tuple(target.shape)} is needed")
 
 
 def own_values(optimizers: Sequence[Any], model: nn.Module) -> list[torch.Tensor]:
@@ -141,7 +158,7 @@ def own_values(optimizers: Sequence[Any], model: nn.Module) -> list[torch.Tensor
 def set_own_values(optimizers: Sequence[Any], model: nn.Module, values: Sequence[torch.Tensor]) -> None:
     """Set the parameters that `own_values` gave."""
     for target, value in zip(own_values(optimizers, model), values, strict=True):
-        target.copy_(value)
+        _set(target, value)
 
 
 def optimizer_states(optimizers: Sequence[Any]) -> list[dict[str, Any]]:
