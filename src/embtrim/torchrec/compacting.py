@@ -7,12 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from embtrim.errors import ModelError, PlanError
-from embtrim.plan.plan import SizePlan
-from embtrim.plan.table import TablePlan, padded_width
-from embtrim.system.modules import named_modules
-from embtrim.torchrec.sites import configs_of, find_collections, name_of
 from torchrec import (
     EmbeddingBagCollection,
     EmbeddingBagConfig,
@@ -22,6 +16,12 @@ from torchrec import (
     KeyedJaggedTensor,
     KeyedTensor,
 )
+
+from embtrim.errors import ModelError, PlanError
+from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import TablePlan, padded_width
+from embtrim.system.modules import named_modules
+from embtrim.torchrec.sites import configs_of, find_collections, name_of
 
 
 def compact(make_model: Callable[[], nn.Module], plan: SizePlan) -> nn.Module:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchrec import EmbeddingBagCollection, EmbeddingCollection, JaggedTensor, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 
@@ -26,7 +27,6 @@ from embtrim.system.modules import named_modules
 from embtrim.tables.embedding_tables import RowGate
 from embtrim.tasks.sites import SlotGate
 from embtrim.torchrec.ranks import own_rank
-from torchrec import EmbeddingBagCollection, EmbeddingCollection, JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 BAGS = (EmbeddingBagCollection, ShardedEmbeddingBagCollection)
 SEQUENCES = (EmbeddingCollection, ShardedEmbeddingCollection)
