@@ -129,6 +129,7 @@ def test_searches_show_progress_where_the_task_asks(config: Config, monkeypatch)
             super().__init__(*columns, disable=True, **settings)
 
     monkeypatch.setattr("embtrim.system.progress.Progress", Recorder)
+    monkeypatch.setattr("embtrim.system.progress.shows_bars", lambda: True)
     task = zoo_task()
     search(task, config, "30%")
     assert not any(shown)

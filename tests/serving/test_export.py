@@ -101,12 +101,13 @@ def test_the_exported_model_needs_no_embtrim_and_holds_no_path(tmp_path):
 def test_exporting_leaves_the_model_as_it_was(tmp_path):
     model = model_of("deepfm", schema_of(), mixed_blocks).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    trained = [p.requires_grad for p in model.parameters()]
     export(model, "pt2", tmp_path / "out")
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert model.training
-    assert all(p.requires_grad for p in model.parameters())
+    assert [p.requires_grad for p in model.parameters()] == trained
 
 
 # ---- bundles -----------------------------------------------------------------------------------------------------------

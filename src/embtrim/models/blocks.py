@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from embtrim.plan.table import projects
 from embtrim.tables.embedding_tables import EmbeddingTables
+from embtrim.tables.storage import normal_values
 from embtrim.tables.views import EmbeddingViews
 
 Units = Annotated[tuple[Annotated[int, Field(ge=1, le=1 << 20, strict=True)], ...], Field(max_length=1_000)]
@@ -26,7 +27,7 @@ Units = Annotated[tuple[Annotated[int, Field(ge=1, le=1 << 20, strict=True)], ..
 def xavier_normal(num_outputs: int, num_inputs: int, generator: torch.Generator) -> nn.Parameter:
     """(num_outputs, num_inputs) weights from N(0, 2 / (inputs + outputs)) (Glorot & Bengio 2010)."""
     std = (2 / max(1, num_inputs + num_outputs)) ** 0.5
-    return nn.Parameter(torch.empty(num_outputs, num_inputs).normal_(0, std, generator=generator))
+    return nn.Parameter(normal_values(std, generator, num_outputs, num_inputs))
 
 
 def linear(num_inputs: int, num_outputs: int, generator: torch.Generator) -> nn.Linear:
@@ -131,7 +132,7 @@ class FirstOrder(nn.Module):
     def __init__(self, num_dense: int, init_std: float, generator: torch.Generator) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(1))
-        self.dense_E = nn.Parameter(torch.empty(num_dense).normal_(0, init_std, generator=generator))
+        self.dense_E = nn.Parameter(normal_values(init_std, generator, num_dense))
 
     def forward(self, views: EmbeddingViews, dense_BE: Tensor) -> Tensor:
         """(B,) linear term of a batch."""

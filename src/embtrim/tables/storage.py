@@ -52,6 +52,12 @@ class RowOwner(Protocol):
         ...
 
 
+def normal_values(std: float, generator: torch.Generator | None, *size: int) -> Tensor:
+    """Values from N(0, std^2); none are drawn on the device "meta", where torch would import its compiler to do nothing."""
+    values = torch.empty(size)
+    return values if values.is_meta else values.normal_(0, std, generator=generator)
+
+
 class TableStorage(nn.Module, Indices):
     """The rows of all embedding tables, read and written by table.
 
@@ -99,12 +105,8 @@ class TableStorage(nn.Module, Indices):
         self.row_owner: RowOwner | None = None
         self.lookups: list[Lookup] = []
         self._register(index_tensors(self.layout))
-        self.weight = nn.Parameter(torch.empty(self.layout.num_elements).normal_(0, init_std, generator=generator))
-        self.first_order = (
-            nn.Parameter(torch.empty(self.num_rows).normal_(0, init_std, generator=generator))
-            if plan.first_order
-            else None
-        )
+        self.weight = nn.Parameter(normal_values(init_std, generator, self.layout.num_elements))
+        self.first_order = nn.Parameter(normal_values(init_std, generator, self.num_rows)) if plan.first_order else None
         self._init_projections(generator)
         self._zero_special_rows()
 
@@ -117,11 +119,11 @@ class TableStorage(nn.Module, Indices):
         layout = self.layout
         if layout.has_projections:
             widths = [layout.widths[layout.field_of_output[s]] for s in layout.first_projected_outputs]
-            noise = torch.empty(len(widths), self.width).normal_(generator=generator)
+            noise = normal_values(1.0, generator, len(widths), self.width)
             self.projection = nn.Parameter(noise * torch.tensor([width**-0.5 for width in widths])[:, None])
         self.shared_projections = nn.ParameterDict(
             {
-                str(s): nn.Parameter(torch.empty(s, self.width).normal_(0, s**-0.5, generator=generator))
+                str(s): nn.Parameter(normal_values(s**-0.5, generator, s, self.width))
                 for s in self.plan.shared_projection_widths
             }
         )
