@@ -16,7 +16,7 @@ DATA = embtrim.load("flights")
 
 def make_model() -> DLRM:
     """The full model, before it is sharded."""
-    tables = [EmbeddingBagConfig(16, v, name=n, feature_names=[n]) for n, v in DATA.schema.tables.items()]
+    tables = [EmbeddingBagConfig(v, 16, name=n, feature_names=[n]) for n, v in DATA.schema.tables.items()]
     return DLRM(EmbeddingBagCollection(tables, device=torch.device("meta")), 1, [32, 16], [64, 64, 1])
 
 
@@ -56,6 +56,6 @@ plan = embtrim.search(task, embtrim.methods.SSEDSConfig(), "25%")
 small = shard(embtrim.torchrec.compact(make_model, plan))
 embtrim.torchrec.inherit(full, small, plan)
 embtrim.torchrec.verify(full, small, plan, task).require()
-losses = [task.valid_score(model) for model in (full, small, train(small, epochs=1))]
+losses = task.valid_score(full), task.valid_score(small), task.valid_score(train(small, epochs=1))
 print("rank", dist.get_rank(), plan.digest, "validation score of the full, the compact and the retrained model", losses)
 dist.destroy_process_group()
