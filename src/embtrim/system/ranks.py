@@ -8,11 +8,18 @@ import sys
 from embtrim.errors import EmbtrimError
 
 
-def num_ranks() -> int:
-    """Number of processes of the job that this one belongs to: of its process group, or as torchrun says; 1 for one alone."""
+def group_size() -> int | None:
+    """Number of processes of the default group of torch.distributed; None without a group."""
     distributed = sys.modules.get("torch.distributed")  # without the import there is no group
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         return distributed.get_world_size()
+    return None
+
+
+def num_ranks() -> int:
+    """Number of processes of the job that this one belongs to: of its process group, or as torchrun says; 1 for one alone."""
+    if (size := group_size()) is not None:
+        return size
     number = os.environ.get("WORLD_SIZE", "1")
     return int(number) if "RANK" in os.environ and number.isdecimal() else 1
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from embtrim.errors import ModelError
+from embtrim.system.ranks import group_size
 
 T = TypeVar("T")
 
@@ -18,7 +19,7 @@ _END = object()
 
 def num_ranks() -> int:
     """Number of processes of the default group; 1 without one."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return group_size() or 1
 
 
 def own_rank() -> int:
