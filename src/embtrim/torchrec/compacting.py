@@ -78,27 +78,31 @@ class _Compact(nn.Module):
         configs = configs_of(full)
         self.features = [feature for config in configs for feature in config.feature_names]
         self.widths = [config.embedding_dim for config in configs for _ in config.feature_names]
+        self._width_of = dict(zip(self.features, self.widths, strict=True))
         self._plans: dict[str, TablePlan] = {}
-        self._columns: dict[str, tuple[int, ...]] = {}
+        self._table_of: dict[str, int] = {}  # number of each feature's table, which its buffers are called after
+        self._device: torch.device = full.device  # type: ignore[assignment]
         self.small: list[Any] = []
-        for config in configs:
+        for number, config in enumerate(configs):
             table = tables.get(config.name)
             if table is not None:
                 _check(table, config)
                 if not table.output_width:
                     continue
                 self._plans |= dict.fromkeys(config.feature_names, table)
-            columns = tuple(range(config.embedding_dim)) if table is None else table.columns
-            self._columns |= dict.fromkeys(config.feature_names, columns)
+                self._table_of |= dict.fromkeys(config.feature_names, number)
+                id_map = table.id_map() if table.renumbers and not table.keeps_first_rows else None
+                if id_map is not None:
+                    self._hold(f"map_{number}", torch.from_numpy(id_map))
+                if table.output_width < table.width:
+                    self._hold(f"columns_{number}", torch.tensor(table.columns))
             self.small.append(config if table is None else _small_config(config, table))
         self.read = [feature for config in self.small for feature in config.feature_names]
-        self._device: torch.device = full.device  # type: ignore[assignment]
-        for feature, table in self._plans.items():
-            id_map = table.id_map() if table.renumbers and not table.keeps_first_rows else None
-            if id_map is not None:
-                on_meta = self._device.type == "meta"  # tables are made when they are sharded, maps are known now
-                there = torch.from_numpy(id_map).to("cpu" if on_meta else self._device)
-                self.register_buffer(f"map_{feature}", there, persistent=False)
+
+    def _hold(self, name: str, values: Tensor) -> None:
+        """Register a buffer. Tables on the device "meta" are made when they are sharded; their maps are known now."""
+        there = values if self._device.type == "meta" else values.to(self._device)
+        self.register_buffer(name, there, persistent=False)
 
     def renumbered(self, given: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """The features of the tables that are left, with the ids of the compact tables."""
@@ -118,16 +122,15 @@ class _Compact(nn.Module):
             return ids
         if table.keeps_first_rows:
             return ids.clamp(max=table.num_kept)
-        return self.get_buffer(f"map_{feature}")[ids].to(ids.dtype)
+        return self.get_buffer(f"map_{self._table_of[feature]}")[ids].to(ids.dtype)
 
     def wide(self, feature: str, narrow: Tensor) -> Tensor:
         """Embeddings (N, D) of a feature from what the compact table gives, (N, columns and filling)."""
-        width = self.widths[self.features.index(feature)]
-        columns = self._columns[feature]
-        if columns == tuple(range(width)):
+        width, table = self._width_of[feature], self._plans.get(feature)
+        if table is None or table.output_width == width:
             return narrow[:, :width]
-        place = torch.tensor(columns, device=narrow.device)
-        return narrow.new_zeros(len(narrow), width).index_copy(1, place, narrow[:, : len(columns)])
+        columns = self.get_buffer(f"columns_{self._table_of[feature]}")
+        return narrow.new_zeros(len(narrow), width).index_copy(1, columns, narrow[:, : len(columns)])
 
 
 class CompactCollection(_Compact):

@@ -93,15 +93,15 @@ def _shards_by_name(model: nn.Module) -> dict[str, tuple[Any, list[Shard]]]:
 
 def _compact_shards(model: nn.Module) -> dict[str, tuple[Any, list[Shard]]]:
     """Config and this rank's pieces of each table of a compact model, by the name that the full table has in plans."""
-    found: dict[str, tuple[Any, list[Shard]]] = {}
-    for path, module in named_modules(model):
-        if isinstance(module, (CompactCollection, CompactSequences)):
-            for _, inner in find_collections(module):
-                for config in configs_of(inner):
-                    found[name_of(path, inner, config)] = config, shards_of(inner, [config])
-    if not found and not any(isinstance(m, (CompactCollection, CompactSequences)) for _, m in named_modules(model)):
+    compact = [(path, m) for path, m in named_modules(model) if isinstance(m, (CompactCollection, CompactSequences))]
+    if not compact:
         raise ModelError(f"this {type(model).__name__} has no compact collection; make it by embtrim.torchrec.compact")
-    return found
+    return {
+        name_of(path, inner, config): (config, shards_of(inner, [config]))
+        for path, module in compact
+        for _, inner in find_collections(module)
+        for config in configs_of(inner)
+    }
 
 
 def _copy_others(full: nn.Module, small: nn.Module) -> None:
