@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from embtrim._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from embtrim import methods, models
+    from embtrim import methods, models, trackers
     from embtrim.compaction.compacting import compact, quantize_
     from embtrim.compaction.verification import Verification, verify
     from embtrim.data.catalog import load
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from embtrim.tables.logits import table_logits
     from embtrim.tasks.survey import Finding
     from embtrim.tasks.task import CTRTask, Task
+    from embtrim.training.callbacks import Epoch
     from embtrim.training.evaluation import evaluate
     from embtrim.training.fitting import fit
     from embtrim.training.metrics import Metrics
@@ -54,6 +55,7 @@ _HOMES = {
     "CompareConfig": "experiments.grid",
     "Comparison": "experiments.comparison",
     "EmbtrimError": "errors",
+    "Epoch": "training.callbacks",
     "EncodedDataset": "data.dataset",
     "Encoder": "data.encoder",
     "FieldSpec": "schema",
@@ -92,14 +94,15 @@ _HOMES = {
     "size_curve": "experiments.curve",
     "table_logits": "tables.logits",
     "torchrec": "torchrec",
+    "trackers": "trackers",
     "update": "serving.updating",
     "verify": "compaction.verification",
 }
 
 __all__ = [  # noqa: RUF022 (in the order of the way through the house)
     "encode", "profile", "load", "models", "fit", "evaluate", "methods", "search", "verify", "compact", "quantize_", "save",
-    "load_bundle", "export", "update", "run", "size_curve", "compare", "table_logits",
-    "Schema", "FieldSpec", "Split", "ReadOptions", "LogProfile", "EncodedDataset", "Encoder", "TrainConfig", "FitResult", "Metrics",
+    "load_bundle", "export", "update", "run", "size_curve", "compare", "trackers", "table_logits",
+    "Schema", "FieldSpec", "Split", "ReadOptions", "LogProfile", "EncodedDataset", "Encoder", "TrainConfig", "FitResult", "Epoch", "Metrics",
     "Task", "CTRTask", "Finding", "Budget", "SizePlan", "Verification", "Bundle", "Manifest", "UpdateConfig", "UpdateReport",
     "RunConfig", "RunRecord", "SizeCurve", "CompareConfig", "Comparison", "EmbtrimError",
 ]  # fmt: skip

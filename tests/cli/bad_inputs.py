@@ -301,6 +301,7 @@ BAD_INPUTS = (
     BadInput("compare: no methods", _compare("--methods", ""), 2, ("nothing to compare",)),
     BadInput("compare: budget that is none", _compare("--budgets", "10%,lots"), 2, ("budgets", "'lots'", "'10%', '200MB'")),
     BadInput("compare: 0 jobs", _compare("--jobs", "0"), 2, ("--jobs",)),
+    BadInput("compare: unknown tracker", _compare("--track", "mlflo"), 2, ("unknown tracker 'mlflo'", "did you mean 'mlflow'?")),
     BadInput("compare: unknown setting of a variant", _compare("--set", "variants.x.method=sseds", "--set", "variants.x.scor=abs"), 2,
              ("[variants.x]", "'scor' for SSEDSConfig", "did you mean 'score'?")),
     BadInput("compare: variant without a method", _compare("--set", "variants.x.score=abs"), 2, ("[variants.x] needs method",)),

@@ -58,7 +58,7 @@ def test_whole_way_as_a_process(tmp_path: Path) -> None:
     for word in ("full", "sseds 20%", "uniform 20%", "test AUC", "logloss", "table bytes", "bundle on disk", "peak memory",
                  "search time", "training time", "±"):  # fmt: skip
         assert word in done.stdout
-    assert "sseds, seed 1: test AUC" in done.stderr
+    assert "sseds 20%, seed 1: test AUC" in done.stderr
     assert (out / "report.html").stat().st_size > 1_000_000
     found = {path.name for path in (out / "records").iterdir()}
     assert found == {f"{variant}-seed{seed}.json" for variant in ("full", "sseds", "uniform") for seed in (0, 1)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from embtrim.methods import METHODS
 from embtrim.plan.plan import SizePlan
 from embtrim.reports.comparison_tables import comparison_tables
 from tests.experiments.grids import CONFIG, FM_ONLY, never, outcome
+from tests.recorder import Recorder
 
 pytestmark = pytest.mark.slow
 
@@ -150,13 +152,21 @@ def test_faults_of_ours_are_not_swallowed(
 
 
 def test_two_jobs_give_what_one_gives(first: tuple[Path, Comparison], small: EncodedDataset, tmp_path: Path) -> None:
-    made = compare(small, FM_ONLY.replace(budgets=("50%", "30%", "2%")), tmp_path / "two", jobs=2)
+    told = Recorder()
+    made = compare(small, FM_ONLY.replace(budgets=("50%", "30%", "2%")), tmp_path / "two", jobs=2, callbacks=[told])
     here = {name: value for name, value in outcome(made.records).items() if " 2% " not in name}
     assert here == {name: value for name, value in outcome(first[1].records).items() if name.startswith("fm ")}
     assert len(here) == 7
     assert {(s.label, s.budget) for s in made.skipped} >= {("wide-sseds", "2%")}
     assert {r.hardware["threads"] for r in made.records} == {1}
     assert outcome(read_records(tmp_path / "two")) == outcome(made.records)
+    # Callbacks are called in this process, with the epochs of a cell before its record.
+    assert told.pids == {os.getpid()}
+    assert sorted(r.model_dump_json() for r, *_ in told.records) == sorted(r.model_dump_json() for r in made.records)
+    assert [done for _, done, _ in told.records] == list(range(1, len(made.records) + 1))
+    names = [epoch.name for epoch in told.epochs]
+    assert sorted(set(names)) == sorted(path.stem for path in (tmp_path / "two" / "records").iterdir())
+    assert len(names) == sum(r.epochs for r in made.records)
 
 
 def test_estimate_is_of_what_is_left(
@@ -170,3 +180,28 @@ def test_estimate_is_of_what_is_left(
     # 800 rows are 7 batches of 128. Three models for each of two base models train an epoch and are verified in a pass;
     # sseds reads the trained model in another one.
     assert facts["seconds"]["most"] == 2.0 * 7 * 2 * (2 + 2 + 3)
+
+
+def test_an_error_of_a_callback_loses_no_cell(small: EncodedDataset, tmp_path: Path) -> None:
+    """It goes through, also one of ours, which would skip the cell; the grid goes on where it stopped."""
+    out, grid = tmp_path / "x", FM_ONLY.replace(methods=("uniform",), variants={}, budgets=("50%",))
+    with pytest.raises(DataError, match="mine"):
+        compare(small, grid, out, callbacks=[Recorder(DataError("mine"), at=1)])
+    assert (names(out / "records"), read_skipped(out)) == ([], [])
+
+    class Full:
+        def on_record(self, record: RunRecord, done: int, total: int) -> None:
+            raise RuntimeError(record.variant)
+
+    recorder = Recorder()
+    with pytest.raises(RuntimeError, match="full"):
+        compare(small, grid, out, callbacks=[recorder, Full()])
+    assert recorder.epochs == [], "the training had ended"
+    assert names(out / "records") == ["fm-full-seed0.json"]
+    made = compare(small, grid, out, callbacks=[recorder])
+    assert [(r.variant, done, total) for r, done, total in recorder.records] == [("full", 1, 2), ("uniform", 2, 2)]
+    assert [r.variant for r in made.records] == ["full", "uniform"]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*"))

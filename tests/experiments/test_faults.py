@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,8 +86,9 @@ def test_out_is_removed(small: EncodedDataset, tmp_path: Path, command: str, wha
     def remove(*_: object) -> None:
         shutil.rmtree(out if what == "folder" else out / "records")
 
+    work, config = (run, CONFIG) if command == "run" else (compare, GRID)
     with pytest.raises(RemovedError, match="it was removed"):
-        run(small, CONFIG, out, on_record=remove) if command == "run" else compare(small, GRID, out, on_record=remove)
+        work(small, config, out, callbacks=[SimpleNamespace(on_record=remove)])
     assert what == "records" or not out.exists(), "it is not made again"
 
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,7 +131,8 @@ def test_grid_grows_on_the_full_models_it_has(
     monkeypatch.setattr(comparison, "train_full_swept", never)
     seen: list[tuple[str, int, int]] = []
     more = CONFIG.replace(methods=("random", "sseds"), budgets=("30%", "40%"))
-    grown = compare(small, more, out, on_record=lambda r, done, total: seen.append((r.variant, done, total)))
+    told = SimpleNamespace(on_record=lambda record, done, total: seen.append((record.variant, done, total)))
+    grown = compare(small, more, out, callbacks=[told])
     # 2 models x 2 budgets x 3 labels; of each model random and wide-sseds at 30% are there.
     assert len(grown.records) == 2 + 12
     assert len(seen) == 12 - 4

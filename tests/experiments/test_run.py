@@ -33,6 +33,7 @@ from embtrim.testing.toys import planted_data
 from embtrim.training.evaluation import predict_logits
 from embtrim.training.fitting import training_settings
 from embtrim.training.settings import TrainConfig
+from tests.recorder import Recorder
 
 pytestmark = pytest.mark.slow
 
@@ -55,9 +56,15 @@ def encoded(tmp_path_factory):
 
 
 def test_run_writes_records_plans_bundles_and_its_settings(encoded, tmp_path):
-    seen = []
-    records = run(encoded, CONFIG, tmp_path / "x", on_record=seen.append)
-    assert seen == records
+    told = Recorder()
+    records = run(encoded, CONFIG, tmp_path / "x", callbacks=[told])
+    assert told.records == [(record, done, 8) for done, record in enumerate(records, 1)]
+    names = list(dict.fromkeys(epoch.name for epoch in told.epochs))
+    assert names == [f"deepfm-{record.variant}-seed{record.seed}" for record in records]
+    counts = {name: sum(e.name == name for e in told.epochs) for name in names}
+    for name, record in zip(names, records, strict=True):  # guided may train from several starts
+        assert counts[name] == record.epochs or (record.variant == "guided" and counts[name] > record.epochs)
+    assert told.epochs[0].stage == "seed 0, full model"
     assert [r.variant for r in records] == ["full", "guided", "uniform", "random"] * 2
     assert {r.seed for r in records} == {0, 1}
     for record in records:

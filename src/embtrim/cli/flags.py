@@ -64,6 +64,15 @@ TargetName = Annotated[
         "includes the vocabulary.",
     ),
 ]
+TrackerName = Annotated[
+    str | None,
+    typer.Option(
+        "--track",
+        metavar="tensorboard|mlflow|wandb",
+        help="Write epochs and records into a tracking tool, beside --out: folder tensorboard, file mlflow.db, or folder "
+        "wandb (offline). MLFLOW_TRACKING_URI and WANDB_MODE send them elsewhere.",
+    ),
+]
 SplitText = Annotated[
     str | None,
     typer.Option("--split", help="How rows are split: 8:1:1 (random, the default), time:8:1:1 or time:CUT,CUT."),

@@ -27,8 +27,9 @@ from embtrim.cli.flags import (
     Seed,
     TargetName,
     Tolerance,
+    TrackerName,
 )
-from embtrim.cli.settings import needed, parse_bits, parse_budgets, run_config
+from embtrim.cli.settings import closed_after, needed, parse_bits, parse_budgets, run_config, trackers_of
 from embtrim.cli.terminal import (
     log_line,
     print_json,
@@ -45,6 +46,7 @@ from embtrim.errors import ConfigError, DataError
 def train(
     data: DataName,
     model: ModelName = None,
+    track: TrackerName = None,
     out: OutPath = None,
     config: ConfigPath = None,
     overrides: Overrides = None,
@@ -57,12 +59,14 @@ def train(
     """Train the full model and save it as a bundle."""
     start_log(quiet)
     settings = run_config(data, config, overrides, {"model": model, "seed": seed})
+    trackers = trackers_of(track, out)
     from embtrim.experiments.estimates import estimate_training
     from embtrim.experiments.room import check_room, room_of_training
     from embtrim.experiments.steps import train_full
     from embtrim.serving.bundle import check_out, save
     from embtrim.system.folders import folder_bytes
     from embtrim.system.unfinished import unfinished
+    from embtrim.training.callbacks import tell_record
 
     encoded = embtrim.load(data)
     for split in ("train", "valid", "test"):
@@ -73,10 +77,11 @@ def train(
         return
     target = needed(out)
     check_out(target, overwrite)  # before hours of training, not after them
-    with unfinished(target) as work:
+    with closed_after(trackers), unfinished(target) as work:
         check_room(target, room_of_training(encoded, settings), work)
-        trained = train_full(encoded, settings, not quiet, work / "full.safetensors")
+        trained = train_full(encoded, settings, not quiet, work / "full.safetensors", trackers)
         record = trained.record
+        tell_record(trackers, record, 1, 1)
         metrics = {"valid": record.valid, "test": record.test}
         save(trained.model, target, encoded, metrics=metrics, seed=settings.seed, overwrite=overwrite)
     show_records([record.replace(bundle_bytes=folder_bytes(target))], as_json, many=False)

@@ -25,12 +25,12 @@ from embtrim.cli.flags import (
     Seed,
     TargetName,
     Tolerance,
+    TrackerName,
 )
-from embtrim.cli.settings import compare_config, needed, parse_bits, run_config, split_commas
+from embtrim.cli.settings import closed_after, compare_config, needed, parse_bits, run_config, split_commas, trackers_of
 from embtrim.cli.terminal import (
-    log_cell,
+    RecordLog,
     log_line,
-    log_record,
     print_json,
     show_comparison,
     show_dry_run,
@@ -64,6 +64,7 @@ def run(
             help="Methods to compare with, run at the same budget, separated by commas, such as sseds,uniform:8; '' for none.",
         ),
     ] = None,
+    track: TrackerName = None,
     out: OutPath = None,
     config: ConfigPath = None,
     overrides: Overrides = None,
@@ -80,7 +81,7 @@ def run(
         "model": model, "method": method, "budget": budget, "tolerance": tolerance, "max_loss": max_loss, "bits": parse_bits(bits), "target": target,
         "seeds": seeds, "init": init, "seed": seed, "controls": None if controls is None else split_commas(controls),
     }  # fmt: skip
-    settings = run_config(data, config, overrides, flags)
+    settings, trackers = run_config(data, config, overrides, flags), trackers_of(track, out)
     from embtrim.experiments import estimates
     from embtrim.experiments.run import run as run_all
     from embtrim.reports.run_page import write_report
@@ -92,7 +93,8 @@ def run(
         show_dry_run(facts.pop("config"), facts, as_json)
         return
     path = needed(out)
-    records = run_all(encoded, settings, path, progress=not quiet, on_record=log_record)
+    with closed_after(trackers):
+        records = run_all(encoded, settings, path, progress=not quiet, callbacks=[RecordLog(), *trackers])
     with watch_folder(path):  # which somebody may have removed
         write_report(records, path / "report.html")
     show_records(records, as_json)
@@ -113,6 +115,7 @@ def compare(
     init: InitName = None,
     target: TargetName = None,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Number of worker processes; they share the cores.")] = 1,
+    track: TrackerName = None,
     out: OutPath = None,
     config: ConfigPath = None,
     overrides: Overrides = None,
@@ -128,6 +131,7 @@ def compare(
     settings = compare_config(
         data, config, overrides, {**flags, "seeds": seeds, "init": init, "target": target, "seed": seed}
     )
+    trackers = trackers_of(track, out)
     from embtrim.experiments import comparison
     from embtrim.experiments.grid import read_skipped
     from embtrim.experiments.records import read_records
@@ -139,8 +143,9 @@ def compare(
         show_dry_run(settings, comparison.estimate(encoded, settings, out), as_json)
         return
     folder = needed(out)
-    progress = not quiet
-    made = comparison.compare(encoded, settings, folder, jobs=jobs, progress=progress, on_record=log_cell)
+    with closed_after(trackers):
+        told = [RecordLog(), *trackers]
+        made = comparison.compare(encoded, settings, folder, jobs=jobs, progress=not quiet, callbacks=told)
     if made.records:
         with watch_folder(folder):
             write_comparison(read_records(folder), folder, read_skipped(folder))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:  # these modules import torch: commands import them when they 
     from embtrim.data.read_options import ReadOptions
     from embtrim.experiments.grid import CompareConfig
     from embtrim.experiments.settings import RunConfig
+    from embtrim.trackers.tracker import Tracker
 
 SettingsT = TypeVar("SettingsT", bound=Config)
 
@@ -146,6 +148,29 @@ def parse_budgets(text: str) -> tuple[Budget, ...]:
     if not found:
         raise ConfigError("--budgets names no budget; give some, such as 20%,10%,5%")
     return found
+
+
+def trackers_of(track: str | None, out: Path | None) -> list[Tracker]:
+    """The tracker that --track names, if any.
+
+    Raises:
+        ConfigError: The name is unknown, or its tool is not installed.
+    """
+    if track is None:
+        return []
+    from embtrim.trackers import tracker_beside
+
+    return [tracker_beside(track, out or Path("dry-run"))]
+
+
+@contextmanager
+def closed_after(trackers: Sequence[Tracker]) -> Iterator[None]:
+    """Close trackers after a `with` block, however it ends."""
+    try:
+        yield
+    finally:
+        for tracker in trackers:
+            tracker.close()
 
 
 def check_known(settings: EncodeSettings, log: Sequence[str] | None) -> None:

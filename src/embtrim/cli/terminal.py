@@ -51,24 +51,19 @@ def log_line(text: str) -> None:
     logging.getLogger("embtrim.cli").info(text)
 
 
-def log_record(record: RunRecord) -> None:
-    """Log a trained model of a run."""
-    _log_trained(record.variant, record)
+class RecordLog:
+    """A callback that logs each trained model of a run or a grid."""
 
+    def on_record(self, record: RunRecord, done: int, total: int) -> None:
+        """Log one."""
+        from embtrim.reports.numbers import format_bytes, format_seconds
 
-def log_cell(record: RunRecord, done: int, total: int) -> None:
-    """Log a trained cell of a grid."""
-    words = [record.model, record.variant, *([] if record.budget is None else [record.budget])]
-    _log_trained(f"{done} of {total}: {' '.join(words)}", record)
-
-
-def _log_trained(what: str, record: RunRecord) -> None:
-    from embtrim.reports.numbers import format_bytes, format_seconds
-
-    log_line(
-        f"{what}, seed {record.seed}: test AUC {record.test['auc']:.4f}, tables {format_bytes(record.table_bytes)}, "
-        f"search {format_seconds(record.search_seconds)}, training {format_seconds(record.train_seconds)}"
-    )
+        words = [record.model, record.variant, *([] if record.budget is None else [record.budget])]
+        log_line(
+            f"{done} of {total}: {' '.join(words)}, seed {record.seed}: test AUC {record.test['auc']:.4f}, "
+            f"tables {format_bytes(record.table_bytes)}, search {format_seconds(record.search_seconds)}, "
+            f"training {format_seconds(record.train_seconds)}"
+        )
 
 
 def print_text(text: str) -> None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -50,11 +50,10 @@ from embtrim.system.processes import in_processes
 from embtrim.system.progress import Counter, shows_bars, stage
 from embtrim.system.ranks import refuse_ranks
 from embtrim.system.unfinished import OtherTrainingError, holds_work
+from embtrim.training.callbacks import Callback, Epoch, ForModel, checked, tell_epoch, tell_record
 from embtrim.training.devices import device_of
 
 logger = logging.getLogger(__name__)
-
-OnRecord = Callable[[RunRecord, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -70,44 +69,58 @@ class Comparison:
     skipped: list[Skipped]
 
 
+class Made(NamedTuple):
+    """A cell that was tried, its record or why it has none, and the epochs of its trainings."""
+
+    cell: Cell
+    outcome: RunRecord | Skipped
+    epochs: list[Epoch]
+
+
 class Worker:
     """Makes cells in one process; keeps the last full model it used."""
 
-    def __init__(self, data: EncodedDataset, config: CompareConfig, out: Path, progress: bool) -> None:
-        self.data, self.config, self.out, self.progress = data, config, out, progress
+    def __init__(
+        self, data: EncodedDataset, config: CompareConfig, out: Path, progress: bool, callbacks: Sequence[Callback]
+    ) -> None:
+        self.data, self.config, self.out, self.progress, self.callbacks = data, config, out, progress, callbacks
         self._full: tuple[Cell, Trained] | None = None
 
-    def make(self, cell: Cell) -> tuple[Cell, RunRecord | Skipped]:
+    def make(self, cell: Cell) -> Made:
         """Train the model of a cell and write its record; a fault that a user can mend is a reason to skip the cell."""
-        unfinished = self.out / "unfinished" / cell.name
+        unfinished, told = self.out / "unfinished" / cell.name, ForModel(self.callbacks, cell.name)
         try:
             with stage(cell.name, False):
-                trained = self._trained(cell, unfinished)
+                trained = self._trained(cell, unfinished, told)
         except EmbtrimError as error:
-            return cell, _skip(cell, str(error))
+            if error is told.raised:
+                raise
+            return Made(cell, _skip(cell, str(error)), told.epochs)
         if trained.plan is not None:
             trained.plan.save(self.out / "plans" / f"{cell.name}.json")
         trained.record.save(record_path(self.out, cell))
         shutil.rmtree(unfinished, ignore_errors=True)
-        return cell, trained.record
+        return Made(cell, trained.record, told.epochs)
 
-    def _trained(self, cell: Cell, unfinished: Path) -> Trained:
+    def _trained(self, cell: Cell, unfinished: Path, told: ForModel) -> Trained:
         """The trained model of a cell."""
         if cell.budget is None:
-            return self._train_full(cell, unfinished)
+            return self._train_full(cell, unfinished, told)
         full = self.full(cell.full)
         config = with_l2(cell_config(self.config, cell), full.record.train["embedding_l2"])
-        return shrink(full, self.data, config, label=cell.label, progress=self.progress, unfinished=unfinished)
+        return shrink(
+            full, self.data, config, label=cell.label, progress=self.progress, unfinished=unfinished, callbacks=[told]
+        )
 
-    def _train_full(self, cell: Cell, unfinished: Path) -> Trained:
+    def _train_full(self, cell: Cell, unfinished: Path, told: ForModel) -> Trained:
         """Train the full model of a cell and write its weights."""
         config = cell_config(self.config, cell)
         try:
-            trained = train_full_swept(self.data, config, self.progress, unfinished)
+            trained = train_full_swept(self.data, config, self.progress, unfinished, [told])
         except OtherTrainingError as error:
             logger.warning("%s: this training starts again", error)
             shutil.rmtree(unfinished)
-            trained = train_full_swept(self.data, config, self.progress, unfinished)
+            trained = train_full_swept(self.data, config, self.progress, unfinished, [told])
         state = {name: value.detach().cpu().contiguous() for name, value in trained.model.state_dict().items()}
         weights = safetensors.torch.save(state)
         # Weights are written before the record: if the record exists, so do they.
@@ -135,20 +148,20 @@ class Worker:
 
 
 def start_worker(
-    data: EncodedDataset | Path, config: CompareConfig, out: Path, progress: bool
-) -> Callable[[Cell], Any]:
+    data: EncodedDataset | Path, config: CompareConfig, out: Path, progress: bool, callbacks: Sequence[Callback]
+) -> Callable[[Cell], Made]:
     """`make` of a new Worker; data on disk may be given as their folder."""
     watch(out)
-    return Worker(EncodedDataset.load(data) if isinstance(data, Path) else data, config, out, progress).make
+    return Worker(EncodedDataset.load(data) if isinstance(data, Path) else data, config, out, progress, callbacks).make
 
 
 class Outcomes:
     """The records and the skipped cells of a grid, as they come in; skipped.json on disk is kept in step with them."""
 
     def __init__(
-        self, cells: list[Cell], records: dict[Cell, RunRecord], out: Path, on_record: OnRecord | None
+        self, cells: list[Cell], records: dict[Cell, RunRecord], out: Path, callbacks: Sequence[Callback]
     ) -> None:
-        self.cells, self.records, self.out, self.on_record = cells, records, out, on_record
+        self.cells, self.records, self.out, self.callbacks = cells, records, out, callbacks
         self.skipped = {s.cell.name: s for s in read_skipped(out)}
 
     def keep(self, cell: Cell, outcome: RunRecord | Skipped) -> None:
@@ -156,13 +169,13 @@ class Outcomes:
         before = self.skipped.pop(cell.name, None)
         if isinstance(outcome, RunRecord):
             self.records[cell] = outcome
-            if self.on_record is not None:
-                self.on_record(outcome, len(self.records), len(self.cells))
         else:
             self.skipped[cell.name] = outcome
             logger.warning("%s skipped: %s", cell.name, outcome.reason)
         if before != self.skipped.get(cell.name):
             write_skipped(self.out, self.skipped.values())
+        if isinstance(outcome, RunRecord):
+            tell_record(self.callbacks, outcome, len(self.records), len(self.cells))
 
     def in_order(self) -> Comparison:
         """All outcomes in the order of the grid."""
@@ -179,7 +192,7 @@ def compare(
     *,
     jobs: int = 1,
     progress: bool = False,
-    on_record: OnRecord | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Comparison:
     """Make the cells of a grid that have no record yet.
 
@@ -193,17 +206,19 @@ def compare(
         jobs: Number of worker processes; 1 works in this process. A script that asks for more needs the usual
             `if __name__ == "__main__":`.
         progress: Show a progress bar on stderr.
-        on_record: Called with each new record, the number of cells that are done, and the number of all cells.
+        callbacks: Objects that are told of each epoch of the full and the compact models and of each new record, see
+            `embtrim.training.callbacks`. They are called in this process: with several jobs they are told of the epochs
+            of a cell when it is finished. If one raises an error, it goes through; started again, the grid is continued.
 
     Raises:
-        ConfigError: An unknown model, method, setting or budget.
+        ConfigError: A callback has no `on_epoch` or `on_record`. An unknown model, method, setting or budget.
         DataError: A split is missing; a record in `out` was made with other settings; `out` is written by another process,
             or cannot be written; or its disk has no room for the full models.
         RemovedError: `out` was removed while the grid was writing into it.
         EmbtrimError: A worker process died.
     """
     refuse_ranks("compare")
-    out = Path(out)
+    out, callbacks = Path(out), checked(callbacks)
     config = resolve(config)
     check_compare(data, config)
     cells = grid(config)
@@ -211,7 +226,7 @@ def compare(
     configs = [run_config(config, model) for model in config.models]
     check_room(out, room_of_grid(data, configs, config.seeds, jobs), out)
     with hold_folder(out), going_on_with(out, lambda: holds_work(out)):
-        made = _make_cells(data, config, out, cells, jobs, progress, on_record)
+        made = _make_cells(data, config, out, cells, jobs, progress, callbacks)
     return made
 
 
@@ -222,7 +237,7 @@ def _make_cells(
     cells: list[Cell],
     jobs: int,
     progress: bool,
-    on_record: OnRecord | None,
+    callbacks: Sequence[Callback],
 ) -> Comparison:
     """Make the cells that have no record yet; see `compare`."""
     records = finished(cells, data, config, out)  # once more: another process may have been faster
@@ -232,25 +247,28 @@ def _make_cells(
     needed = {cell.full for cell in pending}
     fulls = [cell for cell in cells if cell.budget is None]
     fulls = [c for c in fulls if c not in records or (c in needed and not weights_path(out, c).exists())]
-    outcomes = Outcomes(cells, {cell: record for cell, record in records.items() if cell not in fulls}, out, on_record)
+    outcomes = Outcomes(cells, {cell: record for cell, record in records.items() if cell not in fulls}, out, callbacks)
     # Workers open a folder themselves: memory-mapped data are not copied.
     source = data if jobs == 1 or data.folder is None else data.folder
     # A bar over the cells leaves no room for bars of their trainings; lines have room.
     lines = progress and not shows_bars()
+    told = callbacks if jobs == 1 else ()  # callbacks stay in this process
     with (
         Counter(progress, "cells", each=True) as bar,
-        in_processes(jobs, start_worker, source, config, out, lines) as make,
+        in_processes(jobs, start_worker, source, config, out, lines, told) as make,
     ):
         bar.begin("grid", len(cells), len(outcomes.records))
 
-        def keep(made: Iterable[tuple[Cell, RunRecord | Skipped]]) -> None:
-            for cell, outcome in made:
+        def keep(made: Iterable[Made]) -> None:
+            for cell, outcome, epochs in made:
                 bar.advance()
+                for epoch in epochs if jobs > 1 else ():
+                    tell_epoch(callbacks, epoch)
                 outcomes.keep(cell, outcome)
 
         keep(make(fulls))
         failed = [cell for cell in pending if cell.full.name in outcomes.skipped]
-        keep((cell, _skip(cell, "its full model could not be made")) for cell in failed)
+        keep(Made(cell, _skip(cell, "its full model could not be made"), []) for cell in failed)
         keep(make(cell for cell in pending if cell not in failed))
     for cell in outcomes.records:  # a process that was killed after its record may have left them
         shutil.rmtree(out / "unfinished" / cell.name, ignore_errors=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from embtrim.system.interrupts import going_on_with
 from embtrim.system.progress import say, stage, time_left
 from embtrim.system.ranks import refuse_ranks
 from embtrim.system.unfinished import holds_work
+from embtrim.training.callbacks import Callback, ForModel, checked, tell_record
 
 
 def run(
@@ -35,7 +36,7 @@ def run(
     out: str | Path,
     *,
     progress: bool = False,
-    on_record: Callable[[RunRecord], None] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> list[RunRecord]:
     """Train the full model, search, compact, verify, retrain, and save, for the method and the controls.
 
@@ -48,19 +49,21 @@ def run(
         config: Settings of the run.
         out: A new folder, or the folder of an earlier start with the same config.
         progress: Show progress bars on stderr.
-        on_record: Called with each record as it is written.
+        callbacks: Objects that are told of each epoch of the full and the compact models and of each new record, see
+            `embtrim.training.callbacks`. If one raises an error, it goes through; started again, the run is continued.
 
     Returns:
         The records: for each seed the full model, the method, the controls.
 
     Raises:
+        ConfigError: A callback has no `on_epoch` or `on_record`.
         DataError: A split is missing; `out` holds something else, is written by another process, or cannot be written; or
             its disk has no room for the results.
         RemovedError: `out` was removed while the run was writing into it.
         BudgetError: The budget is below the smallest plan.
     """
     refuse_ranks("run")
-    out = Path(out)
+    out, callbacks = Path(out), checked(callbacks)
     config = config.replace(bits=config.stored_bits)
     check_run(data, config)
     _check_folder(out, config)
@@ -68,10 +71,10 @@ def run(
     with hold_folder(out), going_on_with(out, lambda: holds_work(out)):
         _check_folder(out, config)  # another process may have been faster
         write_then_rename(out / "config.toml", lambda file: file.write(to_toml(config).encode()))
-        records, count = [], _count(data, config, out, progress, on_record)
+        records, count = [], _count(data, config, out, progress, callbacks)
         for seed in range(config.seed, config.seed + config.seeds):
             with stage(f"seed {seed}", False):
-                records += _run_seed(data, config.replace(seed=seed), out, progress, count)
+                records += _run_seed(data, config.replace(seed=seed), out, progress, callbacks, count)
         shutil.rmtree(out / "unfinished", ignore_errors=True)
         if config.seeds > 1:
             _note_spread(records, out)
@@ -80,9 +83,9 @@ def run(
 
 
 def _count(
-    data: EncodedDataset, config: RunConfig, out: Path, progress: bool, on_record: Callable[[RunRecord], None] | None
+    data: EncodedDataset, config: RunConfig, out: Path, progress: bool, callbacks: Sequence[Callback]
 ) -> Callable[[RunRecord], None]:
-    """`on_record` that also says how many models are made, and the time that the others may take."""
+    """Tells callbacks of each new record, and says how many models are made, and the time that the others may take."""
     seeds, variants = range(config.seed, config.seed + config.seeds), _variants(config)
     left = [_finished(out, _label(v), seed, data, config.target) is None for seed in seeds for v in variants]
     started, total, done = time.monotonic(), sum(left), 0
@@ -90,11 +93,10 @@ def _count(
     def count(record: RunRecord) -> None:
         nonlocal done
         done += 1
-        if on_record is not None:
-            on_record(record)
+        tell_record(callbacks, record, len(left) - total + done, len(left))
         if done < total:
-            left = time_left(time.monotonic() - started, done, total - done)
-            say(f"{done} of {total} models are made, about {left}", progress)
+            rest = time_left(time.monotonic() - started, done, total - done)
+            say(f"{done} of {total} models are made, about {rest}", progress)
 
     return count
 
@@ -108,6 +110,7 @@ def _run_seed(
     config: RunConfig,
     out: Path,
     progress: bool,
+    callbacks: Sequence[Callback],
     on_record: Callable[[RunRecord], None],
 ) -> list[RunRecord]:
     """The records of one seed: the full model, the method, the controls; finished ones are read."""
@@ -119,24 +122,25 @@ def _run_seed(
     if (before := finished["full"]) is not None:
         config = with_l2(config, before.train["embedding_l2"])
     # If a run is continued, its last checkpoint gives the full model.
-    full = train_full_swept(data, config, progress, unfinished)
+    full = train_full_swept(data, config, progress, unfinished, _for_model(callbacks, config, "full"))
     full.record = before or _keep(full, data, out, on_record)
     config = with_l2(config, full.record.train["embedding_l2"])
     records, budget = [full.record], config.limit
     for variant in variants[1:]:
         record, work = finished[variant], unfinished / _label(variant)
         if record is None:
+            told = _for_model(callbacks, config, variant)
             if variant != config.method:
                 name, bits = split_control(variant)
                 settings = config.replace(
                     method=name, search={}, budget=budget, max_loss=None, bits=bits or config.bits
                 )
                 label = None if bits is None else _label(variant)
-                trained = shrink(full, data, settings, label=label, progress=progress, unfinished=work)
+                trained = shrink(full, data, settings, label=label, progress=progress, unfinished=work, callbacks=told)
             elif config.max_loss is None:
-                trained = shrink(full, data, config, progress=progress, unfinished=work)
+                trained = shrink(full, data, config, progress=progress, unfinished=work, callbacks=told)
             else:
-                trained = smallest_within(full, data, config, progress=progress, unfinished=work)
+                trained = smallest_within(full, data, config, progress=progress, unfinished=work, callbacks=told)
             record = _keep(trained, data, out, on_record)
             shutil.rmtree(work, ignore_errors=True)
         if variant == config.method:
@@ -145,6 +149,11 @@ def _run_seed(
         records.append(record)
     shutil.rmtree(unfinished, ignore_errors=True)
     return records
+
+
+def _for_model(callbacks: Sequence[Callback], config: RunConfig, variant: str) -> list[Callback]:
+    """The callbacks for the trainings of one model."""
+    return [ForModel(callbacks, f"{config.model}-{_label(variant)}-seed{config.seed}")]
 
 
 def record_path(out: Path, variant: str, seed: int) -> Path:

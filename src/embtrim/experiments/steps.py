@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from embtrim.system.progress import stage
 from embtrim.system.unfinished import claim
 from embtrim.tables.code_training import CodeGate
 from embtrim.tasks.task import CTRTask
+from embtrim.training.callbacks import Callback
 from embtrim.training.checkpoint import CheckpointFolder
 from embtrim.training.fitting import fit, training_settings
 from embtrim.training.recoding import data_for
@@ -51,16 +53,20 @@ FINISHING_EPOCHS, FINISHING_RATE, CODE_FITS_PER_EPOCH = 8, 0.05, 4
 
 
 def train_full(
-    data: EncodedDataset, config: RunConfig, progress: bool = False, checkpoint: Path | None = None
+    data: EncodedDataset,
+    config: RunConfig,
+    progress: bool = False,
+    checkpoint: Path | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Trained:
-    """Train the full model of a run, with the run's first seed, and record it; see `fit` for the checkpoint.
+    """Train the full model of a run, with the run's first seed, and record it; see `fit` for checkpoint and callbacks.
 
     Without `train.embedding_l2` it is trained with 0; see `train_full_swept`.
     """
     with peak_memory() as peak, stage("full model", progress):
         model = build(config.model, data.schema, **{**config.hparams, "seed": config.seed})
         train = config.train.replace(seed=config.seed)
-        result = fit(model, data, train, progress=progress, checkpoint=checkpoint)
+        result = fit(model, data, train, progress=progress, checkpoint=checkpoint, callbacks=callbacks)
     epoch_seconds = data.num_rows("train") / max(result.rows_per_second, 1e-9)
     record = make_record(model, data, config, result, peak_bytes=peak.bytes, epoch_seconds=epoch_seconds)
     if result.best_epoch == 1 and len(result.history) > 1:
@@ -73,7 +79,11 @@ def train_full(
 
 
 def train_full_swept(
-    data: EncodedDataset, config: RunConfig, progress: bool = False, unfinished: Path | None = None
+    data: EncodedDataset,
+    config: RunConfig,
+    progress: bool = False,
+    unfinished: Path | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Trained:
     """`train_full`, with `embedding_l2` chosen by a sweep where it is not given; the record holds the choice.
 
@@ -82,12 +92,13 @@ def train_full_swept(
         config: Settings of the run.
         progress: Show progress bars on stderr.
         unfinished: Folder for the state of sweep and training. Interrupted work is continued from it.
+        callbacks: Objects that are told of each epoch of the full model; those of the sweep are not told.
     """
     checkpoint = None if unfinished is None else unfinished / "full.safetensors"
     if config.train.embedding_l2 is not None:
-        return train_full(data, config, progress, checkpoint)
+        return train_full(data, config, progress, checkpoint, callbacks)
     sweep = chosen_l2(data, config, None if unfinished is None else unfinished / "embedding_l2.json", progress)
-    full = train_full(data, with_l2(config, sweep.embedding_l2), progress, checkpoint)
+    full = train_full(data, with_l2(config, sweep.embedding_l2), progress, checkpoint, callbacks)
     full.record = full.record.replace(l2_sweep=sweep.model_dump(mode="json"))
     share = sweep.seconds / max(full.record.train_seconds, 1e-9)
     logger.info("the sweep of embedding_l2 took %.2f times as long as the training of the full model", share)
@@ -278,6 +289,7 @@ def compact_and_retrain(
     lessons: dict[float, EncodedDataset] | None = None,
     progress: bool = False,
     checkpoint: Path | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Compacted:
     """Build the compact model of a plan, retrain it in fp32, and quantise it if the plan says so.
 
@@ -290,22 +302,21 @@ def compact_and_retrain(
         lessons: Data that the model has `taught` before, by the teacher's share; what is missing is added.
         progress: Show a progress bar on stderr.
         checkpoint: File for the state of retraining; see `fit`.
+        callbacks: Objects that are told of each epoch of retraining.
     """
     lessons = {} if lessons is None else lessons
     init, train = started_as(plan, config.init), config.train.replace(seed=config.seed)
     task = search_task(model, data, config, progress) if init == "low_rank" else None
     small = made_compact(model, plan, init, config.seed, task=task)  # type: ignore[arg-type]
-    trainings = []
+    trainings, shown = [], {"progress": progress, "callbacks": callbacks}
     if retrain:
         lesson = _lesson(lessons, data, model, config.teacher, config.train)
         hooks = None if checkpoint is None else Hooks(settings=teaching_settings(model, config.teacher))
         with stage("retraining", progress):
-            trainings.append(
-                fit(small, lesson.recode(plan), train, hooks=hooks, progress=progress, checkpoint=checkpoint)
-            )
+            trainings.append(fit(small, lesson.recode(plan), train, hooks=hooks, checkpoint=checkpoint, **shown))
     if retrain and config.teacher and plan.is_quantized:
         path = None if checkpoint is None else checkpoint.with_stem("finishing")
-        trainings.append(_finish(small, model, data, config, lessons, progress=progress, checkpoint=path))
+        trainings.append(_finish(small, model, data, config, lessons, checkpoint=path, **shown))
     if plan.is_quantized:
         small.tables.quantize_()
     return Compacted(small, data.recode(plan), _one_result(trainings))
@@ -320,6 +331,7 @@ def _finish(
     *,
     progress: bool,
     checkpoint: Path | None,
+    callbacks: Sequence[Callback],
 ) -> FitResult:
     """Train a compact model for some more epochs with its tables read as their codes.
 
@@ -339,7 +351,7 @@ def _finish(
     if gate.coded:
         hooks = dataclasses.replace(hooks, on_step=gate.on_step, state=gate)
     with small.tables.gated(row_gate=gate), stage("training the codes", progress):
-        return fit(small, lesson, train, hooks=hooks, progress=progress, checkpoint=checkpoint)
+        return fit(small, lesson, train, hooks=hooks, progress=progress, checkpoint=checkpoint, callbacks=callbacks)
 
 
 def _lesson(
@@ -374,6 +386,7 @@ def shrink(
     label: str | None = None,
     progress: bool = False,
     unfinished: Path | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Trained:
     """Search, verify, compact, retrain and quantise within one budget, and record the result.
 
@@ -386,12 +399,13 @@ def shrink(
         progress: Show progress bars on stderr.
         unfinished: Folder for the state of search and training. Interrupted work of the same settings is continued from
             it.
+        callbacks: Objects that are told of each epoch of retraining; trainings within a search are not told.
     """
-    config = config.replace(max_loss=None)
+    config, shown = config.replace(max_loss=None), {"label": label, "progress": progress, "callbacks": callbacks}
     if config.limit is None:
-        return _shrink_predicted(full, data, config, label=label, progress=progress, unfinished=unfinished)
+        return _shrink_predicted(full, data, config, unfinished=unfinished, **shown)
     if config.method == "guided" and len(ways := starts_of(config)) > 1:
-        return _best_start(full, data, config, ways, label=label, progress=progress, unfinished=unfinished)
+        return _best_start(full, data, config, ways, unfinished=unfinished, **shown)
     checkpoint = None if unfinished is None else unfinished / "retraining.safetensors"
     claimed: dict[str, Any] = {"init": config.init}
     if config.teacher:  # state of earlier releases names no teacher, and trains on clicks
@@ -404,7 +418,7 @@ def shrink(
             verification = verify_plan(full.model, found.plan, data)
         small = compact_and_retrain(
             full.model, found.plan, data, config,
-            lessons=full.lessons, progress=progress, checkpoint=checkpoint,
+            lessons=full.lessons, progress=progress, checkpoint=checkpoint, callbacks=callbacks,
         )  # fmt: skip
     full.readings = full.readings or found.readings
     assert small.training is not None

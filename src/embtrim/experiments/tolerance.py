@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from embtrim.data.dataset import EncodedDataset
@@ -19,6 +20,7 @@ from embtrim.experiments.steps import (
     with_search_seconds,
 )
 from embtrim.system.progress import stage
+from embtrim.training.callbacks import Callback
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ def smallest_within(
     *,
     progress: bool = False,
     unfinished: Path | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Trained:
     """The smallest plan whose validation AUC is at most `config.max_loss` below the full model's.
 
@@ -54,17 +57,22 @@ def smallest_within(
     holds.
 
     Args:
-        full, data, config, progress, unfinished: Arguments of `shrink`; the budget is not read.
+        full, data, config, progress, unfinished, callbacks: Arguments of `shrink`; the budget is not read.
 
     Raises:
         EmbtrimError: No budget tried is within the tolerance.
     """
     within = _smallest_predicted if config.method == "guided" else _smallest_bisected
-    return within(full, data, config, progress, unfinished)
+    return within(full, data, config, progress, unfinished, callbacks)
 
 
 def _smallest_predicted(
-    full: Trained, data: EncodedDataset, config: RunConfig, progress: bool, unfinished: Path | None
+    full: Trained,
+    data: EncodedDataset,
+    config: RunConfig,
+    progress: bool,
+    unfinished: Path | None,
+    callbacks: Sequence[Callback],
 ) -> Trained:
     """The smaller of two retrained models that is within the tolerance.
 
@@ -86,7 +94,7 @@ def _smallest_predicted(
         assert budget is not None
         work = None if unfinished is None else unfinished / str(budget)
         with stage(f"budget {budget}", False):
-            trained = shrink(full, data, predicted.config, progress=progress, unfinished=work)
+            trained = shrink(full, data, predicted.config, progress=progress, unfinished=work, callbacks=callbacks)
         loss = full.record.valid["auc"] - trained.record.valid["auc"]
         logger.info(
             "budget %s: predicted loss %.5f, measured %.5f, allowed %.5f", budget, predicted.loss, loss, allowed
@@ -129,7 +137,12 @@ def corrected(predicted: float, measured: float, allowed: float) -> float:
 
 
 def _smallest_bisected(
-    full: Trained, data: EncodedDataset, config: RunConfig, progress: bool, unfinished: Path | None
+    full: Trained,
+    data: EncodedDataset,
+    config: RunConfig,
+    progress: bool,
+    unfinished: Path | None,
+    callbacks: Sequence[Callback],
 ) -> Trained:
     """The smallest model within the tolerance that a bisection over budgets finds."""
     assert config.max_loss is not None
@@ -143,7 +156,8 @@ def _smallest_bisected(
         work = None if unfinished is None else unfinished / budget
         try:
             with stage(f"budget {budget}", False):
-                trained = shrink(full, data, config.replace(budget=budget), progress=progress, unfinished=work)
+                settings = config.replace(budget=budget)
+                trained = shrink(full, data, settings, progress=progress, unfinished=work, callbacks=callbacks)
         except BudgetError as error:  # so small that the method keeps nothing
             logger.info("budget %.2f%%: %s", share * 100, error)
             low = share

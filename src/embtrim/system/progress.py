@@ -58,8 +58,13 @@ def stage(name: str, show: bool) -> Iterator[None]:
         _stages.reset(token)
 
 
+def present_stage() -> str:
+    """Names of the stages that the present work is in, the outermost first; empty outside of all."""
+    return ", ".join(_stages.get())
+
+
 def _named(text: str) -> str:
-    names = ", ".join(_stages.get())
+    names = present_stage()
     return f"{names}: {text}" if names else text
 
 

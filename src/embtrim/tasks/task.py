@@ -32,6 +32,7 @@ from embtrim.tasks.row_counts import count_rows, unread
 from embtrim.tasks.sites import ModuleSite, Site, SlotGate, gate_sites, weights_by_table
 from embtrim.tasks.survey import Fields, Finding, find_sites, site_plan, survey
 from embtrim.tasks.watching import reads_of_batch
+from embtrim.training.callbacks import Callback, checked
 from embtrim.training.checkpoint import Checkpoint, CheckpointFolder
 from embtrim.training.devices import device_of, fast_matmul
 from embtrim.training.evaluation import check_finite, evaluate, logits_of_split, logloss_of_batch, loss_weight
@@ -191,6 +192,7 @@ class Task:
         hooks: Hooks | None = None,
         patience: int | None = None,
         lr_factor: float = 1.0,
+        callbacks: Sequence[Callback] = (),
         **settings: Any,
     ) -> FitResult:
         """Train a full or compact model of this task; with `patience` stop early and restore the best weights.
@@ -203,10 +205,12 @@ class Task:
             patience: Epochs without a better validation score (`valid_score`) after which training stops; 0 never stops
                 early, but restores the best weights; None computes no score.
             lr_factor: Factor on the learning rates of the task.
+            callbacks: Objects that are told of each epoch, see `embtrim.training.callbacks`.
             settings: Fields of TrainConfig that a method asks for, such as `tables="dense"`. The `optimizer=` of a Task
                 ignores them, and a warning says so.
 
         Raises:
+            ConfigError: A callback has no `on_epoch` or `on_record`.
             ModelError: The Task has no `optimizer=`; or `patience` is given, but neither `valid=` nor `score=`.
 
         Example:
@@ -217,7 +221,7 @@ class Task:
         if patience is not None and self.score is None and self._valid is None:
             raise ModelError("patience watches a validation score; give the Task `valid=` or `score=`")
         _warn_of_ignored(settings)
-        hooks = hooks or Hooks()
+        callbacks, hooks = checked(callbacks), hooks or Hooks()
         sizes = [tuple(p.shape) for p in model.parameters()]
         depends_on = {
             "epochs": epochs, "seed": seed, "patience": patience, "lr_factor": lr_factor, "sizes": sizes, **hooks.settings
@@ -231,7 +235,7 @@ class Task:
         batches = partial(self._train_batches, seed)
         checkpoint = self.next_checkpoint(depends_on, model)
         score = None if patience is None else lambda: self.valid_score(model)
-        training = Training(model, self.loss, batches, [optimizer], config, hooks, score)
+        training = Training(model, self.loss, batches, [optimizer], config, hooks, score, callbacks=callbacks)
         return self._noted(train_loop(training, progress=self.progress, checkpoint=checkpoint))
 
     def _train_batches(self, seed: int, epoch: int, skip: int) -> Iterator[Any]:
@@ -508,6 +512,7 @@ class CTRTask(Task):
         hooks: Hooks | None = None,
         patience: int | None = None,
         lr_factor: float = 1.0,
+        callbacks: Sequence[Callback] = (),
         **settings: Any,
     ) -> FitResult:
         """See Task. The score is the AUC."""
@@ -523,7 +528,8 @@ class CTRTask(Task):
         if self.checkpoints is not None:
             config = config.replace(checkpoint_seconds=self.checkpoints.interval)
             checkpoint = self.checkpoints.next_path()
-        return self._noted(fit(model, data, config, hooks=hooks, progress=self.progress, checkpoint=checkpoint))
+        shown: dict[str, Any] = {"progress": self.progress, "callbacks": callbacks}
+        return self._noted(fit(model, data, config, hooks=hooks, checkpoint=checkpoint, **shown))
 
     @torch.no_grad()
     def gated_scores(self, model: nn.Module, gates: Sequence[Sequence[SlotGate]], max_rows: int = 0) -> list[float]:

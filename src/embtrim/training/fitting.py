@@ -7,7 +7,7 @@ every step (lambda / 2 ||W||^2 added to the mean loss).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from embtrim.models.ctr_model import CTRModel
 from embtrim.system.ranks import refuse_ranks
 from embtrim.system.torch_private import compile_error
 from embtrim.tables.row_optimizers import RowAdagrad, RowAdam, RowSGD
+from embtrim.training.callbacks import Callback, checked
 from embtrim.training.checkpoint import Checkpoint
 from embtrim.training.devices import computes_in, device_of, kernels_used
 from embtrim.training.evaluation import evaluate, logloss_of_batch
@@ -38,6 +39,7 @@ def fit(
     hooks: Hooks | None = None,
     progress: bool = False,
     checkpoint: str | Path | None = None,
+    callbacks: Sequence[Callback] = (),
     **settings: Any,
 ) -> FitResult:
     """Train a model in place on the "train" split; with a "valid" split stop early and restore the best weights.
@@ -51,9 +53,12 @@ def fit(
         progress: Show a progress bar with rows/s and ETA on stderr.
         checkpoint: File for the state of the training, written every `checkpoint_seconds` and at the end. A training
             that finds the file continues to the weights of an uninterrupted one. Remove it when the result is saved.
+        callbacks: Objects that are told of each epoch, see `embtrim.training.callbacks`. If one raises an error, the
+            checkpoint is written, and the error goes through.
         settings: Fields of TrainConfig by name, in place of those of `config`.
 
     Raises:
+        ConfigError: A callback has no `on_epoch` or `on_record`.
         DataError: The data do not fit the model, see `data_for` in `embtrim.training.recoding`; a split is empty or has
             one class only; or the checkpoint belongs to another training.
         ModelError: The model is not one of embtrim.models, or the data are not encoded.
@@ -63,6 +68,7 @@ def fit(
         >>> embtrim.fit(model, data, epochs=3, embedding_l2=0.05)  # doctest: +SKIP
     """
     refuse_ranks("fit")
+    callbacks = checked(callbacks)
     config = (config or TrainConfig()).replace(**settings) if settings else config or TrainConfig()
     data = data_for(model, data)
     valid = "valid" in data.splits and data.num_rows("valid") > 0
@@ -91,6 +97,7 @@ def fit(
             score=score if valid else None,
             monitor=config.monitor,
             num_rows=data.num_rows("train"),
+            callbacks=callbacks,
         )
         return train_loop(training, progress=progress, checkpoint=state)
 

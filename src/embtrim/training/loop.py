@@ -20,8 +20,9 @@ from embtrim.data.dataset import Batch
 from embtrim.errors import DataError, EmbtrimError
 from embtrim.system.interrupts import held_back
 from embtrim.system.memory import freed_pages_kept
-from embtrim.system.progress import Counter, say, time_left
+from embtrim.system.progress import Counter, present_stage, say, time_left
 from embtrim.tables.row_optimizers import RowOptimizer
+from embtrim.training.callbacks import Epoch, tell_epoch
 from embtrim.training.checkpoint import Checkpoint, restore_checkpoint, write_checkpoint
 from embtrim.training.devices import fast_matmul
 from embtrim.training.settings import FitResult, Optimizer
@@ -111,8 +112,31 @@ def run_epochs(
                 news = f" (valid {training.monitor} {abs(record['score']):.4f})"
             ended = training.score is not None and after_epoch(training, state, epoch, record["score"])
             say(epoch_line(training, record, time.perf_counter() - started, epoch - first + 1, ended), progress)
+            try:
+                tell_callbacks(training, record)
+            except BaseException:
+                if checkpoint is not None:
+                    position.stopped = position.stopped or ended
+                    write_checkpoint(checkpoint, training, state)
+                raise
             if ended:
                 break
+
+
+def tell_callbacks(training: Training, record: Mapping[str, float]) -> None:
+    """Tell the callbacks of a finished epoch, by its entry in the history of the result."""
+    epoch = Epoch(
+        name="",
+        stage=present_stage(),
+        epoch=int(record["epoch"]),
+        most_epochs=training.config.epochs,
+        loss=record["loss"],
+        score=record.get("score"),
+        monitor=training.monitor,
+        lr_factor=record["lr_factor"],
+        seconds=record["seconds"],
+    )
+    tell_epoch(training.callbacks, epoch)
 
 
 def epoch_line(training: Training, record: Mapping[str, float], elapsed: float, epochs_done: int, ended: bool) -> str:
@@ -219,6 +243,9 @@ def batches_of_epoch(training: Training, state: TrainingState) -> Iterator[Any]:
     the end of the last epoch, because a loader of the validation rows may draw as well.
     """
     device = training.device
+    if state.restored_random is not None and not state.position.batches:  # written between two epochs
+        set_random_states(state.restored_random, device, training.hooks.generators)
+        state.restored_random = None
     if state.restored_random is None:
         state.epoch_random = random_states(device)
     else:

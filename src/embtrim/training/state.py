@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from embtrim.tables.row_optimizers import RowOptimizer
+from embtrim.training.callbacks import Callback
 from embtrim.training.settings import FitResult, Hooks, Optimizer, TrainConfig
 
 
@@ -29,6 +30,7 @@ class Training:
         score: Gives the validation score, higher is better; None trains all epochs.
         monitor: Name of the score in the progress bar.
         num_rows: Rows per epoch for the progress bar, or None where unknown.
+        callbacks: Objects that are told of each epoch.
     """
 
     model: nn.Module
@@ -40,6 +42,7 @@ class Training:
     score: Callable[[], float] | None = None
     monitor: str = "score"
     num_rows: int | None = None
+    callbacks: Sequence[Callback] = ()
 
     @property
     def device(self) -> torch.device:
