@@ -279,12 +279,19 @@ def test_faults_take_time_linear_in_the_text(write, monkeypatch):
         (b"y,a\n" + b'0,"u\n' * 100_000, {"quoted": True}),
         (b"y,a\n" + b'"\n' * 100_000, {"quoted": True}),
         (b"y;a\n" + b"0;u\n" * 100_000 + b"1\n", {"on_error": "skip"}),
+        (b"y,a\n" + b'0,"one\ntwo, ""2""\n\n"\n' * 30_000, {}),
     ]:
         seen.clear()
         log = open_log(write("log.csv", content), ReadOptions(**options))
         with contextlib.suppress(DataError):
             list(log.chunks(chunk_bytes=1 << 18))
         assert sum(seen) <= 12 * len(content)
+
+
+def test_quoted_cells_of_several_lines_are_one_cell_wherever_a_chunk_ends(write):
+    cell = 'one\ntwo, "2"\n\n'
+    rows, _ = read(write("log.csv", text(all_quoted=True, rows=[["y", "a"], *[["1", cell]] * 40])))
+    assert rows == [["y", "a"], *[["1", cell]] * 40]
 
 
 def test_options_say_what_is_allowed():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from embtrim.data.instants import read_moments
+from embtrim.data.instants import ISO, read_moments
 from embtrim.data.log_file import LogFile
 from embtrim.data.reading import RawLog
 from embtrim.data.text_lists import split_texts
@@ -49,12 +49,18 @@ def kind_of_texts(texts: pl.Series, nulls: Sequence[str] = ()) -> Kind:
         >>> kind_of_texts(pl.Series(["1034", "7.0", "NULL"])), kind_of_texts(pl.Series(["007", "7"]))
         ('integer', 'text')
     """
-    if len(texts) > 2_000 and kind_of_texts(texts.head(1_000), nulls) == "text":
+    return _kind_of_texts(texts, nulls) or "text"
+
+
+def _kind_of_texts(texts: pl.Series, nulls: Sequence[str]) -> Kind | None:
+    """See `kind_of_texts`; None if all texts are words for a missing value."""
+    # Where some of the texts are of no kind, all together are of none: a few of them usually tell.
+    if len(texts) > 100 and _kind_of_texts(texts.head(len(texts) // 20), nulls) == "text":
         return "text"
     texts = texts.str.strip_chars()
     texts = texts.filter(~texts.is_in([*nulls]) & ~texts.str.to_lowercase().is_in(_MISSING_WORDS))
     if not len(texts):
-        return "text"
+        return None
     if texts.str.contains(_WHOLE).all():
         return "integer"
     if texts.str.contains(_FRACTION).all():
@@ -64,6 +70,8 @@ def kind_of_texts(texts: pl.Series, nulls: Sequence[str] = ()) -> Kind:
     words = texts.str.to_lowercase().is_in(["true", "false"])
     if words.any() and (words | texts.is_in(["1", "0", "1.0", "0.0"])).all():
         return "boolean"
+    if not texts.str.contains(ISO).all():  # which takes a part of the time that reading them takes
+        return "text"
     moments = read_moments(texts)
     if moments["moment"].is_null().any() or moments["is_zoned"].n_unique() > 1:
         return "text"

@@ -52,11 +52,13 @@ class Seen:
 
     def note_values(self, field: FieldSpec, values: pl.DataFrame) -> None:
         """Note the different values of a field, from a frame of values and counts."""
-        self.distinct[field.name] = values["value"].drop_nulls().len()
-        top = values.top_k(NUM_TOP, by=["count", "value"], reverse=[False, True])
-        self.top[field.name] = top.sort("count", "value", descending=[True, False], nulls_last=True).rows()
+        is_null = values["value"].is_null()
+        self.distinct[field.name] = len(values) - int(is_null.sum())
+        least = values["count"].top_k(NUM_TOP).min() or 0
+        top = values.filter(pl.col("count") >= least).sort("count", "value", descending=[True, False], nulls_last=True)
+        self.top[field.name] = top.head(NUM_TOP).rows()
         if field.type != "multi":
-            self.missing[field.name] = int(values.filter(pl.col("value").is_null())["count"].sum())
+            self.missing[field.name] = int(values["count"].filter(is_null).sum())
 
 
 class Numbering:
@@ -198,11 +200,9 @@ class Numbering:
                 else buckets[f.name].select(bucket_texts(buckets[f.name]["bucket"]).alias("value"), "count")
                 for f in readers
             ]
-            # Two texts of a field may be one value.
-            merged = [part.group_by("value").agg(pl.col("count").sum()) for part in parts]
-            for field, part in zip(readers, merged, strict=True):
+            for field, part in zip(readers, parts, strict=True):
                 seen.note_values(field, part)
-            kept = merged[0] if len(merged) == 1 else pl.concat(merged).group_by("value").agg(pl.col("count").sum())
+            kept = parts[0] if len(parts) == 1 else _added_up(pl.concat(parts))
             kept = kept.filter(pl.col("count") >= readers[0].min_count)
             kept = kept.sort("count", "value", descending=[True, False], nulls_last=True)
             ids = pl.int_range(1, kept.height + 1, dtype=pl.Int32, eager=True).alias("id")
@@ -225,7 +225,10 @@ class Numbering:
         frame = pl.DataFrame({"value": self.values(field.table_name), "count": count_V}).filter(pl.col("count") > 0)
         if field.type == "categorical":
             frame = frame.with_columns(pl.when(~pl.col("value").is_in(nulls)).then("value").alias("value"))
-        frame = frame.with_columns(one_texts(frame["value"], field, nulls, lambda _: "training rows"))
+        texts = frame["value"]
+        values = one_texts(texts, field, nulls, lambda _: "training rows")
+        if values is not texts or values.null_count() > 1:  # two texts of a field may be one value
+            frame = _added_up(frame.with_columns(values))
         return frame if field.type == "categorical" else frame.filter(pl.col("value").is_not_null())
 
     def read_by(self, encoder: Encoder, field: str) -> tuple[np.ndarray, np.ndarray]:
@@ -255,3 +258,8 @@ class Numbering:
             return ids_CN
 
         return encoded
+
+
+def _added_up(values: pl.DataFrame) -> pl.DataFrame:
+    """A frame of distinct values, from one of values and counts that may name a value twice."""
+    return values.group_by("value").agg(pl.col("count").sum())
