@@ -10,7 +10,6 @@ errors of the plan itself; they are found by repetition. Equal widths in each pr
 from __future__ import annotations
 
 import dataclasses
-import heapq
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -130,7 +129,7 @@ def ladders_of(reading: TableReading, levels: Sequence[int]) -> list[Bands]:
         noise = np.array([segments.noise[bits][s] for bits in codes])
         hull = lower_hull(rows * np.array(codes), noise) if len(codes) > 1 else []
         steps += [
-            (-_saved(rows * np.array(codes), noise, before, after), s, codes[after])
+            ((noise[after] - noise[before]) / (rows * (codes[after] - codes[before])), s, codes[after])
             for before, after in itertools.pairwise(hull)
         ]
     bits_S = np.full(len(segments.rows_S), min(codes, default=0))
@@ -377,6 +376,11 @@ def _all_bytes(
         layout = _layout(table, rows, width, bands, alignment)
         return full.table_bytes(layout, target, budget=budget) - layout.num_value_bytes
 
+    bits_used = {bits for bands in ladders for _, bits in bands}
+    row_W = {bits: np.array([row_bytes(width, bits) for width in widths.tolist()])[:, None] for bits in bits_used}
+    scales_W = {
+        bits: np.array([stored_bytes(0, width, bits) for width in widths.tolist()])[:, None] for bits in bits_used
+    }
     found = np.empty((len(widths), len(ladders), len(counts)), np.int64)
     dropped = (counts < table.num_rows).astype(np.int64)
     known: dict[tuple[int, bool], np.ndarray] = {}
@@ -395,9 +399,7 @@ def _all_bytes(
         start = 0
         for size, bits in bands:
             rows_C = np.clip(counts - start, 0, size) + (dropped if not start else 0)
-            for w, width in enumerate(widths.tolist()):
-                scales = stored_bytes(0, width, bits) * (rows_C > 0)
-                found[w, number] += rows_C * row_bytes(width, bits) + scales
+            found[:, number] += rows_C * row_W[bits] + scales_W[bits] * (rows_C > 0)
             start += size
     return found
 
@@ -420,19 +422,27 @@ def spend(bytes_TN: Sequence[np.ndarray], losses_TN: Sequence[np.ndarray], allow
         losses_TN: Losses of the same choices.
         allowed: Bytes of all tables together. If the smallest choices exceed them, the smallest choices are returned.
     """
-    hulls = [lower_hull(sizes_N, losses_N) for sizes_N, losses_N in zip(bytes_TN, losses_TN, strict=True)]
-    chosen = [hull[0] for hull in hulls]
+    hulls = [np.array(lower_hull(*choices)) for choices in zip(bytes_TN, losses_TN, strict=True)]
+    chosen = [int(hull[0]) for hull in hulls]
     left = allowed - sum(int(sizes_N[n]) for sizes_N, n in zip(bytes_TN, chosen, strict=True))
-    steps = [(-gain, table, 1) for table in range(len(hulls)) for gain in _gains(bytes_TN, losses_TN, hulls, table, 1)]
-    heapq.heapify(steps)
-    while steps:
-        _, table, place = heapq.heappop(steps)
+    table_S = np.repeat(np.arange(len(hulls)), [len(hull) - 1 for hull in hulls])
+    after_S = np.concatenate([hull[1:] for hull in hulls])
+    added_S = np.concatenate([np.diff(sizes_N[hull]) for sizes_N, hull in zip(bytes_TN, hulls, strict=True)])
+    saved_S = -np.concatenate([np.diff(losses_N[hull]) for losses_N, hull in zip(losses_TN, hulls, strict=True)])
+    order = np.argsort(-saved_S / added_S, kind="stable")  # gains fall along a hull: its steps stay in order
+    total = np.cumsum(added_S[order])
+    num_fitting = int(np.searchsorted(total, left, side="right"))
+    for step in order[:num_fitting].tolist():
+        chosen[table_S[step]] = int(after_S[step])
+    left -= int(total[num_fitting - 1]) if num_fitting else 0
+    ended: set[int] = set()
+    for step in order[num_fitting:].tolist():
+        table, after = int(table_S[step]), int(after_S[step])
+        if table in ended:
+            continue
         sizes_N, losses_N, now = bytes_TN[table], losses_TN[table], chosen[table]
-        after = hulls[table][place]
-        if sizes_N[after] - sizes_N[now] <= left:
-            for gain in _gains(bytes_TN, losses_TN, hulls, table, place + 1):
-                heapq.heappush(steps, (-gain, table, place + 1))
-        else:
+        if added_S[step] > left:
+            ended.add(table)
             fitting = np.append(np.flatnonzero(sizes_N - sizes_N[now] <= left), now)
             after = int(fitting[np.lexsort((sizes_N[fitting], losses_N[fitting]))[0]])
         left -= int(sizes_N[after] - sizes_N[now])
@@ -440,29 +450,20 @@ def spend(bytes_TN: Sequence[np.ndarray], losses_TN: Sequence[np.ndarray], allow
     return chosen
 
 
-def _gains(
-    bytes_TN: Sequence[np.ndarray], losses_TN: Sequence[np.ndarray], hulls: Sequence[list[int]], table: int, place: int
-) -> Iterator[float]:
-    """Loss that a step along a table's hull saves per byte; nothing at the end of the hull."""
-    if place < len(hulls[table]):
-        yield _saved(bytes_TN[table], losses_TN[table], hulls[table][place - 1], hulls[table][place])
-
-
 def lower_hull(bytes_N: np.ndarray, losses_N: np.ndarray) -> list[int]:
     """Numbers of the choices on the lower convex hull: bytes rise, and losses fall by less and less per byte."""
     order = np.lexsort((losses_N, bytes_N))
     least = np.minimum.accumulate(losses_N[order])
     falls = np.append(True, losses_N[order][1:] < least[:-1])
+    choices = order[falls]
+    sizes, losses = bytes_N[choices].tolist(), losses_N[choices].tolist()
     hull: list[int] = []
-    for choice in order[falls].tolist():
-        while len(hull) > 1 and _saved(bytes_N, losses_N, hull[-2], hull[-1]) <= _saved(
-            bytes_N, losses_N, hull[-1], choice
-        ):
+    for k, (size, loss) in enumerate(zip(sizes, losses, strict=True)):
+        while len(hull) > 1:
+            before, last = hull[-2:]
+            saved = (losses[before] - losses[last]) / (sizes[last] - sizes[before])
+            if saved > (losses[last] - loss) / (size - sizes[last]):
+                break
             hull.pop()
-        hull.append(choice)
-    return hull
-
-
-def _saved(bytes_N: np.ndarray, losses_N: np.ndarray, smaller: int, larger: int) -> float:
-    """Loss that a larger choice saves per byte."""
-    return float((losses_N[smaller] - losses_N[larger]) / (bytes_N[larger] - bytes_N[smaller]))
+        hull.append(k)
+    return choices[hull].tolist()

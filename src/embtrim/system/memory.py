@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 # Parameters of glibc's mallopt (malloc.h), and the largest threshold that it takes for blocks with pages of their own.
@@ -49,7 +50,13 @@ def freed_pages_kept() -> Iterator[None]:
 def _c_library(function: str, *arguments: int) -> None:
     """Call a function of the C library, if the library is glibc."""
     with suppress(OSError, AttributeError, TypeError):
-        getattr(ctypes.CDLL(None), function)(*arguments)
+        getattr(_loaded(), function)(*arguments)
+
+
+@cache
+def _loaded() -> ctypes.CDLL:
+    """The C library; looking for it takes longer than a call."""
+    return ctypes.CDLL(None)
 
 
 class _Peak:

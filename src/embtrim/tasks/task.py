@@ -35,10 +35,10 @@ from embtrim.tasks.watching import reads_of_batch
 from embtrim.training.callbacks import Callback, checked
 from embtrim.training.checkpoint import Checkpoint, CheckpointFolder
 from embtrim.training.devices import device_of, fast_matmul
-from embtrim.training.evaluation import check_finite, evaluate, logits_of_split, logloss_of_batch, loss_weight
+from embtrim.training.evaluation import check_finite, logits_of_split, logloss_of_batch, loss_weight
 from embtrim.training.fitting import fit
 from embtrim.training.loop import scale_learning_rates, train_loop
-from embtrim.training.metrics import auc_error, compute_metrics
+from embtrim.training.metrics import auc, auc_error, compute_metrics
 from embtrim.training.recoding import data_for
 from embtrim.training.settings import FitResult, Hooks, TrainConfig
 from embtrim.training.state import Training
@@ -456,11 +456,15 @@ class CTRTask(Task):
         model.to(device_of(self.config))  # in place, as in `fit`: batches go to the same device
         super().__init__(model, logloss_of_batch, train=(), score=self._score)
         self.model: CTRModel = model
+        self.score_precision = "fp32"
         self.needs_aligned = model.needs_aligned
 
     def _score(self, model: nn.Module) -> float:
         assert isinstance(model, CTRModel)
-        return evaluate(model, self.data, "valid", self.config).auc
+        arrays = self.data.split("valid")
+        logits = logits_of_split(model, data_for(model, self.data), "valid", self.config, self.score_precision)
+        weights = None if arrays.weights is None else np.asarray(arrays.weights)
+        return auc(np.asarray(arrays.labels), logits, weights)
 
     def full_plan(self) -> SizePlan:
         """See Task."""
@@ -481,12 +485,12 @@ class CTRTask(Task):
         return task
 
     def sampled(self, max_rows: int) -> CTRTask:
-        """See Task."""
+        """See Task. A sample is scored in the precision of training, whose rounding is less than the sample's error."""
         if max_rows >= self.data.num_rows("valid"):
             return self
         task = copy.copy(self)
         task.data = self.data.sampled("valid", max_rows)
-        task.score = task._score
+        task.score, task.score_precision = task._score, task.config.precision
         return task
 
     def score_error(self, model: nn.Module) -> float:

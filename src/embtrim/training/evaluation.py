@@ -53,14 +53,19 @@ def predict_logits(
 
 
 @torch.no_grad()
-def logits_of_split(model: CTRModel, data: EncodedDataset, split: str, config: TrainConfig | None = None) -> np.ndarray:
-    """`predict_logits` for data that already carry the ids of the model; they are not checked."""
+def logits_of_split(
+    model: CTRModel, data: EncodedDataset, split: str, config: TrainConfig | None = None, precision: str = "fp32"
+) -> np.ndarray:
+    """`predict_logits` for data that already carry the ids of the model; they are not checked.
+
+    `precision` is that of the forward pass, see `TrainConfig`.
+    """
     config = config or TrainConfig()
     device = device_of(config)
     model.to(device).eval()
     logits = np.empty(data.num_rows(split), np.float32)
     start = 0
-    with fast_matmul("fp32", device), freed_pages_kept():
+    with fast_matmul(precision, device) as (autocast, _), freed_pages_kept(), autocast():
         for batch in data.batches(split, EVAL_BATCH_SIZE):
             batch = batch.to(device)
             logits[start : start + len(batch)] = model(batch.ids_BC, batch.dense_BE).float().cpu().numpy()
