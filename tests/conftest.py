@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -26,6 +27,13 @@ def wide_data() -> EncodedDataset:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _heap_of_imports_frozen() -> None:
+    """Collections, which every measurement of memory begins with, then pass over the modules and what other tests keep."""
+    gc.collect()
+    gc.freeze()
 
 
 def interrupt_encoding(patch: pytest.MonkeyPatch) -> None:

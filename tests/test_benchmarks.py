@@ -380,7 +380,7 @@ def test_a_job_that_compiles_runs_compiled_and_says_how_long_that_took(monkeypat
 @pytest.mark.slow
 def test_exports_of_fewer_bits_are_quantised_and_smaller():
     pytest.importorskip("onnxruntime")
-    rows = 500_000
+    rows = 100_000
     found = ours.export(rows, "compact", [2], seconds=0.001, bits=4)
     assert found["latency_ms"].keys() == {"eager", *found["file_bytes"]}
     model, quantised = ours.deepfm(rows, "compact"), ours.deepfm(rows, "compact", bits=4).tables

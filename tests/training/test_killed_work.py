@@ -44,7 +44,7 @@ COMPARE = CompareConfig(
 )  # fmt: skip
 
 # What each command is killed in, and how often; Ctrl-C comes once to each beside that.
-NUM_KILLS = {"encode": 3, "train": 3, "search": 3, "run": 3, "compare": 3}
+NUM_KILLS = {"encode": 2, "train": 2, "search": 2, "run": 2, "compare": 2}
 
 SETTINGS = [*TINY, "--set", "train.checkpoint_seconds=0", "--set", "train.batch_size=64"]
 
