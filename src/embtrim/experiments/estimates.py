@@ -134,7 +134,8 @@ def dry_run(data: EncodedDataset, config: RunConfig) -> dict[str, Any]:
     shrunk = [config]
     for control in config.controls:
         name, bits = split_control(control)  # a control has settings of its own: the defaults
-        shrunk.append(config.replace(method=name, search={}, bits=bits or config.bits, max_loss=None))
+        own = {"search": {}, "bits": bits or config.bits, "budget": config.limit or "100%", "max_loss": None}
+        shrunk.append(config.replace(method=name, **own))
     seconds = sum((compact_seconds(measured, data, each) for each in shrunk), full_seconds(measured, data, config))
     seeds = Range(config.seeds, config.seeds)
     allowed = [_bytes_of_search(full, each, config.limit)["table_bytes_allowed"] for each in shrunk]
