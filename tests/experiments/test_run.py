@@ -175,7 +175,9 @@ def test_dry_run_says_what_would_happen(encoded):
     for name in ("seconds_per_step", "seconds", "memory_bytes", "disk_bytes"):
         assert 0 < facts[name]["least"] < facts[name]["most"]
     json.dumps(facts)
-    found = dry_run(encoded, CONFIG.replace(method="guided", search={}, budget="auto"))  # the controls predict no budget
+    found = dry_run(
+        encoded, CONFIG.replace(method="guided", search={}, budget="auto")
+    )  # the controls predict no budget
     assert found["config"]["budget"] == "auto"
     assert found["config"]["controls"]
 
