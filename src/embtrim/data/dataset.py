@@ -20,12 +20,10 @@ from dataclasses import dataclass
 from functools import reduce
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-import torch
 from pydantic import ConfigDict, Field
-from torch import Tensor
 
 from embtrim.config import Config, Entry
 from embtrim.data.encoder_files import read_schema
@@ -36,6 +34,10 @@ from embtrim.schema import PAD, Schema
 from embtrim.system.arrays import map_array
 from embtrim.system.files import read_json
 from embtrim.system.holding import undo_replacement
+
+if TYPE_CHECKING:  # workers that encode make no batches: they start in a quarter of the time without torch
+    import torch
+    from torch import Tensor
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "valid", "test")
@@ -115,6 +117,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`."""
+        import torch
+
         if self.ids_BC.device == torch.device(device):
             return self
         move = [None if t is None else t.to(device, non_blocking=True) for t in self.tensors()]
@@ -416,5 +420,7 @@ def _fields(arrays: SplitArrays) -> tuple[np.ndarray | None, ...]:
 
 
 def _tensor(array: np.ndarray) -> Tensor:
+    import torch
+
     # A memory-mapped slice is read-only, but torch needs a writable array, and a batch must outlive the map.
     return torch.from_numpy(array if array.flags.writeable else array.copy())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,8 +14,6 @@ from contextlib import contextmanager
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.process import BaseProcess
 from typing import Any
-
-import torch
 
 from embtrim.errors import EmbtrimError
 from embtrim.system.interrupts import Interrupted, raise_interrupted
@@ -47,7 +46,9 @@ def in_processes(
         yield lambda items: map(make, items)
         return
     others = set(active_children())
-    threads = max(1, min(torch.get_num_threads(), available_cores() // jobs))
+    threads = max(1, available_cores() // jobs)
+    if (torch := sys.modules.get("torch")) is not None:
+        threads = min(threads, torch.get_num_threads())
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (threads, start, arguments))
     try:
         yield lambda items: _results(pool, list(items))
@@ -104,7 +105,8 @@ def _start_worker(threads: int, start: Callable[..., Callable[[Any], Any]], argu
     )  # the parent ends its workers; systems without signal masks deliver Ctrl-C here too
     signal.signal(signal.SIGTERM, lambda signum, _: _end_worker(signum))
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
+    if (torch := sys.modules.get("torch")) is not None:  # it is not, in workers whose work needs no torch
+        torch.set_num_threads(threads)
     _make = start(*arguments)
 
 
