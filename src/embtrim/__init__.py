@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from embtrim._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from embtrim import methods, models, trackers
+    from embtrim import engines, methods, models, trackers
     from embtrim.compaction.compacting import compact, quantize_
     from embtrim.compaction.verification import Verification, verify
     from embtrim.data.catalog import load
@@ -79,6 +79,7 @@ _HOMES = {
     "compact": "compaction.compacting",
     "compare": "experiments.comparison",
     "encode": "data.encoding",
+    "engines": "engines",
     "evaluate": "training.evaluation",
     "export": "serving.exporting",
     "fit": "training.fitting",
@@ -100,7 +101,7 @@ _HOMES = {
 }
 
 __all__ = [  # noqa: RUF022 (in the order of the way through the house)
-    "encode", "profile", "load", "models", "fit", "evaluate", "methods", "search", "verify", "compact", "quantize_", "save",
+    "encode", "engines", "profile", "load", "models", "fit", "evaluate", "methods", "search", "verify", "compact", "quantize_", "save",
     "load_bundle", "export", "update", "run", "size_curve", "compare", "trackers", "table_logits",
     "Schema", "FieldSpec", "Split", "ReadOptions", "LogProfile", "EncodedDataset", "Encoder", "TrainConfig", "FitResult", "Epoch", "Metrics",
     "Task", "CTRTask", "Finding", "Budget", "SizePlan", "Verification", "Bundle", "Manifest", "UpdateConfig", "UpdateReport",

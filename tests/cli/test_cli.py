@@ -18,6 +18,8 @@ import torch
 
 from embtrim.cli.main import app
 from embtrim.cli.settings import EncodeSettings
+from embtrim.data.dataset import EncodedDataset
+from embtrim.engines import Local
 from embtrim.plan.plan import SizePlan
 from tests.cli.bad_calls import BAD_CALLS, BadCall
 from tests.cli.bad_inputs import BAD_INPUTS, DOCUMENTED, HEAD, BadInput, table_row
@@ -266,6 +268,17 @@ def test_draft_is_edited_and_used(shop: Workshop) -> None:
     assert done.code == 0, done.err
     assert json.loads(done.out)["schema"]["fields"][0]["vocab_size"] == 17
     assert call("encode", shop.log, "--label", "click", "--draft", draft).code == 1
+
+
+def test_encode_takes_worker_processes(shop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr(
+        "embtrim.encode", lambda *_, engine, **__: given.append(engine) or EncodedDataset.load(shop.data)
+    )
+    for jobs in ((), ("--jobs", "1"), ("--jobs", "3")):
+        assert call("encode", shop.log, "--label", "click", "--out", shop.data, *jobs).code == 0
+    assert given == [None, None, Local(3)]
+    assert "'--jobs'" in call("encode", shop.log, "--label", "click", "--out", shop.data, "--jobs", "0").err
 
 
 def test_encode_reads_settings_and_headerless_files(shop: Workshop) -> None:

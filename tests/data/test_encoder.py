@@ -123,7 +123,8 @@ class TestEncoder:
         draft = schema_of(FieldSpec(name="a", min_count=min_count))
         numbering = Numbering(draft, {})
         codes = numbering.codes(next(open_log(frame).chunks()))
-        _, vocabularies = numbering.vocabularies([[codes]])
+        numbering.count([[codes]])
+        _, vocabularies = numbering.vocabularies()
         encoder = Encoder(draft.replace(fields=(draft.fields[0].replace(vocab_size=99),)), vocabularies)
         found = encoder.encode_chunk(frame).ids[:, 0]
         clean = [None if value in (None, "") else value for value in values]

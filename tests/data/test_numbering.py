@@ -97,7 +97,8 @@ def test_ids_are_those_of_plain_python(rows, num_training, min_count, num_blocks
     numbering = Numbering(draft, {})
     codes = np.concatenate([numbering.codes(chunk) for chunk in open_log(frame).chunks(chunk_bytes=1)], axis=1)
     blocks = np.array_split(codes[:, :num_training], num_blocks, axis=1)
-    _, vocabularies = numbering.vocabularies([blocks[:1], blocks[1:]] if num_blocks > 1 else [blocks])
+    numbering.count([blocks[:1], blocks[1:]] if num_blocks > 1 else [blocks])
+    _, vocabularies = numbering.vocabularies()
     encoder = encoder_of(draft, vocabularies)
     expected = plain_ids(draft, rows, num_training)
     assert numbering.encoded_by(encoder)(codes).T.tolist() == expected
@@ -124,7 +125,8 @@ def test_ids_of_an_encoder_with_id_maps():
     frame = frame_of(draft, [("a", "b", 1.0, "g", ["x"], "h"), (None, "b", None, "g", ["x", "y"], None)])
     numbering = Numbering(draft, {})
     codes = numbering.codes(next(open_log(frame).chunks()))
-    encoder = encoder_of(draft, numbering.vocabularies([[codes]])[1])
+    numbering.count([[codes]])
+    encoder = encoder_of(draft, numbering.vocabularies()[1])
     maps = {name: np.arange(size)[::-1].copy() for name, size in encoder.schema.tables.items()}
     mapped = encoder.with_id_maps(maps)
     ids = numbering.encoded_by(mapped)(codes).T

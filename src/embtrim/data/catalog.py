@@ -24,6 +24,7 @@ from embtrim.data.log_file import suffix_of
 from embtrim.data.read_options import SUFFIXES, ReadOptions
 from embtrim.data.reading import open_log
 from embtrim.data.splitting import Split
+from embtrim.engines.engine import Engine
 from embtrim.errors import DataError, hint
 from embtrim.schema import FieldSpec, Schema
 from embtrim.system.folders import temporary_folder
@@ -116,6 +117,7 @@ def encode_known(
     min_count: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    engine: Engine | None = None,
 ) -> EncodedDataset:
     """Encode a downloaded copy of a known dataset.
 
@@ -129,6 +131,7 @@ def encode_known(
         min_count: Least count of a value in all categorical and multi fields, instead of the entry's.
         overwrite: Replace an encoded dataset at `out`.
         progress: Show a progress bar on stderr.
+        engine: Reads the files, as for `encode`.
 
     Raises:
         DataError: There is no such dataset, files are missing, or files have another layout.
@@ -146,7 +149,9 @@ def encode_known(
         changed = [f.replace(min_count=min_count) if f.type in ("categorical", "multi") else f for f in schema.fields]
         schema = schema.replace(fields=tuple(changed))
     paths = _find_files(entry, folder)
-    settings: dict[str, Any] = {"out": out, "seed": seed, "overwrite": overwrite, "progress": progress}
+    settings: dict[str, Any] = {
+        "out": out, "seed": seed, "overwrite": overwrite, "progress": progress, "engine": engine,
+    }  # fmt: skip
     if entry.prepare is not None:
         with temporary_folder(Path(out).expanduser()) as work:
             source = entry.prepare(paths[entry.files[0]].parent, work)

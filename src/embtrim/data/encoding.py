@@ -20,10 +20,11 @@ call goes on (see encoding_state.py). Finished passes are not repeated.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +32,23 @@ import numpy as np
 import polars as pl
 
 from embtrim._version import __version__
-from embtrim.data.cells import log_columns, number_columns, to_numbers
+from embtrim.data.cells import log_columns
 from embtrim.data.dataset import FORMAT_VERSION, SPLITS, EncodedDataset
 from embtrim.data.drafting import draft_schema, is_label_rule
-from embtrim.data.encoder import Encoder, digest
+from embtrim.data.encoder import Encoder
 from embtrim.data.encoding_state import CHECKPOINT_VERSION, WorkingFolder, check_target, working_folder
 from embtrim.data.kinds import kinds_of_log
+from embtrim.data.learning import learned_fields, new_encoder
 from embtrim.data.log_file import CHUNK_BYTES
 from embtrim.data.numbering import Numbering
+from embtrim.data.passes import InProcess, OnEngine
 from embtrim.data.profile import Profile
 from embtrim.data.profiling import finish_profile, note_training_rows, skipped_lines
 from embtrim.data.read_options import ReadOptions
-from embtrim.data.reading import RawLog, Source, open_log, read_ahead
-from embtrim.data.splitting import Sample, Split, Splitter, check_splits, choose_split
-from embtrim.data.transforms import Moments, is_learned, quantile_edges
-from embtrim.data.writing import groups_of_training_codes, write_codes, write_ids
-from embtrim.errors import DataError
+from embtrim.data.reading import RawLog, Source, open_log
+from embtrim.data.splitting import Split, Splitter, check_splits, choose_split
+from embtrim.engines.engine import Engine
+from embtrim.errors import DataError, EmbtrimError, shown
 from embtrim.schema import Schema
 from embtrim.system.progress import Counter
 from embtrim.system.ranks import refuse_ranks
@@ -72,6 +74,7 @@ def encode(
     progress: bool = True,
     chunk_bytes: int = CHUNK_BYTES,
     checkpoint_seconds: float | None = 60.0,
+    engine: Engine | None = None,
 ) -> EncodedDataset:
     """Encode a raw log into a folder and open it.
 
@@ -101,8 +104,11 @@ def encode(
         chunk_bytes: Bytes of text read at a time.
         checkpoint_seconds: Least time between two checkpoints while the log is read and ids are written; None makes no
             checkpoints.
+        engine: Has workers read each file of the logs apart, see `embtrim.engines` and docs/engines.md; None has this
+            process read them one after the other. The result is the same.
 
     Raises:
+        EmbtrimError: `engine` is not an engine, or its package is not installed.
         DataError: A column is missing; a label, number or weight cannot be used (with file and line); a split is empty
             or has one class only; `out` exists, or another run is writing it; the disk is full.
         KeyboardInterrupt: At Ctrl-C, with a message if the same call can go on.
@@ -115,11 +121,15 @@ def encode(
         {'user': 4}
     """
     refuse_ranks("encode")
+    if engine is not None:
+        _check_engine(engine, [source, valid, test])
     options = options or ReadOptions()
     target = Path(out).expanduser()
     check_target(target, overwrite)
     logs = {"train": open_log(source, options)}
     logs |= {name: open_log(log, options) for name, log in (("valid", valid), ("test", test)) if log is not None}
+    if engine is not None and all(len(log.files) == 1 for log in logs.values()):
+        logger.warning("the log is one file, which one worker reads; divide it into several files to use more workers")
     chosen = choose_split(split, given=[name for name in logs if name != "train"])
     draft_path = target.with_name(target.name + ".schema.toml") if schema is None else None
     rules = {"label": label, "where": where, "time": time, "time_format": time_format}
@@ -128,8 +138,9 @@ def encode(
         _check_draft(schema, draft_path)
     _check_logs(logs, schema, chosen)
     data = _encode_logs(
-        target, logs, schema, None, chosen, seed, options, _fit_encoder, {}, overwrite=overwrite,
-        progress=progress, chunk_bytes=chunk_bytes, checkpoint_seconds=checkpoint_seconds,
+        target, logs, schema, None, chosen, seed, options,
+        lambda decided, vocabularies, transforms, _: new_encoder(decided, vocabularies, transforms), {}, overwrite=overwrite,
+        progress=progress, chunk_bytes=chunk_bytes, checkpoint_seconds=checkpoint_seconds, engine=engine,
     )  # fmt: skip
     if draft_path is not None:
         _write_draft(schema, draft_path)
@@ -189,6 +200,32 @@ def encode_further(
     )  # fmt: skip
 
 
+def _check_engine(engine: Engine, sources: Sequence[Source | None]) -> None:
+    """Check an engine, and that its workers can read the logs apart from this process.
+
+    Raises:
+        EmbtrimError: It is not an engine.
+        DataError: A log is a DataFrame or a pipe.
+    """
+    if isinstance(engine, type) or not isinstance(engine, Engine):
+        raise EmbtrimError(
+            f"engine is {shown(engine)}; it takes embtrim.engines.Local(jobs=2), Ray() or Spark(session), or None"
+        )
+    for source in sources:
+        paths = [source] if isinstance(source, (str, Path)) else source
+        if not isinstance(paths, (Sequence, type(None))):
+            raise DataError(
+                f"a {type(source).__name__} lies in the memory of this process, where the workers of an engine cannot read it; "
+                "write it to parquet files, or leave the engine out"
+            )
+        for path in map(Path, paths or ()):
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise DataError(
+                    f"{path} is neither a file nor a folder: it can be read once, and an engine reads a file several times; write "
+                    "it to files, or leave the engine out"
+                )
+
+
 def _check_logs(logs: Mapping[str, RawLog], schema: Schema, chosen: Split | None) -> None:
     """Raise DataError unless the schema has ids, and the logs have the columns that the schema and the split need."""
     if not schema.id_fields:
@@ -223,6 +260,7 @@ def _encode_logs(
     chunk_bytes: int,
     checkpoint_seconds: float | None,
     earlier: tuple[Encoder, Profile | None] | None = None,
+    engine: Engine | None = None,
 ) -> EncodedDataset:
     """Make the encoder and write all rows as its ids.
 
@@ -241,31 +279,39 @@ def _encode_logs(
         "read options": options.model_dump(mode="json"),
         "chunk_bytes": chunk_bytes,
         "source files": sources,
+        "engine": engine is not None,  # the checkpoints of engines hold other files
         **more_inputs,
     }
-    with working_folder(target, overwrite, inputs, checkpoint_seconds) as work, Counter(progress, after=2.0) as bar:
+    with contextlib.ExitStack() as stack:
+        work = stack.enter_context(working_folder(target, overwrite, inputs, checkpoint_seconds))
+        bar = stack.enter_context(Counter(progress, after=2.0))
         seconds_before = work.state.seconds
         splitter = Splitter(chosen, schema, seed)
-        _learn_cuts(splitter, logs["train"], chunk_bytes, bar, work)
+        if engine is None:
+            passes = InProcess(logs, seed, chunk_bytes, bar, work)
+        else:
+            passes = OnEngine(stack.enter_context(engine.started()), logs, seed, chunk_bytes, bar, work)
+        _learn_cuts(passes, splitter, schema, work)
         undecided: frozenset[str] = frozenset()
         if transforms is None:
             schema, undecided = kinds_of_log(schema, logs["train"])
-            transforms = _learned_transforms(schema, logs["train"], splitter, seed, chunk_bytes, bar, work)
+            transforms = _learned_transforms(passes, splitter, schema, work)
         numbering = Numbering(schema, transforms, undecided)
-        parts = {name: (log, splitter if name == "train" else SPLITS.index(name)) for name, log in logs.items()}
-        coded = write_codes(numbering, parts, chunk_bytes, bar, work)
+        coded = passes.write_codes(numbering, splitter)
         num_rows = {name: sum(coded.blocks[name]) for name in SPLITS if name in coded.blocks}
         positives = {name: coded.positives[name] for name in num_rows}
         check_splits(num_rows, positives, schema.label, chosen, list(logs))
         if work.state.is_fitted:
             encoder = Encoder.load(work.folder)
         else:
-            decided, vocabularies = numbering.vocabularies(groups_of_training_codes(coded, schema, bar, work))
+            passes.count(numbering, coded)
+            decided, vocabularies = numbering.vocabularies()
             encoder = fit(decided, vocabularies, transforms, work.folder)
             encoder.save(work.folder)
             note_training_rows(numbering, encoder, None if earlier is None else earlier[0], work.folder)
-        write_ids(numbering, encoder, coded, bar, work)
-        finish_profile(schema, numbering, encoder, coded, work, None if earlier is None else earlier[1])
+        others = passes.write_ids(numbering, encoder, coded)
+        numbers = passes.numbers(schema, coded)
+        finish_profile(schema, others, numbers, coded, work.folder, None if earlier is None else earlier[1])
         seconds = seconds_before + time.perf_counter() - started
         meta = {
             "format_version": FORMAT_VERSION,
@@ -286,80 +332,29 @@ def _encode_logs(
     return EncodedDataset.load(target)
 
 
-# --- fitting ----------------------------------------------------------------------------------------------------------
-
-
-def _learn_cuts(splitter: Splitter, log: RawLog, chunk_bytes: int, bar: Counter, work: WorkingFolder) -> None:
-    """Find the moments at which to cut, if the split is by time."""
+def _learn_cuts(passes: InProcess | OnEngine, splitter: Splitter, schema: Schema, work: WorkingFolder) -> None:
+    """Find the moments at which to cut, if the split is by time; the checkpoint may have them."""
     if splitter.column is None:
         return
     if work.state.cuts is not None:
         splitter.cuts, splitter.clock = list(work.state.cuts), work.state.clock
     else:
-        splitter.learn_cuts(log, chunk_bytes, bar.reach)
+        passes.learn_cuts(splitter, schema)
         work.save(cuts=tuple(splitter.cuts or ()), clock=splitter.clock)
     logger.info("split by time: %s", splitter.describe())
 
 
 def _learned_transforms(
-    schema: Schema, log: RawLog, splitter: Splitter, seed: int, chunk_bytes: int, bar: Counter, work: WorkingFolder
+    passes: InProcess | OnEngine, splitter: Splitter, schema: Schema, work: WorkingFolder
 ) -> dict[str, dict[str, Any]]:
     """The learned transforms by field, from the checkpoint if it has them."""
     if work.state.transforms is not None:
         return work.state.transforms
-    transforms = _fit_transforms(schema, log, splitter, seed, chunk_bytes, bar)
-    if transforms:
-        work.save(transforms=transforms)
-    return transforms
-
-
-def _fit_transforms(
-    schema: Schema, log: RawLog, splitter: Splitter, seed: int, chunk_bytes: int, bar: Counter
-) -> dict[str, dict[str, Any]]:
-    """Quantile edges, and mean and std, from the training rows."""
-    fitted = [f for f in schema.fields if is_learned(f.transform)]
-    if not fitted:
+    if not learned_fields(schema):
         return {}
-    samples = {f.name: Sample(seed) for f in fitted if f.transform != "standard"}
-    moments = {f.name: Moments() for f in fitted if f.transform == "standard"}
-    columns = [f.raw_column for f in fitted]
-    numbers = set(columns) & set(number_columns(schema))
-    if splitter.column is not None:
-        columns.append(splitter.column)
-    for chunk in read_ahead(log.chunks(columns, chunk_bytes, numbers=numbers)):
-        is_train_N = splitter.assign(chunk) == 0
-        values = to_numbers(chunk.frame, fitted, schema, chunk.locate)
-        for name in samples:
-            rows = np.flatnonzero(is_train_N & values[name].is_not_null().to_numpy())
-            samples[name].add(chunk.first_row, values[name].gather(rows), rows)
-        for name, moment in moments.items():
-            moment.add(values[name].filter(pl.Series(is_train_N)).drop_nulls().to_numpy())
-        bar.reach("reading numbers", chunk.done)
-    transforms: dict[str, dict[str, Any]] = {}
-    for f in fitted:
-        if f.transform == "standard":
-            transforms[f.name] = moments[f.name].result()
-        else:
-            num_buckets = int((f.transform or "").partition(":")[2])
-            transforms[f.name] = {"edges": quantile_edges(samples[f.name].values().to_numpy(), num_buckets)}
+    transforms = passes.learn_transforms(splitter, schema)
+    work.save(transforms=transforms)
     return transforms
-
-
-def _fit_encoder(
-    schema: Schema,
-    vocabularies: dict[str, pl.DataFrame],
-    transforms: Mapping[str, Mapping[str, Any]],
-    folder: Path,
-) -> Encoder:
-    """The encoder of a new dataset."""
-    fields = []
-    for spec in schema.fields:
-        if spec.type != "dense":
-            kept = spec.hash_size or vocabularies[spec.table_name].height
-            spec = spec.replace(vocab_size=1 + kept)
-        fields.append(spec)
-    encoded = schema.replace(fields=tuple(fields), vocabulary_digest=digest(vocabularies, transforms))
-    return Encoder(encoded, vocabularies, transforms)
 
 
 # --- the schema of a run ----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
     .<target>.encoding/texts-<0|1>.parquet   the texts numbered so far
     .<target>.encoding/codes/                codes of the values of all rows, by split
     .<target>.encoding/data/                 the folder that replaces the target at the end
+    .<target>.encoding/files/                on an engine: what is read of each file, see pieces.py
 
 The order of writing makes a checkpoint safe. Data reaches the disk (fsync) before the checkpoint that counts on it, and
 the checkpoint is renamed into place. Arrays only grow: rows that a checkpoint does not count are cut off. Every other
@@ -74,11 +75,26 @@ class Coded(Config):
     skipped: dict[str, Skipped] = Field(default_factory=dict)
 
 
+class FileRows(Config):
+    """The rows of one file of a log.
+
+    Attributes:
+        num_rows: Rows that count.
+        num_read: Rows that were read; a rule may have left some of them out.
+        skipped: Lines that were skipped.
+    """
+
+    num_rows: int
+    num_read: int
+    skipped: Skipped
+
+
 class EncodingState(Config):
     """How far an encoding is; what a checkpoint stores. Results of a stage that is not finished are None.
 
     Attributes:
         seconds: Time spent so far.
+        file_rows: The rows of each file, by log, where each file is read apart.
         cuts: Times that cut the log, for a split by time.
         clock: What the time column holds.
         transforms: The learned transforms, by field.
@@ -89,6 +105,7 @@ class EncodingState(Config):
     """
 
     seconds: float = 0.0
+    file_rows: dict[str, tuple[FileRows, ...]] | None = None
     cuts: tuple[float, ...] | None = None
     clock: Clock | None = None
     transforms: dict[str, dict[str, Any]] | None = None

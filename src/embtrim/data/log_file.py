@@ -122,6 +122,10 @@ class LogFile:
         """What may be wrong if columns are missing, for the end of a message: empty, or text that starts with `; `."""
         return ""
 
+    def num_rows(self) -> int | None:
+        """Number of rows, where a file says it without being read."""
+        return None
+
     def identity(self) -> list[Any] | None:
         """What tells whether the file is still the same; None for a frame."""
         return None

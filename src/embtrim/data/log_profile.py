@@ -71,7 +71,8 @@ def profile(
         _choose_rows(log, schema)
         numbering = Numbering(schema, encoder.transforms)
     tally = Tally(schema, sample_of(schema, log), earlier)
-    numbering.vocabularies(_codes(log, numbering, encoder, tally))
+    numbering.count(_codes(log, numbering, encoder, tally))
+    numbering.vocabularies()
     counts, quantiles, seen = tally.counts(), tally.quantiles(), numbering.seen
     fields = []
     for spec in schema.fields:

@@ -31,6 +31,10 @@ from embtrim.data.values import one_texts
 from embtrim.errors import DataError
 from embtrim.schema import PAD, FieldSpec, Schema
 
+# Counts of the values of training rows. `field` is an index in the id fields of the schema; a numeric field has buckets.
+COUNTED_SCHEMA = {"field": pl.UInt32, "value": pl.String, "bucket": pl.Int32, "count": pl.Int64}
+_NO_BUCKETS = pl.DataFrame(schema={"bucket": pl.Int32, "count": pl.Int64})
+
 
 @dataclass
 class Seen:
@@ -40,6 +44,7 @@ class Seen:
         rows: Rows.
         missing: Rows without a value, by field.
         counts: How often each code occurs, by listed field of texts: int64 (1 + texts of the table,).
+        buckets: How often each bucket occurs, by listed numeric field: a frame of bucket and count.
         distinct: Different values, by field of a listed table.
         top: The most frequent values and their counts, most frequent first, by field of a listed table.
     """
@@ -47,6 +52,7 @@ class Seen:
     rows: int = 0
     missing: dict[str, int] = dataclass_field(default_factory=dict)
     counts: dict[str, np.ndarray] = dataclass_field(default_factory=dict)
+    buckets: dict[str, pl.DataFrame] = dataclass_field(default_factory=dict)
     distinct: dict[str, int] = dataclass_field(default_factory=dict)
     top: dict[str, list[tuple[str | None, int]]] = dataclass_field(default_factory=dict)
 
@@ -68,7 +74,7 @@ class Numbering:
         schema: The fields, without sizes.
         transforms: Learned transforms of the numeric fields.
         undecided: Names of the fields whose kind the texts of the training rows say.
-        seen: What the training rows hold; `vocabularies` fills it in.
+        seen: What the training rows hold; `count` and `vocabularies` fill it in.
     """
 
     def __init__(
@@ -149,22 +155,16 @@ class Numbering:
                 raise DataError(f"the values of table {key[0]!r} cannot be numbered as before")
             self._num_texts[str(key[0])] = len(part)
 
-    def vocabularies(self, groups: Iterable[Sequence[np.ndarray]]) -> tuple[Schema, dict[str, pl.DataFrame]]:
-        """The schema with all kinds; and by table the values kept, a frame with columns value, id and count by ids.
-
-        No text gets a code afterwards.
+    def count(self, groups: Iterable[Sequence[np.ndarray]]) -> None:
+        """Count the values of the training rows; no text gets a code afterwards.
 
         Args:
             groups: The codes of all training rows in any order, blocks of shape (C, N). The blocks of a group are
                 counted together, because each group costs a pass over the counts.
-
-        Raises:
-            DataError: A value cannot be brought to the kind of its field.
         """
         counts = {f.name: np.zeros(1 + self._num_texts[f.table_name], np.int64) for f in self._texts}
-        none = pl.DataFrame(schema={"bucket": pl.Int32, "count": pl.Int64})
-        seen = self.seen = Seen()
-        buckets = {f.name: none for f in self.schema.id_fields if f.type == "numeric" and not f.hash_size}
+        seen = self.seen = Seen(counts=counts)
+        seen.buckets = {f.name: _NO_BUCKETS for f in self.schema.id_fields if f.type == "numeric" and not f.hash_size}
         for group in groups:
             seen.rows += sum(codes_CN.shape[1] for codes_CN in group)
             for field, columns in zip(self.schema.id_fields, self.schema.column_slices, strict=True):
@@ -177,8 +177,8 @@ class Numbering:
                 code = np.concatenate([codes_CN[columns].ravel() for codes_CN in group])
                 if field.type == "numeric":
                     new = pl.DataFrame({"bucket": code}).group_by("bucket").agg(pl.len().cast(pl.Int64).alias("count"))
-                    merged = pl.concat([buckets[field.name], new]).group_by("bucket")
-                    buckets[field.name] = merged.agg(pl.col("count").sum())
+                    merged = pl.concat([seen.buckets[field.name], new]).group_by("bucket")
+                    seen.buckets[field.name] = merged.agg(pl.col("count").sum())
                     continue
                 code = code[code != PAD] if field.type == "multi" else code
                 added = np.bincount(code, minlength=len(counts[field.name]))
@@ -189,8 +189,15 @@ class Numbering:
                 counts[field.name], (0, 1 + self._num_texts[field.table_name] - len(counts[field.name]))
             )
         self._drop_index()
+
+    def vocabularies(self) -> tuple[Schema, dict[str, pl.DataFrame]]:
+        """The schema with all kinds; and by table the values kept, a frame with columns value, id and count by ids.
+
+        Raises:
+            DataError: A value cannot be brought to the kind of its field.
+        """
+        seen, counts, buckets = self.seen, self.seen.counts, self.seen.buckets
         schema, result = self._decided(counts), {}
-        seen.counts = counts
         for name, readers in schema.fields_of_table.items():
             if readers[0].hash_size:
                 continue
@@ -231,6 +238,56 @@ class Numbering:
             frame = _added_up(frame.with_columns(values))
         return frame if field.type == "categorical" else frame.filter(pl.col("value").is_not_null())
 
+    def counted(self) -> pl.DataFrame:
+        """The counts of the training rows of a part of a log: a frame of COUNTED_SCHEMA; a missing value is null."""
+        parts = [pl.DataFrame(schema=COUNTED_SCHEMA)]
+        for number, field in enumerate(self.schema.id_fields):
+            frame = None
+            if field.name in self.seen.counts:
+                frame = pl.DataFrame({"value": self.values(field.table_name), "count": self.seen.counts[field.name]})
+                frame = frame.filter(pl.col("count") > 0).with_columns(bucket=pl.lit(None, pl.Int32))
+            elif field.name in self.seen.buckets:
+                frame = self.seen.buckets[field.name].with_columns(value=pl.lit(None, pl.String))
+            if frame is not None:
+                parts.append(frame.with_columns(field=pl.lit(number, pl.UInt32)).select(*COUNTED_SCHEMA))
+        return pl.concat(parts)
+
+    def take_counted(self, counted: pl.DataFrame, rows: int, missing: Mapping[str, int]) -> None:
+        """Take over what the training rows hold, in place of `count`.
+
+        Args:
+            counted: The sum of the `counted` of all parts of a log, see `sum_counted`.
+            rows: Number of training rows.
+            missing: Rows without a value, by hashed and multi field.
+        """
+        by_field = counted.partition_by("field", as_dict=True, include_key=False)
+        frames = {f.name: by_field.get((i,), counted.clear()) for i, f in enumerate(self.schema.id_fields)}
+        seen = self.seen = Seen(rows=rows, missing=dict(missing))
+        for table in self._num_texts:
+            readers = [field.name for field in self._texts if field.table_name == table]
+            texts = pl.concat([frames[name]["value"].drop_nulls() for name in readers])
+            self._list_texts(table, texts if len(readers) == 1 else texts.unique())
+            for name in readers:
+                null, frame = pl.col("value").is_null(), frames[name].select("value", "count")
+                counts = frame.filter(~null)["count"]
+                if len(readers) > 1:
+                    in_order = self.texts(table).to_frame().join(frame, on="value", how="left", maintain_order="left")
+                    counts = in_order["count"].fill_null(0)
+                seen.counts[name] = np.append(int(frame.filter(null)["count"].sum()), counts.to_numpy())
+        for field in self.schema.id_fields:
+            if field.type == "numeric" and not field.hash_size:
+                seen.buckets[field.name] = frames[field.name].select("bucket", "count")
+
+    def list_texts(self, state: pl.DataFrame) -> None:
+        """Take over the texts of a `state`; no text gets a code afterwards."""
+        for key, part in state.partition_by("table", as_dict=True, include_key=False).items():
+            self._list_texts(str(key[0]), part["value"])
+        self._drop_index()
+
+    def _list_texts(self, table: str, texts: pl.Series) -> None:
+        self._listed[table], self._num_texts[table] = texts, len(texts)
+        del self._categories[table], self._kept[table]
+
     def read_by(self, encoder: Encoder, field: str) -> tuple[np.ndarray, np.ndarray]:
         """The ids and statuses of a listed field's codes in an encoder, see `Encoder.read_texts`: (1 + V,) each."""
         if self._read_by is not encoder:
@@ -263,3 +320,8 @@ class Numbering:
 def _added_up(values: pl.DataFrame) -> pl.DataFrame:
     """A frame of distinct values, from one of values and counts that may name a value twice."""
     return values.group_by("value").agg(pl.col("count").sum())
+
+
+def sum_counted(frames: Iterable[pl.DataFrame]) -> pl.DataFrame:
+    """The sum of frames of COUNTED_SCHEMA."""
+    return pl.concat(frames).group_by("field", "value", "bucket").agg(pl.col("count").sum())

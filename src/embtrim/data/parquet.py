@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterator
 from io import BytesIO
-from typing import Any
+from typing import Any, BinaryIO
 
 import polars as pl
 
@@ -41,13 +42,23 @@ class ParquetFile(LogFile):
         self.place = place
         self.name = place.name
         self.size = place.size
+        with self._end() as file:
+            self.types = dict(pl.read_parquet_schema(file))
+        self.columns = tuple(self.types)
+
+    def num_rows(self) -> int:
+        """See `LogFile.num_rows`."""
+        with self._end() as file:
+            return int(pl.scan_parquet(file).select(pl.len()).collect().item())
+
+    @contextlib.contextmanager
+    def _end(self) -> Iterator[BinaryIO]:
+        """The file, or its end, which says what the file holds."""
         try:
-            source = place.path if place.remote is None else BytesIO(_footer(place))
-            with open(source, "rb") if isinstance(source, str) else source as file:
-                self.types = dict(pl.read_parquet_schema(file))
+            with open(self.place.path, "rb") if self.place.remote is None else BytesIO(_footer(self.place)) as file:
+                yield file
         except (pl.exceptions.PolarsError, OSError) as error:
             raise DataError(f"{self.name} is not a readable parquet file ({first_line_of(error)})") from None
-        self.columns = tuple(self.types)
 
     def identity(self) -> list[Any]:
         """See `LogFile.identity`."""

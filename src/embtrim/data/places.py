@@ -55,7 +55,7 @@ class Place:
         version: What changes when the content changes: the modification time, or the tag of an object.
         partitions: Columns that the names of its folders state, with their values; None is a missing value.
         remote: The fsspec file system of a URL; None for a path.
-        path: Path within the file system.
+        path: Path within the file system; an absolute one on this machine, so that workers with other working folders open it.
     """
 
     name: str
@@ -247,7 +247,8 @@ def _place(files: _LocalFiles | _RemoteFiles, path: str, num_given: int) -> Plac
             value = unquote(found[2])
             partitions[unquote(found[1])] = None if value == _NO_VALUE else value
     size, version = files.stat(path)
-    return Place(files.name(path), size, version, partitions, files.remote, path)
+    place = path if files.remote is not None else str(Path(path).absolute())
+    return Place(files.name(path), size, version, partitions, files.remote, place)
 
 
 class _LocalFiles:

@@ -59,6 +59,16 @@ class Counts(Config):
     values: int = 0
     unseen: int | None = None
 
+    def plus(self, more: Counts) -> Counts:
+        """The counts of these rows and of further ones."""
+        unseen = None if self.unseen is None or more.unseen is None else self.unseen + more.unseen
+        return Counts(
+            rows=self.rows + more.rows,
+            missing=self.missing + more.missing,
+            values=self.values + more.values,
+            unseen=unseen,
+        )
+
     def share(self, what: What) -> float | None:
         """Share of the values that are unseen, or of the rows without a value; None if that is not known."""
         count, total = self.of(what)

@@ -15,9 +15,8 @@ import numpy as np
 from pydantic import Field
 
 from embtrim.config import Config
-from embtrim.data.dataset import SPLITS
 from embtrim.data.encoder import Encoder
-from embtrim.data.encoding_state import Coded, WorkingFolder
+from embtrim.data.encoding_state import Coded
 from embtrim.data.log_file import Skipped
 from embtrim.data.numbering import Numbering, Seen
 from embtrim.data.profile import Counts, FieldProfile, Profile
@@ -71,38 +70,38 @@ def note_training_rows(numbering: Numbering, encoder: Encoder, earlier: Encoder 
 
 
 def finish_profile(
-    schema: Schema, numbering: Numbering, encoder: Encoder, coded: Coded, work: WorkingFolder, earlier: Profile | None
-) -> None:
-    """Complete profile.json in the working folder with the other splits and the numbers.
+    schema: Schema, others: Mapping[str, Mapping[str, Counts]], numbers: Mapping[str, np.ndarray], coded: Coded,
+    folder: Path, earlier: Profile | None,
+) -> None:  # fmt: skip
+    """Complete profile.json in a folder with the other splits and the numbers.
 
     Args:
         schema: The schema of the log.
-        numbering: The texts.
-        encoder: The encoder of the log.
+        others: Counts of the splits that are not for training, by split and field; see `counts_of_split`.
+        numbers: The sampled numbers by split: float64 (rows of the sample, K) each.
         coded: The rows that are written.
-        work: The working folder.
+        folder: The folder of the data.
         earlier: Profile of an earlier log with which the log is compared, if any.
     """
-    profile = Profile.load(work.folder)
+    profile = Profile.load(folder)
     assert profile is not None
     counts = {f.name: dict(f.counts) for f in profile.fields}
-    for split in (name for name in SPLITS[1:] if name in coded.blocks):
-        for name, found in _counts_of_blocks(numbering, encoder, split, coded, work).items():
+    for split, by_field in others.items():
+        for name, found in by_field.items():
             counts[name][split] = found
-    numbers = {split: _sampled(schema, split, work) for split in coded.blocks}
     sample = NumberSample(schema, 0)
     quantiles = quantiles_of(sample, numbers["train"]) if sample.fields else {}
     limits = ranges(Profile(fields=tuple(FieldProfile(name=n, type="", quantiles=q) for n, q in quantiles.items())))
     for split, numbers_NK in numbers.items():
         _with_numbers(counts, split, schema, sample, numbers_NK, limits, coded)
     fields = [f.replace(counts=counts[f.name], quantiles=quantiles.get(f.name, ())) for f in profile.fields]
-    Profile(fields=tuple(fields), skipped=skipped_lines(coded)).save(work.folder)
-    if (work.folder / AGAINST_FILE).exists():
-        against = Against.load(work.folder)
+    Profile(fields=tuple(fields), skipped=skipped_lines(coded)).save(folder)
+    if (folder / AGAINST_FILE).exists():
+        against = Against.load(folder)
         found = {name: {"train": part} for name, part in against.counts.items()}
         _with_numbers(found, "train", schema, sample, numbers["train"], ranges(earlier), coded)
         against = against.replace(counts={name: part["train"] for name, part in found.items()})
-        (work.folder / AGAINST_FILE).write_text(against.model_dump_json(indent=1), "utf-8")
+        (folder / AGAINST_FILE).write_text(against.model_dump_json(indent=1), "utf-8")
 
 
 def skipped_lines(coded: Coded) -> dict[str, Skipped]:
@@ -133,10 +132,8 @@ def _unseen_texts(numbering: Numbering, encoder: Encoder) -> dict[str, tuple[str
     return found
 
 
-def _counts_of_blocks(
-    numbering: Numbering, encoder: Encoder, split: str, coded: Coded, work: WorkingFolder
-) -> dict[str, Counts]:
-    """Counts of a split by field, from its codes; numbers are not counted yet."""
+def counts_of_split(numbering: Numbering, encoder: Encoder, split: str, coded: Coded, codes: Path) -> dict[str, Counts]:
+    """Counts of a split by field, from its codes in a folder of codes; numbers are not counted yet."""
     schema = numbering.schema
     statuses = {
         f.name: np.append(numbering.read_by(encoder, f.name)[1], np.int8(-1))  # the last place holds PAD
@@ -144,17 +141,17 @@ def _counts_of_blocks(
         if f.type in ("categorical", "multi") and not f.hash_size
     }
     total = {field.name: np.zeros(3, np.int64) for field in schema.fields}  # missing, values, unseen
-    for codes_CN in blocks_of_codes(split, coded, schema, work):
+    for codes_CN in blocks_of_codes(split, coded, schema, codes):
         for field, columns in zip(schema.id_fields, schema.column_slices, strict=True):
-            codes = codes_CN[columns]
+            code = codes_CN[columns]
             if field.name in statuses:
-                status = statuses[field.name].take(codes, mode="wrap")
+                status = statuses[field.name].take(code, mode="wrap")
                 total[field.name] += [np.count_nonzero(status == mark) for mark in (MISSING, -1, UNSEEN)]
             elif field.type == "numeric" or field.hash_size:
                 missing = 0 if field.hash_size else MISSING_BUCKET
-                total[field.name][0] += np.count_nonzero(codes == missing)
+                total[field.name][0] += np.count_nonzero(code == missing)
             if field.type == "multi":
-                total[field.name][0] += np.count_nonzero(codes[0] == PAD)
+                total[field.name][0] += np.count_nonzero(code[0] == PAD)
     rows, found = sum(coded.blocks[split]), {}
     for field in schema.fields:
         missing, padding, unseen = map(int, total[field.name])
@@ -164,9 +161,9 @@ def _counts_of_blocks(
     return found
 
 
-def _sampled(schema: Schema, split: str, work: WorkingFolder) -> np.ndarray:
-    """The sampled numbers of a split: float64 (rows of the sample, K)."""
-    path = numbers_path(work, split)
+def sampled_numbers(schema: Schema, split: str, codes: Path) -> np.ndarray:
+    """The sampled numbers of a split in a folder of codes: float64 (rows of the sample, K)."""
+    path = numbers_path(codes, split)
     return np.load(path) if path.exists() else np.empty((0, len(schema.fields)))
 
 

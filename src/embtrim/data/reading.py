@@ -14,6 +14,7 @@ grows with the length of the log.
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections import deque
@@ -57,16 +58,19 @@ class RawLog:
         name: Name for messages.
         files: The files in the order of reading; a DataFrame counts as one file.
         columns: Names of the columns; for sparse text, of the columns in the first block.
+        size: Bytes of all files, or rows of a frame. A log of one file of another log has the size of that log.
         is_sparse: Whether the log is libsvm or libfm.
         skipped: Lines that were skipped when the log was last read to its end.
+        num_read: Rows that were read then; a rule may have left some of them out.
     """
 
     def __init__(self, name: str, files: Sequence[LogFile], options: ReadOptions | None = None) -> None:
         self.name = name
         self.files = tuple(files)
         self.columns = tuple(dict.fromkeys([*self.files[0].columns, *self.files[0].constants]))
+        self.size = sum(file.size for file in self.files)
         self.is_sparse = isinstance(self.files[0], SparseFile)
-        self.skipped = Skipped()
+        self.skipped, self.num_read = Skipped(), 0
         self._max_skipped = (options or ReadOptions()).max_skipped
         self._is_skipping_said = False
         self._rule: Rule | None = None
@@ -86,6 +90,29 @@ class RawLog:
         self._rule, self._nulls = None if rule is None else parse_rule(rule), tuple(nulls)
         if self._rule is not None and not self.is_sparse:
             check_rule(self._rule, self.columns, self.name)
+
+    @property
+    def is_frame(self) -> bool:
+        """Whether the log is a DataFrame."""
+        return isinstance(self.files[0], FrameFile)
+
+    def of_file(self, index: int) -> RawLog:
+        """The log of one file of this log. It allows any number of skipped lines; `check_skipped` counts those of all files."""
+        log = copy.copy(self)
+        log.files, log._max_skipped, log._is_skipping_said = (self.files[index],), 1.0, True
+        return log
+
+    def count_rows(self, chunk_bytes: int = CHUNK_BYTES) -> int:
+        """Number of rows, read as little as it takes; `skipped` and `num_read` are those of reading all of them.
+
+        Raises:
+            DataError: The log cannot be read, see `chunks`.
+        """
+        known = [file.num_rows() for file in self.files]
+        if self._rule is None and None not in known:
+            self.skipped, self.num_read = Skipped(), sum(filter(None, known))
+            return self.num_read
+        return sum(chunk.frame.height for chunk in self.chunks(self.files[0].columns[:1], chunk_bytes))
 
     def require(self, columns: Sequence[str]) -> None:
         """Check that every file has the columns.
@@ -127,7 +154,7 @@ class RawLog:
         wanted = list(dict.fromkeys(self.columns if columns is None else columns))
         read = list(dict.fromkeys([*wanted, *(() if self._rule is None else self._rule.columns)]))
         self.require(read)
-        total = max(1, sum(file.size for file in self.files))
+        total = max(1, sum(file.size for file in self.files))  # of these files, which may be one of a larger log
         size_before = sum(file.size for file in self.files[: start.file])
         at = start
         for index, file in enumerate(self.files[start.file :], start.file):
@@ -151,9 +178,13 @@ class RawLog:
                     first_row, at = at.row, at.replace(row=at.row + chunk.frame.height)
                     yield Chunk(chunk.frame.select(wanted), first_row, chunk.locate, done, at)
             size_before += file.size
-        self.skipped = at.skipped
-        if at.skipped.num_lines:
-            self._check_skipped(at.skipped, at.num_read, is_all=True)
+        self.skipped, self.num_read = at.skipped, at.num_read
+        self.check_skipped()
+
+    def check_skipped(self) -> None:
+        """Raise DataError if too many of all lines were skipped; say once how many were."""
+        if self.skipped.num_lines:
+            self._check_skipped(self.skipped, self.num_read, is_all=True)
 
     def _check_skipped(self, skipped: Skipped, num_rows: float, is_all: bool = False) -> None:
         """Raise DataError if too many lines of a log are skipped; say once how many were, when all of it is read."""

@@ -126,13 +126,18 @@ class Splitter:
         assert self.split is not None
         sample = Sample(self.seed)
         for chunk in log.chunks([self.column], chunk_bytes):
-            times = self._times(chunk)
+            sample.add(chunk.first_row, self.times(chunk))
             if self.split.cuts is not None:
                 break
-            sample.add(chunk.first_row, times)
             report("reading times", chunk.done)
+        self.take_cuts(sample, log.name)
+
+    def take_cuts(self, sample: Sample, log_name: str) -> None:
+        """Take the cuts from the split's settings or from a sample of the log's times; see `learn_cuts`."""
+        assert self.split is not None
+        assert self.column is not None
         if self.clock is None:
-            raise DataError(f"{log.name} holds no rows")
+            raise DataError(f"{log_name} holds no rows")
         if self.split.cuts is not None:
             cuts = [cut_at(cut, self.clock, self.time_format, self.column) for cut in self.split.cuts]
             if cuts != sorted(cuts):
@@ -164,11 +169,11 @@ class Splitter:
             bounds = np.cumsum(self.split.ratio)[:2] / sum(self.split.ratio)
             return ((draw_N >= bounds[0]).astype(np.int8) + (draw_N >= bounds[1])).astype(np.int8)
         assert self.cuts is not None
-        times = self._times(chunk)
+        times = self.times(chunk)
         return sum(((times >= cut).to_numpy().astype(np.int8) for cut in self.cuts), np.zeros(num_rows, np.int8))
 
-    def _times(self, chunk: Chunk) -> pl.Series:
-        """Times as float64, see clock.py."""
+    def times(self, chunk: Chunk) -> pl.Series:
+        """Times as float64, see clock.py; the first chunk of a log says what the time column holds."""
         assert self.column is not None
         times, self.clock = read_clock(chunk, self.column, self.time_format, self.clock)
         return times
@@ -201,6 +206,18 @@ class Sample:
         self._parts.append(values)
         if sum(map(len, self._bits)) > 2 * SAMPLE_ROWS:
             self._shrink()
+
+    def merge(self, other: Sample) -> None:
+        """Offer the values of another sample of the same log; the order of merging does not matter."""
+        self._bits += other._bits
+        self._parts += other._parts
+        if sum(map(len, self._bits)) > 2 * SAMPLE_ROWS:
+            self._shrink()
+
+    def shrunk(self) -> Sample:
+        """The sample itself, once it holds no more values than it needs."""
+        self._shrink()
+        return self
 
     def values(self) -> pl.Series:
         """The sample."""

@@ -12,7 +12,6 @@ import polars as pl
 
 from embtrim.data.cells import row_number, to_numbers
 from embtrim.data.log_file import Chunk
-from embtrim.data.parquet import FrameFile
 from embtrim.data.profile import QUANTILES, Counts, Profile
 from embtrim.data.reading import RawLog
 from embtrim.data.splitting import random_bits
@@ -62,8 +61,7 @@ def sample_of(schema: Schema, log: RawLog | pl.DataFrame) -> NumberSample:
     """The sample of a log."""
     if isinstance(log, pl.DataFrame):
         return NumberSample(schema, 0, log.height)
-    size = sum(file.size for file in log.files)
-    return NumberSample(schema, size, size if isinstance(log.files[0], FrameFile) else None)
+    return NumberSample(schema, log.size, log.size if log.is_frame else None)
 
 
 class Tally:

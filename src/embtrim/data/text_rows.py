@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from typing import Any
 
 import numpy as np
 
@@ -94,6 +95,10 @@ class Grammar:
     separator: bytes
     quote: bytes
     is_backslash: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How the grammar reaches another process: without its patterns."""
+        return Grammar, (self.separator, self.quote, self.is_backslash)
 
     # --- escapes ------------------------------------------------------------------------------------------------------
 

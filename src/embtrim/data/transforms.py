@@ -100,14 +100,21 @@ class Moments:
     mean: float = 0.0
     squares: float = 0.0
 
-    def add(self, values: np.ndarray) -> None:
-        """Add the values of a chunk."""
+    @classmethod
+    def of(cls, values: np.ndarray) -> Moments:
+        """The moments of the values of a chunk."""
         if not len(values):
+            return cls()
+        mean = float(values.mean())
+        return cls(len(values), mean, float(((values - mean) ** 2).sum()))
+
+    def merge(self, later: Moments) -> None:
+        """Add the moments of the chunk that follows; another order may change the last bit."""
+        if not later.count:
             return
-        mean, count = float(values.mean()), self.count + len(values)
-        delta = mean - self.mean
-        self.squares += float(((values - mean) ** 2).sum()) + delta * delta * self.count * len(values) / count
-        self.mean += delta * len(values) / count
+        count, delta = self.count + later.count, later.mean - self.mean
+        self.squares += later.squares + delta * delta * self.count * later.count / count
+        self.mean += delta * later.count / count
         self.count = count
 
     def result(self) -> dict[str, float]:

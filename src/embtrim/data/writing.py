@@ -104,7 +104,7 @@ class _SplitWriter:
         num_numbers = sum(field.type in ("numeric", "dense") for field in schema.fields)
         self.numbers = None
         if num_numbers:
-            path = numbers_path(work, name)
+            path = numbers_path(work.codes, name)
             self.numbers = ArrayFile(path, "<f8", num_numbers, num_rows=done.num_sampled.get(name, 0))
         array_file = partial(ArrayFile, num_rows=sum(blocks))
         self.codes = ArrayFile(work.codes / f"{name}.npy", "<i4", None, sum(blocks) * schema.num_id_columns)
@@ -136,6 +136,23 @@ class _SplitWriter:
             self.weights.append(weights_N)
         if self.numbers is not None:
             self.numbers.append(numbers_NK)
+
+
+def make_arrays(folder: Path, schema: Schema, num_rows: int) -> None:
+    """Make the array files of a split with room for all rows, which others fill in."""
+    folder.mkdir(exist_ok=True)
+    files = [
+        ArrayFile(folder / "ids.npy", "<i4", schema.num_id_columns, 0),
+        ArrayFile(folder / "labels.npy", "<f4", None, 0),
+    ]
+    if schema.dense_fields:
+        files.append(ArrayFile(folder / "dense.npy", "<f4", len(schema.dense_fields), 0))
+    if schema.weight:
+        files.append(ArrayFile(folder / "weights.npy", "<f4", None, 0))
+    for file in files:
+        file.num_rows = num_rows
+        file.file.truncate(ArrayFile.HEADER_BYTES + num_rows * (file.num_columns or 1) * file.dtype.itemsize)
+        file.complete()
 
 
 def write_codes(
@@ -239,9 +256,9 @@ def _write_texts(numbering: Numbering, work: WorkingFolder) -> Path:
     return path
 
 
-def blocks_of_codes(name: str, coded: Coded, schema: Schema, work: WorkingFolder) -> Iterator[np.ndarray]:
-    """The codes of a split, block by block: int32 (C, N), memory-mapped."""
-    codes = np.load(work.codes / f"{name}.npy", mmap_mode="r")
+def blocks_of_codes(name: str, coded: Coded, schema: Schema, folder: Path) -> Iterator[np.ndarray]:
+    """The codes of a split in a folder of codes, block by block: int32 (C, N), memory-mapped."""
+    codes = np.load(folder / f"{name}.npy", mmap_mode="r")
     start = 0
     for num_rows in coded.blocks[name]:
         end = start + num_rows * schema.num_id_columns
@@ -255,7 +272,7 @@ def groups_of_training_codes(
     """The codes of the training rows, in groups of blocks with COUNTED_ROWS rows or more each."""
     group: list[np.ndarray] = []
     counted, before = 0, 0
-    for block in blocks_of_codes("train", coded, schema, work):
+    for block in blocks_of_codes("train", coded, schema, work.codes):
         group.append(block)
         counted += block.shape[1]
         if counted - before >= COUNTED_ROWS:
@@ -278,7 +295,7 @@ def write_ids(numbering: Numbering, encoder: Encoder, coded: Coded, bar: Counter
         with _completed_at_the_end() as files:
             ids = ArrayFile(path, "<i4", schema.num_id_columns, written)
             files.append(ids)
-            blocks, skipped = blocks_of_codes(name, coded, schema, work), 0
+            blocks, skipped = blocks_of_codes(name, coded, schema, work.codes), 0
             while skipped < written:
                 skipped += next(blocks).shape[1]
             for ids_NC in read_ahead(np.ascontiguousarray(encoded(codes_CN).T) for codes_CN in blocks):
@@ -302,9 +319,9 @@ def _written_so_far(
     return {"coded": coded, "is_fitted": True, "num_bytes": num_bytes, "files": files}
 
 
-def numbers_path(work: WorkingFolder, split: str) -> Path:
+def numbers_path(codes: Path, split: str) -> Path:
     """The file with the sampled numbers of a split: float64 (rows of the sample, numeric and dense fields)."""
-    return work.codes / f"{split}-numbers.npy"
+    return codes / f"{split}-numbers.npy"
 
 
 def _within(path: Path, work: WorkingFolder) -> str:

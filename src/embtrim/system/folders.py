@@ -62,7 +62,7 @@ def replace_folder(new: Path, folder: Path) -> None:
     """
     place = folder.resolve()
     aside = place.with_name(f".{place.name}.{os.getpid()}.old")
-    _flush_folder(new)
+    flush_folder(new)
     try:
         if place.exists():
             os.replace(place, aside)
@@ -75,7 +75,7 @@ def replace_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Wait until all below a folder is on the disk; its files get the mode that new files have, whoever wrote them."""
     mode = new_file_mode(folder)
     for inside, _, names in os.walk(folder, topdown=False):
