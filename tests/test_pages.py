@@ -35,7 +35,7 @@ from embtrim.data.dataset import FORMAT_VERSION
 from embtrim.data.profile import PROFILE_VERSION
 from embtrim.experiments import curve
 from embtrim.experiments.records import RECORD_VERSION
-from embtrim.methods import curves
+from embtrim.methods import OWN, curves
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan_file import PLAN_VERSION
 from embtrim.serving.bundle_files import BUNDLE_VERSION
@@ -171,6 +171,11 @@ def test_the_reference_has_every_public_name_once() -> None:
     pages = "".join(path.read_text("utf-8") for path in (DOCS / "reference").glob("*.md"))
     named = re.findall(r"^::: embtrim\.(\w+)$", pages, flags=re.MULTILINE)
     assert sorted(named) == sorted([*embtrim.__all__, "testing"])
+
+
+def test_the_reference_has_every_method() -> None:
+    page = (DOCS / "reference" / "methods.md").read_text("utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE)) == set(OWN)
 
 
 def test_the_page_of_file_formats_has_their_versions() -> None:

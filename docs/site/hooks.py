@@ -19,6 +19,7 @@ from cli_page import cli_page
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
+UNSEARCHED = "---\nsearch: { exclude: true }\n---\n"  # tables of numbers and scripts would crowd out the pages
 LANGUAGES = {".py": "python", ".toml": "toml"}
 LINK = re.compile(r"(?<=\]\()([^)\s#]+)")
 MARK = re.compile(r"^<!-- (not run|needs): (.*?) -->\n(?=```)", re.MULTILINE)
@@ -115,4 +116,6 @@ def _text(name: str) -> str:
         parts = sorted(part.relative_to(path).as_posix() for part in path.rglob("*.md"))
         return f"# {name}\n\n" + "".join(f"- [{part}]({path.name}/{part})\n" for part in parts)
     text = path.read_text("utf-8")
-    return text if path.suffix == ".md" else f"# {name}\n\n```{LANGUAGES.get(path.suffix, 'text')}\n{text}```\n"
+    if path.suffix != ".md":
+        text = f"# {name}\n\n```{LANGUAGES.get(path.suffix, 'text')}\n{text}```\n"
+    return UNSEARCHED + text if name.startswith(("benchmarks/", "recipes/")) else text
