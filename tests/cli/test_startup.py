@@ -45,5 +45,5 @@ def test_predict_imports_no_compiler_and_no_page(tmp_path: Path):
     save(DeepFM(data.schema, embedding_dim=2, hidden_units=(2,)), tmp_path / "bundle", data)
     found = imported("predict", tmp_path / "bundle", tmp_path / "log.csv", "--out", tmp_path / "scores.csv")
     assert (tmp_path / "scores.csv").exists()
-    avoided = {"sympy", "torch._dynamo", "torch._inductor", "onnx", "pandas", "plotly", "numba"}
+    avoided = {"sympy", "torch._dynamo", "torch._inductor", "onnx", "pandas", "numba"}
     assert avoided & found == set()

@@ -73,10 +73,14 @@ def test_run_writes_records_plans_bundles_and_its_settings(encoded, tmp_path):
         bundle = load_bundle(tmp_path / "x" / "bundles" / path.stem)
         assert bundle.info["metrics"]["test"]["auc"] == record.test["auc"]
         assert record.bundle_bytes > record.table_bytes
+        assert sum(record.bytes_by_table.values()) == record.table_bytes
+        assert set(record.bits_by_field) == set(record.widths)
         if record.variant == "full":
             assert record.verification is None
             assert record.num_params == record.num_full_params
+            assert set(record.bits_by_field.values()) == {32}
         else:
+            assert all(2 <= bits <= 32 or bits == 0 for bits in record.bits_by_field.values())
             assert record.verification["passed"]
             assert record.bits == "mixed"
             assert record.table_bytes <= 4 * (0.3 * record.num_full_params + record.num_first_order_params)

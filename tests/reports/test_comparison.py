@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plotly.graph_objects import Figure
 from rich.console import Console
 
 from embtrim.errors import DataError
 from embtrim.experiments.grid import Skipped
 from embtrim.experiments.records import RunRecord
+from embtrim.reports.comparison_figures import cost_bars, looks_of, loss_against_bytes, loss_rows, losses_of
 from embtrim.reports.comparison_page import MARK, render_comparison, write_comparison
 from embtrim.reports.comparison_tables import comparison_tables, comparison_terminal, sheets
 from embtrim.reports.entries import auc_of, entries_of, groups, is_comparison, labels, paired_differences, ranks
@@ -167,33 +167,75 @@ def test_page_holds_everything(by_hand: list[RunRecord]) -> None:
     found = Page(render_comparison([*by_hand, *wide], skipped))
     for words in ("-0.0500 ± 0.0866", "2.0 MB", "the floor is higher", "1.75", "train 80", "abacus"):
         assert words in found.text, words
-    assert len(json.loads(found.scripts["records"])) == len(by_hand) + len(wide)
-    figures = json.loads(found.scripts["figures"])
-    assert len(figures) == 5
-    for figure in figures.values():
-        Figure(figure)  # plotly's own check of every property
-    auc, logloss, widths, epochs, memory = figures.values()
+    assert len(found.records()) == len(by_hand) + len(wide)
+    (heat,) = json.loads(found.scripts["heat"])
+    assert [group["name"] for group in heat["groups"]] == ["budget 50%, 8 models", "budget 10%, 8 models"]
+    assert [group["values"] for group in heat["groups"]] == [[[8, 8, 8], [4, 4, 4]], [[1, 1, 1], [0, 0, 0]]]
+    assert "Loss of test AUC against bytes: deepfm" in found.text
+    more = [r.replace(seed=9 + number) for number, r in enumerate(by_hand[3:5])]
+    (heat,) = json.loads(Page(render_comparison([*by_hand, *wide, *more])).scripts["heat"])
+    assert heat["groups"][0]["name"] == "budget 10%, 10 models", "the budget with most models comes first"
 
-    lines = {t["name"]: t for t in auc["data"] if not t.get("fill")}
-    assert lines["sseds"]["x"] == [7_200, 20_000]
-    assert lines["sseds"]["y"] == pytest.approx([0.7, 0.7])
-    assert lines["full"]["x"] == [7_200, 36_000]
-    assert lines["full"]["y"] == pytest.approx([0.75, 0.75])
-    (band,) = [t for t in auc["data"] if t["name"] == "sseds" and t.get("fill")]
-    assert band["x"] == [7_200, 20_000, 20_000, 7_200]
-    assert band["y"] == pytest.approx([0.8, 0.8, 0.6, 0.6])
-    assert {t["name"] for t in logloss["data"]} == {"full", "sseds", "uniform", "random"}
 
-    assert [t["visible"] for t in widths["data"]] == [True, False]
-    assert widths["data"][0]["z"] == [[8, 8, 8], [4, 4, 4]]
-    assert widths["data"][1]["z"] == [[1, 1, 1], [0, 0, 0]]
-    (menu,) = widths["layout"]["updatemenus"]
-    assert [(b["label"], b["args"][0]["visible"]) for b in menu["buttons"]] == [
-        ("budget 50%", [True, False]),
-        ("budget 10%", [False, True]),
+def test_losses_against_the_full_model(by_hand: list[RunRecord]) -> None:
+    """Seed by seed, on a logarithmic axis that controls do not stretch."""
+    small = [r.replace(budget="2%", table_bytes=900) for r in by_hand[3:]]
+    small = [r.replace(test={**r.test, "auc": r.test["auc"] - 0.3}) if r.variant != "sseds" else r for r in small]
+    entries = entries_of([*by_hand, *small])
+    found = losses_of(entries, auc_of, -1.0)
+    mean = {(loss.label, loss.budget): loss.mean for loss in found}
+    assert mean == pytest.approx({
+        ("sseds", "10%"): 0.05, ("uniform", "10%"): 0.25 / 3, ("random", "10%"): 0.1,
+        ("sseds", "2%"): 0.05, ("uniform", "2%"): 0.25 / 3 + 0.3, ("random", "2%"): 0.4,
+    })  # fmt: skip
+    shown = loss_against_bytes(entries, found, looks_of(entries), "loss")
+    assert shown.outside == "random 10% (0.100), uniform 10% (0.083), random 2% (0.400), uniform 2% (0.383)"
+    names = {series["name"]: series for series in shown.drawn["series"]}
+    assert set(names) == {"best at its size", "sseds"}
+    texts = [point["text"] for point in names["sseds"]["points"]]
+    assert texts == [
+        "sseds 10%: 7.2 KB, loss +0.0500 ± 0.0866, 3 seeds",
+        "sseds 2%: 900 B, loss +0.0500 ± 0.0866, 3 seeds",
     ]
-    assert epochs["data"][0]["x"] == [0.5, 0.5, 0.5]
-    assert memory["data"][0]["x"] == [2.0, 2.0, 2.0]
+    assert names["sseds"]["look"] == "s0"
+    assert loss_rows(found)[-3] == ["sseds", "2%", "+0.0500 ★", "900 B"]
+    assert [row[2] for row in loss_rows(found) if "★" in row[2]] == ["+0.0500 ★"], "as good at ten times the size"
+
+
+def test_gains_and_losses_that_are_too_small_lie_on_the_bottom_line(by_hand: list[RunRecord]) -> None:
+    gain = [r.replace(test={**r.test, "auc": 0.9}) if r.variant == "sseds" else r for r in by_hand]
+    entries = entries_of(gain)
+    shown = loss_against_bytes(entries, losses_of(entries, auc_of, -1.0), looks_of(entries), "loss")
+    (point,) = next(series["points"] for series in shown.drawn["series"] if series["name"] == "sseds")
+    assert (point["y"], point["hollow"]) == (shown.drawn["height"], True)
+    assert shown.drawn["y_ticks"][0][1] == "≤ 0.0001"
+
+
+def test_six_labels_have_colours_and_the_others_are_grey() -> None:
+    aucs = {"guided": 0.79, "pme": 0.5, "magnitude": 0.78, "hard_mask": 0.7, "optembed": 0.6, "sseds": 0.75, "v1": 0.4,
+            "v2": 0.3, "uniform": 0.795, "random": 0.2}  # fmt: skip
+    records = [cell("full", 0, 0.8)]
+    records += [
+        cell(n, 0, auc, method="sseds" if n[0] == "v" else n, budget=b)
+        for n, auc in aucs.items()
+        for b in ("10%", "5%")
+    ]
+    looks = looks_of(entries_of(records))
+    assert [name for name in sorted(looks, key=lambda n: looks[n][0]) if looks[name][0] != "dim"] == [
+        "guided", "magnitude", "sseds", "hard_mask", "optembed", "pme",
+    ]  # fmt: skip
+    assert {name for name, (look, _) in looks.items() if look == "dim"} == {"v1", "v2", "uniform", "random"}
+
+
+def test_cost_of_searches(by_hand: list[RunRecord]) -> None:
+    entries = entries_of(by_hand)
+    (epochs,) = cost_bars(entries, "epochs", lambda r: r.search_epochs, log=True)["series"]
+    assert [point["text"] for point in epochs["points"]] == [
+        "sseds, deepfm: 0.5",
+        "random, deepfm: 0.5",
+        "uniform, deepfm: 0.5",
+    ]
+    assert cost_bars(entries, "epochs", lambda r: 0.0, log=True)["series"] == []
 
 
 def test_page_is_safe_and_works_offline(by_hand: list[RunRecord]) -> None:
@@ -208,18 +250,19 @@ def test_page_is_safe_and_works_offline(by_hand: list[RunRecord]) -> None:
     ]
     skipped = [Skipped(model=HOSTILE, label=HOSTILE, budget="1%", seed=0, reason=HOSTILE)]
     found, plain = Page(render_comparison(hostile, skipped)), Page(render_comparison(by_hand, skipped))
-    assert found.tags.count("script") == 4
+    assert found.tags.count("script") == 3
     assert set(found.tags) == set(plain.tags)
     assert not [name for name, _ in found.attributes if name.startswith("on")]
-    assert not {"src", "href"} & {name for name, _ in found.attributes}
+    assert all(name != "src" and (name != "href" or value.startswith("#")) for name, value in found.attributes)
     assert HOSTILE in found.text
-    assert "<" not in found.scripts["figures"]
-    assert HOSTILE[:10] not in json.dumps(json.loads(found.scripts["figures"]))
+    assert "<" not in found.scripts["heat"]
+    assert json.loads(found.scripts["heat"])[0]["rows"][0] == HOSTILE
 
 
 def test_page_without_searches_or_test_split(by_hand: list[RunRecord]) -> None:
-    figures = json.loads(Page(render_comparison(by_hand[:3])).scripts["figures"])
-    assert not any(figure["data"] for name, figure in list(figures.items())[2:])
+    fulls = Page(render_comparison(by_hand[:3]))
+    assert json.loads(fulls.scripts["heat"]) == []
+    assert fulls.text.count("hold no data for this figure") == 2
     bare = [r.replace(test={}, search_peak_bytes=None) for r in by_hand]
     assert "| 10% | sseds | - | - | - | 800 |" in comparison_tables(bare)
     assert [s.rows for s in sheets(bare) if s.title == "Ranks"] == [[]]

@@ -53,20 +53,20 @@ def test_headline_says_whose_error_it_is(curve: SizeCurve) -> None:
 def test_figure_draws_lines_band_knee_and_measured_points(curve: SizeCurve) -> None:
     records = [record("full", 0, 0.76), record("guided", 0, 0.755), record("guided", 1, 0.5)]
     figure = curve_figure(curve, variants_of(records))
-    traces = {trace["name"]: trace for trace in figure["data"]}
-    assert traces[ALL]["x"] == [3550, 360]
-    assert traces[ALL]["y"] == pytest.approx([0.749, 0.74])
-    assert "1%: 360 B, loss 0.01000, scratch" in traces[ALL]["text"][1]
-    band = traces["1.96 standard errors of the score"]
-    assert band["x"] == [3550, 360, 360, 3550]
-    assert band["y"] == pytest.approx([0.749 - 0.0196, 0.74 - 0.0196, 0.74 + 0.0196, 0.749 + 0.0196])
-    assert traces["knee"]["x"] == [1620]
-    measured = traces["measured: guided 10%"]
-    assert measured["x"] == [7200], "seed 1 has no full model"
-    assert measured["y"] == pytest.approx([0.745]), "as far below the score that was read as below its full model"
-    assert figure["layout"]["shapes"][0]["y0"] == 0.75
+    series = {one.name: one for one in figure.series}
+    assert [(p.x, p.y) for p in series[ALL].points] == [(3550, pytest.approx(0.749)), (360, pytest.approx(0.74))]
+    assert "1%: 360 B, predicted AUC 0.7400, loss 0.01000, scratch" in series[ALL].points[1].text
+    assert [p.interval for p in series[ALL].points] == [
+        pytest.approx((0.749 - 0.0196, 0.749 + 0.0196)), pytest.approx((0.74 - 0.0196, 0.74 + 0.0196)),
+    ]  # fmt: skip
+    assert (series[ALL].band, series[WIDTHS].band, series[WIDTHS].points[0].interval) == (True, False, None)
+    assert [p.x for p in series["knee"].points] == [1620]
+    (measured,) = series["measured: guided 10%"].points
+    assert measured.x == 7200, "seed 1 has no full model"
+    assert measured.y == pytest.approx(0.745), "as far below the score that was read as below its full model"
+    assert [rule.value for rule in figure.rules] == [0.75]
     unknown = SizeCurve(0.75, 0.0, 36_000, curve.lines, 0.002, curve.knee)
-    assert "1.96 standard errors of the score" not in {trace["name"] for trace in curve_figure(unknown)["data"]}
+    assert not any(p.interval for one in curve_figure(unknown).series for p in one.points)
     assert "not known" in curve_headline(unknown)
 
 
@@ -74,7 +74,7 @@ def test_page_is_self_contained_and_escapes(curve: SizeCurve, tmp_path: Path) ->
     records = [record("full", 0, 0.76), record(HOSTILE, 0, 0.755)]
     write_curve(curve, tmp_path / "out", records)
     page = Page((tmp_path / "out" / "curve.html").read_text("utf-8"))
-    assert json.loads(page.scripts["records"])[1]["variant"] == HOSTILE
+    assert page.records()[1]["variant"] == HOSTILE
     assert "img" not in page.tags
     assert "4.5% (knee)" in page.text
     assert "Grey points are trained models." in page.text
@@ -98,10 +98,16 @@ def test_report_shows_predicted_beside_measured_losses() -> None:
     assert valid_losses(lonely) == [None]
 
 
-def test_report_links_the_curve_beside_it(tmp_path: Path, curve: SizeCurve) -> None:
+def test_report_links_and_draws_the_curve_beside_it(tmp_path: Path, curve: SizeCurve, caplog) -> None:
     records = [record("full"), record("guided")]
     write_report(records, tmp_path / "report.html")
     assert "curve.html" not in (tmp_path / "report.html").read_text("utf-8")
     write_curve(curve, tmp_path)
     write_report(records, tmp_path / "report.html")
-    assert ("href", "curve.html") in Page((tmp_path / "report.html").read_text("utf-8")).attributes
+    page = Page((tmp_path / "report.html").read_text("utf-8"))
+    assert ("href", "curve.html") in page.attributes
+    assert "predicted curve" in page.text
+    (tmp_path / "curve.json").write_text('{"lines": 7}')
+    write_report(records, tmp_path / "report.html")
+    assert "predicted curve" not in (tmp_path / "report.html").read_text("utf-8")
+    assert "curve.json is damaged" in caplog.text

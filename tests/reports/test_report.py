@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
-import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,13 @@ from rich.console import Console
 from embtrim.errors import DataError
 from embtrim.experiments.records import RunRecord, read_records
 from embtrim.reports.numbers import format_bytes, format_count, format_seconds, format_values
+from embtrim.reports.run_figures import (
+    auc_by_decile,
+    bytes_by_table,
+    calibration_figure,
+    difference_intervals,
+    loss_against_bytes,
+)
 from embtrim.reports.run_page import render_page, write_report
 from embtrim.reports.run_tables import result_rows, terminal_table
 from embtrim.reports.variants import auc_differences, variants_of
@@ -98,6 +106,10 @@ class Page(HTMLParser):
         else:
             self.scripts[self._script] = self.scripts.get(self._script, "") + data
 
+    def records(self) -> list[dict[str, Any]]:
+        """The records that the page carries."""
+        return json.loads(gzip.decompress(base64.b64decode(self.scripts["records"])))
+
 
 def rendered(records: list[RunRecord], width: int = 200) -> str:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
@@ -160,8 +172,10 @@ def test_what_is_not_known_is_a_dash() -> None:
     for name in ("test AUC", "  difference to full", "calibration", "bundle on disk", "peak memory"):
         assert rows[name] == ["-"]
     assert auc_differences(variants_of([alone])[0]) == [None]
-    figures = json.loads(Page(render_page([alone])).scripts["figures"])
-    assert [name for name, figure in figures.items() if not figure["data"]] == ["auc-bytes", "deciles", "calibration"]
+    variants = variants_of([alone])
+    figures = difference_intervals, loss_against_bytes, bytes_by_table, auc_by_decile, calibration_figure
+    assert not any(figure(variants)["series"] for figure in figures)
+    assert Page(render_page([alone])).text.count("hold no data for this figure") == 5
 
 
 def test_budgets_and_settings_tell_variants_apart() -> None:
@@ -186,36 +200,85 @@ def test_page_holds_everything(two_seeds: list[RunRecord], tmp_path: Path) -> No
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["report.html"]
     page = (tmp_path / "new" / "report.html").read_text("utf-8")
     found = Page(page)
-    stored = json.loads(found.scripts["records"])
+    stored = found.records()
     assert sorted(map(json.dumps, stored)) == sorted(json.dumps(r.model_dump(mode="json")) for r in two_seeds)
     for words in ("0.7500 ± 0.0141", "-0.0050 ± 0.0071", "36.0 KB", "sseds 10%", "2.0e-16", "1e-09", "abacus", "embtrim 0.1.0",
                   "0.50", "embedding_dim", "schema abc", "train 80"):  # fmt: skip
         assert words in found.text, words
 
-    figures = json.loads(found.scripts["figures"])
-    points = figures["auc-bytes"]["data"]
-    seeds = {p["name"]: p for p in points if p["marker"]["size"] < 10}
-    means = {p["name"]: p for p in points if p["marker"]["size"] > 10}
-    assert seeds["sseds 10%"]["y"] == [0.74, 0.76]
-    assert means["sseds 10%"]["x"] == [7200]
-    assert means["sseds 10%"]["y"] == [0.75]
-    widths = {t["name"]: t["x"] for t in figures["widths"]["data"]}
-    assert widths == {"full": [8, 8], "sseds 10%": [1, 0], "uniform 10%": [1, 0]}
-    deciles = figures["deciles"]["data"][0]
-    assert deciles["x"] == list(range(1, 11))
-    assert deciles["y"][2] is None
-    assert deciles["y"][0] == pytest.approx(0.745)
-    assert len(figures["calibration"]["data"]) == 6
-    assert set(figures) == set(re.findall(r'data-figure="([^"]+)"', page))
+    (heat,) = json.loads(found.scripts["heat"])
+    assert heat["rows"] == ["user", "item"]
+    assert [(group["name"], group["columns"]) for group in heat["groups"]] == [
+        (name, ["full", "sseds 10%", "uniform 10%"]) for name in ("columns", "rows of its table")
+    ]
+    assert heat["groups"][0]["values"] == [[8, 1, 1], [8, 0, 0]]
+    charts = [value for name, value in found.attributes if name == "class" and value and value.split()[0] == "chart"]
+    assert len(charts) == 4, "records of earlier releases do not tell the bytes of tables"
+
+
+def shown(figure: dict[str, Any]) -> dict[str, list[str]]:
+    """What pointing at each point of a figure tells, by series."""
+    found: dict[str, list[str]] = {}
+    for series in figure["series"]:
+        found.setdefault(series["name"], []).extend(point["text"] for point in series["points"])
+    return found
+
+
+def test_differences_have_intervals_of_students_t(two_seeds: list[RunRecord]) -> None:
+    figure = difference_intervals(variants_of(two_seeds))
+    # Mean of (-.01, 0) is -.005, and 12.706 x .00707 / sqrt 2 = .0635.
+    assert shown(figure)["sseds 10%"] == [
+        "sseds 10%, seed 0: -0.0100", "sseds 10%, seed 1: +0.0000", "sseds 10%: -0.0050, 95% interval -0.0685 to +0.0585",
+    ]  # fmt: skip
+    assert [len(series["whiskers"]) for series in figure["series"]] == [0, 1, 0, 1]
+    one = difference_intervals(variants_of(two_seeds[:3]))
+    assert shown(one)["sseds 10%"] == ["sseds 10%: -0.0100, one seed"]
+    assert not any(series["whiskers"] for series in one["series"])
+
+
+def test_losses_are_predicted_and_measured(two_seeds: list[RunRecord]) -> None:
+    guided = [r.replace(predicted_loss=0.003) if r.variant == "sseds" else r for r in two_seeds]
+    figure = loss_against_bytes(variants_of(guided), {"widths": [(9e3, 0.1)], "all": [(7e3, 0.002), (3e3, 0.004)]})
+    texts = shown(figure)
+    assert texts["sseds 10%"][-1] == "sseds 10%: 7.2 KB, measured loss +0.00500 ± 0.00707"
+    assert texts["sseds 10%, predicted"] == ["sseds 10%: predicted loss +0.00300"]
+    assert [point["hollow"] for series in figure["series"] for point in series["points"]].count(True) == 1
+    assert texts["predicted curve"][1] == "curve, all: 3.0 KB, predicted loss +0.00400"
+    assert [label["name"] for label in figure["labels"]] == [
+        "uniform 10%", "sseds 10%", "predicted curve", "sseds 10%, predicted",
+    ], "from top to bottom"  # fmt: skip
+    assert "predicted curve" not in shown(loss_against_bytes(variants_of(guided)))
+
+
+def test_bytes_of_tables_before_and_after(two_seeds: list[RunRecord]) -> None:
+    tables = {f"t{k:02}": 4000 - k for k in range(25)}
+    sized = [r.replace(bytes_by_table=tables if r.variant == "full" else {"t00": 40 + r.seed}) for r in two_seeds]
+    figure = bytes_by_table(variants_of(sized))
+    texts = shown(figure)
+    assert set(texts) == {"full", "sseds 10%"}, "without controls"
+    assert texts["full"][0] == "t00, full: 4.0 KB"
+    assert len(texts["full"]) == 20
+    assert texts["sseds 10%"][:2] == ["t00, sseds 10%: 40 B", "t01, sseds 10%: 0 B"]
+    assert [text for _, text in figure["y_ticks"]][-1] == "5 smaller tables"
+    assert [text for _, text in figure["row_texts"]][-1] == "19.9 KB → 0 B"
+
+
+def test_deciles_and_calibration(two_seeds: list[RunRecord]) -> None:
+    texts = shown(auc_by_decile(variants_of(two_seeds)))
+    assert len(texts["full"]) == 9, "a group without an AUC has no point"
+    assert texts["full"][0] == "full, group 1: AUC 0.7450; rarest value seen 2 times, 1 rows"
+    assert shown(calibration_figure(variants_of(two_seeds)))["full"] == [
+        "full, seed 0: 1.010", "full, seed 1: 1.010", "full: 1.010",
+    ]  # fmt: skip
 
 
 def test_page_works_offline(two_seeds: list[RunRecord]) -> None:
     page = render_page(two_seeds)
     found = Page(page)
-    assert found.tags.count("script") == 4  # plotly, records, figures, the few lines that draw them
-    assert page.count("* plotly.js v") == 1
+    assert found.tags.count("script") == 3  # records, heat maps, the few lines that show them
+    assert len(page) < 60_000
     assert not {"link", "img", "iframe", "base", "object"} & set(found.tags)
-    assert not {"src", "href"} & {name for name, _ in found.attributes}
+    assert all(name != "src" and (name != "href" or value.startswith("#")) for name, value in found.attributes)
     assert any(name == "content" and "default-src 'none'" in (value or "") for name, value in found.attributes)
 
 
@@ -223,6 +286,7 @@ def test_hostile_names_stay_text(two_seeds: list[RunRecord]) -> None:
     hostile = [
         r.replace(
             widths={HOSTILE: 1, "item": 2},
+            bytes_by_table={HOSTILE: 400, HOSTILE + "2": 300},
             kept_rows={HOSTILE: 1},
             data={**r.data, "folder": HOSTILE},
             hparams={HOSTILE: 1},
@@ -231,21 +295,17 @@ def test_hostile_names_stay_text(two_seeds: list[RunRecord]) -> None:
         )
         for r in two_seeds
     ]
-    plain, page = render_page(two_seeds), render_page(hostile)
-    found = Page(page)
-    assert found.tags.count("script") == 4
+    plain = render_page([r.replace(bytes_by_table={"user": 400, "item": 300}) for r in two_seeds])
+    found = Page(render_page(hostile))
+    assert found.tags.count("script") == 3
     assert set(found.tags) == set(Page(plain).tags)
     assert not [name for name, _ in found.attributes if name.startswith("on")]
     assert HOSTILE in found.text
-    assert HOSTILE in json.loads(found.scripts["records"])[0]["widths"]
-    # Plotly reads tags in labels: they reach it escaped.
-    assert "<" not in found.scripts["figures"]
-    figures = json.loads(found.scripts["figures"])
-    for text in (figures["widths"]["layout"]["yaxis"]["ticktext"][0], figures["widths"]["data"][0]["text"][0]):
-        assert text.startswith("&lt;/script&gt;")
-        assert "<" not in text
-    # Names that are equal where the axis cuts them stay apart.
-    assert len(set(figures["widths"]["data"][0]["y"])) == 2
+    assert HOSTILE in found.records()[0]["widths"]
+    assert "<" not in found.scripts["heat"]
+    assert json.loads(found.scripts["heat"])[0]["rows"][0] == HOSTILE
+    tips = [value for name, value in found.attributes if name == "data-tip"]
+    assert f"{HOSTILE}, full: 400 B" in tips, "names that are cut where they head a row are whole elsewhere"
     assert HOSTILE[:20] in rendered(hostile)
 
 

@@ -137,7 +137,11 @@ class RunRecord(Config):
         counted_vocabulary_bytes: Bytes of the budget that the vocabulary takes; None if the budget does not include it.
         widths: Stored columns per row of each field; the mean over the compact rows if rows differ.
         full_width: Embedding dimension of the full model.
+        bits_by_field: Bits per stored value in the table of each field, the mean over its rows if they differ; None in
+            records of earlier releases.
         kept_rows: Number of compact rows of each table.
+        bytes_by_table: Bytes of each table, first-order weights included, as the target stores it; None in records of
+            earlier releases.
         num_rows: Number of rows of each full table.
         search_seconds: Wall time of the search, its own pretraining included; 0 for the full model.
         search_peak_bytes: Peak anonymous memory of the search above what was resident at its start.
@@ -186,7 +190,9 @@ class RunRecord(Config):
     counted_vocabulary_bytes: Count | None = None
     widths: dict[str, int | float]
     full_width: Count
+    bits_by_field: dict[str, FiniteFloat] | None = None
     kept_rows: dict[str, Count]
+    bytes_by_table: dict[str, Count] | None = None
     num_rows: dict[str, Count]
     search_seconds: float
     search_peak_bytes: int | None = None
@@ -371,6 +377,10 @@ def _sizes(model: CTRModel, data: EncodedDataset, target: Target | None) -> dict
     plan = model.tables.plan
     other_params = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("tables."))
     stored_widths = {t.name: t.mean_width for t in plan.tables}
+    mean_bits = {
+        t.name: sum(rows * bits for rows, bits in t.bands) / rows_of if (rows_of := t.num_compact_rows) else 0.0
+        for t in plan.tables
+    }
     return {
         "num_params": plan.num_params,
         "num_full_params": plan.num_full_params,
@@ -380,6 +390,8 @@ def _sizes(model: CTRModel, data: EncodedDataset, target: Target | None) -> dict
         "model_params": plan.num_params + plan.num_first_order_params + other_params,
         "bundle_bytes": 0,
         "widths": {f.name: stored_widths[f.table_name] for f in data.schema.id_fields},
+        "bits_by_field": {f.name: mean_bits[f.table_name] for f in data.schema.id_fields},
+        "bytes_by_table": {t.name: plan.table_bytes(t, target) for t in plan.tables},
         "full_width": plan.width,
         "kept_rows": {t.name: t.num_compact_rows for t in plan.tables},
         "num_rows": {t.name: t.num_rows for t in plan.tables},

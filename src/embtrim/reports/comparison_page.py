@@ -9,12 +9,12 @@ from typing import Any
 
 from embtrim.experiments.grid import Skipped
 from embtrim.experiments.records import RunRecord
-from embtrim.reports.comparison_figures import cost_bars, metric_against_bytes
+from embtrim.reports.comparison_figures import LEAST_LOSS, cost_bars, looks_of, loss_against_bytes, loss_rows, losses_of
 from embtrim.reports.comparison_tables import comparison_tables, sheets
 from embtrim.reports.entries import Entry, auc_of, entries_of, labels, logloss_of, scopes
+from embtrim.reports.heat_maps import comparison_heat_map
 from embtrim.reports.page import fill_page
 from embtrim.reports.provenance import models_and_data, provenance
-from embtrim.reports.widths import widths_heat_map
 from embtrim.system.files import write_then_rename
 
 logger = logging.getLogger(__name__)
@@ -50,51 +50,62 @@ def write_comparison(
 
 
 def render_comparison(records: Sequence[RunRecord], skipped: Sequence[Skipped] = ()) -> str:
-    """The page as text, which works offline and carries the records as JSON.
+    """The page as text, which works offline and carries the records, packed.
 
     Raises:
         DataError: There are no records, or two of the same.
     """
     entries = entries_of(records)
-    shown = [{"name": f"figure{number}", **figure} for number, figure in enumerate(_figures(entries))]
+    parts = scopes(entries)
+    names = [f"Width of each field: {name}" for name, _ in parts]
     return fill_page(
         "comparison.html.j2",
         [e.record for e in entries],
-        {figure["name"]: figure["figure"] for figure in shown},
+        [comparison_heat_map(part, name) for name, (_, part) in zip(names, parts, strict=True)]
+        if labels(entries)
+        else [],
+        broad=True,
         title=_title(records),
         facts=_facts(records),
-        shown_figures=shown,
+        losses=[section for name, part in parts for section in _losses(name, part)],
+        heat_titles=names if labels(entries) else [],
+        costs=_costs(entries) if labels(entries) else [],
         sheets=sheets(records, skipped),
     )
 
 
-def _figures(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """The figures in their order, each with a title and a note."""
-    names = labels(entries)
-    band = "Means over seeds with a band of one sample standard deviation. The full model is grey."
-    figures = []
-
-    def show(figure: dict[str, Any], title: str, note: str) -> None:
-        figures.append({"figure": figure, "title": title, "note": note})
-
-    for name, part in scopes(entries):
-        show(metric_against_bytes(part, names, "test AUC", auc_of), f"AUC against bytes: {name}", band)
-        show(metric_against_bytes(part, names, "test logloss", logloss_of), f"Logloss against bytes: {name}", band)
-    for name, part in scopes(entries):
-        show(
-            widths_heat_map(part),
-            f"Width of each field: {name}",
-            "Embedding columns of each field by label, mean over seeds.",
+def _losses(name: str, entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """The losses of one data set and model, each with a figure and a table."""
+    looks, sections = looks_of(entries), []
+    for metric, value, sign in (("AUC", auc_of, -1.0), ("logloss", logloss_of, 1.0)):
+        what = f"loss of test {metric}" if sign < 0 else f"increase of test {metric}"
+        found = losses_of(entries, value, sign)
+        shown = loss_against_bytes(entries, found, looks, f"{what} against the full model, logarithmic")
+        sections.append(
+            {
+                "title": f"{what[0].upper()}{what[1:]} against bytes: {name}",
+                "note": "Means over seeds, seed by seed against the full model. Smaller models are to the right, better ones "
+                f"below. Outlined points on the bottom line lose less than {LEAST_LOSS:g}, or gain. The broad line joins the "
+                "best model at each size (★ in the table); grey dashed lines are methods that ignore the data, and "
+                "those beyond the best six.",
+                "drawn": shown.drawn,
+                "outside": shown.outside,
+                "header": ["label", "budget", "loss" if sign < 0 else "increase", "table bytes"],
+                "rows": loss_rows(found),
+            }
         )
-    epochs = cost_bars(entries, "search in epochs of the full model", lambda r: r.search_epochs, log_axis=True)
-    show(epochs, "Search time", "Mean over budgets and seeds, on a logarithmic axis.")
+    return sections
+
+
+def _costs(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """The figures of the cost of searches."""
+    epochs = cost_bars(entries, "search in epochs of the full model, logarithmic", lambda r: r.search_epochs, log=True)
     memory = cost_bars(entries, "MB", lambda r: None if r.search_peak_bytes is None else r.search_peak_bytes / 1e6)
-    show(
-        memory,
-        "Search memory",
-        "Peak above the memory that was resident when the search started, mean over budgets and seeds.",
-    )
-    return figures
+    note = "Peak above the memory that was resident when the search started, mean over budgets and seeds."
+    return [
+        {"drawn": epochs, "title": "Search time", "note": "Mean over budgets and seeds, on a logarithmic axis."},
+        {"drawn": memory, "title": "Search memory", "note": note},
+    ]
 
 
 def _title(records: Sequence[RunRecord]) -> str:

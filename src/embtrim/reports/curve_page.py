@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from embtrim.errors import DataError
 from embtrim.experiments.records import RunRecord
-from embtrim.methods.curves import SizeCurve
+from embtrim.methods.curves import CurvePoint, SizeCurve
+from embtrim.reports.charts import FULL, LOOKS, SYMBOLS, Chart, Point, Rule, Series, bytes_axis, drawn, number_axis
 from embtrim.reports.curve_tables import curve_header, curve_headline, curve_rows
-from embtrim.reports.figures import COLORS, FULL_COLOR, SYMBOLS, bytes_axis, make_figure, plotly_text
 from embtrim.reports.numbers import format_bytes
 from embtrim.reports.page import fill_page
 from embtrim.reports.variants import Variant, valid_losses, variants_of
-from embtrim.system.files import write_then_rename
+from embtrim.system.files import read_json, write_then_rename
+
+logger = logging.getLogger(__name__)
 
 # The files of a curve.
 PAGE, VALUES = "curve.html", "curve.json"
@@ -33,96 +36,72 @@ def write_curve(curve: SizeCurve, folder: Path, records: Sequence[RunRecord] = (
     write_then_rename(folder / PAGE, lambda file: file.write(page.encode()))
 
 
+def read_lines(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """Bytes and predicted loss of each point of a curve.json, by kind of plan; nothing, and a warning, if it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        return {
+            str(kind): [(float(point["bytes"]), float(point["predicted_loss"])) for point in points]
+            for kind, points in read_json(path)["lines"].items()
+        }
+    except (DataError, AttributeError, LookupError, TypeError, ValueError) as error:
+        logger.warning("%s is damaged (%s); the page is written without its curve", path, error)
+        return {}
+
+
 def render_curve(curve: SizeCurve, records: Sequence[RunRecord] = ()) -> str:
     """The page as text; see `write_curve`."""
     variants = variants_of(records) if records else []
     return fill_page(
         "curve.html.j2",
         [record for variant in variants for record in variant.records],
-        {"curve": curve_figure(curve, variants)},
         title="predicted validation AUC against bytes",
         headlines=curve_headline(curve).splitlines(),
+        figure_drawn=drawn(curve_figure(curve, variants)),
         header=curve_header(curve),
         rows=curve_rows(curve),
         is_measured=bool(_measured(variants)),
     )
 
 
-def curve_figure(curve: SizeCurve, variants: Sequence[Variant] = ()) -> dict[str, Any]:
+def curve_figure(curve: SizeCurve, variants: Sequence[Variant] = ()) -> Chart:
     """Predicted score over bytes, a line for each kind of plan, with the interval of the last kind and the knee.
 
     A measured point stands where its measured loss puts it below the score of the full model that was read.
     """
-    traces: list[dict[str, Any]] = []
-    colors = dict(zip(curve.lines, COLORS, strict=False))
-    last = list(curve.lines)[-1]
-    for kind, points in curve.lines.items():
-        x, y = [p.num_bytes for p in points], [curve.predicted(p) for p in points]
-        text = [
-            plotly_text(f"{kind}, {p.budget}: {format_bytes(p.num_bytes)}, loss {p.loss:.5f}, {p.start}")
-            for p in points
-        ]
-        if kind == last and curve.error:
-            low, high = zip(*map(curve.interval, points), strict=True) if points else ((), ())
-            traces.append(
-                {
-                    "type": "scatter",
-                    "x": [*x, *reversed(x)],
-                    "y": [*low, *reversed(high)],
-                    "fill": "toself",
-                    "line": {"width": 0},
-                    "fillcolor": colors[kind],
-                    "opacity": 0.12,
-                    "mode": "lines",
-                    "hoverinfo": "skip",
-                    "name": "1.96 standard errors of the score",
-                }
+    series = []
+    for number, (kind, points) in enumerate(curve.lines.items()):
+        is_last = number == len(curve.lines) - 1
+
+        def shown(point: CurvePoint, kind: str = kind, band: bool = is_last and bool(curve.error)) -> Point:
+            text = (
+                f"{kind}, {point.budget}: {format_bytes(point.num_bytes)}, predicted AUC {curve.predicted(point):.4f}, "
             )
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": kind,
-                "x": x,
-                "y": y,
-                "text": text,
-                "hovertemplate": "%{text}<br>predicted AUC %{y:.4f}<extra></extra>",
-                "line": {"color": colors[kind], "width": 1.5},
-                "marker": {"color": colors[kind], "size": 6},
-            }
-        )
-    shared = {"type": "scatter", "mode": "markers", "hovertemplate": "%{text}<br>AUC %{y:.4f}<extra></extra>"}
-    traces.append(
-        {
-            **shared,
-            "name": "knee",
-            "x": [curve.knee.num_bytes],
-            "y": [curve.predicted(curve.knee)],
-            "text": [plotly_text(f"knee, {curve.knee.budget}: loss {curve.knee.loss:.5f}")],
-            "marker": {"color": "#222222", "size": 13, "symbol": "star"},
-        }
+            text += f"loss {point.loss:.5f}, {point.start}"
+            ends = curve.interval(point) if band else None
+            return Point(point.num_bytes, curve.predicted(point), text, ends, size=7)
+
+        look = LOOKS[number % len(LOOKS)]
+        series.append(Series(kind, [shown(p) for p in points], look, SYMBOLS[number], joined=True, band=is_last))
+    knee = curve.knee
+    text = f"knee, {knee.budget}: {format_bytes(knee.num_bytes)}, loss {knee.loss:.5f}"
+    series.append(Series("knee", [Point(knee.num_bytes, curve.predicted(knee), text)], FULL, "star"))
+    for number, (label, points) in enumerate(_measured(variants).items()):
+        found = [
+            Point(size, curve.score - loss, f"{label}: {format_bytes(size)}, measured loss {loss:+.5f}")
+            for size, loss in points
+        ]
+        series.append(Series(f"measured: {label}", found, FULL, SYMBOLS[number % len(SYMBOLS)]))
+    points = [p for one in series for p in one.points]
+    x = bytes_axis([curve.full_bytes, *(p.x for p in points)])
+    y = number_axis("validation AUC", [curve.score, *(v for p in points for v in (p.y, *(p.interval or ())))])
+    summary = "; ".join(
+        f"{one.name}: {one.points[0].y:.4f} at {format_bytes(one.points[0].x)} to {one.points[-1].y:.4f} at {format_bytes(one.points[-1].x)}"
+        for one in series
+        if one.points
     )
-    measured = _measured(variants)
-    for number, (label, points) in enumerate(measured.items()):
-        traces.append(
-            {
-                **shared,
-                "name": plotly_text(f"measured: {label}"),
-                "x": [num_bytes for num_bytes, _ in points],
-                "y": [curve.score - loss for _, loss in points],
-                "text": [plotly_text(f"{label}: {format_bytes(b)}, measured loss {loss:+.5f}") for b, loss in points],
-                "marker": {"color": FULL_COLOR, "size": 10, "symbol": SYMBOLS[number % len(SYMBOLS)]},
-            }
-        )
-    sizes = [curve.full_bytes, *(x for trace in traces for x in trace["x"])]
-    figure = make_figure(
-        traces, bytes_axis(sizes), {"title": {"text": "validation AUC"}, "tickformat": ".4f"}, height=460
-    )
-    line = {"color": "#999999", "dash": "dot", "width": 1}
-    figure["layout"]["shapes"] = [
-        {"type": "line", "x0": 0, "x1": 1, "xref": "paper", "y0": curve.score, "y1": curve.score, "line": line}
-    ]
-    return figure
+    return Chart(x, y, series, summary, 420, [Rule(curve.score, "full model")])
 
 
 def _measured(variants: Sequence[Variant]) -> dict[str, list[tuple[int, float]]]:

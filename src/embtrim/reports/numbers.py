@@ -66,6 +66,28 @@ def format_values(values: Sequence[float | None], *, digits: int = 4, signed: bo
     return f"{text} ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else text
 
 
+# Quantiles of Student's t for 95% intervals, by degrees of freedom from 1.
+_T_95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+
+
+def interval_95(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95% confidence interval of the mean of values over seeds, by Student's t; None for fewer than two values.
+
+    Example:
+        >>> [round(end, 3) for end in interval_95([1.0, 2.0])]
+        [-4.853, 7.853]
+    """
+    if len(values) < 2:
+        return None
+    mean, degrees = statistics.fmean(values), len(values) - 1
+    quantile = _T_95[degrees - 1] if degrees <= len(_T_95) else 2.0
+    reach = quantile * statistics.stdev(values) / len(values) ** 0.5
+    return mean - reach, mean + reach
+
+
 def byte_ticks(low: int, high: int) -> list[float]:
     """Round numbers of bytes from below `low` to above `high`, few enough to read."""
     first, last = math.floor(math.log10(max(1, low))), math.ceil(math.log10(max(2, high)))

@@ -6,6 +6,8 @@ templates escape them, JSON inside scripts has its `<` escaped, and a content se
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -14,26 +16,26 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from embtrim.experiments.records import RunRecord
+from embtrim.reports.heat_maps import HeatMap
 from embtrim.system.templates import render
 
 
-def fill_page(template: str, records: Sequence[RunRecord], figures: dict[str, dict[str, Any]], **values: Any) -> str:
+def fill_page(template: str, records: Sequence[RunRecord], heat_maps: Sequence[HeatMap] = (), **values: Any) -> str:
     """The page as text.
 
     Args:
         template: File in templates/ that extends page.html.j2.
-        records: Records that the page carries as JSON, `<script id="records">`.
-        figures: Plotly's data and layout by the name that the template gives the figure.
+        records: Records that the page carries as packed JSON, `<script id="records">`: gzip in base64.
+        heat_maps: What page.js makes of the places that the template names by number.
         values: What else the template shows.
     """
-    from plotly.offline import get_plotlyjs  # 5 MB of script: read only when a page is written
-
+    text = json.dumps([record.model_dump(mode="json") for record in records], ensure_ascii=False, allow_nan=False)
     return render(
         "embtrim.reports",
         template,
-        plotly=Markup(get_plotlyjs()),
-        records_json=_script_json([record.model_dump(mode="json") for record in records]),
-        figures_json=_script_json(figures),
+        records_packed=base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode(),
+        num_records=len(records),
+        heat_json=_script_json([heat_map._asdict() for heat_map in heat_maps]),
         **values,
     )
 

@@ -1,6 +1,6 @@
 """The HTML page of a run: its numbers and figures, filled into templates/run.html.j2.
 
-Every number is computed from the records, which the page carries as JSON (`<script id="records">`).
+Every number is computed from the records, which the page carries as packed JSON (`<script id="records">`, gzip in base64).
 """
 
 from __future__ import annotations
@@ -12,10 +12,20 @@ from pathlib import Path
 
 from embtrim.experiments.records import RunRecord
 from embtrim.reports.curve_page import PAGE as CURVE_PAGE
+from embtrim.reports.curve_page import VALUES as CURVE_VALUES
+from embtrim.reports.curve_page import read_lines
+from embtrim.reports.heat_maps import run_heat_map
 from embtrim.reports.numbers import format_bytes, format_share, format_values
 from embtrim.reports.page import fill_page
 from embtrim.reports.provenance import models_and_data, provenance
-from embtrim.reports.run_figures import auc_against_bytes, auc_by_decile, calibration_figure
+from embtrim.reports.run_figures import (
+    Lines,
+    auc_by_decile,
+    bytes_by_table,
+    calibration_figure,
+    difference_intervals,
+    loss_against_bytes,
+)
 from embtrim.reports.run_tables import (
     COST_HEADER,
     VERIFICATION_HEADER,
@@ -25,48 +35,44 @@ from embtrim.reports.run_tables import (
     verification_rows,
 )
 from embtrim.reports.variants import Variant, auc_differences, variants_of
-from embtrim.reports.widths import kept_rows, width_rows, widths_figure
 from embtrim.system.files import write_then_rename
 
 
 def write_report(records: Sequence[RunRecord], path: str | Path) -> None:
-    """Write one self-contained HTML page, which works offline and carries the records as JSON.
+    """Write one self-contained HTML page, which works offline and carries the records, packed.
 
     Args:
         records: Records of one run or several; see `read_records`.
-        path: File to write. It is written under a temporary name, then renamed. The page links the curve.html beside it
-            if there is one.
+        path: File to write. It is written under a temporary name, then renamed. If there are a curve.html and curve.json
+            beside it, the page links the curve and draws it.
 
     Raises:
         DataError: There are no records.
     """
     curve = Path(path).with_name(CURVE_PAGE)
-    page = render_page(records, curve.name if curve.exists() else None)
+    page = render_page(records, curve.name if curve.exists() else None, read_lines(curve.with_name(CURVE_VALUES)))
     write_then_rename(Path(path), lambda file: file.write(page.encode()))
 
 
-def render_page(records: Sequence[RunRecord], curve: str | None = None) -> str:
-    """The page as text, with a link to the page of a curve; see `write_report`."""
+def render_page(records: Sequence[RunRecord], curve: str | None = None, predicted: Lines | None = None) -> str:
+    """The page as text, with a link to the page of a curve and the curve itself; see `write_report`."""
     variants = variants_of(records)
     ordered = records_of(variants)
-    figures = {
-        "auc-bytes": auc_against_bytes(variants),
-        "widths": widths_figure(variants),
-        "deciles": auc_by_decile(variants),
-        "calibration": calibration_figure(variants),
-    }
     differences = [r.verification["max_difference"] for r in ordered if r.verification]
     return fill_page(
         "run.html.j2",
         ordered,
-        figures,
+        [run_heat_map(variants)],
         title=models_and_data(ordered),
         curve=curve,
         headlines=_headlines(variants),
         labels=[v.label for v in variants],
         result_rows=[[name, *texts] for name, texts in result_rows(variants)],
-        width_rows=width_rows(variants),
-        kept_rows=kept_rows(variants),
+        losses=loss_against_bytes(variants, predicted),
+        differences=difference_intervals(variants),
+        bytes_by_table=bytes_by_table(variants),
+        deciles=auc_by_decile(variants),
+        calibration=calibration_figure(variants),
         verification_header=VERIFICATION_HEADER,
         verification_rows=verification_rows(variants),
         largest_difference=max(differences, default=0.0),
