@@ -9,19 +9,20 @@ a Markdown table; the exit code is 1 if a file took more than 500 MB above what 
 from __future__ import annotations
 
 import logging
-import os
+import multiprocessing
 import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.broken_files import KINDS, make_all
-from tests.hostile_files import HOSTILE, Hostile
+from tests.hostile_files import HOSTILE
 
 from embtrim.errors import EmbtrimError
 
@@ -37,34 +38,36 @@ def status(name: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 
 
-def open_in_child(hostile: Hostile, folder: Path) -> tuple[str, float, int]:
-    """The first line of the answer, CPU seconds, and bytes above what was resident."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        logging.disable(logging.CRITICAL)
-        signal.alarm(HANGS)
-        resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + ROOM,) * 2)
-        Path("/proc/self/clear_refs").write_text("5")
-        before, started = status("VmRSS"), time.process_time()
-        try:
-            BY_NAME[hostile.kind].open(folder)
-            answer = "opened"
-        except EmbtrimError as error:
-            answer = f"{type(error).__name__}: {str(error).replace(f'{folder.parent}/', '')}".partition("\n")[0]
-        except BaseException as error:
-            answer = f"FAULT {type(error).__name__}: {error}".partition("\n")[0]
-        seconds, peak = time.process_time() - started, status("VmHWM") - before
-        os.write(writer, f"{seconds}\n{peak}\n{answer[:160]}".encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as told:
-        content = told.read()
-    _, ended = os.waitpid(child, 0)
-    if not content:
-        return f"FAULT: ended by signal {ended & 127}", float(HANGS), 0
-    seconds, peak, answer = content.split("\n", 2)
-    return answer, float(seconds), int(peak)
+def open_here(kind: str, folder: Path, told: Connection) -> None:
+    """Open a folder in this process, and tell the first line of the answer, CPU seconds, and bytes above what was resident."""
+    logging.disable(logging.CRITICAL)
+    signal.alarm(HANGS)
+    resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + ROOM,) * 2)
+    Path("/proc/self/clear_refs").write_text("5")
+    before, started = status("VmRSS"), time.process_time()
+    try:
+        BY_NAME[kind].open(folder)
+        answer = "opened"
+    except EmbtrimError as error:
+        answer = f"{type(error).__name__}: {str(error).replace(f'{folder.parent}/', '')}".partition("\n")[0]
+    except BaseException as error:
+        answer = f"FAULT {type(error).__name__}: {error}".partition("\n")[0]
+    told.send((answer[:160], time.process_time() - started, status("VmHWM") - before))
+
+
+def open_in_child(kind: str, folder: Path) -> tuple[str, float, int]:
+    """`open_here` in a process of its own; a server forks it that has no threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.hostile_files"])
+    heard, told = context.Pipe(duplex=False)
+    child = context.Process(target=open_here, args=(kind, folder, told))
+    child.start()
+    told.close()
+    try:
+        return heard.recv()
+    except EOFError:
+        child.join()
+        return f"FAULT: ended by signal {-(child.exitcode or 0)}", float(HANGS), 0
 
 
 def main() -> None:
@@ -80,7 +83,7 @@ def main() -> None:
             hostile.harm(folder)
             if hostile.sealed:
                 BY_NAME[hostile.kind].seal(folder)
-            answer, seconds, peak = open_in_child(hostile, folder)
+            answer, seconds, peak = open_in_child(hostile.kind, folder)
             bad = "FAULT" in answer or seconds > MOST_SECONDS or peak > MOST_BYTES
             is_bad = is_bad or bad
             cells = (hostile.name, answer.replace("|", "\\|"), f"{seconds:.2f}", f"{peak / 2**20:.0f}")

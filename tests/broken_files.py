@@ -93,12 +93,12 @@ def _encoded(folder: Path) -> EncodedDataset:
 
 
 def _use_encoded(folder: Path) -> None:
+    Encoder.load(folder).encode_chunk(RAW)
     data = EncodedDataset.load(folder)
     for split in data.splits:
         for _ in data.batches(split, 16):
             pass
         data.value_counts(split)
-    Encoder.load(folder).encode_chunk(RAW)
     Profile.load(folder)
 
 

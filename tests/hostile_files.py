@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from safetensors.torch import load_file, save_file
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,15 @@ def _tensor(name: str, **changes: Any) -> Callable[[Path], None]:
     return change
 
 
+def _nan(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        weights[name].view(-1)[0] = float("nan")
+        save_file(weights, folder / "model.safetensors")
+
+    return change
+
+
 def _link(target: str) -> Callable[[Path], None]:
     return instead("README.md", lambda path: path.symlink_to(target))
 
@@ -164,6 +174,7 @@ HOSTILE = (
     Hostile("safetensors with a header of 10**18 bytes", "bundle", text("model.safetensors", struct.pack("<Q", 10**18) + b"{}"), "header is damaged"),
     Hostile("safetensors with a weight of 10**12 rows", "bundle", _tensor("mlp.0.weight", shape=[10**12, 4]), "size mismatch"),
     Hostile("safetensors with codes as another type", "bundle", _tensor("mlp.0.weight", dtype="I32"), "has type I32"),
+    Hostile("safetensors with a weight that is NaN", "bundle", _nan("mlp.0.weight"), "'mlp.0.weight' holds nan or infinity"),
     Hostile("8 bits over fp32 weights", "bundle", lambda folder: [edit("plan.json", "tables", place, "bits", value=8)(folder) for place in (3,)], "cannot be opened"),
     Hostile("a missing, unlisted model.safetensors", "bundle", lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
     # ---- not files ------------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ from embtrim.serving.bundle_files import (
     BUILD_ERRORS,
     BUNDLE_VERSION,
     check_files,
+    check_finite,
     check_weights,
     files_of,
     read_contents,
@@ -300,7 +301,7 @@ def load_bundle(folder: str | Path) -> Bundle:
 
     Raises:
         BundleError: The folder is not a bundle or its version is newer; a file is missing, truncated, changed, not listed, not
-            regular, or a link out of the folder; or the files contradict each other.
+            regular, or a link out of the folder; the files contradict each other; or a weight is NaN or infinite.
     """
     folder = Path(folder)
     info = read_contents(folder)
@@ -315,6 +316,7 @@ def load_bundle(folder: str | Path) -> Bundle:
         check_weights(folder / "model.safetensors", make)
         model = make()
         model.load_state_dict(load_file(folder / "model.safetensors"))
+        check_finite(model)
     except (*BUILD_ERRORS, SafetensorError, OSError) as error:
         kind = "" if isinstance(error, EmbtrimError) else f"{type(error).__name__}: "
         words = " ".join(str(error).split())  # torch lists every weight

@@ -196,3 +196,10 @@ def check_weights(path: Path, make: Callable[[], CTRModel]) -> None:
     for name, value in outline.state_dict().items():
         if _TYPES[found[name].dtype] != value.dtype:
             raise BundleError(f"{path}: weight {name!r} has type {found[name].dtype}, the model needs {value.dtype}")
+
+
+def check_finite(model: CTRModel) -> None:
+    """Raise BundleError for a weight, scale or running statistic that is NaN or infinite; the message names it."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and value.numel() and not all(map(torch.isfinite, torch.aminmax(value))):
+            raise BundleError(f"weight {name!r} holds nan or infinity, and so would the scores; train the model again")
