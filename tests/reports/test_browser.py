@@ -44,6 +44,8 @@ async function probe(frame) {
     return (a + 0.05) / (b + 0.05);
   };
   const name = (e) => e.getAttribute("aria-label") || e.labels?.[0]?.textContent.trim() || e.textContent.trim();
+  const choice = page.querySelector("select");
+  while (choice && !page.querySelector(".heat")) { await new Promise((resolve) => setTimeout(resolve, 10)); }
   const found = {
     width: view.innerWidth,
     overflow: page.documentElement.scrollWidth - page.documentElement.clientWidth,
@@ -58,7 +60,6 @@ async function probe(frame) {
     rows: all(".heat tbody tr").length,
     strips: all("canvas").length,
   };
-  const choice = page.querySelector("select");
   if (choice) {
     const column = () => [...page.querySelectorAll(".heat tbody tr td:nth-child(3)")].slice(0, 3).map((c) => c.textContent);
     found.first = column();
@@ -75,10 +76,12 @@ async function probe(frame) {
     found.count = page.querySelector("[role=status]").textContent;
   }
   if (page.getElementById("download")) {
-    let blob;
+    let blob, done;
+    const clicked = new Promise((resolve) => { done = resolve; });
     view.URL.createObjectURL = (given) => { blob = given; return "data:,"; };
-    view.HTMLAnchorElement.prototype.click = () => {};
-    await page.getElementById("download").onclick();
+    view.HTMLAnchorElement.prototype.click = done;
+    page.getElementById("download").click();
+    await clicked;
     found.records = JSON.parse(await blob.text()).length;
   }
   return found;

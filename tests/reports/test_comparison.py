@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -168,13 +167,13 @@ def test_page_holds_everything(by_hand: list[RunRecord]) -> None:
     for words in ("-0.0500 ± 0.0866", "2.0 MB", "the floor is higher", "1.75", "train 80", "abacus"):
         assert words in found.text, words
     assert len(found.records()) == len(by_hand) + len(wide)
-    (heat,) = json.loads(found.scripts["heat"])
-    assert [group["name"] for group in heat["groups"]] == ["budget 50%, 8 models", "budget 10%, 8 models"]
+    (heat,) = found.unpacked("heat")
+    assert [group["name"] for group in heat["groups"]] == ["50%, 8 models", "10%, 8 models"]
     assert [group["values"] for group in heat["groups"]] == [[[8, 8, 8], [4, 4, 4]], [[1, 1, 1], [0, 0, 0]]]
     assert "Loss of test AUC against bytes: deepfm" in found.text
     more = [r.replace(seed=9 + number) for number, r in enumerate(by_hand[3:5])]
-    (heat,) = json.loads(Page(render_comparison([*by_hand, *wide, *more])).scripts["heat"])
-    assert heat["groups"][0]["name"] == "budget 10%, 10 models", "the budget with most models comes first"
+    (heat,) = Page(render_comparison([*by_hand, *wide, *more])).unpacked("heat")
+    assert heat["groups"][0]["name"] == "10%, 10 models", "the budget with most models comes first"
 
 
 def test_losses_against_the_full_model(by_hand: list[RunRecord]) -> None:
@@ -209,6 +208,9 @@ def test_gains_and_losses_that_are_too_small_lie_on_the_bottom_line(by_hand: lis
     (point,) = next(series["points"] for series in shown.drawn["series"] if series["name"] == "sseds")
     assert (point["y"], point["hollow"]) == (shown.drawn["height"], True)
     assert shown.drawn["y_ticks"][0][1] == "≤ 0.0001"
+    entries = entries_of(by_hand)
+    shown = loss_against_bytes(entries, losses_of(entries, auc_of, -1.0), looks_of(entries), "loss")
+    assert shown.drawn["y_ticks"][0] == (shown.drawn["height"], "0.01"), "nothing lies below"
 
 
 def test_six_labels_have_colours_and_the_others_are_grey() -> None:
@@ -255,13 +257,12 @@ def test_page_is_safe_and_works_offline(by_hand: list[RunRecord]) -> None:
     assert not [name for name, _ in found.attributes if name.startswith("on")]
     assert all(name != "src" and (name != "href" or value.startswith("#")) for name, value in found.attributes)
     assert HOSTILE in found.text
-    assert "<" not in found.scripts["heat"]
-    assert json.loads(found.scripts["heat"])[0]["rows"][0] == HOSTILE
+    assert found.unpacked("heat")[0]["rows"][0] == HOSTILE
 
 
 def test_page_without_searches_or_test_split(by_hand: list[RunRecord]) -> None:
     fulls = Page(render_comparison(by_hand[:3]))
-    assert json.loads(fulls.scripts["heat"]) == []
+    assert fulls.unpacked("heat") == []
     assert fulls.text.count("hold no data for this figure") == 2
     bare = [r.replace(test={}, search_peak_bytes=None) for r in by_hand]
     assert "| 10% | sseds | - | - | - | 800 |" in comparison_tables(bare)

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from embtrim.errors import DataError
 from embtrim.experiments.records import RunRecord, read_records
+from embtrim.reports import page as reports_page
 from embtrim.reports.numbers import format_bytes, format_count, format_seconds, format_values
 from embtrim.reports.run_figures import (
     auc_by_decile,
@@ -108,7 +109,11 @@ class Page(HTMLParser):
 
     def records(self) -> list[dict[str, Any]]:
         """The records that the page carries."""
-        return json.loads(gzip.decompress(base64.b64decode(self.scripts["records"])))
+        return self.unpacked("records")
+
+    def unpacked(self, name: str) -> Any:
+        """What a script of the page holds."""
+        return json.loads(gzip.decompress(base64.b64decode(self.scripts[name])))
 
 
 def rendered(records: list[RunRecord], width: int = 200) -> str:
@@ -206,7 +211,7 @@ def test_page_holds_everything(two_seeds: list[RunRecord], tmp_path: Path) -> No
                   "0.50", "embedding_dim", "schema abc", "train 80"):  # fmt: skip
         assert words in found.text, words
 
-    (heat,) = json.loads(found.scripts["heat"])
+    (heat,) = found.unpacked("heat")
     assert heat["rows"] == ["user", "item"]
     assert [(group["name"], group["columns"]) for group in heat["groups"]] == [
         (name, ["full", "sseds 10%", "uniform 10%"]) for name in ("columns", "rows of its table")
@@ -282,6 +287,15 @@ def test_page_works_offline(two_seeds: list[RunRecord]) -> None:
     assert any(name == "content" and "default-src 'none'" in (value or "") for name, value in found.attributes)
 
 
+def test_records_that_are_too_large_are_left_out(two_seeds: list[RunRecord], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reports_page, "MOST_PACKED", 100)
+    found = Page(render_page(two_seeds))
+    assert "records" not in found.scripts
+    assert (
+        "computed from 6 records, which are too large for a page; embtrim report RUN --json prints them" in found.text
+    )
+
+
 def test_hostile_names_stay_text(two_seeds: list[RunRecord]) -> None:
     hostile = [
         r.replace(
@@ -302,8 +316,7 @@ def test_hostile_names_stay_text(two_seeds: list[RunRecord]) -> None:
     assert not [name for name, _ in found.attributes if name.startswith("on")]
     assert HOSTILE in found.text
     assert HOSTILE in found.records()[0]["widths"]
-    assert "<" not in found.scripts["heat"]
-    assert json.loads(found.scripts["heat"])[0]["rows"][0] == HOSTILE
+    assert found.unpacked("heat")[0]["rows"][0] == HOSTILE
     tips = [value for name, value in found.attributes if name == "data-tip"]
     assert f"{HOSTILE}, full: 400 B" in tips, "names that are cut where they head a row are whole elsewhere"
     assert HOSTILE[:20] in rendered(hostile)

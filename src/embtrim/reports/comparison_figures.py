@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from embtrim.experiments.grid import FULL as FULL_LABEL
@@ -109,7 +111,7 @@ def loss_against_bytes(
 ) -> Losses:
     """Losses on a logarithmic axis, a line a label, and the line of the best of all at each size.
 
-    The axis ends below at LEAST_LOSS, where smaller losses and gains lie, and above where labels that ignore the data
+    The axis ends below at LEAST_LOSS or above it; smaller losses and gains lie on the bottom line. It ends above where labels that ignore the data
     alone would stretch it.
 
     Args:
@@ -124,10 +126,11 @@ def loss_against_bytes(
     read = [loss.mean for loss in found if loss.label not in controls] or [loss.mean for loss in found]
     top = MOST_ABOVE * max(10 * LEAST_LOSS, *read)
     above = [loss for loss in found if loss.mean > top]
-    y = log_axis(title, LEAST_LOSS, top)
-    y = Axis(
-        y.title, y.low, y.high, [(v, f"≤ {text}" if v <= LEAST_LOSS * 1.001 else text) for v, text in y.ticks], True
-    )
+    smallest = min(loss.mean for loss in found)
+    is_cut = smallest < 2 * LEAST_LOSS
+    y = log_axis(title, LEAST_LOSS if is_cut else 10.0 ** math.floor(math.log10(smallest)), top)
+    if is_cut:
+        y = replace(y, ticks=[(y.ticks[0][0], f"≤ {y.ticks[0][1]}"), *y.ticks[1:]])
     best = _pareto(found)
     series = [
         Series(

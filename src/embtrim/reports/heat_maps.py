@@ -84,7 +84,7 @@ def comparison_heat_map(entries: Sequence[Entry], title: str) -> HeatMap:
         by_label = [[e for e in own if e.label == name] for name in names]
         values = [[mean_of(part, lambda r, f=field: r.widths.get(f)) for part in by_label] for field in fields]
         top = max(e.record.full_width for e in entries)
-        groups.append(_group(f"budget {own[0].record.budget}, {len(own)} models", names, "", top, values))
+        groups.append(_group(f"{own[0].record.budget}, {len(own)} models", names, "", top, values))
     return HeatMap(title, "field", fields, groups)
 
 

@@ -1,3 +1,9 @@
+// What a script of the page holds as gzip in base64, as a stream.
+async function unpacked(id) {
+  const packed = Uint8Array.from(atob(document.getElementById(id).textContent.trim()), (letter) => letter.charCodeAt(0));
+  return new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+}
+
 // Numbers in a text, for sorting: "36.0 KB", "1 min 15 s", "0.755 ± 0.007", "10%"; texts without a number come last.
 const units = { B: 1, KB: 1e3, MB: 1e6, GB: 1e9, TB: 1e12, ms: 1e-3, s: 1, min: 60, h: 3600 };
 function amount(text) {
@@ -94,8 +100,7 @@ function fillStrips(place, heat, group) {
     return line;
   }));
 }
-for (const place of document.querySelectorAll("[data-heat]")) {
-  const heat = JSON.parse(document.getElementById("heat").textContent)[place.dataset.heat];
+function showHeat(place, heat) {
   const box = place.querySelector(".scroll"), choice = place.querySelector("select"), wanted = place.querySelector("input");
   const count = place.querySelector("[role=status]"), strips = place.querySelector(".strips");
   const filter = () => {
@@ -114,6 +119,13 @@ for (const place of document.querySelectorAll("[data-heat]")) {
   choice.onchange = fill;
   wanted.oninput = filter;
   fill();
+}
+const places = [...document.querySelectorAll("[data-heat]")];
+if (places.length) {
+  unpacked("heat").then(async (stream) => {
+    const heats = await new Response(stream).json();
+    for (const place of places) { showHeat(place, heats[place.dataset.heat]); }
+  });
 }
 
 // What a point of a chart says: the nearest one within reach of the pointer.
@@ -144,12 +156,9 @@ for (const chart of document.querySelectorAll(".chart")) {
   chart.addEventListener("pointerleave", () => { tip.hidden = true; pick(null); });
 }
 
-// The records, packed: gzip in base64.
-document.getElementById("download").onclick = async () => {
-  const packed = Uint8Array.from(atob(document.getElementById("records").textContent.trim()), (letter) => letter.charCodeAt(0));
-  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+document.getElementById("download")?.addEventListener("click", async () => {
   const link = document.createElement("a");
-  link.href = URL.createObjectURL(await new Response(stream).blob());
+  link.href = URL.createObjectURL(await new Response(await unpacked("records")).blob());
   link.download = "records.json";
   link.click();
-};
+});
