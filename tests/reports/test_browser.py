@@ -40,8 +40,10 @@ async function probe(frame) {
   const numbers = (color) => color.match(/[\\d.]+/g).map(Number);
   const paper = numbers(view.getComputedStyle(page.body).backgroundColor);
   const contrast = (element, property) => {
-    const [a, b] = [numbers(view.getComputedStyle(element)[property]), paper].map(light).sort((x, y) => y - x);
-    return (a + 0.05) / (b + 0.05);
+    const style = view.getComputedStyle(element), [r, g, b, a = 1] = numbers(style.backgroundColor);
+    const ground = paper.map((value, k) => value * (1 - a) + [r, g, b][k] * a);
+    const [x, y] = [numbers(style[property]), ground].map(light).sort((x, y) => y - x);
+    return (x + 0.05) / (y + 0.05);
   };
   const name = (e) => e.getAttribute("aria-label") || e.labels?.[0]?.textContent.trim() || e.textContent.trim();
   const choice = page.querySelector("select");
@@ -55,7 +57,7 @@ async function probe(frame) {
     clipped: all(".chart text").filter((t) => t.getBoundingClientRect().right > page.documentElement.clientWidth && view.getComputedStyle(t).display !== "none")
       .map((t) => t.textContent),
     nameless: all("button, a, select, input, summary, [tabindex]").filter((e) => !name(e)).map((e) => e.outerHTML.slice(0, 80)),
-    faint: all(".note, .plot text, .legend li").filter((e) => e.textContent.trim())
+    faint: all(".note, .plot text, .legend li, td").filter((e) => e.textContent.trim())
       .map((e) => [contrast(e, e.closest(".plot") ? "fill" : "color"), e.textContent.trim()]).filter(([c]) => c < 4.5),
     rows: all(".heat tbody tr").length,
     strips: all("canvas").length,

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from embtrim import trackers
 from embtrim.errors import ConfigError
 from embtrim.trackers import MLflow, TensorBoard, WandB, tracker, tracker_beside
 from embtrim.trackers.tracker import Tracker
 from embtrim.training.callbacks import Epoch
+from tests.cli.workshop import TINY, call, write_log
 from tests.reports.test_comparison import cell
 
 FULL, SMALL = cell("full", 0, 0.76), cell("sseds", 0, 0.75)
@@ -102,6 +104,28 @@ def test_a_missing_tool_is_named_with_its_extra(
         tracker_beside(name, tmp_path / "x")
     with pytest.raises(ConfigError, match="unknown tracker 'tensorbord'; did you mean 'tensorboard'"):
         tracker_beside("tensorbord", tmp_path / "x")
+
+
+def test_the_commands_track_and_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_log(tmp_path / "log.csv", num_rows=600)
+    assert call("encode", tmp_path / "log.csv", "--label", "click", "--out", tmp_path / "data").code == 0
+    made: list[Listed] = []
+
+    def listed(name: str, out: Path) -> Listed:
+        made.append(Listed())
+        made[-1].told.append((name, out.name))
+        return made[-1]
+
+    monkeypatch.setattr(trackers, "tracker_beside", listed)
+    tiny = [*TINY, "--set", "train.epochs=1", "--quiet", "--track", "wandb", "--out"]
+    assert call("train", tmp_path / "data", *tiny, tmp_path / "full").code == 0
+    grid = ["--models", "deepfm", "--methods", "uniform", "--budgets", "50%", "--seeds", "1"]
+    assert call("compare", tmp_path / "data", *grid, *tiny, tmp_path / "grid").code == 0
+    of_train, of_grid = ([word for word in one.told if isinstance(word, str)] for one in made)
+    assert [one.told[0] for one in made] == [("wandb", "full"), ("wandb", "grid")]
+    assert of_train == ["begin deepfm-full-seed0", "end deepfm-full-seed0 True"]
+    name = "deepfm-uniform-50pct-seed0"
+    assert of_grid == ["begin deepfm-full-seed0", "end deepfm-full-seed0 True", f"begin {name}", f"end {name} True"]
 
 
 def tracked(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

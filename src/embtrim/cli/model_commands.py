@@ -66,7 +66,7 @@ def train(
     from embtrim.serving.bundle import check_out, save
     from embtrim.system.folders import folder_bytes
     from embtrim.system.unfinished import unfinished
-    from embtrim.training.callbacks import tell_record
+    from embtrim.training.callbacks import ForModel, tell_record
 
     encoded = embtrim.load(data)
     for split in ("train", "valid", "test"):
@@ -79,7 +79,8 @@ def train(
     check_out(target, overwrite)  # before hours of training, not after them
     with closed_after(trackers), unfinished(target) as work:
         check_room(target, room_of_training(encoded, settings), work)
-        trained = train_full(encoded, settings, not quiet, work / "full.safetensors", trackers)
+        told = [ForModel(trackers, f"{settings.model}-full-seed{settings.seed}")]
+        trained = train_full(encoded, settings, not quiet, work / "full.safetensors", told)
         record = trained.record
         tell_record(trackers, record, 1, 1)
         metrics = {"valid": record.valid, "test": record.test}

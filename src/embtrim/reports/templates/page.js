@@ -68,10 +68,9 @@ function fillHeat(place, heat, group) {
     first.textContent = name;
     row.append(first);
     for (const value of group.values[number]) {
-      const cell = row.insertCell(), share = shareOf(value, group);
+      const cell = row.insertCell();
       cell.textContent = shown(value, group.unit);
-      cell.style.setProperty("--share", share.toFixed(3));
-      cell.classList.toggle("strong", share > 0.6);
+      cell.style.setProperty("--share", shareOf(value, group).toFixed(3));
     }
   });
   makeSortable(table);
