@@ -52,13 +52,19 @@ async function probe(frame) {
     width: view.innerWidth,
     overflow: page.documentElement.scrollWidth - page.documentElement.clientWidth,
     paper,
-    charts: all(".chart").map((c) => [...c.querySelectorAll(".mark, .line")].filter((m) => m.getBoundingClientRect().width > 0).length),
+    charts: all(".chart").map((c) => [...c.querySelectorAll(".plot .mark, .plot .line")].filter((m) => m.getBoundingClientRect().width > 0).length),
     pictures: all("[role=img]").map((e) => e.getAttribute("aria-label")),
     clipped: all(".chart text").filter((t) => t.getBoundingClientRect().right > page.documentElement.clientWidth && view.getComputedStyle(t).display !== "none")
       .map((t) => t.textContent),
     nameless: all("button, a, select, input, summary, [tabindex]").filter((e) => !name(e)).map((e) => e.outerHTML.slice(0, 80)),
     faint: all(".note, .plot text, .legend li, td").filter((e) => e.textContent.trim())
       .map((e) => [contrast(e, e.closest(".plot") ? "fill" : "color"), e.textContent.trim()]).filter(([c]) => c < 4.5),
+    crossed: all(".plot").flatMap((plot) => {
+      const boxes = [...plot.querySelectorAll(".tick:not(.over), .label")].map((t) => [t.getBoundingClientRect(), t.textContent])
+        .filter(([box]) => box.width);
+      return boxes.flatMap(([a, one], k) => boxes.slice(k + 1).filter(([b]) => a.left < b.right - 1 && b.left < a.right - 1
+        && a.top < b.bottom - 4 && b.top < a.bottom - 4).map(([, other]) => [one, other]));
+    }),
     rows: all(".heat tbody tr").length,
     strips: all("canvas").length,
   };
@@ -178,6 +184,7 @@ def test_every_page(seen: dict[str, Any], page: str, look: str) -> None:
     assert all(found["pictures"])
     assert len(found["pictures"]) >= len(found["charts"])
     assert found["clipped"] == []
+    assert found["crossed"] == [], "no text lies over another"
     assert found["nameless"] == []
     assert found["faint"] == []
 

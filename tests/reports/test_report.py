@@ -252,6 +252,10 @@ def test_losses_are_predicted_and_measured(two_seeds: list[RunRecord]) -> None:
     assert [label["name"] for label in figure["labels"]] == [
         "uniform 10%", "sseds 10%", "predicted curve", "sseds 10%, predicted",
     ], "from top to bottom"  # fmt: skip
+    assert [(item["name"], item["symbol"] == "", item["hollow"]) for item in figure["legend"]] == [
+        ("predicted curve", True, False), ("sseds 10%", False, False), ("sseds 10%, predicted", False, True),
+        ("uniform 10%", False, False),
+    ]  # fmt: skip
     assert "predicted curve" not in shown(loss_against_bytes(variants_of(guided)))
 
 

@@ -22,6 +22,8 @@ SYMBOLS = ("circle", "square", "diamond", "triangle", "cross", "star")
 MAX_TICK_LETTERS = 26
 # Widths in pixels: of a letter, of the room left of an axis of numbers, of the most room for names.
 _LETTER, _NUMBERS, _MOST_ROOM = 7.2, 64, 210
+# Least pixels of a plot, on a narrow page.
+_NARROW = 210
 # Pixels between the base lines of two labels.
 _LABEL_HEIGHT = 15
 
@@ -144,8 +146,9 @@ class Chart:
 
 def bytes_axis(sizes: Sequence[float]) -> Axis:
     """A logarithmic axis in bytes: full and compact tables lie factors apart. Small tables are on the right."""
-    middle = math.sqrt(min(sizes) * max(sizes))
-    low, high = min(0.85 * min(sizes), middle / 2), max(max(sizes) / 0.85, 2 * middle)  # room for some ticks
+    least, most = max(1.0, min(sizes)), max(1.0, *sizes)
+    middle = math.sqrt(least * most)
+    low, high = min(0.85 * least, middle / 2), max(most / 0.85, 2 * middle)  # room for some ticks
     ticks = [(t, format_bytes(t).replace(".0 ", " ")) for t in byte_ticks(int(low), int(high)) if low <= t <= high]
     return Axis("table bytes, smaller to the right", high, low, ticks, is_log=True)
 
@@ -201,7 +204,7 @@ def drawn(chart: Chart) -> dict[str, Any]:
         "row_texts": [(_down(chart, place), text) for place, text in enumerate(chart.row_texts)],
         "x_title": chart.x.title,
         "y_title": chart.y.title,
-        "x_ticks": [(_across(chart, value), text) for value, text in chart.x.ticks],
+        "x_ticks": _x_ticks(chart),
         "y_ticks": [(_down(chart, value), text) for value, text in chart.y.ticks],
         "has_names": chart.has_names,
         "rules": [
@@ -214,15 +217,33 @@ def drawn(chart: Chart) -> dict[str, Any]:
         ],
         "series": series,
         "labels": labels,
-        "legend": [{"name": one.name, "look": one.look, "symbol": one.symbol} for one in names]
-        if len(names) > 1
-        else [],
+        "legend": [_legend(one) for one in names] if len(names) > 1 else [],
         "summary": chart.summary,
     }
 
 
 def _across(chart: Chart, value: float) -> float:
     return round(100 * chart.x.place(value), 2)
+
+
+def _legend(one: Series) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "look": one.look,
+        "symbol": one.symbol if any(p.size for p in one.points) else "",
+        "hollow": all(p.hollow for p in one.points),
+    }
+
+
+def _x_ticks(chart: Chart) -> list[tuple[float, str, bool]]:
+    """Place and text of each tick, and whether a narrow page has no room for its text."""
+    found: list[tuple[float, str, bool]] = []
+    end = -100.0
+    for place, text in sorted((_across(chart, value), text) for value, text in chart.x.ticks):
+        reach = 100 * (_LETTER * len(text) / 2 + 4) / _NARROW
+        found.append((place, text, place - reach < end))
+        end = end if found[-1][2] else place + reach
+    return found
 
 
 def _down(chart: Chart, value: float) -> float:

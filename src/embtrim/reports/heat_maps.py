@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from embtrim.experiments.records import RunRecord
-from embtrim.reports.entries import Entry, labels, mean_of
+from embtrim.reports.entries import Entry, labels
 from embtrim.reports.variants import Variant
 
 
@@ -81,8 +81,8 @@ def comparison_heat_map(entries: Sequence[Entry], title: str) -> HeatMap:
     groups = []
     for own in sorted(by_budget.values(), key=lambda own: -len(own)):
         names = labels(own)
-        by_label = [[e for e in own if e.label == name] for name in names]
-        values = [[mean_of(part, lambda r, f=field: r.widths.get(f)) for part in by_label] for field in fields]
+        means = [_means(e.record.widths for e in own if e.label == name) for name in names]
+        values = [[mean.get(field) for mean in means] for field in fields]
         top = max(e.record.full_width for e in entries)
         groups.append(_group(f"{own[0].record.budget}, {len(own)} models", names, "", top, values))
     return HeatMap(title, "field", fields, groups)
