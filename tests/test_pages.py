@@ -34,10 +34,12 @@ from embtrim.data import catalog
 from embtrim.data.dataset import FORMAT_VERSION
 from embtrim.data.profile import PROFILE_VERSION
 from embtrim.experiments import curve
+from embtrim.experiments.grid import CompareConfig, resolve
 from embtrim.experiments.records import RECORD_VERSION
 from embtrim.methods import OWN, curves
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan_file import PLAN_VERSION
+from embtrim.schema import Schema
 from embtrim.serving.bundle_files import BUNDLE_VERSION
 from embtrim.serving.manifest import EXPORT_VERSION
 from embtrim.untrusted import parse_toml
@@ -102,6 +104,15 @@ def run_line(line: str) -> None:
     assert done.code == 0, f"{line}\n{done.err}"
 
 
+def check_settings(text: str) -> None:
+    """A schema, or the settings of a comparison, is accepted; of pyproject.toml only the syntax is checked."""
+    values = parse_toml(text)
+    if "fields" in values:
+        Schema.parse(values)
+    elif "project" not in values:
+        resolve(CompareConfig.parse(values))
+
+
 def run_page(page: Path) -> None:
     names: dict[str, Any] = {"__name__": "__main__"}
     for mark, language, code in blocks(page):
@@ -117,7 +128,7 @@ def run_page(page: Path) -> None:
         elif language == "python":
             exec(compile(code, str(page), "exec"), names)
         elif language == "toml":
-            parse_toml(code)
+            check_settings(code)
         else:
             assert language in SHOWN, f"{page.name}: the tests do not know the language {language!r}"
 

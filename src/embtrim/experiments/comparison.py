@@ -196,7 +196,7 @@ def compare(
 ) -> Comparison:
     """Make the cells of a grid that have no record yet.
 
-    Writes into `out`: config.toml (of the latest start), records/*.json, plans/*.json, full/*.safetensors, skipped.json.
+    Writes into `out`: `config.toml` (of the latest start), `skipped.json`, and the folders `records`, `plans` and `full`.
     `write_comparison` makes the tables and the page.
 
     Args:

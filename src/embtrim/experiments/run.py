@@ -40,7 +40,7 @@ def run(
 ) -> list[RunRecord]:
     """Train the full model, search, compact, verify, retrain, and save, for the method and the controls.
 
-    Writes into `out`: config.toml (resolved), records/*.json, plans/*.json, bundles/*. `write_report` makes the page.
+    Writes into `out`: `config.toml` (resolved), and the folders `records`, `plans` and `bundles`. `write_report` makes the page.
     Unfinished work keeps its state in `out`/unfinished, written every `train.checkpoint_seconds`. If a run is
     interrupted and started again, it is continued from there, and its results are those of an uninterrupted run.
 
