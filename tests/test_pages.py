@@ -47,7 +47,12 @@ from tests.cli.workshop import call
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", DOCS / "tutorial.md", *sorted(set(DOCS.rglob("*.md")) - {DOCS / "tutorial.md"})]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    DOCS / "tutorial.md",
+    *sorted(set(DOCS.rglob("*.md")) - {DOCS / "tutorial.md"}),
+]
 BLOCK = re.compile(r"^((?:<!-- .*? -->\n)?)```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SHOWN = ("text", "bibtex")  # what was printed, and what is copied as it is
 NETWORK = ("hparams.hidden_units=[8]", "train.batch_size=512", "train.epochs=2", "train.precision=fp32")
@@ -156,6 +161,14 @@ def test_every_block_runs(folder: Path, subtests: pytest.Subtests) -> None:
             run_page(page)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_code_is_fenced(page: Path) -> None:
+    """An indented block would escape the tests."""
+    text = BLOCK.sub("", page.read_text("utf-8"))
+    assert not re.findall(r"\n\n {4}\S.*", text)
+    assert "```" not in text
+
+
 @pytest.mark.parametrize("module", [curve_picture, floors_picture], ids=lambda module: module.__name__)
 def test_pictures_are_those_of_their_scripts(module: Any) -> None:
     assert module.PICTURE.read_text("utf-8") == module.drawn(), f"run {module.__file__}"
@@ -181,7 +194,7 @@ def test_links_of_the_repository_lead_somewhere(name: str) -> None:
 def test_the_reference_has_every_public_name_once() -> None:
     pages = "".join(path.read_text("utf-8") for path in (DOCS / "reference").glob("*.md"))
     named = re.findall(r"^::: embtrim\.(\w+)$", pages, flags=re.MULTILINE)
-    assert sorted(named) == sorted([*embtrim.__all__, "testing"])
+    assert sorted(named) == sorted([*embtrim.__all__, "testing", "torchrec"])
 
 
 def test_the_reference_has_every_method() -> None:
