@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from embtrim.data.writing import ArrayFile
+from embtrim.data.array_file import ArrayFile
 
 
 @pytest.mark.parametrize("num_columns", [None, 3])

@@ -174,11 +174,12 @@ class Encoder:
     def read_texts(self, field: FieldSpec, values: pl.Series) -> tuple[np.ndarray, np.ndarray]:
         """Texts and nulls as cells of a listed categorical or multi field: ids, int32 (N,), and KNOWN, UNSEEN or MISSING, int8.
 
-        The lookup of the field is not kept: it takes six times the memory of the texts.
+        They are joined with the vocabulary: to read texts once, that takes less than a lookup to be made.
         """
-        lookup = self._text_lookup(field)
-        code_N = self._brought_codes(field, lookup, lookup.codes(field, values), values, lambda _: "the log")
-        return lookup.ids_V[code_N], lookup.status_V[code_N]
+        listing = self.listing(field)
+        codes_of, unseen = partial(_places, listing.values), len(listing.values)
+        code_N = self._brought_codes(field, codes_of, unseen, codes_of(values), values, lambda _: "the log")
+        return listing.ids_of_codes[code_N], listing.status_of_codes[code_N]
 
     def _ids_of_cells(
         self,
@@ -190,9 +191,10 @@ class Encoder:
     ) -> np.ndarray:
         """Ids of a field's cells, see `ids`; texts are brought to the field's kind, and their statuses counted."""
         if texts is not None and not field.hash_size:
-            code_N = self._brought_codes(field, self._text_lookups[field.name], code_N, texts, where)
+            lookup = self._text_lookups[field.name]
+            code_N = self._brought_codes(field, partial(lookup.codes, field), lookup.unseen, code_N, texts, where)
             if tally is not None:
-                tally.add_statuses(field, self._text_lookups[field.name].status_V[code_N], texts)
+                tally.add_statuses(field, lookup.status_V[code_N], texts)
         elif tally is not None:
             tally.add_missing(field, code_N, 0 if field.hash_size else MISSING_BUCKET)
         return self.ids(field, code_N)
@@ -200,18 +202,19 @@ class Encoder:
     def _brought_codes(
         self,
         field: FieldSpec,
-        lookup: _TextLookup,
+        codes_of: Callable[[pl.Series], np.ndarray],
+        unseen: int,
         code_N: np.ndarray,
         texts: pl.Series,
         where: Callable[[int], str],
     ) -> np.ndarray:
-        """The codes of texts; texts that the vocabulary lacks are first brought to the field's kind."""
-        unseen = np.flatnonzero(code_N == lookup.unseen) if field.kind is not None else np.empty(0, np.int64)
-        if len(unseen):
+        """The codes of texts; texts that the vocabulary lacks (code `unseen`) are first brought to the field's kind."""
+        rows = np.flatnonzero(code_N == unseen) if field.kind is not None else np.empty(0, np.int64)
+        if len(rows):
             code_N = code_N.copy()
-            cells = texts.gather(unseen)
-            one = one_texts(cells, field, nulls_of(self.schema, field), lambda place: where(int(unseen[place])))
-            code_N[unseen] = lookup.codes(field, one)
+            cells = texts.gather(rows)
+            one = one_texts(cells, field, nulls_of(self.schema, field), lambda place: where(int(rows[place])))
+            code_N[rows] = codes_of(one)
         return code_N
 
     def with_id_maps(self, id_maps: Mapping[str, np.ndarray]) -> Encoder:
@@ -261,9 +264,7 @@ class Encoder:
         texts, text = listing.values, pl.col(field.name)
         code = text.cast(pl.Enum(texts), strict=False).to_physical().cast(pl.UInt32).fill_null(len(texts))
         code = pl.when(text.is_null()).then(pl.lit(len(texts) + 1, pl.UInt32)).otherwise(code).alias(field.name)
-        ids_V = np.concatenate([listing.ids_V, [listing.unseen, listing.missing]]).astype(np.int32)
-        status_V = np.concatenate([listing.status_V, [UNSEEN, MISSING]]).astype(np.int8)
-        return _TextLookup(code, ids_V, status_V)
+        return _TextLookup(code, listing.ids_of_codes, listing.status_of_codes)
 
     @cached_property
     def _bucket_lookups(self) -> dict[str, _BucketLookup]:
@@ -362,6 +363,26 @@ class Listing:
     status_V: np.ndarray
     unseen: int
     missing: int
+
+    @property
+    def ids_of_codes(self) -> np.ndarray:
+        """The ids of codes: the places of `values`, then one for unseen and one for missing values; int32 (V + 2,)."""
+        return np.concatenate([self.ids_V, [self.unseen, self.missing]]).astype(np.int32)
+
+    @property
+    def status_of_codes(self) -> np.ndarray:
+        """The statuses of codes: int8 (V + 2,)."""
+        return np.concatenate([self.status_V, [UNSEEN, MISSING]]).astype(np.int8)
+
+
+def _places(values: pl.Series, texts: pl.Series) -> np.ndarray:
+    """The place of each text among V distinct values, V for others and V + 1 for null: uint32 (N,)."""
+    listed = pl.DataFrame({"text": values, "place": np.arange(len(values), dtype=np.uint32)})
+    if len(texts) < len(values) // 4:
+        listed = listed.filter(pl.col("text").is_in(texts.implode()))
+    found = texts.alias("text").to_frame().join(listed, on="text", how="left", maintain_order="left")
+    place = pl.when(pl.col("text").is_null()).then(len(values) + 1).otherwise(pl.col("place").fill_null(len(values)))
+    return found.select(place.cast(pl.UInt32)).to_series().to_numpy()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -322,6 +323,12 @@ def _added_up(values: pl.DataFrame) -> pl.DataFrame:
     return values.group_by("value").agg(pl.col("count").sum())
 
 
-def sum_counted(frames: Iterable[pl.DataFrame]) -> pl.DataFrame:
-    """The sum of frames of COUNTED_SCHEMA."""
-    return pl.concat(frames).group_by("field", "value", "bucket").agg(pl.col("count").sum())
+def sum_counted(paths: Sequence[Path], schema: Schema) -> pl.DataFrame:
+    """The sum of the frames of COUNTED_SCHEMA in parquet files, which are read field by field."""
+    scan, parts = pl.scan_parquet([*paths], glob=False, hive_partitioning=False), [pl.DataFrame(schema=COUNTED_SCHEMA)]
+    for number, field in enumerate(schema.id_fields):
+        key = "bucket" if field.type == "numeric" else "value"
+        counted = scan.filter(pl.col("field") == number).select(key, "count").collect()
+        sums = counted.group_by(key).agg(pl.col("count").sum())
+        parts.append(sums.select(pl.lit(number, pl.UInt32).alias("field"), key, "count"))
+    return pl.concat(parts, how="diagonal").select(*COUNTED_SCHEMA)

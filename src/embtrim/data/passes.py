@@ -22,6 +22,7 @@ import numpy as np
 import polars as pl
 
 from embtrim.data import pieces
+from embtrim.data.array_file import make_arrays
 from embtrim.data.dataset import SPLITS
 from embtrim.data.encoder import Encoder
 from embtrim.data.encoding_state import Coded, WorkingFolder
@@ -33,7 +34,7 @@ from embtrim.data.profile import Counts
 from embtrim.data.profiling import counts_of_split, sampled_numbers
 from embtrim.data.reading import RawLog, read_ahead
 from embtrim.data.splitting import Sample, Splitter
-from embtrim.data.writing import groups_of_training_codes, make_arrays, write_codes, write_ids
+from embtrim.data.writing import groups_of_training_codes, write_codes, write_ids
 from embtrim.engines.engine import Run
 from embtrim.errors import DataError, EmbtrimError
 from embtrim.schema import Schema
@@ -143,8 +144,7 @@ class OnEngine:
         for number in trained:
             for name, rows in pieces.load_coded(self._work.root, number).missing.items():
                 missing[name] = missing.get(name, 0) + rows
-        counted = sum_counted(pl.read_parquet(path, glob=False) for path in paths)
-        numbering.take_counted(counted, sum(coded.blocks["train"]), missing)
+        numbering.take_counted(sum_counted(paths, numbering.schema), sum(coded.blocks["train"]), missing)
 
     def write_ids(self, numbering: Numbering, encoder: Encoder, coded: Coded) -> dict[str, dict[str, Counts]]:
         """See `InProcess.write_ids`."""

@@ -29,6 +29,7 @@ import polars as pl
 
 from embtrim._version import __version__
 from embtrim.config import Config
+from embtrim.data.array_file import ArrayFile
 from embtrim.data.clock import Clock
 from embtrim.data.dataset import SPLITS
 from embtrim.data.encoder import Encoder
@@ -40,10 +41,10 @@ from embtrim.data.profile import Counts
 from embtrim.data.profiling import counts_of_split
 from embtrim.data.reading import RawLog, read_ahead
 from embtrim.data.splitting import Sample, Splitter
-from embtrim.data.writing import ArrayFile, blocks_of_codes, groups_of_training_codes, write_codes
+from embtrim.data.writing import blocks_of_codes, groups_of_training_codes, write_codes
 from embtrim.errors import DataError
 from embtrim.schema import Schema
-from embtrim.system.files import flush_file, read_json, write_then_rename
+from embtrim.system.files import read_json, write_then_rename
 from embtrim.system.folders import flush_folder
 from embtrim.system.progress import Counter
 
@@ -219,7 +220,7 @@ def _take_place(new: Path, place: Path) -> None:
 def sum_files(job: Job, paths: Sequence[Path]) -> Path:
     """Sum the counts in several files; the file with the sums."""
     job.check()
-    sums = sum_counted(pl.read_parquet(path, glob=False) for path in paths)
+    sums = sum_counted(paths, job.schema)
     place = job.root / "sums" / f"{uuid.uuid4().hex}.parquet"
     write_then_rename(place, lambda file: sums.write_parquet(file, compression="lz4"))
     return place
@@ -249,8 +250,6 @@ def write_arrays(job: Job, task: tuple[int, Mapping[str, int]]) -> dict[str, dic
                 ids.write(np.ascontiguousarray(encoded(codes_CN).T).data)
         for part in (place / "data" / split).iterdir():
             _copy_rows(part, job.root / "data" / split / part.name, first_row)
-        for path in (job.root / "data" / split).iterdir():
-            flush_file(path)
         if split != "train":
             found[split] = counts_of_split(numbering, encoder, split, coded, place / "codes")
     return found
