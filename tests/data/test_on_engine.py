@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,11 @@ import polars as pl
 import pytest
 
 import embtrim
-from embtrim.data import encoding, passes, pieces, splitting, tally, writing
+from embtrim.data import parts, passes, pieces, splitting, tally, writing
+from embtrim.data.dataset import EncodedDataset
 from embtrim.data.encoding import encode
 from embtrim.data.read_options import ReadOptions
+from embtrim.data.reading import open_log
 from embtrim.data.splitting import Splitter
 from embtrim.errors import DataError, EmbtrimError
 from embtrim.schema import FieldSpec
@@ -175,6 +178,126 @@ def test_logs_of_each_split_and_a_drafted_schema_give_the_same_bytes(folder, sma
     assert (tmp_path / "False.schema.toml").read_bytes() == (tmp_path / "True.schema.toml").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def folders(folder, tmp_path_factory):
+    """The log as arrays and as parts."""
+    root = tmp_path_factory.mktemp("parts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "PART_ROWS", 100)
+        patch.setattr(parts, "GROUP_ROWS", 64)
+        options = {"split": "time:5:3:2", "progress": False, "chunk_bytes": 20_000}
+        encode(folder / "parquet", SCHEMA, out=root / "arrays", **options)
+        encode(folder / "parquet", SCHEMA, out=root / "parts", parts=True, engine=Backwards(), **options)
+    return root / "arrays", root / "parts"
+
+
+class TestParts:
+    """The same rows as parquet parts (format version 2)."""
+
+    def test_they_open_as_the_same_data(self, folders):
+        arrays, found = (EncodedDataset.load(path) for path in folders)
+        assert found.schema.fingerprint == arrays.schema.fingerprint
+        for name in ("schema.json", "vocab.parquet", "transforms.json", "profile.json"):
+            assert (folders[1] / name).read_bytes() == (folders[0] / name).read_bytes()
+        meta = json.loads((folders[1] / "meta.json").read_text())
+        assert meta["format_version"] == 2
+        listed = [part["file"] for part in meta["parts"]["train"]]
+        assert listed == sorted(path.name for path in (folders[1] / "train").iterdir())
+        assert "part-000001-001.parquet" in listed
+        for split in arrays.splits:
+            for batch, same in zip(
+                found.batches(split, 70, shuffle_seed=3), arrays.batches(split, 70, shuffle_seed=3), strict=True
+            ):
+                for tensor, other in zip(batch.tensors(), same.tensors(), strict=True):
+                    assert tensor.equal(other)
+
+    def test_arrays_are_made_once_and_again_when_a_part_changes(self, folders, tmp_path):
+        shutil.copytree(folders[1], tmp_path / "data", ignore=shutil.ignore_patterns(".arrays"))
+        made = [EncodedDataset.load(tmp_path / "data").split("train").ids.filename for _ in range(2)]
+        times = os.stat(made[0]).st_mtime_ns
+        assert made[0] == made[1] == tmp_path / "data" / ".arrays" / "train" / "ids.npy"
+        part = tmp_path / "data" / "train" / "part-000000-000.parquet"
+        pl.read_parquet(part).with_columns(label=pl.lit(1.0, pl.Float32)).write_parquet(part)
+        assert EncodedDataset.load(tmp_path / "data").split("train").labels[:50].tolist() == [1.0] * 50
+        assert os.stat(made[0]).st_mtime_ns > times
+        assert {path.name for path in (tmp_path / "data" / ".arrays").iterdir()} == {"train", "valid", "test"}
+
+    def test_a_folder_that_cannot_be_written_has_its_arrays_elsewhere(self, folders, tmp_path, monkeypatch):
+        shutil.copytree(folders[1], tmp_path / "data", ignore=shutil.ignore_patterns(".arrays"))
+        (tmp_path / "data" / ".arrays").write_text("in the way")
+        monkeypatch.setattr(parts.tempfile, "tempdir", str(tmp_path))
+        data = EncodedDataset.load(tmp_path / "data")
+        assert data.split("train").ids.tolist() == EncodedDataset.load(folders[0]).split("train").ids.tolist()
+        assert {path.name for path in tmp_path.iterdir()} == {"data"}
+
+    @pytest.mark.parametrize("place", [0, 1])
+    def test_ranks_divide_the_rows(self, folders, place):
+        whole = EncodedDataset.load(folders[0])
+        ranks = [EncodedDataset.load(folders[place], share=(rank, 4)) for rank in range(4)]
+        for split, arrays in whole.splits.items():
+            for name in ("ids", "labels", "dense", "weights"):
+                found = np.concatenate([getattr(rank.split(split), name) for rank in ranks])
+                expected = getattr(arrays, name)
+                assert len(expected) - len(found) == (len(arrays) % 4 if split == "train" else 0)
+                assert np.array_equal(found, expected[: len(found)])
+        assert len({rank.num_rows("train") for rank in ranks}) == 1
+        assert len(whole.split("train")) % 4
+
+    def test_shares_that_are_none(self, folders):
+        for share in ((4, 4), (-1, 2), (0, 0)):
+            with pytest.raises(DataError, match=r"share is \(rank, number of ranks\), given"):
+                EncodedDataset.load(folders[1], share=share)
+        with pytest.raises(DataError, match="too few for 100000 ranks"):
+            EncodedDataset.load(folders[1], share=(0, 100_000))
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda frame: frame.head(3), "holds 3 rows, meta.json says"),
+            (lambda frame: frame.drop("id_1"), "does not have the columns of the schema"),
+            (lambda frame: frame.with_columns(extra=pl.lit(1)), "does not have the columns of the schema .*extra"),
+            (
+                lambda frame: frame.with_columns(pl.col("id_0").cast(pl.Int64)),
+                "does not have the columns of the schema",
+            ),
+            (lambda frame: frame.with_columns(label=pl.lit(None, pl.Float32)), "has missing values"),
+            (lambda frame: frame.with_columns(id_0=pl.lit(10**6, pl.Int32)), "ids of field 'user' lie in"),
+            (None, "does not exist; encode again"),
+        ],
+    )
+    def test_damaged_parts_are_refused(self, folders, tmp_path, change, message):
+        shutil.copytree(folders[1], tmp_path / "data", ignore=shutil.ignore_patterns(".arrays"))
+        part = tmp_path / "data" / "train" / "part-000001-000.parquet"
+        if change is None:
+            part.unlink()
+        else:
+            change(pl.read_parquet(part)).write_parquet(part)
+        with pytest.raises(DataError, match=message):
+            EncodedDataset.load(tmp_path / "data").split("train")
+        assert not list((tmp_path / "data" / ".arrays").glob(".*"))
+
+    @pytest.mark.parametrize(
+        ("key", "value", "message"),
+        [
+            ("parts", None, "parts belong to format_version 2, and are needed there"),
+            ("format_version", 1, "parts belong to format_version 2"),
+            ("format_version", 3, "has dataset format 3, this release reads 1 and 2"),
+            ("parts", {"train": [{"file": "../x.parquet", "rows": 1}]}, "parts.train.0.file"),
+            ("parts", {"train": []}, "the parts of split 'train' do not have its"),
+        ],
+    )
+    def test_meta_that_does_not_fit_is_refused(self, folders, tmp_path, key, value, message):
+        shutil.copytree(folders[1], tmp_path / "data")
+        meta = json.loads((tmp_path / "data" / "meta.json").read_text())
+        (tmp_path / "data" / "meta.json").write_text(json.dumps({**meta, key: value}))
+        with pytest.raises(DataError, match=message):
+            EncodedDataset.load(tmp_path / "data")
+
+    def test_without_an_engine_this_process_writes_them(self, folder, folders, tmp_path):
+        encode(folder / "csv" / "0.csv", SCHEMA, out=tmp_path / "data", parts=True, progress=False)
+        assert [path.name for path in (tmp_path / "data" / "train").iterdir()] == ["part-000000-000.parquet"]
+
+
 @pytest.mark.slow
 def test_killed_workers_change_nothing(folder, tmp_path):
     options = {"split": "time:5:3:2", "progress": False, "chunk_bytes": 20_000}
@@ -231,6 +354,14 @@ class TestRefusals:
             with pytest.raises(EmbtrimError, match=r"it takes embtrim.engines.Local\(jobs=2\), Ray\(\) or Spark"):
                 encode(tmp_path / "none.csv", SCHEMA, out=tmp_path / "out", engine=given)
 
+    @pytest.mark.parametrize("engine", [None, Backwards()])
+    def test_a_url_to_write(self, folder, tmp_path, monkeypatch, engine):
+        monkeypatch.chdir(tmp_path)
+        for out in ("s3://bucket/data", Path("s3://bucket/data")):
+            with pytest.raises(DataError, match=r"s3:/bucket/data is a URL; data are written to a folder"):
+                encode(folder / "csv", SCHEMA, out=out, engine=engine)
+        assert not list(tmp_path.iterdir())
+
     def test_a_frame(self, frame, tmp_path):
         for given in (frame, frame.to_pandas()):
             with pytest.raises(DataError, match="a DataFrame lies in the memory of this process"):
@@ -282,7 +413,7 @@ class TestRefusals:
             encode(tmp_path / "*.parquet", SCHEMA, out=tmp_path / "out", engine=Changing(), progress=False)
 
     def test_workers_that_cannot_take_part(self, folder, tmp_path):
-        piece = pieces.Piece(0, "train", encoding.open_log(folder / "csv" / "0.csv").of_file(0))
+        piece = pieces.Piece(0, "train", open_log(folder / "csv" / "0.csv").of_file(0))
         job = pieces.Job(tmp_path, "a", SCHEMA, Splitter(None, SCHEMA, 0), 0, 1 << 20, {}, frozenset(), pieces.VERSIONS)
         for content in (None, "b"):
             if content is not None:

@@ -104,6 +104,9 @@ def encode(
     jobs: Annotated[
         int, typer.Option("--jobs", min=1, help="Number of worker processes; each reads whole files of the log.")
     ] = 1,
+    parts: Annotated[
+        bool, typer.Option("--parts", help="Write parquet parts, one or more for each file of the log, not arrays.")
+    ] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     dry_run: DryRun = False,
@@ -121,7 +124,7 @@ def encode(
     _check_encode(settings, log)
     source: Any = log[0] if log and len(log) == 1 else log
     if draft is None and not dry_run:
-        data = _encode_log(settings, source, options, needed(out), jobs, overwrite, not quiet)
+        data = _encode_log(settings, source, options, needed(out), jobs, parts, overwrite, not quiet)
         show_encoded(data, needed(out), as_json)
         return
     drafted = _draft_schema(settings, source, options)
@@ -179,7 +182,14 @@ def _draft_schema(settings: EncodeSettings, source: Any, options: ReadOptions) -
 
 
 def _encode_log(
-    settings: EncodeSettings, source: Any, options: ReadOptions, out: Path, jobs: int, overwrite: bool, progress: bool
+    settings: EncodeSettings,
+    source: Any,
+    options: ReadOptions,
+    out: Path,
+    jobs: int,
+    parts: bool,
+    overwrite: bool,
+    progress: bool,
 ) -> EncodedDataset:
     from embtrim.data.catalog import encode_known
 
@@ -187,12 +197,12 @@ def _encode_log(
     if settings.dataset is not None:
         return encode_known(
             settings.dataset, source, out, split=settings.split, seed=settings.seed, min_count=settings.min_count,
-            overwrite=overwrite, progress=progress, engine=engine,
+            overwrite=overwrite, progress=progress, engine=engine, parts=parts,
         )  # fmt: skip
     return embtrim.encode(
         source, settings.schema_file, label=settings.label, where=settings.where, time=settings.time,
         time_format=settings.time_format, out=out, split=settings.split, valid=settings.valid, test=settings.test, seed=settings.seed, options=options,
-        overwrite=overwrite, progress=progress, engine=engine,
+        overwrite=overwrite, progress=progress, engine=engine, parts=parts,
     )  # fmt: skip
 
 

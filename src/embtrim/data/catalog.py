@@ -118,6 +118,7 @@ def encode_known(
     overwrite: bool = False,
     progress: bool = True,
     engine: Engine | None = None,
+    parts: bool = False,
 ) -> EncodedDataset:
     """Encode a downloaded copy of a known dataset.
 
@@ -132,6 +133,7 @@ def encode_known(
         overwrite: Replace an encoded dataset at `out`.
         progress: Show a progress bar on stderr.
         engine: Reads the files, as for `encode`.
+        parts: Write parquet parts, as for `encode`.
 
     Raises:
         DataError: There is no such dataset, files are missing, or files have another layout.
@@ -150,7 +152,7 @@ def encode_known(
         schema = schema.replace(fields=tuple(changed))
     paths = _find_files(entry, folder)
     settings: dict[str, Any] = {
-        "out": out, "seed": seed, "overwrite": overwrite, "progress": progress, "engine": engine,
+        "out": out, "seed": seed, "overwrite": overwrite, "progress": progress, "engine": engine, "parts": parts,
     }  # fmt: skip
     if entry.prepare is not None:
         with temporary_folder(Path(out).expanduser()) as work:

@@ -9,6 +9,8 @@
     folder/<split>/dense.npy    float32 (N, number of dense fields), only if there are any
     folder/<split>/weights.npy  float32 (N,), only if the schema has a weight column
 
+Format version 2 has parquet parts in the place of the arrays, see parts.py.
+
 Shapes: N rows of a split, B batch, C id columns, F fields.
 """
 
@@ -23,11 +25,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from embtrim.config import Config, Entry
 from embtrim.data.encoder_files import read_schema
 from embtrim.data.log_file import Skipped
+from embtrim.data.parts import Part, unpacked
 from embtrim.errors import ConfigError, DataError, shown
 from embtrim.plan.plan import SizePlan
 from embtrim.schema import PAD, Schema
@@ -39,7 +42,8 @@ if TYPE_CHECKING:  # workers that encode make no batches: they start in a quarte
     import torch
     from torch import Tensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # with parquet parts; version 1 has arrays
+ARRAYS_VERSION = 1
 SPLITS = ("train", "valid", "test")
 
 # Rows are shuffled in windows. A window consists of random chunks of CHUNK_ROWS consecutive rows, WINDOW_ROWS rows in
@@ -66,18 +70,35 @@ class Meta(Config):
     """What meta.json of encoded data holds, as far as it is read; `encode` notes more.
 
     Attributes:
+        format_version: 1 for arrays, 2 for parquet parts.
         num_rows: Rows by split.
         split: How one log was divided; None for a log of each split.
         seed: Seed of the random split.
         skipped: Lines that could not be read, by log.
+        parts: The parts of each split in the order of the log; None for arrays.
     """
 
     model_config = ConfigDict(extra="ignore")
 
+    format_version: Literal[1, 2]
     num_rows: dict[Literal["train", "valid", "test"], Annotated[int, Field(strict=True, ge=0)]]
     split: SplitNote | None = None
     seed: int | None = None
     skipped: dict[str, Skipped] = Field(default_factory=dict)
+    parts: dict[Literal["train", "valid", "test"], tuple[Part, ...]] | None = None
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Meta:
+        if (self.parts is not None) != (self.format_version == FORMAT_VERSION):
+            raise ValueError(f"parts belong to format_version {FORMAT_VERSION}, and are needed there")
+        for name, num_rows in self.num_rows.items() if self.parts is not None else ():
+            if sum(part.rows for part in self.parts_of(name)) != num_rows:
+                raise ValueError(f"the parts of split {name!r} do not have its {num_rows:,} rows")
+        return self
+
+    def parts_of(self, split: str) -> tuple[Part, ...]:
+        """The parts of a split."""
+        return next((found for name, found in (self.parts or {}).items() if name == split), ())
 
     @classmethod
     def load(cls, folder: Path) -> Meta:
@@ -88,10 +109,10 @@ class Meta(Config):
         """
         path = folder / "meta.json"
         values = read_json(path, hint="is this a folder written by `embtrim encode`?")
-        if values.get("format_version") != FORMAT_VERSION:
+        if values.get("format_version") not in (ARRAYS_VERSION, FORMAT_VERSION):
             raise DataError(
-                f"{folder} has dataset format {shown(values.get('format_version'))}, this release reads {FORMAT_VERSION}; "
-                "encode again"
+                f"{folder} has dataset format {shown(values.get('format_version'))}, this release reads {ARRAYS_VERSION} and "
+                f"{FORMAT_VERSION}; encode again"
             )
         try:
             return cls.parse(values, where=str(path))
@@ -179,31 +200,41 @@ class EncodedDataset:
             _check_split(schema, name, arrays)
 
     @classmethod
-    def load(cls, folder: str | Path) -> EncodedDataset:
+    def load(cls, folder: str | Path, share: tuple[int, int] | None = None) -> EncodedDataset:
         """Open a folder written by `embtrim.encode`. Arrays are memory-mapped, so that nothing is read yet.
 
+        Parquet parts (format version 2) are unpacked into arrays first, once for all later calls; those of a share, each time.
+
+        Args:
+            folder: The folder.
+            share: (rank, number of ranks) opens the rows of one rank of a job: consecutive rows, a part of the whole for each
+                rank. All ranks have equally many training rows, so that a loop of their batches makes equally many steps;
+                the last rows, fewer than there are ranks, are left out. Other splits are divided without a rest.
+
         Raises:
-            DataError: The folder is missing, incomplete, truncated or of another format version.
+            DataError: The folder is missing, incomplete, truncated or of another format version; or the share is not one.
+
+        Example:
+            >>> import polars as pl, tempfile
+            >>> from embtrim.data.encoding import encode
+            >>> log = pl.DataFrame({"click": [0, 1] * 50, "user": ["ann", "bob"] * 50})
+            >>> data = encode(log, label="click", split="1:0:0", out=tempfile.mkdtemp() + "/data")
+            >>> [EncodedDataset.load(data.folder, share=(rank, 3)).num_rows("train") for rank in range(3)]
+            [33, 33, 33]
         """
         folder = Path(folder)
         undo_replacement(folder)
-        num_rows = Meta.load(folder).num_rows
-        schema = read_schema(folder)
+        meta = Meta.load(folder)
+        schema, rows_of_split = read_schema(folder), {str(name): number for name, number in meta.num_rows.items()}
         splits = {}
-        for name in SPLITS:
-            if name not in num_rows:
+        for name in (name for name in SPLITS if name in rows_of_split):
+            rows = None if share is None else _rows_of_share(name, rows_of_split[name], *share)
+            if meta.parts is None:
+                arrays = _open_split(folder / name, schema, rows_of_split[name])
+                splits[name] = arrays if rows is None else _take(arrays, slice(*rows))
                 continue
-            arrays = SplitArrays(
-                ids=_open_array(folder / name / "ids.npy"),
-                labels=_open_array(folder / name / "labels.npy"),
-                dense=_open_array(folder / name / "dense.npy") if schema.dense_fields else None,
-                weights=_open_array(folder / name / "weights.npy") if schema.weight else None,
-            )
-            if len(arrays) != num_rows[name]:
-                raise DataError(
-                    f"{folder / name} holds {len(arrays)} rows, meta.json says {num_rows[name]}; encode again"
-                )
-            splits[name] = arrays
+            with unpacked(folder, name, meta.parts_of(name), schema, rows) as place:
+                splits[name] = _open_split(place, schema, rows_of_split[name] if rows is None else rows[1] - rows[0])
         return cls(schema, splits, folder)
 
     def split(self, name: str) -> SplitArrays:
@@ -305,6 +336,30 @@ class EncodedDataset:
             dense_BE=None if arrays.dense is None else _tensor(arrays.dense),
             weights_B=None if arrays.weights is None else _tensor(arrays.weights),
         )
+
+
+def _rows_of_share(split: str, num_rows: int, rank: int, num_ranks: int) -> tuple[int, int]:
+    """The first row of a rank's share of a split, and the row after its last one; see `EncodedDataset.load`."""
+    if not 0 <= rank < num_ranks:
+        raise DataError(f"share is (rank, number of ranks), given ({rank}, {num_ranks}); ranks are 0..{num_ranks - 1}")
+    if num_rows < num_ranks:
+        raise DataError(f"split {split!r} has {num_rows:,} rows, too few for {num_ranks} ranks; use fewer ranks")
+    if split == "train":
+        return rank * (num_rows // num_ranks), (rank + 1) * (num_rows // num_ranks)
+    return rank * num_rows // num_ranks, (rank + 1) * num_rows // num_ranks
+
+
+def _open_split(folder: Path, schema: Schema, num_rows: int) -> SplitArrays:
+    """The arrays of a split, memory-mapped."""
+    arrays = SplitArrays(
+        ids=_open_array(folder / "ids.npy"),
+        labels=_open_array(folder / "labels.npy"),
+        dense=_open_array(folder / "dense.npy") if schema.dense_fields else None,
+        weights=_open_array(folder / "weights.npy") if schema.weight else None,
+    )
+    if len(arrays) != num_rows:
+        raise DataError(f"{folder} holds {len(arrays)} rows, meta.json says {num_rows}; encode again")
+    return arrays
 
 
 def _open_array(path: Path) -> np.ndarray:

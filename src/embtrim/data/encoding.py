@@ -33,7 +33,7 @@ import polars as pl
 
 from embtrim._version import __version__
 from embtrim.data.cells import log_columns
-from embtrim.data.dataset import FORMAT_VERSION, SPLITS, EncodedDataset
+from embtrim.data.dataset import ARRAYS_VERSION, FORMAT_VERSION, SPLITS, EncodedDataset
 from embtrim.data.drafting import draft_schema, is_label_rule
 from embtrim.data.encoder import Encoder
 from embtrim.data.encoding_state import CHECKPOINT_VERSION, WorkingFolder, check_target, working_folder
@@ -48,6 +48,7 @@ from embtrim.data.read_options import ReadOptions
 from embtrim.data.reading import RawLog, Source, open_log
 from embtrim.data.splitting import Split, Splitter, check_splits, choose_split
 from embtrim.engines.engine import Engine
+from embtrim.engines.local import Local
 from embtrim.errors import DataError, EmbtrimError, shown
 from embtrim.schema import Schema
 from embtrim.system.progress import Counter
@@ -75,6 +76,7 @@ def encode(
     chunk_bytes: int = CHUNK_BYTES,
     checkpoint_seconds: float | None = 60.0,
     engine: Engine | None = None,
+    parts: bool = False,
 ) -> EncodedDataset:
     """Encode a raw log into a folder and open it.
 
@@ -106,6 +108,7 @@ def encode(
             checkpoints.
         engine: Has workers read each file of the logs apart, see `embtrim.engines` and docs/engines.md; None has this
             process read them one after the other. The result is the same.
+        parts: Write the rows of each file of the log as parquet parts (format version 2), not as arrays; see docs/engines.md.
 
     Raises:
         EmbtrimError: `engine` is not an engine, or its package is not installed.
@@ -121,6 +124,7 @@ def encode(
         {'user': 4}
     """
     refuse_ranks("encode")
+    engine = Local(jobs=1) if engine is None and parts else engine
     if engine is not None:
         _check_engine(engine, [source, valid, test])
     options = options or ReadOptions()
@@ -128,7 +132,7 @@ def encode(
     check_target(target, overwrite)
     logs = {"train": open_log(source, options)}
     logs |= {name: open_log(log, options) for name, log in (("valid", valid), ("test", test)) if log is not None}
-    if engine is not None and all(len(log.files) == 1 for log in logs.values()):
+    if engine not in (None, Local(jobs=1)) and all(len(log.files) == 1 for log in logs.values()):
         logger.warning("the log is one file, which one worker reads; divide it into several files to use more workers")
     chosen = choose_split(split, given=[name for name in logs if name != "train"])
     draft_path = target.with_name(target.name + ".schema.toml") if schema is None else None
@@ -140,7 +144,7 @@ def encode(
     data = _encode_logs(
         target, logs, schema, None, chosen, seed, options,
         lambda decided, vocabularies, transforms, _: new_encoder(decided, vocabularies, transforms), {}, overwrite=overwrite,
-        progress=progress, chunk_bytes=chunk_bytes, checkpoint_seconds=checkpoint_seconds, engine=engine,
+        progress=progress, chunk_bytes=chunk_bytes, checkpoint_seconds=checkpoint_seconds, engine=engine, parts=parts,
     )  # fmt: skip
     if draft_path is not None:
         _write_draft(schema, draft_path)
@@ -216,13 +220,13 @@ def _check_engine(engine: Engine, sources: Sequence[Source | None]) -> None:
         if not isinstance(paths, (Sequence, type(None))):
             raise DataError(
                 f"a {type(source).__name__} lies in the memory of this process, where the workers of an engine cannot read it; "
-                "write it to parquet files, or leave the engine out"
+                "write it to parquet files, or leave engine and parts out"
             )
         for path in map(Path, paths or ()):
             if path.exists() and not (path.is_file() or path.is_dir()):
                 raise DataError(
                     f"{path} is neither a file nor a folder: it can be read once, and an engine reads a file several times; write "
-                    "it to files, or leave the engine out"
+                    "it to files, or leave engine and parts out"
                 )
 
 
@@ -261,6 +265,7 @@ def _encode_logs(
     checkpoint_seconds: float | None,
     earlier: tuple[Encoder, Profile | None] | None = None,
     engine: Engine | None = None,
+    parts: bool = False,
 ) -> EncodedDataset:
     """Make the encoder and write all rows as its ids.
 
@@ -279,7 +284,8 @@ def _encode_logs(
         "read options": options.model_dump(mode="json"),
         "chunk_bytes": chunk_bytes,
         "source files": sources,
-        "engine": engine is not None,  # the checkpoints of engines hold other files
+        # The checkpoints of engines, and of parts, hold other files.
+        "engine": None if engine is None else "parts" if parts else "arrays",
         **more_inputs,
     }
     with contextlib.ExitStack() as stack:
@@ -290,7 +296,7 @@ def _encode_logs(
         if engine is None:
             passes = InProcess(logs, seed, chunk_bytes, bar, work)
         else:
-            passes = OnEngine(stack.enter_context(engine.started()), logs, seed, chunk_bytes, bar, work)
+            passes = OnEngine(stack.enter_context(engine.started()), logs, seed, chunk_bytes, bar, work, parts)
         _learn_cuts(passes, splitter, schema, work)
         undecided: frozenset[str] = frozenset()
         if transforms is None:
@@ -314,7 +320,7 @@ def _encode_logs(
         finish_profile(schema, others, numbers, coded, work.folder, None if earlier is None else earlier[1])
         seconds = seconds_before + time.perf_counter() - started
         meta = {
-            "format_version": FORMAT_VERSION,
+            "format_version": ARRAYS_VERSION if passes.parts is None else FORMAT_VERSION,
             "num_rows": num_rows,
             "positives": positives,
             "sources": {name: log.describe() for name, log in logs.items()},
@@ -326,6 +332,8 @@ def _encode_logs(
             "skipped": {name: lines.model_dump() for name, lines in skipped_lines(coded).items()},
             "seconds": round(seconds, 3),
         }
+        if passes.parts is not None:
+            meta["parts"] = {name: [part.model_dump() for part in passes.parts[name]] for name in num_rows}
         (work.folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
     listed = ", ".join(f"{name} {n:,}" for name, n in num_rows.items())
     logger.info("encoded %s rows into %s in %.1f s", listed, target, seconds)

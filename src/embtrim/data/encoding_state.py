@@ -23,6 +23,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 import uuid
@@ -292,8 +293,10 @@ def check_target(target: Path, overwrite: bool) -> None:
     """Check that a dataset may be written to `target`.
 
     Raises:
-        DataError: `target` exists and may not be replaced.
+        DataError: `target` exists and may not be replaced, or is a URL.
     """
+    if re.match(r"[a-z][a-z0-9+.-]+:/", target.as_posix()):
+        raise DataError(f"{target} is a URL; data are written to a folder: write them to one, and copy it")
     undo_replacement(target)
     if not target.exists() and not target.is_symlink():
         return

@@ -29,6 +29,7 @@ from embtrim.data.encoding_state import Coded, WorkingFolder
 from embtrim.data.learning import Learned, learned_columns
 from embtrim.data.log_file import Skipped
 from embtrim.data.numbering import Numbering, sum_counted
+from embtrim.data.parts import Part
 from embtrim.data.pieces import Job, Piece, folder_of
 from embtrim.data.profile import Counts
 from embtrim.data.profiling import counts_of_split, sampled_numbers
@@ -48,7 +49,9 @@ FAN_IN = 32
 
 
 class InProcess:
-    """The passes as this process makes them, one chunk after the other."""
+    """The passes as this process makes them, one chunk after the other, into arrays."""
+
+    parts = None
 
     def __init__(
         self, logs: Mapping[str, RawLog], seed: int, chunk_bytes: int, bar: Counter, work: WorkingFolder
@@ -89,13 +92,25 @@ class InProcess:
 
 
 class OnEngine:
-    """The passes as the workers of an engine make them, one file each."""
+    """The passes as the workers of an engine make them, one file each.
+
+    Attributes:
+        parts: The parquet parts by split, once they are written; None for arrays.
+    """
 
     def __init__(
-        self, run: Run, logs: Mapping[str, RawLog], seed: int, chunk_bytes: int, bar: Counter, work: WorkingFolder
+        self,
+        run: Run,
+        logs: Mapping[str, RawLog],
+        seed: int,
+        chunk_bytes: int,
+        bar: Counter,
+        work: WorkingFolder,
+        as_parts: bool,
     ) -> None:
         self._run, self._logs, self._bar, self._work = run, logs, bar, work
-        self._seed, self._chunk_bytes, self._token = seed, chunk_bytes, uuid.uuid4().hex
+        self._seed, self._chunk_bytes, self._as_parts, self._token = seed, chunk_bytes, as_parts, uuid.uuid4().hex
+        self.parts: dict[str, list[Part]] | None = None
         self._pieces: list[Piece] = []
         self._coded: dict[int, Coded] = {}
         write_then_rename(work.root / pieces.TOKEN, lambda file: file.write(self._token.encode()))
@@ -150,7 +165,10 @@ class OnEngine:
         """See `InProcess.write_ids`."""
         num_rows = {split: sum(blocks) for split, blocks in coded.blocks.items()}
         for split in num_rows:
-            make_arrays(self._work.folder / split, numbering.schema, num_rows[split])
+            if self._as_parts:
+                (self._work.folder / split).mkdir(exist_ok=True)
+            else:
+                make_arrays(self._work.folder / split, numbering.schema, num_rows[split])
         tasks, start = [], dict.fromkeys(num_rows, 0)
         for number, file in self._coded.items():
             tasks.append((number, {split: start[split] for split in file.blocks}))
@@ -158,10 +176,16 @@ class OnEngine:
                 start[split] += sum(blocks)
         job = self._job(Splitter(None, numbering.schema, self._seed), numbering.schema)
         found: dict[str, dict[str, Counts]] = {split: {} for split in SPLITS[1:] if split in num_rows}
-        for _, counts in self._each("writing ids", pieces.write_arrays, job, tasks):
-            for split, by_field in counts.items():
+        parts: dict[int, dict[str, list[Part]]] = {}
+        write = pieces.write_parts if self._as_parts else pieces.write_arrays
+        for _, written in self._each("writing ids", write, job, tasks):
+            parts[written.number] = written.parts
+            for split, by_field in written.counts.items():
                 for name, more in by_field.items():
                     found[split][name] = found[split][name].plus(more) if name in found[split] else more
+        if self._as_parts:
+            in_order = [parts[number] for number in self._coded]
+            self.parts = {split: [part for file in in_order for part in file.get(split, [])] for split in num_rows}
         return found
 
     def numbers(self, schema: Schema, coded: Coded) -> dict[str, np.ndarray]:

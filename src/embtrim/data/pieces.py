@@ -18,8 +18,8 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from embtrim.data.encoding_state import Coded, EncodingState, FileRows, WorkingF
 from embtrim.data.learning import Learned, learned_columns
 from embtrim.data.log_file import START
 from embtrim.data.numbering import Numbering, sum_counted
+from embtrim.data.parts import PART_ROWS, Part, part_name, write_part
 from embtrim.data.profile import Counts
 from embtrim.data.profiling import counts_of_split
 from embtrim.data.reading import RawLog, read_ahead
@@ -226,33 +227,94 @@ def sum_files(job: Job, paths: Sequence[Path]) -> Path:
     return place
 
 
-def write_arrays(job: Job, task: tuple[int, Mapping[str, int]]) -> dict[str, dict[str, Counts]]:
+def write_arrays(job: Job, task: tuple[int, Mapping[str, int]]) -> Written:
     """Write the rows of a file into the arrays of their splits.
 
     Args:
         job: The run. Its folder `data` holds the encoder, and arrays of full length.
         task: The number of the file; and by split, the place of its first row.
-
-    Returns:
-        Counts by split and field, of the splits that are not for training.
     """
-    job.check()
     number, first_rows = task
-    place, coded = folder_of(job.root, number), load_coded(job.root, number).coded
-    encoder = _encoder(job.root / "data", job.token)
-    numbering = Numbering(encoder.schema, encoder.transforms)
-    numbering.list_texts(pl.read_parquet(place / "texts.parquet", glob=False))
-    encoded, found = numbering.encoded_by(encoder), {}
+    file = _read_file(job, number)
     for split, first_row in first_rows.items():
         with open(job.root / "data" / split / "ids.npy", "r+b") as ids:
-            ids.seek(ArrayFile.HEADER_BYTES + 4 * encoder.schema.num_id_columns * first_row)
-            for codes_CN in blocks_of_codes(split, coded, encoder.schema, place / "codes"):
-                ids.write(np.ascontiguousarray(encoded(codes_CN).T).data)
-        for part in (place / "data" / split).iterdir():
+            ids.seek(ArrayFile.HEADER_BYTES + 4 * file.encoder.schema.num_id_columns * first_row)
+            for ids_CN in file.ids(split):
+                ids.write(np.ascontiguousarray(ids_CN.T).data)
+        for part in (file.place / "data" / split).iterdir():
             _copy_rows(part, job.root / "data" / split / part.name, first_row)
-        if split != "train":
-            found[split] = counts_of_split(numbering, encoder, split, coded, place / "codes")
-    return found
+    return Written(number, file.counts())
+
+
+def write_parts(job: Job, task: tuple[int, Mapping[str, int]]) -> Written:
+    """Write the rows of a file as parquet parts of their splits; the arguments are those of `write_arrays`."""
+    number, parts = task[0], {}
+    file = _read_file(job, number)
+    for split in file.coded.blocks:
+        arrays = {path.stem: np.load(path, mmap_mode="r") for path in (file.place / "data" / split).iterdir()}
+        folder, start, parts[split] = job.root / "data" / split, 0, []
+        for ids_CN in _in_runs(file.ids(split), PART_ROWS):
+            rows = slice(start, start + ids_CN.shape[1])
+            dense, weights = (arrays[name][rows] if name in arrays else None for name in ("dense", "weights"))
+            name = part_name(number, len(parts[split]))
+            parts[split].append(write_part(folder / name, ids_CN, arrays["labels"][rows], dense, weights))
+            start = rows.stop
+    return Written(number, file.counts(), parts)
+
+
+def _in_runs(blocks: Iterable[np.ndarray], num_rows: int) -> Iterator[np.ndarray]:
+    """Blocks of shape (C, N) put together until they have `num_rows` rows."""
+    held: list[np.ndarray] = []
+    for block in blocks:
+        held.append(block)
+        if sum(part.shape[1] for part in held) >= num_rows:
+            yield np.concatenate(held, axis=1)
+            held = []
+    if held:
+        yield np.concatenate(held, axis=1)
+
+
+@dataclass(frozen=True)
+class Written:
+    """The rows of a file, written as ids.
+
+    Attributes:
+        number: The file.
+        counts: Counts by split and field, of the splits that are not for training.
+        parts: Its parquet parts by split.
+    """
+
+    number: int
+    counts: dict[str, dict[str, Counts]]
+    parts: dict[str, list[Part]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _ReadFile:
+    """A file that is written as codes, and the encoder that reads them."""
+
+    place: Path
+    coded: Coded
+    encoder: Encoder
+    numbering: Numbering
+
+    def ids(self, split: str) -> Iterator[np.ndarray]:
+        """The ids of a split, block by block: int32 (C, N)."""
+        encoded = self.numbering.encoded_by(self.encoder)
+        return map(encoded, blocks_of_codes(split, self.coded, self.encoder.schema, self.place / "codes"))
+
+    def counts(self) -> dict[str, dict[str, Counts]]:
+        """Counts by split and field, of the splits that are not for training."""
+        others, codes = [split for split in self.coded.blocks if split != "train"], self.place / "codes"
+        return {split: counts_of_split(self.numbering, self.encoder, split, self.coded, codes) for split in others}
+
+
+def _read_file(job: Job, number: int) -> _ReadFile:
+    job.check()
+    place, encoder = folder_of(job.root, number), _encoder(job.root / "data", job.token)
+    numbering = Numbering(encoder.schema, encoder.transforms)
+    numbering.list_texts(pl.read_parquet(place / "texts.parquet", glob=False))
+    return _ReadFile(place, load_coded(job.root, number).coded, encoder, numbering)
 
 
 def _copy_rows(part: Path, whole: Path, first_row: int) -> None:
