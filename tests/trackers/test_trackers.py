@@ -54,13 +54,13 @@ def test_each_model_is_one_run() -> None:
         listed.on_epoch(epoch("deepfm-sseds-10pct-seed0", 1))  # a further training of the same model
         listed.on_record(SMALL, 1, 3)
         listed.on_record(FULL, 2, 3)  # no epoch was left
-        listed.on_epoch(epoch("a", 1))  # skipped
+        listed.on_epoch(epoch("a", 3))  # continued, then skipped
         listed.on_epoch(epoch("b", 1))  # interrupted
     name = "deepfm-sseds-10pct-seed0"
     assert listed.told == [
         f"begin {name}", (name, 1, 0.5, 0.7), (name, 2, 0.25, 0.7), (name, 3, 0.5, 0.7), (name, "sseds", 0.75), f"end {name} True",
         "begin deepfm-full-seed0", ("deepfm-full-seed0", "full", 0.76), "end deepfm-full-seed0 True",
-        "begin a", ("a", 1, 0.5, 0.7), "end a False", "begin b", ("b", 1, 0.5, 0.7), "end b False",
+        "begin a", ("a", 3, 0.5 / 3, 0.7), "end a False", "begin b", ("b", 1, 0.5, 0.7), "end b False",
     ]  # fmt: skip
     listed.close()
     assert listed.told[-1] == "end b False", "once"

@@ -26,7 +26,8 @@ _PARAMS = ("model", "variant", "method", "budget", "bits", "target", "init", "st
 class Tracker:
     """A callback that writes each model of `fit`, `run` or `compare` as one run of a tracking tool.
 
-    Epochs are written as they end, under steps counted over all trainings of the model. A record adds the settings, and
+    Epochs are written as they end. Their step is the number of the epoch; where a model is trained several times, further
+    trainings count on. A record adds the settings, and
     the final metrics, and ends the run. If the tool raises an error, a warning says so, and nothing more is tracked: the
     work goes on.
 
@@ -64,7 +65,7 @@ class Tracker:
         if self._name is not None and self._name != epoch.name:
             self._end(False)
         self._begin(epoch.name)
-        self._step += 1
+        self._step = max(self._step + 1, epoch.epoch)
         self.write(self._run, epoch.metrics(), self._step)
 
     def _take_record(self, record: RunRecord) -> None:
