@@ -261,6 +261,10 @@ def test_page_is_safe_and_works_offline(by_hand: list[RunRecord]) -> None:
 
 
 def test_page_without_searches_or_test_split(by_hand: list[RunRecord]) -> None:
+    other = cell("full", 0, 0.7, model="fm")  # a grid in progress: nothing was searched for the second model yet
+    found = Page(render_comparison([*by_hand, other]))
+    assert [heat["title"] for heat in found.unpacked("heat")] == ["Width of each field: deepfm"]
+    assert ("data-heat", "1") not in found.attributes
     fulls = Page(render_comparison(by_hand[:3]))
     assert fulls.unpacked("heat") == []
     assert fulls.text.count("hold no data for this figure") == 2

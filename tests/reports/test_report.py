@@ -272,6 +272,13 @@ def test_bytes_of_tables_before_and_after(two_seeds: list[RunRecord]) -> None:
     assert [text for _, text in figure["row_texts"]][-1] == "19.9 KB → 0 B"
 
 
+def test_what_is_empty_is_left_out(two_seeds: list[RunRecord]) -> None:
+    empty = [r.replace(widths={}, kept_rows={}, num_rows={}, bytes_by_table={"a": 0}) for r in two_seeds]
+    assert shown(bytes_by_table(variants_of(empty)))["full"] == ["a, full: 0 B"]
+    assert "largest tables first" in render_page(empty)
+    assert "largest tables first" not in render_page([r.replace(bytes_by_table=None) for r in empty])
+
+
 def test_deciles_and_calibration(two_seeds: list[RunRecord]) -> None:
     texts = shown(auc_by_decile(variants_of(two_seeds)))
     assert len(texts["full"]) == 9, "a group without an AUC has no point"

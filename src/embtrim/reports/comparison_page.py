@@ -57,19 +57,17 @@ def render_comparison(records: Sequence[RunRecord], skipped: Sequence[Skipped] =
     """
     entries = entries_of(records)
     parts = scopes(entries)
-    names = [f"Width of each field: {name}" for name, _ in parts]
+    searched = [(f"Width of each field: {name}", part) for name, part in parts if labels(part)]
     return fill_page(
         "comparison.html.j2",
         [e.record for e in entries],
-        [comparison_heat_map(part, name) for name, (_, part) in zip(names, parts, strict=True)]
-        if labels(entries)
-        else [],
+        [comparison_heat_map(part, title) for title, part in searched],
         broad=True,
         title=_title(records),
         facts=_facts(records),
         losses=[section for name, part in parts for section in _losses(name, part)],
-        heat_titles=names if labels(entries) else [],
-        costs=_costs(entries) if labels(entries) else [],
+        heat_titles=[title for title, _ in searched],
+        costs=_costs(entries) if searched else [],
         sheets=sheets(records, skipped),
     )
 

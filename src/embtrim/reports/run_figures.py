@@ -129,7 +129,7 @@ def bytes_by_table(variants: Sequence[Variant]) -> dict[str, Any]:
         series.append(Series(label, points, look, "square", bars=True))
     totals = [[name] for name in rows] + ([rest] if rest else [])
     texts = [" → ".join(format_bytes(sum(m.get(t, 0) for t in tables)) for *_, m in means[:2]) for tables in totals]
-    largest = 1.02 * max((p.x for one in series for p in one.points), default=1.0)
+    largest = 1.02 * max([1.0, *(p.x for one in series for p in one.points)])
     ticks = [(t, format_bytes(t).replace(".0 ", " ")) for t, _ in number_axis("", [0.0, largest]).ticks if t <= largest]
     names = names_axis([*rows, *([f"{len(rest):,} smaller tables"] if rest else [])])
     words = [f"{label}: {format_bytes(sum(mean.values()))} in {len(mean)} tables" for label, *_, mean in means]

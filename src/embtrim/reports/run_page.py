@@ -59,10 +59,12 @@ def render_page(records: Sequence[RunRecord], curve: str | None = None, predicte
     variants = variants_of(records)
     ordered = records_of(variants)
     differences = [r.verification["max_difference"] for r in ordered if r.verification]
+    heat_map = run_heat_map(variants)
     return fill_page(
         "run.html.j2",
         ordered,
-        [run_heat_map(variants)],
+        [heat_map],
+        has_fields=bool(heat_map.groups),
         title=models_and_data(ordered),
         curve=curve,
         headlines=_headlines(variants),
