@@ -14,6 +14,7 @@ from embtrim.data.reading import open_log
 from embtrim.errors import DataError, UnreachableError
 from tests.data.s3_server import s3_server
 from tests.data.small_logs import ONE, ids
+from tests.engines.tasks import Backwards
 
 s3fs = pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
@@ -62,6 +63,26 @@ def test_a_partitioned_log_of_s3_equals_the_local_one(store, tmp_path):
     assert log.columns == ("y", "a", "day")
     assert next(log.chunks()).locate(0) == "s3://logs/daily/day=2024-01-03/part-2.csv line 2"
     assert log.identity()[0][0] == "s3://logs/daily/day=2024-01-03/part-2.csv"
+
+
+def test_workers_of_an_engine_read_s3(store, tmp_path):
+    for i, (path, content) in enumerate(parts(4)):
+        store.pipe_file(f"logs/many/{path}", content)
+        (tmp_path / "log" / path).parent.mkdir(parents=True)
+        (tmp_path / "log" / path).write_bytes(content)
+        frame = pl.DataFrame({"y": ["0", "1"] * 10, "a": [f"v{i + j % 4}" for j in range(20)]})
+        place = f"of={i}/part.parquet"
+        (tmp_path / "log" / place).parent.mkdir(parents=True)
+        frame.write_parquet(tmp_path / "log" / place)
+        store.put_file(str(tmp_path / "log" / place), f"logs/many-parquet/{place}")
+    for url, local in (("s3://logs/many", "log/day=*/*"), ("s3://logs/many-parquet", "log/of=*/*")):
+        out = [tmp_path / f"{local[4:6]}-{name}" for name in ("local", "remote")]
+        settings = {"label": "y", "split": "6:2:2", "progress": False}
+        alone = encode(tmp_path / local, out=out[0], **settings)
+        remote = encode(url, out=out[1], engine=Backwards(), **settings)
+        assert remote.schema.fingerprint == alone.schema.fingerprint
+        for name in ("train", "valid", "test"):
+            assert ids(remote, name) == ids(alone, name)
 
 
 def test_parquet_of_s3_is_read_through_a_copy_that_goes_again(store, tmp_path, monkeypatch):

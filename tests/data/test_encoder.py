@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from embtrim.data.encoder import Encoder
 from embtrim.data.numbering import Numbering
 from embtrim.data.reading import open_log
+from embtrim.data.tally import KNOWN, MISSING, UNSEEN
 from embtrim.errors import DataError
 from embtrim.schema import FieldSpec
 from tests.data.small_logs import ids, schema_of
@@ -109,6 +110,20 @@ class TestEncoder:
             encoder.with_id_maps({"nope": np.arange(3)})
         with pytest.raises(DataError, match="has 2 rows, its ids go up to 3"):
             encoder.with_id_maps({"a": np.arange(2)})
+
+    @pytest.mark.parametrize("num_values", [4, 400])
+    def test_texts_read_once_are_read_as_cells(self, num_values):
+        field = FieldSpec(name="a", kind="integer", nulls=("-1",), vocab_size=num_values + 2)
+        listed = [*map(str, range(num_values)), None]
+        ids = np.arange(1, num_values + 2, dtype=np.int32)
+        vocabulary = pl.DataFrame({"value": pl.Series(listed, dtype=pl.String), "id": ids, "count": ids[::-1]})
+        encoder = Encoder(schema_of(field), {"a": vocabulary})
+        texts = ["2", None, "1.0", "new", "-1", "", " 3", "-1.0"]
+        found, status = encoder.read_texts(field, pl.Series("value", texts))
+        missing = num_values + 1
+        assert found.tolist() == [3, missing, 2, 0, missing, missing, 4, missing]
+        assert status.tolist() == [KNOWN, MISSING, KNOWN, UNSEEN, MISSING, MISSING, KNOWN, MISSING]
+        assert found.tolist() == encoder.encode_chunk(pl.DataFrame({"a": texts})).ids[:, 0].tolist()
 
     @pytest.mark.slow
     @settings(max_examples=40, deadline=None)

@@ -25,7 +25,7 @@ from embtrim.data.splitting import Splitter
 from embtrim.errors import DataError, EmbtrimError
 from embtrim.schema import FieldSpec
 from tests.data.small_logs import schema_of
-from tests.engines.tasks import die_once
+from tests.engines.tasks import Backwards, die_once
 
 ROWS, FILES = 900, 5
 FIELDS = (
@@ -42,20 +42,7 @@ FIELDS = (
     FieldSpec(name="size", type="dense", transform="log1p"),
 )
 SCHEMA = schema_of(*FIELDS, weight="w", time="t")
-
-
-class Backwards:
-    """Runs the last item first and each item twice, as retries do, and sends everything through pickle."""
-
-    @contextmanager
-    def started(self):
-        def run(function, items):
-            for index in reversed(range(len(items))):
-                for _ in range(2):
-                    result = sent(function)(sent(items[index]))
-                yield index, sent(result)
-
-        yield run
+SMALL = schema_of(FieldSpec(name="user"))
 
 
 class Dying:
@@ -68,10 +55,6 @@ class Dying:
     def started(self):
         with embtrim.engines.Local(jobs=2).started() as kept:
             yield lambda function, items: kept(partial(die_once, self.marker, function), items)
-
-
-def sent(thing):
-    return pickle.loads(pickle.dumps(thing))
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +159,17 @@ def test_logs_of_each_split_and_a_drafted_schema_give_the_same_bytes(folder, sma
         encode("parquet/[01].parquet", label="y", out=out, engine=engine, progress=False, chunk_bytes=20_000, **logs)
     assert_same(tmp_path / "False", tmp_path / "True")
     assert (tmp_path / "False.schema.toml").read_bytes() == (tmp_path / "True.schema.toml").read_bytes()
+
+
+def test_sparse_text_gives_the_same_bytes_and_sends_no_text(tmp_path):
+    for i in range(3):
+        lines = [f"{(i + j) % 2} {j % 5}:1 {10 + j % (7 + i)}:1" for j in range(2_000)]
+        (tmp_path / f"{i}.libsvm").write_text("\n".join(lines))
+    files = str(tmp_path / "*.libsvm")
+    encode(files, label="label", out=tmp_path / "alone", progress=False)
+    encode(files, label="label", out=tmp_path / "engine", engine=Backwards(), progress=False)
+    assert_same(tmp_path / "engine", tmp_path / "alone")
+    assert len(pickle.dumps(open_log(files).of_file(0))) < 2_000
 
 
 @pytest.fixture(scope="module")
@@ -293,8 +287,8 @@ class TestParts:
         with pytest.raises(DataError, match=message):
             EncodedDataset.load(tmp_path / "data")
 
-    def test_without_an_engine_this_process_writes_them(self, folder, folders, tmp_path):
-        encode(folder / "csv" / "0.csv", SCHEMA, out=tmp_path / "data", parts=True, progress=False)
+    def test_without_an_engine_this_process_writes_them(self, folder, tmp_path):
+        encode(folder / "csv" / "0.csv", SMALL, out=tmp_path / "data", parts=True, progress=False)
         assert [path.name for path in (tmp_path / "data" / "train").iterdir()] == ["part-000000-000.parquet"]
 
 
@@ -374,7 +368,7 @@ class TestRefusals:
                 encode(log, SCHEMA, out=tmp_path / "out", valid=valid, engine=Backwards())
 
     def test_one_file_is_said_to_be_read_by_one_worker(self, folder, tmp_path, caplog):
-        encode(folder / "csv" / "0.csv", SCHEMA, out=tmp_path / "out", engine=Backwards(), progress=False)
+        encode(folder / "csv" / "0.csv", SMALL, out=tmp_path / "out", engine=Backwards(), progress=False)
         assert "the log is one file, which one worker reads; divide it" in caplog.text
 
     def test_a_fault_in_a_file_names_its_line_and_leaves_nothing(self, folder, tmp_path):
@@ -384,16 +378,13 @@ class TestRefusals:
         bad[7] = "7" + bad[7][1:]
         (tmp_path / "4.csv").write_text("\n".join(bad))
         with pytest.raises(DataError, match=r"4.csv line 8: label 'y' is '7'"):
-            encode(tmp_path / "*.csv", SCHEMA, out=tmp_path / "out", engine=Backwards(), progress=False)
+            encode(tmp_path / "*.csv", SMALL, out=tmp_path / "out", engine=Backwards(), progress=False)
         assert {path.name for path in tmp_path.iterdir()} == {"0.csv", "4.csv"}
 
     def test_too_many_broken_lines_in_all(self, folder, tmp_path):
-        options, schema = (
-            ReadOptions(on_error="skip", encoding="utf-8", max_skipped=0.004),
-            schema_of(FieldSpec(name="user")),
-        )
+        options = ReadOptions(on_error="skip", encoding="utf-8", max_skipped=0.004)
         with pytest.raises(DataError, match=r"csv: 4 lines cannot be read, more than 0.004 of all lines"):
-            encode(folder / "csv", schema, out=tmp_path / "out", engine=Backwards(), options=options, progress=False)
+            encode(folder / "csv", SMALL, out=tmp_path / "out", engine=Backwards(), options=options, progress=False)
 
     def test_a_file_that_changes_while_it_is_encoded(self, folder, frame, tmp_path):
         for i in (0, 1):

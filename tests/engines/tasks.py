@@ -1,8 +1,10 @@
-"""What workers of the tests run: functions that a spawned process can import."""
+"""What workers of the tests run: functions that a spawned process can import; and an engine without workers."""
 
 import os
+import pickle
 import signal
 import threading
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,3 +35,21 @@ def die_once(marker: Path, function: partial[Any], item: Any) -> Any:
         function(item)
         threading.Event().wait(60)
     return function(item)
+
+
+def sent(thing):
+    return pickle.loads(pickle.dumps(thing))
+
+
+class Backwards:
+    """Runs the last item first and each item twice, as retries do, and sends everything through pickle."""
+
+    @contextmanager
+    def started(self):
+        def run(function, items):
+            for index in reversed(range(len(items))):
+                for _ in range(2):
+                    result = sent(function)(sent(items[index]))
+                yield index, sent(result)
+
+        yield run
