@@ -227,6 +227,8 @@ def test_six_labels_have_colours_and_the_others_are_grey() -> None:
         "guided", "magnitude", "sseds", "hard_mask", "optembed", "pme",
     ]  # fmt: skip
     assert {name for name, (look, _) in looks.items() if look == "dim"} == {"v1", "v2", "uniform", "random"}
+    alone = cell("v2", 0, 0.9, method="sseds", budget="50%")
+    assert looks_of(entries_of([*records, alone]))["guided"][0] == "s0", "one that has no rival is not the best"
 
 
 def test_cost_of_searches(by_hand: list[RunRecord]) -> None:

@@ -72,7 +72,10 @@ def losses_of(entries: Sequence[Entry], value: Value, sign: float) -> list[Loss]
 
 
 def looks_of(entries: Sequence[Entry]) -> dict[str, tuple[str, str]]:
-    """Colour and symbol by label: the best labels in mean rank get colours, further ones and controls are grey."""
+    """Colour and symbol by label, the same in all figures of a page.
+
+    The labels that are best in mean rank by test AUC get colours; further ones and controls are grey.
+    """
     controls = {e.label for e in entries if is_control(e)}
     sums: dict[str, list[float]] = {name: [] for name in labels(entries) if name not in controls}
     by_budget: dict[Any, list[tuple[float, str]]] = {}
@@ -82,7 +85,7 @@ def looks_of(entries: Sequence[Entry]) -> dict[str, tuple[str, str]]:
             by_budget.setdefault((group[0].data, group[0].model, group[0].budget), []).append((-score, group[0].label))
     for scores in by_budget.values():
         for rank, (_, name) in enumerate(sorted(scores)):
-            sums[name].append(rank / len(scores))
+            sums[name].append((rank + 0.5) / len(scores))
     ordered = sorted(sums, key=lambda name: statistics.fmean(sums[name]) if sums[name] else 1.0)
     looks = {name: LOOKS[number] if number < len(LOOKS) else DIM for number, name in enumerate(ordered)}
     return {name: (looks.get(name, DIM), SYMBOLS[number % len(SYMBOLS)]) for number, name in enumerate(labels(entries))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def render_comparison(records: Sequence[RunRecord], skipped: Sequence[Skipped] =
         DataError: There are no records, or two of the same.
     """
     entries = entries_of(records)
-    parts = scopes(entries)
+    parts, looks = scopes(entries), looks_of(entries)
     searched = [(f"Width of each field: {name}", part) for name, part in parts if labels(part)]
     return fill_page(
         "comparison.html.j2",
@@ -65,16 +65,16 @@ def render_comparison(records: Sequence[RunRecord], skipped: Sequence[Skipped] =
         broad=True,
         title=_title(records),
         facts=_facts(records),
-        losses=[section for name, part in parts for section in _losses(name, part)],
+        losses=[section for name, part in parts for section in _losses(name, part, looks)],
         heat_titles=[title for title, _ in searched],
         costs=_costs(entries) if searched else [],
         sheets=sheets(records, skipped),
     )
 
 
-def _losses(name: str, entries: Sequence[Entry]) -> list[dict[str, Any]]:
+def _losses(name: str, entries: Sequence[Entry], looks: Mapping[str, tuple[str, str]]) -> list[dict[str, Any]]:
     """The losses of one data set and model, each with a figure and a table."""
-    looks, sections = looks_of(entries), []
+    sections = []
     for metric, value, sign in (("AUC", auc_of, -1.0), ("logloss", logloss_of, 1.0)):
         what = f"loss of test {metric}" if sign < 0 else f"increase of test {metric}"
         found = losses_of(entries, value, sign)
