@@ -29,7 +29,7 @@ class Spark:
         """See `embtrim.engines.Engine`."""
         if not isinstance(self.session, package("pyspark.sql", "spark").SparkSession):
             raise EmbtrimError(
-                f"Spark takes a pyspark.sql.SparkSession, such as SparkSession.builder.getOrCreate(), given a "
+                f"Spark takes a pyspark.sql.SparkSession, such as SparkSession.builder.getOrCreate(), and none of Spark Connect; given a "
                 f"{type(self.session).__module__}.{type(self.session).__name__}"
             )
         context = self.session.sparkContext
