@@ -222,7 +222,7 @@ class TestTrain:
 
     @pytest.mark.parametrize("kept", [True, False])
     def test_sigterm(self, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool) -> None:
-        def train(data: Any, config: Any, progress: bool, checkpoint: Path) -> None:
+        def train(data: Any, config: Any, progress: bool, checkpoint: Path, callbacks: Any) -> None:
             if kept:
                 write_then_rename(checkpoint, lambda file: None)
             signal.raise_signal(signal.SIGTERM)
