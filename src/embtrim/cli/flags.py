@@ -50,7 +50,7 @@ BitsName = Annotated[
     str | None,
     typer.Option(
         "--bits",
-        metavar="32|16|8|4|mixed",
+        metavar="32|16|8|4|3|2|mixed",
         help="Bits per stored value in the compact tables. If not given, mixed: chosen for each table; but 32 for a budget "
         "in parameters and for --target fbgemm.",
     ),
