@@ -36,11 +36,12 @@ from embtrim.data.cells import log_columns
 from embtrim.data.dataset import ARRAYS_VERSION, FORMAT_VERSION, SPLITS, EncodedDataset
 from embtrim.data.drafting import draft_schema, is_label_rule
 from embtrim.data.encoder import Encoder
-from embtrim.data.encoding_state import CHECKPOINT_VERSION, WorkingFolder, check_target, working_folder
+from embtrim.data.encoding_state import CHECKPOINT_VERSION, Coded, WorkingFolder, check_target, working_folder
 from embtrim.data.kinds import kinds_of_log
 from embtrim.data.learning import learned_fields, new_encoder
 from embtrim.data.log_file import CHUNK_BYTES
 from embtrim.data.numbering import Numbering
+from embtrim.data.parts import Part
 from embtrim.data.passes import InProcess, OnEngine
 from embtrim.data.profile import Profile
 from embtrim.data.profiling import finish_profile, note_training_rows, skipped_lines
@@ -127,13 +128,10 @@ def encode(
     engine = Local(jobs=1) if engine is None and parts else engine
     if engine is not None:
         _check_engine(engine, [source, valid, test])
-    options = options or ReadOptions()
-    target = Path(out).expanduser()
+    options, target = options or ReadOptions(), Path(out).expanduser()
     check_target(target, overwrite)
-    logs = {"train": open_log(source, options)}
-    logs |= {name: open_log(log, options) for name, log in (("valid", valid), ("test", test)) if log is not None}
-    if engine not in (None, Local(jobs=1)) and all(len(log.files) == 1 for log in logs.values()):
-        logger.warning("the log is one file, which one worker reads; divide it into several files to use more workers")
+    given = {"train": source} | {name: log for name, log in (("valid", valid), ("test", test)) if log is not None}
+    logs = {name: open_log(log, options) for name, log in given.items()}
     chosen = choose_split(split, given=[name for name in logs if name != "train"])
     draft_path = target.with_name(target.name + ".schema.toml") if schema is None else None
     rules = {"label": label, "where": where, "time": time, "time_format": time_format}
@@ -296,6 +294,10 @@ def _encode_logs(
         if engine is None:
             passes = InProcess(logs, seed, chunk_bytes, bar, work)
         else:
+            if engine != Local(jobs=1) and all(len(log.files) == 1 for log in logs.values()):
+                logger.warning(
+                    "the log is one file, which one worker reads; divide it into several files to use more workers"
+                )
             passes = OnEngine(stack.enter_context(engine.started()), logs, seed, chunk_bytes, bar, work, parts)
         _learn_cuts(passes, splitter, schema, work)
         undecided: frozenset[str] = frozenset()
@@ -319,25 +321,36 @@ def _encode_logs(
         numbers = passes.numbers(schema, coded)
         finish_profile(schema, others, numbers, coded, work.folder, None if earlier is None else earlier[1])
         seconds = seconds_before + time.perf_counter() - started
-        meta = {
-            "format_version": ARRAYS_VERSION if passes.parts is None else FORMAT_VERSION,
-            "num_rows": num_rows,
-            "positives": positives,
-            "sources": {name: log.describe() for name, log in logs.items()},
-            "read_options": options.model_dump(mode="json", exclude_none=True),
-            "split": None
-            if chosen is None
-            else {**chosen.model_dump(mode="json"), "cuts": splitter.cut_texts() or None},
-            "seed": seed,
-            "skipped": {name: lines.model_dump() for name, lines in skipped_lines(coded).items()},
-            "seconds": round(seconds, 3),
-        }
-        if passes.parts is not None:
-            meta["parts"] = {name: [part.model_dump() for part in passes.parts[name]] for name in num_rows}
+        meta = _meta(logs, options, splitter, coded, seed, passes.parts) | {"seconds": round(seconds, 3)}
         (work.folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
     listed = ", ".join(f"{name} {n:,}" for name, n in num_rows.items())
     logger.info("encoded %s rows into %s in %.1f s", listed, target, seconds)
     return EncodedDataset.load(target)
+
+
+def _meta(
+    logs: Mapping[str, RawLog],
+    options: ReadOptions,
+    splitter: Splitter,
+    coded: Coded,
+    seed: int,
+    parts: Mapping[str, Sequence[Part]] | None,
+) -> dict[str, Any]:
+    """What meta.json holds, but for the seconds."""
+    names, chosen = [name for name in SPLITS if name in coded.blocks], splitter.split
+    meta = {
+        "format_version": ARRAYS_VERSION if parts is None else FORMAT_VERSION,
+        "num_rows": {name: sum(coded.blocks[name]) for name in names},
+        "positives": {name: coded.positives[name] for name in names},
+        "sources": {name: log.describe() for name, log in logs.items()},
+        "read_options": options.model_dump(mode="json", exclude_none=True),
+        "split": chosen and {**chosen.model_dump(mode="json"), "cuts": splitter.cut_texts() or None},
+        "seed": seed,
+        "skipped": {name: lines.model_dump() for name, lines in skipped_lines(coded).items()},
+    }
+    if parts is not None:
+        meta["parts"] = {name: [part.model_dump() for part in parts[name]] for name in names}
+    return meta
 
 
 def _learn_cuts(passes: InProcess | OnEngine, splitter: Splitter, schema: Schema, work: WorkingFolder) -> None:

@@ -153,12 +153,7 @@ def export(
             {"export_version": EXPORT_VERSION, "embtrim": __version__, "format": format, **origin, **sizes},
         )
         if bundle is not None:
-            bundle.encoder.save(folder / "encoder")
-            manifest["vocabulary_bytes"] = folder_bytes(folder / "encoder")
-            manifest["raw_inputs"] = raw_inputs(bundle.encoder)
-            shutil.copy(STANDALONE / "encode.py", folder)
-            if format == "onnx":
-                _write_raw_graph(bundle.encoder, folder)
+            _write_encoder(bundle.encoder, folder, manifest)
             _write_golden(golden_rows(bundle), folder)
         elif isinstance(model, CTRModel):
             _write_golden(golden_ids(model), folder)
@@ -173,6 +168,16 @@ def export(
         }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), "utf-8")
     return manifest
+
+
+def _write_encoder(encoder: Encoder, folder: Path, manifest: Manifest) -> None:
+    """Write the files that turn raw values into ids, and for ONNX the graph that does; the manifest tells of them."""
+    encoder.save(folder / "encoder")
+    manifest["vocabulary_bytes"] = folder_bytes(folder / "encoder")
+    manifest["raw_inputs"] = raw_inputs(encoder)
+    shutil.copy(STANDALONE / "encode.py", folder)
+    if manifest["format"] == "onnx":
+        _write_raw_graph(encoder, folder)
 
 
 def _write_raw_graph(encoder: Encoder, folder: Path) -> None:
