@@ -16,7 +16,9 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import pandas as pd
 import polars as pl
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -150,6 +152,64 @@ def test_the_graph_and_the_encoder_agree_with_predict_on_rows_never_seen(bundle,
         np.testing.assert_array_equal(ids, encoded.ids)
         np.testing.assert_allclose(dense, encoded.dense, rtol=1e-6)
     assert bundle.predict(rows).std() > 0.1
+
+
+def test_frames_of_all_libraries_are_encoded_alike(folder):
+    encoder = standalone(folder)
+    rows = raw_rows(1).with_columns(pl.col("price", "rating", "amount").cast(pl.Float32))
+    rows = rows.with_columns(
+        pl.when(pl.int_range(pl.len()) % 7 == 0).then(None).otherwise(pl.col("rating")).alias("rating")
+    )
+    expected, _ = encoder.encode(rows)
+    arrow = rows.to_arrow()
+    nullable = arrow.to_pandas(types_mapper={pa.float32(): pd.Float32Dtype(), pa.int64(): pd.Int64Dtype()}.get)
+    columns = {name: arrow.column(name) for name in arrow.column_names}
+    frames = (
+        arrow,
+        arrow.combine_chunks().to_batches()[0],
+        nullable,
+        arrow.to_pandas(types_mapper=pd.ArrowDtype),
+        columns,
+    )
+    for frame in (*frames, {name: rows[name] for name in rows.columns}):
+        np.testing.assert_array_equal(encoder.encode(frame)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", ["list", "large_list", "dictionary"])
+def test_float32_cells_of_pyarrow_keep_their_text(dtype, tmp_path):
+    encoder_of(tmp_path, "float", ["0.1", "0.7"])
+    alone = standalone(tmp_path)
+    one = pa.array([0.1, None, 0.7], pa.float32())
+    many = pa.array([[0.1, 0.7], None, [None, 0.1]], pa.list_(pa.float32()))
+    one = one.dictionary_encode() if dtype == "dictionary" else one
+    many = many.cast(pa.large_list(pa.float32())) if dtype == "large_list" else many
+    ids, _ = alone.encode(pa.table({"one": one, "many": many}))
+    expected, _ = alone.encode({"one": ["0.1", None, "0.7"], "many": [["0.1", "0.7"], None, ["0.1"]]})
+    assert ids.tolist() == expected.tolist()
+    assert len({*ids[:, 0].tolist()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        (
+            [{"one": "7"}],
+            ValueError,
+            r"rows are a dict of columns, such as \{'user': \['ann'\]\}, or a table; given a list",
+        ),
+        ({"one": "ann", "many": ["7"]}, ValueError, "column 'one' is one str; give a list with one value for each row"),
+        ({"one": 7, "many": ["7"]}, ValueError, "column 'one' is one int; give"),
+        ({"one": np.array(7.0), "many": ["7"]}, ValueError, "column 'one' is one ndarray; give"),
+        ({"one": ["7"]}, KeyError, "the rows have no column 'many'; they have one"),
+        (pl.DataFrame({"many": ["7"]}), KeyError, "the rows have no column 'one'; they have many"),
+        (pa.table({"many": ["7"]}), KeyError, "the rows have no column 'one'; they have many"),
+        ({"one": ["7", "8"], "many": ["7"]}, ValueError, "columns of different lengths: one 2, many 1"),
+    ],
+)
+def test_rows_that_are_not_columns_are_refused(rows, error, message, tmp_path):
+    encoder_of(tmp_path, "text", ["7"])
+    with pytest.raises(error, match=message):
+        standalone(tmp_path).encode(rows)
 
 
 def test_golden_rows_are_replayed_without_torch_and_embtrim(folder):

@@ -79,7 +79,7 @@ class Encoder:
 
         Raises:
             KeyError: A column is missing.
-            ValueError: A value cannot be read.
+            ValueError: A value cannot be read, or the rows are not columns of one length.
         """
         columns = columns_of(rows, self.columns)
         ids, dense = [], []
@@ -101,7 +101,7 @@ class Encoder:
 
         Raises:
             KeyError: A column is missing.
-            ValueError: A value cannot be read.
+            ValueError: A value cannot be read, or the rows are not columns of one length.
         """
         columns = columns_of(rows, self.columns)
         feeds = {}
@@ -237,22 +237,48 @@ class Encoder:
 
 
 def columns_of(rows: Any, names: Sequence[str]) -> dict[str, Sequence[Any]]:
-    """The named columns of a dict of columns, or of a table of polars, pandas or pyarrow."""
-    if hasattr(rows, "to_pydict"):
-        rows = rows.to_pydict()
-    elif hasattr(rows, "get_columns"):
-        rows = {column.name: _cells(column) for column in rows.get_columns()}
-    found = {name: rows[name] for name in names}
-    return {name: column.to_numpy() if hasattr(column, "to_numpy") else column for name, column in found.items()}
+    """The named columns of a dict of columns, or of a table of polars, pandas or pyarrow.
+
+    Raises:
+        KeyError: A column is missing.
+        ValueError: The rows are not columns, or the columns have different lengths.
+    """
+    if isinstance(getattr(getattr(rows, "schema", None), "names", None), list):  # pyarrow
+        rows = dict(zip(rows.schema.names, rows.columns, strict=True))
+    if not hasattr(rows, "keys") and not hasattr(rows, "columns"):
+        raise ValueError(f"rows are a dict of columns, such as {{'user': ['ann']}}, or a table; given a {_kind(rows)}")
+    given = list(rows.columns if hasattr(rows, "columns") else rows.keys())
+    if missing := [name for name in names if name not in given]:
+        raise KeyError(f"the rows have no column {missing[0]!r}; they have {', '.join(map(str, given)) or 'none'}")
+    found = {name: _cells(name, rows[name]) for name in names}
+    if len({len(cells) for cells in found.values()}) > 1:
+        lengths = ", ".join(f"{name} {len(cells):,}" for name, cells in found.items())
+        raise ValueError(f"all columns need one value for each row, given columns of different lengths: {lengths}")
+    return found
 
 
-def _cells(column: Any) -> Sequence[Any]:
-    """The cells of a column of polars; those of float32 keep their type, which decides their text."""
-    if str(column.dtype) == "Float32":
-        return column.to_numpy()
-    if str(column.dtype) == "List(Float32)":
-        return [None if cell is None else cell.to_numpy() for cell in column]
-    return column.to_list()
+def _cells(name: str, column: Any) -> Sequence[Any]:
+    """The cells of a column; those of float32 keep their type, which decides their text."""
+    if isinstance(column, (str, bytes)) or not hasattr(column, "__len__") or getattr(column, "ndim", 1) == 0:
+        raise ValueError(f"column {name!r} is one {_kind(column)}; give a list with one value for each row")
+    if hasattr(column, "to_pylist"):  # pyarrow
+        is_single = "float" in (str(column.type), str(getattr(column.type, "value_type", "")))
+        return [None if cell is None else np.float32(cell) if is_single else cell for cell in column.to_pylist()]
+    if hasattr(column, "get_chunks"):  # polars
+        if str(column.dtype) == "Float32":
+            return column.to_numpy()
+        if str(column.dtype) in ("List(Float32)", f"Array(Float32, shape={getattr(column.dtype, 'shape', None)})"):
+            return [None if cell is None else cell.to_numpy() for cell in column]
+        return column.to_list()
+    if hasattr(column, "to_numpy"):  # pandas
+        if str(column.dtype).lower() in ("float32", "float[pyarrow]"):
+            return column.to_numpy(np.float32, na_value=np.nan)
+        return column.to_numpy(object, na_value=None) if hasattr(column.dtype, "na_value") else column.to_numpy()
+    return column
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
 
 
 def column_of(field: Mapping[str, Any]) -> str:
