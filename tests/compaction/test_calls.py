@@ -78,6 +78,28 @@ def test_what_cannot_be_called_is_refused(calls, message: str):
         verify(model, search(task, SSEDSConfig(), "40%"), task, calls=calls)
 
 
+def test_a_call_that_fails_says_what_it_was_given():
+    class Fails(Scored):
+        def recommend(self, users_B: Tensor, count: int) -> Tensor:
+            return self.user(users_B)[:, :count]
+
+        def stored(self, ids_BC: Tensor) -> Tensor:
+            return self.get_parameter("item.weight")[ids_BC[:, 1]]
+
+    task = task_of(Factors)
+    task.model = model = Fails()
+    plan = search(task, SSEDSConfig(), "40%")
+    with pytest.raises(
+        ModelError, match=r"'recommend', which fails when it is given a batch \(TypeError: .*'count'\); give a"
+    ):
+        verify(model, plan, task, calls=["recommend"])
+    assert verify(model, plan, task, calls=[lambda model, batch: model.recommend(batch[:, 0], 2)]).passed
+    with pytest.raises(
+        ModelError, match=r"'stored', which runs in the full model and fails in the compact one \(AttributeError"
+    ):
+        verify(model, plan, task, calls=["stored"])
+
+
 def test_zoo_models_have_no_other_calls():
     task = zoo_task()
     plan = task.full_plan()

@@ -108,14 +108,14 @@ def verify(
         split: Split to compare on.
         max_rows: Most rows to compare.
         reads: Same as for `compact`.
-        calls: What else to compare of a foreign module: names of methods that take a batch, such as "predict" and
+        calls: What else to compare of a foreign module: names of methods that take a batch as their only argument, such as "predict" and
             "full_sort_predict", or functions (model, batch) -> tensors.
 
     Raises:
         PlanError: The plan was made for another model.
         DataError: The data do not fit the model.
         ModelError: The embeddings that `reads` narrows are also read outside of its Linears, or in another order; the
-            Task has no batches to compare on; `calls` names no method, or one that gives no tensor; or `data` is not of
+            Task has no batches to compare on; `calls` names no method, or one that fails or gives no tensor; or `data` is not of
             the kind that the model needs.
     """
     model = unwrapped(model)
@@ -294,10 +294,7 @@ def _verify_module(
         outputs, loss = _module_differences(found, expected, reads)
         checked["forward"], checked["loss"] = max(checked["forward"], outputs), max(checked["loss"], loss)
         for name, call in calls.items():
-            given = [tensors_of(call, some, batch) for some in (small, expected_of)]
-            if not given[1]:
-                raise ModelError(f"calls= names {name!r}, which gives no tensor to compare; leave it out")
-            checked[name] = max(checked[name], difference(*given))
+            checked[name] = max(checked[name], _difference_of_call(name, call, small, expected_of, batch))
         rows += num_rows
         if rows >= max_rows:
             break
@@ -313,6 +310,29 @@ def _verify_module(
     if is_lookup:
         checked["lookup"], rows = _difference_of_lookups(model, plan)
     return _verification(checked, rows, MODULE_TOLERANCE, is_lookup)
+
+
+def _difference_of_call(
+    name: str, call: Callable[[Any, Any], Any], small: nn.Module, expected_of: nn.Module, batch: Any
+) -> float:
+    """The difference of one of `calls=` for a batch; ModelError if it fails or gives nothing to compare."""
+    try:
+        expected = tensors_of(call, expected_of, batch)
+    except Exception as error:  # a method may fail in any way on arguments that it does not expect
+        raise ModelError(
+            f"calls= names {name!r}, which fails when it is given a batch ({type(error).__name__}: {error}); give a "
+            "function (model, batch) -> tensors that calls it as it expects"
+        ) from error
+    if not expected:
+        raise ModelError(f"calls= names {name!r}, which gives no tensor to compare; leave it out")
+    try:
+        found = tensors_of(call, small, batch)
+    except Exception as error:
+        raise ModelError(
+            f"calls= names {name!r}, which runs in the full model and fails in the compact one "
+            f"({type(error).__name__}: {error}); exclude= the table that it reads"
+        ) from error
+    return difference(found, expected)
 
 
 def _named_calls(model: nn.Module, calls: Sequence[Call]) -> dict[str, Callable[[Any, Any], Any]]:
