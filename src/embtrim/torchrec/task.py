@@ -137,39 +137,53 @@ class Task(plain.Task):
         return {name: summed(squares).sqrt().numpy() for name, squares in found.items()}
 
     def row_counts(self) -> dict[str, np.ndarray]:
-        """See Task."""
-        return self._counts(self.batches("train"))
-
-    def unread_tables(self) -> list[str]:
-        """See Task."""
-        if isinstance(self._train, Iterator):
-            return []
-        first = self._counts(itertools.islice(iter(self.batches("train")), 1))
-        counts = first if all(count_V.any() for count_V in first.values()) else self.row_counts()
-        return [name for name, count_V in counts.items() if not count_V.any()]
-
-    @torch.no_grad()
-    def _counts(self, batches: Iterable[Any]) -> dict[str, np.ndarray]:
-        """How often all ranks together read each row, int64 (V,) by table."""
-        sites = self.sites(self.model)
+        """See Task: how often all ranks together read each row, int64 (V,) by table."""
         counts = {
             name: torch.zeros(rows, dtype=torch.int64)
-            for site in sites
+            for site in self.sites(self.model)
             for name, rows in zip(site.names, site.num_rows, strict=True)
         }
+
+        def count(name: str, ids: Tensor) -> None:
+            counts[name] += torch.bincount(ids.flatten().cpu(), minlength=len(counts[name]))
+
+        self._look_up(self.batches("train"), count)
+        return {name: summed(count_V).numpy() for name, count_V in counts.items()}
+
+    def unread_tables(self) -> list[str]:
+        """See Task. The ranks exchange a number for each table, not for each row."""
+        if isinstance(self._train, Iterator):
+            return []
+        first = self._unread(itertools.islice(iter(self.batches("train")), 1))
+        return self._unread(self.batches("train")) if first else []
+
+    def _unread(self, batches: Iterable[Any]) -> list[str]:
+        """Names of the tables of which no rank reads a row in its batches."""
+        names = [name for site in self.sites(self.model) for name in site.names]
+        num_ids = dict.fromkeys(names, 0)
+
+        def add(name: str, ids: Tensor) -> None:
+            num_ids[name] += ids.numel()
+
+        self._look_up(batches, add)
+        total = summed(torch.tensor(list(num_ids.values()), dtype=torch.int64)).tolist()
+        return [name for name, number in zip(names, total, strict=True) if not number]
+
+    @torch.no_grad()
+    def _look_up(self, batches: Iterable[Any], see: Callable[[str, Tensor], None]) -> None:
+        """Run batches, and call `see` with the name of a table and the ids of each of its features; not those of Fillers."""
         counted = [True]
 
-        def see(name: str, ids: Tensor) -> None:
+        def see_counted(name: str, ids: Tensor) -> None:
             if counted[0]:
-                counts[name] += torch.bincount(ids.flatten().cpu(), minlength=len(counts[name]))
+                see(name, ids)
 
         with evaluating(self.model), ExitStack() as stack:
-            for site in sites:
-                stack.enter_context(site.rows_seen(see))
+            for site in self.sites(self.model):
+                stack.enter_context(site.rows_seen(see_counted))
             for batch in batches:
                 counted[0] = not isinstance(batch, Filler)
                 self.loss(self.model, batch)
-        return {name: summed(count_V).numpy() for name, count_V in counts.items()}
 
     def without_tables(self, names: Collection[str]) -> Task:
         """This task without some of its tables."""
