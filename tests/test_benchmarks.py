@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -21,6 +22,7 @@ import measure
 import ours
 import peers
 import report
+import sizing
 import synthetic
 import whole_way
 import workloads
@@ -554,3 +556,67 @@ def test_a_line_of_the_whole_way_holds_medians_or_the_first_error():
     ]
     assert whole_way.line("x", "embtrim", runs) == "| x | embtrim, small | 2 | 4 | 5 | 0.5000 | 3 | 4,096 | 3 |"
     assert whole_way.line("x", "ray", [*runs, {"error": "died"}]) == "| x | FuxiCTR, full, ray | died |"
+
+
+def sizes_on_paper(monkeypatch, capsys, *words):
+    monkeypatch.setattr("sys.argv", ["sizing.py", *words])
+    sizing.main()
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    return {cells[0]: cells[1:] for cells in lines if len(cells) == 8 and cells[0] != "part"}
+
+
+def test_sizes_on_paper_are_those_computed_by_hand(monkeypatch, capsys):
+    sizes = ["--rows", "1e9", "--tables", "1", "--width", "64", "--columns", "13", "--devices", "2", "--batch", "1000"]
+    work = [
+        "--train-rows",
+        "1e6",
+        "--score-rows",
+        "1e5",
+        "--hidden",
+        "1",
+        "--rates",
+        "1000",
+        "500",
+        "2000",
+        "4000",
+        "1e9",
+    ]
+    found = sizes_on_paper(monkeypatch, capsys, *sizes, *work)  # the last table is sharded by tables: all on device 0
+    assert list(found) == [
+        "an epoch of the full model", "search, sseds", "counts of rows", "inherit", "verify", "an epoch of the compact model",
+    ]  # fmt: skip
+    # 1e9 rows of 64 numbers and a state; 500 steps of 1000 rows on each of two devices
+    # device 0 sends 24 + outputs 256,000 + all-reduces of 4 x 67 and 4 x 4; 1e6 / 2 rows at 1000 a second
+    assert found["an epoch of the full model"] == ["260.0", "500", "0.3", "0.1", "0", "500", "0.0"]
+    assert found["search, sseds"][1] == "50"
+    assert found["search, sseds"][5] == "100"
+    assert found["counts of rows"][3:5] == ["8.1", "16"]  # 8 GB of counts, and 500 lookups of 0.26 MB
+    # 16 columns after filling: 68 GB; 256 GB are summed in 15,259 chunks, gone through in 256 s, and cross a bus of 25 GB/s twice
+    assert found["inherit"] == ["328.0", "15,259", "16.8", "256.0", "512", "276", "5.1"]
+    assert found["verify"][0] == "584.0"
+    assert found["an epoch of the compact model"] == ["68.0", "500", "0.1", "0.0", "0", "125", "0.0"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--columns", "65"], "--columns 65 is more than --width 64"),
+        (["--network", "0"], "--network must be above 0"),
+        (["--rows", "inf"], "'inf' is not a whole number"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(words, said, capsys):
+    with pytest.raises(SystemExit):
+        sizing.arguments(words)
+    assert said in capsys.readouterr().err
+
+
+def test_the_page_of_large_tables_is_what_the_script_prints(monkeypatch, capsys):
+    page = (bench.HERE.parent / "docs" / "guides" / "large.md").read_text("utf-8")
+    named = ("training", "scoring", "counting", "retraining", "inherit")
+    rates = [re.search(rf"^\| {name} \| ([\d,]+) ", page, flags=re.MULTILINE) for name in named]
+    sizes_of = ["sizing.py", "--rates", *(found[1].replace(",", "") for found in rates if found)]
+    monkeypatch.setattr("sys.argv", sizes_of)
+    sizing.main()
+    printed = capsys.readouterr().out.replace("as given", "one thread of this CPU").strip()
+    assert printed in page

@@ -139,3 +139,11 @@ def reopened(small: Any, plan: SizePlan, folder: Path, rank: int) -> dict[str, f
         torch.save(expected, folder / "logits.pt")
     dist.barrier()
     return {"reopened": float((expected - found).abs().max())}
+
+
+def sizes(rank: int, folder: Path) -> dict[str, dict[str, tuple[float, float]]]:
+    """Bytes that this rank held and sent, and those of the formulas of benchmarks/sizing.py."""
+    from sizing import SHARDINGS
+    from sizing_runs import compared
+
+    return {sharding: compared(rank, sharding) for sharding in SHARDINGS}

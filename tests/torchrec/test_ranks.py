@@ -43,7 +43,7 @@ def on_rank(rank: int, folder: str, jobs: list[str]) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    jobs = ["scores", "plans", "compaction"]
+    jobs = ["scores", "plans", "compaction", "sizes"]
     mp.spawn(on_rank, (str(folder), jobs), WORLD)
     found = [pickle.loads(Path(folder, f"{rank}.pickle").read_bytes()) for rank in range(WORLD)]
     return [{**part, "folder": folder} for part in found]
@@ -73,6 +73,14 @@ def test_compact_models_inherit_any_sharding_by_any_other(ranks):
     assert first == second
     assert len(first) == 9
     assert max(first.values()) == 0.0, first
+
+
+def test_ranks_hold_and_send_the_bytes_of_the_formulas(ranks):
+    for found in of(ranks, "sizes"):
+        assert [len(part) for part in found.values()] == [10, 10]
+        for sharding, part in found.items():
+            wrong = {name: both for name, both in part.items() if both[0] != both[1]}
+            assert not wrong, (sharding, wrong)
 
 
 def test_a_checkpoint_of_two_ranks_opens_in_one_process(ranks):
