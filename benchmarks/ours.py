@@ -30,7 +30,7 @@ import embtrim
 import measure
 import synthetic
 from embtrim.config import read_toml
-from embtrim.data.dataset import FORMAT_VERSION, Batch, EncodedDataset, SplitArrays
+from embtrim.data.dataset import ARRAYS_VERSION, Batch, EncodedDataset, SplitArrays
 from embtrim.data.read_options import ReadOptions
 from embtrim.experiments.settings import RunConfig
 from embtrim.experiments.steps import train_full
@@ -368,7 +368,7 @@ def write_dataset(folder: Path, num_rows: int, table_rows: int) -> None:
     folder.mkdir(parents=True)
     schema = embtrim.Schema.from_sizes(sizes)
     (folder / "schema.json").write_text(json.dumps(schema.model_dump(mode="json")), "utf-8")
-    (folder / "meta.json").write_text(json.dumps({"format_version": FORMAT_VERSION, "num_rows": splits}), "utf-8")
+    (folder / "meta.json").write_text(json.dumps({"format_version": ARRAYS_VERSION, "num_rows": splits}), "utf-8")
     for split, rows in splits.items():
         (folder / split).mkdir()
         shape = (rows, synthetic.NUM_FIELDS)
