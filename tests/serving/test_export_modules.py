@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from embtrim.compaction.compacting import compact, quantize_
+from embtrim.errors import ConfigError
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Block
 from embtrim.serving import exporting
@@ -196,6 +197,16 @@ def test_the_rows_of_the_example_do_not_leave_with_the_model(tmp_path):
     assert ids.shape == (9, 3)
     assert not ids.any()
     assert program.module()(ids).shape == (9,)
+
+
+def test_an_example_that_forward_does_not_take_is_refused(tmp_path):
+    ids, price = {name: torch.randint(0, 30, (9,)) for name in ("user", "item")}, torch.randn(9)
+    message = r"the example does not fit NestedModel\.forward\(ids, price\): too many .*; give export an example= of its arguments"
+    with pytest.raises(ConfigError, match=message):
+        export(NestedModel(), "pt2", tmp_path / "out", example=(ids, price, price))
+    with pytest.raises(ConfigError, match="argument: 'price'; give"):
+        export(NestedModel(), "pt2", tmp_path / "out", example={"ids": ids, "prices": price})
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("format", ["pt2", "onnx"])

@@ -116,7 +116,7 @@ def export(
 
     Raises:
         ConfigError: The format is unknown, has no external data or Triton repository, or cannot describe a module of one's own; the example is
-            missing, has one row, holds something other than tensors, lists and dicts, or is not needed.
+            missing, has one row, does not fit `forward`, holds something other than tensors, lists and dicts, or is not needed.
         DataError: `out` exists.
         ModelError: The model is masked by a gate or has a row optimiser attached; its plan says fewer than 32 bits and its
             tables are fp32; or TorchRec has no tables of their type.

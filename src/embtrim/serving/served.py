@@ -87,7 +87,8 @@ def serve_module(module: nn.Module, example: object) -> Served:
         example: Inputs of its forward; see `export`.
 
     Raises:
-        ConfigError: The example is missing, has one row, or holds a container that torch.export cannot describe.
+        ConfigError: The example is missing, has one row, does not fit the module's forward, or holds a container that
+            torch.export cannot describe.
         ModelError: The plan says fewer than 32 bits and a table is fp32.
     """
     for table in module.modules():
@@ -105,6 +106,14 @@ def serve_module(module: nn.Module, example: object) -> Served:
             f"a {type(module).__name__} does not say what it reads: give export an example=batch of at least two rows, as "
             f"its forward takes it; given {given}"
         )
+    signature = inspect.signature(module.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ConfigError(
+            f"the example does not fit {type(module).__name__}.forward({', '.join(signature.parameters)}): {error}; give "
+            "export an example= of its arguments, without labels: a tensor, a tuple of the arguments or a dict by name"
+        ) from error
     batch = torch.export.Dim("batch", min=1)
 
     def varying(leaf: Any) -> Any:
