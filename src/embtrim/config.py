@@ -185,10 +185,14 @@ def first_change(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """The first setting that differs between two sets of JSON-able values, in words; None if none differs.
 
     Example:
-        >>> first_change({"seed": 0, "epochs": 5}, {"seed": 0, "epochs": 9})
-        'epochs = 5, now it is 9'
+        >>> first_change({"seed": 0, "train": {"epochs": 5}}, {"seed": 0, "train": {"epochs": 9}})
+        'train.epochs = 5, now it is 9'
     """
     for name in dict.fromkeys([*now, *then]):
-        if then.get(name) != now.get(name):
-            return f"{name} = {json.dumps(then.get(name))}, now it is {json.dumps(now.get(name))}"
+        old, new = then.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            if (change := first_change(old, new)) is not None:
+                return f"{name}.{change}"
+        elif old != new:
+            return f"{name} = {json.dumps(old)}, now it is {json.dumps(new)}"
     return None

@@ -100,10 +100,25 @@ def test_finished_run_is_not_made_again(encoded, tmp_path, monkeypatch):
     first = run(encoded, config, tmp_path)
     monkeypatch.setattr("embtrim.experiments.run.train_full_swept", None)
     assert run(encoded, config.replace(train=config.train.replace(checkpoint_seconds=1)), tmp_path) == first
+    with pytest.raises(
+        DataError, match=r"belongs to a run with train\.epochs = \d+, now it is 9; choose another --out"
+    ):
+        run(encoded, config.replace(train=config.train.replace(epochs=9)), tmp_path)
     path = tmp_path / "records" / "full-seed0.json"
     path.write_text(path.read_text().replace(encoded.schema.fingerprint, "0123456789ab"))
     with pytest.raises(DataError, match="made on data 0123456789ab"):
         run(encoded, config, tmp_path)
+
+
+def test_a_continued_run_counts_all_of_its_models(encoded, tmp_path, capsys):
+    config = CONFIG.replace(seeds=1, controls=("random",), bits=32, train=CONFIG.train.replace(epochs=1))
+    first = run(encoded, config, tmp_path)
+    for record in first[1:]:
+        (tmp_path / "records" / f"{record.variant}-seed0.json").unlink()
+    assert [r.test for r in run(encoded, config, tmp_path, progress=True)] == [r.test for r in first]
+    lines = capsys.readouterr().err.splitlines()
+    assert "1 of 3 models are made already" in lines
+    assert any(line.startswith("seed 0: 2 of 3 models are made, about ") for line in lines)
 
 
 def test_same_seed_same_metrics(encoded, tmp_path):

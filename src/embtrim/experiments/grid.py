@@ -293,7 +293,7 @@ def check_settings(
     hparams = {**arguments(cell.model), **run_config(config, cell.model).hparams}
     expected = {
         "the data": data.schema.fingerprint,
-        "rows of the data": {name: data.num_rows(name) for name in data.splits},
+        "rows": {name: data.num_rows(name) for name in data.splits},
         "method": setup.method,
         "bits": setup.bits,
         "init": setup.init,
@@ -307,7 +307,7 @@ def check_settings(
     default = {} if cell.label == FULL else method_named(setup.method).config().model_dump(mode="json")
     made = {
         "the data": record.data["fingerprint"],
-        "rows of the data": record.data["num_rows"],
+        "rows": record.data["num_rows"],
         "method": record.method or record.variant,
         "bits": record.bits,
         "init": record.init,

@@ -88,14 +88,17 @@ def _count(
     """Tells callbacks of each new record, and says how many models are made, and the time that the others may take."""
     seeds, variants = range(config.seed, config.seed + config.seeds), _variants(config)
     left = [_finished(out, _label(v), seed, data, config.target) is None for seed in seeds for v in variants]
-    started, total, done = time.monotonic(), sum(left), 0
+    started, total, before = time.monotonic(), len(left), len(left) - sum(left)
+    done = before
+    if 0 < before < total:
+        say(f"{before} of {total} models are made already", progress)
 
     def count(record: RunRecord) -> None:
         nonlocal done
         done += 1
-        tell_record(callbacks, record, len(left) - total + done, len(left))
+        tell_record(callbacks, record, done, total)
         if done < total:
-            rest = time_left(time.monotonic() - started, done, total - done)
+            rest = time_left(time.monotonic() - started, done - before, total - done)
             say(f"{done} of {total} models are made, about {rest}", progress)
 
     return count
