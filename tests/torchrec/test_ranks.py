@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 pytest.importorskip("torchrec")
 from embtrim import torchrec as on_ranks
 from embtrim.plan.plan import SizePlan
-from tests.torchrec.models import Pooled, batches
+from tests.torchrec.models import Pooled, batches, loss, make_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -95,3 +95,15 @@ def test_a_checkpoint_of_two_ranks_opens_in_one_process(ranks):
     with torch.no_grad():
         found = small(batches(0, 256)[0][1])
     assert torch.equal(found, torch.load(folder / "logits.pt"))
+
+
+def test_norms_are_taken_some_rows_at_a_time(monkeypatch):
+    model = make_model(Pooled)
+    task = on_ranks.Task(model, loss, batches(0, 256))
+    monkeypatch.setattr("embtrim.torchrec.task.CHUNK_ROWS", 7)
+    columns, rows = task.column_norms(), task.row_norms()
+    for config in model.ebc.embedding_bag_configs():
+        name = f"ebc.embedding_bags.{config.name}"
+        weight = model.get_parameter(f"{name}.weight").detach().double()
+        assert columns[name] == pytest.approx(weight.norm(dim=0).numpy())
+        assert rows[name] == pytest.approx(weight.norm(dim=1).numpy())

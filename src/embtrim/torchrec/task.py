@@ -19,6 +19,7 @@ from embtrim.errors import ModelError
 from embtrim.plan.plan import SizePlan
 from embtrim.system.modules import evaluating
 from embtrim.system.progress import tracked
+from embtrim.tables.packing import CHUNK_ROWS
 from embtrim.tasks import task as plain
 from embtrim.tasks.chosen import Patterns
 from embtrim.tasks.survey import Finding
@@ -131,9 +132,11 @@ class Task(plain.Task):
                 size = next((c.embedding_dim, c.num_embeddings) for c in site.configs if c.name == config)
                 found[name] = torch.zeros(size[over], dtype=torch.float64)
             for shard in site.shards():
-                if shard.counts:
-                    place = shard.columns if over == 0 else shard.rows
-                    found[site.by_config[shard.table]][place] += shard.weight_RC.double().square().sum(over).cpu()
+                for start in range(0, len(shard.weight_RC) if shard.counts else 0, CHUNK_ROWS):
+                    part_RC = shard.weight_RC[start : start + CHUNK_ROWS]
+                    first = shard.rows.start + start
+                    place = shard.columns if over == 0 else slice(first, first + len(part_RC))
+                    found[site.by_config[shard.table]][place] += part_RC.double().square().sum(over).cpu()
         return {name: summed(squares).sqrt().numpy() for name, squares in found.items()}
 
     def row_counts(self) -> dict[str, np.ndarray]:
