@@ -108,11 +108,11 @@ def test_evolution_goes_on_with_its_scores(num_calls: int, tmp_path: Path, monke
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
-        (HardMaskConfig(), {"config": HardMaskConfig(eta=9.0)}, '"eta": 2.0'),
+        (HardMaskConfig(), {"config": HardMaskConfig(eta=9.0)}, "search.eta = 2.0, now it is 9.0"),
         (HardMaskConfig(), {"budget": "30%"}, "cost_target"),
         (HardMaskConfig(), {"seed": 4}, "seed = 3"),
         (SEARCHES[2], {"config": SEARCHES[2].replace(threshold_lr=0.2)}, "threshold_lr = 0.1"),
-        (SEARCHES[2], {"config": SEARCHES[2].replace(generations=5)}, '"generations": 4'),
+        (SEARCHES[2], {"config": SEARCHES[2].replace(generations=5)}, "search.generations = 4, now it is 5"),
         (SEARCHES[2], {"budget": "30%"}, 'budget = "40%"'),
     ],
 )
