@@ -1,4 +1,4 @@
-"""Pictures of pages of the built site, taken by headless Chromium, for whoever changes their look.
+"""Headless Chromium takes pictures of pages of the built site, to check their look after a change.
 
 python docs/site/screenshots.py shots index tutorial guides/budget      # after `make docs`; light
 python docs/site/screenshots.py shots index --dark

@@ -63,7 +63,7 @@ def check_room(out: Path, room: Room, *present: Path) -> None:
     A warning says so if there is room for the results alone, and not for the checkpoints.
 
     Raises:
-        DataError: There is no room for the results.
+        DataError: The disk has no room for the results.
     """
     free = shutil.disk_usage(next(path for path in (out, *out.resolve().parents) if path.exists())).free
     written = sum(folder_bytes(path) for path in present if path.is_dir())

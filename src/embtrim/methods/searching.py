@@ -31,7 +31,7 @@ from embtrim.plan.budget_limits import (
 )
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Bits, Target
-from embtrim.system.modules import left_as_found
+from embtrim.system.modules import is_finite, left_as_found
 from embtrim.system.ranks import refuse_ranks
 from embtrim.tasks.sites import ModuleSite, Site, weights_kept
 from embtrim.tasks.survey import Finding
@@ -147,7 +147,7 @@ def _search_within(request: _Request, budget: Budget) -> SizePlan:
 def check_weights(model: nn.Module) -> None:
     """Raise ModelError for a parameter that holds NaN or infinity; the message names it."""
     for name, weight in model.named_parameters():
-        if weight.numel() and not bool(torch.stack(torch.aminmax(weight)).isfinite().all()):
+        if not is_finite(weight):
             rows = "" if weight.ndim < 2 else f", first in row {int((~weight.isfinite().all(1)).nonzero()[0]):,}"
             raise ModelError(
                 f"weight {name!r} of this {type(model).__name__} holds nan or infinity{rows}; train it again with a lower "

@@ -80,7 +80,7 @@ def read_plan_file(path: Path) -> PlanFile:
     """Read the JSON of a plan.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file is missing.
         PlanError: It is not a plan, or of a newer version.
     """
     try:

@@ -44,7 +44,7 @@ def read_rows(rows: Path, crc32: int | None, lengths: Mapping[str, int]) -> dict
         lengths: Number of rows of each array.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file is missing.
         PlanError: The file is damaged, or does not hold the rows of this plan.
     """
     arrays, fault = {}, None

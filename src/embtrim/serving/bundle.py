@@ -49,7 +49,7 @@ from embtrim.serving.bundle_files import (
     BUILD_ERRORS,
     BUNDLE_VERSION,
     check_files,
-    check_finite,
+    check_values,
     check_weights,
     files_of,
     read_contents,
@@ -316,7 +316,7 @@ def load_bundle(folder: str | Path) -> Bundle:
         check_weights(folder / "model.safetensors", make)
         model = make()
         model.load_state_dict(load_file(folder / "model.safetensors"))
-        check_finite(model)
+        check_values(model)
     except (*BUILD_ERRORS, SafetensorError, OSError) as error:
         kind = "" if isinstance(error, EmbtrimError) else f"{type(error).__name__}: "
         words = " ".join(str(error).split())  # torch lists every weight

@@ -18,6 +18,7 @@ from embtrim.models.ctr_model import CTRModel
 from embtrim.system.arrays import tensor_shapes
 from embtrim.system.folders import file_digest
 from embtrim.system.holding import undo_replacement
+from embtrim.system.modules import is_finite
 from embtrim.untrusted import read_json
 
 # Version 1 has no digest of bundle.json itself and says less about the origin of a model; it still opens.
@@ -198,8 +199,8 @@ def check_weights(path: Path, make: Callable[[], CTRModel]) -> None:
             raise BundleError(f"{path}: weight {name!r} has type {found[name].dtype}, the model needs {value.dtype}")
 
 
-def check_finite(model: CTRModel) -> None:
+def check_values(model: CTRModel) -> None:
     """Raise BundleError for a weight, scale or running statistic that is NaN or infinite; the message names it."""
     for name, value in model.state_dict().items():
-        if value.is_floating_point() and value.numel() and not all(map(torch.isfinite, torch.aminmax(value))):
+        if value.is_floating_point() and not is_finite(value):
             raise BundleError(f"weight {name!r} holds nan or infinity, and so would the scores; train the model again")

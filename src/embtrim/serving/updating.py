@@ -53,9 +53,8 @@ from embtrim.system.folders import file_digest, folder_bytes
 from embtrim.system.progress import stage
 from embtrim.system.unfinished import unfinished
 from embtrim.tables.packing import CHUNK_ROWS
-from embtrim.training.evaluation import evaluate, logits_of_split
+from embtrim.training.evaluation import evaluate, logits_of_split, metrics_of_logits
 from embtrim.training.fitting import fit
-from embtrim.training.metrics import compute_metrics
 from embtrim.training.settings import TrainConfig
 
 # Far fewer than for a new model: a trained one overfits a day's log within a few passes.
@@ -511,6 +510,4 @@ def _row_widths(table: TableShape) -> np.ndarray:
 
 def _metrics_before(model: CTRModel, data: EncodedDataset, split: str, train: TrainConfig) -> dict[str, Any]:
     """Metrics of the parent, on data that hold its ids under the new schema."""
-    arrays = data.split(split)
-    weights = None if arrays.weights is None else np.asarray(arrays.weights)
-    return compute_metrics(np.asarray(arrays.labels), logits_of_split(model, data, split, train), weights).to_dict()
+    return metrics_of_logits(data, split, logits_of_split(model, data, split, train)).to_dict()

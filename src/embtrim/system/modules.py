@@ -33,6 +33,11 @@ KEPT_NUMEL = 2**20
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
+def is_finite(value: Tensor) -> bool:
+    """Whether a tensor of floats holds neither NaN nor infinity; the look takes no memory."""
+    return not value.numel() or bool(torch.stack(torch.aminmax(value)).isfinite().all())
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside wrappers such as torch.compile and DataParallel, or the module as given.
 

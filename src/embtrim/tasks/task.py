@@ -35,10 +35,10 @@ from embtrim.tasks.watching import reads_of_batch
 from embtrim.training.callbacks import Callback, checked
 from embtrim.training.checkpoint import Checkpoint, CheckpointFolder
 from embtrim.training.devices import device_of, fast_matmul
-from embtrim.training.evaluation import check_finite, logits_of_split, logloss_of_batch, loss_weight
+from embtrim.training.evaluation import check_finite, logits_of_split, logloss_of_batch, loss_weight, metrics_of_logits
 from embtrim.training.fitting import fit
 from embtrim.training.loop import scale_learning_rates, train_loop
-from embtrim.training.metrics import auc, auc_error, compute_metrics
+from embtrim.training.metrics import auc_error
 from embtrim.training.recoding import data_for
 from embtrim.training.settings import FitResult, Hooks, TrainConfig
 from embtrim.training.state import Training
@@ -461,10 +461,8 @@ class CTRTask(Task):
 
     def _score(self, model: nn.Module) -> float:
         assert isinstance(model, CTRModel)
-        arrays = self.data.split("valid")
         logits = logits_of_split(model, data_for(model, self.data), "valid", self.config, self.score_precision)
-        weights = None if arrays.weights is None else np.asarray(arrays.weights)
-        return auc(np.asarray(arrays.labels), logits, weights)
+        return metrics_of_logits(self.data, "valid", logits).auc
 
     def full_plan(self) -> SizePlan:
         """See Task."""
@@ -485,7 +483,7 @@ class CTRTask(Task):
         return task
 
     def sampled(self, max_rows: int) -> CTRTask:
-        """See Task. A sample is scored in the precision of training, whose rounding is less than the sample's error."""
+        """See Task. `valid_score` has the precision of training there, whose rounding is less than the sample's error."""
         if max_rows >= self.data.num_rows("valid"):
             return self
         task = copy.copy(self)
@@ -539,10 +537,9 @@ class CTRTask(Task):
     def gated_scores(self, model: nn.Module, gates: Sequence[Sequence[SlotGate]], max_rows: int = 0) -> list[float]:
         """See Task. The score is the AUC on a sample of rows that is the same at every call."""
         sample = (self.sampled(max_rows) if max_rows else self).data
-        arrays = sample.split("valid")
         sites, device = self.sites(model), device_of(self.config)
         model.to(device).eval()
-        logits = np.empty((len(gates), len(arrays)), np.float32)
+        logits = np.empty((len(gates), sample.num_rows("valid")), np.float32)
         start = 0
         with fast_matmul("fp32", device):
             for batch in sample.batches("valid", GATED_BATCH_SIZE):
@@ -552,7 +549,7 @@ class CTRTask(Task):
                         logits_B = model(batch.ids_BC, batch.dense_BE).float().cpu().numpy()
                     logits[number, start : start + len(batch)] = logits_B
                 start += len(batch)
-        return [compute_metrics(arrays.labels, found, arrays.weights).auc for found in logits]
+        return [metrics_of_logits(sample, "valid", found).auc for found in logits]
 
     def row_counts(self) -> dict[str, np.ndarray]:
         """See Task."""

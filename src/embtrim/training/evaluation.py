@@ -97,15 +97,20 @@ def evaluate(
         ModelError: The model is not one of embtrim.models, or the data are not encoded.
     """
     data = data_for(model, data)
-    arrays = data.split(split)
     logits = logits_of_split(model, data, split, config)
-    labels = np.asarray(arrays.labels)
-    weights = None if arrays.weights is None else np.asarray(arrays.weights)
-    metrics = compute_metrics(labels, logits, weights)
+    metrics = metrics_of_logits(data, split, logits)
     if deciles:
+        labels = np.asarray(data.split(split).labels)
         by_decile = auc_by_frequency_decile(labels, logits, rarest_value_counts(data, split))
         metrics = metrics.with_deciles(by_decile)
     return metrics
+
+
+def metrics_of_logits(data: EncodedDataset, split: str, logits: np.ndarray) -> Metrics:
+    """Metrics of a split's logits (N,), with the sample weights that its rows have."""
+    arrays = data.split(split)
+    weights = None if arrays.weights is None else np.asarray(arrays.weights)
+    return compute_metrics(np.asarray(arrays.labels), logits, weights)
 
 
 def rarest_value_counts(data: EncodedDataset, split: str) -> np.ndarray:
