@@ -5,8 +5,9 @@
     python benchmarks/growth.py --steps encode fit verify     some steps only, with those whose results they need
 
 Each step has a process of its own, of one thread. Its memory is the peak of anonymous memory (without mapped files) above
-what was resident when the step began, as sampled from outside. T is the bytes of the full fp32 tables: values and
-first-order weights. An exponent compares a step with the size before: 1 is growth in proportion. Prints Markdown tables.
+what was resident when the step began. The kernel counts the peak of all resident memory, which no sample can miss; samples
+from outside say how much of it was mapped files. Where the kernel does not tell, or a step has processes of its own, the
+peak is that of the samples. T is the bytes of the full fp32 tables: values and first-order weights. An exponent compares a step with the size before: 1 is growth in proportion. Prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 STARTED, STOPPED = "STARTED", "STOPPED"
-SAMPLE_SECONDS = 0.002
+SAMPLE_SECONDS = 0.005
 NUM_FIELDS, WIDTH = 20, 16
 # Rows of each field's table in the growth with fields, columns that the plan keeps there, and rows of a batch.
 FIELD_ROWS, FIELD_WIDTH, BATCH_ROWS = 20, 8, 256
@@ -61,14 +62,18 @@ def write_log(path: Path, num_rows: int, num_values: int, seed: int = 0) -> None
 
 @contextmanager
 def measured() -> Iterator[None]:
-    """The part of a step that counts: its CPU seconds and its window of time go to the process that watches."""
-    from embtrim.system.memory import anonymous_memory, release_free_memory
+    """The part of a step that counts: its CPU seconds, window of time and peak go to the process that watches."""
+    import measure
+    from embtrim.system.memory import release_free_memory
 
     release_free_memory()
-    resident, spent = anonymous_memory(), sum(os.times()[:4])
-    print(STARTED, json.dumps([time.monotonic(), resident]), flush=True)
+    is_counted, own = measure.forget_peak(), os.getpid()
+    spent = sum(os.times()[:4])
+    print(STARTED, json.dumps([time.monotonic(), *measure.resident_bytes(own)]), flush=True)
     yield
-    print(STOPPED, json.dumps([time.monotonic(), sum(os.times()[:4]) - spent]), flush=True)
+    spent, stopped = sum(os.times()[:4]) - spent, time.monotonic()
+    peak, mapped = measure.peak_resident_bytes() if is_counted else 0, measure.resident_bytes(own)[1]
+    print(STOPPED, json.dumps([stopped, spent, peak, mapped]), flush=True)
 
 
 def import_all(step: str) -> None:
@@ -352,26 +357,28 @@ class Result:
 
 
 def watched(steps: str, name: str, folder: Path) -> Result:
-    """Run a step in a process of its own and sample the anonymous memory of that process."""
+    """Run a step in a process of its own and sample the memory of that process."""
     import measure
 
     command = [sys.executable, __file__, "--worker", steps, name, str(folder)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "1"}
-    samples: list[tuple[float, int]] = []
+    samples: list[tuple[float, int, int]] = []
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, env=env, stdout=output)
         while process.poll() is None:
-            samples.append(
-                (time.monotonic(), sum(measure.resident_bytes(pid)[0] for pid in measure.family(process.pid)))
-            )
+            of_processes = [measure.resident_bytes(pid) for pid in measure.family(process.pid)]
+            samples.append((time.monotonic(), sum(anonymous for anonymous, _ in of_processes), of_processes[0][1]))
             time.sleep(SAMPLE_SECONDS)
         output.seek(0)
         said = dict(line.split(" ", 1) for line in output.read().splitlines() if line.startswith((STARTED, STOPPED)))
     if process.returncode or len(said) < 2:
         sys.exit(f"step {name!r} ended with {process.returncode}; its message is above")
-    start, resident = json.loads(said[STARTED])
-    stop, seconds = json.loads(said[STOPPED])
-    return Result(seconds, max((b for t, b in samples if start <= t <= stop), default=resident) - resident)
+    start, resident, mapped_before = json.loads(said[STARTED])
+    stop, seconds, peak, mapped_after = json.loads(said[STOPPED])
+    within = [(anonymous, mapped) for t, anonymous, mapped in samples if start <= t <= stop]
+    sampled = max((anonymous for anonymous, _ in within), default=resident)
+    most_mapped = max(mapped_before, mapped_after, *(mapped for _, mapped in within))
+    return Result(seconds, max(sampled, peak - most_mapped) - resident)
 
 
 def full_bytes(folder: Path) -> tuple[int, int]:

@@ -203,6 +203,21 @@ def cpu_seconds(pid: int) -> float | None:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def forget_peak() -> bool:
+    """Have the kernel count the peak resident memory of this process anew; False where it does not."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_resident_bytes() -> int:
+    """Peak resident memory of this process, of all kinds, since `forget_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
 def resident_bytes(pid: int) -> tuple[int, int]:
     """Resident memory of a process, anonymous and of mapped files; zeros if it has ended."""
     bytes_by_name = {"RssAnon": 0, "RssFile": 0}
