@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from typing import TYPE_CHECKING, Any
 
 from embtrim.untrusted import printable
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 def render(package: str, name: str, /, **values: Any) -> str:
@@ -52,6 +53,8 @@ def count(number: int) -> str:
 
 @cache
 def _environment(package: str) -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader(package),
         autoescape=lambda name: name is not None and name.endswith(".html.j2"),
