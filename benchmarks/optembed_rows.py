@@ -46,7 +46,7 @@ def main() -> None:
         model, thresholds = train_supernet(task, settings.replace(optimizer=optimizer.split()[0]), seed)
         seconds = time.perf_counter() - started
         assert isinstance(model, CTRModel)
-        kept[optimizer] = np.concatenate(row_margins(task.sites(model), thresholds)) > 0
+        kept[optimizer] = np.concatenate(row_margins(task, model, task.sites(model), thresholds)) > 0
         print(f"{optimizer}: validation AUC {evaluate(model, data, 'valid').auc:.5f}, {seconds:.1f} s, "
               f"{kept[optimizer].mean():.1%} of the rows kept", flush=True)  # fmt: skip
     counts = np.concatenate(list(task.row_counts().values()))

@@ -286,7 +286,7 @@ def pruned():
     config = OptEmbedConfig(epochs=12, **PRUNING)
     model, thresholds = train_supernet(task, config, 0)
     sites = task.sites(model)
-    margins = row_margins(sites, thresholds)
+    margins = row_margins(task, model, sites, thresholds)
     full = task.full_plan()
     kept = kept_rows(full, "scatter", margins, [OOV] * 3, [8] * 3)
     sites[0].drop_rows([torch.from_numpy(rows) for rows in kept])

@@ -30,6 +30,7 @@ from torchrec.distributed.types import ShardingEnv, ShardingPlan
 
 SIZES = {"user": 500, "item": 300, "ad": 40, "hour": 24}
 WIDTH, NUM_ROWS, BATCH = 8, 2048, 256
+RATE = 0.05  # of the tables
 SHARDINGS = ("table_wise", "row_wise", "column_wise", "mixed")
 
 
@@ -105,7 +106,13 @@ def make_model(kind: type[nn.Module] = Pooled, seed: int = 0) -> Any:
     return model
 
 
-def sharded(model: nn.Module, path: str, sharding: str, kernel: str = "fused") -> DistributedModelParallel:
+def sharded(
+    model: nn.Module,
+    path: str,
+    sharding: str,
+    kernel: str = "fused",
+    optimizer: EmbOptimType = EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+) -> DistributedModelParallel:
     """The model under DistributedModelParallel, with the weights that it had."""
     world = dist.get_world_size()
     collection = model.get_submodule(path)
@@ -121,7 +128,7 @@ def sharded(model: nn.Module, path: str, sharding: str, kernel: str = "fused") -
     by_table = {
         config.name: makers[mixed[i % 3] if sharding == "mixed" else sharding](i) for i, config in enumerate(configs)
     }
-    fused = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.05, "eps": 1e-8}
+    fused = {"optimizer": optimizer, "learning_rate": RATE, "eps": 1e-8}
     sharder = (EmbeddingBagCollectionSharder if is_bags else EmbeddingCollectionSharder)(fused_params=fused)
     plan = construct_module_sharding_plan(
         collection, by_table, sharder=sharder, device_type="cpu", world_size=world, local_size=world

@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 pytest.importorskip("torchrec")
 from embtrim import torchrec as on_ranks
 from embtrim.plan.plan import SizePlan
+from tests.torchrec import searching
 from tests.torchrec.models import Pooled, batches, loss, make_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -29,10 +30,11 @@ def on_rank(rank: int, folder: str, jobs: list[str]) -> None:
     found: dict[str, Any] = {}
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", WORLD), rank=rank, world_size=WORLD)
     from tests.torchrec import jobs as home
+    from tests.torchrec import searching
 
     for job in jobs:
         try:
-            found[job] = getattr(home, job)(rank, Path(folder))
+            found[job] = getattr(searching if hasattr(searching, job) else home, job)(rank, Path(folder))
         except BaseException:
             found[job] = traceback.format_exc()
             break  # the ranks are no longer in step
@@ -43,7 +45,7 @@ def on_rank(rank: int, folder: str, jobs: list[str]) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    jobs = ["scores", "plans", "compaction", "sizes"]
+    jobs = ["scores", "plans", "compaction", "sizes", "searches", "refusals"]
     mp.spawn(on_rank, (str(folder), jobs), WORLD)
     found = [pickle.loads(Path(folder, f"{rank}.pickle").read_bytes()) for rank in range(WORLD)]
     return [{**part, "folder": folder} for part in found]
@@ -81,6 +83,26 @@ def test_ranks_hold_and_send_the_bytes_of_the_formulas(ranks):
         for sharding, part in found.items():
             wrong = {name: both for name, both in part.items() if both[0] != both[1]}
             assert not wrong, (sharding, wrong)
+
+
+def test_searches_that_train_find_what_one_process_finds(ranks):
+    first, second = of(ranks, "searches")
+    assert first == second
+    expected = searching.searches(None)
+    assert {name: digest for name, (digest, _) in first.items()} == {n: digest for n, (digest, _) in expected.items()}
+    for name, (_, scores) in first.items():
+        assert scores == pytest.approx(expected[name][1], rel=1e-5, abs=1e-6), name
+
+
+def test_a_search_that_cannot_run_says_why_on_all_ranks(ranks):
+    first, second = of(ranks, "refusals")
+    assert first == second
+    assert "batches have 160, 96 rows" in first["unequal"]
+    for name in ("hard_mask", "optembed"):
+        assert "'ebc' pools several ids of feature 'user'" in first[f"pooled {name}"]
+    assert "a sharded model cannot be copied; give the Task `fresh=`" in first["copy"]
+    assert "trained here without patience" in first["patience"]
+    assert len(first["without rows"]) == 12
 
 
 def test_a_checkpoint_of_two_ranks_opens_in_one_process(ranks):

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, Literal
@@ -44,13 +44,15 @@ from embtrim.errors import EmbtrimError
 from embtrim.methods.selection import field_plan, lowest_threshold, rank_slots, slot_costs
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
-from embtrim.system.modules import copied
 from embtrim.tables.embedding_tables import RowGate
 from embtrim.tasks.sites import gate_sites, num_slots
 from embtrim.tasks.task import Task, alignment_of
 from embtrim.training.evaluation import check_finite
 from embtrim.training.settings import Hooks
 from embtrim.training.state import random_states, set_random_states
+
+# A shorter column counts as one of this length, and has no direction.
+LEAST_LENGTH = 1e-12
 
 
 class HardMaskConfig(Config):
@@ -98,7 +100,7 @@ def search_hard_mask(task: Task, config: HardMaskConfig, budget: Budget, seed: i
     alignment = alignment_of(task, config.align)
     costs_S = slot_costs(full, alignment)
     limit = full.max_params(budget)
-    model = copied(task.model) if config.start == "trained" else task.fresh(seed)
+    model = task.copied_model() if config.start == "trained" else task.fresh(seed)
     supernet = MaskedSupernet(task, model, config, costs_S, limit, seed)
     supernet.train()
 
@@ -212,13 +214,17 @@ class MaskedSupernet:
             if not found:
                 continue
             starts = np.cumsum([0, *site.num_rows]).tolist()
+            own = []
+            for rows, emb in found:
+                is_own = self.task.unshared(rows)
+                own.append((rows, emb) if bool(is_own.all()) else (rows[is_own], emb[is_own]))
             for number, active_D in enumerate(mask_s.split(site.widths)):
                 low, high = starts[number], starts[number + 1]
                 # A module that is used several times records the distinct rows of each use.
                 parts = [
-                    emb[slice(*torch.searchsorted(rows, rows.new_tensor([low, high])).tolist())] for rows, emb in found
+                    emb[slice(*torch.searchsorted(rows, rows.new_tensor([low, high])).tolist())] for rows, emb in own
                 ]
-                total = total + column_correlation(torch.cat(parts), active_D, high - low)
+                total = total + column_correlation(torch.cat(parts), active_D, high - low, self.task.summed_parts)
             found.clear()
         return self.config.orthogonality * total
 
@@ -266,7 +272,8 @@ class MaskedSupernet:
         window = 1.0 if self.config.mode == "penalty" else math.inf
         a_S = self.a_S.clone().requires_grad_()
         mask_S = straight_through(a_S, self.mask_S, window)
-        rows: list[RowGate] = [lambda _, found_UD: found_UD.detach()] * len(self.sites)
+        detached: RowGate = lambda _, found_UD: found_UD.detach()  # noqa: E731
+        rows = [detached if site.shows_rows else None for site in self.sites]
         self.model.eval()
         try:
             with gate_sites(self.sites, mask_S.split(self.slots), rows):
@@ -277,7 +284,7 @@ class MaskedSupernet:
         split, number = "train" if self.config.single_level else "valid", self._place[1] - 1
         check_finite(loss, "loss", split, number)
         check_finite(gradient_S, "gradient by the masks", split, number)
-        return gradient_S
+        return self.task.averaged(gradient_S, batch)
 
 
 def straight_through(a_S: Tensor, mask_S: Tensor, window: float = 1.0) -> Tensor:
@@ -290,15 +297,20 @@ def updated_cost_weight(cost_weight: float, eta: float, cost: float, target: flo
     return max(0.0, cost_weight + eta * (cost - target))
 
 
-def column_correlation(emb_UD: Tensor, active_D: Tensor, num_rows: int) -> Tensor:
+def column_correlation(
+    emb_UD: Tensor, active_D: Tensor, num_rows: int, summed: Callable[[Tensor], Tensor] = lambda part: part
+) -> Tensor:
     """Equation (orth) for one table, on some of its rows: how far its active columns are from orthogonal; a scalar.
 
     Args:
         emb_UD: Embeddings of distinct rows.
         active_D: Columns in use, bool (D,).
         num_rows: Rows of the whole table, n_f.
+        summed: Sums products of columns over processes, each of which has other rows.
     """
-    columns = nn.functional.normalize(emb_UD[:, active_D], dim=0)
-    gram = columns.T @ columns
+    columns = emb_UD[:, active_D]
+    products = summed(columns.T @ columns)
+    lengths = products.diagonal().clamp(min=LEAST_LENGTH**2).sqrt()
+    gram = products / (lengths[:, None] * lengths)
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return (gram - identity).square().sum() / min(emb_UD.shape[1], num_rows) ** 2

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -106,7 +106,7 @@ def search_optembed(task: Task, config: OptEmbedConfig, budget: Budget, seed: in
     model, thresholds = train_supernet(task, config, seed)
     sites = task.sites(model)
     full, alignment = task.full_plan(), alignment_of(task, config.align)
-    margins = row_margins(sites, thresholds)
+    margins = row_margins(task, model, sites, thresholds)
     reserved = [row for site in sites for row in site.reserved_rows]
     widest = [t.width for t in full.tables]
     kept = kept_rows(full, alignment, margins, reserved, widest)
@@ -184,7 +184,7 @@ def train_supernet(task: Task, config: OptEmbedConfig, seed: int) -> tuple[nn.Mo
         settings={"threshold_lr": config.threshold_lr, "threshold_weight": config.threshold_weight},
     )
     rows = [row_gate(site, t) for site, t in zip(sites, thresholds, strict=True)]
-    slots = [width_gate(site, model, generator) for site in sites]
+    slots = [width_gate(site, model, generator, task.place_of) for site in sites]
     settings: dict[str, Any] = {} if config.l2 is None else {"embedding_l2": config.l2}
     with gate_sites(sites, slots, rows):
         task.fit(
@@ -210,8 +210,16 @@ def row_gate(site: Site, threshold_T: Tensor) -> RowGate:
     return gate
 
 
-def width_gate(site: Site, model: nn.Module, generator: torch.Generator) -> SlotGate:
-    """Keep the first d coordinates while the model trains; d is drawn for each sample and field."""
+def width_gate(
+    site: Site,
+    model: nn.Module,
+    generator: torch.Generator,
+    place_of: Callable[[int], tuple[int, int]] = lambda num_samples: (0, num_samples),
+) -> SlotGate:
+    """Keep the first d coordinates while the model trains; d is drawn for each sample and field.
+
+    Processes that share a step draw for all its samples, and each takes its own: see `Task.place_of`.
+    """
     width = site.widths[0]
     prefixes_DD = torch.ones(width, width).tril()  # row d - 1 keeps the first d
 
@@ -220,7 +228,11 @@ def width_gate(site: Site, model: nn.Module, generator: torch.Generator) -> Slot
             return output
         fields = output.shape[-1] // width  # all tables of a site have one width
         lead = (len(output), *[1] * (output.ndim - 2)) if output.ndim > 1 else ()  # a scalar id is one sample
-        drawn = torch.randint(width, (math.prod(lead) * fields,), generator=generator)  # (supernet): d - 1
+        samples = math.prod(lead)
+        before, total = place_of(samples)
+        drawn = torch.randint(width, (total * fields,), generator=generator)  # (supernet): d - 1
+        if total != samples:
+            drawn = drawn[torch.arange(before * fields, (before + samples) * fields) % len(drawn)]
         mask = prefixes_DD[drawn].view(*lead, -1)
         return output * mask.to(output)
 
@@ -257,7 +269,8 @@ class Fitness:
         new = [c for c in dict.fromkeys(candidates) if c not in self.scores]
         if new:
             started = time.perf_counter()
-            gates = [width_masks(self.task.sites(self.model), c) for c in new]
+            device = next(iter(self.model.parameters())).device
+            gates = [[gate.to(device) for gate in width_masks(self.task.sites(self.model), c)] for c in new]
             try:
                 self.scores.update(zip(new, self.task.gated_scores(self.model, gates, self.max_rows), strict=True))
             except KeyboardInterrupt:
@@ -277,20 +290,20 @@ def width_masks(sites: Sequence[Site], widths: Widths) -> list[Tensor]:
     """The slot gate (S,) of each site: ones for the first columns of each table."""
     width_of_table = iter(widths)
     return [
-        torch.cat([(torch.arange(width) < next(width_of_table)).float() for width in site.widths]).to(
-            site.weights()[0].device
-        )
-        for site in sites
+        torch.cat([(torch.arange(width) < next(width_of_table)).float() for width in site.widths]) for site in sites
     ]
 
 
 # ---- rows ---------------------------------------------------------------------------------------------------------
 
 
-def row_margins(sites: Sequence[Site], thresholds: Sequence[np.ndarray]) -> list[np.ndarray]:
+def row_margins(
+    task: Task, model: nn.Module, sites: Sequence[Site], thresholds: Sequence[np.ndarray]
+) -> list[np.ndarray]:
     """||E_v||_1 - t_f of the rows of each table (V,); rows above zero are kept."""
+    sizes = task.row_sizes(model)
     return [
-        weight_VD.abs().sum(1).cpu().numpy() - threshold
+        sizes[name] - threshold
         for site, threshold_T in zip(sites, thresholds, strict=True)
-        for weight_VD, threshold in zip(site.weights(), threshold_T, strict=True)
+        for name, threshold in zip(site.names, threshold_T, strict=True)
     ]

@@ -41,12 +41,14 @@ class Site(Protocol):
         num_rows: Rows of each table.
         widths: Columns of each table.
         reserved_rows: Row of each table that is kept longer than all others (OOV or a padding row), or None.
+        shows_rows: Whether a row gate sees the rows of every read. Otherwise some reads are pooled before they are seen.
     """
 
     names: tuple[str, ...]
     num_rows: tuple[int, ...]
     widths: tuple[int, ...]
     reserved_rows: tuple[int | None, ...]
+    shows_rows: bool
 
     def gated(self, slots: SlotGate | None = None, rows: RowGate | None = None) -> AbstractContextManager[None]:
         """Apply gates inside a `with` block. Gates of one site do not nest.
@@ -73,6 +75,8 @@ class Site(Protocol):
 
 class TableSite:
     """The full EmbeddingTables of a zoo model; fields that share a table share its slots."""
+
+    shows_rows = True
 
     def __init__(self, tables: EmbeddingTables) -> None:
         if not tables.plan.keeps_all:
@@ -134,6 +138,8 @@ class ModuleSite:
         modules: The module, and all others with the same weight and the same settings.
         readers: Other modules that hold the weight, such as a tied output layer, and the names of their parameters.
     """
+
+    shows_rows = True
 
     def __init__(
         self, name: str, module: nn.Embedding | nn.EmbeddingBag, fields: Mapping[str, int] | None = None
@@ -284,7 +290,7 @@ def read_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, T
 
 @contextmanager
 def gate_sites(
-    sites: Sequence[Site], slots: Sequence[SlotGate] | None = None, rows: Sequence[RowGate] | None = None
+    sites: Sequence[Site], slots: Sequence[SlotGate] | None = None, rows: Sequence[RowGate | None] | None = None
 ) -> Iterator[None]:
     """Gate every site inside a `with` block, with one slot gate and one row gate for each site.
 

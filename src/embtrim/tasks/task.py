@@ -24,7 +24,7 @@ from embtrim.errors import ModelError
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Alignment
-from embtrim.system.modules import unwrapped
+from embtrim.system.modules import copied, unwrapped
 from embtrim.system.progress import tracked
 from embtrim.tasks.chosen import Chosen, Patterns
 from embtrim.tasks.noting import with_reads
@@ -40,7 +40,7 @@ from embtrim.training.fitting import fit
 from embtrim.training.loop import scale_learning_rates, train_loop
 from embtrim.training.metrics import auc_error
 from embtrim.training.recoding import data_for
-from embtrim.training.settings import FitResult, Hooks, TrainConfig
+from embtrim.training.settings import FitResult, Hooks, Optimizer, TrainConfig
 from embtrim.training.state import Training
 
 logger = logging.getLogger(__name__)
@@ -155,6 +155,38 @@ class Task:
         """The plan that all processes take which share the search; here there is one process."""
         return plan
 
+    def averaged(self, values: Tensor, batch: Any) -> Tensor:
+        """Mean of values over this process and all others that share a step, by the weights of their batches."""
+        del batch
+        return values
+
+    def step_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Loss of a batch in a training step, such that the mean over all processes is the loss of all their rows."""
+        return self.loss(model, batch)
+
+    def average_gradients(self, optimizers: Sequence[Optimizer]) -> None:
+        """Give what optimisers train the mean of the gradients of all processes that share a step; here there is one."""
+
+    def summed_parts(self, part: Tensor) -> Tensor:
+        """Sum of the parts of a term of a step's loss that each process computes; its gradient is that of the own part."""
+        return part
+
+    def unshared(self, rows_U: Tensor) -> Tensor:
+        """Which rows of a step's batch no process before this one reads, bool (U,); here there is none."""
+        return torch.ones_like(rows_U, dtype=torch.bool)
+
+    def place_of(self, num_samples: int) -> tuple[int, int]:
+        """Number of a step's samples in the processes before this one, and in all of them."""
+        return 0, num_samples
+
+    def copied_model(self) -> nn.Module:
+        """A copy of the model, to be trained.
+
+        Raises:
+            ModelError: The model cannot be copied.
+        """
+        return copied(self.model)
+
     def column_norms(self) -> dict[str, np.ndarray]:
         """Euclidean norms of the columns of every table, float64 (D,) by name."""
         weights = weights_by_table(self.sites(self.model))
@@ -164,6 +196,11 @@ class Task:
         """Euclidean norms of the rows of every table, float64 (V,) by name."""
         weights = weights_by_table(self.sites(self.model))
         return {name: weight_VD.double().norm(dim=1).cpu().numpy() for name, weight_VD in weights.items()}
+
+    def row_sizes(self, model: nn.Module) -> dict[str, np.ndarray]:
+        """Sums of the absolute values of the rows of every table of a model of this task, float32 (V,) by name."""
+        weights = weights_by_table(self.sites(model))
+        return {name: weight_VD.abs().sum(1).cpu().numpy() for name, weight_VD in weights.items()}
 
     def num_batches(self, split: str) -> int:
         """Number of batches of "train" or "valid". A loader without a length is read once to count them."""
@@ -235,7 +272,10 @@ class Task:
         batches = partial(self._train_batches, seed)
         checkpoint = self.next_checkpoint(depends_on, model)
         score = None if patience is None else lambda: self.valid_score(model)
-        training = Training(model, self.loss, batches, [optimizer], config, hooks, score, callbacks=callbacks)
+        training = Training(
+            model, self.step_loss, batches, [optimizer], config, hooks, score,
+            callbacks=callbacks, after_backward=self.average_gradients,
+        )  # fmt: skip
         return self._noted(train_loop(training, progress=self.progress, checkpoint=checkpoint))
 
     def _train_batches(self, seed: int, epoch: int, skip: int) -> Iterator[Any]:

@@ -54,6 +54,24 @@ def inherit(full: nn.Module, small: nn.Module, plan: SizePlan) -> None:
     _copy_others(full, small)
 
 
+@torch.no_grad()
+def copy_weights(model: nn.Module, other: nn.Module) -> None:
+    """Give another model of the same tables all weights of a model, from any sharding to any other; all ranks call it.
+
+    Raises:
+        ModelError: A table or a weight has another shape in the other model, or is missing.
+    """
+    given, taken = _shards_by_name(model), _shards_by_name(other)
+    for name, (config, shards) in taken.items():
+        size = (config.num_embeddings, config.embedding_dim)
+        if name not in given or (given[name][0].num_embeddings, given[name][0].embedding_dim) != size:
+            raise ModelError(f"fresh= made a table {name!r} of {size[0]:,} x {size[1]}, which the model does not have")
+        for rows, _ in _all_rows(size[0]):
+            rows_N = torch.from_numpy(rows)
+            _put(shards, rows_N, _gathered(given[name][1], rows_N, size[1]))
+    _copy_others(model, other)
+
+
 def _all_rows(number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """All rows of a table that stays as it is, in chunks, see `kept_rows_of`."""
     for start in range(0, number, CHUNK_ROWS):

@@ -45,6 +45,20 @@ def _reduced(values: Tensor, how: Any) -> Tensor:
     return found.to(values.device)
 
 
+def gathered(values_N: Tensor) -> list[Tensor]:
+    """The values (N,) of every rank, in order of the ranks; N differs from rank to rank."""
+    if num_ranks() == 1:
+        return [values_N]
+    sizes = torch.zeros(num_ranks(), dtype=torch.int64)
+    sizes[own_rank()] = len(values_N)
+    sizes = summed(sizes).tolist()
+    own = torch.zeros(max(sizes), dtype=values_N.dtype, device=device_of_group())
+    own[: len(values_N)] = values_N
+    found = [torch.empty_like(own) for _ in sizes]
+    dist.all_gather(found, own)
+    return [part[:size].to(values_N.device) for part, size in zip(found, sizes, strict=True)]
+
+
 def device_of_group() -> torch.device:
     """Where tensors must lie for the default group to exchange them."""
     is_gpu = num_ranks() > 1 and dist.get_backend() == "nccl"
@@ -58,6 +72,17 @@ def from_first(value: T) -> T:
     found = [value]
     dist.broadcast_object_list(found, src=0, device=device_of_group())
     return found[0]
+
+
+class Running:
+    """The batch whose loss is computed last."""
+
+    batch: Any = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is a batch of this rank's own, and not a Filler."""
+        return not isinstance(self.batch, Filler)
 
 
 class Filler:

@@ -26,7 +26,7 @@ from embtrim.errors import ModelError
 from embtrim.system.modules import named_modules
 from embtrim.tables.embedding_tables import RowGate
 from embtrim.tasks.sites import SlotGate
-from embtrim.torchrec.ranks import own_rank
+from embtrim.torchrec.ranks import largest, own_rank
 
 BAGS = (EmbeddingBagCollection, ShardedEmbeddingBagCollection)
 SEQUENCES = (EmbeddingCollection, ShardedEmbeddingCollection)
@@ -52,17 +52,19 @@ class Shard:
 
 
 class CollectionSite:
-    """A collection in a model, see Site.
+    """Tables of one width of a collection in a model, see Site.
 
     Args:
         path: Path of the collection in the model, without wrappers.
         module: The collection.
-        configs: The configs of the tables to search; the others are left alone.
+        configs: The configs of the tables to search, all of one width; the others are left alone.
 
     Attributes:
         features: Features of all tables of the collection, in the order of the configs.
         by_config: Name of each table in plans, by the name of its config.
     """
+
+    shows_rows = False
 
     def __init__(self, path: str, module: nn.Module, configs: Sequence[Any]) -> None:
         self.path, self.module, self.configs = path, module, tuple(configs)
@@ -73,6 +75,10 @@ class CollectionSite:
         self.widths = tuple(config.embedding_dim for config in configs)
         self.reserved_rows: tuple[int | None, ...] = (None,) * len(configs)
         first = np.cumsum([0, *self.widths]).tolist()
+        first_row = np.cumsum([0, *self.num_rows]).tolist()
+        self._first_row = {
+            feature: first_row[number] for number, config in enumerate(configs) for feature in config.feature_names
+        }
         self._slots = {
             feature: range(first[number], first[number + 1])
             for number, config in enumerate(configs)
@@ -89,44 +95,81 @@ class CollectionSite:
     def gated(self, slots: SlotGate | None = None, rows: RowGate | None = None) -> Iterator[None]:
         """See Site. A slot function gets the outputs of all features of the searched tables side by side.
 
+        A row gate sees the rows that this rank's batch reads, in what the collection returns: rows of different ranks are
+        different entries. All features of a table are seen together.
+
         Raises:
-            ModelError: Rows are gated; the input's exchange between ranks has no gradient by single rows.
+            ModelError: Rows are gated where several ids are pooled, or ids have weights of their own, on any rank.
         """
-        if rows is not None:
-            raise ModelError(
-                f"this search gates single rows, which the collection {self.path!r} of torchrec does not show; choose sseds, "
-                "hard_mask, or a control"
-            )
         apply = self._gate_pooled if self.pooled else self._gate_sequences
-        handle = self.module.register_forward_hook(lambda _module, args, output: apply(slots, args[0], output))
+        handle = self.module.register_forward_hook(lambda _module, args, output: apply(slots, rows, args[0], output))
         try:
             yield
         finally:
             handle.remove()
 
-    def _gate_pooled(self, slots: SlotGate | None, _given: KeyedJaggedTensor, output: Any) -> KeyedTensor:
+    def _gate_pooled(
+        self, slots: SlotGate | None, rows: RowGate | None, given: KeyedJaggedTensor, output: Any
+    ) -> KeyedTensor:
         keys, lengths, values = list(output.keys()), list(output.length_per_key()), output.values()
         parts = dict(zip(keys, values.split(lengths, 1), strict=True))
+        if rows is not None:
+            parts |= self._gated_rows(rows, given, parts)
         parts |= self._gated_parts(slots, parts)
         return KeyedTensor(keys, lengths, torch.cat([parts[key] for key in keys], 1))
 
-    def _gate_sequences(self, slots: SlotGate | None, given: KeyedJaggedTensor, output: Any) -> dict[str, JaggedTensor]:
+    def _gate_sequences(
+        self, slots: SlotGate | None, rows: RowGate | None, given: KeyedJaggedTensor, output: Any
+    ) -> dict[str, JaggedTensor]:
         found = dict(output.items())
-        gated: dict[str, Any] = {}
+        gated: dict[str, Any] = {name: jagged.values() for name, jagged in found.items()}
+        if rows is not None:
+            gated |= self._gated_rows(rows, given, gated)
         if isinstance(slots, Tensor) and slots.ndim == 1:
-            gated = self._gated_parts(slots, {name: jagged.values() for name, jagged in found.items()})
+            gated |= self._gated_parts(slots, gated)
         elif slots is not None:
             size = given.stride()
-            ones = {name: found[name].values().new_ones(size, len(own)) for name, own in self._slots.items()}
-            of_sample = self._gated_parts(slots, ones)
-            gated = {
-                name: found[name].values() * gate.repeat_interleave(found[name].lengths().long(), 0)
-                for name, gate in of_sample.items()
+            ones = {name: gated[name].new_ones(size, len(own)) for name, own in self._slots.items()}
+            gated |= {
+                name: gated[name] * gate.repeat_interleave(found[name].lengths().long(), 0)
+                for name, gate in self._gated_parts(slots, ones).items()
             }
-        return {
-            name: JaggedTensor(gated.get(name, jagged.values()), lengths=jagged.lengths())
-            for name, jagged in found.items()
-        }
+        return {name: JaggedTensor(gated[name], lengths=jagged.lengths()) for name, jagged in found.items()}
+
+    def _gated_rows(self, rows: RowGate, given: KeyedJaggedTensor, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs (N, D) of the searched features under a row gate, by feature.
+
+        The gate gets the first entry of each distinct row, so that gradients add up there as they do in the table.
+        """
+        read = {name: given[name] for name in self._slots}
+        self._check_single(read)
+        ids_N = torch.cat([read[name].values().long() + first for name, first in self._first_row.items()])
+        places = {name: jagged.lengths().nonzero().squeeze(1) for name, jagged in read.items()}
+        entries_ND = torch.cat(
+            [parts[name].index_select(0, places[name]) if self.pooled else parts[name] for name in self._slots]
+        )
+        rows_U, inverse_N = torch.unique(ids_N, return_inverse=True)
+        every_N = torch.arange(len(ids_N), device=ids_N.device)
+        first_U = every_N.new_empty(len(rows_U)).scatter_reduce(0, inverse_N, every_N, "amin", include_self=False)
+        gated_ND = rows(rows_U, entries_ND[first_U])[inverse_N]
+        found = dict(zip(self._slots, gated_ND.split([len(j.values()) for j in read.values()]), strict=True))
+        if not self.pooled:
+            return found
+        return {name: torch.zeros_like(parts[name]).index_copy(0, places[name], gated) for name, gated in found.items()}
+
+    def _check_single(self, read: dict[str, JaggedTensor]) -> None:
+        """Raise ModelError, on all ranks alike, if an output of the searched features is more than one row of a table."""
+        pooled = [int(j.lengths().max()) > 1 if self.pooled and len(j.lengths()) else False for j in read.values()]
+        weighted = [j.weights_or_none() is not None for j in read.values()]
+        for why, there in (("pools several ids of", pooled), ("weighs the ids of", weighted)):
+            found = largest(torch.tensor(there, dtype=torch.int32)).tolist()
+            if any(found):
+                raise ModelError(
+                    f"this search gates single rows, but the collection {self.path!r} {why} feature "
+                    f"{list(read)[found.index(1)]!r}, which hides them; read it through an EmbeddingCollection without weights, "
+                    "leave its table alone with the Task's exclude=, or choose sseds, guided, hard_mask with "
+                    "orthogonality = 0, or a control"
+                )
 
     def _gated_parts(self, slots: SlotGate | None, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """The outputs (N, D) of the searched features under a slot gate, by feature."""
@@ -176,6 +219,12 @@ class CollectionSite:
 def find_collections(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Paths, without wrappers, and modules of the collections of a model, plain or sharded."""
     return [(path, module) for path, module in named_modules(model) if isinstance(module, (*BAGS, *SEQUENCES))]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a collection of a model is sharded."""
+    kinds = (ShardedEmbeddingBagCollection, ShardedEmbeddingCollection)
+    return any(isinstance(module, kinds) for _, module in find_collections(model))
 
 
 def configs_of(module: nn.Module) -> list[Any]:

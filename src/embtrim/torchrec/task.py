@@ -7,7 +7,7 @@ import dataclasses
 import glob
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,8 +23,12 @@ from embtrim.tables.packing import CHUNK_ROWS
 from embtrim.tasks import task as plain
 from embtrim.tasks.chosen import Patterns
 from embtrim.tasks.survey import Finding
-from embtrim.torchrec.ranks import Filler, InStep, from_first, own_rank, summed
-from embtrim.torchrec.sites import CollectionSite, configs_of, find_collections, name_of
+from embtrim.torchrec.inheriting import copy_weights
+from embtrim.torchrec.ranks import Filler, InStep, Running, from_first, gathered, num_ranks, own_rank, summed
+from embtrim.torchrec.sites import CollectionSite, configs_of, find_collections, is_sharded, name_of
+from embtrim.torchrec.training import average_gradients, step_share
+from embtrim.training.callbacks import Callback
+from embtrim.training.settings import FitResult, Hooks, Optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +50,10 @@ class Task(plain.Task):
         include: Names of the tables to search, such as "sparse.ebc.embedding_bags.t_user", or patterns such as "*.t_user";
             None searches all.
         exclude: Names or patterns of tables to leave alone, of those included.
+        optimizer: model -> optimiser of all that TorchRec does not update within the backward pass. Searches that train
+            need it. Their steps take the mean of the ranks' gradients, weighed by rows.
+        fresh: seed -> model with initial weights, sharded as you like. Searches that train need it; the trained weights
+            are copied into it where a search starts from them.
     """
 
     def __init__(
@@ -56,11 +64,19 @@ class Task(plain.Task):
         valid: Iterable[Any] | None = None,
         include: Patterns | None = None,
         exclude: Patterns | None = None,
+        optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
+        fresh: Callable[..., nn.Module] | None = None,
     ) -> None:
+        running = Running()
+
         def of_batch(model: nn.Module, batch: Any) -> Tensor:
+            running.batch = batch
             return loss(model, batch.batch if isinstance(batch, Filler) else batch)
 
-        super().__init__(model, of_batch, train, valid, include=include, exclude=exclude)
+        self._running = running
+        super().__init__(
+            model, of_batch, train, valid, optimizer=optimizer, fresh=fresh, include=include, exclude=exclude
+        )
 
     def sites(self, model: nn.Module) -> list[CollectionSite]:  # type: ignore[override]
         """See Task."""
@@ -69,8 +85,9 @@ class Task(plain.Task):
             configs = configs_of(module)
             names += [name_of(path, module, config) for config in configs]
             chosen = [c for c in configs if not self._chosen.why_left([name_of(path, module, c)])]
-            if chosen:
-                found.append(CollectionSite(path, module, chosen))
+            for width in dict.fromkeys(config.embedding_dim for config in chosen):
+                of_width = [config for config in chosen if config.embedding_dim == width]
+                found.append(CollectionSite(path, module, of_width))
         self._chosen.check(names)
         if not found:
             left = f"; all of {', '.join(names)} are left alone" if names else ", only what embtrim.Task searches"
@@ -113,6 +130,79 @@ class Task(plain.Task):
         """See Task."""
         return summed(values)
 
+    def averaged(self, values: Tensor, batch: Any) -> Tensor:
+        """See Task."""
+        weight = torch.tensor([self.weight_of(batch)], dtype=torch.float64)
+        *total, weights = summed(torch.cat([values.double().flatten().cpu() * weight, weight])).split(values.numel())
+        return (total[0] / weights).view(values.shape).to(values)
+
+    def step_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """See Task.
+
+        Raises:
+            ModelError: Ranks have batches of unequal size, which tables that are cut by rows cannot be trained on.
+        """
+        return self.loss(model, batch) * step_share(self, model, batch)
+
+    def average_gradients(self, optimizers: Sequence[Optimizer]) -> None:
+        """See Task. Tables on shards have such gradients already."""
+        average_gradients(self._trained, optimizers)
+
+    def summed_parts(self, part: Tensor) -> Tensor:
+        """See Task. The step's gradients are means over ranks, so the own part counts as often as there are ranks."""
+        return summed(part.detach()) + num_ranks() * (part - part.detach())
+
+    def unshared(self, rows_U: Tensor) -> Tensor:
+        """See Task. Rows of a Filler are left out."""
+        before = gathered(rows_U if self._running.counts else rows_U[:0])[: own_rank()]
+        if not self._running.counts:
+            return torch.zeros_like(rows_U, dtype=torch.bool)
+        return ~torch.isin(rows_U, torch.cat([rows_U[:0], *before]))
+
+    def place_of(self, num_samples: int) -> tuple[int, int]:
+        """See Task. Samples of a Filler do not count."""
+        sizes = torch.zeros(num_ranks(), dtype=torch.int64)
+        sizes[own_rank()] = num_samples if self._running.counts else 0
+        sizes = summed(sizes)
+        return int(sizes[: own_rank()].sum()), int(sizes.sum())
+
+    def copied_model(self) -> nn.Module:
+        """See Task. A sharded model is made anew by `fresh=`, and gets the weights."""
+        if not is_sharded(self.model):
+            return super().copied_model()
+        if self._fresh is None:
+            raise ModelError(
+                "this search trains a copy of the model, and a sharded model cannot be copied; give the Task `fresh=` "
+                "(seed -> model, sharded anew)"
+            )
+        model = self.fresh(0)
+        copy_weights(self.model, model)
+        return model
+
+    def fit(
+        self,
+        model: nn.Module,
+        epochs: int,
+        seed: int,
+        hooks: Hooks | None = None,
+        patience: int | None = None,
+        lr_factor: float = 1.0,
+        callbacks: Sequence[Callback] = (),
+        **settings: Any,
+    ) -> FitResult:
+        """See Task: an epoch is one pass over the batches of all ranks in step.
+
+        Raises:
+            ModelError: The Task has no `optimizer=`; or what is asked for cannot be had on shards.
+        """
+        if is_sharded(model) and (patience is not None or lr_factor != 1 or self.checkpoints is not None):
+            raise ModelError(
+                "a sharded model is trained here without patience, lr_factor and checkpoints: its tables have optimisers of "
+                "their own; train it in your own loop"
+            )
+        self._trained = model
+        return super().fit(model, epochs, seed, hooks, patience, lr_factor, callbacks, **settings)
+
     def agreed(self, plan: SizePlan) -> SizePlan:
         """See Task: the plan of rank 0."""
         return from_first(plan)
@@ -124,6 +214,16 @@ class Task(plain.Task):
     def row_norms(self) -> dict[str, np.ndarray]:
         """See Task."""
         return self._norms(1)
+
+    def row_sizes(self, model: nn.Module) -> dict[str, np.ndarray]:
+        """See Task."""
+        found: dict[str, Tensor] = {}
+        for site in self.sites(model):
+            found |= {name: torch.zeros(rows) for name, rows in zip(site.names, site.num_rows, strict=True)}
+            for shard in site.shards():
+                if shard.counts:
+                    found[site.by_config[shard.table]][shard.rows] += shard.weight_RC.abs().sum(1).cpu()
+        return {name: summed(sizes).numpy() for name, sizes in found.items()}
 
     def _norms(self, over: int) -> dict[str, np.ndarray]:
         found: dict[str, Tensor] = {}

@@ -266,6 +266,8 @@ def run_step(training: Training, batch: Any, autocast: Autocast) -> Tensor:
     if training.hooks.extra_loss is not None:
         loss = loss + training.hooks.extra_loss(training.model, batch)
     loss.backward()
+    if training.after_backward is not None:
+        training.after_backward(training.optimizers)
     for optimizer in training.optimizers:
         optimizer.step()
     return loss

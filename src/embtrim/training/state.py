@@ -31,6 +31,7 @@ class Training:
         monitor: Name of the score in the progress bar.
         num_rows: Rows per epoch for the progress bar, or None where unknown.
         callbacks: Objects that are told of each epoch.
+        after_backward: Called with the optimisers between the backward pass and their step; None does nothing.
     """
 
     model: nn.Module
@@ -43,6 +44,7 @@ class Training:
     monitor: str = "score"
     num_rows: int | None = None
     callbacks: Sequence[Callback] = ()
+    after_backward: Callable[[Sequence[Optimizer]], None] | None = None
 
     @property
     def device(self) -> torch.device:

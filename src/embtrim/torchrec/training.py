@@ -1,0 +1,82 @@
+"""Training steps of a search on ranks: gradients are means over ranks, each batch weighed by its rows.
+
+TorchRec divides the gradients of tables on shards by the number of ranks, as DistributedDataParallel does. A rank's loss is
+therefore multiplied by its share of the step's rows times the number of ranks. Everything else that a search trains, such as
+dense layers, masks and thresholds, has a copy on each rank, whose gradients are averaged here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+
+from embtrim.errors import ModelError
+from embtrim.tasks.task import Task
+from embtrim.torchrec.ranks import Filler, gathered, num_ranks, summed
+from embtrim.torchrec.sites import configs_of, find_collections, shards_of
+from embtrim.training.settings import Optimizer
+
+
+def step_share(task: Task, model: nn.Module, batch: Any) -> float:
+    """Factor on the loss of this rank's batch in a step, such that the mean over ranks is the loss of all rows.
+
+    Raises:
+        ModelError: The ranks' batches have unequal sizes, which tables that are cut by rows cannot be trained on.
+    """
+    if num_ranks() == 1:
+        return 1.0
+    weight = task.weight_of(batch)
+    run = task.weight_of(batch.batch) if isinstance(batch, Filler) else weight
+    both = gathered(torch.tensor([weight, run, cuts_rows(model)], dtype=torch.float64))
+    sizes = [float(part[1]) for part in both]
+    if max(sizes) > min(sizes) and any(float(part[2]) for part in both):
+        raise ModelError(
+            f"the ranks' train batches have {', '.join(f'{size:,.0f}' for size in sizes)} rows, and tables that are cut by "
+            "rows train on equal batches only; drop the last, smaller batches"
+        )
+    return weight * num_ranks() / sum(float(part[0]) for part in both)
+
+
+def cuts_rows(model: nn.Module) -> bool:
+    """Whether this rank holds a part of the rows of a table."""
+    return any(
+        shard.rows.stop - shard.rows.start < config.num_embeddings
+        for _, module in find_collections(model)
+        for config in configs_of(module)
+        for shard in shards_of(module, [config])
+    )
+
+
+@torch.no_grad()
+def average_gradients(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Average the gradients of all parameters of optimisers, apart from tables on shards.
+
+    A parameter without a gradient on any rank stays without one; where a rank has none, it counts as zero.
+
+    Raises:
+        ModelError: A gradient is sparse.
+    """
+    if num_ranks() == 1:
+        return
+    kinds = (ShardedEmbeddingBagCollection, ShardedEmbeddingCollection)
+    on_shards = {id(p) for _, m in find_collections(model) if isinstance(m, kinds) for p in m.parameters()}
+    groups = [group for o in optimizers for group in getattr(o, "param_groups", ())]
+    found = {id(p): p for group in groups for p in group["params"] if p.requires_grad and id(p) not in on_shards}
+    parameters = list(found.values())
+    if any(p.grad is not None and p.grad.is_sparse for p in parameters):
+        raise ModelError(
+            "a layer beside the tables has a sparse gradient, which ranks do not average; use sparse=False"
+        )
+    has_any = summed(torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)).tolist()
+    trained = [p for p, number in zip(parameters, has_any, strict=True) if number]
+    for kind in dict.fromkeys((p.dtype, p.device) for p in trained):
+        own = [p for p in trained if (p.dtype, p.device) == kind]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in own])
+        parts: Sequence[Tensor] = (summed(flat) / num_ranks()).split([p.numel() for p in own])
+        for parameter, part in zip(own, parts, strict=True):
+            parameter.grad = part.view_as(parameter).clone()
