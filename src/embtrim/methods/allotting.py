@@ -353,7 +353,9 @@ def choices_of(
     bytes_WLN = _all_bytes(full, table, counts, widths, ladders, budget, alignment, target)
     least = _layout(table, nothing[2], 0, ladders[nothing[1]], alignment)
     bytes_N = np.append(bytes_WLN.ravel(), full.table_bytes(least, target, budget=budget))
-    return Choices(table, rows_N, widths_N, ladders_N, ladders, bytes_N, errors_LN)
+    order = np.argsort(bytes_N, kind="stable")  # which `lower_hull` then need not do for every rate
+    of_N = (rows_N[order], widths_N[order], ladders_N[order])
+    return Choices(table, *of_N, ladders, bytes_N[order], errors_LN[:, order])
 
 
 def _all_bytes(
@@ -452,11 +454,12 @@ def spend(bytes_TN: Sequence[np.ndarray], losses_TN: Sequence[np.ndarray], allow
 
 def lower_hull(bytes_N: np.ndarray, losses_N: np.ndarray) -> list[int]:
     """Numbers of the choices on the lower convex hull: bytes rise, and losses fall by less and less per byte."""
-    order = np.lexsort((losses_N, bytes_N))
-    least = np.minimum.accumulate(losses_N[order])
-    falls = np.append(True, losses_N[order][1:] < least[:-1])
-    choices = order[falls]
-    sizes, losses = bytes_N[choices].tolist(), losses_N[choices].tolist()
+    order = np.argsort(bytes_N, kind="stable")  # quick where the bytes ascend already
+    ordered_N, losses_N = bytes_N[order], losses_N[order]
+    first_G = np.flatnonzero(np.append(True, ordered_N[1:] != ordered_N[:-1]))  # choices of as many bytes are a group
+    least_G = np.minimum.reduceat(losses_N, first_G)
+    falls = np.flatnonzero(np.append(True, least_G[1:] < np.minimum.accumulate(least_G)[:-1]))
+    sizes, losses = ordered_N[first_G[falls]].tolist(), least_G[falls].tolist()
     hull: list[int] = []
     for k, (size, loss) in enumerate(zip(sizes, losses, strict=True)):
         while len(hull) > 1:
@@ -466,4 +469,6 @@ def lower_hull(bytes_N: np.ndarray, losses_N: np.ndarray) -> list[int]:
                 break
             hull.pop()
         hull.append(k)
-    return choices[hull].tolist()
+    groups = falls[hull]
+    starts, ends = first_G[groups], np.append(first_G, len(order))[groups + 1]
+    return [int(order[start + losses_N[start:end].argmin()]) for start, end in zip(starts, ends, strict=True)]

@@ -195,12 +195,14 @@ def _table(weight_VD: Tensor, count_V: np.ndarray, basis: Basis, train_rows: int
     energy_V = unit * row_energies(weight_VD, count_V, basis.mean_D)
     order = np.argsort(-energy_V, kind="stable")
 
+    both_VE = torch.cat([weight_VD, own_VD], 1)  # columns are coded alone: plain ones and coordinates cost one pass
+
     def noises(rows: np.ndarray | slice) -> tuple[dict[int, float], dict[int, np.ndarray]]:
-        plain = {bits: unit * code_errors(weight_VD[rows], count_V[rows], bits).sum() for bits in CODE_LEVELS}
-        own = {
-            bits: half * np.append(0.0, np.cumsum(basis.gain_D * code_errors(own_VD[rows], count_V[rows], bits)))
-            for bits in CODE_LEVELS
-        }
+        plain, own = {}, {}
+        for bits in CODE_LEVELS:
+            plain_D, own_D = np.split(code_errors(both_VE[rows], count_V[rows], bits), 2)
+            plain[bits] = unit * plain_D.sum()
+            own[bits] = half * np.append(0.0, np.cumsum(basis.gain_D * own_D))
         return plain, own
 
     parts = [order[start:stop] for start, stop in itertools.pairwise(_edges(energy_V[order]))]
