@@ -132,6 +132,19 @@ def test_a_model_that_starts_low_rank_is_trained_on(full: Trained, small: Encode
     assert same_weights(untrained.model, start)
 
 
+def test_a_low_rank_start_is_kept_where_training_takes_it_back(full: Trained, small: EncodedDataset) -> None:
+    config = with_start(
+        CONFIG.replace(bits=32, train=CONFIG.train.replace(learning_rate=3.0, monitor="logloss")), "low_rank"
+    )
+    plan = find_plan(full.model, small, config).plan
+    start = compact(full.model, plan, init="low_rank", task=CTRTask(full.model, small, config.train))
+    done = compact_and_retrain(full.model, plan, small, config)
+    assert done.training is not None
+    assert done.training.best_epoch == 0
+    assert len(done.training.history) == config.train.epochs
+    assert same_weights(done.model, start)
+
+
 def test_codes_are_trained_from_a_teacher_alone(full: Trained, small: EncodedDataset) -> None:
     """Training from scratch on clicks ends as the papers' does; with a teacher it ends with training through codes."""
     plan = find_plan(full.model, small, with_start(CONFIG.replace(bits=4), "scratch")).plan

@@ -475,6 +475,18 @@ class TestKeepsStart:
         assert result.best_score == evaluate(model, data, "valid").auc
         assert all(epoch["score"] < result.best_score for epoch in result.history)
 
+    def test_an_epoch_may_have_to_beat_it(self, data):
+        epochs = {}
+        for start_to_beat in (False, True):
+            model = DeepFM(data.schema, embedding_dim=4, hidden_units=(8,))
+            fit(model, data, epochs=3, batch_size=256, learning_rate=0.02, precision="fp32")
+            hooks = Hooks(keeps_start=True, start_to_beat=start_to_beat)
+            settings = {"epochs": 3, "batch_size": 256, "learning_rate": 3.0, "patience": 1, "precision": "fp32"}
+            result = fit(model, data, hooks=hooks, **settings)
+            assert result.best_epoch == 0
+            epochs[start_to_beat] = len(result.history)
+        assert epochs[True] == 1 < epochs[False]
+
     def test_a_better_epoch_replaces_it(self, data):
         model, result, same = self.train(data, learning_rate=0.02, started=False)
         assert not same

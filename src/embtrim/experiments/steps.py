@@ -311,7 +311,9 @@ def compact_and_retrain(
     trainings, shown = [], {"progress": progress, "callbacks": callbacks}
     if retrain:
         lesson = _lesson(lessons, data, model, config.teacher, config.train)
-        hooks = None if checkpoint is None else Hooks(settings=teaching_settings(model, config.teacher))
+        settings = {} if checkpoint is None else teaching_settings(model, config.teacher)
+        # Steps at the full rate first take a trained start back. Most trainings end above it, but not all.
+        hooks = Hooks(keeps_start=init == "low_rank", settings=settings)
         with stage("retraining", progress):
             trainings.append(fit(small, lesson.recode(plan), train, hooks=hooks, checkpoint=checkpoint, **shown))
     if retrain and config.teacher and plan.is_quantized:
@@ -346,7 +348,7 @@ def _finish(
     )
     lesson = _lesson(lessons, data, model, config.teacher, train).recode(small.tables.plan)  # type: ignore[arg-type]
     settings = teaching_settings(model, config.teacher) if checkpoint is not None else {}
-    hooks = Hooks(keeps_start=True, settings=settings)
+    hooks = Hooks(keeps_start=True, start_to_beat=True, settings=settings)
     gate = CodeGate(small.tables, max(1, data.num_rows("train") // train.batch_size // CODE_FITS_PER_EPOCH))
     if gate.coded:
         hooks = dataclasses.replace(hooks, on_step=gate.on_step, state=gate)

@@ -98,6 +98,7 @@ def run_epochs(
     result, position = state.result, state.position
     if training.hooks.keeps_start and training.score is not None and result.best_score is None:
         keep_best(training, state, 0, training.score())
+        position.score_to_beat = result.best_score if training.hooks.start_to_beat else None
     news, started, first = "", time.perf_counter(), position.epoch
     with Counter(progress, "rows") as bar:
         while not position.stopped and position.epoch <= training.config.epochs:
@@ -280,11 +281,9 @@ def after_epoch(training: Training, state: TrainingState, epoch: int, score: flo
         Whether early stopping ends the training.
     """
     result, position, config = state.result, state.position, training.config
-    best = result.best_score
-    to_beat = best if position.score_to_beat is None else position.score_to_beat
-    if best is None or score > best:
+    if result.best_score is None or score > result.best_score:
         keep_best(training, state, epoch, score)
-    if to_beat is None or score > to_beat + config.min_delta:
+    if position.score_to_beat is None or score > position.score_to_beat + config.min_delta:
         position.score_to_beat, position.bad_epochs = score, 0
         return False
     position.bad_epochs += 1

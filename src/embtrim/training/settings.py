@@ -81,6 +81,7 @@ class Hooks:
             values, and restore it before the first step.
         settings: JSON-able values that the hooks depend on. A checkpoint with other values is refused.
         keeps_start: Whether the weights before the first step are kept if no epoch scores better.
+        start_to_beat: Whether their score is the one that the first epoch must improve on, or else count as a bad one.
     """
 
     param_groups: Callable[[nn.Module], Sequence[torch.optim.Optimizer]] | None = None
@@ -90,6 +91,7 @@ class Hooks:
     state: Stateful | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     keeps_start: bool = False
+    start_to_beat: bool = False
 
 
 class Optimizer(Protocol):
