@@ -27,6 +27,7 @@ from embtrim.errors import EmbtrimError
 from embtrim.models import DCN, DLRM, FM, FNN, IPNN, DCNv2, DeepFM
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Alignment, Block
+from embtrim.tasks.sharing import ALONE
 from embtrim.tasks.sites import weights_by_table
 from embtrim.tasks.task import CTRTask, Task
 from embtrim.testing.toys import TASKS, foreign_task, odd_task, pooled_task
@@ -40,7 +41,7 @@ WIDTH = 6
 
 
 def own_basis(sensitivity_DD: Tensor, weight_VD: Tensor, count_V: np.ndarray, num_rows: int) -> Basis:
-    return _own_basis(sensitivity_DD, *_moments(weight_VD, count_V, num_rows), weight_VD)
+    return _own_basis(sensitivity_DD, *_moments(weight_VD, count_V, num_rows, ALONE), weight_VD)
 
 
 def made_basis(seed: int = 0, num_rows: int = 100) -> tuple[Basis, Tensor, Tensor, np.ndarray]:
@@ -88,7 +89,7 @@ def test_coordinates_of_a_rotation_leave_the_loss_that_is_said(seed: int):
     """Also of noise: an error of a coordinate costs half its gain, times the mean square."""
     _, sensitivity_DD, weight_VD, count_V = made_basis(seed)
     rotation = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(seed)).double())[0]
-    basis = _basis(rotation, sensitivity_DD, *_moments(weight_VD, count_V, 100), weight_VD, columns=None)
+    basis = _basis(rotation, sensitivity_DD, *_moments(weight_VD, count_V, 100, ALONE), weight_VD, columns=None)
     for width in range(WIDTH + 1):
         narrow = weight_VD @ basis.encode_DD[:, :width] @ basis.decode_DD[:width]
         loss = second_order_loss(sensitivity_DD, narrow - weight_VD, count_V, 100)

@@ -34,6 +34,7 @@ from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Alignment, Bits, Target
 from embtrim.schema import Schema
+from embtrim.tasks.row_scores import RowScores
 from embtrim.tasks.task import Task
 from embtrim.testing.toys import foreign_task, pooled_task, zoo_task
 
@@ -47,7 +48,7 @@ def reading_of(
     own = {bits: value * np.linspace(0, 1, len(lost_D)) for bits, value in noise.items()}
     rows, uses = np.array([len(energy_V)]), np.array([float(len(energy_V))])
     segments = Segments(rows, uses, {b: np.array([n]) for b, n in noise.items()}, {b: n[None] for b, n in own.items()})
-    return TableReading(energy_V, lost_D, noise, own, segments, absence)
+    return TableReading(RowScores(energy_V), lost_D, noise, own, segments, absence)
 
 
 def basis_of(width: int, columns: tuple[int, ...] | None = None) -> Basis:
@@ -160,7 +161,7 @@ def test_what_a_choice_loses_by_hand(absence):
         keeps_rows=False,
         coordinates=True,
     )
-    ranked = np.sort(reading.energy_V)[::-1]
+    ranked = np.sort(reading.energies.scores)[::-1]
     seen = set()
     for n, (size, errors) in enumerate(zip(found.bytes_N, found.errors_LN.T, strict=True)):
         table = found.layout(n, "project")
@@ -204,7 +205,7 @@ def banded_reading() -> TableReading:
     whole = {bits: float(values.sum()) for bits, values in noise.items()}
     own_whole = {bits: values.sum(0) for bits, values in own.items()}
     lost_D = np.array([9.0, 3.0, 1.0, 0.2, 0.0])
-    return TableReading(energy_V, lost_D, whole, own_whole, Segments(rows, uses, noise, own))
+    return TableReading(RowScores(energy_V), lost_D, whole, own_whole, Segments(rows, uses, noise, own))
 
 
 def test_ladders_give_more_bits_to_rows_of_more_energy():
@@ -247,7 +248,7 @@ def test_bytes_and_rows_of_bands_are_those_of_their_layout(standalone: bool):
     assert found.bytes_N.tolist() == [full.table_bytes(table, budget=budget) for table in layouts]
     assert max(len(table.bands) for table in layouts) == 3
     shape = next(t for t in layouts if len(t.bands) == 3 and t.has_dropped)
-    table = _with_rows(shape, np.arange(100.0))
+    table = _with_rows(shape, RowScores(np.arange(100.0)))
     kept = np.concatenate([block.rows for block in table.blocks])
     assert sorted(kept.tolist()) == list(range(100 - shape.num_kept, 100))
     for before, after in itertools.pairwise(table.blocks):
@@ -422,7 +423,7 @@ def test_the_rows_of_most_energy_are_kept():
     found = allot(readings, full, Budget.parse("30%"), (32,), "concat")
     dropped = 0
     for table in found.plan.tables:
-        energy_V = readings.tables[table.name].energy_V
+        energy_V = readings.tables[table.name].energies.scores
         if table.blocks and table.has_dropped:
             out = np.setdiff1d(np.arange(table.num_rows), table.blocks[0].rows)
             assert energy_V[table.blocks[0].rows].min() >= energy_V[out].max()
@@ -437,8 +438,8 @@ def test_the_predicted_loss_is_that_of_the_curves():
     errors = np.zeros(3)
     for table in found.plan.tables:
         reading = readings.tables[table.name]
-        total = reading.energy_V.sum()
-        kept = reading.energy_V[table.blocks[0].rows].sum() if table.blocks and table.has_dropped else total
+        total = reading.energies.scores.sum()
+        kept = reading.energies.scores[table.blocks[0].rows].sum() if table.blocks and table.has_dropped else total
         kept = kept if table.blocks else 0.0
         errors += [total - kept, kept / total * reading.lost_D[table.output_width] if kept else 0.0, 0.0]
         errors[2] += table.num_kept / table.num_rows * table.output_width / 4 * reading.noise[8]
@@ -470,5 +471,5 @@ def test_no_better_plan_is_found_by_trying_all(monkeypatch):
             if choices[0].bytes_N[a] + choices[1].bytes_N[b] <= full.counted_bytes(budget)
             for errors in [choices[0].errors_LN[:, a] + choices[1].errors_LN[:, b]]
         )
-        nothing = sum(float(readings.tables[t.name].energy_V.sum()) for t in full.tables)
+        nothing = sum(float(readings.tables[t.name].energies.scores.sum()) for t in full.tables)
         assert least - 1e-12 <= found.loss <= least + 0.25 * nothing

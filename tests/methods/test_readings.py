@@ -13,6 +13,7 @@ from torch import Tensor
 from embtrim.methods import readings as module
 from embtrim.methods.readings import CODE_LEVELS, ROW_SHARES, Curve, Readings, _edges, code_errors, read, row_energies
 from embtrim.tables.packing import as_coded, codes_of, fit_codes
+from embtrim.tasks.row_scores import RowScores
 from embtrim.tasks.sites import weights_by_table
 from embtrim.tasks.task import CTRTask, Task
 from embtrim.testing.toys import TASKS, foreign_task, zoo_task
@@ -82,8 +83,8 @@ def test_curves_start_at_nothing_and_never_fall(make: Callable[[], Task]):
     assert found.error > 0
     for table in task.full_plan().tables:
         reading = found.tables[table.name]
-        assert reading.energy_V.shape == (table.num_rows,)
-        assert (reading.energy_V >= 0).all()
+        assert reading.energies.scores.shape == (table.num_rows,)
+        assert (reading.energies.scores >= 0).all()
         assert reading.lost_D.shape == (table.width + 1,)
         assert (np.diff(reading.lost_D) <= 0).all()
         assert reading.lost_D[-1] == 0
@@ -100,17 +101,17 @@ def test_every_point_is_what_a_changed_copy_scores(planted: CTRTask, planted_rea
     def loss_at(curve: Curve, setting: float) -> float:
         return curve.losses[curve.settings.index(setting)]
 
-    ranked = np.sort(np.concatenate([table.energy_V for table in found.tables.values()]))[::-1]
+    ranked = np.sort(np.concatenate([table.energies.scores for table in found.tables.values()]))[::-1]
     losses, errors = [], []
     for share in ROW_SHARES:
         most = ranked[int(share * len(ranked))] if share else np.inf
 
         def without(name: str, weight: Tensor, most: float = most) -> Tensor:
-            dropped = torch.from_numpy(found.tables[name].energy_V <= most)
+            dropped = torch.from_numpy(found.tables[name].energies.scores <= most)
             return torch.where(dropped[:, None], means[name], weight)
 
         losses.append(full - score_with(planted, without))
-        errors.append(sum(t.energy_V[t.energy_V <= most].sum() for t in found.tables.values()))
+        errors.append(sum(t.energies.scores[t.energies.scores <= most].sum() for t in found.tables.values()))
     assert np.maximum.accumulate(np.maximum(0, losses)) == pytest.approx([loss_at(found.rows, s) for s in ROW_SHARES])
     assert found.rows.errors[1:] == pytest.approx(errors)
 
@@ -151,7 +152,7 @@ def test_errors_of_rows_and_codes_are_in_one_unit(planted: CTRTask, planted_read
         assert basis.mean_D.double() == pytest.approx(embedded.mean(0), abs=1e-6)
         lost = phi * (embedded - basis.mean_D).square().sum(1) / (2 * num_rows)
         by_row = np.bincount(ids, lost, minlength=len(weight))
-        assert reading.energy_V == pytest.approx(by_row, rel=1e-4)
+        assert reading.energies.scores == pytest.approx(by_row, rel=1e-4)
         for bits in CODE_LEVELS:
             scale, offset = fit_codes(weight, bits)
             stored = (codes_of(weight, scale, offset, bits) * scale + offset)[ids]
@@ -163,7 +164,7 @@ def test_errors_of_rows_and_codes_are_in_one_unit(planted: CTRTask, planted_read
             by_width = np.append(0.0, np.cumsum(basis.gain_D * errors)) / (2 * num_rows)
             assert reading.coordinate_noise[bits] == pytest.approx(by_width, rel=1e-3)
         segments = reading.segments
-        order = np.argsort(-reading.energy_V, kind="stable")
+        order = np.argsort(-reading.energies.scores, kind="stable")
         uses = np.bincount(ids, minlength=len(weight))[order]
         ends = np.cumsum(segments.rows_S)
         assert ends[-1] == len(weight)
@@ -173,9 +174,9 @@ def test_errors_of_rows_and_codes_are_in_one_unit(planted: CTRTask, planted_read
 def test_segments_end_where_the_energy_has_fallen_to_a_quarter():
     """And where they and what follows have rows enough to pay for scales of their own."""
     energies = np.array([64.0] * 40 + [15.0] * 2 + [3.0] * 50 + [0.5] * 40 + [0.0] * 10)
-    assert _edges(energies) == [0, 40, 92, 142]
-    assert _edges(np.ones(5)) == [0, 5]
-    assert _edges(np.zeros(80)) == [0, 80]
+    assert [n for n, _ in _edges(RowScores(energies))] == [0, 40, 92, 142]
+    assert [n for n, _ in _edges(RowScores(np.ones(5)))] == [0, 5]
+    assert [n for n, _ in _edges(RowScores(np.zeros(80)))] == [0, 80]
 
 
 def test_a_table_of_noise_is_not_missed(planted_readings: Readings):

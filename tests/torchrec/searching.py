@@ -6,6 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
@@ -14,7 +15,8 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 import embtrim
 from embtrim import torchrec as on_ranks
-from embtrim.methods import HardMaskConfig, OptEmbedConfig
+from embtrim.methods import GuidedConfig, HardMaskConfig, OptEmbedConfig
+from embtrim.methods.readings import read
 from tests.torchrec.models import RATE, Pooled, Sequences, batches, loss, make_model, sharded
 
 KINDS = {"ebc": Pooled, "ec": Sequences}
@@ -31,6 +33,8 @@ CASES = (
     ("ec", "row_wise", HALF, ("quantile", "optembed")),
     ("ebc", "table_wise", MORE, ("hard_mask", "optembed")),
 )
+READ = (("ebc", "mixed"), ("ec", "column_wise"))
+BUDGETS = (("30%", 32), ("10%", 32), ("6%", "mixed"))
 
 
 def parts(number: int, cut: int, rank: int | None) -> list[Any]:
@@ -72,6 +76,33 @@ def searches(rank: int | None, folder: Path | None = None) -> dict[str, tuple[st
             scores = plan.details.get("scores") or [*plan.details["thresholds"], plan.details["fitness"]]
             found[f"{path} {sharding} {name}"] = plan.digest, scores
     return found
+
+
+def readings(rank: int | None, folder: Path | None = None) -> dict[str, tuple[list[str], list[float]]]:
+    """Digests of the plans of guided, and the numbers of its readings."""
+    found = {}
+    for path, sharding in READ:
+        task = task_of(path, None if rank is None else sharding, rank, MORE)
+        before = [value.clone() for _, value in values_of(task)]
+        task.readings = read(task)
+        assert all(torch.equal(a, b) for a, (_, b) in zip(before, values_of(task), strict=True)), (
+            "reading moved a weight"
+        )
+        tables = task.readings.tables.values()
+        numbers = [task.readings.score, *(t.absence or 0.0 for t in tables)]
+        for curve in (task.readings.rows, task.readings.widths, task.readings.bits):
+            numbers += [*curve.errors, *curve.losses]
+        for table in tables:
+            numbers += [*table.lost_D, *table.noise.values(), *np.concatenate(list(table.segments.noise.values()))]
+            numbers += [*table.energies.sums(np.arange(0, table.energies.num_rows + 1, 20))]
+        plans = [embtrim.search(task, GuidedConfig(), budget, bits=bits) for budget, bits in BUDGETS]
+        found[f"{path} {sharding}"] = [plan.digest for plan in plans], list(map(float, numbers))
+    return found
+
+
+def values_of(task: on_ranks.Task) -> list[tuple[str, torch.Tensor]]:
+    """The pieces of tables that this process holds."""
+    return [(shard.table, shard.weight_RC) for site in task.sites(task.model) for shard in site.shards()]
 
 
 def refusals(rank: int, folder: Path) -> dict[str, str]:

@@ -12,8 +12,12 @@ import torch
 import torch.multiprocessing as mp
 
 pytest.importorskip("torchrec")
+from torchrec import EmbeddingBagCollection, PoolingType
+
+import embtrim
 from embtrim import torchrec as on_ranks
 from embtrim.plan.plan import SizePlan
+from embtrim.tasks.sensitivity import sensitivities
 from tests.torchrec import searching
 from tests.torchrec.models import Pooled, batches, loss, make_model
 
@@ -45,7 +49,7 @@ def on_rank(rank: int, folder: str, jobs: list[str]) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    jobs = ["scores", "plans", "compaction", "sizes", "searches", "refusals"]
+    jobs = ["scores", "plans", "compaction", "sizes", "searches", "readings", "refusals"]
     mp.spawn(on_rank, (str(folder), jobs), WORLD)
     found = [pickle.loads(Path(folder, f"{rank}.pickle").read_bytes()) for rank in range(WORLD)]
     return [{**part, "folder": folder} for part in found]
@@ -94,6 +98,14 @@ def test_searches_that_train_find_what_one_process_finds(ranks):
         assert scores == pytest.approx(expected[name][1], rel=1e-5, abs=1e-6), name
 
 
+def test_guided_reads_and_plans_what_one_process_does(ranks):
+    first, second = of(ranks, "readings")
+    assert first == second
+    for name, (digests, numbers) in searching.readings(None).items():
+        assert first[name][0] == digests, name
+        assert first[name][1] == pytest.approx(numbers, rel=1e-4, abs=1e-6), name
+
+
 def test_a_search_that_cannot_run_says_why_on_all_ranks(ranks):
     first, second = of(ranks, "refusals")
     assert first == second
@@ -129,3 +141,17 @@ def test_norms_are_taken_some_rows_at_a_time(monkeypatch):
         weight = model.get_parameter(f"{name}.weight").detach().double()
         assert columns[name] == pytest.approx(weight.norm(dim=0).numpy())
         assert rows[name] == pytest.approx(weight.norm(dim=1).numpy())
+
+
+@pytest.mark.parametrize("pooling", ["SUM", "MEAN"])
+def test_sensitivities_of_bags_are_those_of_their_rows(pooling: str):
+    model = make_model(Pooled)
+    for config in model.ebc.embedding_bag_configs():
+        config.pooling = PoolingType(pooling)
+    model.ebc = EmbeddingBagCollection(tables=model.ebc.embedding_bag_configs())
+    data = [(labels, searching.pairs(features)) for labels, features in batches(0, 512)]
+    found = sensitivities(on_ranks.Task(model, loss, data, data))
+    expected = sensitivities(embtrim.Task(model, loss, data, data))
+    assert found.keys() == expected.keys()
+    for name, matrix in found.items():
+        torch.testing.assert_close(matrix, expected[name], rtol=1e-5, atol=1e-12)

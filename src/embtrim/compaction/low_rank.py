@@ -38,7 +38,9 @@ from embtrim.plan.table import projects
 from embtrim.tables.packing import CHUNK_ROWS
 from embtrim.tables.replacements import CompactEmbedding
 from embtrim.tasks.sensitivity import sensitivities
-from embtrim.tasks.sites import ModuleSite, weights_by_table, weights_kept
+from embtrim.tasks.sharing import OneProcess
+from embtrim.tasks.sites import weights_kept
+from embtrim.tasks.table_parts import whole_parts
 from embtrim.tasks.task import Task
 
 # Directions in which the loss feels less than this part of the strongest direction count as this part: S is inverted.
@@ -87,13 +89,13 @@ def bases(
 
     Args:
         task: Task of the trained full model.
-        weights: Weights of each table; see `trained_rows`.
-        counts: Occurrences of its rows in the training data.
+        weights: Weights of each table, or of the rows of it that this process reads; see `trained_rows`.
+        counts: Occurrences of these rows in the training data.
         coordinates: Coordinates of the tables; see `coordinates_of`.
     """
-    num_rows = num_occurrences(counts)
+    num_rows = num_occurrences(counts, task)
     sensitivity = sensitivities(task)
-    moments = {name: _moments(weights[name], counts[name], num_rows) for name in sensitivity}
+    moments = {name: _moments(weights[name], counts[name], num_rows, task) for name in sensitivity}
     if coordinates == "own":
         return {name: _own_basis(G, *moments[name], weights[name]) for name, G in sensitivity.items()}
     if coordinates == "shared":
@@ -114,24 +116,20 @@ def bases(
     return found
 
 
-def num_occurrences(counts: Mapping[str, np.ndarray]) -> int:
+def num_occurrences(counts: Mapping[str, np.ndarray], group: OneProcess) -> int:
     """N: the largest number of occurrences that a table has, and 1 at least."""
-    return max(1, *(int(count_V.sum()) for count_V in counts.values()))
+    own = torch.tensor([int(count_V.sum()) for count_V in counts.values()], dtype=torch.int64)
+    return max(1, *group.summed(own).tolist())
 
 
 def trained_rows(task: Task) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
     """Weights of each table (V, D), and how often its rows occur in the training data (V,); padding rows count 0."""
-    sites, counts = task.sites(task.model), task.row_counts()
-    for site in sites:
-        if isinstance(site, ModuleSite):
-            for name, row in zip(site.names, site.reserved_rows, strict=True):
-                if row is not None:
-                    counts[name][row] = 0  # padding reads zeros or is left out of its bag, at any bits
-    return weights_by_table(sites), counts
+    parts = whole_parts(task.sites(task.model), task.row_counts())
+    return {name: part.weight_ND for name, part in parts.items()}, {name: p.count_N for name, p in parts.items()}
 
 
-def _moments(weight_VD: Tensor, count_V: np.ndarray, num_rows: int) -> tuple[Tensor, Tensor]:
-    """C and the mean embedding of a table, float64."""
+def _moments(weight_VD: Tensor, count_V: np.ndarray, num_rows: int, group: OneProcess) -> tuple[Tensor, Tensor]:
+    """C and the mean embedding of a table, float64; of a table whose rows a group of processes shares."""
     width = weight_VD.shape[1]
     moment_DD, mean_D = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, dtype=torch.float64)
     for part, count in zip(
@@ -140,7 +138,8 @@ def _moments(weight_VD: Tensor, count_V: np.ndarray, num_rows: int) -> tuple[Ten
         values = part.detach().cpu().double()
         moment_DD += (values * count[:, None]).T @ values
         mean_D += count @ values
-    return moment_DD / num_rows, mean_D / max(1, int(count_V.sum()))
+    total = int(group.summed(torch.tensor(int(count_V.sum()))))
+    return group.summed(moment_DD) / num_rows, group.summed(mean_D) / max(1, total)
 
 
 def _own_basis(sensitivity_DD: Tensor, moment_DD: Tensor, mean_D: Tensor, like: Tensor) -> Basis:

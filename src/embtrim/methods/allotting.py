@@ -30,6 +30,7 @@ from embtrim.plan.table import (
     row_bytes,
     stored_bytes,
 )
+from embtrim.tasks.row_scores import RowScores
 
 # (rows, bits) of runs of rows, in descending order of energy.
 Bands = tuple[tuple[int, int], ...]
@@ -238,7 +239,7 @@ def allot(
             best = simplest
     tables = []
     for of, n in zip(choices, best, strict=True):
-        table = _with_rows(of.layout(n, alignment), readings.tables[of.table.name].energy_V)
+        table = _with_rows(of.layout(n, alignment), readings.tables[of.table.name].energies)
         columns = readings.bases[table.name].columns if coordinates else None
         tables.append(table if columns is None else _with_columns(table, columns))
     plan = dataclasses.replace(full, tables=tuple(tables))
@@ -287,14 +288,15 @@ def _equal_widths(
                 break
 
 
-def _with_rows(table: TableShape, energy_V: np.ndarray) -> TablePlan:
+def _with_rows(table: TableShape, energies: RowScores) -> TablePlan:
     """The layout with the rows of most energy, in their bands."""
-    order = np.argsort(-energy_V, kind="stable") if table.renumbers else None
-    blocks, start = [], 0
-    for block in table.blocks:
-        rows = None if order is None else np.sort(order[start : start + block.num_rows]).astype(np.int32)
-        blocks.append(Block(block.num_rows, block.columns, block.alignment, rows, bits=block.bits))
-        start += block.num_rows
+    kept: Sequence[np.ndarray | None] = [None] * len(table.blocks)
+    if table.renumbers:
+        kept = [rows.astype(np.int32) for rows in energies.best([block.num_rows for block in table.blocks])]
+    blocks = [
+        Block(block.num_rows, block.columns, block.alignment, rows, bits=block.bits)
+        for block, rows in zip(table.blocks, kept, strict=True)
+    ]
     return TablePlan(table.name, table.num_rows, table.width, tuple(blocks), table.bits)
 
 
@@ -330,26 +332,25 @@ def choices_of(
     coordinates: bool,
 ) -> Choices:
     """Every number of rows, columns and bits of one table that is worth a try."""
-    kept_V = np.concatenate([[0.0], np.cumsum(np.sort(reading.energy_V)[::-1])])
-    total = float(kept_V[-1])
     # A table whose absence does not lower the score is cut first.
     weight = 0.0 if reading.absence is not None and reading.absence <= 0 else 1.0
     counts = np.array([table.num_rows] if keeps_rows else some_numbers(table.num_rows))
     widths = np.array(some_numbers(table.width))
+    energy_C = reading.energies.sums(np.append(counts, table.num_rows))
+    total = float(energy_C[-1])
 
     ladders = ladders_of(reading, levels)
     # No row; or, where no row and no first-order weight may go, no column. A table without rows reads zero.
     nothing = (0, list(levels).index(min(levels)), table.num_rows if keeps_rows else 0)
     grid = np.meshgrid(widths, np.arange(len(ladders)), counts, indexing="ij")
     widths_N, ladders_N, rows_N = (np.append(axis.ravel(), least) for axis, least in zip(grid, nothing, strict=True))
-    share_N = weight * kept_V[rows_N] / total if total else np.zeros(len(rows_N))
+    kept_N = np.where(rows_N > 0, energy_C[np.searchsorted(counts, rows_N)], 0.0)
+    share_N = weight * kept_N / total if total else np.zeros(len(rows_N))
     noise_WLC = np.stack(
         [_noise_of(reading, bands, counts, widths, coordinates=coordinates) for bands in ladders], axis=1
     )
     noise_N = np.append(weight * noise_WLC.ravel(), 0.0)
-    errors_LN = np.stack(
-        [weight * (total - kept_V[rows_N]), np.where(rows_N > 0, share_N * lost_D[widths_N], 0.0), noise_N]
-    )
+    errors_LN = np.stack([weight * (total - kept_N), np.where(rows_N > 0, share_N * lost_D[widths_N], 0.0), noise_N])
     bytes_WLN = _all_bytes(full, table, counts, widths, ladders, budget, alignment, target)
     least = _layout(table, nothing[2], 0, ladders[nothing[1]], alignment)
     bytes_N = np.append(bytes_WLN.ravel(), full.table_bytes(least, target, budget=budget))

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +26,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embtrim.compaction.low_rank import Basis, bases, coordinates_of, num_occurrences, trained_rows
+from embtrim.compaction.low_rank import Basis, bases, coordinates_of, num_occurrences
 from embtrim.plan.table import BITS, BYTES_PER_SCALE, CODE_BITS
 from embtrim.system.modules import evaluating
 from embtrim.system.progress import tracked
 from embtrim.tables.packing import CHUNK_ROWS, as_coded, fit_codes, together
-from embtrim.tasks.sites import weights_by_table, weights_kept
+from embtrim.tasks.row_scores import NOTHING, Cut, RowScores, nth_keys
+from embtrim.tasks.sharing import ALONE, OneProcess
+from embtrim.tasks.sites import weights_kept
+from embtrim.tasks.table_parts import Change, TablePart
 from embtrim.tasks.task import Task
 
 # Rows (N, W) of a table -> the same rows as they are stored.
@@ -81,7 +83,7 @@ class TableReading:
     """What is known of one table.
 
     Attributes:
-        energy_V: q_r of each row; see the module docstring.
+        energies: q_r of each row; see the module docstring.
         lost_D: t_f(w) for w = 0..D.
         noise: z_f(b) by bits.
         coordinate_noise: z_f(b, w) for w = 0..D, by bits.
@@ -89,7 +91,7 @@ class TableReading:
         absence: Loss of the score if all rows read the mean; None if it was not measured.
     """
 
-    energy_V: np.ndarray
+    energies: RowScores
     lost_D: np.ndarray
     noise: Mapping[int, float]
     coordinate_noise: Mapping[int, np.ndarray]
@@ -174,12 +176,18 @@ def read(task: Task) -> Readings:
 
 
 def _readings(task: Task) -> Readings:
-    weights, counts = trained_rows(task)
-    train_rows = num_occurrences(counts)
+    parts = task.table_parts()
+    counts = {name: part.count_N for name, part in parts.items()}
+    train_rows = num_occurrences(counts, task)
     task = task.sampled(max(LEAST_ROWS, min(MOST_ROWS, int(PART_OF_TRAIN * train_rows))))
+    weights = {name: part.weight_ND for name, part in parts.items()}
     found = bases(task, weights, counts, coordinates_of(task.model))
-    codes = {(name, bits): rounding(weight_VD, bits) for name, weight_VD in weights.items() for bits in CODE_LEVELS}
-    tables = {name: _table(weights[name], counts[name], basis, train_rows) for name, basis in found.items()}
+    codes = {
+        (name, bits): rounding(part.weight_ND, bits, part.first, part.num_rows, task)
+        for name, part in parts.items()
+        for bits in CODE_LEVELS
+    }
+    tables = {name: _table(parts[name], basis, train_rows, task) for name, basis in found.items()}
     reader = _Reader(task, found)
     rows, widths, bits = _read_rows(reader, tables), _read_widths(reader, tables), _read_bits(reader, tables, codes)
     tables = {
@@ -189,41 +197,46 @@ def _readings(task: Task) -> Readings:
     return Readings(reader.score, task.score_error(task.model), tables, rows, widths, bits, found)
 
 
-def _table(weight_VD: Tensor, count_V: np.ndarray, basis: Basis, train_rows: int) -> TableReading:
-    half, own_VD = 1 / (2 * train_rows), weight_VD @ basis.encode_DD
+def _table(part: TablePart, basis: Basis, train_rows: int, group: OneProcess) -> TableReading:
+    weight_ND, count_N = part.weight_ND, part.count_N
+    half, width = 1 / (2 * train_rows), weight_ND.shape[1]
     unit = basis.sensitivity * half
-    energy_V = unit * row_energies(weight_VD, count_V, basis.mean_D)
-    order = np.argsort(-energy_V, kind="stable")
+    # Columns are coded alone: plain ones and coordinates cost one pass.
+    both_NC = torch.cat([weight_ND, weight_ND @ basis.encode_DD], 1)
+    energies = RowScores(unit * row_energies(weight_ND, count_N, basis.mean_D), part.first, part.num_rows, group)
 
-    both_VE = torch.cat([weight_VD, own_VD], 1)  # columns are coded alone: plain ones and coordinates cost one pass
-
-    def noises(rows: np.ndarray | slice) -> tuple[dict[int, float], dict[int, np.ndarray]]:
+    def noises(rows: np.ndarray | slice, num_rows: int) -> tuple[dict[int, float], dict[int, np.ndarray]]:
+        first = part.first if num_rows == part.num_rows else 0
         plain, own = {}, {}
         for bits in CODE_LEVELS:
-            plain_D, own_D = np.split(code_errors(both_VE[rows], count_V[rows], bits), 2)
-            plain[bits] = unit * plain_D.sum()
-            own[bits] = half * np.append(0.0, np.cumsum(basis.gain_D * own_D))
+            errors_C = code_errors(both_NC[rows], count_N[rows], bits, first, num_rows, group)
+            plain[bits] = unit * errors_C[:width].sum()
+            own[bits] = half * np.append(0.0, np.cumsum(basis.gain_D * errors_C[width:]))
         return plain, own
 
-    parts = [order[start:stop] for start, stop in itertools.pairwise(_edges(energy_V[order]))]
-    found = [noises(slice(None)), *(noises(part) for part in parts)]
+    edges = _edges(energies)
+    sizes = [stop - start for (start, _), (stop, _) in itertools.pairwise(edges)]
+    own_parts = [energies.own_rows(start, stop) for (_, start), (_, stop) in itertools.pairwise(edges)]
+    found = [noises(slice(None), part.num_rows), *map(noises, own_parts, sizes)]
+    uses = torch.tensor([float(count_N[rows].sum()) for rows in own_parts], dtype=torch.float64)
     segments = Segments(
-        np.array(list(map(len, parts))),
-        np.array([float(count_V[part].sum()) for part in parts]),
+        np.array(sizes),
+        group.summed(uses).numpy(),
         {bits: np.array([plain[bits] for plain, _ in found[1:]]) for bits in CODE_LEVELS},
         {bits: np.stack([own[bits] for _, own in found[1:]]) for bits in CODE_LEVELS},
     )
-    return TableReading(energy_V, basis.lost_D, *found[0], segments)
+    return TableReading(energies, basis.lost_D, *found[0], segments)
 
 
-def _edges(ordered_V: np.ndarray) -> list[int]:
-    """First rows of the segments, and the number of rows; energies descend."""
-    thresholds = ordered_V[0] / ENERGY_PER_SEGMENT ** np.arange(1, MOST_SEGMENTS)
-    edges = [0]
-    for edge in np.searchsorted(-ordered_V, -thresholds).tolist():
-        if edge - edges[-1] >= LEAST_SEGMENT and len(ordered_V) - edge >= LEAST_SEGMENT:
-            edges.append(edge)
-    return [*edges, len(ordered_V)]
+def _edges(energies: RowScores) -> list[tuple[int, Cut]]:
+    """Numbers of rows before each segment, and before the end; and the cuts there."""
+    most = energies.value_of(energies.keys[1])
+    thresholds = [energies.cut_at(most / ENERGY_PER_SEGMENT**k) for k in range(1, MOST_SEGMENTS)]
+    edges = [(0, NOTHING)]
+    for number, cut in zip(energies.total(thresholds).tolist(), thresholds, strict=True):
+        if number - edges[-1][0] >= LEAST_SEGMENT and energies.num_rows - number >= LEAST_SEGMENT:
+            edges.append((number, cut))
+    return [*edges, (energies.num_rows, energies.cut_at(-np.inf))]
 
 
 class _Reader:
@@ -231,44 +244,33 @@ class _Reader:
 
     def __init__(self, task: Task, found: Mapping[str, Basis]) -> None:
         self.task, self.bases = task, found
-        self.live = weights_by_table(task.sites(task.model))
         self.score = task.valid_score(task.model)
 
-    def losses(self, what: str, changes: Sequence[Mapping[str, Any]]) -> list[float]:
-        """Loss of the score under each of several changes: functions of a part of a table (N, D) and its rows, by table."""
+    def losses(self, what: str, changes: Sequence[Mapping[str, Change]]) -> list[float]:
+        """Loss of the score under each of several changes to tables; see `Task.changed`."""
         found = []
         for change in tracked(changes, what, len(changes), self.task.progress):
-            with self._changed(change):
+            with self.task.changed(change):
                 found.append(self.score - self.task.valid_score(self.task.model))
         return found
-
-    @contextmanager
-    def _changed(self, change: Mapping[str, Any]) -> Iterator[None]:
-        kept = {name: self.live[name].clone() for name in change}
-        try:
-            with torch.no_grad():
-                for name, new in change.items():
-                    for start in range(0, len(self.live[name]), CHUNK_ROWS):
-                        part = self.live[name][start : start + CHUNK_ROWS]
-                        part.copy_(new(part, slice(start, start + len(part))))
-            yield
-        finally:
-            with torch.no_grad():
-                for name, values in kept.items():
-                    self.live[name].copy_(values)
 
 
 def _read_rows(reader: _Reader, tables: Mapping[str, TableReading]) -> Curve:
     """Rows beyond a share of all, in order of energy over all tables, read the mean of their table."""
-    ranked = np.sort(np.concatenate([table.energy_V for table in tables.values()]))[::-1]
-    thresholds = [ranked[int(share * len(ranked))] if share else np.inf for share in ROW_SHARES]
+    energies = {name: table.energies for name, table in tables.items()}
+    num_rows = sum(scores.num_rows for scores in energies.values())
+    ranks = np.array([int(share * num_rows) for share in ROW_SHARES])
+    first = next(iter(energies.values()))
+    values = [first.value_of(key) for key in nth_keys(list(energies.values()), ranks)]
+    thresholds = [value if share else np.inf for share, value in zip(ROW_SHARES, values, strict=True)]
 
-    def without(name: str, threshold: float) -> Any:
-        dropped_V, mean_D = torch.from_numpy(tables[name].energy_V <= threshold), reader.bases[name].mean_D
-        return lambda part, rows: torch.where(dropped_V[rows, None].to(part.device), mean_D, part)
+    def without(name: str, threshold: float) -> Change:
+        dropped_N, mean_D = torch.from_numpy(energies[name].scores <= threshold), reader.bases[name].mean_D
+        return lambda part, rows: torch.where(dropped_N[rows, None].to(part.device), mean_D, part)
 
     losses = reader.losses("reading rows", [{name: without(name, t) for name in tables} for t in thresholds])
-    errors = [sum(float(table.energy_V[table.energy_V <= t].sum()) for table in tables.values()) for t in thresholds]
+    lost = [sum(float(e.scores[e.scores <= t].sum()) for e in energies.values()) for t in thresholds]
+    errors = reader.task.summed(torch.tensor(lost, dtype=torch.float64)).tolist()
     return _rising(ROW_SHARES, errors, losses, 1.0)
 
 
@@ -277,7 +279,7 @@ def _read_widths(reader: _Reader, tables: Mapping[str, TableReading]) -> Curve:
     width = max(len(table.lost_D) - 1 for table in tables.values())
     widths = [width >> step for step in range(1, width.bit_length())]
 
-    def narrowed(name: str, columns: int) -> Any:
+    def narrowed(name: str, columns: int) -> Change:
         basis = reader.bases[name]
         narrow = basis.encode_DD[:, :columns] @ basis.decode_DD[:columns]
         return lambda part, _rows: part @ narrow
@@ -298,7 +300,7 @@ def _read_widths(reader: _Reader, tables: Mapping[str, TableReading]) -> Curve:
 def _read_bits(reader: _Reader, tables: Mapping[str, TableReading], codes: Mapping[tuple[str, int], Rounding]) -> Curve:
     """All tables as their codes read."""
 
-    def coded(name: str, bits: int) -> Any:
+    def coded(name: str, bits: int) -> Change:
         return lambda part, _rows: codes[name, bits](part)
 
     losses = reader.losses("reading bits", [{name: coded(name, bits) for name in tables} for bits in CODE_LEVELS])
@@ -307,7 +309,7 @@ def _read_bits(reader: _Reader, tables: Mapping[str, TableReading], codes: Mappi
 
 def _absences(reader: _Reader) -> list[float | None]:
     """Loss of the score where one large table reads its mean, for each table; None for small tables."""
-    sizes = {name: weight.numel() for name, weight in reader.live.items()}
+    sizes = {table.name: table.num_rows * table.width for table in reader.task.full_plan().tables}
     large = [name for name in reader.bases if sizes[name] >= LARGE_PART * sum(sizes.values())]
     changes = [{name: lambda part, _rows, name=name: reader.bases[name].mean_D.expand_as(part)} for name in large]
     losses = dict(zip(large, reader.losses("reading tables", changes), strict=True))
@@ -331,28 +333,45 @@ def row_energies(weight_VD: Tensor, count_V: np.ndarray, mean_D: Tensor) -> np.n
     return torch.cat([count * (part - mean_D).double().square().sum(1).cpu() for count, part in parts]).numpy()
 
 
-def rounding(weight_VD: Tensor, bits: int) -> Rounding:
-    """The function from rows of a table to what they read in 16 bits or codes; its scales are fitted to the whole table."""
+def rounding(
+    weight_ND: Tensor, bits: int, first: int = 0, num_rows: int | None = None, group: OneProcess = ALONE
+) -> Rounding:
+    """The function from rows of a table to what they read in 16 bits or codes; its scales are fitted to the whole table.
+
+    Args:
+        weight_ND: Rows that this process holds.
+        bits: Bits per value.
+        first: The first of them.
+        num_rows: Rows of the table; None for N.
+        group: Processes that hold the other rows.
+    """
     if bits == 16:
         return lambda part: part.half().float()
-    every = -(-len(weight_VD) // FITTED_ROWS)
-    scale, offset = fit_codes(weight_VD[::every].float(), bits)
+    every = max(1, -(-(len(weight_ND) if num_rows is None else num_rows) // FITTED_ROWS))
+    scale, offset = fit_codes(weight_ND[-first % every :: every].float(), bits, group)
     return lambda part: as_coded(part.float(), scale, offset, bits)
 
 
-def code_errors(values_VW: Tensor, count_V: np.ndarray, bits: int) -> np.ndarray:
+def code_errors(
+    values_VW: Tensor,
+    count_V: np.ndarray,
+    bits: int,
+    first: int = 0,
+    num_rows: int | None = None,
+    group: OneProcess = ALONE,
+) -> np.ndarray:
     """sum_r n_r (v_r - stored(v_r))^2 of each column of a table in 16 bits or codes, float64 (W,); 0 in 32 bits.
 
-    The rows may have a count for each column, (V, W).
+    The rows may have a count for each column, (V, W). For rows that a group of processes shares, see `rounding`.
     """
     found_W = torch.zeros(values_VW.shape[1], dtype=torch.float64)
-    if bits == 32 or not len(values_VW):
+    if bits == 32 or not (len(values_VW) if num_rows is None else num_rows):
         return found_W.numpy()
-    stored = rounding(values_VW, bits)
+    stored = rounding(values_VW, bits, first, num_rows, group)
     for part, count in zip(values_VW.split(CHUNK_ROWS), torch.from_numpy(count_V).split(CHUNK_ROWS), strict=True):
         squares = (stored(part) - part.float()).double().square().cpu()
         found_W += count.double() @ squares if count.ndim == 1 else (count * squares).sum(0)
-    return found_W.numpy()
+    return group.summed(found_W).numpy()
 
 
 def errors_of_each(tables: Sequence[Tensor], counts: Sequence[np.ndarray], bits: int) -> list[np.ndarray]:

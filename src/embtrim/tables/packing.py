@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -256,17 +256,38 @@ def _unpacked(found: Tensor, width: int, bits: int) -> Tensor:
     return total
 
 
-def fit_codes(values_NW: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+class Group(Protocol):
+    """Processes that share the rows of a table; each gives what it knows of its own."""
+
+    def summed(self, values: Tensor, /) -> Tensor: ...  # noqa: D102
+    def largest(self, values: Tensor, /) -> Tensor: ...  # noqa: D102
+
+
+def fit_codes(values_NW: Tensor, bits: int, group: Group | None = None) -> tuple[Tensor, Tensor]:
     """Scale and offset (W,) of the columns, chosen for the smallest squared error.
 
     Both are fp32 tensors whose numbers fp16 holds. The offset is rounded down and the scale up, so that the codes span
     the range. A column of one number that fp16 holds has scale 0.
+
+    Args:
+        values_NW: Values, or the rows of them that this process holds.
+        bits: Bits per code.
+        group: Processes that hold the other rows; None for a process that holds all.
     """
-    if not len(values_NW):
+    summed, largest = (group.summed, group.largest) if group is not None else (_same, _same)
+    num_rows = int(summed(torch.tensor(len(values_NW))))
+    if not num_rows:
         return values_NW.new_zeros(values_NW.shape[1]), values_NW.new_zeros(values_NW.shape[1])
-    low_W, high_W = torch.aminmax(values_NW, dim=0)
-    mean_W = values_NW.mean(0).clamp(low_W, high_W)
+    if len(values_NW):
+        low_W, high_W = torch.aminmax(values_NW, dim=0)
+    else:
+        low_W = values_NW.new_full((values_NW.shape[1],), torch.inf)
+        high_W = -low_W
+    negative_low_W, high_W = largest(torch.stack([-low_W, high_W]))
+    low_W = -negative_low_W
+    mean_W = (summed(values_NW.sum(0)) / num_rows).clamp(low_W, high_W)
     best_scale_W, best_offset_W, least_W = torch.zeros_like(low_W), low_W, torch.full_like(low_W, torch.inf)
+    tried = []
     for clip in CLIPS:
         # lerp is exact at weight 1, so the offset of a range that is not clipped is the smallest value itself.
         offset_W = _rounded(torch.lerp(mean_W, low_W, clip), up=False)
@@ -274,11 +295,18 @@ def fit_codes(values_NW: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         error_W = torch.zeros_like(low_W)
         for part in values_NW.split(CHUNK_ROWS):
             error_W += (as_coded(part, scale_W, offset_W, bits) - part).square().sum(0)
+        tried.append((offset_W, scale_W, error_W))
+    errors = summed(torch.stack([error_W for *_, error_W in tried]))
+    for (offset_W, scale_W, _), error_W in zip(tried, errors, strict=True):
         better_W = error_W < least_W
         best_scale_W = torch.where(better_W, scale_W, best_scale_W)
         best_offset_W = torch.where(better_W, offset_W, best_offset_W)
         least_W = torch.where(better_W, error_W, least_W)
     return best_scale_W, best_offset_W
+
+
+def _same(values: Tensor) -> Tensor:
+    return values
 
 
 def fit_each(tables: Sequence[Tensor], bits: Sequence[int]) -> list[tuple[Tensor, Tensor]]:

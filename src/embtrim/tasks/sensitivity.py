@@ -19,10 +19,8 @@ from torch import Tensor
 
 from embtrim.errors import ModelError
 from embtrim.system.modules import evaluating
-from embtrim.tables.embedding_tables import RowGate
-from embtrim.tasks.sites import Site, gate_sites
+from embtrim.tasks.sites import Site
 from embtrim.tasks.task import Task
-from embtrim.training.evaluation import check_finite, loss_weight
 
 
 def sensitivities(task: Task) -> dict[str, Tensor]:
@@ -40,21 +38,13 @@ def sensitivities(task: Task) -> dict[str, Tensor]:
     num_rows = 0.0
     with evaluating(task.model):
         for place, batch in enumerate(task.tracked_batches("valid", "reading sensitivities")):
-            leaves: list[tuple[int, Tensor, Tensor]] = []
-            with torch.enable_grad(), gate_sites(sites, rows=[_recorded(n, leaves) for n in range(len(sites))]):
-                weight = loss_weight(batch)
-                loss = weight * task.loss(task.model, batch)
-            check_finite(loss, "loss", "valid", place)
-            num_rows += weight
-            gradients = torch.autograd.grad(loss, [leaf for _, _, leaf in leaves], allow_unused=True)
-            for (number, rows_U, _), gradient_UD in zip(leaves, gradients, strict=True):
-                if gradient_UD is None:
-                    continue
-                check_finite(gradient_UD, "gradient by the embeddings", "valid", place)
+            num_rows += task.weight_of(batch)
+            for number, rows_U, gradient_UD in task.row_gradients(batch, place):
                 _add_products(sites[number], rows_U, gradient_UD, found)
+    num_rows = float(task.summed(torch.tensor(num_rows, dtype=torch.float64)))
     if not num_rows:
         raise ModelError("there are no valid batches to read; give some that can be read again")
-    return {name: total_DD / num_rows for name, total_DD in found.items()}
+    return {name: task.summed(total_DD) / num_rows for name, total_DD in found.items()}
 
 
 def _add_products(site: Site, rows_U: Tensor, gradient_UD: Tensor, found: dict[str, Tensor]) -> None:
@@ -64,14 +54,3 @@ def _add_products(site: Site, rows_U: Tensor, gradient_UD: Tensor, found: dict[s
     sizes = [end - start for start, end in itertools.pairwise([0, *cuts])]
     for name, part in zip(site.names, gradient_UD.double().split(sizes), strict=True):
         found[name] += (part.T @ part).cpu()
-
-
-def _recorded(number: int, leaves: list[tuple[int, Tensor, Tensor]]) -> RowGate:
-    """A row gate that changes nothing and notes the rows read, with a leaf whose gradient is that of their embeddings."""
-
-    def gate(rows_U: Tensor, found_UD: Tensor) -> Tensor:
-        leaf = torch.zeros_like(found_UD, requires_grad=True)
-        leaves.append((number, rows_U, leaf))
-        return found_UD.detach() + leaf
-
-    return gate

@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -29,8 +30,11 @@ from embtrim.system.progress import tracked
 from embtrim.tasks.chosen import Chosen, Patterns
 from embtrim.tasks.noting import with_reads
 from embtrim.tasks.row_counts import count_rows, unread
+from embtrim.tasks.row_gradients import RowGradients, row_gradients
+from embtrim.tasks.sharing import OneProcess
 from embtrim.tasks.sites import ModuleSite, Site, SlotGate, gate_sites, weights_by_table
 from embtrim.tasks.survey import Fields, Finding, find_sites, site_plan, survey
+from embtrim.tasks.table_parts import Change, TablePart, changed_weights, whole_parts
 from embtrim.tasks.watching import reads_of_batch
 from embtrim.training.callbacks import Callback, checked
 from embtrim.training.checkpoint import Checkpoint, CheckpointFolder
@@ -40,7 +44,7 @@ from embtrim.training.fitting import fit
 from embtrim.training.loop import scale_learning_rates, train_loop
 from embtrim.training.metrics import auc_error
 from embtrim.training.recoding import data_for
-from embtrim.training.settings import FitResult, Hooks, Optimizer, TrainConfig
+from embtrim.training.settings import FitResult, Hooks, TrainConfig
 from embtrim.training.state import Training
 
 logger = logging.getLogger(__name__)
@@ -49,7 +53,7 @@ logger = logging.getLogger(__name__)
 GATED_BATCH_SIZE = 2_048
 
 
-class Task:
+class Task(OneProcess):
     """A model with everything that a search may need.
 
     Args:
@@ -147,37 +151,9 @@ class Task:
         """Weight of a batch's mean loss in an average over batches, see `loss_weight`."""
         return loss_weight(batch)
 
-    def summed(self, values: Tensor) -> Tensor:
-        """Sums over a split, float64, of this process and of all others that share the work; here there are no others."""
-        return values
-
-    def agreed(self, plan: SizePlan) -> SizePlan:
-        """The plan that all processes take which share the search; here there is one process."""
-        return plan
-
-    def averaged(self, values: Tensor, batch: Any) -> Tensor:
-        """Mean of values over this process and all others that share a step, by the weights of their batches."""
-        del batch
-        return values
-
     def step_loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Loss of a batch in a training step, such that the mean over all processes is the loss of all their rows."""
         return self.loss(model, batch)
-
-    def average_gradients(self, optimizers: Sequence[Optimizer]) -> None:
-        """Give what optimisers train the mean of the gradients of all processes that share a step; here there is one."""
-
-    def summed_parts(self, part: Tensor) -> Tensor:
-        """Sum of the parts of a term of a step's loss that each process computes; its gradient is that of the own part."""
-        return part
-
-    def unshared(self, rows_U: Tensor) -> Tensor:
-        """Which rows of a step's batch no process before this one reads, bool (U,); here there is none."""
-        return torch.ones_like(rows_U, dtype=torch.bool)
-
-    def place_of(self, num_samples: int) -> tuple[int, int]:
-        """Number of a step's samples in the processes before this one, and in all of them."""
-        return 0, num_samples
 
     def copied_model(self) -> nn.Module:
         """A copy of the model, to be trained.
@@ -201,6 +177,23 @@ class Task:
         """Sums of the absolute values of the rows of every table of a model of this task, float32 (V,) by name."""
         weights = weights_by_table(self.sites(model))
         return {name: weight_VD.abs().sum(1).cpu().numpy() for name, weight_VD in weights.items()}
+
+    def table_parts(self) -> dict[str, TablePart]:
+        """The rows of every table that this process reads alone, by the table's name; a pass over the train batches."""
+        return whole_parts(self.sites(self.model), self.row_counts())
+
+    def changed(self, changes: Mapping[str, Change]) -> AbstractContextManager[None]:
+        """Change tables of the model inside a `with` block: functions of the rows of `table_parts`, by table."""
+        return changed_weights(weights_by_table(self.sites(self.model)), changes)
+
+    def row_gradients(self, batch: Any, place: int) -> list[RowGradients]:
+        """Gradients of the sum of the losses of a batch by the rows that it reads; see `row_gradients`.
+
+        A row that several processes read in one step has one gradient, which one of them gives.
+        """
+        return row_gradients(
+            self.sites(self.model), lambda: self.weight_of(batch) * self.loss(self.model, batch), place
+        )
 
     def num_batches(self, split: str) -> int:
         """Number of batches of "train" or "valid". A loader without a length is read once to count them."""

@@ -15,8 +15,15 @@ from embtrim.plan.plan import SizePlan
 from embtrim.system.modules import named_modules, unwrapped
 from embtrim.tables.packing import CHUNK_ROWS
 from embtrim.torchrec.compacting import CompactCollection, CompactSequences
-from embtrim.torchrec.ranks import summed
-from embtrim.torchrec.sites import Shard, configs_of, find_collections, name_of, shards_of
+from embtrim.torchrec.sites import (
+    Shard,
+    configs_of,
+    find_collections,
+    gathered_rows,
+    name_of,
+    put_rows,
+    shards_of,
+)
 
 
 @torch.no_grad()
@@ -49,8 +56,8 @@ def inherit(full: nn.Module, small: nn.Module, plan: SizePlan) -> None:
         for shard in shards:
             shard.weight_RC.zero_()
         for rows, ids in _all_rows(config.num_embeddings) if table is None else kept_rows_of(table):
-            values_ND = _gathered(own, torch.from_numpy(rows.astype(np.int64)), width)
-            _put(shards, torch.from_numpy(ids.astype(np.int64)), values_ND[:, list(columns)])
+            values_ND = gathered_rows(own, torch.from_numpy(rows.astype(np.int64)), width)
+            put_rows(shards, torch.from_numpy(ids.astype(np.int64)), values_ND[:, list(columns)])
     _copy_others(full, small)
 
 
@@ -68,7 +75,7 @@ def copy_weights(model: nn.Module, other: nn.Module) -> None:
             raise ModelError(f"fresh= made a table {name!r} of {size[0]:,} x {size[1]}, which the model does not have")
         for rows, _ in _all_rows(size[0]):
             rows_N = torch.from_numpy(rows)
-            _put(shards, rows_N, _gathered(given[name][1], rows_N, size[1]))
+            put_rows(shards, rows_N, gathered_rows(given[name][1], rows_N, size[1]))
     _copy_others(model, other)
 
 
@@ -77,27 +84,6 @@ def _all_rows(number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for start in range(0, number, CHUNK_ROWS):
         rows = np.arange(start, min(start + CHUNK_ROWS, number))
         yield rows, rows
-
-
-def _gathered(shards: list[Shard], rows_N: Tensor, width: int) -> Tensor:
-    """Rows (N, D) of a table on every rank: each rank adds what it holds to zeros, and all are summed."""
-    found_ND = torch.zeros(len(rows_N), width)
-    for shard in shards:
-        if shard.counts:
-            here = (rows_N >= shard.rows.start) & (rows_N < shard.rows.stop)
-            local = (rows_N[here] - shard.rows.start).to(shard.weight_RC.device)
-            found_ND[here, shard.columns] = shard.weight_RC[local].float().cpu()
-    return summed(found_ND)
-
-
-def _put(shards: list[Shard], ids_N: Tensor, values_NW: Tensor) -> None:
-    """Write rows of a compact table into the pieces of it that this rank holds."""
-    for shard in shards:
-        here = (ids_N >= shard.rows.start) & (ids_N < shard.rows.stop)
-        columns = slice(shard.columns.start, min(shard.columns.stop, values_NW.shape[1]))
-        if columns.stop > columns.start:
-            local, width = (ids_N[here] - shard.rows.start).to(shard.weight_RC.device), columns.stop - columns.start
-            shard.weight_RC[local, :width] = values_NW[here, columns].to(shard.weight_RC)
 
 
 def _shards_by_name(model: nn.Module) -> dict[str, tuple[Any, list[Shard]]]:

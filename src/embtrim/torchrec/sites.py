@@ -13,12 +13,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, EmbeddingCollection, JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from torchrec import (
+    EmbeddingBagCollection,
+    EmbeddingCollection,
+    JaggedTensor,
+    KeyedJaggedTensor,
+    KeyedTensor,
+    PoolingType,
+)
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 
@@ -26,7 +33,7 @@ from embtrim.errors import ModelError
 from embtrim.system.modules import named_modules
 from embtrim.tables.embedding_tables import RowGate
 from embtrim.tasks.sites import SlotGate
-from embtrim.torchrec.ranks import largest, own_rank
+from embtrim.torchrec.ranks import largest, own_rank, summed
 
 BAGS = (EmbeddingBagCollection, ShardedEmbeddingBagCollection)
 SEQUENCES = (EmbeddingCollection, ShardedEmbeddingCollection)
@@ -49,6 +56,22 @@ class Shard:
     columns: slice
     weight_RC: Tensor
     counts: bool
+
+
+class OutputLeaf(NamedTuple):
+    """What a collection returned for a feature.
+
+    Attributes:
+        site: Site of the collection.
+        given: Ids of the feature.
+        feature: Its name.
+        leaf: Zeros that were added to the output.
+    """
+
+    site: CollectionSite
+    given: JaggedTensor
+    feature: str
+    leaf: Tensor
 
 
 class CollectionSite:
@@ -84,6 +107,9 @@ class CollectionSite:
             for number, config in enumerate(configs)
             for feature in config.feature_names
         }
+        self._pooling = {
+            feature: getattr(config, "pooling", None) for config in configs for feature in config.feature_names
+        }
         self.features = [feature for config in configs_of(module) for feature in config.feature_names]
         if len(set(self.features)) < len(self.features):
             raise ModelError(
@@ -107,6 +133,41 @@ class CollectionSite:
             yield
         finally:
             handle.remove()
+
+    @contextmanager
+    def outputs_seen(self, leaves: list[OutputLeaf]) -> Iterator[None]:
+        """Note inside a `with` block what is read, with leaves whose gradients are those of the outputs."""
+
+        def see(_module: nn.Module, args: Any, output: Any) -> Any:
+            given, found = args[0], dict(output.items() if not self.pooled else output.to_dict().items())
+            parts = {name: part if self.pooled else part.values() for name, part in found.items()}
+            for name in self._slots:
+                leaf = torch.zeros_like(parts[name], requires_grad=True)
+                leaves.append(OutputLeaf(self, given[name], name, leaf))
+                parts[name] = parts[name].detach() + leaf
+            if not self.pooled:
+                return {name: JaggedTensor(parts[name], lengths=j.lengths()) for name, j in found.items()}
+            keys = list(output.keys())
+            return KeyedTensor(keys, list(output.length_per_key()), torch.cat([parts[key] for key in keys], 1))
+
+        handle = self.module.register_forward_hook(see)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def row_gradients(self, leaf: OutputLeaf, gradient_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the site that a feature reads, one for each id, and their gradients, from that of its output."""
+        given = leaf.given
+        rows_M = given.values().long() + self._first_row[leaf.feature]
+        if not self.pooled:
+            return rows_M, gradient_ND
+        lengths = given.lengths().long()
+        if self._pooling[leaf.feature] == PoolingType.MEAN:
+            gradient_ND = gradient_ND / lengths.clamp(min=1)[:, None]
+        gradient_MD = gradient_ND.repeat_interleave(lengths, 0)
+        weights = given.weights_or_none()
+        return rows_M, gradient_MD if weights is None else gradient_MD * weights[:, None]
 
     def _gate_pooled(
         self, slots: SlotGate | None, rows: RowGate | None, given: KeyedJaggedTensor, output: Any
@@ -265,3 +326,24 @@ def _pieces(value: Any) -> list[tuple[Sequence[int], Sequence[int], Tensor, bool
         pieces = [(s.metadata.shard_offsets, s.metadata.shard_sizes, s.tensor, True) for s in value.local_shards()]
         return pieces
     return [((0, 0), tuple(value.shape), value, own_rank() == 0)]  # every rank has a copy
+
+
+def gathered_rows(shards: Sequence[Shard], rows_N: Tensor, width: int) -> Tensor:
+    """Rows (N, D) of a table on every rank: each rank adds what it holds to zeros, and all are summed."""
+    found_ND = torch.zeros(len(rows_N), width)
+    for shard in shards:
+        if shard.counts:
+            here = (rows_N >= shard.rows.start) & (rows_N < shard.rows.stop)
+            local = (rows_N[here] - shard.rows.start).to(shard.weight_RC.device)
+            found_ND[here, shard.columns] = shard.weight_RC[local].float().cpu()
+    return summed(found_ND)
+
+
+def put_rows(shards: Sequence[Shard], ids_N: Tensor, values_NW: Tensor) -> None:
+    """Write rows of a compact table into the pieces of it that this rank holds."""
+    for shard in shards:
+        here = (ids_N >= shard.rows.start) & (ids_N < shard.rows.stop)
+        columns = slice(shard.columns.start, min(shard.columns.stop, values_NW.shape[1]))
+        if columns.stop > columns.start:
+            local, width = (ids_N[here] - shard.rows.start).to(shard.weight_RC.device), columns.stop - columns.start
+            shard.weight_RC[local, :width] = values_NW[here, columns].to(shard.weight_RC)

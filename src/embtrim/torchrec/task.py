@@ -7,8 +7,8 @@ import dataclasses
 import glob
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,14 @@ from embtrim.system.progress import tracked
 from embtrim.tables.packing import CHUNK_ROWS
 from embtrim.tasks import task as plain
 from embtrim.tasks.chosen import Patterns
+from embtrim.tasks.row_gradients import RowGradients
 from embtrim.tasks.survey import Finding
+from embtrim.tasks.table_parts import Change, TablePart
 from embtrim.torchrec.inheriting import copy_weights
-from embtrim.torchrec.ranks import Filler, InStep, Running, from_first, gathered, num_ranks, own_rank, summed
+from embtrim.torchrec.parts import changed, count_rows, sharded_tables
+from embtrim.torchrec.ranks import Filler, InStep, Running, from_first, gathered, largest, num_ranks, own_rank, summed
 from embtrim.torchrec.sites import CollectionSite, configs_of, find_collections, is_sharded, name_of
-from embtrim.torchrec.training import average_gradients, step_share
+from embtrim.torchrec.training import average_gradients, output_gradients, step_share
 from embtrim.training.callbacks import Callback
 from embtrim.training.settings import FitResult, Hooks, Optimizer
 
@@ -127,11 +130,19 @@ class Task(plain.Task):
         return float(len(labels)) if isinstance(labels, Tensor) else super().weight_of(batch)
 
     def summed(self, values: Tensor) -> Tensor:
-        """See Task."""
+        """See OneProcess."""
         return summed(values)
 
+    def largest(self, values: Tensor) -> Tensor:
+        """See OneProcess."""
+        return largest(values)
+
+    def gathered(self, values_N: Tensor) -> Tensor:
+        """See OneProcess."""
+        return torch.cat(gathered(values_N))
+
     def averaged(self, values: Tensor, batch: Any) -> Tensor:
-        """See Task."""
+        """See OneProcess."""
         weight = torch.tensor([self.weight_of(batch)], dtype=torch.float64)
         *total, weights = summed(torch.cat([values.double().flatten().cpu() * weight, weight])).split(values.numel())
         return (total[0] / weights).view(values.shape).to(values)
@@ -145,22 +156,22 @@ class Task(plain.Task):
         return self.loss(model, batch) * step_share(self, model, batch)
 
     def average_gradients(self, optimizers: Sequence[Optimizer]) -> None:
-        """See Task. Tables on shards have such gradients already."""
+        """See OneProcess. Tables on shards have such gradients already."""
         average_gradients(self._trained, optimizers)
 
     def summed_parts(self, part: Tensor) -> Tensor:
-        """See Task. The step's gradients are means over ranks, so the own part counts as often as there are ranks."""
+        """See OneProcess. The step's gradients are means over ranks, so the own part counts as often as there are ranks."""
         return summed(part.detach()) + num_ranks() * (part - part.detach())
 
     def unshared(self, rows_U: Tensor) -> Tensor:
-        """See Task. Rows of a Filler are left out."""
+        """See OneProcess. Rows of a Filler are left out."""
         before = gathered(rows_U if self._running.counts else rows_U[:0])[: own_rank()]
         if not self._running.counts:
             return torch.zeros_like(rows_U, dtype=torch.bool)
         return ~torch.isin(rows_U, torch.cat([rows_U[:0], *before]))
 
     def place_of(self, num_samples: int) -> tuple[int, int]:
-        """See Task. Samples of a Filler do not count."""
+        """See OneProcess. Samples of a Filler do not count."""
         sizes = torch.zeros(num_ranks(), dtype=torch.int64)
         sizes[own_rank()] = num_samples if self._running.counts else 0
         sizes = summed(sizes)
@@ -204,7 +215,7 @@ class Task(plain.Task):
         return super().fit(model, epochs, seed, hooks, patience, lr_factor, callbacks, **settings)
 
     def agreed(self, plan: SizePlan) -> SizePlan:
-        """See Task: the plan of rank 0."""
+        """See OneProcess: the plan of rank 0."""
         return from_first(plan)
 
     def column_norms(self) -> dict[str, np.ndarray]:
@@ -253,6 +264,29 @@ class Task(plain.Task):
         self._look_up(self.batches("train"), count)
         return {name: summed(count_V).numpy() for name, count_V in counts.items()}
 
+    def table_parts(self) -> dict[str, TablePart]:
+        """See Task: the rows that this rank holds. No rank gathers a table, and none counts the rows of others."""
+        tables = sharded_tables(self.sites(self.model))
+        counts = count_rows({t.name: (t.num_rows, t.rows) for t in tables}, self._ids_read())
+        return {t.name: TablePart(t.first, t.num_rows, t.weight_ND, counts[t.name]) for t in tables}
+
+    def _ids_read(self) -> Iterator[dict[str, list[Tensor]]]:
+        """The ids that each train batch of this rank reads, by table; none for a Filler."""
+        read: dict[str, list[Tensor]] = {}
+        for _ in self._looked_up(self.batches("train"), lambda name, ids: read.setdefault(name, []).append(ids)):
+            yield read
+            read.clear()
+
+    def changed(self, changes: Mapping[str, Change]) -> AbstractContextManager[None]:
+        """See Task."""
+        return changed(sharded_tables(self.sites(self.model)), changes)
+
+    def row_gradients(self, batch: Any, place: int) -> list[RowGradients]:
+        """See Task."""
+        return output_gradients(
+            self.sites(self.model), lambda: self.weight_of(batch) * self.loss(self.model, batch), place
+        )
+
     def unread_tables(self) -> list[str]:
         """See Task. The ranks exchange a number for each table, not for each row."""
         if isinstance(self._train, Iterator):
@@ -272,21 +306,25 @@ class Task(plain.Task):
         total = summed(torch.tensor(list(num_ids.values()), dtype=torch.int64)).tolist()
         return [name for name, number in zip(names, total, strict=True) if not number]
 
-    @torch.no_grad()
     def _look_up(self, batches: Iterable[Any], see: Callable[[str, Tensor], None]) -> None:
         """Run batches, and call `see` with the name of a table and the ids of each of its features; not those of Fillers."""
-        counted = [True]
+        for _ in self._looked_up(batches, see):
+            pass
+
+    def _looked_up(self, batches: Iterable[Any], see: Callable[[str, Tensor], None]) -> Iterator[Any]:
+        """See `_look_up`; gives each batch after it ran."""
 
         def see_counted(name: str, ids: Tensor) -> None:
-            if counted[0]:
+            if self._running.counts:
                 see(name, ids)
 
         with evaluating(self.model), ExitStack() as stack:
             for site in self.sites(self.model):
                 stack.enter_context(site.rows_seen(see_counted))
             for batch in batches:
-                counted[0] = not isinstance(batch, Filler)
-                self.loss(self.model, batch)
+                with torch.no_grad():
+                    self.loss(self.model, batch)
+                yield batch
 
     def without_tables(self, names: Collection[str]) -> Task:
         """This task without some of its tables."""

@@ -7,7 +7,8 @@ dense layers, masks and thresholds, has a copy on each rank, whose gradients are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 
 from embtrim.errors import ModelError
+from embtrim.tasks.row_gradients import RowGradients
 from embtrim.tasks.task import Task
-from embtrim.torchrec.ranks import Filler, gathered, num_ranks, summed
-from embtrim.torchrec.sites import configs_of, find_collections, shards_of
+from embtrim.torchrec.ranks import Filler, gathered, num_ranks, own_rank, summed
+from embtrim.torchrec.sites import CollectionSite, OutputLeaf, configs_of, find_collections, shards_of
+from embtrim.training.evaluation import check_finite
 from embtrim.training.settings import Optimizer
 
 
@@ -50,6 +53,40 @@ def cuts_rows(model: nn.Module) -> bool:
         for config in configs_of(module)
         for shard in shards_of(module, [config])
     )
+
+
+def output_gradients(sites: Sequence[CollectionSite], loss_of: Callable[[], Tensor], place: int) -> list[RowGradients]:
+    """Gradients of a loss by the rows that all ranks read in a step, as `row_gradients` gives them in one process.
+
+    Rows of bags follow from the gradients of what the collections return. The ranks exchange rows and gradients, and each
+    takes the rows of its share.
+    """
+    leaves: list[OutputLeaf] = []
+    with torch.enable_grad(), ExitStack() as stack:
+        for site in sites:
+            stack.enter_context(site.outputs_seen(leaves))
+        loss = loss_of()
+    check_finite(loss, "loss", "valid", place)
+    gradients = torch.autograd.grad(loss, [leaf.leaf for leaf in leaves], allow_unused=True, materialize_grads=True)
+    found = []
+    for number, site in enumerate(sites):
+        parts = [site.row_gradients(leaf, g) for leaf, g in zip(leaves, gradients, strict=True) if leaf.site is site]
+        if not parts:
+            continue
+        rows_M, gradient_MD = (torch.cat(part) for part in zip(*parts, strict=True))
+        check_finite(gradient_MD, "gradient by the embeddings", "valid", place)
+        own_U, own_UD = _summed_by_row(rows_M, gradient_MD)
+        every_N = torch.cat(gathered(own_U))
+        every_ND = torch.cat(gathered(own_UD.flatten())).view(-1, site.widths[0])
+        mine = every_N % num_ranks() == own_rank()
+        found.append((number, *_summed_by_row(every_N[mine], every_ND[mine])))
+    return found
+
+
+def _summed_by_row(rows_M: Tensor, values_MD: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct rows in ascending order, and the sums of their values."""
+    rows_U, inverse_M = torch.unique(rows_M, return_inverse=True)
+    return rows_U, values_MD.new_zeros(len(rows_U), values_MD.shape[1]).index_add(0, inverse_M, values_MD)
 
 
 @torch.no_grad()
