@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embtrim.data import encoder_files
 from embtrim.data.encoder import Encoder
 from embtrim.data.numbering import Numbering
 from embtrim.data.reading import open_log
@@ -70,6 +71,14 @@ class TestEncoder:
         assert second.schema == first.schema
         assert second.transforms == first.transforms
         assert second.encode_chunk(self.FRAME).ids.tolist() == ids(data)
+
+    def test_a_vocabulary_is_read_some_rows_at_a_time(self, data, monkeypatch):
+        whole = Encoder.load(data.folder).vocabularies
+        assert max(len(frame) for frame in whole.values()) > 2
+        monkeypatch.setattr(encoder_files, "_SLICE_ROWS", 2)
+        slices = Encoder.load(data.folder).vocabularies
+        assert list(slices) == list(whole)
+        assert all(slices[name].equals(frame) for name, frame in whole.items())
 
     def test_damaged_folders(self, data, tmp_path):
         for name in ("schema.json", "vocab.parquet", "transforms.json"):

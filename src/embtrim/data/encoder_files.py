@@ -6,6 +6,7 @@ Ids are checked once, here: an id beyond its table would read a row of another t
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from embtrim.system.files import read_json
 VOCABULARY_SCHEMA = {"value": pl.String, "id": pl.Int32, "count": pl.Int64}
 # A vocabulary of numbers in a row unpacks to some 30 times its file, an id map of one value to 1,000 times.
 _VOCABULARY_RATIO, _VOCABULARY_BYTES = 64, 128 << 20
+_SLICE_ROWS = 1 << 18  # as many as one row group holds
 MAP_RATIO, MAP_BYTES = 100, 256 << 20
 
 
@@ -144,19 +146,34 @@ def _read_vocabularies(path: Path, schema: Schema, num_ids: Mapping[str, int]) -
         size, most = unpacked_bytes(path), max(_VOCABULARY_BYTES, _VOCABULARY_RATIO * path.stat().st_size)
         if size > most:
             raise ValueError(f"it unpacks to some {size:,} bytes, a vocabulary of its size to {most:,} at most")
-        frame = pl.read_parquet(path, glob=False)
-        if not frame.schema.get("id", pl.Int32()).is_integer():
-            raise ValueError(f"its ids are {frame.schema['id']}, not integers")
-        frame = frame.select(pl.col("table").cast(pl.String), *VOCABULARY_SCHEMA).cast(VOCABULARY_SCHEMA)  # type: ignore[arg-type]
-        by_table = frame.partition_by("table", as_dict=True, include_key=False)
+        by_table = _read_by_table(path)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({first_line_of(error)}); encode again") from None
     empty = pl.DataFrame(schema=VOCABULARY_SCHEMA)
     tables = [field.table_name for field in schema.id_fields if not field.hash_size]
-    found = {name: by_table.get((name,), empty) for name in tables}
+    found = {name: by_table.get(name, empty) for name in tables}
     for name, listed in found.items():
         _check_vocabulary(f"{path}: table {shown(name)}", listed, num_ids[name])
     return found
+
+
+def _read_by_table(path: Path) -> dict[str | None, pl.DataFrame]:
+    """The values of each table, read some rows at a time: the whole file would take as much again as its tables.
+
+    Raises:
+        ValueError: The ids are not integers.
+    """
+    scan = pl.scan_parquet(path, glob=False)
+    dtype = scan.collect_schema().get("id", pl.Int32())
+    if not dtype.is_integer():
+        raise ValueError(f"its ids are {dtype}, not integers")
+    rows, parts = scan.select(pl.len()).collect().item(), defaultdict(list)
+    wanted = scan.select(pl.col("table").cast(pl.String), *VOCABULARY_SCHEMA).cast(VOCABULARY_SCHEMA)  # type: ignore[arg-type]
+    for start in range(0, max(rows, 1), _SLICE_ROWS):  # a file without rows is looked at as well
+        frame = wanted.slice(start, _SLICE_ROWS).collect()
+        for (name,), part in frame.partition_by("table", as_dict=True, include_key=False).items():
+            parts[name].append(part)
+    return {name: pl.concat(parts.pop(name), rechunk=True) for name in list(parts)}
 
 
 def _check_vocabulary(where: str, listed: pl.DataFrame, num_ids: int) -> None:
