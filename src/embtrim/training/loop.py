@@ -295,8 +295,11 @@ def after_epoch(training: Training, state: TrainingState, epoch: int, score: flo
 
 
 def keep_best(training: Training, state: TrainingState, epoch: int, score: float) -> None:
-    """Keep the present weights as the best ones."""
+    """Keep the present weights as the best ones. After the last epoch the model itself holds them, without a copy."""
     state.result.best_score, state.result.best_epoch = score, epoch
+    if state.position.stopped or state.position.epoch > training.config.epochs:
+        state.best_weights = None
+        return
     now = {name: value.detach() for name, value in training.model.state_dict().items()}
     if state.best_weights is None:
         state.best_weights = {name: value.clone() for name, value in now.items()}

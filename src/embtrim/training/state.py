@@ -98,7 +98,7 @@ class TrainingState:
         started: Time at which the training would have started had it never been interrupted, by `time.perf_counter`.
         result: What `fit` returns.
         position: Where the training stands.
-        best_weights: State dict of the best epoch; None without a score.
+        best_weights: State dict of the best epoch; None without a score, and after a last epoch that is the best.
         epoch_random: Random states at the start of the epoch.
         restored_random: Random states of a checkpoint, until the first step after it.
         had_ended: Whether the checkpoint holds the result of a finished training.
