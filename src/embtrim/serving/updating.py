@@ -217,10 +217,10 @@ def update(
     folder, target = Path(bundle), Path(out)
     _check_apart(folder, target)
     check_out(target, overwrite)
-    parent = _Parent.of(folder)
+    parent, encoder = _opened(folder)
     with unfinished(target) as work:
         data = encode_further(
-            source, parent.encoder, partial(extend, parent, renumber=config.renumber), out=work / "data",
+            source, encoder, partial(extend, encoder, parent.plan, renumber=config.renumber), out=work / "data",
             split=config.split, min_count=config.min_count, seed=config.seed, options=config.read,
             inputs={"bundle": parent.digest, "renumber": config.renumber}, profile=parent.profile, progress=progress,
         )  # fmt: skip
@@ -229,13 +229,14 @@ def update(
             parent.profile, against.counts, against.examples, config.drift_tolerance, config.strict, str(folder)
         )
         plan = PlanShape.load(work / "data" / "plan.json")
-        ids_before = parent_ids(parent, plan, Encoder.load(work / "data"))
+        ids_before = parent_ids(encoder, parent.plan, plan, Encoder.load(work / "data"))
+        del encoder  # training needs the memory
         splits = [name for name in ("valid", "test") if name in data.splits]
         train = config.train.replace(seed=config.seed)
         old = parent.model()
         model = grown_model(old, data.schema, plan, ids_before)
         before = {name: _metrics_before(old, data.with_id_maps(ids_before), name, train) for name in splits}
-        del old  # training needs the memory
+        del old, ids_before
         # The ids on disk are the model's own; for tables whose ids differ from a full table's, the maps say so.
         data = data.with_id_maps({t.name: np.arange(t.num_rows, dtype=np.int32) for t in plan.tables if t.renumbers})
         epochs = 0
@@ -265,13 +266,12 @@ def update(
 
 @dataclass(frozen=True)
 class _Parent:
-    """The bundle to update without its model, which is opened when the log is encoded: its tables may fill the memory.
+    """The bundle to update without its model and vocabularies, which fill the memory: each is held while it is read.
 
     Attributes:
         folder: Folder of the bundle.
         digest: SHA-256 of its bundle.json.
         plan: Layout of its tables.
-        encoder: Its encoder.
         info: Contents of its bundle.json.
         profile: Profile of the data that trained it, or None.
     """
@@ -279,16 +279,8 @@ class _Parent:
     folder: Path
     digest: str
     plan: PlanShape
-    encoder: Encoder
     info: dict[str, Any]
     profile: Profile | None
-
-    @classmethod
-    def of(cls, folder: Path) -> _Parent:
-        """What a bundle says; its model is opened once, so that a damaged bundle is refused before anything is done."""
-        bundle = load_bundle(folder)
-        digest_of_folder = file_digest(folder / "bundle.json")
-        return cls(folder, digest_of_folder, bundle.model.tables.plan, bundle.encoder, bundle.info, bundle.profile)
 
     def model(self) -> CTRModel:
         """The model in fp32.
@@ -303,10 +295,18 @@ class _Parent:
         return model
 
 
+def _opened(folder: Path) -> tuple[_Parent, Encoder]:
+    """What a bundle says, and its encoder; its model is opened too, so that a damaged bundle is refused at once."""
+    bundle = load_bundle(folder)
+    digest_of_folder = file_digest(folder / "bundle.json")
+    parent = _Parent(folder, digest_of_folder, bundle.model.tables.plan, bundle.info, bundle.profile)
+    return parent, bundle.encoder
+
+
 def _lineage(parent: _Parent, config: UpdateConfig, changes: Sequence[TableChange]) -> dict[str, Any]:
     """What a bundle notes of its parent's layout, and of what became of it."""
     return {
-        "schema_before": parent.encoder.schema.fingerprint,
+        "schema_before": parent.plan.fingerprint,
         "plan_before": parent.plan.digest,
         "renumbered": config.renumber,
         "tables": {c.table: {"new": c.new, "returned": c.returned} for c in changes if c.new or c.returned},
@@ -368,16 +368,18 @@ def _report(
     )
 
 
-def extend(parent: _Parent, frequent: Mapping[str, pl.DataFrame], folder: Path, renumber: bool = False) -> Encoder:
+def extend(
+    encoder: Encoder, sizes: PlanShape, frequent: Mapping[str, pl.DataFrame], folder: Path, renumber: bool = False
+) -> Encoder:
     """The parent's encoder with ids for new and returned values; writes the plan with their rows to `folder`/plan.json.
 
     Args:
-        parent: Bundle to update.
+        encoder: Encoder of the parent.
+        sizes: Layout of the parent's tables.
         frequent: Values and counts by table, in the order in which they get rows; their ids are not read.
         folder: Folder that plan.json is written to.
         renumber: See UpdateConfig.
     """
-    encoder, sizes = parent.encoder, parent.plan
     vocabularies, unseen_ids, tables = dict(encoder.vocabularies), dict(encoder.unseen_ids), []
     for table in sizes.tables:
         # A hashed table has no vocabulary, and a removed one stores nothing that a row could be added to.
@@ -444,17 +446,17 @@ def renumbered(table: TableShape, vocabulary: pl.DataFrame, frequent: pl.DataFra
     return pl.concat([ordered.with_columns(ids).select(vocabulary.columns), kept]).sort("id", maintain_order=True)
 
 
-def parent_ids(parent: _Parent, plan: PlanShape, encoder: Encoder) -> dict[str, np.ndarray]:
+def parent_ids(parent: Encoder, before: PlanShape, plan: PlanShape, encoder: Encoder) -> dict[str, np.ndarray]:
     """An int32 map for each table, from the new model's ids to the same values' ids in the parent."""
     maps = {}
-    for table, grown in zip(parent.plan.tables, plan.tables, strict=True):
+    for table, grown in zip(before.tables, plan.tables, strict=True):
         ids_V = np.arange(grown.num_rows, dtype=np.int32)
         if table.dropped_id is not None and grown.dropped_id is not None:
             ids_V[grown.dropped_id] = table.dropped_id
         if table.name in encoder.vocabularies:
-            unseen = parent.encoder.unseen_ids.get(table.name, OOV)
-            before = parent.encoder.vocabularies[table.name].select("value", before="id")
-            pairs = encoder.vocabularies[table.name].join(before, on="value", how="left", nulls_equal=True)
+            unseen = parent.unseen_ids.get(table.name, OOV)
+            known = parent.vocabularies[table.name].select("value", before="id")
+            pairs = encoder.vocabularies[table.name].join(known, on="value", how="left", nulls_equal=True)
             ids_V[pairs["id"].to_numpy()] = pairs["before"].fill_null(unseen).to_numpy()
         maps[table.name] = ids_V
     return maps
