@@ -30,8 +30,8 @@ Bytes that a device sends. A ring is assumed: an all-reduce of n bytes sends 2 (
     lookup               ids + outputs
     training step        lookup + gradients + dense
     search (sseds)       K + 1 lookups; all-reduces of 8 (K + 2), 8 T and 8 (W + 1); broadcasts of 8 and of the pickled plan
-    counts of rows       K lookups; all-reduces of 8 (K + 1) and 8 sum V_t. In host memory each rank holds 8 sum V_t, and 8 V_t
-                         more for one table at a time (frequency and mde)
+    counts of rows       K lookups; all-reduces of 8 (K + 1), 8 K N and 8 T; K all-gathers of 8 T B L. In host memory a device
+                         holds 32 sum R_t: counts of its rows, and their order (frequency)
     inherit              all-reduce of 4 D sum V_t, in chunks; both models are held
     verify               K lookups in both models; all-reduces of 16 K + 16; both models and a copy of the full tables are held
 
@@ -138,7 +138,13 @@ class Job:
 
     def counts(self, tables: Tables, steps: int) -> float:
         """Sent while rows are counted over so many batches."""
-        return steps * self.lookup(tables) + self.all_reduce(8 * (steps + 1) + 8 * sum(rows for rows, _ in tables))
+        own = self.all_reduce(8 * (steps + 1) + 8 * steps * self.devices + 8 * len(tables))
+        ids = 8 * len(tables) * self.batch * self.ids * (self.devices - 1)
+        return steps * (self.lookup(tables) + ids) + own
+
+    def counted(self, tables: Tables) -> int:
+        """Host memory of the counts of rows and of their order."""
+        return 32 * sum(rows for rows, _ in self.own(tables))
 
     def inherit(self, tables: Tables) -> float:
         """Sent to give a compact model the rows of a full one, all of which are kept."""
@@ -276,12 +282,11 @@ def print_sizes(given: argparse.Namespace) -> None:
     }  # fmt: skip
     for name, unit in names.items():
         print(f"| {name} | {getattr(rates, name):,.0f} {unit} |")
-    most = 8 * rows * given.tables + 8 * rows
-    print(f"\nCounts of rows take {most / 1e9:.1f} GB of host memory on each rank.")
     for devices in given.devices:
         for sharding, words in SHARDINGS.items():
             job = Job(devices, given.batch, given.ids, dense, tensors, sharding)
-            print(f"\n{devices} devices, sharded {words}:\n")
+            counted = max(j.counted([(rows, given.width)] * given.tables) for j in job.ranks()) / 1e9
+            print(f"\n{devices} devices, sharded {words}; counts of rows take {counted:.1f} GB of host memory:\n")
             print(
                 "| part | memory of a device, GB | steps | sent by a device in a step, MB | in all, GB | by all devices, GB | "
                 "own work, s | network, s |\n" + "|---" * 8 + "|"

@@ -192,7 +192,7 @@ def compared(rank: int, sharding: str) -> dict[str, tuple[float, float]]:
     with (searching := Traffic()):
         plan = embtrim.search(task, SSEDSConfig(min_dim=1), "50%")
     with (counting := Traffic()):
-        task.row_counts()
+        task.count_scores()
     small = shard(on_ranks.compact(lambda: Net(tables, hidden, "meta"), plan), "ebc.collection", sharding)
     with (giving := Traffic()):
         on_ranks.inherit(full, small, plan)
@@ -276,7 +276,7 @@ def measured_rates(given: argparse.Namespace) -> Rates:
             seconds = {
                 "training": cpu_seconds(lambda: trained(full)),
                 "scoring": cpu_seconds(lambda: slot_gradients(task, task.model, SSEDSConfig(), 0)),
-                "counting": cpu_seconds(task.row_counts),
+                "counting": cpu_seconds(task.count_scores),
                 "retraining": cpu_seconds(lambda: trained(small)),
             }
             inherited = cpu_seconds(lambda: on_ranks.inherit(full, small, plan))

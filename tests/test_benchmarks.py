@@ -591,7 +591,10 @@ def test_sizes_on_paper_are_those_computed_by_hand(monkeypatch, capsys):
     assert found["an epoch of the full model"] == ["260.0", "500", "0.3", "0.1", "0", "500", "0.0"]
     assert found["search, sseds"][1] == "50"
     assert found["search, sseds"][5] == "100"
-    assert found["counts of rows"][3:5] == ["8.1", "16"]  # 8 GB of counts, and 500 lookups of 0.26 MB
+    assert found["counts of rows"][2:5] == ["0.3", "0.1", "0"]  # 500 lookups of 0.26 MB, and ids of 8 kB
+    job = sizing.Job(2, 1000, 1, 67, 4, "row_wise")
+    assert job.counts([(10, 4)], 5) - 5 * job.lookup([(10, 4)]) == 8 * 6 + 16 * 5 + 8 + 5 * 8000
+    assert job.counted([(10, 4)]) == 32 * 5
     # 16 columns after filling: 68 GB; 256 GB are summed in 15,259 chunks, gone through in 256 s, and cross a bus of 25 GB/s twice
     assert found["inherit"] == ["328.0", "15,259", "16.8", "256.0", "512", "276", "5.1"]
     assert found["verify"][0] == "584.0"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -14,11 +16,13 @@ from embtrim.methods import (
     UniformConfig,
     search,
 )
-from embtrim.methods.selection import field_plan, largest, row_plan
+from embtrim.methods.selection import field_plan, largest, row_plan, rows_cost
 from embtrim.models import FNN, DeepFM
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
+from embtrim.plan.table import TablePlan
 from embtrim.schema import Schema
+from embtrim.tasks.row_scores import RowScores
 from embtrim.tasks.task import CTRTask
 from embtrim.testing.toys import (
     foreign_batches,
@@ -56,7 +60,7 @@ def test_field_plan_by_hand():
 
 def test_row_plan_by_hand():
     full = hand_plan(4, 3, width=2)
-    scores = {"f0": np.array([9, 1, 8, 7]), "f1": np.array([6, 5, 0])}
+    scores = {"f0": RowScores(np.array([9, 1, 8, 7])), "f1": RowScores(np.array([6, 5, 0]))}
     columns = {"f0": (0, 1), "f1": (1,)}
 
     def kept(limit: int) -> list[list[int] | None]:
@@ -71,6 +75,52 @@ def test_row_plan_by_hand():
     assert kept(8) == [None]  # the last row takes the place of DROPPED
     assert kept(10) == [None, [0]]
     assert kept(11) == [None, None]
+
+
+def naive_row_plan(full: SizePlan, scores: dict[str, np.ndarray], width: int, limit: int) -> list[int]:
+    """Rows kept of each table: one after the other while their parameters fit, then of each table while one more fits."""
+
+    def cost(table: TablePlan, rows: list[int]) -> int:
+        if not rows:
+            return 0
+        first, whole = max(rows) + 1, table.num_rows * width
+        return min(rows_cost(full, table, len(rows), width), rows_cost(full, table, first, width, first=True), whole)
+
+    taken: list[list[int]] = [[] for _ in full.tables]
+    total = lambda: sum(map(cost, full.tables, taken))  # noqa: E731
+    ordered = sorted((-s, t, row) for t, table in enumerate(full.tables) for row, s in enumerate(scores[table.name]))
+    for _, t, row in ordered:
+        taken[t].append(row)
+        if total() > limit:
+            taken[t].pop()
+            break
+    for t in range(len(full.tables)):
+        for row in [row for _, other, row in ordered if other == t][len(taken[t]) :]:
+            taken[t].append(row)
+            if total() > limit:
+                taken[t].pop()
+                break
+    return list(map(cost, full.tables, taken))
+
+
+@pytest.mark.parametrize("standalone", [False, True])
+@pytest.mark.parametrize("kind", ["counts", "floats", "falling", "equal"])
+def test_row_plans_are_those_of_one_row_after_the_other(kind: str, standalone: bool):
+    rng = np.random.default_rng(len(kind) + standalone)
+    draw = {
+        "counts": lambda n: rng.geometric(0.3, n) - 1,
+        "floats": lambda n: rng.normal(0, 1, n),
+        "falling": lambda n: np.sort(rng.geometric(0.1, n))[::-1],
+        "equal": lambda n: np.zeros(n),
+    }[kind]
+    for _ in range(8):
+        full = dataclasses.replace(hand_plan(*rng.integers(1, 40, 3), width=3), standalone=standalone)
+        scores = {table.name: draw(table.num_rows) for table in full.tables}
+        limit = int(rng.integers(0, full.num_params + 3))
+        columns = {table.name: (0, 2) for table in full.tables}
+        plan = row_plan(full, {name: RowScores(s) for name, s in scores.items()}, columns, limit, "scatter")
+        assert [plan.table_params(table) for table in plan.tables] == naive_row_plan(full, scores, 2, limit)
+        assert plan.num_params <= limit
 
 
 def test_largest():

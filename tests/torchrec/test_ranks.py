@@ -134,13 +134,13 @@ def test_a_checkpoint_of_two_ranks_opens_in_one_process(ranks):
 def test_norms_are_taken_some_rows_at_a_time(monkeypatch):
     model = make_model(Pooled)
     task = on_ranks.Task(model, loss, batches(0, 256))
-    monkeypatch.setattr("embtrim.torchrec.task.CHUNK_ROWS", 7)
+    monkeypatch.setattr("embtrim.tasks.table_parts.CHUNK_ROWS", 7)
     columns, rows = task.column_norms(), task.row_norms()
     for config in model.ebc.embedding_bag_configs():
         name = f"ebc.embedding_bags.{config.name}"
         weight = model.get_parameter(f"{name}.weight").detach().double()
         assert columns[name] == pytest.approx(weight.norm(dim=0).numpy())
-        assert rows[name] == pytest.approx(weight.norm(dim=1).numpy())
+        assert rows[name].scores == pytest.approx(weight.norm(dim=1).numpy())
 
 
 @pytest.mark.parametrize("pooling", ["SUM", "MEAN"])

@@ -18,6 +18,6 @@ def search_frequency(task: Task, config: FrequencyConfig, budget: Budget, seed: 
     full = task.full_plan()
     columns = {t.name: range(t.width) for t in full.tables}
     details = {"config": config.model_dump()}
-    counts, alignment = task.row_counts(), alignment_of(task, "scatter")
+    counts, alignment = task.count_scores(), alignment_of(task, "scatter")
     plan = filled(full, budget, lambda limit: row_plan(full, counts, columns, limit, alignment))
     return plan.made_by("frequency", budget, seed, details)

@@ -38,7 +38,7 @@ def search_magnitude(task: Task, config: MagnitudeConfig, budget: Budget, seed: 
     if config.unit == "rows":
         scores = task.row_norms()
         if config.cost_aware:
-            scores = {t.name: scores[t.name] / t.width for t in full.tables}
+            scores = {t.name: scores[t.name].times(1 / t.width) for t in full.tables}
         columns = {t.name: range(t.width) for t in full.tables}
         plan = filled(full, budget, lambda limit: row_plan(full, scores, columns, limit, alignment))
         return plan.made_by("magnitude", budget, seed, details)

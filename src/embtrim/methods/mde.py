@@ -41,8 +41,8 @@ def search_mde(task: Task, config: MDEConfig, budget: Budget, seed: int) -> Size
     if config.popularity == "rows":
         popularity = [1 / t.num_rows for t in full.tables]
     else:
-        counts = task.row_counts()
-        popularity = [max(1.0, float(counts[t.name].sum())) / t.num_rows for t in full.tables]
+        counts = task.count_scores()
+        popularity = [max(1.0, counts[t.name].sum) / t.num_rows for t in full.tables]
     # The rule wants column j of field f once the scale reaches j / p_f^alpha. Slots are taken in this order.
     scale_S = np.concatenate(
         [np.arange(1, t.width + 1) / p**config.alpha for t, p in zip(full.tables, popularity, strict=True)]

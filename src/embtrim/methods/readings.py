@@ -31,7 +31,7 @@ from embtrim.plan.table import BITS, BYTES_PER_SCALE, CODE_BITS
 from embtrim.system.modules import evaluating
 from embtrim.system.progress import tracked
 from embtrim.tables.packing import CHUNK_ROWS, as_coded, fit_codes, together
-from embtrim.tasks.row_scores import NOTHING, Cut, RowScores, nth_keys
+from embtrim.tasks.row_scores import NOTHING, Cut, RowScores, key_bounds, nth_keys
 from embtrim.tasks.sharing import ALONE, OneProcess
 from embtrim.tasks.sites import weights_kept
 from embtrim.tasks.table_parts import Change, TablePart
@@ -230,7 +230,7 @@ def _table(part: TablePart, basis: Basis, train_rows: int, group: OneProcess) ->
 
 def _edges(energies: RowScores) -> list[tuple[int, Cut]]:
     """Numbers of rows before each segment, and before the end; and the cuts there."""
-    most = energies.value_of(energies.keys[1])
+    most = energies.value_of(key_bounds([energies])[1])
     thresholds = [energies.cut_at(most / ENERGY_PER_SEGMENT**k) for k in range(1, MOST_SEGMENTS)]
     edges = [(0, NOTHING)]
     for number, cut in zip(energies.total(thresholds).tolist(), thresholds, strict=True):

@@ -19,6 +19,7 @@ from embtrim.plan.budget import Budget
 from embtrim.plan.budget_limits import full_limit
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Alignment, Block, TablePlan, map_params
+from embtrim.tasks.row_scores import NOTHING, Cut, RowScores, before, key_bounds, lowest
 
 
 def slot_costs(plan: SizePlan, alignment: Alignment, kept: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
@@ -152,7 +153,7 @@ def columns_cost(
 
 def row_plan(
     full: SizePlan,
-    scores: Mapping[str, np.ndarray],
+    scores: Mapping[str, RowScores],
     columns: Mapping[str, Sequence[int]],
     limit: int,
     alignment: Alignment,
@@ -164,59 +165,80 @@ def row_plan(
 
     Args:
         full: The plan that keeps everything.
-        scores: Scores of the rows (V,), by table name.
+        scores: Scores of the rows, by table name. Of equal scores, rows of the first tables come first.
         columns: Kept columns of the rows, by table name.
         limit: Parameters allowed; never exceeded.
         alignment: How narrow tables reach the full width.
     """
-    sizes = [t.num_rows for t in full.tables]
-    table_of = np.repeat(np.arange(len(sizes)), sizes)
-    row_of = np.concatenate([np.arange(n) for n in sizes])
-    order = np.argsort(-np.concatenate([scores[t.name] for t in full.tables]), kind="stable")
-    table_of, row_of = table_of[order], row_of[order]
+    tables = [scores[t.name] for t in full.tables]
 
-    by_table = [row_of[table_of == number] for number in range(len(sizes))]
-    last = [np.maximum.accumulate(rows) for rows in by_table]
-
-    def cheapest(number: int, count: int) -> tuple[int, int, bool]:
+    def cheapest(number: int, count: int, last: int) -> tuple[int, int, bool]:
         """Parameters of a table that keeps its `count` best rows, the rows it then keeps, and whether they are the first."""
         t, width = full.tables[number], len(columns[full.tables[number].name])
         if not count:
             return 0, 0, True
-        first = int(last[number][count - 1]) + 1
         choices = [
             (rows_cost(full, t, count, width), count, False),
-            (rows_cost(full, t, first, width, first=True), first, True),
+            (rows_cost(full, t, last + 1, width, first=True), last + 1, True),
             (t.num_rows * width, t.num_rows, True),
         ]
         cost, kept, are_first = min(choices, key=lambda choice: (choice[0], -choice[1]))
         projection = width * t.width if alignment == "project" and width < t.width else 0
         return cost + projection, kept, are_first
 
-    def count(prefix: int) -> list[int]:
-        return np.bincount(table_of[:prefix], minlength=len(sizes)).tolist()
+    def costs(cuts: Sequence[Cut]) -> list[int]:
+        return [cheapest(number, *pair)[0] for number, pair in enumerate(zip(*before(tables, cuts), strict=True))]
 
-    def cost(counts: Sequence[int]) -> int:
-        return sum(cheapest(number, n)[0] for number, n in enumerate(counts))
-
-    counts = count(largest(len(order), lambda prefix: cost(count(prefix)) <= limit))
-    left = limit - cost(counts)
+    cuts = _joint_cuts(tables, lambda cuts: sum(costs(cuts)) <= limit)
+    left = limit - sum(costs(cuts))
     # The next best row of a narrower table may still fit in the rest.
-    for number, size in enumerate(sizes):
-        while counts[number] < size:
-            more = cheapest(number, counts[number] + 1)[0] - cheapest(number, counts[number])[0]
-            if more > left:
-                break
-            counts[number] += 1
-            left -= more
-    tables = []
-    for number, (t, n) in enumerate(zip(full.tables, counts, strict=True)):
-        _, kept, are_first = cheapest(number, n)
-        rows = np.arange(kept) if are_first else np.sort(by_table[number][:n])
+    for number, table in enumerate(tables):
+        if left < len(columns[full.tables[number].name]) and not full.standalone:
+            continue  # parameters come in whole rows
+
+        def cost(cut: Cut, number: int = number, table: RowScores = table) -> int:
+            return cheapest(number, *(part[0] for part in before([table], [cut])))[0]
+
+        now = cost(cuts[number])
+        cuts[number] = _extended(table, cuts[number], lambda cut, cost=cost, most=now + left: cost(cut) <= most)
+        left -= cost(cuts[number]) - now
+    counts, lasts = before(tables, cuts)
+    found = []
+    for number, (t, cut) in enumerate(zip(full.tables, cuts, strict=True)):
+        _, kept, are_first = cheapest(number, counts[number], lasts[number])
+        rows = np.arange(kept) if are_first else tables[number].rows_between(NOTHING, cut)
         stored = None if kept == t.num_rows else rows.astype(np.int32)
         blocks = (Block(kept, tuple(columns[t.name]), alignment, stored),) if kept else ()
-        tables.append(dataclasses.replace(t, blocks=blocks))
-    return dataclasses.replace(full, tables=tuple(tables))
+        found.append(dataclasses.replace(t, blocks=blocks))
+    return dataclasses.replace(full, tables=tuple(found))
+
+
+def _joint_cuts(tables: Sequence[RowScores], fits: Callable[[Sequence[Cut]], bool]) -> list[Cut]:
+    """Cuts in all tables behind as many of the best rows as fit; nothing is assumed to fit."""
+    low, high = key_bounds(tables)
+    key = lowest(low - 1, high, lambda key: fits([Cut(key)] * len(tables)))
+    cuts = [Cut(key)] * len(tables)
+    if key < low:
+        return cuts
+    whole = [Cut(key, table.num_rows) for table in tables]  # of equal scores, all rows of the first tables
+    number = largest(len(tables), lambda n: fits([*whole[:n], *cuts[n:]]))
+    cuts[:number] = whole[:number]
+    if number < len(tables):
+        others = cuts[number + 1 :]
+        last = largest(tables[number].num_rows, lambda n: fits([*cuts[:number], Cut(key, n - 1), *others]))
+        cuts[number] = Cut(key, last - 1)
+    return cuts
+
+
+def _extended(table: RowScores, cut: Cut, fits: Callable[[Cut], bool]) -> Cut:
+    """The cut of one table behind as many of its best rows as fit; those before a cut are known to fit."""
+    low = key_bounds([table])[0]
+    if cut.key < low:
+        return cut
+    key = lowest(low - 1, cut.key, lambda key: fits(Cut(key)))
+    if key < low:
+        return Cut(key)
+    return Cut(key, largest(table.num_rows, lambda n: fits(Cut(key, n - 1))) - 1)
 
 
 def rows_cost(full: SizePlan, table: TablePlan, count: int, width: int, first: bool = False) -> int:

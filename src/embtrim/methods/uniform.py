@@ -36,7 +36,7 @@ def search_uniform(task: Task, config: UniformConfig, budget: Budget, seed: int)
     details = {"config": config.model_dump()}
     plan = equal_widths(full, full_limit(full, budget), alignment, seed)
     if plan is None:
-        counts, columns = task.row_counts(), {t.name: range(min(1, t.width)) for t in full.tables}
+        counts, columns = task.count_scores(), {t.name: range(min(1, t.width)) for t in full.tables}
         plan = filled(full, budget, lambda limit: row_plan(full, counts, columns, limit, alignment))
     return plan.made_by("uniform", budget, seed, details)
 

@@ -10,6 +10,7 @@ Axes: V rows of a table, N rows of it that this process holds, K numbers of rows
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -51,17 +52,26 @@ class RowScores:
         keys = _keys_of(scores)
         order = np.argsort(~keys, kind="stable")  # ~ reverses the order of all integers
         self._falling, self._rows = ~keys[order], order + first
-        self._last = np.maximum.accumulate(self._rows)
-        self._sums = np.concatenate([[0.0], np.cumsum(scores[order], dtype=np.float64)])
         self._is_float = scores.dtype.kind == "f"
         self._known_sums: dict[tuple[int, ...], np.ndarray] = {}
 
+    @cached_property
+    def _last(self) -> np.ndarray:
+        return np.maximum.accumulate(self._rows)
+
+    @cached_property
+    def _sums(self) -> np.ndarray:
+        ordered = self.scores[self._rows - self.first]
+        return np.concatenate([[0.0], np.cumsum(ordered, dtype=np.float64)])
+
     @property
-    def keys(self) -> tuple[int, int]:
-        """The lowest and the highest key of all rows of the table."""
-        own = [self._falling[-1], ~self._falling[0]] if len(self._falling) else [_LEAST, _LEAST]
-        low, high = self.group.largest(torch.tensor(np.array(own))).tolist()
-        return ~low, high
+    def sum(self) -> float:
+        """Sum of the scores of all rows of the table."""
+        return float(self.group.summed(torch.tensor(float(self.scores.sum()), dtype=torch.float64)))
+
+    def times(self, factor: float) -> RowScores:
+        """The scores times a number."""
+        return RowScores(self.scores * factor, self.first, self.num_rows, self.group)
 
     def value_of(self, key: int) -> float:
         """The score that has a key."""
@@ -137,6 +147,23 @@ def _keys_of(scores: np.ndarray) -> np.ndarray:
     return np.where(bits >= 0, bits, bits ^ _MASK)
 
 
+def key_bounds(tables: Sequence[RowScores]) -> tuple[int, int]:
+    """The lowest and the highest key of all rows of some tables."""
+    own = [_LEAST, _LEAST]
+    for table in tables:
+        if len(table._falling):
+            own = [max(own[0], int(table._falling[-1])), max(own[1], ~int(table._falling[0]))]
+    low, high = tables[0].group.largest(torch.tensor(own, dtype=torch.int64)).tolist()
+    return ~low, high
+
+
+def before(tables: Sequence[RowScores], cuts: Sequence[Cut]) -> tuple[list[int], list[int]]:
+    """How many rows of each table lie before its cut, and the last one of them; -1 without one."""
+    own = torch.tensor([table.before(cut) for table, cut in zip(tables, cuts, strict=True)], dtype=torch.int64)
+    group = tables[0].group
+    return group.summed(own[:, 0].contiguous()).tolist(), group.largest(own[:, 1].contiguous()).tolist()
+
+
 def lowest(low: int, high: int, fits: Callable[[int], bool]) -> int:
     """The lowest number in low..high that fits; `high` is assumed to fit, and so is every number above one that fits."""
     while low < high:
@@ -148,9 +175,7 @@ def lowest(low: int, high: int, fits: Callable[[int], bool]) -> int:
 def nth_keys(tables: Sequence[RowScores], numbers: np.ndarray) -> list[int]:
     """The n-th highest key over all rows of some tables, for each number n (K,) from 0; -1 gives the highest too."""
     group, numbers = tables[0].group, np.maximum(numbers, 0)
-    bounds = [table.keys for table in tables]
-    low = [min(b[0] for b in bounds)] * len(numbers)
-    high = [max(b[1] for b in bounds)] * len(numbers)
+    low, high = ([bound] * len(numbers) for bound in key_bounds(tables))
     while any(a < b for a, b in zip(low, high, strict=True)):
         # WAYS - 1 keys between low and high for each number: fewer exchanges than by halves.
         tried = [[a + (b - a) * way // WAYS + 1 for way in range(WAYS - 1)] for a, b in zip(low, high, strict=True)]

@@ -31,6 +31,7 @@ from embtrim.tasks.chosen import Chosen, Patterns
 from embtrim.tasks.noting import with_reads
 from embtrim.tasks.row_counts import count_rows, unread
 from embtrim.tasks.row_gradients import RowGradients, row_gradients
+from embtrim.tasks.row_scores import RowScores
 from embtrim.tasks.sharing import OneProcess
 from embtrim.tasks.sites import ModuleSite, Site, SlotGate, gate_sites, weights_by_table
 from embtrim.tasks.survey import Fields, Finding, find_sites, site_plan, survey
@@ -168,10 +169,14 @@ class Task(OneProcess):
         weights = weights_by_table(self.sites(self.model))
         return {name: weight_VD.double().norm(dim=0).cpu().numpy() for name, weight_VD in weights.items()}
 
-    def row_norms(self) -> dict[str, np.ndarray]:
-        """Euclidean norms of the rows of every table, float64 (V,) by name."""
+    def row_norms(self) -> dict[str, RowScores]:
+        """Euclidean norms of the rows of every table by its name, of the rows that this process holds."""
         weights = weights_by_table(self.sites(self.model))
-        return {name: weight_VD.double().norm(dim=1).cpu().numpy() for name, weight_VD in weights.items()}
+        return {name: RowScores(weight_VD.double().norm(dim=1).cpu().numpy()) for name, weight_VD in weights.items()}
+
+    def count_scores(self) -> dict[str, RowScores]:
+        """`row_counts` of the rows that this process holds, by table name."""
+        return {name: RowScores(count_V) for name, count_V in self.row_counts().items()}
 
     def row_sizes(self, model: nn.Module) -> dict[str, np.ndarray]:
         """Sums of the absolute values of the rows of every table of a model of this task, float32 (V,) by name."""

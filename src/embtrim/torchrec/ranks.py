@@ -54,9 +54,9 @@ def gathered(values_N: Tensor) -> list[Tensor]:
     sizes = summed(sizes).tolist()
     own = torch.zeros(max(sizes), dtype=values_N.dtype, device=device_of_group())
     own[: len(values_N)] = values_N
-    found = [torch.empty_like(own) for _ in sizes]
-    dist.all_gather(found, own)
-    return [part[:size].to(values_N.device) for part, size in zip(found, sizes, strict=True)]
+    found = own.new_empty(len(sizes) * len(own))
+    dist.all_gather_into_tensor(found, own)
+    return [part[:size].to(values_N.device) for part, size in zip(found.view(len(sizes), -1), sizes, strict=True)]
 
 
 def device_of_group() -> torch.device:

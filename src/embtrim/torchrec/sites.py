@@ -246,7 +246,7 @@ class CollectionSite:
         """Refused: nothing gathers the tables of a collection. See `shards`."""
         raise ModelError(
             f"this search reads whole tables, and those of the collection {self.path!r} may lie on several ranks; choose "
-            "sseds, hard_mask, or a control"
+            "guided, sseds, hard_mask, optembed, or a control"
         )
 
     def drop_rows(self, kept: Sequence[Tensor]) -> None:

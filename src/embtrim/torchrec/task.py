@@ -19,12 +19,12 @@ from embtrim.errors import ModelError
 from embtrim.plan.plan import SizePlan
 from embtrim.system.modules import evaluating
 from embtrim.system.progress import tracked
-from embtrim.tables.packing import CHUNK_ROWS
 from embtrim.tasks import task as plain
 from embtrim.tasks.chosen import Patterns
 from embtrim.tasks.row_gradients import RowGradients
+from embtrim.tasks.row_scores import RowScores
 from embtrim.tasks.survey import Finding
-from embtrim.tasks.table_parts import Change, TablePart
+from embtrim.tasks.table_parts import Change, TablePart, chunks_of
 from embtrim.torchrec.inheriting import copy_weights
 from embtrim.torchrec.parts import changed, count_rows, sharded_tables
 from embtrim.torchrec.ranks import Filler, InStep, Running, from_first, gathered, largest, num_ranks, own_rank, summed
@@ -220,11 +220,27 @@ class Task(plain.Task):
 
     def column_norms(self) -> dict[str, np.ndarray]:
         """See Task."""
-        return self._norms(0)
+        found: dict[str, Tensor] = {}
+        for site in self.sites(self.model):
+            found |= {n: torch.zeros(w, dtype=torch.float64) for n, w in zip(site.names, site.widths, strict=True)}
+            for shard in site.shards():
+                for _, part_RC in chunks_of(shard.weight_RC) if shard.counts else ():
+                    squares = part_RC.double().square().sum(0).cpu()
+                    found[site.by_config[shard.table]][shard.columns] += squares
+        return {name: summed(squares).sqrt().numpy() for name, squares in found.items()}
 
-    def row_norms(self) -> dict[str, np.ndarray]:
+    def row_norms(self) -> dict[str, RowScores]:
         """See Task."""
-        return self._norms(1)
+        found = {}
+        for table in sharded_tables(self.sites(self.model)):
+            parts = [part.double().norm(dim=1).cpu().numpy() for _, part in chunks_of(table.weight_ND)]
+            found[table.name] = RowScores(np.concatenate([np.zeros(0), *parts]), table.first, table.num_rows, self)
+        return found
+
+    def count_scores(self) -> dict[str, RowScores]:
+        """See Task."""
+        parts = self.table_parts().items()
+        return {name: RowScores(part.count_N, part.first, part.num_rows, self) for name, part in parts}
 
     def row_sizes(self, model: nn.Module) -> dict[str, np.ndarray]:
         """See Task."""
@@ -236,22 +252,8 @@ class Task(plain.Task):
                     found[site.by_config[shard.table]][shard.rows] += shard.weight_RC.abs().sum(1).cpu()
         return {name: summed(sizes).numpy() for name, sizes in found.items()}
 
-    def _norms(self, over: int) -> dict[str, np.ndarray]:
-        found: dict[str, Tensor] = {}
-        for site in self.sites(self.model):
-            for config, name in site.by_config.items():
-                size = next((c.embedding_dim, c.num_embeddings) for c in site.configs if c.name == config)
-                found[name] = torch.zeros(size[over], dtype=torch.float64)
-            for shard in site.shards():
-                for start in range(0, len(shard.weight_RC) if shard.counts else 0, CHUNK_ROWS):
-                    part_RC = shard.weight_RC[start : start + CHUNK_ROWS]
-                    first = shard.rows.start + start
-                    place = shard.columns if over == 0 else slice(first, first + len(part_RC))
-                    found[site.by_config[shard.table]][place] += part_RC.double().square().sum(over).cpu()
-        return {name: summed(squares).sqrt().numpy() for name, squares in found.items()}
-
     def row_counts(self) -> dict[str, np.ndarray]:
-        """See Task: how often all ranks together read each row, int64 (V,) by table."""
+        """See Task: counts of all ranks, on each of them; `count_scores` leaves them where the rows are."""
         counts = {
             name: torch.zeros(rows, dtype=torch.int64)
             for site in self.sites(self.model)
