@@ -122,6 +122,8 @@ def refusals(rank: int, folder: Path) -> dict[str, str]:
     task._train = parts(3, MORE, rank)[:3]
     with noted("unequal"):
         embtrim.search(task, HardMaskConfig(), "40%")
+    with noted("export"):
+        on_ranks.export(task.model, task.full_plan(), folder / "exported")
     pooled = task_of("ebc", "table_wise", rank)
     pooled._train = pooled._valid = two_ids(parts(3, HALF, rank), rank)
     for name in ("hard_mask", "optembed"):

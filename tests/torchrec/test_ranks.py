@@ -114,6 +114,7 @@ def test_a_search_that_cannot_run_says_why_on_all_ranks(ranks):
         assert "'ebc' pools several ids of feature 'user'" in first[f"pooled {name}"]
     assert "a sharded model cannot be copied; give the Task `fresh=`" in first["copy"]
     assert "trained here without patience" in first["patience"]
+    assert "export writes one folder from a model in one process" in first["export"]
     assert len(first["without rows"]) == 12
 
 

@@ -97,6 +97,11 @@ class PackedRows(nn.Module):
             codes_NW = codes_of(part_NW, scale_W, offset_W, self.bits).to(torch.uint8)
             self.values[place_N] = _packed(codes_NW, self.bits)
 
+    def codes(self, rows_N: Tensor) -> Tensor:
+        """Codes (N, W) of some rows, uint8; values where there are no codes."""
+        found = self.values[rows_N]
+        return found if self.bits > CODE_BITS else _unpacked(found.float(), self.width, self.bits).to(torch.uint8)
+
     def pieces(self, stretch: int, rows_N: Tensor, values_NW: Tensor) -> Iterator[Piece]:
         """The arguments of `store` by precision."""
         yield self, stretch, rows_N, values_NW

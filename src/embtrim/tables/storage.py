@@ -325,6 +325,18 @@ class TableStorage(nn.Module, Indices):
                 stretch = first_order_places[bits][table.name]
                 yield packed_first_order[str(bits)], stretch, rows - start, self.first_order[start:, None]
 
+    def packed_pieces(self, name: str) -> list[tuple[PackedRows, int, Tensor]]:
+        """Where the rows of a quantised table are stored, in order of their compact ids: packed rows, stretch, and places."""
+        assert self.packed is not None
+        rows = torch.from_numpy(self.storage_rows(name, np.arange(self.layout.tables[name].num_compact_rows)))
+        found = []
+        for group, store in zip(self.groups, self.packed, strict=True):
+            if name in (place := places_of(group.tables)):
+                local = rows[(rows >= group.start) & (rows < group.stop)] - group.start
+                pieces = store.pieces(place[name], local, local)  # type: ignore[operator]
+                found += [(packed, stretch, places) for packed, stretch, places, _ in pieces]
+        return found
+
     def projections(self) -> Tensor:
         """The rows of all projections that uniform tables own, in fp32."""
         if self.half_projection is None:

@@ -18,8 +18,9 @@ except ImportError as error:
     ) from error
 
 from embtrim.torchrec.compacting import CompactCollection, CompactSequences, compact
+from embtrim.torchrec.exporting import export
 from embtrim.torchrec.inheriting import inherit
 from embtrim.torchrec.task import Task
 from embtrim.torchrec.verifying import verify
 
-__all__ = ["CompactCollection", "CompactSequences", "Task", "compact", "inherit", "verify"]
+__all__ = ["CompactCollection", "CompactSequences", "Task", "compact", "export", "inherit", "verify"]

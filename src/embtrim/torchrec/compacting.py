@@ -83,11 +83,13 @@ class _Compact(nn.Module):
         self._table_of: dict[str, int] = {}  # number of each feature's table, which its buffers are called after
         self._device: torch.device = full.device  # type: ignore[assignment]
         self.small: list[Any] = []
+        self.removed: list[Any] = []  # configs of tables without columns
         for number, config in enumerate(configs):
             table = tables.get(config.name)
             if table is not None:
                 _check(table, config)
                 if not table.output_width:
+                    self.removed.append(config)
                     continue
                 self._plans |= dict.fromkeys(config.feature_names, table)
                 self._table_of |= dict.fromkeys(config.feature_names, number)

@@ -47,7 +47,7 @@ def inherit(full: nn.Module, small: nn.Module, plan: SizePlan) -> None:
     given = _shards_by_name(full)
     if missing := [name for name in tables if name not in given]:
         raise PlanError(f"the plan is for a table {missing[0]!r}, which the full model does not have")
-    for name, (config, shards) in _compact_shards(small).items():
+    for name, (config, shards) in compact_shards(small).items():
         if name not in given:
             raise ModelError(f"the compact model has a table {name!r}, which the full model does not have")
         full_config, own = given[name]
@@ -95,17 +95,20 @@ def _shards_by_name(model: nn.Module) -> dict[str, tuple[Any, list[Shard]]]:
     return found
 
 
-def _compact_shards(model: nn.Module) -> dict[str, tuple[Any, list[Shard]]]:
-    """Config and this rank's pieces of each table of a compact model, by the name that the full table has in plans."""
-    compact = [(path, m) for path, m in named_modules(model) if isinstance(m, (CompactCollection, CompactSequences))]
+def compact_shards(model: nn.Module) -> dict[str, tuple[Any, list[Shard]]]:
+    """Config and this rank's pieces of each table of a compact model, by the name that the full table has in plans.
+
+    Collections that the plan leaves alone are among them.
+    """
+    compact = {path: m for path, m in named_modules(model) if isinstance(m, (CompactCollection, CompactSequences))}
     if not compact:
         raise ModelError(f"this {type(model).__name__} has no compact collection; make it by embtrim.torchrec.compact")
-    return {
-        name_of(path, inner, config): (config, shards_of(inner, [config]))
-        for path, module in compact
-        for _, inner in find_collections(module)
-        for config in configs_of(inner)
-    }
+    found = {}
+    for path, module in find_collections(model):
+        outer = next((start for start in compact if path.startswith(f"{start}." if start else "")), path)
+        for config in configs_of(module):
+            found[name_of(outer, module, config)] = config, shards_of(module, [config])
+    return found
 
 
 def _copy_others(full: nn.Module, small: nn.Module) -> None:
