@@ -60,7 +60,7 @@ class TestPME:
         assert sizes[0].tolist() == [2, 2, 1, 0, 0, 0, 0, 0]
         plan = sized_plan(full, sizes)
         assert plan.num_params == 2 + 2 + 1 + 2 + 4 + 8
-        assert [(b.width, b.rows.tolist()) for b in plan.tables[0].blocks] == [(2, [0, 1]), (1, [2])]
+        assert [(b.width, list(b.rows)) for b in plan.tables[0].blocks] == [(2, [0, 1]), (1, [2])]
         # One less, and only W_2 is left: what it frees goes to the next values in order.
         assert fill_sizes(full, bucket_scores(full, ranked), 18)[0].tolist() == [2, 2, 2, 2, 0, 0, 0, 0]
         assert fill_sizes(full, bucket_scores(full, ranked), 32)[0].tolist() == [4] * 8

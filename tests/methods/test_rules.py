@@ -66,7 +66,7 @@ def test_row_plan_by_hand():
     def kept(limit: int) -> list[list[int] | None]:
         plan = row_plan(full, scores, columns, limit, "scatter")
         assert plan.num_params <= limit
-        return [None if b.rows is None else b.rows.tolist() for t in plan.tables for b in t.blocks]
+        return [None if b.rows is None else list(b.rows) for t in plan.tables for b in t.blocks]
 
     assert kept(1) == []
     assert kept(3) == [None]  # only f1, of one column, fits

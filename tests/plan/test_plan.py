@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from embtrim.errors import BudgetError, PlanError
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import PlanShape, SizePlan
-from embtrim.plan.table import Block, TablePlan, TableShape, describe_table
+from embtrim.plan.table import Block, TablePlan, TableShape, block_rows, describe_table, smallest_dtype
 from embtrim.schema import Schema
 from embtrim.tables.embedding_tables import EmbeddingTables
 from tests.system.kills import killed, names
@@ -412,3 +412,68 @@ def test_an_unknown_key_in_a_plan_is_an_error(tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps(values))
     with pytest.raises(PlanError, match=r"unknown key 'tables.0.columns' for PlanFile; allowed: name"):
         SizePlan.load(tmp_path / "plan.json")
+
+
+def large_plan() -> SizePlan:
+    """The first rows of one table of five billion, some rows beyond 2^31 of another, and all of a third."""
+    many, some = 5 * 10**9, np.array([7, 2**31 + 1, 4 * 10**9], np.int64)
+    tables = (
+        TablePlan("first", many, 4, (Block(3 * 10**9, (0, 2), rows=range(3 * 10**9)),)),
+        TablePlan("some", many, 4, (Block(3, (1,), rows=some),)),
+        TablePlan("whole", many, 4, (Block(many, (0, 1, 2, 3)),)),
+    )
+    return SizePlan("f" * 16, 3, tables, standalone=True)
+
+
+def test_tables_of_more_rows_than_32_bits_count(tmp_path):
+    plan = large_plan()
+    first, some, whole = plan.tables
+    assert (first.keeps_first_rows, some.keeps_first_rows, whole.renumbers) == (True, False, False)
+    assert plan.num_params == (3 * 10**9 + 1) * 2 + 4 + 5 * 10**9 // 4 + 4 * 5 * 10**9  # the map of `some` has bytes
+    assert some.map_dtype == np.uint8
+    assert first.id_map(range(3 * 10**9 - 2, 3 * 10**9 + 2)).tolist() == [
+        3 * 10**9 - 2,
+        3 * 10**9 - 1,
+        3 * 10**9,
+        3 * 10**9,
+    ]
+    assert some.id_map(range(2**31, 2**31 + 3)).tolist() == [3, 1, 3]
+    assert some.block_of_row(range(4 * 10**9 - 1, 4 * 10**9 + 2)).tolist() == [-1, 0, -1]
+    assert whole.kept_mask(range(4 * 10**9, 4 * 10**9 + 2)).all()
+    assert first.kept_mask(range(3 * 10**9 - 1, 3 * 10**9 + 1)).tolist() == [[True, False, True, False], [False] * 4]
+    plan.save(tmp_path / "plan.json")
+    assert (tmp_path / "plan.npz").stat().st_size < 1000, "the first rows are a number"
+    loaded = SizePlan.load(tmp_path / "plan.json")
+    assert loaded.digest == plan.digest
+    assert loaded.tables[0].blocks[0].rows == range(3 * 10**9)
+    assert loaded.tables[1].blocks[0].rows.tolist() == [7, 2**31 + 1, 4 * 10**9]
+    assert plan.diff(loaded) == ""
+    assert smallest_dtype(2**31 + 1) == np.int64
+
+
+def test_first_rows_are_those_that_a_list_of_ids_gives(tmp_path):
+    full = SizePlan.full(Schema.from_sizes([9]), width=2)
+
+    def cut(rows: object) -> SizePlan:
+        return dataclasses.replace(
+            full, tables=(dataclasses.replace(full.tables[0], blocks=(Block(4, (0, 1), rows=rows),)),)
+        )
+
+    number, listed = cut(range(4)), cut(np.arange(4, dtype=np.int32))
+    assert number.digest == listed.digest
+    assert number.diff(listed) == ""
+    for rows in (None, range(3), range(2, 7), range(6, 9)):
+        for name in ("id_map", "block_of_row", "kept_mask"):
+            found, expected = (getattr(plan.tables[0], name)(rows) for plan in (number, listed))
+            assert found.tolist() == expected.tolist(), (name, rows)
+    assert block_rows(np.arange(4), 9) == range(4)
+    assert block_rows(np.arange(9), 9) is None
+    assert block_rows(np.array([0, 2]), 9).dtype == np.int32
+    with pytest.raises(PlanError, match="a range of rows is from 0 in steps of 1"):
+        cut(range(1, 5))
+    two = (Block(2, (0, 1), rows=range(2)), Block(1, (0, 1), rows=np.array([1], np.int32)))
+    with pytest.raises(PlanError, match="a row is in two blocks"):
+        dataclasses.replace(full.tables[0], blocks=two)
+    number.save(tmp_path / "plan.json")
+    assert not (tmp_path / "plan.npz").exists()
+    assert SizePlan.load(tmp_path / "plan.json").tables[0].blocks[0].rows == range(4)

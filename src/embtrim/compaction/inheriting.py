@@ -67,13 +67,12 @@ def check_inheritable(table: TablePlan) -> None:
 
 def kept_rows_of(table: TablePlan) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Kept rows of a table, ascending, and their compact ids, in chunks: rows of a table may fill the memory."""
-    id_map = table.id_map()
     for start in range(0, table.num_rows, CHUNK_ROWS):
-        rows = np.arange(start, min(start + CHUNK_ROWS, table.num_rows))
-        if id_map is None:
+        chunk = range(start, min(start + CHUNK_ROWS, table.num_rows))
+        rows, compact_ids = np.arange(chunk.start, chunk.stop), table.id_map(chunk)
+        if compact_ids is None:
             yield rows, rows
             continue
-        compact_ids = id_map[rows]
         kept = np.flatnonzero(compact_ids != table.dropped_id) if table.has_dropped else slice(None)
         if len(rows[kept]):
             yield rows[kept], compact_ids[kept]

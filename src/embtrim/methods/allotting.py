@@ -27,6 +27,7 @@ from embtrim.plan.table import (
     TablePlan,
     TableShape,
     Target,
+    block_rows,
     row_bytes,
     stored_bytes,
 )
@@ -290,9 +291,10 @@ def _equal_widths(
 
 def _with_rows(table: TableShape, energies: RowScores) -> TablePlan:
     """The layout with the rows of most energy, in their bands."""
-    kept: Sequence[np.ndarray | None] = [None] * len(table.blocks)
+    kept: list[np.ndarray | range | None] = [None] * len(table.blocks)
     if table.renumbers:
-        kept = [rows.astype(np.int32) for rows in energies.best([block.num_rows for block in table.blocks])]
+        best = energies.best([block.num_rows for block in table.blocks])
+        kept = [block_rows(rows, table.num_rows) for rows in best]
     blocks = [
         Block(block.num_rows, block.columns, block.alignment, rows, bits=block.bits)
         for block, rows in zip(table.blocks, kept, strict=True)

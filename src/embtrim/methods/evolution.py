@@ -18,7 +18,7 @@ import numpy as np
 from embtrim.errors import BudgetError
 from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
-from embtrim.plan.table import Alignment, Block, TablePlan
+from embtrim.plan.table import Alignment, Block, TablePlan, block_rows
 
 Widths = tuple[int, ...]
 
@@ -260,10 +260,10 @@ def raise_thresholds(
 
 def table_plan(table: TablePlan, kept_V: np.ndarray, width: int, alignment: Alignment) -> TablePlan:
     """The plan of a table that keeps some rows and its first columns."""
-    rows = np.flatnonzero(kept_V).astype(np.int32)
+    rows = np.flatnonzero(kept_V)
     if not len(rows):
         return dataclasses.replace(table, blocks=())
-    stored = None if len(rows) == table.num_rows else rows
+    stored = block_rows(rows, table.num_rows)
     return dataclasses.replace(table, blocks=(Block(len(rows), tuple(range(width)), alignment, stored),))
 
 

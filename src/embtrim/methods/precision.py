@@ -65,8 +65,8 @@ def code_losses(
     for number, table in enumerate(tables):
         weight_VD, count_V = weights[table.name], counts[table.name]
         for block in table.blocks:
-            rows = slice(None) if block.rows is None else block.rows
-            kept = weight_VD if block.rows is None else weight_VD[torch.from_numpy(block.rows).to(weight_VD.device)]
+            rows = block.places(range(table.num_rows))[0]
+            kept = weight_VD[rows if isinstance(rows, slice) else torch.from_numpy(rows).to(weight_VD.device)]
             number_P.append(number)
             kept_P.append(kept[:, list(block.kept_columns)])
             count_P.append(count_V[rows])

@@ -18,7 +18,7 @@ from embtrim.errors import BudgetError
 from embtrim.plan.budget import Budget
 from embtrim.plan.budget_limits import full_limit
 from embtrim.plan.plan import SizePlan
-from embtrim.plan.table import Alignment, Block, TablePlan, map_params
+from embtrim.plan.table import Alignment, Block, TablePlan, block_rows, map_params
 from embtrim.tasks.row_scores import NOTHING, Cut, RowScores, before, key_bounds, lowest
 
 
@@ -206,8 +206,8 @@ def row_plan(
     found = []
     for number, (t, cut) in enumerate(zip(full.tables, cuts, strict=True)):
         _, kept, are_first = cheapest(number, counts[number], lasts[number])
-        rows = np.arange(kept) if are_first else tables[number].rows_between(NOTHING, cut)
-        stored = None if kept == t.num_rows else rows.astype(np.int32)
+        first = None if kept == t.num_rows else range(kept)
+        stored = first if are_first else block_rows(tables[number].rows_between(NOTHING, cut), t.num_rows)
         blocks = (Block(kept, tuple(columns[t.name]), alignment, stored),) if kept else ()
         found.append(dataclasses.replace(t, blocks=blocks))
     return dataclasses.replace(full, tables=tuple(found))

@@ -15,7 +15,7 @@ import numpy as np
 
 from embtrim.methods.selection import largest
 from embtrim.plan.plan import PlanShape, SizePlan
-from embtrim.plan.table import Block, BlockShape, TablePlan, TableShape, map_params
+from embtrim.plan.table import Block, BlockShape, TablePlan, TableShape, block_rows, map_params
 
 # Steps from size to size that are counted at a time.
 CHUNK_STEPS = 1 << 20
@@ -200,10 +200,8 @@ def sized_plan(full: SizePlan, sizes: Sequence[np.ndarray]) -> SizePlan:
     for table, size_V in zip(full.tables, sizes, strict=True):
         blocks = []
         for block in sized_blocks(table, dict(enumerate(np.bincount(size_V).tolist()))):
-            rows = np.flatnonzero(size_V == block.width).astype(np.int32)
-            blocks.append(
-                Block(block.num_rows, block.columns, block.alignment, rows if len(rows) < table.num_rows else None)
-            )
+            rows = block_rows(np.flatnonzero(size_V == block.width), table.num_rows)
+            blocks.append(Block(block.num_rows, block.columns, block.alignment, rows))
         tables.append(TablePlan(table.name, table.num_rows, table.width, tuple(blocks)))
     return dataclasses.replace(full, tables=tuple(tables))
 

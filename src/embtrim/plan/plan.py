@@ -31,7 +31,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +57,7 @@ from embtrim.plan.table import (
     map_params,
     padded_width,
     projects,
+    row_dtype,
     with_more_columns,
 )
 from embtrim.schema import Schema
@@ -66,6 +67,8 @@ from embtrim.system.holding import hold
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+# Ids of rows that a digest takes at a time.
+CHUNK_IDS = 1 << 20
 # Fields of a plan that a plan file holds among its details.
 IN_DETAILS = ("budget", "seed", "vocabulary_bytes", "target", "left_bytes")
 
@@ -231,7 +234,8 @@ class PlanShape:
                 own = "" if block.bits is None else f" {block.bits} bits"
                 state.update(f"\0{block.num_rows} {block.columns} {block.alignment}{own}".encode())
                 if isinstance(block, Block) and block.rows is not None:
-                    state.update(np.ascontiguousarray(block.rows, np.int32).tobytes())
+                    for part in _hashed(block.rows, table.num_rows):
+                        state.update(part)
         return state.hexdigest()[:12]
 
     @property
@@ -381,9 +385,12 @@ class PlanShape:
                 }
                 if block.bits is not None:
                     entry["bits"] = block.bits
-                if isinstance(block, Block) and block.rows is not None:
+                rows = block.rows if isinstance(block, Block) else None
+                if isinstance(rows, range):
+                    entry["first"] = True
+                elif rows is not None:
                     entry["rows"] = f"t{number}b{place}"
-                    arrays[entry["rows"]] = block.rows.astype(np.int32)
+                    arrays[entry["rows"]] = rows.astype(row_dtype(table.num_rows))
                 blocks.append(entry)
             tables.append({"name": table.name, "num_rows": table.num_rows, "width": table.width, "blocks": blocks})
             if table.bits != 32:
@@ -524,15 +531,27 @@ class SizePlan(PlanShape):
     @classmethod
     def _read_tables(cls, found: PlanFile, rows: Path) -> tuple[TablePlan, ...]:
         lengths = lengths_of(found)
-        arrays = read_rows(rows, found.rows_crc32, lengths) if lengths else {}
+        wide = any(table.num_rows > 1 << 31 for table in found.tables)
+        arrays = read_rows(rows, found.rows_crc32, lengths, wide) if lengths else {}
 
         def block_of(entry: BlockEntry) -> Block:
-            listed = None if entry.rows is None else arrays[entry.rows]
+            listed = range(entry.num_rows) if entry.first else None
+            if entry.rows is not None:
+                listed = arrays[entry.rows]
             return Block(entry.num_rows, entry.columns, entry.alignment, listed, bits=entry.bits)  # type: ignore[arg-type]
 
         return tuple(
             TablePlan(t.name, t.num_rows, t.width, tuple(map(block_of, t.blocks)), t.bits) for t in found.tables
         )
+
+
+def _hashed(rows: np.ndarray | range, num_rows: int) -> Iterator[bytes]:
+    """What a digest takes of the rows of a block, the same for a range and for the ids in it."""
+    if num_rows > 1 << 31 and len(rows) and rows[-1] == len(rows) - 1:
+        yield f" first {len(rows)}".encode()  # to write them all down would take minutes
+        return
+    for start in range(0, len(rows), CHUNK_IDS):
+        yield np.ascontiguousarray(rows[start : start + CHUNK_IDS], row_dtype(num_rows)).tobytes()
 
 
 def _in_bits(table: TableT, bits: int) -> TableT:

@@ -9,12 +9,13 @@ from pydantic import ConfigDict, Field
 
 from embtrim.config import Config, Entry
 from embtrim.errors import ConfigError, PlanError
-from embtrim.plan.table import MAX_WIDTH, Target
+from embtrim.plan.table import MAX_ROWS, MAX_WIDTH, Target
 from embtrim.untrusted import read_json
 
 PLAN_VERSION = 1
 
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+Rows = Annotated[int, Field(strict=True, ge=0, le=MAX_ROWS)]
 
 
 class BlockEntry(Entry):
@@ -26,20 +27,22 @@ class BlockEntry(Entry):
         alignment: How narrow rows reach the full width.
         bits: Bits of a band.
         rows: Name of the array of the npz that holds the ids of the rows.
+        first: Whether the rows are the first ones of the table.
     """
 
-    num_rows: Count
+    num_rows: Rows
     columns: Count | Annotated[tuple[Count, ...], Field(max_length=MAX_WIDTH)]
     alignment: str = "scatter"
     bits: int | None = Field(default=None, strict=True)
     rows: str | None = None
+    first: bool = Field(default=False, strict=True)
 
 
 class TableEntry(Entry):
     """A table; see `embtrim.plan.table.TablePlan`."""
 
     name: str
-    num_rows: Count
+    num_rows: Rows
     width: Count
     blocks: tuple[BlockEntry, ...]
     bits: int = Field(default=32, strict=True)

@@ -35,13 +35,14 @@ def set_aside(rows: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def read_rows(rows: Path, crc32: int | None, lengths: Mapping[str, int]) -> dict[str, np.ndarray]:
+def read_rows(rows: Path, crc32: int | None, lengths: Mapping[str, int], wide: bool = False) -> dict[str, np.ndarray]:
     """The rows of a plan; those that a killed process had set aside, if they are the plan's and the others are not.
 
     Args:
         rows: Path of the npz.
         crc32: Checksum of the arrays; None in plans of earlier releases.
         lengths: Number of rows of each array.
+        wide: Whether a table has ids of more than 32 bits.
 
     Raises:
         FileNotFoundError: The file is missing.
@@ -49,14 +50,14 @@ def read_rows(rows: Path, crc32: int | None, lengths: Mapping[str, int]) -> dict
     """
     arrays, fault = {}, None
     try:
-        arrays = read_integers(rows, lengths, _MAX_RATIO) if rows.exists() else {}
+        arrays = read_integers(rows, lengths, _MAX_RATIO, wide=wide) if rows.exists() else {}
     except (OSError, ValueError) as error:
         fault = error
     if arrays and crc32 in (None, crc32_of(arrays)):
         return arrays
     for aside in left_beside(rows, "old"):
         with suppress(OSError, ValueError):
-            found = read_integers(aside, lengths, _MAX_RATIO)
+            found = read_integers(aside, lengths, _MAX_RATIO, wide=wide)
             if crc32 == crc32_of(found):
                 with suppress(OSError):
                     os.replace(aside, rows)

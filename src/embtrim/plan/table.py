@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -32,6 +32,7 @@ FBGEMM_COLUMNS = 4
 # before anything of that size is made.
 MAX_WIDTH = 1 << 16
 MAX_BLOCKS = 1 << 10
+MAX_ROWS = 1 << 48
 # Most bits of a value that is a code, which has a scale and an offset.
 CODE_BITS = 8
 # A scale and an offset, both in fp16.
@@ -75,10 +76,22 @@ class Block(BlockShape):
     """Rows of one table that are stored alike: which ones, and their columns.
 
     Attributes:
-        rows: Ids in the full table, int32 and ascending; None for all rows of the table.
+        rows: Ids in the full table, ascending: int32, or int64 in a table of more than 2^31 rows; a range from 0 for the
+            first rows, which takes no memory; None for all rows of the table. See `block_rows`.
     """
 
-    rows: np.ndarray | None = None
+    rows: np.ndarray | range | None = None
+
+    def places(self, rows: range) -> tuple[slice | np.ndarray, int]:
+        """Which of some rows of the table the block has, as an index of them, and how many of its rows come before."""
+        if self.rows is None:
+            inside = rows if self.num_rows else range(0)
+        elif isinstance(self.rows, range):
+            inside = range(rows.start, min(rows.stop, len(self.rows)))
+        else:
+            first, stop = (int(np.searchsorted(self.rows, edge)) for edge in (rows.start, rows.stop))
+            return self.rows[first:stop] - rows.start, first
+        return slice(0, len(inside)), rows.start
 
 
 @dataclass(frozen=True)
@@ -105,6 +118,8 @@ class TableShape:
             raise PlanError(
                 f"{where}: bits must be {', '.join(map(str, BITS[:-1]))} or {BITS[-1]}, given {self.bits!r}"
             )
+        if self.num_rows > MAX_ROWS:
+            raise PlanError(f"{where}: given {self.num_rows:,} rows; {MAX_ROWS:,} are allowed")
         if not 0 <= self.width <= MAX_WIDTH or len(self.blocks) > MAX_BLOCKS:
             raise PlanError(
                 f"{where}: given {self.width} columns and {len(self.blocks):,} blocks; 0..{MAX_WIDTH:,} columns and at most "
@@ -357,16 +372,20 @@ class TablePlan(TableShape):
                         "layout inside a bundle has no rows, give the plan that the search wrote, with its .npz"
                     )
                 continue
+            if isinstance(rows, range) and rows != range(len(rows)):
+                raise PlanError(f"{where}: a range of rows is from 0 in steps of 1, given {rows}")
             if len(rows) != block.num_rows:
                 raise PlanError(f"{where}: a block says {block.num_rows:,} rows and lists {len(rows):,}")
-            if len(rows) and (np.any(np.diff(rows) <= 0) or rows[0] < 0 or rows[-1] >= self.num_rows):
+            rises = isinstance(rows, range) or not np.any(np.diff(rows) <= 0)
+            if len(rows) and (not rises or rows[0] < 0 or rows[-1] >= self.num_rows):
                 raise PlanError(f"{where}: row ids must ascend within 0..{self.num_rows - 1:,}")
-        listed = [block.rows for block in self.blocks if block.rows is not None]
-        is_listed_V = np.zeros(self.num_rows if len(listed) > 1 else 0, bool)
-        for rows in listed if len(listed) > 1 else ():
-            if is_listed_V[rows].any():
-                raise PlanError(f"{where}: a row is in two blocks")
-            is_listed_V[rows] = True
+        listed = [block.rows for block in self.blocks if block.rows is not None and block.num_rows]
+        ranges = [rows for rows in listed if isinstance(rows, range)]
+        arrays = [rows for rows in listed if not isinstance(rows, range)]
+        together = np.sort(np.concatenate(arrays)) if len(listed) > 1 and arrays else np.zeros(0, np.int32)
+        below = max(map(len, ranges), default=0)
+        if len(ranges) > 1 or np.any(together[1:] == together[:-1]) or (len(together) and together[0] < below):
+            raise PlanError(f"{where}: a row is in two blocks")
 
     @property
     def keeps_first_rows(self) -> bool:
@@ -388,15 +407,21 @@ class TablePlan(TableShape):
                 return start
         return None
 
-    def id_map(self) -> np.ndarray | None:
-        """int32 map (num_rows,) from full ids to compact ids, or None where no id changes."""
+    def id_map(self, rows: range | None = None) -> np.ndarray | None:
+        """Map from full ids to compact ids, int32, or int64 where compact ids need it; None where no id changes.
+
+        Args:
+            rows: Rows of the table that follow each other; None takes all of them, (num_rows,).
+        """
         if not self.renumbers:
             return None
-        id_map = np.full(self.num_rows, self.dropped_id if self.has_dropped else -1, np.int32)
+        rows = range(self.num_rows) if rows is None else rows
+        dtype = row_dtype(self.num_compact_rows)
+        id_map = np.full(len(rows), self.dropped_id if self.has_dropped else -1, dtype)
         for block, start in zip(self.blocks, self._block_starts, strict=True):
-            if block.num_rows:
-                rows = slice(None) if block.rows is None else block.rows
-                id_map[rows] = np.arange(start, start + block.num_rows, dtype=np.int32)
+            places, before = block.places(rows)
+            number = len(id_map[places])
+            id_map[places] = np.arange(start + before, start + before + number, dtype=dtype)
         return id_map
 
     def reads(self, id_map: np.ndarray) -> bool:
@@ -404,13 +429,17 @@ class TablePlan(TableShape):
         expected = self.id_map()
         return expected is not None and np.array_equal(id_map, expected)
 
-    def block_of_row(self) -> np.ndarray:
-        """int32 (num_rows,): the number of the block that each row of the full table is in; -1 for a row in none."""
-        block_V = np.full(self.num_rows, -1, np.int32)
+    def block_of_row(self, rows: range | None = None) -> np.ndarray:
+        """int32: the number of the block that each row of the full table is in; -1 for a row in none.
+
+        Args:
+            rows: Rows of the table that follow each other; None takes all of them, (num_rows,).
+        """
+        rows = range(self.num_rows) if rows is None else rows
+        block_N = np.full(len(rows), -1, np.int32)
         for number, block in enumerate(self.blocks):
-            if block.num_rows:
-                block_V[slice(None) if block.rows is None else block.rows] = number
-        return block_V
+            block_N[block.places(rows)[0]] = number
+        return block_N
 
     def kept_by_block(self) -> np.ndarray:
         """bool (number of blocks + 1, width): the columns that each block keeps, and none, for rows in no block.
@@ -422,9 +451,27 @@ class TablePlan(TableShape):
             kept[number, list(block.kept_columns)] = True
         return kept
 
-    def kept_mask(self) -> np.ndarray:
-        """bool (num_rows, width): the entries of the full table that survive; a count keeps the first columns."""
-        return self.kept_by_block()[self.block_of_row()]
+    def kept_mask(self, rows: range | None = None) -> np.ndarray:
+        """bool (rows, width): the entries of the full table that survive; a count keeps the first columns.
+
+        Args:
+            rows: Rows of the table that follow each other; None takes all of them.
+        """
+        return self.kept_by_block()[self.block_of_row(rows)]
+
+
+def row_dtype(num_rows: int) -> type[np.signedinteger[Any]]:
+    """Type of the ids of so many rows."""
+    return np.int32 if num_rows <= 1 << 31 else np.int64
+
+
+def block_rows(rows: np.ndarray, num_rows: int) -> np.ndarray | range | None:
+    """Ascending ids as a block of a table of `num_rows` rows holds them: the first rows are a range, all of them None."""
+    if len(rows) == num_rows:
+        return None
+    if len(rows) and rows[-1] == len(rows) - 1:
+        return range(len(rows))
+    return rows.astype(row_dtype(num_rows), copy=False)
 
 
 TableT = TypeVar("TableT", bound=TableShape)
@@ -465,8 +512,9 @@ def padded_width(width: int) -> int:
 
 
 def smallest_dtype(num_compact_rows: int) -> np.dtype:
-    """The smallest of uint8, int16 and int32 that holds the compact ids of a table (torch has no index of type uint16)."""
-    return np.dtype(next((d for d in (np.uint8, np.int16) if num_compact_rows - 1 <= np.iinfo(d).max), np.int32))
+    """The smallest of uint8, int16, int32 and int64 that holds the compact ids of a table (torch has no index of uint16)."""
+    kinds = (np.uint8, np.int16, np.int32)
+    return np.dtype(next((kind for kind in kinds if num_compact_rows - 1 <= np.iinfo(kind).max), np.int64))
 
 
 def map_params(num_rows: int, num_compact_rows: int) -> int:
@@ -505,5 +553,6 @@ def describe_difference(left: TableShape, right: TableShape) -> str:
     if not (isinstance(left, TablePlan) and isinstance(right, TablePlan)):
         return ""
     rows = [[b.rows for b in t.blocks] for t in (left, right)]
-    same = all(np.array_equal(a, b) for a, b in zip(*rows, strict=True) if a is not None and b is not None)
+    pairs = [(a, b) for a, b in zip(*rows, strict=True) if a is not None and b is not None]
+    same = all(a == b if isinstance(a, range) and isinstance(b, range) else np.array_equal(a, b) for a, b in pairs)
     return "" if same else f"{change}, other rows"

@@ -82,7 +82,12 @@ def map_array(path: Path) -> np.ndarray:
 
 
 def read_integers(
-    path: Path, lengths: Mapping[str, int], max_ratio: int, free_bytes: int = _FREE_BYTES, optional: bool = False
+    path: Path,
+    lengths: Mapping[str, int],
+    max_ratio: int,
+    free_bytes: int = _FREE_BYTES,
+    optional: bool = False,
+    wide: bool = False,
 ) -> dict[str, np.ndarray]:
     """Arrays of integers of an npz file, as int32.
 
@@ -92,6 +97,7 @@ def read_integers(
         max_ratio: How many times its packed size an array may unpack to, if it has more than `free_bytes`.
         free_bytes: Bytes that an array may unpack to however small it is packed.
         optional: Whether the file may lack some of them.
+        wide: Whether an array that is int64 in the file may hold larger integers; it then stays int64.
 
     Returns:
         The arrays by name, each (length,).
@@ -103,12 +109,16 @@ def read_integers(
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             held = set(archive.namelist()) if optional else {f"{name}.npy" for name in lengths}
             wanted = {name: length for name, length in lengths.items() if f"{name}.npy" in held}
-            return {name: _integers(archive, name, length, max_ratio, free_bytes) for name, length in wanted.items()}
+            return {
+                name: _integers(archive, name, length, max_ratio, free_bytes, wide) for name, length in wanted.items()
+            }
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"it is not an npz file, or is damaged: {error}") from None
 
 
-def _integers(archive: zipfile.ZipFile, name: str, length: int, max_ratio: int, free_bytes: int) -> np.ndarray:
+def _integers(
+    archive: zipfile.ZipFile, name: str, length: int, max_ratio: int, free_bytes: int, wide: bool
+) -> np.ndarray:
     try:
         entry = archive.getinfo(f"{name}.npy")
     except KeyError:
@@ -125,6 +135,8 @@ def _integers(archive: zipfile.ZipFile, name: str, length: int, max_ratio: int, 
         raise ValueError(f"array {name!r} is damaged")
     found = np.frombuffer(content, dtype)
     if dtype.itemsize > 4 and length and not (int(found.min()) >= -(2**31) and int(found.max()) < 2**31):
+        if wide and dtype == np.int64:
+            return found
         raise ValueError(f"array {name!r} holds integers of more than 32 bits")
     return found.astype(np.int32, copy=False)
 

@@ -12,6 +12,7 @@ from embtrim.compaction.verification import MODULE_TOLERANCE, Verification
 from embtrim.errors import ModelError
 from embtrim.plan.plan import SizePlan
 from embtrim.system.modules import evaluating, unwrapped
+from embtrim.tasks.table_parts import chunks_of
 from embtrim.torchrec.ranks import largest, summed
 from embtrim.torchrec.sites import Shard, configs_of, find_collections, name_of, shards_of
 from embtrim.torchrec.task import Task
@@ -61,11 +62,12 @@ def _masked(model: nn.Module, plan: SizePlan) -> Iterator[None]:
                 table = tables.get(name_of(path, module, config))
                 if table is None or (not table.has_dropped and table.output_width == table.width):
                     continue
-                kept_BD, block_V = torch.from_numpy(table.kept_by_block()), torch.from_numpy(table.block_of_row())
                 for shard in shards_of(module, [config]):
                     kept.append((shard, shard.weight_RC.clone()))
-                    mask_RC = kept_BD[block_V[shard.rows].long()][:, shard.columns]
-                    shard.weight_RC.mul_(mask_RC.to(shard.weight_RC.device))
+                    for places, part_RC in chunks_of(shard.weight_RC):
+                        rows = range(shard.rows.start + places.start, shard.rows.start + places.stop)
+                        mask_RC = torch.from_numpy(table.kept_mask(rows)[:, shard.columns])
+                        part_RC.mul_(mask_RC.to(part_RC.device))
         yield
     finally:
         for shard, values in kept:
