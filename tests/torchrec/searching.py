@@ -15,9 +15,9 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 import embtrim
 from embtrim import torchrec as on_ranks
-from embtrim.methods import GuidedConfig, HardMaskConfig, OptEmbedConfig
+from embtrim.methods import GuidedConfig, HardMaskConfig, OptEmbedConfig, PMEConfig, SSEDSConfig
 from embtrim.methods.readings import read
-from tests.torchrec.models import RATE, Pooled, Sequences, batches, loss, make_model, sharded
+from tests.torchrec.models import RATE, SIZES, Pooled, Sequences, batches, loss, make_model, sharded
 
 KINDS = {"ebc": Pooled, "ec": Sequences}
 # Rows that rank 0 has of each batch of 256: of equal batches, and of others. Unequal ones end with some of rank 0 alone.
@@ -122,6 +122,9 @@ def refusals(rank: int, folder: Path) -> dict[str, str]:
     task._train = parts(3, MORE, rank)[:3]
     with noted("unequal"):
         embtrim.search(task, HardMaskConfig(), "40%")
+    for what, config, bits in (("pme", PMEConfig(), 32), ("mixed bits", SSEDSConfig(), "mixed")):
+        with noted(what):
+            embtrim.search(task_of("ebc", "row_wise", rank), config, "40%", bits=bits)
     with noted("export"):
         on_ranks.export(task.model, task.full_plan(), folder / "exported")
     pooled = task_of("ebc", "table_wise", rank)
@@ -146,3 +149,16 @@ def pairs(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
     lengths = torch.stack([parts[name].lengths() * (2 if name == "user" else 1) for name in parts])
     ids = [p.values().repeat_interleave(2) if name == "user" else p.values() for name, p in parts.items()]
     return KeyedJaggedTensor.from_lengths_sync(list(parts), torch.cat(ids), lengths.flatten())
+
+
+def orders(rank: int, folder: Path) -> dict[str, Any]:
+    """The order of a collection's output by sharding, and how far reads by position and by name are from one process."""
+    features, found = parts(1, HALF, rank)[0][1], {}
+    with torch.no_grad():
+        plain = make_model(Pooled).ebc(features)
+        for sharding in ("table_wise", "row_wise"):
+            output = sharded(make_model(Pooled), "ebc", sharding).module.ebc(features)
+            by_name = max(float((output[name] - plain[name]).abs().max()) for name in SIZES)
+            by_place = float((output.values() - plain.values()).abs().max())
+            found[sharding] = list(output.keys()), by_name, by_place
+    return found

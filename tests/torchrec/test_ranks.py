@@ -19,7 +19,7 @@ from embtrim import torchrec as on_ranks
 from embtrim.plan.plan import SizePlan
 from embtrim.tasks.sensitivity import sensitivities
 from tests.torchrec import searching
-from tests.torchrec.models import Pooled, batches, loss, make_model
+from tests.torchrec.models import SIZES, Pooled, batches, loss, make_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -49,7 +49,7 @@ def on_rank(rank: int, folder: str, jobs: list[str]) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    jobs = ["scores", "plans", "compaction", "sizes", "searches", "readings", "refusals"]
+    jobs = ["scores", "plans", "compaction", "sizes", "searches", "readings", "orders", "refusals"]
     mp.spawn(on_rank, (str(folder), jobs), WORLD)
     found = [pickle.loads(Path(folder, f"{rank}.pickle").read_bytes()) for rank in range(WORLD)]
     return [{**part, "folder": folder} for part in found]
@@ -89,6 +89,17 @@ def test_ranks_hold_and_send_the_bytes_of_the_formulas(ranks):
             assert not wrong, (sharding, wrong)
 
 
+def test_outputs_are_read_by_name_since_sharding_moves_them(ranks):
+    for found in of(ranks, "orders"):
+        keys, by_name, by_place = found["table_wise"]
+        assert sorted(keys) == sorted(SIZES)
+        assert keys != list(SIZES), (
+            "torchrec keeps the order: reads by position are safe, and docs/torchrec.md is wrong"
+        )
+        assert by_name < 1e-6 < 0.1 < by_place
+        assert found["row_wise"][0] == list(SIZES)
+
+
 def test_searches_that_train_find_what_one_process_finds(ranks):
     first, second = of(ranks, "searches")
     assert first == second
@@ -114,6 +125,8 @@ def test_a_search_that_cannot_run_says_why_on_all_ranks(ranks):
         assert "'ebc' pools several ids of feature 'user'" in first[f"pooled {name}"]
     assert "a sharded model cannot be copied; give the Task `fresh=`" in first["copy"]
     assert "trained here without patience" in first["patience"]
+    for name in ("pme", "mixed bits"):
+        assert "nor does a collection hold rows of several widths, which pme gives" in first[name]
     assert "export writes one folder from a model in one process" in first["export"]
     assert len(first["without rows"]) == 12
 

@@ -45,4 +45,4 @@ SEARCHES = [
 
 def plan_text(plan: SizePlan, path: Path) -> tuple[str, Any]:
     plan.save(path)
-    return path.read_text(), [b.rows.tolist() for t in plan.tables for b in t.blocks if b.rows is not None]
+    return path.read_text(), [list(map(int, b.rows)) for t in plan.tables for b in t.blocks if b.rows is not None]
