@@ -5,18 +5,17 @@ from __future__ import annotations
 from embtrim.data.encoder import Encoder
 from embtrim.schema import PAD
 from embtrim.serving.manifest import Manifest
-from embtrim.serving.served import Served, argument_names
 from embtrim.system.templates import render
 
 
 def readme(
-    manifest: Manifest, served: Served, encoder: Encoder | None, has_raw_graph: bool, triton: str | None = None
+    manifest: Manifest, arguments: str, encoder: Encoder | None, has_raw_graph: bool, triton: str | None = None
 ) -> str:
     """The README as text.
 
     Args:
         manifest: What manifest.json will hold; its files are not read.
-        served: What was exported.
+        arguments: Arguments of the exported module's forward, see `call_of`.
         encoder: Encoder of the bundle, if one was exported.
         has_raw_graph: Whether the export holds a graph that takes raw values.
         triton: Name of the model in the export's Triton repository, if it has one.
@@ -27,7 +26,6 @@ def readme(
         ids = "module"
     else:
         ids = "model" if encoder is None else "encoder"
-    by_position = argument_names(served)[: len(served.args)]
     return render(
         "embtrim.serving",
         "export_readme.md.j2",
@@ -44,7 +42,7 @@ def readme(
         raw_inputs=manifest.get("raw_inputs", {}),
         hashes=encoder is not None and any(field.hash_size for field in encoder.schema.fields),
         pad=PAD,
-        arguments=", ".join([*by_position, *(f"{name}={name}" for name in served.kwargs)]),
+        arguments=arguments,
         feeds="{" + ", ".join(f'"{name}": {name}' for name in inputs) + "}",
         shapes=", ".join(f"{n}: {i['dtype']} ({', '.join(map(str, i['shape']))})" for n, i in inputs.items()),
     )

@@ -17,6 +17,7 @@ name; the network's code is the reader's own.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import shutil
@@ -42,6 +43,7 @@ from embtrim.serving.served import (
     IDS_GRAPH,
     RAW_GRAPH,
     Served,
+    call_of,
     describe_example,
     describe_inputs,
     serve_model,
@@ -147,6 +149,9 @@ def export(
     with write_folder(out, what="export") as folder:
         write(served, folder)
         sizes = export_sizes(model, served, format, write, folder)
+        arguments, ids_graph = call_of(served), served.onnx_name
+        del served  # it holds tables of its own, and graphs of torch.export that lie in circles hold them too
+        gc.collect()
         # The files are listed last, once all of them are written.
         manifest = cast(
             Manifest,
@@ -159,8 +164,8 @@ def export(
             _write_golden(golden_ids(model), folder)
         encoder, has_raw_graph = (None, False) if bundle is None else (bundle.encoder, (folder / RAW_GRAPH).exists())
         if triton is not None:
-            write_repository(folder / (RAW_GRAPH if has_raw_graph else served.onnx_name), triton)
-        (folder / "README.md").write_text(readme(manifest, served, encoder, has_raw_graph, triton), "utf-8")
+            write_repository(folder / (RAW_GRAPH if has_raw_graph else ids_graph), triton)
+        (folder / "README.md").write_text(readme(manifest, arguments, encoder, has_raw_graph, triton), "utf-8")
         manifest["files"] = {
             str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
             for path in sorted(folder.rglob("*"))

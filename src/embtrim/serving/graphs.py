@@ -23,6 +23,7 @@ from embtrim.tables.gathered_bags import gather_bags
 
 if TYPE_CHECKING:
     import onnx_ir
+    from typing_extensions import Buffer
 
 # Values that constant folding may add to an ONNX graph per constant. A folded table would be stored beside the table itself.
 FOLDED_VALUES = 64
@@ -54,16 +55,35 @@ def drop_unread(program: torch.export.ExportedProgram) -> None:
 
 def write_pt2(served: Served, folder: Path) -> None:
     """Write model.pt2: `torch.export.load(..).module()(ids=ids, dense=dense)` gives logits, without embtrim."""
-    written = io.BytesIO()  # on a full disk torch's own writer aborts the process
-    with quiet_exporter():
+    with quiet_exporter(), _Sink((folder / "model.pt2").open("wb", buffering=0)) as sink:
         program = traced(served)
         # torch keeps the example: somebody's rows, and the whole tensor that they are a slice of. The shapes are enough.
         set_example_inputs(
             program,
             tree_map(lambda x: x.new_zeros(()).expand(x.shape) if isinstance(x, Tensor) else x, program.example_inputs),
         )
-        torch.export.save(program, written)
-    (folder / "model.pt2").write_bytes(written.getbuffer())
+        torch.export.save(program, sink)
+        if sink.error is not None:
+            raise sink.error
+
+
+class _Sink(io.BufferedWriter):
+    """A file for the writer of torch, which aborts the process where a write fails: the first error is kept instead.
+
+    Attributes:
+        error: The first error; what comes after it is not written.
+    """
+
+    error: OSError | None = None
+
+    def write(self, data: Buffer) -> int:
+        """Write to the file."""
+        try:
+            if self.error is None:
+                super().write(data)
+        except OSError as error:
+            self.error = error
+        return len(memoryview(data))
 
 
 def write_onnx(served: Served, folder: Path, external_data: bool = False, other_bytes: int = 0) -> None:
@@ -85,6 +105,8 @@ def write_onnx(served: Served, folder: Path, external_data: bool = False, other_
         raise EmbtrimError(f"format 'onnx' needs {' and '.join(missing)}; pip install embtrim[export]")
     from onnxscript.optimizer import optimize_ir
 
+    from embtrim.serving.onnx_files import parts_of, write_parts
+
     with quiet_exporter():
         program = torch.onnx.export(
             traced(replace(served, module=gather_bags(copy_for_export(served.module)))),
@@ -100,7 +122,13 @@ def write_onnx(served: Served, folder: Path, external_data: bool = False, other_
     weights = sum(
         value.const_value.nbytes for value in program.model.graph.initializers.values() if value.const_value is not None
     )
-    program.save(folder / served.onnx_name, external_data=external_data or weights + other_bytes > ONNX_FILE_BYTES)
+    path = folder / served.onnx_name
+    if external_data or weights + other_bytes > ONNX_FILE_BYTES:
+        program.save(path, external_data=True)
+    else:
+        write_parts(parts_of(program.model), path)
+    for value in program.model.graph.initializers.values():
+        value.const_value = None  # onnx_ir keeps the graph after its last use; it must not keep the tables
 
 
 def name_batch(model: onnx_ir.Model) -> None:

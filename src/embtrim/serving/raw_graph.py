@@ -24,6 +24,7 @@ from embtrim.data.values import as_float32
 from embtrim.errors import ModelError
 from embtrim.schema import PAD, FieldSpec
 from embtrim.serving.graphs import ONNX_FILE_BYTES
+from embtrim.serving.onnx_files import Parts, read_parts, write_parts
 from embtrim.serving.raw_inputs import MISSING_INTEGER, Keys, dtype_of, keys_bytes, keys_of, missing_text, raw_inputs
 
 NETWORK = "network/"
@@ -55,28 +56,26 @@ def write_raw_graph(ids_graph: Path, encoder: Encoder, out: Path) -> None:
             f"no graph from raw values: its vocabulary takes {size:,} bytes, and an ONNX file holds 2 GB with it; drop rows, or "
             "turn raw values into ids by encode.py"
         )
-    model = onnx.load(str(ids_graph), load_external_data=False)
+    model, data = read_parts(ids_graph)
     onnx.compose.add_prefix(model, NETWORK, inplace=True)
-    graph = model.graph
-    builder = _Builder()
+    graph, network = model.graph, [*model.graph.node]
+    del graph.node[:]
+    builder = _Builder(graph)
     ids = [_ids_of_field(builder, encoder, field) for field in encoder.schema.id_fields]
     builder.node("Cast", [builder.node("Concat", ids, axis=1)], [f"{NETWORK}ids"], to=TensorProto.INT32)
     dense = [_dense_column(builder, encoder, field) for field in encoder.schema.dense_fields]
     if dense:
         builder.node("Cast", [builder.node("Concat", dense, axis=1)], [f"{NETWORK}dense"], to=TensorProto.FLOAT)
-    # In place: the weights of the graph, which may be as large as a file can be, are not copied.
-    nodes = [*builder.nodes, *graph.node, helper.make_node("Sigmoid", [graph.output[0].name], [SCORE])]
+    graph.node.extend([*network, helper.make_node("Sigmoid", [graph.output[0].name], [SCORE])])
     inputs = [
         helper.make_tensor_value_info(name, _TYPES[entry["dtype"]], entry["shape"])
         for name, entry in raw_inputs(encoder).items()
     ]
     score = helper.make_tensor_value_info(SCORE, TensorProto.FLOAT, ["batch"])
-    parts: list[tuple[Any, list[Any]]] = [(graph.node, nodes), (graph.input, inputs), (graph.output, [score])]
-    for part, new in [*parts, (graph.value_info, [])]:
+    parts: list[tuple[Any, list[Any]]] = [(graph.input, inputs), (graph.output, [score]), (graph.value_info, [])]
+    for part, new in parts:
         del part[:]
         part.extend(new)
-    nodes.clear()
-    builder.nodes.clear()
     graph.initializer.extend(builder.constants)
     graph.name, model.producer_name = "embtrim", "embtrim"
     for name in ("producer_version", "doc_string", "metadata_props"):
@@ -84,22 +83,22 @@ def write_raw_graph(ids_graph: Path, encoder: Encoder, out: Path) -> None:
     domains = {entry.domain: entry.version for entry in model.opset_import} | {"ai.onnx.ml": 4, "com.microsoft": 1}
     del model.opset_import[:]
     model.opset_import.extend(helper.make_opsetid(domain, version) for domain, version in domains.items())
-    out.write_bytes(model.SerializeToString())
+    write_parts(Parts(model, {NETWORK + name: values for name, values in data.items()}), out)
 
 
 class _Builder:
-    """Collects nodes and constants; every result has a name of its own."""
+    """Adds nodes to a graph, and collects constants; every result has a name of its own."""
 
-    def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.graph = graph
         self.constants: list[TensorProto] = []
 
     def node(
         self, operator: str, inputs: Sequence[str], outputs: Sequence[str] = (), domain: str = "", **attributes: Any
     ) -> str:
         """Add a node with one output; the name of the output."""
-        names = list(outputs) or [f"encoder/{len(self.nodes)}"]
-        self.nodes.append(helper.make_node(operator, list(inputs), names, domain=domain, **attributes))
+        names = list(outputs) or [f"encoder/{len(self.graph.node)}"]
+        self.graph.node.append(helper.make_node(operator, list(inputs), names, domain=domain, **attributes))
         return names[0]
 
     def constant(self, value: Any, dtype: Any = np.int64) -> str:

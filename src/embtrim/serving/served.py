@@ -163,6 +163,12 @@ def argument_names(served: Served) -> list[str]:
     return list(inspect.signature(served.module.forward).bind(*served.args, **served.kwargs).arguments)
 
 
+def call_of(served: Served) -> str:
+    """The arguments of `forward` as code, such as "ids=ids, dense=dense"."""
+    by_position = argument_names(served)[: len(served.args)]
+    return ", ".join([*by_position, *(f"{name}={name}" for name in served.kwargs)])
+
+
 def named_tensors(served: Served) -> dict[str, Tensor]:
     """Tensors of the example in order, each by its argument and, after dots, its keys inside nested containers."""
     arguments = zip(argument_names(served), (*served.args, *served.kwargs.values()), strict=False)

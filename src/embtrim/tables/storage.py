@@ -58,6 +58,11 @@ def normal_values(std: float, generator: torch.Generator | None, *size: int) -> 
     return values if values.is_meta else values.normal_(0, std, generator=generator)
 
 
+def _own_storage(view: Tensor) -> Tensor:
+    """A tensor over the memory of a view, with a storage that holds no more than the view."""
+    return torch.from_dlpack(view.detach()) if view.numel() else view.detach().clone()
+
+
 class TableStorage(nn.Module, Indices):
     """The rows of all embedding tables, read and written by table.
 
@@ -379,7 +384,8 @@ class TableStorage(nn.Module, Indices):
         """Take the form that is exported, for good: inference only, on one path for any batch size.
 
         `weight` gives way to one parameter for each group, so that a graph gathers from a table instead of slicing it
-        out of the buffer first. Each is a copy, because torch.export.save mistakes views of one storage for each other.
+        out of the buffer first. Each has a storage of its own over the memory of the buffer, because torch.export.save
+        mistakes views of one storage for each other.
         Ids of mixed tables find their segment by comparison, because ONNX has no binary search. To keep the files small,
         indices are int32, and matrices of 0 and 1 are built from them.
         """
@@ -387,7 +393,7 @@ class TableStorage(nn.Module, Indices):
         # at batch 1 where a plan left several widths, but 30 against 23 with full tables and 40 ms against 7 at batch 4096.
         if self.packed is None:
             self.weight_by_width = nn.ParameterDict(
-                {g.name: nn.Parameter(self.group_view(g).detach().clone(), requires_grad=False) for g in self.groups}
+                {g.name: nn.Parameter(_own_storage(self.group_view(g)), requires_grad=False) for g in self.groups}
             )
             del self.weight
             if self.layout.mixed_columns:
