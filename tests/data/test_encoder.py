@@ -80,6 +80,22 @@ class TestEncoder:
         assert list(slices) == list(whole)
         assert all(slices[name].equals(frame) for name, frame in whole.items())
 
+    def test_the_encoder_of_some_rows_encodes_them_alike(self, data):
+        encoder = Encoder.load(data.folder)
+        rows = pl.DataFrame({"a": ["v", "w", None], "q": [9.0, 1.0, None], "d": [0.0] * 3, "g": [["z", "w"], [], None]})
+        rows = rows.with_columns(h=pl.Series(["w", "k", None]))
+        few = encoder.for_rows(rows)
+        assert few.vocabularies["a"]["value"].to_list() == ["v", None]
+        assert few.vocabularies["g"]["value"].to_list() == ["z"]
+        assert few.encode_chunk(rows).ids.tolist() == encoder.encode_chunk(rows).ids.tolist()
+
+    def test_the_encoder_of_some_rows_knows_other_spellings_of_their_values(self, run):
+        data = run(pl.DataFrame({"y": [0, 1, 1, 0], "a": [1, 1, 2, 3]}), schema_of(FieldSpec(name="a", kind="integer")))
+        encoder, rows = Encoder.load(data.folder), pl.DataFrame({"a": ["1.0", "2", "02", "4"]})
+        few = encoder.for_rows(rows)
+        assert set(few.vocabularies["a"]["value"]) == {"1", "2"}
+        assert few.encode_chunk(rows).ids.tolist() == encoder.encode_chunk(rows).ids.tolist()
+
     def test_damaged_folders(self, data, tmp_path):
         for name in ("schema.json", "vocab.parquet", "transforms.json"):
             folder = tmp_path / name.replace(".", "-")

@@ -88,7 +88,7 @@ def number_cells(
     Raises:
         DataError: A value or a column's type does not fit its field.
     """
-    texts, buckets = _canonical_values(frame, schema, transforms, locate)
+    texts, buckets = canonical_values(frame, schema, transforms, locate)
     # One select runs its columns in parallel.
     coded = texts.select(codes[f.name] for f in schema.id_fields if f.name in codes and f.type != "multi")
     stored_CN = np.full((schema.num_id_columns, frame.height), PAD, np.int32)
@@ -128,7 +128,7 @@ def _hashes(values: pl.Series, field: FieldSpec) -> np.ndarray:
     return hash_N
 
 
-def _canonical_values(
+def canonical_values(
     frame: pl.DataFrame, schema: Schema, transforms: Mapping[str, Mapping[str, Any]], locate: Callable[[int], str]
 ) -> tuple[pl.DataFrame, dict[str, np.ndarray]]:
     """Canonical values by field: texts (lists of texts for a multi field) as columns, and buckets as int32 (N,).

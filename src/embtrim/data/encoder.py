@@ -29,7 +29,16 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from embtrim.data.cells import dense_values, needed_columns, nulls_of, number_cells, require_columns, row_number
+from embtrim.data.cells import (
+    canonical_values,
+    dense_values,
+    flatten,
+    needed_columns,
+    nulls_of,
+    number_cells,
+    require_columns,
+    row_number,
+)
 from embtrim.data.dataset import EncodedDataset
 from embtrim.data.encoder_files import VOCABULARY_SCHEMA, maps_unpack, read_encoder
 from embtrim.data.frames import as_polars
@@ -246,6 +255,25 @@ class Encoder:
             frame = vocabularies[name].with_columns(pl.Series("id", id_map[ids_V], pl.Int32))
             vocabularies[name] = frame.filter(pl.col("id") != unseen)
         return Encoder(self.schema, vocabularies, self.transforms, unseen_ids, hash_maps)
+
+    def for_rows(self, frame: pl.DataFrame) -> Encoder:
+        """The same encoder with no more values than some rows hold: it encodes these rows alike, without an index of all values.
+
+        Args:
+            frame: The rows, see `encode_chunk`.
+        """
+        texts, _ = canonical_values(frame, self.schema, self.transforms, row_number)
+        vocabularies = dict(self.vocabularies)
+        for name, readers in self.schema.fields_of_table.items():
+            if readers[0].hash_size or any(field.type == "numeric" for field in readers):
+                continue
+            held = []
+            for field in readers:
+                cells = texts[field.name] if field.type != "multi" else flatten(texts[field.name])
+                held += [cells, one_texts(cells, field, nulls_of(self.schema, field), row_number)]
+            is_held = pl.col("value").is_in(pl.concat(held).unique().implode())
+            vocabularies[name] = vocabularies[name].filter(is_held | pl.col("value").is_null())
+        return Encoder(self.schema, vocabularies, self.transforms, self.unseen_ids, self.hash_maps)
 
     @cached_property
     def _text_lookups(self) -> dict[str, _TextLookup]:

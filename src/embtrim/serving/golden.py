@@ -33,12 +33,13 @@ _TYPES: dict[Dtype, type[pl.DataType]] = {"string": pl.String, "int64": pl.Int64
 def golden_rows(bundle: Bundle) -> dict[str, Any]:
     """Contents of golden.json: "rows" (a list of dicts by raw column), "ids", "dense" (None without dense fields), "scores"."""
     frame = _made_rows(bundle.encoder)
-    encoded = bundle.encoder.encode_chunk(frame)
+    few = Bundle(bundle.model, bundle.encoder.for_rows(frame), bundle.info, bundle.profile)
+    encoded = few.encoder.encode_chunk(frame)
     return {
         "rows": frame.to_dicts(),
         "ids": encoded.ids.tolist(),
         "dense": None if encoded.dense is None else encoded.dense.tolist(),
-        "scores": bundle.predict_chunk(frame).tolist(),
+        "scores": few.predict_chunk(frame).tolist(),
     }
 
 
