@@ -125,13 +125,16 @@ def test_sequences_have_a_row_for_each_id(tmp_path: Path):
     plan = cut_plan("ec.embeddings")
     small = compact_of(plan, Sequences)
     on_ranks.export(small, plan, tmp_path / "out")
-    features = batches(0, 256)[0][1]
+    features = pairs(batches(0, 256)[0][1])  # twice as many users as of others
     with torch.no_grad():
         expected = small.ec(features)
     lookup = runpy.run_path(str(tmp_path / "out" / "lookup.py"))["Lookup"](tmp_path / "out")
     assert "import embtrim" not in (tmp_path / "out" / "lookup.py").read_text()
-    for name, narrow in lookup(given(features)).items():
+    ids = {name: part.values() for name, part in features.to_dict().items()}
+    for name, narrow in lookup({name: (own, torch.ones_like(own)) for name, own in ids.items()}).items():
         assert torch.equal(lookup.wide(name, narrow), expected[name].values()), name
+    with pytest.raises(ValueError, match="feature 'user' is not pooled: give each id a bag of its own"):
+        lookup(given(features))
 
 
 @pytest.mark.parametrize("levels", [(32, 32, 32), (8, 8, 8), (16, 4, 3), (2, 8, 32), (8, "bands", 4)])
@@ -201,6 +204,8 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path):
     features = dict.fromkeys(SIZES, (one, one))
     with pytest.raises(ValueError, match="feature 'ad' is missing"):
         lookup({name: pair for name, pair in features.items() if name != "ad"})
+    with pytest.raises(ValueError, match="'ad' has 1 ids, and lengths that add up to 2"):
+        lookup({**features, "ad": (one, 2 * one)})
     with pytest.raises(ValueError, match=r"'item' has ids 300..300; 0..299"):
         lookup({**features, "item": (300 * one, one)})
 

@@ -72,18 +72,17 @@ class Lookup:
 
         Args:
             features: For each feature ids of the full table (N,), one bag after the other, and lengths of the bags (B,). A
-                feature without pooling has one id a bag.
+                feature without pooling has one id a bag. B may differ from feature to feature.
 
         Raises:
-            ValueError: A feature is missing, or an id is not one of its table.
+            ValueError: A feature is missing, an id is not one of its table, or lengths are not those of the ids.
         """
         found: dict[str, Tensor] = {}
         for number in range(max((len(table["features"]) for table in self.tables), default=0)):
             named = [(table, table["features"][number]) for table in self.tables if number < len(table["features"])]
             given = {table["name"]: self._given(table, feature, features) for table, feature in named}
-            size = max(len(lengths) for _, lengths in given.values())
-            empty = (torch.zeros(0, dtype=torch.int64), torch.zeros(size, dtype=torch.int64))
-            parts = [given.get(table["name"], empty) for table, _ in self.bands]
+            none = torch.zeros(0, dtype=torch.int64)
+            parts = [given.get(table["name"], (none, none)) for table, _ in self.bands]
             sums = self._sums([ids for ids, _ in parts], [lengths for _, lengths in parts]) if parts else []
             by_table: dict[str, list[tuple[dict[str, Any], Tensor]]] = {table["name"]: [] for table, _ in named}
             for (table, band), summed in zip(self.bands, sums, strict=True):
@@ -105,10 +104,16 @@ class Lookup:
             raise ValueError(
                 f"feature {feature!r} has ids {int(ids.min())}..{int(ids.max())}; 0..{table['num_rows'] - 1}"
             )
+        if int(lengths.sum()) != len(ids):
+            raise ValueError(f"feature {feature!r} has {len(ids)} ids, and lengths that add up to {int(lengths.sum())}")
+        if table["pooling"][table["features"].index(feature)] == "NONE" and bool((lengths != 1).any()):
+            raise ValueError(f"feature {feature!r} is not pooled: give each id a bag of its own, lengths of one")
         return (ids if table["first_rows"] is None else ids.clamp(max=table["first_rows"])), lengths
 
     def _sums(self, ids: list[Tensor], lengths: list[Tensor]) -> list[Tensor]:
-        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(lengths).cumsum(0)])
+        size = max(map(len, lengths))  # FBGEMM takes equally many bags of all tables: empty ones fill up
+        filled = [torch.nn.functional.pad(part, (0, size - len(part))) for part in lengths]
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.cat(filled).cumsum(0)])
         found = self.kernels(torch.cat(ids), offsets)
         return list(found.split([band["width"] for _, band in self.bands], 1))
 
@@ -118,6 +123,7 @@ class Lookup:
         width = len(table["columns"])
         total = torch.zeros(len(lengths), width)
         for band, summed in parts:
+            summed = summed[: len(lengths)]
             values = summed[:, :width]
             if f"{band['name']}.scale" in self.scales:
                 counts = summed[:, width] if len(parts) > 1 else lengths.float()
