@@ -12,10 +12,11 @@ import torch
 import torch.multiprocessing as mp
 
 pytest.importorskip("torchrec")
-from torchrec import EmbeddingBagCollection, PoolingType
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, PoolingType
 
 import embtrim
 from embtrim import torchrec as on_ranks
+from embtrim.methods import GuidedConfig, HardMaskConfig, OptEmbedConfig
 from embtrim.plan.plan import SizePlan
 from embtrim.tasks.sensitivity import sensitivities
 from tests.torchrec import searching
@@ -169,3 +170,43 @@ def test_sensitivities_of_bags_are_those_of_their_rows(pooling: str):
     assert found.keys() == expected.keys()
     for name, matrix in found.items():
         torch.testing.assert_close(matrix, expected[name], rtol=1e-5, atol=1e-12)
+
+
+WIDTHS = {"user": 8, "item": 4, "ad": 8, "hour": 4}
+
+
+class Widths(torch.nn.Module):
+    """A hidden layer over tables of two widths, which are two sites of one collection."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        tables = [
+            EmbeddingBagConfig(rows, WIDTHS[name], name=f"t_{name}", feature_names=[name])
+            for name, rows in SIZES.items()
+        ]
+        self.ebc = EmbeddingBagCollection(tables=tables)
+        self.out = torch.nn.Sequential(torch.nn.Linear(24, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+
+    def forward(self, features: Any) -> torch.Tensor:
+        found = self.ebc(features)
+        return self.out(torch.cat([found[name] for name in SIZES], 1)).squeeze(1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [GuidedConfig(), HardMaskConfig(epochs=1), OptEmbedConfig(epochs=1, population=3, generations=1)],
+    ids=lambda config: type(config).__name__,
+)
+def test_a_collection_of_several_widths_is_searched_as_modules_are(config: Any):
+    model, data = Widths(), batches(0, 1024)
+    given: dict[str, Any] = {"optimizer": searching.optimizer, "fresh": Widths}
+    task = on_ranks.Task(model, loss, data, data, **given)
+    plan = embtrim.search(task, config, "30%", seed=1)
+    small = on_ranks.compact(Widths, plan)
+    on_ranks.inherit(model, small, plan)
+    assert on_ranks.verify(model, small, plan, task).max_difference == 0.0
+    if not isinstance(config, OptEmbedConfig):  # which draws the widths of all tables of a site together
+        expected = embtrim.search(embtrim.Task(model, loss, data, data, **given), config, "30%", seed=1)
+        kept = {table.name: (table.columns, table.num_compact_rows) for table in expected.tables}
+        assert {table.name: (table.columns, table.num_compact_rows) for table in plan.tables} == kept
