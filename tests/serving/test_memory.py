@@ -42,7 +42,7 @@ def test_saving_and_opening(folder: Path):
     models = {name: load_bundle(folder / name).model for name in ("tiny", "large")}
     data = {name: EncodedDataset.load(folder / f"{name}-data") for name in models}
     save_again("tiny")
-    assert peak_resident(lambda: save_again("large")) <= 2.4 * TABLE_BYTES
+    assert peak_resident(lambda: save_again("large")) <= 0.5 * TABLE_BYTES
     assert peak_resident(lambda: load_bundle(folder / "large")) <= 2 * TABLE_BYTES
 
 

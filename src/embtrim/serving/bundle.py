@@ -25,7 +25,7 @@ import numpy as np
 import polars as pl
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from embtrim._version import __version__
 from embtrim.data.cells import number_columns, row_number
@@ -58,6 +58,7 @@ from embtrim.serving.bundle_files import (
 from embtrim.serving.model_card import model_card
 from embtrim.system.folders import check_replaceable, file_digest, folder_bytes, write_folder
 from embtrim.system.memory import freed_pages_kept
+from embtrim.system.tensor_file import write_tensors
 from embtrim.training.evaluation import EVAL_BATCH_SIZE
 from embtrim.training.recoding import data_for
 
@@ -216,7 +217,7 @@ def save(
     profile = Profile.load(data.folder)
     with write_folder(folder, what="bundle") as temporary:
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-        save_file(state, temporary / "model.safetensors")
+        write_tensors(state, temporary / "model.safetensors")
         layout = model.tables.plan.shape()
         layout.save(temporary / "plan.json")
         encoder.save(temporary / "encoder")

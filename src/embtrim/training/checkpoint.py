@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from embtrim.config import first_change
@@ -27,6 +26,7 @@ from embtrim.system.arrays import tensor_shapes
 from embtrim.system.files import write_then_rename
 from embtrim.system.holding import RemovedError
 from embtrim.system.interrupts import HeldSignals
+from embtrim.system.tensor_file import write_tensors
 from embtrim.system.unfinished import OtherTrainingError
 from embtrim.training.settings import FitResult
 from embtrim.training.state import (
@@ -121,7 +121,7 @@ class Checkpoint:
         tensors: dict[str, torch.Tensor] = {}
         head = {"version": VERSION, "settings": self.settings, "values": _without_tensors(state, tensors)}
         try:
-            write_then_rename(self.path, lambda file: save_file(tensors, file.name, {"state": json.dumps(head)}))
+            write_then_rename(self.path, lambda file: write_tensors(tensors, file.name, {"state": json.dumps(head)}))
         except RemovedError:
             raise
         except (OSError, SafetensorError) as error:
