@@ -24,15 +24,23 @@ from embtrim.testing.toys import foreign_task, odd_task, pooled_task
 from tests.tasks.foreign_modules import FIELDS, KINDS, PAIRS, ROWS, WIDTH, Owner, bag, plan_for, same
 
 
-def quantized_rows(compacted: CompactEmbedding) -> Tensor:
+def quantized_rows(compacted: CompactEmbedding, count_V: np.ndarray | None = None) -> Tensor:
     """Rows that the ids of a quantised table read, at width D, straight from the definition of the codes."""
+    used = None
+    if count_V is not None:
+        used = torch.zeros(sum(map(len, compacted.weights)))
+        used.index_add_(0, compacted.rows_of(torch.arange(len(count_V))).long(), torch.from_numpy(count_V).float())
     rows = []
     for width in {weight.shape[1] for weight in compacted.weights}:
         together = torch.cat([w for w in compacted.weights if w.shape[1] == width]).detach()
+        counts = None
+        if used is not None:
+            parts = zip(compacted.weights, used.split([len(w) for w in compacted.weights]), strict=True)
+            counts = torch.cat([part for w, part in parts if w.shape[1] == width])
         if compacted.bits == 16:
             rows.append((width, together.half().float()))
             continue
-        scale, offset = fit_codes(together, compacted.bits)
+        scale, offset = fit_codes(together, compacted.bits, counts)
         rows.append((width, codes_of(together, scale, offset, compacted.bits) * scale + offset))
     by_width = dict(rows)
     read = dict.fromkeys(by_width, 0)
@@ -69,8 +77,10 @@ class TestBits:
                 p.normal_()
                 if ".projections." in name:
                     p.copy_(p.half())  # as they are stored
-            expected = torch.cat([quantized_rows(t) for t in compact_tables(small, plan)])
-            quantize_(small)
+            tables = compact_tables(small, plan)
+            uses = {t.path: np.arange(t.num_embeddings) ** 4 for t in tables} if bits == 3 else None
+            expected = torch.cat([quantized_rows(t, uses and uses[t.path]) for t in tables])
+            quantize_(small, uses)
             assert torch.equal(small.eval()(PAIRS), expected[PAIRS])
         assert sum(v.nbytes for v in small.state_dict().values()) == plan.num_bytes()
 

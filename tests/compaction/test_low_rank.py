@@ -173,24 +173,28 @@ def approximated(task: Task, plan: SizePlan) -> Any:
     """A copy of the full model whose tables are what the compact model should read."""
     model = copy.deepcopy(task.model)  # before max_norm shortens rows that are read
     weights = weights_by_table(task.sites(model))
-    found = bases(task, *trained_rows(task), coordinates_of(task.model, plan))
+    trained, counts = trained_rows(task)
+    found = bases(task, trained, counts, coordinates_of(task.model, plan))
     read, stored = weights_by_table(task.sites(task.model)), stored_coordinates(task.model, plan)
     for table in plan.tables:
         weight, basis = weights[table.name], found[table.name]
         dropped = torch.ones(table.num_rows, dtype=torch.bool)
         rows = table.blocks[0].rows
         dropped[slice(None) if rows is None else torch.from_numpy(rows).long()] = False
-        new = torch.where(dropped[:, None], basis.mean_D, weight)
+        uses = torch.from_numpy(counts[table.name])[:, None] * dropped[:, None]
+        mean_D = (trained[table.name] * uses).sum(0) / uses.sum()
+        new = torch.where(dropped[:, None], mean_D, weight)
         if table.name in stored:
-            new = torch.where(dropped[:, None], basis.mean_D, read[table.name])
+            new = torch.where(dropped[:, None], mean_D, read[table.name])
             new = new @ basis.encode_DD[:, stored[table.name]] @ basis.decode_DD[stored[table.name]]
         else:
             new = new * torch.isin(torch.arange(table.width), torch.tensor(table.columns))
         weight.copy_(new)
         if isinstance(task, CTRTask) and model.tables.first_order is not None:
-            places = model.tables.storage_rows(table.name, np.flatnonzero(dropped))
+            places = torch.from_numpy(model.tables.storage_rows(table.name, np.flatnonzero(dropped)))
             with torch.no_grad():
-                model.tables.first_order[torch.from_numpy(places)] = 0.0
+                first_order = model.tables.first_order[places]
+                model.tables.first_order[places] = (first_order * uses[dropped, 0]).sum() / uses.sum()
     return model
 
 

@@ -33,6 +33,7 @@ from embtrim.training.settings import TrainConfig
 pytestmark = pytest.mark.slow
 
 CONFIG = RunConfig(
+    model="fnn",
     hparams={"embedding_dim": 8, "hidden_units": [16]},
     train=TrainConfig(epochs=3, batch_size=256, learning_rate=3e-3, precision="fp32", embedding_l2=0.0),
     controls=(),

@@ -88,7 +88,7 @@ def test_bits_go_where_they_save_most_loss_a_byte(task):
         tables.load_state_dict(task.model.tables.state_dict())
         ids = np.arange(len(weights[name]))
         rows = torch.from_numpy(tables.storage_rows(name, ids))
-        tables.quantize_()
+        tables.quantize_(counts)
         stretch = torch.tensor([tables.groups[0].tables.index(name)])
         error = tables.packed[0](rows[:, None], stretch)[:, 0] - weights[name]
         return float((error.double().square().sum(1) * torch.from_numpy(counts[name])).sum())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from embtrim.compaction.low_rank import mean_of
 from embtrim.methods import readings as module
 from embtrim.methods.readings import CODE_LEVELS, ROW_SHARES, Curve, Readings, _edges, code_errors, read, row_energies
 from embtrim.tables.packing import as_coded, codes_of, fit_codes
@@ -17,16 +19,24 @@ from embtrim.tasks.row_scores import RowScores
 from embtrim.tasks.sites import weights_by_table
 from embtrim.tasks.task import CTRTask, Task
 from embtrim.testing.toys import TASKS, foreign_task, zoo_task
+from embtrim.training.evaluation import predict_logits
 
 CURVES = ("rows", "widths", "bits")
 
 
-def score_with(task: Task, change: Callable[[str, Tensor], Tensor]) -> float:
-    """Validation score of a copy of the task's model whose tables are changed."""
+def score_with(
+    task: Task,
+    change: Callable[[str, Tensor], Tensor],
+    change_first: Callable[[str, Tensor], Tensor] = lambda _, first: first,
+) -> float:
+    """Validation score of a copy of the task's model whose tables, and first-order weights (V, 1), are changed."""
     copied = copy.copy(task)
     copied.model = copy.deepcopy(task.model)
     for name, weight in weights_by_table(copied.sites(copied.model)).items():
         weight.copy_(change(name, weight))
+    first_order = copied.first_order()
+    for name, first_V in ({} if first_order is None else first_order.weights).items():
+        first_V.copy_(change_first(name, first_V[:, None])[:, 0])
     return copied.valid_score(copied.model)
 
 
@@ -95,23 +105,26 @@ def test_curves_start_at_nothing_and_never_fall(make: Callable[[], Task]):
 
 def test_every_point_is_what_a_changed_copy_scores(planted: CTRTask, planted_readings: Readings):
     found, weights = planted_readings, weights_by_table(planted.sites(planted.model))
-    means = {name: basis.mean_D for name, basis in found.bases.items()}
+    counts = planted.row_counts()
     full = planted.valid_score(planted.model)
 
     def loss_at(curve: Curve, setting: float) -> float:
         return curve.losses[curve.settings.index(setting)]
 
-    ranked = np.sort(np.concatenate([table.energies.scores for table in found.tables.values()]))[::-1]
+    needless = [name for name, table in found.tables.items() if table.absence is not None and table.absence <= 0]
+    assert needless == ["noise"], "it reads its mean throughout"
+    needed = {name: table.energies.scores for name, table in found.tables.items() if name not in needless}
+    ranked = np.sort(np.concatenate(list(needed.values())))[::-1]
     losses, errors = [], []
     for share in ROW_SHARES:
         most = ranked[int(share * len(ranked))] if share else np.inf
 
         def without(name: str, weight: Tensor, most: float = most) -> Tensor:
-            dropped = torch.from_numpy(found.tables[name].energies.scores <= most)
-            return torch.where(dropped[:, None], means[name], weight)
+            dropped = torch.from_numpy(found.tables[name].energies.scores <= (most if name in needed else np.inf))
+            return torch.where(dropped[:, None], mean_of(weight, counts[name]), weight)
 
         losses.append(full - score_with(planted, without))
-        errors.append(sum(t.energies.scores[t.energies.scores <= most].sum() for t in found.tables.values()))
+        errors.append(sum(energy_V[energy_V <= most].sum() for energy_V in needed.values()))
     assert np.maximum.accumulate(np.maximum(0, losses)) == pytest.approx([loss_at(found.rows, s) for s in ROW_SHARES])
     assert found.rows.errors[1:] == pytest.approx(errors)
 
@@ -130,15 +143,81 @@ def test_every_point_is_what_a_changed_copy_scores(planted: CTRTask, planted_rea
     )
 
     def coded(name: str, weight: Tensor) -> Tensor:
-        scale, offset = fit_codes(weight, 4)
+        scale, offset = fit_codes(weight, 4, torch.from_numpy(counts[name]))
         return codes_of(weight, scale, offset, 4) * scale + offset
 
     losses = [full - score_with(planted, coded), loss_at(found.bits, 8)]
     assert loss_at(found.bits, 4) == pytest.approx(max(0.0, *losses))
     for name, table in found.tables.items():
-        alone = full - score_with(planted, lambda n, w, name=name: means[n].expand_as(w) if n == name else w)
+
+        def gone(of: str, weight: Tensor, name: str = name) -> Tensor:
+            return mean_of(weight, counts[of]).expand_as(weight) if of == name else weight
+
+        alone = full - score_with(planted, gone)
         assert table.absence == pytest.approx(alone)
     assert set(weights) == set(found.tables)
+
+
+def test_first_order_weights_count_as_what_rows_hold():
+    """A table whose embeddings say nothing is still missed for its first-order weights."""
+    task = zoo_task()
+    model = task.model
+    first_order = task.first_order()
+    assert first_order is not None
+    name = next(iter(first_order.weights))
+    with torch.no_grad():
+        weights_by_table(task.sites(model))[name].zero_()
+    counts, before = task.row_counts(), first_order.weights[name].clone()
+    first_order, found = task.first_order(), read(task)
+    assert torch.equal(first_order.weights[name], before)
+
+    def gone(of: str, weight: Tensor) -> Tensor:
+        return mean_of(weight, counts[of]).expand_as(weight) if of == name else weight
+
+    full = task.valid_score(model)
+    absence = full - score_with(task, gone, gone)
+    assert found.tables[name].absence == pytest.approx(absence)
+    assert absence != pytest.approx(full - score_with(task, gone)), "the embeddings alone say nothing"
+    labels = task.data.split("valid").labels
+    residual = 1 / (1 + np.exp(-predict_logits(model, task.data, "valid").astype(float))) - labels
+    assert first_order.sensitivity == pytest.approx(np.square(residual).mean(), rel=1e-4)
+    mean = np.average(before.double(), weights=counts[name])
+    by_hand = first_order.sensitivity * counts[name] * (before.double().numpy() - mean) ** 2
+    assert found.tables[name].energies.scores == pytest.approx(by_hand / (2 * len(task.data.split("train"))), rel=1e-3)
+
+
+class FakeReader:
+    """Scores sets of absent tables by a rule."""
+
+    def __init__(self, loss_of: Callable[[frozenset[str]], float]) -> None:
+        self.loss_of, self.asked = loss_of, 0
+        self.bases = dict.fromkeys("abcd")
+        tables = [SimpleNamespace(name=name, num_rows=10, width=2) for name in "abcd"]
+        self.task = SimpleNamespace(full_plan=lambda: SimpleNamespace(tables=tables))
+
+    def absent(self, name: str) -> dict[str, None]:
+        return {name: None}
+
+    def losses(self, what: str, changes: list[dict[str, None]]) -> list[float]:
+        self.asked += len(changes)
+        return [self.loss_of(frozenset(change)) for change in changes]
+
+
+def test_tables_that_carry_one_signal_are_needless_but_for_one():
+    def loss_of(gone: frozenset[str]) -> float:
+        return {"a": -0.02, "b": -0.01, "c": 0.0, "d": 0.3}[min(gone, key="acbd".index)] + 0.1 * ({"a", "b"} <= gone)
+
+    losses, needless = module._absences(FakeReader(loss_of))
+    assert needless == ["a", "c"]
+    assert losses == pytest.approx({"a": -0.02, "b": 0.1, "c": 0.0, "d": 0.3})
+
+
+def test_tables_that_are_needless_together_take_one_more_score():
+    reader = FakeReader(lambda gone: 0.3 if "d" in gone else -0.01)
+    losses, needless = module._absences(reader)
+    assert sorted(needless) == ["a", "b", "c"]
+    assert losses["b"] == -0.01
+    assert reader.asked == 5
 
 
 def test_errors_of_rows_and_codes_are_in_one_unit(planted: CTRTask, planted_readings: Readings):
@@ -153,13 +232,14 @@ def test_errors_of_rows_and_codes_are_in_one_unit(planted: CTRTask, planted_read
         lost = phi * (embedded - basis.mean_D).square().sum(1) / (2 * num_rows)
         by_row = np.bincount(ids, lost, minlength=len(weight))
         assert reading.energies.scores == pytest.approx(by_row, rel=1e-4)
+        count_V = torch.bincount(ids, minlength=len(weight))
         for bits in CODE_LEVELS:
-            scale, offset = fit_codes(weight, bits)
+            scale, offset = fit_codes(weight, bits, count_V)
             stored = (codes_of(weight, scale, offset, bits) * scale + offset)[ids]
             noise = phi * float((stored - embedded).square().sum()) / (2 * num_rows)
             assert reading.noise[bits] == pytest.approx(noise, rel=1e-3)
             own = weight @ basis.encode_DD
-            scale, offset = fit_codes(own, bits)
+            scale, offset = fit_codes(own, bits, count_V)
             errors = (as_coded(own, scale, offset, bits) - own)[ids].double().square().sum(0).numpy()
             by_width = np.append(0.0, np.cumsum(basis.gain_D * errors)) / (2 * num_rows)
             assert reading.coordinate_noise[bits] == pytest.approx(by_width, rel=1e-3)

@@ -37,14 +37,16 @@ def small_model(wide, bits) -> CTRModel:
 MIXED = {"strong": 8, "weak": 4, "noise": 4, "tags": 16}
 
 
+@pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("bits", [8, 4, MIXED])
-def test_outputs_are_those_of_quantised_tables(wide, bits):
+def test_outputs_are_those_of_quantised_tables(wide, bits, counted):
     model = small_model(wide, bits)
     stored, ids = copy.deepcopy(model), next(iter(wide.batches("valid", 100))).ids_BC
-    stored.tables.quantize_()
+    counts = {name: np.arange(len(count)) ** 2 for name, count in wide.value_counts().items()} if counted else None
+    stored.tables.quantize_(counts)
     for training in (True, False):
         model.train(training)
-        with model.tables.gated(row_gate=CodeGate(model.tables, 1)):
+        with model.tables.gated(row_gate=CodeGate(model.tables, 1, counts)):
             found = model.tables(ids).concat
         codes = torch.tensor([b <= 8 for b in ([bits] * 4 if isinstance(bits, int) else bits.values())])
         coded = codes[torch.arange(4).repeat_interleave(torch.tensor([4, 3, 4, 3]))]

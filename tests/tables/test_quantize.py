@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import embtrim
-from embtrim.compaction.compacting import compact
-from embtrim.errors import EmbtrimError, PlanError
+from embtrim.compaction.compacting import compact, quantize_
+from embtrim.errors import EmbtrimError, ModelError, PlanError
 from embtrim.experiments.settings import RunConfig
 from embtrim.experiments.steps import shrink, train_full
 from embtrim.methods.readings import code_errors, errors_of_each
@@ -25,7 +25,7 @@ from embtrim.schema import Schema
 from embtrim.serving.bundle import load_bundle, save
 from embtrim.serving.exporting import export
 from embtrim.tables.embedding_tables import EmbeddingTables
-from embtrim.tables.packing import CLIPS, BandedRows, PackedRows, fit_codes, fit_each, together
+from embtrim.tables.packing import CLIPS, BandedRows, PackedRows, as_coded, fit_codes, fit_each, together
 from embtrim.tables.row_optimizers import RowSGD
 from embtrim.training.evaluation import evaluate
 from embtrim.training.fitting import fit
@@ -403,7 +403,50 @@ def test_tables_that_are_coded_together_have_the_codes_of_each(monkeypatch):
     for found, table, level in zip(fit_each(tables, bits), tables, bits, strict=True):
         for joined, alone in zip(found, fit_codes(table, level), strict=True):
             torch.testing.assert_close(joined, alone, rtol=0, atol=0)
+    weights = [torch.arange(len(table)) ** 2 for table in tables]
+    for found, table, level, weight in zip(fit_each(tables, bits, weights), tables, bits, weights, strict=True):
+        for joined, alone in zip(found, fit_codes(table, level, weight), strict=True):
+            torch.testing.assert_close(joined, alone, rtol=0, atol=0)
     counts = [np.arange(len(table)) for table in tables]
     for level in (16, 4):
         for found, table, count in zip(errors_of_each(tables, counts, level), tables, counts, strict=True):
             np.testing.assert_allclose(found, code_errors(table, count, level), rtol=1e-12)
+
+
+def weighted_error(table: torch.Tensor, count_N: torch.Tensor, codes: tuple[torch.Tensor, torch.Tensor], bits: int):
+    return ((as_coded(table, *codes, bits) - table).double().square() * count_N[:, None]).sum(0)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_codes_are_fitted_to_what_is_read(bits):
+    """Rows that are read often are near the mean; a few rare ones are far away."""
+    generator = torch.Generator().manual_seed(1)
+    table = torch.randn(400, 5, generator=generator)
+    table[::40] *= 8
+    count_N = torch.ones(400, dtype=torch.int64) * 1000
+    count_N[::40] = 1
+    plain, fitted = fit_codes(table, bits), fit_codes(table, bits, count_N)
+    assert (weighted_error(table, count_N, fitted, bits) < 0.8 * weighted_error(table, count_N, plain, bits)).all()
+    for one, other in zip(fit_codes(table, bits, torch.full((400,), 7)), plain, strict=True):
+        torch.testing.assert_close(one, other)
+    zeros = fit_codes(table, bits, torch.zeros(400))
+    assert all(torch.equal(one, other) for one, other in zip(zeros, plain, strict=True)), "rows count once at least"
+
+
+def test_quantize_takes_counts_by_table():
+    model = DeepFM(Schema.from_sizes([90, 7]), embedding_dim=4, hidden_units=(8,), init_std=0.5)
+    small = compact(model, model.tables.plan.with_bits(3), init="inherit")
+    names = [table.name for table in small.tables.plan.tables]
+    counts = {name: np.arange(rows, dtype=np.int64) ** 3 for name, rows in zip(names, (90, 7), strict=True)}
+    rows = [small.tables.get_rows(name, np.arange(len(counts[name])))[0][1] for name in names]
+    with pytest.raises(ModelError, match=r"counts has an array of shape \(3,\) for table .*; give one number for each"):
+        small.tables.quantize_({**counts, names[0]: np.ones(3)})
+    with pytest.raises(ModelError, match=r"counts has none for table"):
+        small.tables.quantize_({names[0]: counts[names[0]]})
+    quantize_(small, counts)
+    small.tables.dequantize_()  # its rows can be read then
+    for name, before in zip(names, rows, strict=True):
+        codes = fit_codes(before, 3, torch.from_numpy(counts[name]))
+        found = small.tables.get_rows(name, np.arange(len(before)))[0][1]
+        torch.testing.assert_close(found, as_coded(before, *codes, 3), rtol=0, atol=1e-6)
+        assert not torch.equal(torch.stack(codes), torch.stack(fit_codes(before, 3)))

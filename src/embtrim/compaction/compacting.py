@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from typing import Any, TypeVar, get_args, overload
 
+import numpy as np
 from torch import nn
 
 from embtrim.compaction.foreign import Init, LinearReads, compact_module, narrow_linears
@@ -20,6 +22,7 @@ from embtrim.errors import EmbtrimError, ModelError
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import SizePlan
 from embtrim.system.modules import unwrapped
+from embtrim.tables.packing import counts_of
 from embtrim.tables.replacements import CompactEmbedding
 from embtrim.tasks.survey import plan_for
 from embtrim.tasks.task import Task
@@ -158,17 +161,21 @@ def _like(model: ZooModel, made: ZooModel) -> ZooModel:
     return made
 
 
-def quantize_(model: nn.Module) -> None:
+def quantize_(model: nn.Module, counts: Mapping[str, np.ndarray] | None = None) -> None:
     """Store the tables of a trained compact model in the bits of its plan, in place. Afterwards it only infers.
 
     Args:
-        model: Compact model, from `compact`. For a zoo model this calls `model.tables.quantize_()`.
+        model: Compact model, from `compact`. For a zoo model this calls `model.tables.quantize_(counts)`.
+        counts: How often the rows of each table occur in the training data, by table. The codes are then fitted for the
+            least error of what is read; None counts all rows alike. For a zoo model these are the rows that it stores,
+            for another module those of the full table (V,), such as `task.row_counts()` gives.
 
     Raises:
-        ModelError: The tables are quantised already, or the plan stores all tables of the module in 32 bits.
+        ModelError: The tables are quantised already, or the plan stores all tables of the module in 32 bits; or the
+            counts are not one for each row.
     """
     if isinstance(model, CTRModel):
-        model.tables.quantize_()
+        model.tables.quantize_(counts)
         return
     tables = [module for module in model.modules() if isinstance(module, CompactEmbedding)]
     if any(table.packed is not None for table in tables):
@@ -178,4 +185,4 @@ def quantize_(model: nn.Module) -> None:
             f"this {type(model).__name__} has no compact table of fewer than 32 bits; compact it with plan.with_bits(8)"
         )
     for table in tables:
-        table.quantize_()
+        table.quantize_(None if counts is None else counts_of(counts, table.path, table.num_embeddings))

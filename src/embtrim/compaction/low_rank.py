@@ -16,7 +16,7 @@ largest number of occurrences that a table has. Which coordinates a table may ha
                 the eigenvectors of sum_f tr(G_f) C_f. The layers that read the tables are rotated back; nothing is stored.
     columns     The columns of most loss G_jj C_jj, for models that know single columns.
 
-Rows that a plan drops read the mean embedding of the table.
+Rows that a plan drops read their mean embedding and their mean first-order weight.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from embtrim.compaction.foreign import compact_tables
 from embtrim.compaction.inheriting import kept_rows_of
 from embtrim.models.ctr_model import CTRModel
 from embtrim.plan.plan import SizePlan
-from embtrim.plan.table import projects
+from embtrim.plan.table import TablePlan, projects
 from embtrim.tables.packing import CHUNK_ROWS
 from embtrim.tables.replacements import CompactEmbedding
 from embtrim.tasks.sensitivity import sensitivities
@@ -205,7 +205,8 @@ def stored_coordinates(model: nn.Module, plan: SizePlan) -> dict[str, list[int]]
 def start_low_rank(small: nn.Module, plan: SizePlan, task: Task) -> None:
     """Turn the inherited tables of a compact model into low-rank approximations of the trained ones, in place.
 
-    Tables that store columns keep what they inherited. The DROPPED row of every table becomes the mean embedding.
+    Tables that store columns keep what they inherited. The DROPPED row of every table becomes the mean of the rows that it
+    stands for.
 
     Args:
         small: Compact model, from `compact(full, plan, init="inherit")`, in fp32.
@@ -215,11 +216,46 @@ def start_low_rank(small: nn.Module, plan: SizePlan, task: Task) -> None:
     with weights_kept(task.model):
         weights, counts = trained_rows(task)
         found = bases(task, weights, counts, coordinates_of(task.model, plan))
-        _start_tables(small, plan, task.model, weights, found)
+        _start_tables(small, plan, task.model, weights, counts, found)
+        _start_first_order(small, plan, task, counts)
+
+
+def _start_first_order(small: nn.Module, plan: SizePlan, task: Task, counts: Mapping[str, np.ndarray]) -> None:
+    """Set the first-order weight of every DROPPED row."""
+    first_order = task.first_order_weights()
+    if not first_order or not isinstance(small, CTRModel) or small.tables.first_order is None:
+        return
+    for table in plan.tables:
+        if table.dropped_id is not None:
+            place = torch.from_numpy(small.tables.storage_rows(table.name, np.array([table.dropped_id])))
+            mean = mean_of_dropped(table, first_order[table.name][:, None], counts[table.name])
+            small.tables.first_order[place.to(mean.device)] = mean
+
+
+def mean_of(values_VD: Tensor, count_V: np.ndarray) -> Tensor:
+    """Mean row (D,) over the training data; zeros if no row occurs there."""
+    total_D = torch.zeros(values_VD.shape[1], dtype=torch.float64)
+    for part, count in zip(
+        values_VD.split(CHUNK_ROWS), torch.from_numpy(count_V).double().split(CHUNK_ROWS), strict=True
+    ):
+        total_D += count @ part.detach().cpu().double()
+    return (total_D / max(1, int(count_V.sum()))).to(values_VD)
+
+
+def mean_of_dropped(table: TablePlan, values_VD: Tensor, count_V: np.ndarray) -> Tensor:
+    """Mean row (D,) of the rows that a plan drops; of all rows if none of them occurs in the training data."""
+    id_map = table.id_map()
+    dropped_V = count_V if id_map is None else np.where(id_map == table.dropped_id, count_V, 0)
+    return mean_of(values_VD, dropped_V if dropped_V.any() else count_V)
 
 
 def _start_tables(
-    small: nn.Module, plan: SizePlan, full: nn.Module, weights: Mapping[str, Tensor], found: Mapping[str, Basis]
+    small: nn.Module,
+    plan: SizePlan,
+    full: nn.Module,
+    weights: Mapping[str, Tensor],
+    counts: Mapping[str, np.ndarray],
+    found: Mapping[str, Basis],
 ) -> None:
     compacted: dict[str, CompactEmbedding] = {}
     if not isinstance(small, CTRModel):
@@ -239,7 +275,8 @@ def _start_tables(
             for kept_rows, compact_ids in kept_rows_of(table):
                 set_rows(compact_ids, weight_VD[torch.from_numpy(kept_rows).to(weight_VD.device)] @ encode)
         if table.dropped_id is not None:
-            mean = basis.mean_D @ encode if encode is not None else basis.mean_D[list(table.columns)]
+            mean_D = mean_of_dropped(table, weight_VD, counts[table.name])
+            mean = mean_D @ encode if encode is not None else mean_D[list(table.columns)]
             set_rows(np.array([table.dropped_id]), mean[None])
         if encode is not None and not isinstance(small, CTRModel):
             compacted[table.name].projections[str(table.output_width)].copy_(basis.decode_DD[: table.output_width])

@@ -319,9 +319,10 @@ def compact_and_retrain(
     if retrain and config.teacher and plan.is_quantized:
         path = None if checkpoint is None else checkpoint.with_stem("finishing")
         trainings.append(_finish(small, model, data, config, lessons, checkpoint=path, **shown))
+    recoded = data.recode(plan)
     if plan.is_quantized:
-        small.tables.quantize_()
-    return Compacted(small, data.recode(plan), _one_result(trainings))
+        small.tables.quantize_(recoded.value_counts())
+    return Compacted(small, recoded, _one_result(trainings))
 
 
 def _finish(
@@ -349,7 +350,8 @@ def _finish(
     lesson = _lesson(lessons, data, model, config.teacher, train).recode(small.tables.plan)  # type: ignore[arg-type]
     settings = teaching_settings(model, config.teacher) if checkpoint is not None else {}
     hooks = Hooks(keeps_start=True, start_to_beat=True, settings=settings)
-    gate = CodeGate(small.tables, max(1, data.num_rows("train") // train.batch_size // CODE_FITS_PER_EPOCH))
+    steps_per_fit = max(1, data.num_rows("train") // train.batch_size // CODE_FITS_PER_EPOCH)
+    gate = CodeGate(small.tables, steps_per_fit, lesson.value_counts())
     if gate.coded:
         hooks = dataclasses.replace(hooks, on_step=gate.on_step, state=gate)
     with small.tables.gated(row_gate=gate), stage("training the codes", progress):

@@ -88,8 +88,12 @@ def _smallest_predicted(
     wanted = allowed
     for _ in range(MOST_TRAININGS):
         predicted = with_predicted_budget(task, readings, config, wanted)
-        if any(predicted.num_bytes == earlier.num_bytes for _, earlier, _ in tried):
-            break
+        if tried and predicted.num_bytes == tried[0][1].num_bytes:
+            if tried[0][2] <= allowed:
+                break
+            # No plan between them is predicted to lose anything else: a larger budget is a guess.
+            more = min(1.0, MORE_TO_TRY * shares[0])
+            predicted = predicted._replace(config=predicted.config.replace(budget=f"{more:.4%}"))
         budget = predicted.config.limit
         assert budget is not None
         work = None if unfinished is None else unfinished / str(budget)

@@ -186,6 +186,7 @@ def allot(
     target: Target | None = None,
     recovery: Recovery = Recovery(),  # noqa: B008 - immutable
     keeps_rows: bool = False,
+    first_order_alone: bool = True,
     coordinates: bool = True,
 ) -> Allotment:
     """The plan of least predicted loss within a budget.
@@ -199,6 +200,7 @@ def allot(
         target: Backend whose bytes are counted.
         recovery: What retraining leaves of each loss.
         keeps_rows: Keep all rows of every table. A table may then still lose all its columns.
+        first_order_alone: Whether a table may keep rows for their first-order weights alone.
         coordinates: Whether narrow tables start with the coordinates of the readings. Otherwise they are trained from
             scratch, and what w columns are worth follows from all tables together: a product with another table sees no
             column that one of the two lacks, however few rows a table has.
@@ -217,6 +219,7 @@ def allot(
             alignment,
             target,
             keeps_rows=keeps_rows,
+            first_order_alone=first_order_alone and full.first_order,
             coordinates=coordinates,
         )
         for table in full.tables
@@ -331,6 +334,7 @@ def choices_of(
     target: Target | None,
     *,
     keeps_rows: bool,
+    first_order_alone: bool = False,
     coordinates: bool,
 ) -> Choices:
     """Every number of rows, columns and bits of one table that is worth a try."""
@@ -342,20 +346,24 @@ def choices_of(
     total = float(energy_C[-1])
 
     ladders = ladders_of(reading, levels)
-    # No row; or, where no row and no first-order weight may go, no column. A table without rows reads zero.
-    nothing = (0, list(levels).index(min(levels)), table.num_rows if keeps_rows else 0)
+    # Without columns the rows that stay hold first-order weights alone. A table without rows reads zero.
+    bare = [*([] if keeps_rows else [0]), *(counts.tolist() if first_order_alone or keeps_rows else [])]
+    least = list(levels).index(min(levels))
     grid = np.meshgrid(widths, np.arange(len(ladders)), counts, indexing="ij")
-    widths_N, ladders_N, rows_N = (np.append(axis.ravel(), least) for axis, least in zip(grid, nothing, strict=True))
+    widths_N, ladders_N, rows_N = (
+        np.concatenate([axis.ravel(), beside])
+        for axis, beside in zip(grid, ([0] * len(bare), [least] * len(bare), bare), strict=True)
+    )
     kept_N = np.where(rows_N > 0, energy_C[np.searchsorted(counts, rows_N)], 0.0)
     share_N = weight * kept_N / total if total else np.zeros(len(rows_N))
     noise_WLC = np.stack(
         [_noise_of(reading, bands, counts, widths, coordinates=coordinates) for bands in ladders], axis=1
     )
-    noise_N = np.append(weight * noise_WLC.ravel(), 0.0)
+    noise_N = np.append(weight * noise_WLC.ravel(), np.zeros(len(bare)))
     errors_LN = np.stack([weight * (total - kept_N), np.where(rows_N > 0, share_N * lost_D[widths_N], 0.0), noise_N])
     bytes_WLN = _all_bytes(full, table, counts, widths, ladders, budget, alignment, target)
-    least = _layout(table, nothing[2], 0, ladders[nothing[1]], alignment)
-    bytes_N = np.append(bytes_WLN.ravel(), full.table_bytes(least, target, budget=budget))
+    layouts = [_layout(table, rows, 0, ladders[least], alignment) for rows in bare]
+    bytes_N = np.append(bytes_WLN.ravel(), [full.table_bytes(layout, target, budget=budget) for layout in layouts])
     order = np.argsort(bytes_N, kind="stable")  # which `lower_hull` then need not do for every rate
     of_N = (rows_N[order], widths_N[order], ladders_N[order])
     return Choices(table, *of_N, ladders, bytes_N[order], errors_LN[:, order])

@@ -111,7 +111,7 @@ def plan_within(
     )
     found = divide(readings)
     if found.plan.keeps_nothing:  # the score misses no table alone, which does not tell that it misses none of them
-        found = divide(readings.without_absences())
+        found = divide(readings.without_absences(), first_order_alone=False)
     if bits != "mixed" and levels != (bits,):
         found = found._replace(plan=found.plan.with_bits(bits))
     return found

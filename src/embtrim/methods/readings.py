@@ -2,7 +2,8 @@
 
 Errors of all kinds are measured in one unit, the second-order loss of the embedded training data:
 
-    q_r     = phi_f n_r ||e_r - mean_f||^2 / 2N     of a row that reads the mean of its table, phi_f = tr(G_f) / D
+    q_r     = phi_f n_r ||e_r - mean_f||^2 / 2N     of a row that reads the mean of its table, phi_f = tr(G_f) / D;
+              first-order weights add n_r (a_r - mean)^2 / 2N times their own sensitivity
     t_f(w)  = the loss that the first w coordinates of a table leave
     z_f(b)  = phi_f sum_r n_r ||e_r - stored_b(e_r)||^2 / 2N                of storing a table in b bits
     z_f(b,w) = sum_{j<w} g_j sum_r n_r (c_rj - stored_b(c_rj))^2 / 2N       of storing w coordinates c_r = e_r A_w in b bits
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embtrim.compaction.low_rank import Basis, bases, coordinates_of, num_occurrences
+from embtrim.compaction.low_rank import Basis, bases, coordinates_of, mean_of, num_occurrences
 from embtrim.plan.table import BITS, BYTES_PER_SCALE, CODE_BITS
 from embtrim.system.modules import evaluating
 from embtrim.system.progress import tracked
@@ -34,7 +35,7 @@ from embtrim.tables.packing import CHUNK_ROWS, as_coded, fit_codes, together
 from embtrim.tasks.row_scores import NOTHING, Cut, RowScores, key_bounds, nth_keys
 from embtrim.tasks.sharing import ALONE, OneProcess
 from embtrim.tasks.sites import weights_kept
-from embtrim.tasks.table_parts import Change, TablePart
+from embtrim.tasks.table_parts import FIRST_ORDER, Change, FirstOrder, TablePart
 from embtrim.tasks.task import Task
 
 # Rows (N, W) of a table -> the same rows as they are stored.
@@ -88,7 +89,8 @@ class TableReading:
         noise: z_f(b) by bits.
         coordinate_noise: z_f(b, w) for w = 0..D, by bits.
         segments: The rows in segments of descending energy, for bands of bits.
-        absence: Loss of the score if all rows read the mean; None if it was not measured.
+        absence: Loss of the score if all rows read the mean; None if it was not measured. Where several tables are
+            needless one by one and missed together, the loss that this one adds to those before it.
     """
 
     energies: RowScores
@@ -181,29 +183,34 @@ def _readings(task: Task) -> Readings:
     train_rows = num_occurrences(counts, task)
     task = task.sampled(max(LEAST_ROWS, min(MOST_ROWS, int(PART_OF_TRAIN * train_rows))))
     weights = {name: part.weight_ND for name, part in parts.items()}
-    found = bases(task, weights, counts, coordinates_of(task.model))
+    found, first_order = bases(task, weights, counts, coordinates_of(task.model)), task.first_order()
     codes = {
-        (name, bits): rounding(part.weight_ND, bits, part.first, part.num_rows, task)
+        (name, bits): rounding(part.weight_ND, part.count_N, bits, part.first, part.num_rows, task)
         for name, part in parts.items()
         for bits in CODE_LEVELS
     }
-    tables = {name: _table(parts[name], basis, train_rows, task) for name, basis in found.items()}
-    reader = _Reader(task, found)
-    rows, widths, bits = _read_rows(reader, tables), _read_widths(reader, tables), _read_bits(reader, tables, codes)
-    tables = {
-        name: dataclasses.replace(table, absence=absence)
-        for (name, table), absence in zip(tables.items(), _absences(reader), strict=True)
-    }
+    tables = {name: _table(parts[name], basis, train_rows, first_order, task) for name, basis in found.items()}
+    reader = _Reader(task, found, counts, first_order)
+    absences, needless = _absences(reader)
+    tables = {name: dataclasses.replace(table, absence=absences.get(name)) for name, table in tables.items()}
+    rows = _read_rows(reader, tables, needless)
+    widths, bits = _read_widths(reader, tables), _read_bits(reader, tables, codes)
     return Readings(reader.score, task.score_error(task.model), tables, rows, widths, bits, found)
 
 
-def _table(part: TablePart, basis: Basis, train_rows: int, group: OneProcess) -> TableReading:
+def _table(
+    part: TablePart, basis: Basis, train_rows: int, first_order: FirstOrder | None, group: OneProcess
+) -> TableReading:
     weight_ND, count_N = part.weight_ND, part.count_N
     half, width = 1 / (2 * train_rows), weight_ND.shape[1]
     unit = basis.sensitivity * half
     # Columns are coded alone: plain ones and coordinates cost one pass.
     both_NC = torch.cat([weight_ND, weight_ND @ basis.encode_DD], 1)
-    energies = RowScores(unit * row_energies(weight_ND, count_N, basis.mean_D), part.first, part.num_rows, group)
+    energy_N = unit * row_energies(weight_ND, count_N, basis.mean_D)
+    if first_order is not None:
+        weight_N1 = first_order.weights[part.name][:, None]
+        energy_N += half * first_order.sensitivity * row_energies(weight_N1, count_N, mean_of(weight_N1, count_N))
+    energies = RowScores(energy_N, part.first, part.num_rows, group)
 
     def noises(rows: np.ndarray | slice, num_rows: int) -> tuple[dict[int, float], dict[int, np.ndarray]]:
         first = part.first if num_rows == part.num_rows else 0
@@ -240,11 +247,35 @@ def _edges(energies: RowScores) -> list[tuple[int, Cut]]:
 
 
 class _Reader:
-    """Scores the model of a task with changed tables."""
+    """Scores the model of a task with changed tables.
 
-    def __init__(self, task: Task, found: Mapping[str, Basis]) -> None:
+    Attributes:
+        means: Mean of each table over the training data (D,), by its name, and of first-order weights (1,).
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        found: Mapping[str, Basis],
+        counts: Mapping[str, np.ndarray],
+        first_order: FirstOrder | None,
+    ) -> None:
         self.task, self.bases = task, found
+        self.means = {name: basis.mean_D for name, basis in found.items()}
+        if first_order is not None:
+            for name, weight_V in first_order.weights.items():
+                self.means[FIRST_ORDER + name] = mean_of(weight_V[:, None], counts[name])
         self.score = task.valid_score(task.model)
+
+    def absent(self, name: str) -> dict[str, Change]:
+        """The change after which all rows of a table read their mean."""
+        return {
+            part: lambda values, _rows, part=part: self.means[part].expand_as(values) for part in self.parts_of(name)
+        }
+
+    def parts_of(self, name: str) -> list[str]:
+        """Names of all values that a table's rows hold."""
+        return [part for part in (name, FIRST_ORDER + name) if part in self.means]
 
     def losses(self, what: str, changes: Sequence[Mapping[str, Change]]) -> list[float]:
         """Loss of the score under each of several changes to tables; see `Task.changed`."""
@@ -255,21 +286,35 @@ class _Reader:
         return found
 
 
-def _read_rows(reader: _Reader, tables: Mapping[str, TableReading]) -> Curve:
-    """Rows beyond a share of all, in order of energy over all tables, read the mean of their table."""
-    energies = {name: table.energies for name, table in tables.items()}
-    num_rows = sum(scores.num_rows for scores in energies.values())
+def _read_rows(reader: _Reader, tables: Mapping[str, TableReading], needless: Sequence[str]) -> Curve:
+    """Rows beyond a share of all, in order of energy over all tables, read the mean of their table.
+
+    Tables that the score does not need read it throughout, and do not count: a plan drops them first.
+    """
+    if len(needless) == len(tables):  # then all are needed: the score may rest on dense fields, or on luck
+        needless = []
+    needed = {name: table.energies for name, table in tables.items() if name not in needless}
+    num_rows = sum(scores.num_rows for scores in needed.values())
     ranks = np.array([int(share * num_rows) for share in ROW_SHARES])
-    first = next(iter(energies.values()))
-    values = [first.value_of(key) for key in nth_keys(list(energies.values()), ranks)]
+    first = next(iter(needed.values()))
+    values = [first.value_of(key) for key in nth_keys(list(needed.values()), ranks)]
     thresholds = [value if share else np.inf for share, value in zip(ROW_SHARES, values, strict=True)]
+    gone = {part: to_mean for name in needless for part, to_mean in reader.absent(name).items()}
 
-    def without(name: str, threshold: float) -> Change:
-        dropped_N, mean_D = torch.from_numpy(energies[name].scores <= threshold), reader.bases[name].mean_D
-        return lambda part, rows: torch.where(dropped_N[rows, None].to(part.device), mean_D, part)
+    def without(name: str, threshold: float) -> dict[str, Change]:
+        dropped_N = torch.from_numpy(needed[name].scores <= threshold)
 
-    losses = reader.losses("reading rows", [{name: without(name, t) for name in tables} for t in thresholds])
-    lost = [sum(float(e.scores[e.scores <= t].sum()) for e in energies.values()) for t in thresholds]
+        def to(mean_D: Tensor) -> Change:
+            return lambda part, rows: torch.where(dropped_N[rows, None].to(part.device), mean_D, part)
+
+        return {part: to(reader.means[part]) for part in reader.parts_of(name)}
+
+    changes = [
+        {**gone, **{part: change for name in needed for part, change in without(name, threshold).items()}}
+        for threshold in thresholds
+    ]
+    losses = reader.losses("reading rows", changes)
+    lost = [sum(float(e.scores[e.scores <= t].sum()) for e in needed.values()) for t in thresholds]
     errors = reader.task.summed(torch.tensor(lost, dtype=torch.float64)).tolist()
     return _rising(ROW_SHARES, errors, losses, 1.0)
 
@@ -307,13 +352,32 @@ def _read_bits(reader: _Reader, tables: Mapping[str, TableReading], codes: Mappi
     return _rising(CODE_LEVELS, [sum(table.noise[b] for table in tables.values()) for b in CODE_LEVELS], losses, 32)
 
 
-def _absences(reader: _Reader) -> list[float | None]:
-    """Loss of the score where one large table reads its mean, for each table; None for small tables."""
+def _absences(reader: _Reader) -> tuple[dict[str, float], list[str]]:
+    """Loss of the score where one large table reads its mean, by table, and the tables that are needless together.
+
+    A table may be needless alone and be missed beside others that carry the same signal. It then has the loss that its
+    absence adds to theirs.
+    """
     sizes = {table.name: table.num_rows * table.width for table in reader.task.full_plan().tables}
     large = [name for name in reader.bases if sizes[name] >= LARGE_PART * sum(sizes.values())]
-    changes = [{name: lambda part, _rows, name=name: reader.bases[name].mean_D.expand_as(part)} for name in large]
-    losses = dict(zip(large, reader.losses("reading tables", changes), strict=True))
-    return [losses.get(name) for name in reader.bases]
+    losses = dict(zip(large, reader.losses("reading tables", [reader.absent(name) for name in large]), strict=True))
+    needless = sorted((name for name in large if losses[name] <= 0), key=losses.__getitem__)
+
+    def together(names: Sequence[str]) -> float:
+        change = {part: to_mean for name in names for part, to_mean in reader.absent(name).items()}
+        return reader.losses("reading tables together", [change])[0]
+
+    if len(needless) < 2 or together(needless) <= 0:
+        return losses, needless
+    found, before = needless[:1], losses[needless[0]]
+    for name in needless[1:]:
+        now = together([*found, name])
+        if now <= 0:
+            found.append(name)
+            before = now
+        else:
+            losses[name] = now - before
+    return losses, found
 
 
 def _rising(settings: Sequence[float], errors: Sequence[float], losses: Sequence[float], whole: float) -> Curve:
@@ -334,12 +398,18 @@ def row_energies(weight_VD: Tensor, count_V: np.ndarray, mean_D: Tensor) -> np.n
 
 
 def rounding(
-    weight_ND: Tensor, bits: int, first: int = 0, num_rows: int | None = None, group: OneProcess = ALONE
+    weight_ND: Tensor,
+    count_N: np.ndarray,
+    bits: int,
+    first: int = 0,
+    num_rows: int | None = None,
+    group: OneProcess = ALONE,
 ) -> Rounding:
     """The function from rows of a table to what they read in 16 bits or codes; its scales are fitted to the whole table.
 
     Args:
         weight_ND: Rows that this process holds.
+        count_N: How often they are read; a count for each column, (N, D), is allowed.
         bits: Bits per value.
         first: The first of them.
         num_rows: Rows of the table; None for N.
@@ -348,7 +418,9 @@ def rounding(
     if bits == 16:
         return lambda part: part.half().float()
     every = max(1, -(-(len(weight_ND) if num_rows is None else num_rows) // FITTED_ROWS))
-    scale, offset = fit_codes(weight_ND[-first % every :: every].float(), bits, group)
+    rows = slice(-first % every, None, every)
+    uses = torch.from_numpy(count_N[rows]).to(weight_ND.device)
+    scale, offset = fit_codes(weight_ND[rows].float(), bits, uses, group)
     return lambda part: as_coded(part.float(), scale, offset, bits)
 
 
@@ -367,7 +439,7 @@ def code_errors(
     found_W = torch.zeros(values_VW.shape[1], dtype=torch.float64)
     if bits == 32 or not (len(values_VW) if num_rows is None else num_rows):
         return found_W.numpy()
-    stored = rounding(values_VW, bits, first, num_rows, group)
+    stored = rounding(values_VW, count_V, bits, first, num_rows, group)
     for part, count in zip(values_VW.split(CHUNK_ROWS), torch.from_numpy(count_V).split(CHUNK_ROWS), strict=True):
         squares = (stored(part) - part.float()).double().square().cpu()
         found_W += count.double() @ squares if count.ndim == 1 else (count * squares).sum(0)

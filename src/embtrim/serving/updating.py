@@ -245,7 +245,8 @@ def update(
                 fitted = fit(model, data, train, progress=progress, checkpoint=work / "training.safetensors")
             epochs = len(fitted.history)
         if plan.is_quantized:
-            model.tables.quantize_()
+            counts = data.value_counts()  # the ids are the model's own, and those of rows that it dropped are not used
+            model.tables.quantize_({table.name: counts[table.name][: table.num_compact_rows] for table in plan.tables})
         after = {name: evaluate(model, data, name, train).to_dict() for name in splits}
         changes = table_changes(parent.plan, plan)
         note = {

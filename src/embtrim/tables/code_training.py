@@ -7,8 +7,10 @@ same `fit_codes` that stores the rows at the end.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,10 +42,14 @@ class CodeGate:
     Args:
         tables: Tables in training, whose plan has fewer than 32 bits somewhere.
         steps_per_fit: Steps after which the scales are fitted again.
+        counts: How often each stored row occurs in the training data, by table; see `quantize_` of the tables.
     """
 
-    def __init__(self, tables: EmbeddingTables, steps_per_fit: int) -> None:
+    def __init__(
+        self, tables: EmbeddingTables, steps_per_fit: int, counts: Mapping[str, np.ndarray] | None = None
+    ) -> None:
         self.tables, self.steps_per_fit = tables, steps_per_fit
+        self.count_R = None if counts is None else tables.by_storage_row(counts)
         self.coded = [
             group for group in tables.layout.groups if group.bits <= CODE_BITS and group.width and group.num_rows
         ]
@@ -58,7 +64,8 @@ class CodeGate:
             runs = self._runs(group)
             starts = [start for start, _ in runs]
             sizes = [end - start for start, end in zip(starts, [*starts[1:], group.stop], strict=True)]
-            fitted = fit_each(self.tables.group_view(group).split(sizes), [bits for _, bits in runs])
+            counts = None if self.count_R is None else self.count_R[group.start : group.stop].split(sizes)
+            fitted = fit_each(self.tables.group_view(group).split(sizes), [bits for _, bits in runs], counts)
             scales, offsets = zip(*fitted, strict=True)
             start_T, bits_T = (torch.tensor(values, device=scales[0].device) for values in zip(*runs, strict=True))
             self.stretches[group.start] = Stretches(start_T, bits_T, torch.stack(scales), torch.stack(offsets))

@@ -5,8 +5,9 @@ quantised uniformly, column by column:
 
     out = code * scale + offset,   code = round((value - offset) / scale) in 0 .. 2^b - 1
 
-The codes span the range of the column, shrunk towards its mean by the factor in CLIPS with the smallest squared error; a
-value outside this range gets the code of its nearer end. Scale and offset are fp16.
+The codes span the range of the column, shrunk towards its mean by the factor in CLIPS with the smallest squared error, in
+which a row counts as often as it is read; a value outside this range gets the code of its nearer end. Scale and offset are
+fp16.
 
 A byte holds 8 / p parts of p bits: with W columns and B bytes a row, column j is part j // B of byte j % B, from the low
 bits up. A code of 3 bits has two parts, in bytes of their own: its 2 low bits, then its high bit.
@@ -17,9 +18,10 @@ Axes: N rows, W columns, T stretches.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -69,7 +71,13 @@ class PackedRows(nn.Module):
 
     @torch.no_grad()
     def store(
-        self, stretch: int, rows_N: Tensor, values_NW: Tensor, fitted: tuple[Tensor, Tensor] | None = None
+        self,
+        stretch: int,
+        rows_N: Tensor,
+        values_NW: Tensor,
+        count_N: Tensor | None = None,
+        *,
+        fitted: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Pack all rows of a stretch.
 
@@ -77,6 +85,7 @@ class PackedRows(nn.Module):
             stretch: Number of the stretch.
             rows_N: int64 rows to write to.
             values_NW: Values of these rows.
+            count_N: How often each of these rows is read; see `fit_codes`.
             fitted: What `fit_codes` gives for the values; None calls it.
 
         Raises:
@@ -91,7 +100,7 @@ class PackedRows(nn.Module):
                 f"a table has values from {values_NW.min():g} to {values_NW.max():g}; codes of {self.bits} bits have fp16 "
                 f"scales, which end at {MOST_VALUE:,.0f}: give the table 32 bits, or train it with embedding_l2"
             )
-        scale_W, offset_W = fit_codes(values_NW, self.bits) if fitted is None else fitted
+        scale_W, offset_W = fit_codes(values_NW, self.bits, count_N) if fitted is None else fitted
         self.scale[stretch], self.offset[stretch] = scale_W, offset_W
         for place_N, part_NW in zip(rows_N.split(CHUNK_ROWS), values_NW.split(CHUNK_ROWS), strict=True):
             codes_NW = codes_of(part_NW, scale_W, offset_W, self.bits).to(torch.uint8)
@@ -102,9 +111,9 @@ class PackedRows(nn.Module):
         found = self.values[rows_N]
         return found if self.bits > CODE_BITS else _unpacked(found.float(), self.width, self.bits).to(torch.uint8)
 
-    def pieces(self, stretch: int, rows_N: Tensor, values_NW: Tensor) -> Iterator[Piece]:
+    def pieces(self, stretch: int, rows_N: Tensor, values_NW: Tensor, count_N: Tensor | None) -> Iterator[Piece]:
         """The arguments of `store` by precision."""
-        yield self, stretch, rows_N, values_NW
+        yield self, stretch, rows_N, values_NW, count_N
 
     def forward(self, index: Tensor, stretch_C: Tensor) -> Tensor:
         """fp32 rows (.., C, W) for row numbers `index` (.., C); column c of `index` reads rows of stretch `stretch_C[c]`."""
@@ -122,8 +131,8 @@ class PackedRows(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-# A store and the arguments of its `store`: the number of a stretch, and its rows and values.
-Piece: TypeAlias = tuple[PackedRows, int, Tensor, Tensor]
+# A store and the arguments of its `store`: the number of a stretch, and its rows, values and counts.
+Piece: TypeAlias = tuple[PackedRows, int, Tensor, Tensor, Tensor | None]
 
 
 class BandedRows(nn.Module):
@@ -161,12 +170,12 @@ class BandedRows(nn.Module):
                 dtype = torch.int64 if name == "stretch" else torch.int32
                 self.register_buffer(f"{name}_{bits}", torch.tensor(numbers, dtype=dtype), persistent=False)
 
-    def store(self, stretch: int, rows_N: Tensor, values_NW: Tensor) -> None:
+    def store(self, stretch: int, rows_N: Tensor, values_NW: Tensor, count_N: Tensor | None = None) -> None:
         """Pack all rows of a table, by its number; see `PackedRows.store`."""
-        for store, own, place_N, part_NW in self.pieces(stretch, rows_N, values_NW):
-            store.store(own, place_N, part_NW)
+        for store, own, place_N, part_NW, part_N in self.pieces(stretch, rows_N, values_NW, count_N):
+            store.store(own, place_N, part_NW, part_N)
 
-    def pieces(self, stretch: int, rows_N: Tensor, values_NW: Tensor) -> Iterator[Piece]:
+    def pieces(self, stretch: int, rows_N: Tensor, values_NW: Tensor, count_N: Tensor | None) -> Iterator[Piece]:
         """The rows of a table by precision, each with the arguments of `PackedRows.store`."""
         for bits, store in self._levels():
             start, size, place, own = (
@@ -174,7 +183,8 @@ class BandedRows(nn.Module):
             )
             inside = (rows_N >= start) & (rows_N < start + size)
             if size:
-                yield store, own, rows_N[inside] - start + place, values_NW[inside]
+                counts = None if count_N is None else count_N[inside]
+                yield store, own, rows_N[inside] - start + place, values_NW[inside], counts
 
     def forward(self, index: Tensor, stretch_C: Tensor) -> Tensor:
         """fp32 rows (.., C, W) for row numbers `index` (.., C); column c of `index` reads the table `stretch_C[c]`."""
@@ -202,12 +212,25 @@ def packed_rows(width: int, bands_T: Sequence[Sequence[tuple[int, int]]]) -> Pac
     return PackedRows(sum(bands[0][0] for bands in bands_T), width, bands_T[0][0][1], len(bands_T))
 
 
-def store_each(stretches: Iterable[tuple[PackedRows | BandedRows, int, Tensor, Tensor]]) -> None:
+def counts_of(counts: Mapping[str, np.ndarray], name: str, num_rows: int) -> np.ndarray:
+    """The counts of a table's rows.
+
+    Raises:
+        ModelError: There is not one for each row.
+    """
+    count_V = counts.get(name)
+    if count_V is None or np.shape(count_V) != (num_rows,):
+        given = "none" if count_V is None else f"an array of shape {np.shape(count_V)}"
+        raise ModelError(f"counts has {given} for table {name!r}; give one number for each of its {num_rows:,} rows")
+    return count_V
+
+
+def store_each(stretches: Iterable[tuple[PackedRows | BandedRows, int, Tensor, Tensor, Tensor | None]]) -> None:
     """Pack the rows of several stretches: each a store and the arguments of its `store`. Small ones are coded together."""
     waiting: list[Piece] = []
     size = 0
-    for store, stretch, rows_N, values_NW in stretches:
-        waiting += store.pieces(stretch, rows_N, values_NW)
+    for store, stretch, rows_N, values_NW, count_N in stretches:
+        waiting += store.pieces(stretch, rows_N, values_NW, count_N)
         size += values_NW.numel()
         if size >= RUN_VALUES:
             _store_pieces(waiting)
@@ -217,10 +240,14 @@ def store_each(stretches: Iterable[tuple[PackedRows | BandedRows, int, Tensor, T
 
 def _store_pieces(pieces: Sequence[Piece]) -> None:
     coded = [piece for piece in pieces if piece[0].bits <= CODE_BITS]
-    fitted = fit_each([values_NW.float() for *_, values_NW in coded], [store.bits for store, *_ in coded])
-    for (store, stretch, rows_N, values_NW), codes in zip(coded, fitted, strict=True):
-        store.store(stretch, rows_N, values_NW, codes)
-    for store, stretch, rows_N, values_NW in pieces:
+    fitted = fit_each(
+        [values_NW.float() for *_, values_NW, _ in coded],
+        [store.bits for store, *_ in coded],
+        [count_N for *_, count_N in coded],
+    )
+    for (store, stretch, rows_N, values_NW, _), codes in zip(coded, fitted, strict=True):
+        store.store(stretch, rows_N, values_NW, fitted=codes)
+    for store, stretch, rows_N, values_NW, _ in pieces:
         if store.bits > CODE_BITS:
             store.store(stretch, rows_N, values_NW)
 
@@ -268,7 +295,9 @@ class Group(Protocol):
     def largest(self, values: Tensor, /) -> Tensor: ...  # noqa: D102
 
 
-def fit_codes(values_NW: Tensor, bits: int, group: Group | None = None) -> tuple[Tensor, Tensor]:
+def fit_codes(
+    values_NW: Tensor, bits: int, count_N: Tensor | None = None, group: Group | None = None
+) -> tuple[Tensor, Tensor]:
     """Scale and offset (W,) of the columns, chosen for the smallest squared error.
 
     Both are fp32 tensors whose numbers fp16 holds. The offset is rounded down and the scale up, so that the codes span
@@ -277,6 +306,8 @@ def fit_codes(values_NW: Tensor, bits: int, group: Group | None = None) -> tuple
     Args:
         values_NW: Values, or the rows of them that this process holds.
         bits: Bits per code.
+        count_N: How often each row is read, (N,), or each value, (N, W): its squared error counts as often, and once at
+            least. None counts all rows alike.
         group: Processes that hold the other rows; None for a process that holds all.
     """
     summed, largest = (group.summed, group.largest) if group is not None else (_same, _same)
@@ -290,7 +321,12 @@ def fit_codes(values_NW: Tensor, bits: int, group: Group | None = None) -> tuple
         high_W = -low_W
     negative_low_W, high_W = largest(torch.stack([-low_W, high_W]))
     low_W = -negative_low_W
-    mean_W = (summed(values_NW.sum(0)) / num_rows).clamp(low_W, high_W)
+    weights = None
+    if count_N is not None:
+        weights = count_N.to(values_NW).clamp(min=1)
+        weights = weights[:, None] if weights.ndim == 1 else weights
+    total_W, uses_W = _sums(values_NW, weights)
+    mean_W = (summed(total_W) / summed(uses_W)).clamp(low_W, high_W)
     best_scale_W, best_offset_W, least_W = torch.zeros_like(low_W), low_W, torch.full_like(low_W, torch.inf)
     tried = []
     for clip in CLIPS:
@@ -298,8 +334,10 @@ def fit_codes(values_NW: Tensor, bits: int, group: Group | None = None) -> tuple
         offset_W = _rounded(torch.lerp(mean_W, low_W, clip), up=False)
         scale_W = _rounded((torch.lerp(mean_W, high_W, clip) - offset_W) / (2**bits - 1), up=True)
         error_W = torch.zeros_like(low_W)
-        for part in values_NW.split(CHUNK_ROWS):
-            error_W += (as_coded(part, scale_W, offset_W, bits) - part).square().sum(0)
+        for start in range(0, len(values_NW), CHUNK_ROWS):
+            rows = slice(start, start + CHUNK_ROWS)
+            squares = (as_coded(values_NW[rows], scale_W, offset_W, bits) - values_NW[rows]).square()
+            error_W += (squares if weights is None else squares * weights[rows]).sum(0)
         tried.append((offset_W, scale_W, error_W))
     errors = summed(torch.stack([error_W for *_, error_W in tried]))
     for (offset_W, scale_W, _), error_W in zip(tried, errors, strict=True):
@@ -310,16 +348,30 @@ def fit_codes(values_NW: Tensor, bits: int, group: Group | None = None) -> tuple
     return best_scale_W, best_offset_W
 
 
+def _sums(values_NW: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sum of values and of their weights by column, (W,)."""
+    if weights is None:
+        return values_NW.sum(0), values_NW.new_tensor(float(len(values_NW)))
+    return (values_NW * weights).sum(0), weights.expand_as(values_NW).sum(0)
+
+
 def _same(values: Tensor) -> Tensor:
     return values
 
 
-def fit_each(tables: Sequence[Tensor], bits: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """`fit_codes` of several tables; small ones are fitted together."""
+def fit_each(
+    tables: Sequence[Tensor], bits: Sequence[int], counts: Sequence[Tensor | None] | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """`fit_codes` of several tables, with the counts of their rows (N,); small ones are fitted together."""
+    counts = [None] * len(tables) if counts is None else counts
     found: list[Any] = [None] * len(tables)
     for members in together(tables, bits):
-        scale_W, offset_W = fit_codes(torch.cat([tables[i] for i in members], 1), bits[members[0]])
         widths = [tables[i].shape[1] for i in members]
+        of_members = [counts[i] for i in members]
+        joined = None
+        if all(count is not None for count in of_members):
+            joined = torch.cat([c[:, None].expand(-1, w) for c, w in zip(of_members, widths, strict=True)], 1)  # type: ignore[index]
+        scale_W, offset_W = fit_codes(torch.cat([tables[i] for i in members], 1), bits[members[0]], joined)
         for i, *codes in zip(members, scale_W.split(widths), offset_W.split(widths), strict=True):
             found[i] = tuple(codes)
     return found

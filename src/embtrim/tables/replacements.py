@@ -362,10 +362,13 @@ class CompactEmbedding(Replacement):
             self.projections = nn.ParameterDict()
 
     @torch.no_grad()
-    def quantize_(self) -> None:
+    def quantize_(self, count_V: np.ndarray | None = None) -> None:
         """Store the rows in the bits of the plan, in place: for inference only. Projections are stored in fp16.
 
         All rows of one width and precision share a scale and an offset for each column. A padding row of zeros stays zero.
+
+        Args:
+            count_V: How often each row of the full table is read; see `embtrim.quantize_`.
         """
         stored = list(self.weights)
         if self.bits == 32 or self.packed is not None or not self.stores_columns:
@@ -374,13 +377,24 @@ class CompactEmbedding(Replacement):
         zeroes = (
             self.padding_row is not None and not self(torch.tensor(self.padding_idx, device=stored[0].device)).any()
         )
+        counts = None if count_V is None else self._compact_counts(count_V).split([len(weight) for weight in stored])
         self._take_packed()
         self._zero_padding(zeroes)
         for store in self.packed.values():  # type: ignore[union-attr]
-            values_NW = torch.cat([weight for weight in stored if weight.shape[1] == store.width])
-            store.store(0, torch.arange(len(values_NW), device=values_NW.device), values_NW)
+            alike = [n for n, weight in enumerate(stored) if weight.shape[1] == store.width]
+            values_NW = torch.cat([stored[n] for n in alike])
+            count_N = None if counts is None else torch.cat([counts[n] for n in alike])
+            store.store(0, torch.arange(len(values_NW), device=values_NW.device), values_NW, count_N)
         for weight in stored:  # the model may still hold them elsewhere, as in a list of weights to penalise
             weight.data = weight.data.new_zeros(0, weight.shape[1])
+
+    def _compact_counts(self, count_V: np.ndarray) -> Tensor:
+        """float32 (compact rows,): how often each is read; a padding row counts 0."""
+        every = torch.arange(self.num_embeddings, device=self.weights[0].device)
+        found = np.bincount(self.rows_of(every).cpu().numpy(), count_V, sum(map(len, self.weights))).astype(np.float32)
+        if self.padding_row is not None:
+            found[self.padding_row] = 0
+        return torch.from_numpy(found).to(self.weights[0].device)
 
     def _take_packed(self) -> None:
         """Read from packed rows from now on; they are zero until they are stored."""

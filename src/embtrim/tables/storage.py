@@ -22,7 +22,7 @@ from embtrim.plan.plan import PlanShape
 from embtrim.schema import Schema
 from embtrim.tables.indices import Indices, index_tensors, packed_tensors, segment_tensors
 from embtrim.tables.layout import Group, lay_out, places_of
-from embtrim.tables.packing import BandedRows, PackedRows, packed_rows, store_each
+from embtrim.tables.packing import BandedRows, PackedRows, counts_of, packed_rows, store_each
 
 
 @dataclass
@@ -269,11 +269,17 @@ class TableStorage(nn.Module, Indices):
         return self.weight_by_width is not None or self.packed is not None
 
     @torch.no_grad()
-    def quantize_(self) -> None:
+    def quantize_(self, counts: Mapping[str, np.ndarray] | None = None) -> None:
         """Store the tables in the bits of their plan, in place: for inference only. Shared projections stay fp32.
 
+        Args:
+            counts: How often each stored row of a table occurs in the training data, by table (rows,), such as
+                `data.recode(plan).value_counts()` gives. Scales are then fitted for the least error of what is read;
+                None counts all rows alike.
+
         Raises:
-            ModelError: The tables are quantised already, are split by width, are gated, or a row optimiser owns them.
+            ModelError: The tables are quantised already, are split by width, are gated, or a row optimiser owns them; or
+                the counts are not one for each row.
 
         Example:
             >>> from embtrim.plan.plan import SizePlan
@@ -288,9 +294,10 @@ class TableStorage(nn.Module, Indices):
         if self.weight_by_width is not None:
             raise ModelError("these tables are split by width, for export; quantise the model before you split them")
         packed, packed_first_order = self._empty_packed()
+        count_R = None if counts is None else self.by_storage_row(counts)
         store_each(
-            (store, stretch, local, rows_RW[local])
-            for store, stretch, local, rows_RW in self._stretches(packed, packed_first_order)
+            (store, stretch, local, rows_RW[local], None if count_R is None else count_R[rows])
+            for store, stretch, rows, local, rows_RW in self._stretches(packed, packed_first_order)
         )
         self._take_packed(packed, packed_first_order)
 
@@ -307,13 +314,13 @@ class TableStorage(nn.Module, Indices):
         self.weight = nn.Parameter(torch.zeros(self.layout.num_elements, device=device))
         if self.plan.first_order:
             self.first_order = nn.Parameter(torch.zeros(self.num_rows, device=device))
-        for store, stretch, local, rows_RW in self._stretches(packed, packed_first_order):
+        for store, stretch, _, local, rows_RW in self._stretches(packed, packed_first_order):
             rows_RW[local] = store(local[:, None], torch.tensor([stretch], device=device))[:, 0]
 
     def _stretches(
         self, packed: Sequence[nn.Module], packed_first_order: Mapping[str, nn.Module]
-    ) -> Iterator[tuple[Any, int, Tensor, Tensor]]:
-        """For each stretch: its packed rows, its number among them, the places of its rows, and the fp32 rows of all places."""
+    ) -> Iterator[tuple[Any, int, Tensor, Tensor, Tensor]]:
+        """For each stretch: its packed rows, its number among them, its storage rows, their places, and the fp32 rows of all places."""
         layout = self.layout
         places = [places_of(group.tables) for group in self.groups]
         first_order_places = {bits: places_of(layout.first_order_tables(bits)) for bits in layout.first_order_bits}
@@ -323,12 +330,24 @@ class TableStorage(nn.Module, Indices):
             rows = rows.to(self.weight.device)
             for group, store, place in zip(self.groups, packed, places, strict=True):
                 if table.name in place:
-                    local = rows[(rows >= group.start) & (rows < group.stop)] - group.start
-                    yield store, place[table.name], local, self.group_view(group)
+                    inside = rows[(rows >= group.start) & (rows < group.stop)]
+                    yield store, place[table.name], inside, inside - group.start, self.group_view(group)
             if self.first_order is not None:
                 bits, start = table.first_order_bits, starts[table.first_order_bits]
                 stretch = first_order_places[bits][table.name]
-                yield packed_first_order[str(bits)], stretch, rows - start, self.first_order[start:, None]
+                yield packed_first_order[str(bits)], stretch, rows, rows - start, self.first_order[start:, None]
+
+    def by_storage_row(self, counts: Mapping[str, np.ndarray]) -> Tensor:
+        """float32 (storage rows,): the counts of tables' rows, by table (rows,), where these rows are stored.
+
+        Raises:
+            ModelError: There is not one for each row of each table.
+        """
+        found = np.zeros(self.num_rows, np.float32)
+        for table in self.plan.tables:
+            rows = table.num_compact_rows
+            found[self.storage_rows(table.name, np.arange(rows))] = counts_of(counts, table.name, rows)
+        return torch.from_numpy(found).to(self.weight.device)
 
     def packed_pieces(self, name: str) -> list[tuple[PackedRows, int, Tensor]]:
         """Where the rows of a quantised table are stored, in order of their compact ids: packed rows, stretch, and places."""
@@ -338,8 +357,8 @@ class TableStorage(nn.Module, Indices):
         for group, store in zip(self.groups, self.packed, strict=True):
             if name in (place := places_of(group.tables)):
                 local = rows[(rows >= group.start) & (rows < group.stop)] - group.start
-                pieces = store.pieces(place[name], local, local)  # type: ignore[operator]
-                found += [(packed, stretch, places) for packed, stretch, places, _ in pieces]
+                pieces = store.pieces(place[name], local, local, None)  # type: ignore[operator]
+                found += [(packed, stretch, places) for packed, stretch, places, *_ in pieces]
         return found
 
     def projections(self) -> Tensor:

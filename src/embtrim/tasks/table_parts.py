@@ -17,16 +17,35 @@ from embtrim.tasks.sites import ModuleSite, Site, weights_by_table
 Change = Callable[[Tensor, slice], Tensor]
 
 
+# Begins the names of first-order weights where those of tables are keys too.
+FIRST_ORDER = "first-order weights of "
+
+
+class FirstOrder(NamedTuple):
+    """First-order weights of a model.
+
+    Attributes:
+        weights: The weights of each table by its name, (V,); views that change the model.
+        sensitivity: Loss of a mean squared error of 1 in the weights that a field reads, times 2; see
+            embtrim.tasks.sensitivity.
+    """
+
+    weights: Mapping[str, Tensor]
+    sensitivity: float
+
+
 class TablePart(NamedTuple):
     """Rows of a table, one after the other.
 
     Attributes:
+        name: Name of the table.
         first: First row.
         num_rows: Rows of the whole table, V.
         weight_ND: Their embeddings, without gradient.
         count_N: How often they occur in the training data; padding rows count 0.
     """
 
+    name: str
     first: int
     num_rows: int
     weight_ND: Tensor
@@ -46,7 +65,7 @@ def whole_parts(sites: Sequence[Site], counts: Mapping[str, np.ndarray]) -> dict
                 if row is not None:
                     counts[name][row] = 0  # padding reads zeros or is left out of its bag, at any bits
     weights = weights_by_table(sites)
-    return {name: TablePart(0, len(weight), weight, counts[name]) for name, weight in weights.items()}
+    return {name: TablePart(name, 0, len(weight), weight, counts[name]) for name, weight in weights.items()}
 
 
 @contextmanager

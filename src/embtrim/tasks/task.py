@@ -35,7 +35,7 @@ from embtrim.tasks.row_scores import RowScores
 from embtrim.tasks.sharing import OneProcess
 from embtrim.tasks.sites import ModuleSite, Site, SlotGate, gate_sites, weights_by_table
 from embtrim.tasks.survey import Fields, Finding, find_sites, site_plan, survey
-from embtrim.tasks.table_parts import Change, TablePart, changed_weights, whole_parts
+from embtrim.tasks.table_parts import FIRST_ORDER, Change, FirstOrder, TablePart, changed_weights, whole_parts
 from embtrim.tasks.watching import reads_of_batch
 from embtrim.training.callbacks import Callback, checked
 from embtrim.training.checkpoint import Checkpoint, CheckpointFolder
@@ -188,8 +188,13 @@ class Task(OneProcess):
         return whole_parts(self.sites(self.model), self.row_counts())
 
     def changed(self, changes: Mapping[str, Change]) -> AbstractContextManager[None]:
-        """Change tables of the model inside a `with` block: functions of the rows of `table_parts`, by table."""
-        return changed_weights(weights_by_table(self.sites(self.model)), changes)
+        """Change tables of the model inside a `with` block: functions of the rows of `table_parts`, by table.
+
+        First-order weights (V, 1) are changed by FIRST_ORDER and the name of the table.
+        """
+        live, first_order = weights_by_table(self.sites(self.model)), self.first_order_weights()
+        live |= {FIRST_ORDER + name: weight_V[:, None] for name, weight_V in first_order.items()}
+        return changed_weights(live, changes)
 
     def row_gradients(self, batch: Any, place: int) -> list[RowGradients]:
         """Gradients of the sum of the losses of a batch by the rows that it reads; see `row_gradients`.
@@ -417,6 +422,14 @@ class Task(OneProcess):
             raise ModelError("there are no train batches to count rows on; give some that can be read again")
         return counts
 
+    def first_order(self) -> FirstOrder | None:
+        """First-order weights of the model, one a row; None if it has none. They are no table of their own."""
+        return None
+
+    def first_order_weights(self) -> dict[str, Tensor]:
+        """First-order weights of each table (V,), by its name, if there are any; views that change the model."""
+        return {}
+
     def unread_tables(self) -> list[str]:
         """Names of the tables of which no training batch reads a row, apart from a padding row.
 
@@ -592,6 +605,22 @@ class CTRTask(Task):
     def row_counts(self) -> dict[str, np.ndarray]:
         """See Task."""
         return self.data.value_counts("train")
+
+    def first_order(self) -> FirstOrder | None:
+        """See Task. A weight is added to the logit z, so that its sensitivity is the mean of (dl/dz)^2."""
+        if not (weights := self.first_order_weights()):
+            return None
+        logits = torch.from_numpy(logits_of_split(self.model, self.data, "valid", self.config, self.score_precision))
+        residuals = logits.double().sigmoid().numpy() - self.data.split("valid").labels
+        return FirstOrder(weights, float(np.square(residuals).mean()))
+
+    def first_order_weights(self) -> dict[str, Tensor]:
+        """See Task."""
+        tables = self.model.tables
+        if tables.first_order is None:
+            return {}
+        starts, whole = tables.layout.segment_starts, tables.first_order.detach()
+        return {table.name: whole.narrow(0, starts[table.name][0], table.num_rows) for table in tables.plan.tables}
 
     def unread_tables(self) -> list[str]:
         """See Task. A field of one value reads a row in every sample; a list may always be empty."""

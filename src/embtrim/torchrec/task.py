@@ -270,7 +270,7 @@ class Task(plain.Task):
         """See Task: the rows that this rank holds. No rank gathers a table, and none counts the rows of others."""
         tables = sharded_tables(self.sites(self.model))
         counts = count_rows({t.name: (t.num_rows, t.rows) for t in tables}, self._ids_read())
-        return {t.name: TablePart(t.first, t.num_rows, t.weight_ND, counts[t.name]) for t in tables}
+        return {t.name: TablePart(t.name, t.first, t.num_rows, t.weight_ND, counts[t.name]) for t in tables}
 
     def _ids_read(self) -> Iterator[dict[str, list[Tensor]]]:
         """The ids that each train batch of this rank reads, by table; none for a Filler."""
