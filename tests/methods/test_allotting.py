@@ -182,6 +182,42 @@ def test_what_a_choice_loses_by_hand(absence):
     assert seen == {(0, 0, 4)} | set(itertools.product(some_numbers(30), (1, 2, 3, 4), (4, 16)))
 
 
+def test_rows_without_columns_keep_first_order_weights_and_lose_as_dropped_rows_do():
+    full = SizePlan.full(Schema.from_sizes([30]), 4, first_order=True)
+    reading = made_readings(full).tables["f0"]
+    budget, table = Budget.parse("400 bytes"), full.tables[0]
+    found = choices_of(
+        full, table, reading, reading.lost_D, budget, (4, 16), "project", None,
+        keeps_rows=False, first_order_alone=True, coordinates=True,
+    )  # fmt: skip
+    ranked = np.sort(reading.energies.scores)[::-1]
+    bare = np.flatnonzero((found.widths_N == 0) & (found.rows_N > 0))
+    assert found.rows_N[bare].tolist() == some_numbers(30)
+    for n in bare.tolist():
+        layout, kept = found.layout(n, "project"), ranked[: found.rows_N[n]].sum()
+        assert (layout.num_kept, layout.output_width, layout.bits) == (found.rows_N[n], 0, 4)
+        assert layout.num_value_bytes == 0
+        assert found.bytes_N[n] == full.table_bytes(layout, budget=budget) >= layout.num_kept
+        lost = ranked.sum() - kept + kept / ranked.sum() * reading.lost_D[0]
+        assert found.errors_LN[:, n] == pytest.approx([lost, 0, 0])
+
+
+def test_a_plan_may_keep_first_order_weights_alone():
+    """The rows of one table say nothing but through these weights: its readings have no loss without columns."""
+    full = SizePlan.full(Schema.from_sizes([30, 30]), 4, first_order=True)
+    readings = made_readings(full)
+    bare = dataclasses.replace(readings.tables["f0"], lost_D=np.zeros(5))
+    readings = dataclasses.replace(readings, tables={**readings.tables, "f0": bare})
+    found = {
+        alone: allot(readings, full, Budget.parse("70%"), (32,), "scatter", first_order_alone=alone)
+        for alone in (True, False)
+    }
+    table = found[True].plan.tables[0]
+    assert (table.num_kept, table.output_width) == (30, 0)
+    assert found[False].plan.tables[0].output_width > 0
+    assert found[True].loss <= found[False].loss
+
+
 def test_the_columns_of_a_plan_are_the_first_ones_of_the_basis():
     full = SizePlan.full(Schema.from_sizes([30, 9]), 4)
     readings = dataclasses.replace(made_readings(full), bases={t.name: basis_of(4, (2, 0, 3, 1)) for t in full.tables})

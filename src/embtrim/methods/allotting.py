@@ -360,7 +360,11 @@ def choices_of(
         [_noise_of(reading, bands, counts, widths, coordinates=coordinates) for bands in ladders], axis=1
     )
     noise_N = np.append(weight * noise_WLC.ravel(), np.zeros(len(bare)))
-    errors_LN = np.stack([weight * (total - kept_N), np.where(rows_N > 0, share_N * lost_D[widths_N], 0.0), noise_N])
+    narrow_N = np.where(rows_N > 0, share_N * lost_D[widths_N], 0.0)
+    # Training makes up for columns through those that stay: rows without any are lost as dropped ones are.
+    bare_N = (widths_N == 0) & (not keeps_rows)
+    rows_lost_N = weight * (total - kept_N) + np.where(bare_N, narrow_N, 0.0)
+    errors_LN = np.stack([rows_lost_N, np.where(bare_N, 0.0, narrow_N), noise_N])
     bytes_WLN = _all_bytes(full, table, counts, widths, ladders, budget, alignment, target)
     layouts = [_layout(table, rows, 0, ladders[least], alignment) for rows in bare]
     bytes_N = np.append(bytes_WLN.ravel(), [full.table_bytes(layout, target, budget=budget) for layout in layouts])
