@@ -128,7 +128,8 @@ def test_maps_of_hashed_ids_are_counted(hashed: EncodedDataset, config, bits, bu
     plan, searches = searches_of(config, task_of(hashed), budget, bits=bits)
     assert searches <= searching.MOST_SEARCHES
     assert plan.vocabulary_bytes == vocabulary_bytes(hashed, plan)
-    assert any(table.has_dropped for table in plan.tables if table.name == "item")
+    dropped = any(table.has_dropped for table in plan.tables if table.name == "item")
+    assert dropped or (budget, bits) == ("30 kB", "mixed"), "with a map; in few bits the largest budget holds every row"
 
 
 def test_only_bytes_of_a_named_target_count_it(encoded: EncodedDataset, data: EncodedDataset):

@@ -43,7 +43,7 @@ def test_saving_and_opening(folder: Path):
     data = {name: EncodedDataset.load(folder / f"{name}-data") for name in models}
     save_again("tiny")
     assert peak_resident(lambda: save_again("large")) <= 0.5 * TABLE_BYTES
-    assert peak_resident(lambda: load_bundle(folder / "large")) <= 2 * TABLE_BYTES
+    assert peak_resident(lambda: load_bundle(folder / "large")) <= 2.3 * TABLE_BYTES
 
 
 @pytest.mark.parametrize("format", ["pt2", "onnx"])
