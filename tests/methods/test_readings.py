@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -195,8 +195,8 @@ class FakeReader:
         tables = [SimpleNamespace(name=name, num_rows=10, width=2) for name in "abcd"]
         self.task = SimpleNamespace(full_plan=lambda: SimpleNamespace(tables=tables))
 
-    def absent(self, name: str) -> dict[str, None]:
-        return {name: None}
+    def absent(self, names: Sequence[str]) -> dict[str, None]:
+        return dict.fromkeys(names)
 
     def losses(self, what: str, changes: list[dict[str, None]]) -> list[float]:
         self.asked += len(changes)

@@ -267,10 +267,12 @@ class _Reader:
                 self.means[FIRST_ORDER + name] = mean_of(weight_V[:, None], counts[name])
         self.score = task.valid_score(task.model)
 
-    def absent(self, name: str) -> dict[str, Change]:
-        """The change after which all rows of a table read their mean."""
+    def absent(self, names: Sequence[str]) -> dict[str, Change]:
+        """The changes after which all rows of some tables read their mean."""
         return {
-            part: lambda values, _rows, part=part: self.means[part].expand_as(values) for part in self.parts_of(name)
+            part: lambda values, _rows, part=part: self.means[part].expand_as(values)
+            for name in names
+            for part in self.parts_of(name)
         }
 
     def parts_of(self, name: str) -> list[str]:
@@ -299,7 +301,6 @@ def _read_rows(reader: _Reader, tables: Mapping[str, TableReading], needless: Se
     first = next(iter(needed.values()))
     values = [first.value_of(key) for key in nth_keys(list(needed.values()), ranks)]
     thresholds = [value if share else np.inf for share, value in zip(ROW_SHARES, values, strict=True)]
-    gone = {part: to_mean for name in needless for part, to_mean in reader.absent(name).items()}
 
     def without(name: str, threshold: float) -> dict[str, Change]:
         dropped_N = torch.from_numpy(needed[name].scores <= threshold)
@@ -309,10 +310,10 @@ def _read_rows(reader: _Reader, tables: Mapping[str, TableReading], needless: Se
 
         return {part: to(reader.means[part]) for part in reader.parts_of(name)}
 
-    changes = [
-        {**gone, **{part: change for name in needed for part, change in without(name, threshold).items()}}
-        for threshold in thresholds
-    ]
+    changes = [reader.absent(needless) for _ in thresholds]
+    for change, threshold in zip(changes, thresholds, strict=True):
+        for name in needed:
+            change |= without(name, threshold)
     losses = reader.losses("reading rows", changes)
     lost = [sum(float(e.scores[e.scores <= t].sum()) for e in needed.values()) for t in thresholds]
     errors = reader.task.summed(torch.tensor(lost, dtype=torch.float64)).tolist()
@@ -360,12 +361,11 @@ def _absences(reader: _Reader) -> tuple[dict[str, float], list[str]]:
     """
     sizes = {table.name: table.num_rows * table.width for table in reader.task.full_plan().tables}
     large = [name for name in reader.bases if sizes[name] >= LARGE_PART * sum(sizes.values())]
-    losses = dict(zip(large, reader.losses("reading tables", [reader.absent(name) for name in large]), strict=True))
+    losses = dict(zip(large, reader.losses("reading tables", [reader.absent([name]) for name in large]), strict=True))
     needless = sorted((name for name in large if losses[name] <= 0), key=losses.__getitem__)
 
     def together(names: Sequence[str]) -> float:
-        change = {part: to_mean for name in names for part, to_mean in reader.absent(name).items()}
-        return reader.losses("reading tables together", [change])[0]
+        return reader.losses("reading tables together", [reader.absent(names)])[0]
 
     if len(needless) < 2 or together(needless) <= 0:
         return losses, needless
