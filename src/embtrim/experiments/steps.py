@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from embtrim.compaction.compacting import made_compact
 from embtrim.compaction.verification import Verification, verify
@@ -308,7 +310,8 @@ def compact_and_retrain(
     init, train = started_as(plan, config.init), config.train.replace(seed=config.seed)
     task = search_task(model, data, config, progress) if init == "low_rank" else None
     small = made_compact(model, plan, init, config.seed, task=task)  # type: ignore[arg-type]
-    trainings, shown = [], {"progress": progress, "callbacks": callbacks}
+    recoded, trainings, shown = data.recode(plan), [], {"progress": progress, "callbacks": callbacks}
+    counts = recoded.value_counts() if plan.is_quantized else {}
     if retrain:
         lesson = _lesson(lessons, data, model, config.teacher, config.train)
         settings = {} if checkpoint is None else teaching_settings(model, config.teacher)
@@ -318,10 +321,9 @@ def compact_and_retrain(
             trainings.append(fit(small, lesson.recode(plan), train, hooks=hooks, checkpoint=checkpoint, **shown))
     if retrain and config.teacher and plan.is_quantized:
         path = None if checkpoint is None else checkpoint.with_stem("finishing")
-        trainings.append(_finish(small, model, data, config, lessons, checkpoint=path, **shown))
-    recoded = data.recode(plan)
+        trainings.append(_finish(small, model, data, counts, config, lessons, checkpoint=path, **shown))
     if plan.is_quantized:
-        small.tables.quantize_(recoded.value_counts())
+        small.tables.quantize_(counts)
     return Compacted(small, recoded, _one_result(trainings))
 
 
@@ -329,6 +331,7 @@ def _finish(
     small: CTRModel,
     model: CTRModel,
     data: EncodedDataset,
+    counts: Mapping[str, np.ndarray],
     config: RunConfig,
     lessons: dict[float, EncodedDataset],
     *,
@@ -351,7 +354,7 @@ def _finish(
     settings = teaching_settings(model, config.teacher) if checkpoint is not None else {}
     hooks = Hooks(keeps_start=True, start_to_beat=True, settings=settings)
     steps_per_fit = max(1, data.num_rows("train") // train.batch_size // CODE_FITS_PER_EPOCH)
-    gate = CodeGate(small.tables, steps_per_fit, lesson.value_counts())
+    gate = CodeGate(small.tables, steps_per_fit, counts)
     if gate.coded:
         hooks = dataclasses.replace(hooks, on_step=gate.on_step, state=gate)
     with small.tables.gated(row_gate=gate), stage("training the codes", progress):
