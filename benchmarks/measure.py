@@ -204,7 +204,7 @@ def cpu_seconds(pid: int) -> float | None:
 
 
 def forget_peak() -> bool:
-    """Have the kernel count the peak resident memory of this process anew; False where it does not."""
+    """Reset the peak resident memory that the kernel holds of this process; False if the kernel cannot."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -178,7 +178,7 @@ class Task(plain.Task):
         return int(sizes[: own_rank()].sum()), int(sizes.sum())
 
     def copied_model(self) -> nn.Module:
-        """See Task. A sharded model is made anew by `fresh=`, and gets the weights."""
+        """See Task. `fresh=` makes another sharded model, which gets the weights of this one."""
         if not is_sharded(self.model):
             return super().copied_model()
         if self._fresh is None:
