@@ -1,12 +1,14 @@
 """Interrupted or killed encodings go on to the same bytes, or start from the beginning if going on could be wrong."""
 
+import contextlib
 import errno
 import gzip
 import json
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -158,6 +160,14 @@ def _no_waiting_for_the_disk(monkeypatch):
     monkeypatch.setattr(encoding_state.os, "fsync", lambda descriptor: None)
 
 
+@pytest.fixture
+def default_ctrl_c() -> Iterator[None]:
+    """A shell starts processes in the background with Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
 class TestSameBytes:
     @pytest.mark.parametrize("kind", ["csv", "csv.gz", "parquet"])
@@ -208,6 +218,23 @@ class TestSameBytes:
         assert job.left() == {".data.encoding"}
         assert job.run() == whole
         assert job.left() == {"data"}
+
+    def test_an_interrupt_that_a_library_drops_for_an_error_of_the_data(self, tmp_path, monkeypatch, default_ctrl_c):
+        job = Job(tmp_path)
+        whole = job.whole()
+        append = writing.ArrayFile.append
+
+        def fail(self, rows):
+            append(self, rows)
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            raise DataError("no such value")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(writing.ArrayFile, "append", fail)
+            with pytest.raises(KeyboardInterrupt, match=r"goes on with .*\.data\.encoding"):
+                job.run()
+        assert job.run() == whole
 
     def test_an_old_dataset_is_replaced(self, tmp_path, interrupts):
         job = Job(tmp_path)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 import embtrim
 from embtrim.models import build
 from embtrim.system import interrupts
-from embtrim.system.interrupts import Interrupted, going_on_with, held_back, signals_raised
+from embtrim.system.interrupts import Interrupted, going_on_with, held_back, interrupts_not_replaced, signals_raised
 from embtrim.training import fitting
 from tests.cli.workshop import environment
 from tests.training.interruptions import TRAIN, same_weights
@@ -44,6 +45,21 @@ def test_signals_act_at_the_end_of_the_block() -> None:
     assert reached == [1]
     assert raised.value.signum == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_an_interrupt_that_a_library_drops_for_an_error_is_raised_again() -> None:
+    def library() -> None:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise TypeError("no data type")
+
+    with pytest.raises(Interrupted) as raised, interrupts_not_replaced():
+        library()
+    assert raised.value.signum == signal.SIGINT
+    assert isinstance(raised.value.__cause__, TypeError)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(TypeError), interrupts_not_replaced():
+        raise TypeError("no signal came")
 
 
 def test_a_second_ctrl_c_acts_at_once_unless_it_comes_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

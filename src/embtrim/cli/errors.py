@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from embtrim.system.interrupts import Interrupted
+from embtrim.system.interrupts import Interrupted, interrupts_not_replaced
 from embtrim.untrusted import printable
 
 # What to do about an error of the operating system. What is finished stays, and the same command goes on after it.
@@ -38,7 +38,8 @@ def stopping(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapped(*given: Any, **named: Any) -> None:
         try:
-            command(*given, **named)
+            with interrupts_not_replaced():
+                command(*given, **named)
         except KeyboardInterrupt as interrupt:
             raise Stopped(interrupt) from None
 

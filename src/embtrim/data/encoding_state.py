@@ -42,7 +42,7 @@ from embtrim.errors import DataError, EmbtrimError, UnreachableError, first_line
 from embtrim.system.files import flush_file, write_then_rename
 from embtrim.system.folders import replace_folder
 from embtrim.system.holding import hold, undo_replacement
-from embtrim.system.interrupts import going_on_with
+from embtrim.system.interrupts import going_on_with, interrupts_not_replaced
 from embtrim.untrusted import MAX_JSON_BYTES, parse_json, read_bytes
 
 CHECKPOINT_VERSION = 5
@@ -271,7 +271,8 @@ def working_folder(
             raise DataError(f"cannot write beside {target}: {error.strerror or error}; choose another --out") from None
         stack.enter_context(going_on_with(root, root.exists))
         try:
-            yield work
+            with interrupts_not_replaced():
+                yield work
             check_target(target, overwrite)
             replace_folder(work.folder, target)
             shutil.rmtree(root, ignore_errors=True)

@@ -48,6 +48,37 @@ def signals_raised() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
+@contextmanager
+def interrupts_not_replaced() -> Iterator[None]:
+    """Raise Interrupted for any other exception that leaves a `with` block in which a signal has come.
+
+    A signal may raise its interrupt where C code called Python. Some libraries drop the interrupt there and raise an
+    error of their own, which looks like a fault of the data.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: dict[int, Any] = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    watched = {signum: handler for signum, handler in before.items() if callable(handler)}
+    came: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        came.append(signum)
+        watched[signum](signum, frame)
+
+    for signum in watched:
+        signal.signal(signum, note)
+    try:
+        yield
+    except Exception as error:
+        if came:
+            raise Interrupted(came[-1]) from error
+        raise
+    finally:
+        for signum, handler in watched.items():
+            signal.signal(signum, handler)
+
+
 def raise_interrupted(signum: int, _: FrameType | None = None) -> None:
     """Raise Interrupted."""
     raise Interrupted(signum)
