@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -15,10 +17,11 @@ from embtrim.methods import (
     value_sizes,
 )
 from embtrim.methods.pme import entry_saliency, reassign
-from embtrim.methods.value_sizes import bucket_scores, fill_sizes, sized_plan
+from embtrim.methods.value_sizes import Shares, bucket_scores, fill_sizes, sized_plan
 from embtrim.models import FNN, DeepFM
 from embtrim.plan.plan import SizePlan
 from embtrim.schema import Schema
+from embtrim.tasks.entries import normal_chunks
 from embtrim.tasks.task import CTRTask
 from embtrim.testing.checks import kept_shares
 from embtrim.testing.toys import (
@@ -28,6 +31,7 @@ from embtrim.testing.toys import (
 from embtrim.training.fitting import fit
 from embtrim.training.settings import TrainConfig
 from tests.resident import peak_resident
+from tests.threads import Threads
 
 
 class TestPME:
@@ -37,8 +41,7 @@ class TestPME:
         data = planted_data(num_rows=400, noise_vocab=50)
         model = DeepFM(data.schema, embedding_dim=3, hidden_units=(4,), init_std=0.5)
         task = CTRTask(model, data, TrainConfig(batch_size=64))
-        sites = task.sites(model)
-        found = torch.cat(entry_saliency(task, model, sites, 1.0, seed=0))
+        found = torch.cat(entry_saliency(task, model, task.entries(model), 1.0, seed=0))
         mask = torch.ones_like(found, requires_grad=True)
         start = torch.tensor([0, 30, 50])
         for batch in task.batches("train", 0):
@@ -108,6 +111,37 @@ class TestPME:
         monkeypatch.setattr(value_sizes._Steps, "rows_of_levels", noted)
         fill_sizes(full, bucket_scores(full, ranked), 6000)
         assert 0 < sum(counted) < 2 * 4 * 5300
+
+    @pytest.mark.parametrize("standalone", [False, True])
+    def test_processes_that_share_tables_find_the_sizes_of_one(self, standalone: bool):
+        """Scores are small integers, so that many are equal, and map widths change with the rows."""
+        plan = SizePlan.full(Schema.from_sizes((300, 70, 5)), 8)
+        full = dataclasses.replace(plan, standalone=standalone)
+        rng = np.random.default_rng(0)
+        ranked = [np.sort(rng.integers(0, 9, (t.num_rows, 8)), axis=1)[:, ::-1].astype(np.float32) for t in full.tables]
+        # One process has the end of the first table and no row of the last.
+        bounds = [(0, 120, 250, 300), (0, 0, 40, 70), (0, 2, 5, 5)]
+        for limit in (200, 901, 1700, full.num_full_params):
+            whole = fill_sizes(full, bucket_scores(full, ranked), limit)
+
+            def search_part(process: int, group: Threads, limit: int = limit) -> tuple[list[np.ndarray], SizePlan]:
+                own = [slice(*ends[process : process + 2]) for ends in bounds]
+                parts = [scores[rows] for scores, rows in zip(ranked, own, strict=True)]
+                shares = Shares([rows.start for rows in own], group)
+                sizes = fill_sizes(full, bucket_scores(full, parts), limit, shares=shares)
+                return sizes, sized_plan(full, sizes, shares)
+
+            found = Threads.run(3, search_part)
+            for number, expected in enumerate(whole):
+                np.testing.assert_array_equal(np.concatenate([sizes[number] for sizes, _ in found]), expected)
+            assert {plan.digest for _, plan in found} == {sized_plan(full, whole).digest}
+
+    def test_weights_are_drawn_in_parts_as_they_are_at_once(self, monkeypatch):
+        monkeypatch.setattr("embtrim.tasks.entries.CHUNK_ROWS", 32)
+        for rows, width in ((1, 3), (5, 3), (32, 4), (33, 1), (47, 1), (48, 5), (100, 7)):
+            drawn = [noise for _, noise in normal_chunks(rows, width, 0.5, torch.Generator().manual_seed(3))]
+            whole = torch.empty(rows, width).normal_(0, 0.5, generator=torch.Generator().manual_seed(3))
+            assert torch.equal(torch.cat(drawn), whole), (rows, width)
 
     def test_memory_is_at_most_three_times_the_tables(self):
         rng = np.random.default_rng(0)

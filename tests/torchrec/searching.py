@@ -33,6 +33,12 @@ CASES = (
     ("ec", "row_wise", HALF, ("quantile", "optembed")),
     ("ebc", "table_wise", MORE, ("hard_mask", "optembed")),
 )
+# Sharding, rows of rank 0, and settings. The dense kernel has an optimiser beside it, which the warm-up uses.
+SIZED = (
+    ("mixed", HALF, PMEConfig(warmup_epochs=1, search_fraction=0.5)),
+    ("column_wise", MORE, PMEConfig()),
+    ("row_wise", HALF, PMEConfig(score="magnitude")),
+)
 READ = (("ebc", "mixed"), ("ec", "column_wise"))
 BUDGETS = (("30%", 32), ("10%", 32), ("6%", "mixed"))
 
@@ -52,13 +58,13 @@ def optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for _, p in in_backward_optimizer_filter(model.named_parameters())], RATE)
 
 
-def task_of(path: str, sharding: str | None, rank: int | None, cut: int = HALF) -> on_ranks.Task:
+def task_of(path: str, sharding: str | None, rank: int | None, cut: int = HALF, kernel: str = "fused") -> on_ranks.Task:
     """The task of a rank; of one process for rank None."""
     kind = KINDS[path]
 
     def fresh(seed: int) -> nn.Module:
         model = make_model(kind, seed)
-        return model if sharding is None else sharded(model, path, sharding, optimizer=EmbOptimType.EXACT_SGD)
+        return model if sharding is None else sharded(model, path, sharding, kernel, EmbOptimType.EXACT_SGD)
 
     train, valid = parts(5, cut, rank), parts(5, MORE, rank)
     return on_ranks.Task(fresh(7), loss, train, valid, exclude="*.t_hour", optimizer=optimizer, fresh=fresh)
@@ -75,6 +81,17 @@ def searches(rank: int | None, folder: Path | None = None) -> dict[str, tuple[st
             assert task.valid_score(task.model) == before, "a search changed the model"
             scores = plan.details.get("scores") or [*plan.details["thresholds"], plan.details["fitness"]]
             found[f"{path} {sharding} {name}"] = plan.digest, scores
+    return found
+
+
+def sized(rank: int | None, folder: Path | None = None) -> dict[str, str]:
+    """Digests of the plans of pme."""
+    found = {}
+    for sharding, cut, config in SIZED:
+        task = task_of("ebc", None if rank is None else sharding, rank, cut, "dense")
+        before = [value.clone() for _, value in values_of(task)]
+        found[sharding] = embtrim.search(task, config, "40%", seed=1).digest
+        assert all(torch.equal(a, b) for a, (_, b) in zip(before, values_of(task), strict=True)), "pme moved a weight"
     return found
 
 
@@ -122,9 +139,14 @@ def refusals(rank: int, folder: Path) -> dict[str, str]:
     task._train = parts(3, MORE, rank)[:3]
     with noted("unequal"):
         embtrim.search(task, HardMaskConfig(), "40%")
-    for what, config, bits in (("pme", PMEConfig(), 32), ("mixed bits", SSEDSConfig(), "mixed")):
+    for what, path, kernel, config, bits in (
+        ("fused", "ebc", "fused", PMEConfig(), 32),
+        ("sequences", "ec", "dense", PMEConfig(), 32),
+        ("control", "ebc", "dense", PMEConfig(score="random"), 32),
+        ("mixed bits", "ebc", "fused", SSEDSConfig(), "mixed"),
+    ):
         with noted(what):
-            embtrim.search(task_of("ebc", "row_wise", rank), config, "40%", bits=bits)
+            embtrim.search(task_of(path, "table_wise", rank, kernel=kernel), config, "40%", bits=bits)
     with noted("export"):
         on_ranks.export(task.model, task.full_plan(), folder / "exported")
     pooled = task_of("ebc", "table_wise", rank)

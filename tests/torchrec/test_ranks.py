@@ -50,7 +50,7 @@ def on_rank(rank: int, folder: str, jobs: list[str]) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    jobs = ["scores", "plans", "compaction", "sizes", "searches", "readings", "orders", "refusals"]
+    jobs = ["scores", "plans", "compaction", "sizes", "searches", "sized", "readings", "orders", "refusals"]
     mp.spawn(on_rank, (str(folder), jobs), WORLD)
     found = [pickle.loads(Path(folder, f"{rank}.pickle").read_bytes()) for rank in range(WORLD)]
     return [{**part, "folder": folder} for part in found]
@@ -110,6 +110,11 @@ def test_searches_that_train_find_what_one_process_finds(ranks):
         assert scores == pytest.approx(expected[name][1], rel=1e-5, abs=1e-6), name
 
 
+def test_values_get_the_sizes_of_one_process(ranks):
+    first, second = of(ranks, "sized")
+    assert first == second == searching.sized(None)
+
+
 def test_guided_reads_and_plans_what_one_process_does(ranks):
     first, second = of(ranks, "readings")
     assert first == second
@@ -126,8 +131,11 @@ def test_a_search_that_cannot_run_says_why_on_all_ranks(ranks):
         assert "'ebc' pools several ids of feature 'user'" in first[f"pooled {name}"]
     assert "a sharded model cannot be copied; give the Task `fresh=`" in first["copy"]
     assert "trained here without patience" in first["patience"]
-    for name in ("pme", "mixed bits"):
-        assert "nor does a collection hold rows of several widths, which pme gives" in first[name]
+    assert "the compute kernel 'fused' of table 't_user'" in first["fused"]
+    assert "with compute_kernel='dense' for every table" in first["fused"]
+    assert "embeddings of the EmbeddingCollection 'ec' come out wrong there" in first["sequences"]
+    assert "pme with score = 'random' gives the scores of one value to another" in first["control"]
+    assert "those of the collection 'ebc' may lie on several ranks" in first["mixed bits"]
     assert "export writes one folder from a model in one process" in first["export"]
     assert len(first["without rows"]) == 12
 
@@ -138,6 +146,7 @@ def test_a_checkpoint_of_two_ranks_opens_in_one_process(ranks):
     of(ranks, "compaction")
     folder = ranks[0]["folder"]
     small = on_ranks.compact(Pooled, SizePlan.load(folder / "plan.json"))
+    assert small.ebc.get_buffer("map_1").dtype == torch.uint8  # 100 of 300 rows
     state = small.state_dict()
     dcp.load(state, checkpoint_id=folder / "checkpoint")
     small.load_state_dict(state)

@@ -242,7 +242,7 @@ def raise_thresholds(
     Returns:
         The kept rows of each table, bool (V,), and the amount.
     """
-    levels = np.unique(np.concatenate([[0.0], *(m[m > 0] for m in margins)]))
+    levels = np.unique(np.concatenate([np.zeros(1, np.float32), *(m[m > 0] for m in margins)]))
     ones = [min(1, t.width) for t in full.tables]
 
     def rows_at(level: int) -> list[np.ndarray]:

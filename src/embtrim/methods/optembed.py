@@ -303,7 +303,7 @@ def row_margins(
     """||E_v||_1 - t_f of the rows of each table (V,); rows above zero are kept."""
     sizes = task.row_sizes(model)
     return [
-        sizes[name] - threshold
+        np.subtract(sizes[name], threshold, out=sizes[name])
         for site, threshold_T in zip(sites, thresholds, strict=True)
         for name, threshold in zip(site.names, threshold_T, strict=True)
     ]

@@ -20,8 +20,9 @@ sizes - and "magnitude" ranks |E| at initialisation. `warmup_epochs` reads the s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,13 +30,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from embtrim.config import Config
-from embtrim.errors import EmbtrimError
-from embtrim.methods.value_sizes import bucket_scores, fill_sizes, sized_plan
+from embtrim.errors import EmbtrimError, ModelError
+from embtrim.methods.value_sizes import Shares, bucket_scores, fill_sizes, sized_plan
 from embtrim.plan.budget import BYTES_PER_PARAM, Budget
 from embtrim.plan.plan import SizePlan
-from embtrim.tasks.sites import Site, gate_sites
+from embtrim.tasks.entries import Entries
 from embtrim.tasks.task import Task
-from embtrim.training.evaluation import check_finite, loss_weight
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -60,7 +60,7 @@ class PMEConfig(Config):
 def search_pme(task: Task, config: PMEConfig, budget: Budget, seed: int) -> SizePlan:
     """Give every feature value a size."""
     full = task.full_plan()
-    ranked = ranked_scores(task, config, seed)
+    shares, ranked = ranked_scores(task, config, seed)
     if config.score == "frequency":
         counts = task.row_counts()
         ranked = reassign(ranked, np.concatenate([counts[t.name] for t in full.tables]))
@@ -68,100 +68,87 @@ def search_pme(task: Task, config: PMEConfig, budget: Budget, seed: int) -> Size
         ranked = reassign(ranked, np.random.default_rng(seed).random(sum(map(len, ranked))))
     reached = bucket_scores(full, ranked)
     del ranked  # as large as the tables
-    details = {"config": config.model_dump()}
     if budget.kind == "bytes" and full.first_order:  # rows of size 0 free their first-order weights
         limit, row_cost = int(budget.amount // BYTES_PER_PARAM), 1
     else:
         limit, row_cost = full.max_params(budget), 0
-    sizes = fill_sizes(full, reached, limit, row_cost)
-    rows_by_size = np.sum([np.bincount(size_V, minlength=full.width + 1) for size_V in sizes], axis=0)
-    details["rows_by_size"] = {str(size): int(rows_by_size[size]) for size in np.flatnonzero(rows_by_size)}
-    plan = sized_plan(full, sizes)
+    plan = sized_plan(full, fill_sizes(full, reached, limit, row_cost, shares), shares)
     plan.max_params(budget)  # raises if the first-order weights alone exceed the budget
+    details = {"config": config.model_dump(), "rows_by_size": rows_by_size(plan)}
     return plan.made_by("pme", budget, seed, details)
 
 
-def ranked_scores(task: Task, config: PMEConfig, seed: int) -> list[np.ndarray]:
-    """Scores of the entries of each table (V, D), in falling order along each row; only their order matters.
+def rows_by_size(plan: SizePlan) -> dict[str, int]:
+    """How many feature values of all tables have each size."""
+    found = Counter({0: sum(t.num_rows - t.num_kept for t in plan.tables)})
+    for table in plan.tables:
+        found.update({block.width: block.num_rows for block in table.blocks})
+    return {str(size): found[size] for size in sorted(found) if found[size]}
 
-    Column j holds the (j + 1)-th largest score of each value.
+
+def ranked_scores(task: Task, config: PMEConfig, seed: int) -> tuple[Shares, list[np.ndarray]]:
+    """The rows that this process holds of each table, and the scores of their entries (N, D), falling along each row.
+
+    Only the order of the scores matters. Column j holds the (j + 1)-th largest score of each value.
     """
     model = task.fresh(seed)
-    sites = task.sites(model)
-    draw_weights(sites, config.init_std, seed)
+    task.draw_weights(model, config.init_std, seed)
     if config.warmup_epochs:
         task.fit(model, epochs=config.warmup_epochs, seed=seed)
+    own = task.entries(model)
+    if config.score in ("frequency", "random"):
+        check_whole(task, own, config.score)
     if config.score == "magnitude":
-        scores = [weight_VD.abs() for site in sites for weight_VD in site.weights()]
+        scores = [entries.values_ND.abs() for entries in own]
     else:
-        scores = entry_saliency(task, model, sites, config.search_fraction, seed)
+        scores = entry_saliency(task, model, own, config.search_fraction, seed)
     ranked = []
-    for score_VD in scores:
-        found_VD = score_VD.cpu().numpy()
-        found_VD.sort(axis=1)
-        ranked.append(found_VD[:, ::-1])
-    return ranked
+    for score_ND in scores:
+        found_ND = score_ND.cpu().numpy()
+        found_ND.sort(axis=1)
+        ranked.append(found_ND[:, ::-1])
+    return Shares([entries.first for entries in own], task), ranked
 
 
 # ---- saliency ----------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def draw_weights(sites: list[Site], std: float, seed: int) -> None:
-    """Draw all embeddings with one standard deviation; rows that start at zero (OOV, padding) stay zero."""
-    generator = torch.Generator().manual_seed(seed)
-    for site in sites:
-        for weight_VD in site.weights():
-            drawn_V1 = weight_VD.any(1, keepdim=True)
-            if weight_VD.device.type == "cpu" and weight_VD.dtype == torch.float32 and weight_VD.is_contiguous():
-                weight_VD.normal_(0, std, generator=generator).mul_(drawn_V1)
-            else:
-                noise_VD = torch.empty(weight_VD.shape).normal_(0, std, generator=generator).to(weight_VD)
-                weight_VD.copy_(noise_VD.mul_(drawn_V1))
-
-
-def entry_saliency(task: Task, model: nn.Module, sites: list[Site], fraction: float, seed: int) -> list[Tensor]:
-    """|E * sum_b dL_b/dE| of each table (V, D), over `fraction` of the training batches, with no update.
+def entry_saliency(task: Task, model: nn.Module, own: Sequence[Entries], fraction: float, seed: int) -> list[Tensor]:
+    """|E * sum_b dL_b/dE| of the rows that this process holds (N, D), over `fraction` of the training batches, with no update.
 
     The mean loss of a batch counts by the rows of the batch, so that a small last batch does not count too much.
     """
-    weights_of = [site.weights() for site in sites]
-    grads = [weights[0].new_zeros(sum(map(len, weights)), weights[0].shape[1]) for weights in weights_of]
     model.eval()  # no dropout
     for module in model.modules():
         if isinstance(module, BATCH_NORMS):
             module.train()  # running statistics are not fitted yet
-    leaves: list[tuple[int, Tensor, Tensor]] = []
+    sums = torch.zeros(2, dtype=torch.float64)  # batches, and their weights
 
-    def reader(number: int) -> Callable[[Tensor, Tensor], Tensor]:
-        def read(rows_U: Tensor, found_UD: Tensor) -> Tensor:
-            leaves.append((number, rows_U, found_UD.detach().requires_grad_()))
-            return leaves[-1][2]
+    def read() -> Iterator[tuple[int, Any, float]]:
+        for number, batch in enumerate(task.tracked_batches("train", "scoring entries", seed)):
+            if math.ceil((number + 1) * fraction) > math.ceil(number * fraction):
+                weight = task.weight_of(batch)
+                sums.add_(torch.tensor([1.0, weight], dtype=torch.float64))
+                yield number, batch, weight
 
-        return read
-
-    weights: list[float] = []
-    for number, batch in enumerate(task.tracked_batches("train", "scoring entries", seed)):
-        if math.ceil((number + 1) * fraction) == math.ceil(number * fraction):
-            continue
-        leaves.clear()
-        with gate_sites(sites, rows=[reader(n) for n in range(len(sites))]):
-            loss = task.loss(model, batch)
-        check_finite(loss, "loss", "train", number)
-        found = torch.autograd.grad(loss, [leaf for *_, leaf in leaves], allow_unused=True)
-        for (site, rows_U, _), grad_UD in zip(leaves, found, strict=True):
-            if grad_UD is not None:
-                check_finite(grad_UD, "gradient by the embeddings", "train", number)
-                grads[site].index_add_(0, rows_U.long(), grad_UD, alpha=loss_weight(batch))
-        weights.append(loss_weight(batch))
-    if not weights:
+    grads = task.entry_gradients(model, read())
+    if not sums[0]:
         raise EmbtrimError("there are no training batches to read the saliency on; raise search_fraction or give more")
-    saliency = [
-        grad_VD.mul_(weight_VD).abs_().mul_(len(weights) / sum(weights))  # (saliency, SNIP)
-        for site, grad in zip(sites, grads, strict=True)
-        for weight_VD, grad_VD in zip(site.weights(), grad.split(site.num_rows), strict=True)
+    batches, weights = float(sums[0]), float(task.summed(sums[1]))
+    return [
+        grad_ND.mul_(entries.values_ND).abs_().mul_(batches / weights)  # (saliency, SNIP)
+        for entries, grad_ND in zip(own, grads, strict=True)
     ]
-    return saliency
+
+
+def check_whole(task: Task, own: Sequence[Entries], score: str) -> None:
+    """Raise ModelError, on all processes alike, if a process holds only some of the rows."""
+    missing = sum(entries.num_rows - len(entries.values_ND) for entries in own)
+    if task.largest(torch.tensor(missing, dtype=torch.int64)):
+        raise ModelError(
+            f"pme with score = {score!r} gives the scores of one value to another, which may lie on another rank; choose "
+            "score = 'saliency' or 'magnitude', or search in one process"
+        )
 
 
 def reassign(ranked: list[np.ndarray], key_R: np.ndarray) -> list[np.ndarray]:

@@ -28,6 +28,7 @@ from embtrim.plan.table import Alignment
 from embtrim.system.modules import copied, unwrapped
 from embtrim.system.progress import tracked
 from embtrim.tasks.chosen import Chosen, Patterns
+from embtrim.tasks.entries import Entries, draw_weights, summed_gradients, whole_tables
 from embtrim.tasks.noting import with_reads
 from embtrim.tasks.row_counts import count_rows, unread
 from embtrim.tasks.row_gradients import RowGradients, row_gradients
@@ -182,6 +183,18 @@ class Task(OneProcess):
         """Sums of the absolute values of the rows of every table of a model of this task, float32 (V,) by name."""
         weights = weights_by_table(self.sites(model))
         return {name: weight_VD.abs().sum(1).cpu().numpy() for name, weight_VD in weights.items()}
+
+    def draw_weights(self, model: nn.Module, std: float, seed: int) -> None:
+        """Draw the embeddings of a model of this task anew; rows that start at zero stay zero."""
+        draw_weights(self.sites(model), std, seed)
+
+    def entries(self, model: nn.Module) -> list[Entries]:
+        """The weights of the rows that this process holds of every table of a model of this task, in the plan's order."""
+        return whole_tables(self.sites(model))
+
+    def entry_gradients(self, model: nn.Module, batches: Iterable[tuple[int, Any, float]]) -> list[Tensor]:
+        """Sums of the gradients of the loss by the `entries` of a model, from places, batches and their factors."""
+        return summed_gradients(self.sites(model), batches, lambda batch: self.loss(model, batch))
 
     def table_parts(self) -> dict[str, TablePart]:
         """The rows of every table that this process reads alone, by the table's name; a pass over the train batches."""

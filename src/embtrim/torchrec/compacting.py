@@ -95,7 +95,7 @@ class _Compact(nn.Module):
                 self._table_of |= dict.fromkeys(config.feature_names, number)
                 id_map = table.id_map() if table.renumbers and not table.keeps_first_rows else None
                 if id_map is not None:
-                    self._hold(f"map_{number}", torch.from_numpy(id_map))
+                    self._hold(f"map_{number}", torch.from_numpy(id_map.astype(table.map_dtype, copy=False)))
                 if table.output_width < table.width:
                     self._hold(f"columns_{number}", torch.tensor(table.columns))
             self.small.append(config if table is None else _small_config(config, table))
@@ -212,8 +212,13 @@ def _check(table: TablePlan, config: Any) -> None:
             f"the plan's table {table.name!r} is {table.num_rows:,} x {table.width}, the model's is "
             f"{config.num_embeddings:,} x {config.embedding_dim}; make the plan for this model"
         )
+    if table.mixed:
+        raise PlanError(
+            f"the plan's table {table.name!r} has rows of several widths, which a collection of torchrec cannot hold; compact the "
+            "model in one process, with plain collections, by embtrim.compact(model, plan), and train it there; or search by a "
+            "method that gives all rows of a table one width, as all but pme do"
+        )
     reasons = {
-        "rows of several widths": table.mixed,
         "narrow rows that are projected": table.alignment == "project" and table.output_width < table.width,
         f"values of {table.bits} bits": table.bits != 32 or len(table.bands) > 1,
     }
@@ -221,7 +226,7 @@ def _check(table: TablePlan, config: Any) -> None:
         if is_so:
             raise PlanError(
                 f"the plan's table {table.name!r} has {what}, which a collection of torchrec cannot hold while it trains; search "
-                "with align = 'scatter' and bits = 32, by a method that gives all rows of a table one width"
+                "with align = 'scatter' and bits = 32"
             )
 
 

@@ -7,8 +7,9 @@ rank reads all rows. Changes to exchanged tables are sent to all ranks, some row
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -48,13 +49,21 @@ class ShardedTable(NamedTuple):
         return slice(self.first, self.first + len(self.weight_ND))
 
 
-def sharded_tables(sites: Sequence[CollectionSite]) -> list[ShardedTable]:
-    """The searched tables with this rank's part of each; all ranks call it."""
+def sharded_tables(
+    sites: Sequence[CollectionSite], values_of: Callable[[Shard], Tensor] | None = None
+) -> list[ShardedTable]:
+    """The searched tables with this rank's part of each; all ranks call it.
+
+    Args:
+        sites: Sites of a model.
+        values_of: Gives other values (R, C) of a piece of a table, which take the place of its weights.
+    """
     found: list[tuple[str, int, int, list[Shard]]] = []
     for site in sites:
         shards_of = {config.name: [] for config in site.configs}
         for shard in site.shards():
-            shards_of[shard.table].append(shard)
+            taken = shard if values_of is None else replace(shard, weight_RC=values_of(shard))
+            shards_of[shard.table].append(taken)
         found += [
             (site.by_config[config.name], config.num_embeddings, config.embedding_dim, shards_of[config.name])
             for config in site.configs

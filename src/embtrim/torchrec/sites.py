@@ -245,9 +245,8 @@ class CollectionSite:
     def weights(self) -> list[Tensor]:
         """Refused: nothing gathers the tables of a collection. See `shards`."""
         raise ModelError(
-            f"this search reads whole tables, and those of the collection {self.path!r} may lie on several ranks; nor does a "
-            "collection hold rows of several widths, which pme gives, or bits chosen for each table; choose guided, sseds, "
-            "hard_mask, optembed, or a control"
+            f"this search reads whole tables, and those of the collection {self.path!r} may lie on several ranks; choose "
+            "guided, sseds, hard_mask, optembed, pme, or a control, and bits = 32, or bits = 'mixed' with guided"
         )
 
     def drop_rows(self, kept: Sequence[Tensor]) -> None:

@@ -21,10 +21,12 @@ from embtrim.system.modules import evaluating
 from embtrim.system.progress import tracked
 from embtrim.tasks import task as plain
 from embtrim.tasks.chosen import Patterns
+from embtrim.tasks.entries import Entries
 from embtrim.tasks.row_gradients import RowGradients
 from embtrim.tasks.row_scores import RowScores
 from embtrim.tasks.survey import Finding
 from embtrim.tasks.table_parts import Change, TablePart, chunks_of
+from embtrim.torchrec.entries import draw_weights, entries, entry_gradients
 from embtrim.torchrec.inheriting import copy_weights
 from embtrim.torchrec.parts import changed, count_rows, sharded_tables
 from embtrim.torchrec.ranks import Filler, InStep, Running, from_first, gathered, largest, num_ranks, own_rank, summed
@@ -251,6 +253,18 @@ class Task(plain.Task):
                 if shard.counts:
                     found[site.by_config[shard.table]][shard.rows] += shard.weight_RC.abs().sum(1).cpu()
         return {name: summed(sizes).numpy() for name, sizes in found.items()}
+
+    def draw_weights(self, model: nn.Module, std: float, seed: int) -> None:
+        """See Task."""
+        draw_weights(self.sites(model), std, seed)
+
+    def entries(self, model: nn.Module) -> list[Entries]:
+        """See Task."""
+        return entries(self.sites(model))
+
+    def entry_gradients(self, model: nn.Module, batches: Iterable[tuple[int, Any, float]]) -> list[Tensor]:
+        """See Task."""
+        return entry_gradients(self, model, batches)
 
     def row_counts(self) -> dict[str, np.ndarray]:
         """See Task: counts of all ranks, on each of them; `count_scores` leaves them where the rows are."""
