@@ -158,6 +158,8 @@ HOSTILE = (
     Hostile("meta.json with split [1]", "encoded", edit("meta.json", "split", value=[1]), "split, given [1]"),
     Hostile("schema.json with hash_size 3,000,000,000", "encoded", edit("schema.json", "fields", 1, "hash_size", value=3 * 10**9), "hash_size, given 3000000000"),
     Hostile("a record with auc NaN", "run", edit("records/full.json", "test", "auc", value=float("nan")), "holds NaN"),
+    Hostile("a record with num_rows '1'", "run", edit("records/full.json", "data", "num_rows", "train", value="1"), "num_rows.train, given '1'"),
+    Hostile("skipped.json with a model of 300 letters", "run", edit("skipped.json", 0, "model", value="a" * 300), "File name too long"),
     Hostile("a record without auc", "run", edit("records/full.json", "test", "auc", delete=True), "test"),
     # ---- binary files ---------------------------------------------------------------------------------------------
     Hostile("plan.npz PK....", "plan", text("plan.npz", b"PK\x03\x04xxxx"), "not an npz file"),
@@ -192,7 +194,20 @@ HOSTILE = (
     Hostile("a header cell of 140,000 letters", "log", lambda folder: (folder / "log.csv").write_text((folder / "log.csv").read_text().replace("item", "x" * 140_000, 1)), ""),
     Hostile("a header cell with CR", "log", lambda folder: (folder / "log.csv").write_text((folder / "log.csv").read_text().replace("item", '"it\rem"', 1), newline=""), ""),
     Hostile("a checkpoint with deep nesting", "checkpoint", lambda folder: _state(folder, "[" * 100_000), ""),
+    Hostile("a checkpoint with a text as best weights", "checkpoint", lambda folder: _best_state(folder, ""), "'str' object has no attribute"),
+    Hostile("a checkpoint with no best weight", "checkpoint", lambda folder: _best_state(folder, {"items": []}), "is damaged (KeyError"),
 )  # fmt: skip
+
+
+def _best_state(folder: Path, value: Any) -> None:
+    content = (folder / "state.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    state = json.loads(header["__metadata__"]["state"])
+    next(item for item in state["values"]["items"] if item[0] == "best_state")[1] = value
+    header["__metadata__"]["state"] = json.dumps(state)
+    head = json.dumps(header).encode()
+    (folder / "state.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + content[8 + length :])
 
 
 def _state(folder: Path, state: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from pathlib import Path
@@ -68,6 +69,19 @@ def test_what_a_parquet_file_unpacks_to(tmp_path: Path):
     (tmp_path / "a.parquet").write_bytes(content[:-9] + content[-8:])
     with pytest.raises(ValueError, match=r"damaged|truncated"):
         unpacked_bytes(tmp_path / "a.parquet")
+
+
+def test_any_changed_byte_of_a_parquet_file_is_read_or_refused(tmp_path: Path):
+    import polars as pl
+
+    path = tmp_path / "a.parquet"
+    pl.DataFrame({"a": ["x", "y"], "b": [1, 2]}).write_parquet(path, compression="uncompressed")
+    content = path.read_bytes()
+    for place in range(len(content)):
+        for byte in (0x00, 0x25, 0xFF):
+            path.write_bytes(content[:place] + bytes([byte]) + content[place + 1 :])
+            with contextlib.suppress(ValueError):
+                unpacked_bytes(path)
 
 
 def test_a_terminal_sees_escapes(capsys: pytest.CaptureFixture[str]):

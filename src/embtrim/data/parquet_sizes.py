@@ -55,7 +55,7 @@ def unpacked_bytes(path: Path) -> int:
                     if num_pages > _MAX_PAGES:
                         raise ValueError(f"it has more than {_MAX_PAGES:,} pages")
                 total += _BYTES_PER_VALUE * max(num_values, int(chunk[_NUM_VALUES]))
-        except (IndexError, KeyError, TypeError, OverflowError, RecursionError):
+        except (AttributeError, IndexError, KeyError, TypeError, OverflowError, RecursionError):
             raise ValueError("its headers are damaged") from None
     return total
 
@@ -63,6 +63,8 @@ def unpacked_bytes(path: Path) -> int:
 def _pages(file: BinaryIO, chunk: dict[int, Any]) -> Iterator[tuple[int, int]]:
     """Unpacked bytes and number of values of each page of a column chunk."""
     place = min(chunk[_DATA_START], chunk.get(_DICTIONARY_START) or chunk[_DATA_START])
+    if place < 0:
+        raise IndexError("a page before the file")
     end = place + chunk[_PACKED_BYTES]
     while place < end:
         file.seek(place)
@@ -71,7 +73,7 @@ def _pages(file: BinaryIO, chunk: dict[int, Any]) -> Iterator[tuple[int, int]]:
         sizes = next((fields[kind] for kind in _PAGE_KINDS if kind in fields), {})
         packed = fields[_PACKED_PAGE_BYTES]
         if packed < 0 or fields[_PAGE_BYTES] < 0:
-            raise KeyError
+            raise KeyError("a page of a negative size")
         yield fields[_PAGE_BYTES], max(0, sizes.get(1, 0))
         place += header.place + packed
 

@@ -340,14 +340,15 @@ def read_skipped(out: str | Path) -> list[Skipped]:
     path = Path(out) / "skipped.json"
     try:
         skipped = [Skipped.parse(values, where=str(path)) for values in read_json(path)]
+        without_file = [s for s in skipped if not record_path(Path(out), s.cell).exists()]
     except FileNotFoundError:
         return []
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}); remove it and start the comparison again") from None
     if (Path(out) / RECORDS_FILE).exists():
         made = {cell_of(r.model, r.seed, r.variant, r.budget) for r in read_records(out)}
         return [s for s in skipped if s.cell not in made]
-    return [s for s in skipped if not record_path(Path(out), s.cell).exists()]
+    return without_file
 
 
 def write_skipped(out: Path, skipped: Iterable[Skipped]) -> None:

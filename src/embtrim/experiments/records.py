@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from dataclasses import dataclass, field
 from functools import cache
@@ -87,7 +88,7 @@ def _held_as(kind: type[BaseModel]) -> AfterValidator:
     def check(values: dict[str, Any]) -> dict[str, Any]:
         try:
             if values:
-                kind.model_validate(values)
+                kind.model_validate_json(json.dumps(values), strict=True)  # "1" is not a number: it stays as it is
         except ValidationError as error:
             raise ValueError(describe_errors(kind, error, "").partition("\n")[0].partition(": ")[2]) from None
         return values

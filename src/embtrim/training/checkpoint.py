@@ -241,7 +241,8 @@ def _restore(saved: Mapping[str, Any], training: Training, state: TrainingState)
     state.result.restored_seconds = state.result.seconds
     state.started -= state.result.seconds
     state.best_weights = saved["best_state"]
-    check_weights(training.model, state.best_weights or {})
+    if state.best_weights is not None:
+        check_weights(training.model, state.best_weights)
     set_weights(training.model, saved["weights"])
     set_own_values(training.optimizers, training.model, saved["own_values"])
     if training.hooks.state is not None:
