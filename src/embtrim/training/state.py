@@ -136,9 +136,9 @@ def set_weights(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
 
 
 def check_weights(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    """Raise KeyError or ValueError unless these are the weights of the model, by name and shape."""
+    """Raise KeyError or ValueError unless these are all weights of the model's state dict, by name and shape."""
     held, given = weights_of(model), dict(values.items())
-    if missing := sorted(held.keys() - given.keys()):
+    if missing := sorted(model.state_dict().keys() - given.keys()):
         raise KeyError(missing[0])
     for name, value in given.items():
         _check_shape(held[name], value)
