@@ -17,7 +17,8 @@ from embtrim.compaction.verification import verify
 from embtrim.errors import EmbtrimError
 from embtrim.methods import FrequencyConfig, PMEConfig, UniformConfig, search
 from embtrim.plan.table import Block
-from embtrim.tables.packing import codes_of, fit_codes
+from embtrim.tables.codes import codes_of
+from embtrim.tables.packing import fit_codes
 from embtrim.tables.replacements import CompactEmbedding
 from embtrim.tasks.task import Task
 from embtrim.testing.toys import foreign_task, odd_task, pooled_task

@@ -509,3 +509,25 @@ def test_no_better_plan_is_found_by_trying_all(monkeypatch):
         )
         nothing = sum(float(readings.tables[t.name].energies.scores.sum()) for t in full.tables)
         assert least - 1e-12 <= found.loss <= least + 0.25 * nothing
+
+
+@pytest.mark.parametrize("power, share, levels", [(4, 0.1, (32, 8, 4)), (1, 0.2, (32,))])
+def test_bent_curves_are_spent_along_as_well_as_by_a_grid_of_rates(power: int, share: float, levels: tuple[int, ...]):
+    """The mean slope of a curve that rises late is much smaller than the slope where a plan ends."""
+
+    def bent(power: int, most: float) -> Curve:
+        part = np.linspace(0, 1, 40)
+        return Curve(tuple(most * part), tuple(part**power), tuple(1 - part))
+
+    full, budget = SizePlan.full(Schema.from_sizes([600, 400, 40]), 16), Budget("percent", share)
+    readings = dataclasses.replace(made_readings(full), rows=bent(power, 21), widths=bent(4, 6))
+    found = allot(readings, full, budget, levels, "concat")
+    (choices,) = readings.choices.values()
+    sizes, losses = [of.bytes_N for of in choices], []
+    for of_rows, of_widths in itertools.product(np.geomspace(1e-3, 1e3, 25), repeat=2):
+        rates = np.array([of_rows, of_widths, 1.0])
+        chosen = spend(sizes, [rates @ of.errors_LN for of in choices], full.counted_bytes(budget))
+        errors = sum(of.errors_LN[:, n] for of, n in zip(choices, chosen, strict=True))
+        curves = (readings.rows, readings.widths, readings.bits)
+        losses.append(sum(curve.loss(error) for curve, error in zip(curves, errors, strict=True)))
+    assert found.loss <= 1.05 * min(losses)

@@ -14,7 +14,8 @@ from torch import Tensor
 from embtrim.compaction.low_rank import mean_of
 from embtrim.methods import readings as module
 from embtrim.methods.readings import CODE_LEVELS, ROW_SHARES, Curve, Readings, _edges, code_errors, read, row_energies
-from embtrim.tables.packing import as_coded, codes_of, fit_codes
+from embtrim.tables.codes import as_coded, codes_of
+from embtrim.tables.packing import fit_codes
 from embtrim.tasks.row_scores import RowScores
 from embtrim.tasks.sites import weights_by_table
 from embtrim.tasks.task import CTRTask, Task
@@ -331,7 +332,7 @@ def test_the_sample_is_the_same_at_every_call(planted: CTRTask, monkeypatch):
     asked.clear()
     monkeypatch.setattr(module, "MOST_ROWS", 10_000)
     read(planted)
-    assert [rows for rows, _ in asked] == [6400 // 12], "a part of the training rows"
+    assert [rows for rows, _ in asked] == [6400 // 16], "a part of the training rows"
 
 
 def test_a_sample_keeps_the_order_and_all_columns(wide_data):

@@ -90,6 +90,23 @@ def test_lookups_are_as_in_plain_torch(batch):
             torch.testing.assert_close(found_B, expected_B)
 
 
+@pytest.mark.parametrize("weights", [None, "rows", "values"])
+@pytest.mark.parametrize("num_rows", [0, 1, 200])
+def test_errors_of_codes_are_as_in_plain_torch(num_rows, weights, monkeypatch):
+    monkeypatch.setattr(plain, "CHUNK_ROWS", 64)
+    generator = torch.Generator().manual_seed(0)
+    values_NW = torch.randn(num_rows, 6, generator=generator)
+    scale_KW, offset_KW = torch.rand(3, 6, generator=generator), torch.randn(3, 6, generator=generator)
+    scale_KW[0, 0] = 0  # a column of one number
+    counts = None if weights is None else torch.rand(num_rows, 6 if weights == "values" else 1, generator=generator)
+    for bits in (2, 8):
+        given = (values_NW, scale_KW, offset_KW, bits, counts)
+        found_KW, expected_KW = fused.code_errors(*given), plain.code_errors(*given)
+        assert found_KW.dtype == expected_KW.dtype == torch.float64
+        torch.testing.assert_close(found_KW, expected_KW, rtol=1e-5, atol=1e-9)
+        assert bool((found_KW > 0).any()) == (num_rows > 0)
+
+
 @pytest.mark.parametrize(
     "num_rows, distinct, width", [(1, 1, 4), (50, 0, 4), (50, 20, 1), (300, 300, 3), (300, 40, 16)]
 )

@@ -19,7 +19,8 @@ from embtrim import torchrec as on_ranks
 from embtrim.errors import BundleError, ModelError, PlanError
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Block
-from embtrim.tables.packing import as_coded, fit_codes
+from embtrim.tables.codes import as_coded
+from embtrim.tables.packing import fit_codes
 from embtrim.torchrec.lookup import Lookup
 from tests.serving.export_models import batch_of, mixed_blocks, model_of, schema_of, uniform_blocks
 from tests.torchrec.models import SIZES, WIDTH, Pooled, Sequences, batches, make_model

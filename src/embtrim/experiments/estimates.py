@@ -26,7 +26,7 @@ from embtrim.plan.budget import Budget
 from embtrim.plan.plan import PlanShape, SizePlan
 from embtrim.system.memory import peak_memory
 from embtrim.training.devices import device_of, fast_matmul
-from embtrim.training.evaluation import EVAL_BATCH_SIZE, logloss_of_batch
+from embtrim.training.evaluation import logloss_of_batch, rows_per_batch
 from embtrim.training.fitting import make_optimizers
 from embtrim.training.settings import TrainConfig
 
@@ -111,7 +111,7 @@ def measure(model: CTRModel, data: EncodedDataset, train: TrainConfig) -> Measur
                 steps.append(time.perf_counter() - started)
         model.eval()
         with torch.no_grad(), fast_matmul("fp32", device):
-            for batch in islice(data.batches("train", EVAL_BATCH_SIZE), TIMED_PASSES + 1):
+            for batch in islice(data.batches("train", rows_per_batch(device)), TIMED_PASSES + 1):
                 started = time.perf_counter()
                 batch = batch.to(device)
                 float(model(batch.ids_BC, batch.dense_BE).sum())

@@ -18,8 +18,9 @@ alike. A table whose absence does not lower the score is read as well.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,19 +32,22 @@ from embtrim.compaction.low_rank import Basis, bases, coordinates_of, mean_of, n
 from embtrim.plan.table import BITS, BYTES_PER_SCALE, CODE_BITS
 from embtrim.system.modules import evaluating
 from embtrim.system.progress import tracked
-from embtrim.tables.packing import CHUNK_ROWS, as_coded, fit_codes, together
+from embtrim.tables.codes import as_coded
+from embtrim.tables.kernels import kernels_for
+from embtrim.tables.kernels.torch import CHUNK_ROWS
+from embtrim.tables.packing import fit_codes, together
 from embtrim.tasks.row_scores import NOTHING, Cut, RowScores, key_bounds, nth_keys
 from embtrim.tasks.sharing import ALONE, OneProcess
 from embtrim.tasks.sites import weights_kept
 from embtrim.tasks.table_parts import FIRST_ORDER, Change, FirstOrder, TablePart
 from embtrim.tasks.task import Task
 
-# Rows (N, W) of a table -> the same rows as they are stored.
-Rounding = Callable[[Tensor], Tensor]
+# Scale and offset (W,) of the codes of a table.
+Codes = tuple[Tensor, Tensor]
 
 # Most validation rows to score on, and the part of the training rows that they are at most: about twenty passes then
-# take less than an epoch.
-MOST_ROWS, PART_OF_TRAIN = 32_768, 1 / 12
+# take well under an epoch.
+MOST_ROWS, PART_OF_TRAIN = 32_768, 1 / 16
 # Least rows to score on, whatever their part: AUC on fewer says little.
 LEAST_ROWS = 8_192
 # Shares of all rows that are kept, in order of their energy.
@@ -124,6 +128,11 @@ class Curve:
         error = max(error, self.errors[1] if len(self.errors) > 1 else 0.0, 1e-300)
         return max(self.loss(error), LEAST_LOSS) / error
 
+    def slope(self, error: float) -> float:
+        """Loss per further unit of error, between two thirds and three halves of an error."""
+        low, high = error / 1.5, error * 1.5
+        return max(self.loss(high) - self.loss(low), LEAST_LOSS) / (high - low) if high > low else self.rate(0.0)
+
 
 @dataclass(frozen=True)
 class Readings:
@@ -146,6 +155,11 @@ class Readings:
     widths: Curve
     bits: Curve
     bases: Mapping[str, Basis]
+
+    @functools.cached_property
+    def choices(self) -> dict[Any, Any]:
+        """What `allot` has made of the readings, by its settings, so that other budgets need not make it again."""
+        return {}
 
     def without_absences(self) -> Readings:
         """The readings of a model whose tables were not read alone."""
@@ -184,12 +198,9 @@ def _readings(task: Task) -> Readings:
     task = task.sampled(max(LEAST_ROWS, min(MOST_ROWS, int(PART_OF_TRAIN * train_rows))))
     weights = {name: part.weight_ND for name, part in parts.items()}
     found, first_order = bases(task, weights, counts, coordinates_of(task.model)), task.first_order()
-    codes = {
-        (name, bits): rounding(part.weight_ND, part.count_N, bits, part.first, part.num_rows, task)
-        for name, part in parts.items()
-        for bits in CODE_LEVELS
-    }
-    tables = {name: _table(parts[name], basis, train_rows, first_order, task) for name, basis in found.items()}
+    tables, codes = {}, {}
+    for name, basis in found.items():
+        tables[name], codes[name] = _table(parts[name], basis, train_rows, first_order, task)
     reader = _Reader(task, found, counts, first_order)
     absences, needless = _absences(reader)
     tables = {name: dataclasses.replace(table, absence=absences.get(name)) for name, table in tables.items()}
@@ -198,9 +209,14 @@ def _readings(task: Task) -> Readings:
     return Readings(reader.score, task.score_error(task.model), tables, rows, widths, bits, found)
 
 
+# z_f(b) and z_f(b, w) of rows, and their codes, by bits.
+_Noises = tuple[dict[int, float], dict[int, np.ndarray], dict[int, Codes]]
+
+
 def _table(
     part: TablePart, basis: Basis, train_rows: int, first_order: FirstOrder | None, group: OneProcess
-) -> TableReading:
+) -> tuple[TableReading, Mapping[int, Codes]]:
+    """The reading of a table, and its codes by bits."""
     weight_ND, count_N = part.weight_ND, part.count_N
     half, width = 1 / (2 * train_rows), weight_ND.shape[1]
     unit = basis.sensitivity * half
@@ -212,27 +228,29 @@ def _table(
         energy_N += half * first_order.sensitivity * row_energies(weight_N1, count_N, mean_of(weight_N1, count_N))
     energies = RowScores(energy_N, part.first, part.num_rows, group)
 
-    def noises(rows: np.ndarray | slice, num_rows: int) -> tuple[dict[int, float], dict[int, np.ndarray]]:
-        first = part.first if num_rows == part.num_rows else 0
-        plain, own = {}, {}
+    def noises(values_NC: Tensor, count_N: np.ndarray, first: int, num_rows: int) -> _Noises:
+        plain, own, codes = {}, {}, {}
         for bits in CODE_LEVELS:
-            errors_C = code_errors(both_NC[rows], count_N[rows], bits, first, num_rows, group)
+            scale_C, offset_C = fitted_codes(values_NC, count_N, bits, first, num_rows, group)
+            errors_C = code_errors(values_NC, count_N, bits, (scale_C, offset_C), group)
             plain[bits] = unit * errors_C[:width].sum()
             own[bits] = half * np.append(0.0, np.cumsum(basis.gain_D * errors_C[width:]))
-        return plain, own
+            codes[bits] = scale_C[:width], offset_C[:width]
+        return plain, own, codes
 
     edges = _edges(energies)
     sizes = [stop - start for (start, _), (stop, _) in itertools.pairwise(edges)]
     own_parts = [energies.own_rows(start, stop) for (_, start), (_, stop) in itertools.pairwise(edges)]
-    found = [noises(slice(None), part.num_rows), *map(noises, own_parts, sizes)]
+    plain, own, codes = noises(both_NC, count_N, part.first, part.num_rows)
+    found = [noises(both_NC[rows], count_N[rows], 0, size) for rows, size in zip(own_parts, sizes, strict=True)]
     uses = torch.tensor([float(count_N[rows].sum()) for rows in own_parts], dtype=torch.float64)
     segments = Segments(
         np.array(sizes),
         group.summed(uses).numpy(),
-        {bits: np.array([plain[bits] for plain, _ in found[1:]]) for bits in CODE_LEVELS},
-        {bits: np.stack([own[bits] for _, own in found[1:]]) for bits in CODE_LEVELS},
+        {bits: np.array([noise[bits] for noise, *_ in found]) for bits in CODE_LEVELS},
+        {bits: np.stack([noise[bits] for _, noise, _ in found]) for bits in CODE_LEVELS},
     )
-    return TableReading(energies, basis.lost_D, *found[0], segments)
+    return TableReading(energies, basis.lost_D, plain, own, segments), codes
 
 
 def _edges(energies: RowScores) -> list[tuple[int, Cut]]:
@@ -343,11 +361,11 @@ def _read_widths(reader: _Reader, tables: Mapping[str, TableReading]) -> Curve:
     return _rising(widths, errors, losses, width)
 
 
-def _read_bits(reader: _Reader, tables: Mapping[str, TableReading], codes: Mapping[tuple[str, int], Rounding]) -> Curve:
+def _read_bits(reader: _Reader, tables: Mapping[str, TableReading], codes: Mapping[str, Mapping[int, Codes]]) -> Curve:
     """All tables as their codes read."""
 
     def coded(name: str, bits: int) -> Change:
-        return lambda part, _rows: codes[name, bits](part)
+        return lambda part, _rows: as_coded(part.float(), *codes[name][bits], bits)
 
     losses = reader.losses("reading bits", [{name: coded(name, bits) for name in tables} for bits in CODE_LEVELS])
     return _rising(CODE_LEVELS, [sum(table.noise[b] for table in tables.values()) for b in CODE_LEVELS], losses, 32)
@@ -397,53 +415,55 @@ def row_energies(weight_VD: Tensor, count_V: np.ndarray, mean_D: Tensor) -> np.n
     return torch.cat([count * (part - mean_D).double().square().sum(1).cpu() for count, part in parts]).numpy()
 
 
-def rounding(
+def fitted_codes(
     weight_ND: Tensor,
     count_N: np.ndarray,
     bits: int,
     first: int = 0,
     num_rows: int | None = None,
     group: OneProcess = ALONE,
-) -> Rounding:
-    """The function from rows of a table to what they read in 16 bits or codes; its scales are fitted to the whole table.
+) -> Codes:
+    """Scale and offset (D,) of the codes of a table, fitted to a sample of its rows if they are many.
 
     Args:
         weight_ND: Rows that this process holds.
         count_N: How often they are read; a count for each column, (N, D), is allowed.
-        bits: Bits per value.
+        bits: Bits per value, 8 or fewer.
         first: The first of them.
         num_rows: Rows of the table; None for N.
         group: Processes that hold the other rows.
     """
-    if bits == 16:
-        return lambda part: part.half().float()
     every = max(1, -(-(len(weight_ND) if num_rows is None else num_rows) // FITTED_ROWS))
     rows = slice(-first % every, None, every)
-    uses = torch.from_numpy(count_N[rows]).to(weight_ND.device)
-    scale, offset = fit_codes(weight_ND[rows].float(), bits, uses, group)
-    return lambda part: as_coded(part.float(), scale, offset, bits)
+    return fit_codes(weight_ND[rows].float(), bits, torch.from_numpy(count_N[rows]).to(weight_ND.device), group)
 
 
 def code_errors(
-    values_VW: Tensor,
-    count_V: np.ndarray,
-    bits: int,
-    first: int = 0,
-    num_rows: int | None = None,
-    group: OneProcess = ALONE,
+    values_VW: Tensor, count_V: np.ndarray, bits: int, codes: Codes | None = None, group: OneProcess = ALONE
 ) -> np.ndarray:
     """sum_r n_r (v_r - stored(v_r))^2 of each column of a table in 16 bits or codes, float64 (W,); 0 in 32 bits.
 
-    The rows may have a count for each column, (V, W). For rows that a group of processes shares, see `rounding`.
+    The rows may have a count for each column, (V, W).
+
+    Args:
+        values_VW: Rows of the table that this process holds.
+        count_V: How often they are read.
+        bits: Bits per value.
+        codes: Scale and offset of the codes; None fits them to these rows.
+        group: Processes that hold the other rows.
     """
-    found_W = torch.zeros(values_VW.shape[1], dtype=torch.float64)
-    if bits == 32 or not (len(values_VW) if num_rows is None else num_rows):
-        return found_W.numpy()
-    stored = rounding(values_VW, count_V, bits, first, num_rows, group)
-    for part, count in zip(values_VW.split(CHUNK_ROWS), torch.from_numpy(count_V).split(CHUNK_ROWS), strict=True):
-        squares = (stored(part) - part.float()).double().square().cpu()
-        found_W += count.double() @ squares if count.ndim == 1 else (count * squares).sum(0)
-    return group.summed(found_W).numpy()
+    if bits == 32:
+        return np.zeros(values_VW.shape[1])
+    values_VW = values_VW.float()
+    uses = torch.from_numpy(count_V)
+    if bits == 16:
+        squares = (values_VW.half().float() - values_VW).double().square().cpu()
+        errors_W = uses.double() @ squares if uses.ndim == 1 else (uses * squares).sum(0)
+    else:
+        scale_W, offset_W = codes or fitted_codes(values_VW, count_V, bits)
+        weights = (uses if uses.ndim > 1 else uses[:, None]).to(values_VW)
+        errors_W = kernels_for(values_VW).code_errors(values_VW, scale_W[None], offset_W[None], bits, weights)[0].cpu()
+    return group.summed(errors_W).numpy()
 
 
 def errors_of_each(tables: Sequence[Tensor], counts: Sequence[np.ndarray], bits: int) -> list[np.ndarray]:

@@ -59,7 +59,7 @@ from embtrim.serving.model_card import model_card
 from embtrim.system.folders import check_replaceable, file_digest, folder_bytes, write_folder
 from embtrim.system.memory import freed_pages_kept
 from embtrim.system.tensor_file import write_tensors
-from embtrim.training.evaluation import EVAL_BATCH_SIZE
+from embtrim.training.evaluation import rows_per_batch
 from embtrim.training.recoding import data_for
 
 logger = logging.getLogger(__name__)
@@ -149,8 +149,9 @@ class Bundle:
     def _scores(self, rows: pl.DataFrame | Chunk, tally: Tally | None) -> np.ndarray:
         encoded = self.encoder.encode_chunk(rows, tally)
         scores = np.empty(len(encoded), np.float32)
-        for start in range(0, len(encoded), EVAL_BATCH_SIZE):
-            part = slice(start, start + EVAL_BATCH_SIZE)
+        size = rows_per_batch(torch.device("cpu"))
+        for start in range(0, len(encoded), size):
+            part = slice(start, start + size)
             dense = None if encoded.dense is None else torch.from_numpy(encoded.dense[part])
             scores[part] = self.model(torch.from_numpy(encoded.ids[part]), dense).sigmoid().numpy()
         return scores

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from embtrim.plan.table import CODE_BITS
+from embtrim.tables.codes import as_coded
 from embtrim.tables.embedding_tables import EmbeddingTables
 from embtrim.tables.layout import Group
-from embtrim.tables.packing import as_coded, fit_each
+from embtrim.tables.packing import fit_each
 
 
 class Stretches(NamedTuple):

@@ -27,13 +27,14 @@ from torch import Tensor, nn
 
 from embtrim.errors import ModelError
 from embtrim.plan.table import CODE_BITS, bit_planes, row_bytes
+from embtrim.tables.codes import codes_of
+from embtrim.tables.kernels import kernels_for
+from embtrim.tables.kernels.torch import CHUNK_ROWS
 
 # Shares of the way from a column's mean to its largest and its smallest value that the codes may span; 1 clips nothing.
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 # Largest number of fp16.
 MOST_VALUE = torch.finfo(torch.float16).max
-# Rows coded at a time, which bounds the memory that coding takes.
-CHUNK_ROWS = 65_536
 # Most values of a table that is coded together with others, and about how many values are coded in one go.
 SMALL_VALUES, RUN_VALUES = 65_536, 1 << 24
 
@@ -327,25 +328,13 @@ def fit_codes(
         weights = weights[:, None] if weights.ndim == 1 else weights
     total_W, uses_W = _sums(values_NW, weights)
     mean_W = (summed(total_W) / summed(uses_W)).clamp(low_W, high_W)
-    best_scale_W, best_offset_W, least_W = torch.zeros_like(low_W), low_W, torch.full_like(low_W, torch.inf)
-    tried = []
-    for clip in CLIPS:
-        # lerp is exact at weight 1, so the offset of a range that is not clipped is the smallest value itself.
-        offset_W = _rounded(torch.lerp(mean_W, low_W, clip), up=False)
-        scale_W = _rounded((torch.lerp(mean_W, high_W, clip) - offset_W) / (2**bits - 1), up=True)
-        error_W = torch.zeros_like(low_W)
-        for start in range(0, len(values_NW), CHUNK_ROWS):
-            rows = slice(start, start + CHUNK_ROWS)
-            squares = (as_coded(values_NW[rows], scale_W, offset_W, bits) - values_NW[rows]).square()
-            error_W += (squares if weights is None else squares * weights[rows]).sum(0)
-        tried.append((offset_W, scale_W, error_W))
-    errors = summed(torch.stack([error_W for *_, error_W in tried]))
-    for (offset_W, scale_W, _), error_W in zip(tried, errors, strict=True):
-        better_W = error_W < least_W
-        best_scale_W = torch.where(better_W, scale_W, best_scale_W)
-        best_offset_W = torch.where(better_W, offset_W, best_offset_W)
-        least_W = torch.where(better_W, error_W, least_W)
-    return best_scale_W, best_offset_W
+    clip_K1 = values_NW.new_tensor(CLIPS)[:, None]
+    # lerp is exact at weight 1, so the offset of a range that is not clipped is the smallest value itself.
+    offset_KW = _rounded(torch.lerp(mean_W, low_W, clip_K1), up=False)
+    scale_KW = _rounded((torch.lerp(mean_W, high_W, clip_K1) - offset_KW) / (2**bits - 1), up=True)
+    errors_KW = summed(kernels_for(values_NW).code_errors(values_NW, scale_KW, offset_KW, bits, weights))
+    best_1W = errors_KW.nan_to_num(nan=torch.inf).argmin(0, keepdim=True)
+    return scale_KW.gather(0, best_1W)[0], offset_KW.gather(0, best_1W)[0]
 
 
 def _sums(values_NW: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -391,15 +380,3 @@ def _rounded(values_W: Tensor, *, up: bool) -> Tensor:
     beyond = near.float() < values_W if up else near.float() > values_W
     towards = torch.full_like(near, torch.inf if up else -torch.inf)
     return torch.where(beyond, torch.nextafter(near, towards), near).float()
-
-
-def codes_of(values_NW: Tensor, scale_W: Tensor, offset_W: Tensor, bits: int | Tensor) -> Tensor:
-    """Codes (N, W), as floats: whole numbers from 0 to 2^bits - 1. Rows may have bits of their own, (N, 1)."""
-    steps_NW = (values_NW - offset_W) / torch.where(scale_W > 0, scale_W, 1.0)
-    codes_NW = steps_NW.round().clamp(min=0)
-    return codes_NW.clamp(max=2**bits - 1) if isinstance(bits, int) else torch.minimum(codes_NW, 2.0**bits - 1)
-
-
-def as_coded(values_NW: Tensor, scale_W: Tensor, offset_W: Tensor, bits: int | Tensor) -> Tensor:
-    """Values (N, W) as their codes read."""
-    return codes_of(values_NW, scale_W, offset_W, bits) * scale_W + offset_W

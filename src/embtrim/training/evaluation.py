@@ -19,8 +19,10 @@ from embtrim.training.metrics import Metrics, auc_by_frequency_decile, compute_m
 from embtrim.training.recoding import data_for
 from embtrim.training.settings import TrainConfig
 
-# Rows per batch: enough to keep the matmuls busy, few enough that (B, F, D) stays in cache-sized chunks.
-EVAL_BATCH_SIZE = 8_192
+
+def rows_per_batch(device: torch.device) -> int:
+    """Rows scored at a time. On a CPU their embeddings stay in its caches; other devices take larger batches."""
+    return 2_048 if device.type == "cpu" else 8_192
 
 
 def logloss_of_batch(model: nn.Module, batch: Batch) -> Tensor:
@@ -66,7 +68,7 @@ def logits_of_split(
     logits = np.empty(data.num_rows(split), np.float32)
     start = 0
     with fast_matmul(precision, device) as (autocast, _), freed_pages_kept(), autocast():
-        for batch in data.batches(split, EVAL_BATCH_SIZE):
+        for batch in data.batches(split, rows_per_batch(device)):
             batch = batch.to(device)
             logits[start : start + len(batch)] = model(batch.ids_BC, batch.dense_BE).float().cpu().numpy()
             start += len(batch)

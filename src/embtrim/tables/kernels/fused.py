@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 __all__ = [
     "adagrad_rows_",
     "adam_rows_",
+    "code_errors",
     "distinct_rows",
     "expand",
     "expand_backward",
@@ -132,6 +133,15 @@ def adam_rows_(
     _run(
         _adam_rows, weight_RW, mean_RW, square_RW, rows_U, grad_UW, *gains, betas[1], lr_hat, root_scale, eps, l2, decay
     )
+
+
+def code_errors(
+    values_NW: Tensor, scale_KW: Tensor, offset_KW: Tensor, bits: int, weights: Tensor | None = None
+) -> Tensor:
+    """`code_errors` of torch.py."""
+    step_KW = torch.where(scale_KW > 0, scale_KW, 1.0)
+    weights = torch.ones(1, 1).expand(len(values_NW), 1) if weights is None else weights
+    return torch.from_numpy(_run(_code_errors, values_NW, scale_KW, step_KW, offset_KW, float(2**bits - 1), weights))
 
 
 def _places(expansion: Expansion) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -316,3 +326,20 @@ def _adam_rows(
             mean_RW[row, w] = mean
             square_RW[row, w] = square
             weight_RW[row, w] = weight * decay - lr * mean / (np.sqrt(square) * root_scale + eps)
+
+
+@njit(parallel=True, cache=_CACHE)
+def _code_errors(values_NW, scale_KW, step_KW, offset_KW, most, weights):
+    errors_KW = np.zeros(scale_KW.shape, np.float64)
+    by_row = weights.shape[1] == 1
+    for k in prange(len(scale_KW)):
+        for n in range(len(values_NW)):
+            weight = weights[n, 0]
+            for w in range(values_NW.shape[1]):
+                value = values_NW[n, w]
+                code = np.rint((value - offset_KW[k, w]) / step_KW[k, w])
+                code = code if code > 0 else np.float32(0)
+                code = code if code < most else most
+                error = code * scale_KW[k, w] + offset_KW[k, w] - value
+                errors_KW[k, w] += error * error * (weight if by_row else weights[n, w])
+    return errors_KW

@@ -19,7 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from embtrim.tables.codes import as_coded
+
 NAME = "torch"  # written into checkpoints and records
+# Rows coded at a time, which bounds the memory that coding takes.
+CHUNK_ROWS = 65_536
 
 
 @dataclass(frozen=True)
@@ -249,6 +253,29 @@ def adam_rows_(
 def scale_rows_(weight_RW: Tensor, rows_U: Tensor, factor: Tensor | float) -> None:
     """W <- factor W on the given rows, with one factor for all, or factors (U, 1)."""
     weight_RW.index_copy_(0, rows_U, weight_RW.index_select(0, rows_U).mul_(factor))
+
+
+def code_errors(
+    values_NW: Tensor, scale_KW: Tensor, offset_KW: Tensor, bits: int, weights: Tensor | None = None
+) -> Tensor:
+    """Squared error of each column of a table in each of K codings, summed over the rows, float64 (K, W).
+
+    Args:
+        values_NW: Values of the table.
+        scale_KW: Scales of the codings.
+        offset_KW: Offsets of the codings.
+        bits: Bits per code.
+        weights: How often each row counts, (N, 1), or each value, (N, W); None counts all once.
+    """
+    errors_KW = torch.zeros(scale_KW.shape, dtype=torch.float64, device=values_NW.device)
+    for start in range(0, len(values_NW), CHUNK_ROWS):
+        part_NW = values_NW[start : start + CHUNK_ROWS]
+        for error_W, scale_W, offset_W in zip(errors_KW, scale_KW, offset_KW, strict=True):
+            squares = (as_coded(part_NW, scale_W, offset_W, bits) - part_NW).square()
+            if weights is not None:
+                squares = squares * weights[start : start + CHUNK_ROWS]
+            error_W += squares.sum(0, dtype=torch.float64)
+    return errors_KW
 
 
 def strides(missed_U: Tensor, max_stride: int) -> Iterator[tuple[int, Tensor | slice]]:
