@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import polars as pl
+import pytest
 
 from embtrim.data.encoding import encode
 from embtrim.models import DeepFM
 from embtrim.serving.bundle import save
 
+AVOIDED = {"sympy", "torch._dynamo", "torch._inductor", "onnx", "pandas", "numba"}
 CODE = """
 import json, sys
 from embtrim.cli.main import main
@@ -38,12 +40,25 @@ def test_help_imports_neither_torch_nor_polars_nor_rich():
         assert not {"torch", "polars", "numpy", "rich"} & imported(*command, "--help")
 
 
-def test_predict_imports_no_compiler_and_no_page(tmp_path: Path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A log, its encoded data, and a bundle."""
+    tmp_path = tmp_path_factory.mktemp("startup")
     log = pl.DataFrame({"click": [0, 1] * 50, "user": [f"u{i % 7}" for i in range(100)]})
     log.write_csv(tmp_path / "log.csv")
     data = encode(tmp_path / "log.csv", label="click", out=tmp_path / "data", progress=False)
     save(DeepFM(data.schema, embedding_dim=2, hidden_units=(2,)), tmp_path / "bundle", data)
-    found = imported("predict", tmp_path / "bundle", tmp_path / "log.csv", "--out", tmp_path / "scores.csv")
-    assert (tmp_path / "scores.csv").exists()
-    avoided = {"sympy", "torch._dynamo", "torch._inductor", "onnx", "pandas", "numba"}
-    assert avoided & found == set()
+    return tmp_path
+
+
+def test_predict_imports_no_compiler_and_no_page(folder: Path):
+    found = imported("predict", folder / "bundle", folder / "log.csv", "--out", folder / "scores.csv")
+    assert (folder / "scores.csv").exists()
+    assert AVOIDED & found == set()
+
+
+def test_a_search_of_a_small_log_imports_no_compiler(folder: Path):
+    plan = folder / "plan.json"
+    found = imported("search", folder / "bundle", folder / "data", "--budget", "60%", "--out", plan)
+    assert plan.exists()
+    assert AVOIDED & found == set()

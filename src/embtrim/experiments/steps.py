@@ -35,6 +35,7 @@ from embtrim.system.memory import peak_memory
 from embtrim.system.progress import stage
 from embtrim.system.unfinished import claim
 from embtrim.tables.code_training import CodeGate
+from embtrim.tables.kernels import kernels_expected
 from embtrim.tasks.task import CTRTask
 from embtrim.training.callbacks import Callback
 from embtrim.training.checkpoint import CheckpointFolder
@@ -234,7 +235,7 @@ def search_settings(task: CTRTask, config: RunConfig) -> dict[str, Any]:
         "bits": config.stored_bits,
         # State of earlier releases has no word of a vocabulary, and their searches counted none.
         **{name: value for name, value in target_settings(config.limit, config.target).items() if value},
-        **training_settings(task.model, task.data, task.config),
+        **training_settings(task.model, task.data, task.config, kernels_expected),
         "weights": checksum(task.model),
     }
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from embtrim.errors import ModelError, PlanError
 from embtrim.plan.plan import PlanShape, SizePlan
 from embtrim.schema import PAD, Schema
-from embtrim.tables.kernels import Expand, kernels_for
+from embtrim.tables.kernels import Expand, kernels_for, kernels_to_read
 from embtrim.tables.kernels.torch import Expansion
 from embtrim.tables.layout import Group
 from embtrim.tables.storage import Lookup, TableStorage
@@ -154,7 +154,8 @@ class EmbeddingTables(TableStorage):
     def _forward_distinct(self, ids_BC: Tensor, pool_BC: Tensor | None, learns: bool) -> tuple[Tensor, Tensor | None]:
         """Look up each distinct row once, then expand; gates and gradients see the distinct rows."""
         layout = self.layout
-        kernels = kernels_for(self.group_view(layout.groups[0]))
+        weight = self.group_view(layout.groups[0])
+        kernels = kernels_for(weight) if self.training else kernels_to_read(weight, ids_BC.numel())
         expansion = Expansion(
             len(ids_BC),
             sum(layout.widths),

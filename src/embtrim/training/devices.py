@@ -15,11 +15,19 @@ from embtrim.tables.kernels import kernels_name
 from embtrim.training.settings import TrainConfig
 
 
-def kernels_used(tables: EmbeddingTables, config: TrainConfig) -> str | None:
-    """Kernels of a training, "torch" or "fused"; None if it uses torch's own dense gradients."""
+def kernels_used(
+    tables: EmbeddingTables, config: TrainConfig, name_of: Callable[[torch.Tensor], str] = kernels_name
+) -> str | None:
+    """Kernels of a training, "torch" or "fused"; None if it uses torch's own dense gradients.
+
+    Args:
+        tables: Tables of the model.
+        config: Settings of the training.
+        name_of: `kernels_name`, or `kernels_expected` where nothing may ever be trained.
+    """
     if config.tables == "dense" and not tables.layout.mixed_fields:
         return None
-    return kernels_name(torch.empty(0, device=device_of(config)))
+    return name_of(torch.empty(0, device=device_of(config)))
 
 
 def device_of(config: TrainConfig) -> torch.device:

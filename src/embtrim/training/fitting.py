@@ -7,7 +7,7 @@ every step (lambda / 2 ||W||^2 added to the mean loss).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from embtrim.errors import ConfigError, EmbtrimError
 from embtrim.models.ctr_model import CTRModel
 from embtrim.system.ranks import refuse_ranks
 from embtrim.system.torch_private import compile_error
+from embtrim.tables.kernels import kernels_name
 from embtrim.tables.row_optimizers import RowAdagrad, RowAdam, RowSGD
 from embtrim.training.callbacks import Callback, checked
 from embtrim.training.checkpoint import Checkpoint
@@ -134,8 +135,16 @@ def compiled(model: CTRModel) -> Iterator[None]:
         torch.compiler.reset()  # torch limits how many models it compiles one forward for
 
 
-def training_settings(model: CTRModel, data: EncodedDataset, config: TrainConfig) -> dict[str, Any]:
-    """Everything that a training depends on beside the initial weights; a checkpoint is recognised by it."""
+def training_settings(
+    model: CTRModel,
+    data: EncodedDataset,
+    config: TrainConfig,
+    name_of: Callable[[torch.Tensor], str] = kernels_name,
+) -> dict[str, Any]:
+    """Everything that a training depends on beside the initial weights; a checkpoint is recognised by it.
+
+    `name_of` names the kernels, see `kernels_used`.
+    """
     tables = model.tables
     return {
         **config.model_dump(mode="json", exclude={"checkpoint_seconds"}),
@@ -146,7 +155,7 @@ def training_settings(model: CTRModel, data: EncodedDataset, config: TrainConfig
         "schema": data.schema.fingerprint,
         "num_rows": {name: data.num_rows(name) for name in data.splits},
         # Kernels and precisions round differently, and another machine may choose others.
-        "kernels": kernels_used(tables, config),
+        "kernels": kernels_used(tables, config, name_of),
         "computes_in": computes_in(config.precision, device_of(config)),
     }
 

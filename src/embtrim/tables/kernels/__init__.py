@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -20,17 +21,32 @@ from embtrim.tables.kernels.torch import Distinct, Expansion
 
 logger = logging.getLogger(__name__)
 
+FEW_LOOKUPS = 1 << 15
+
 
 def kernels_for(weight: Tensor) -> ModuleType:
     """The module of kernels for tables of this weight: `fused` for fp32 on CPUs if numba is installed, else `torch`."""
-    if weight.dtype != float32 or weight.device.type != "cpu" or os.environ.get("EMBTRIM_KERNELS") == "torch":
-        return plain
-    return _fused() or plain
+    return (_fused() or plain) if _may_fuse(weight) else plain
+
+
+def kernels_to_read(weight: Tensor, num_lookups: int) -> ModuleType:
+    """The kernels of that many lookups outside of training; few ones are over before numba is loaded."""
+    return plain if num_lookups < FEW_LOOKUPS else kernels_for(weight)
+
+
+def kernels_expected(weight: Tensor) -> str:
+    """`kernels_name`, without loading numba to see if it works where it is installed."""
+    return "fused" if _may_fuse(weight) and find_spec("numba") else plain.NAME
 
 
 def kernels_name(weight: Tensor) -> str:
     """Name of the kernels for tables of this weight, "torch" or "fused"."""
     return kernels_for(weight).NAME
+
+
+def _may_fuse(weight: Tensor) -> bool:
+    is_served = weight.dtype == float32 and weight.device.type == "cpu"
+    return is_served and os.environ.get("EMBTRIM_KERNELS") != "torch"
 
 
 @functools.cache
