@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from embtrim.experiments.run import run
 from embtrim.experiments.steps import train_full
 from embtrim.experiments.sweep import L2Trial, chosen_l2
 from embtrim.reports.run_page import render_page
+from embtrim.training.fitting import fit
+from embtrim.training.settings import Hooks
 from tests.experiments.grids import CONFIG, FM_RUN
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
@@ -36,8 +39,8 @@ OPEN = FM_RUN.replace(train=FM_RUN.train.replace(embedding_l2=None), method="ran
 def test_smaller_values_are_tried_while_they_do_better(
     small: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scores: Any, tried: Any, chosen: float
 ) -> None:
-    def trial(data: Any, config: Any, value: float, share: float, progress: bool) -> L2Trial:
-        return L2Trial(embedding_l2=value, score=scores[value], best_epoch=1, epochs=2)
+    def trial(data: Any, sample: Any, config: Any, value: float, *rest: Any) -> tuple[L2Trial, float]:
+        return L2Trial(embedding_l2=value, score=scores[value], best_epoch=1, epochs=2), 0.0
 
     monkeypatch.setattr(sweep, "_trial", trial)
     found = chosen_l2(small, OPEN, tmp_path / "choice.json")
@@ -45,6 +48,40 @@ def test_smaller_values_are_tried_while_they_do_better(
     assert found.embedding_l2 == chosen
     monkeypatch.setattr(sweep, "_trial", None)
     assert chosen_l2(small, OPEN, tmp_path / "choice.json") == found
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was(
+    small: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "MARGIN", -1.0)  # all values are tried
+    expected = chosen_l2(small, OPEN)
+    path = tmp_path / "choice.json"
+    trained: list[tuple[float, int]] = []
+
+    def fit_stopped(stop_in: int, *given: Any, **settings: Any) -> Any:
+        def step(number: int) -> None:
+            steps_made.append(number)
+            if len(trained) == stop_in - 1 and number == 5:
+                raise KeyboardInterrupt
+
+        steps_made: list[int] = []
+        try:
+            return fit(*given, **settings, hooks=Hooks(on_step=step))
+        finally:
+            trained.append((given[2].embedding_l2, len(steps_made)))
+
+    monkeypatch.setattr(sweep, "fit", partial(fit_stopped, 2))
+    with pytest.raises(KeyboardInterrupt):
+        chosen_l2(small, OPEN, path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["choice-0.01.safetensors", "choice-trials.json"]
+    (_, all_steps), (_, first_steps) = trained
+    trained.clear()
+    monkeypatch.setattr(sweep, "fit", partial(fit_stopped, 0))
+    found = chosen_l2(small, OPEN, path)
+    # The interrupted step is made again.
+    assert trained == [(0.01, all_steps - first_steps + 1), (0.0, all_steps)]
+    assert found.replace(seconds=0.0) == expected.replace(seconds=0.0)
+    assert [file.name for file in tmp_path.iterdir()] == ["choice.json"]
 
 
 def test_a_sweep_takes_a_sample_of_large_data(small: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,40 +71,63 @@ class L2Sweep(Config):
     hidden_units: tuple[int, ...] | None = None
 
 
+class _Unfinished(Config):
+    """What a sweep has come to: its trainings, and what they took."""
+
+    trials: tuple[L2Trial, ...] = ()
+    seconds: float = 0.0
+
+
 def chosen_l2(data: EncodedDataset, config: RunConfig, path: Path | None = None, progress: bool = False) -> L2Sweep:
     """Choose `embedding_l2` for the full model of a run.
 
     Args:
         data: Encoded data with splits train and valid.
         config: Settings of the run, whose `train.embedding_l2` is not read.
-        path: JSON file that keeps the choice: a sweep that finds it there is not made again.
+        path: JSON file that keeps the choice: a sweep that finds it there is not made again. Beside it lie the finished
+            trainings of an interrupted sweep, and the checkpoint of the training at hand.
         progress: Show progress bars on stderr.
     """
     if path is not None and path.exists():
         return L2Sweep.parse(read_json(path), where=str(path))
-    started = time.perf_counter()
+    unfinished = None if path is None else path.with_name(f"{path.stem}-trials.json")
+    done = _Unfinished()
+    if unfinished is not None and unfinished.exists():
+        done = _Unfinished.parse(read_json(unfinished), where=str(unfinished))
     sample = data.sampled("train", sample_rows(data), config.seed)
-    share = sample.num_rows("train") / data.num_rows("train")
-    trials: list[L2Trial] = []
     best: L2Trial | None = None
-    for value in VALUES:
-        trials.append(_trial(sample, config, value, share, progress))
-        if best is not None and trials[-1].score <= best.score + MARGIN:
+    for number, value in enumerate(VALUES):
+        if number == len(done.trials):
+            checkpoint = None if path is None else path.with_name(f"{path.stem}-{value:g}.safetensors")
+            trial, seconds = _trial(data, sample, config, value, checkpoint, progress)
+            done = _Unfinished(trials=(*done.trials, trial), seconds=done.seconds + seconds)
+            if unfinished is not None:
+                _write(done, unfinished)
+            if checkpoint is not None:
+                checkpoint.unlink(missing_ok=True)
+        trial = done.trials[number]
+        if best is not None and trial.score <= best.score + MARGIN:
             break
-        best = trials[-1]
+        best = trial
     assert best is not None
     sweep = L2Sweep(
         embedding_l2=best.embedding_l2,
-        trials=tuple(trials),
+        trials=done.trials,
         rows=sample.num_rows("train"),
-        seconds=time.perf_counter() - started,
+        seconds=done.seconds,
         hidden_units=NARROW if "hidden_units" in arguments(config.model) else None,
     )
     logger.info("%s", describe_sweep(sweep, config.train.monitor))
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_then_rename(path, lambda file: file.write(sweep.model_dump_json(indent=1).encode()))
+        _write(sweep, path)
+    if unfinished is not None:
+        unfinished.unlink(missing_ok=True)
     return sweep
+
+
+def _write(content: Config, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_then_rename(path, lambda file: file.write(content.model_dump_json(indent=1).encode()))
 
 
 def sample_rows(data: EncodedDataset) -> int:
@@ -119,7 +142,17 @@ def sweep_passes(data: EncodedDataset, config: RunConfig) -> tuple[float, int, i
     return sample_rows(data) / data.num_rows("train"), 2 * passes, len(VALUES) * passes
 
 
-def _trial(sample: EncodedDataset, config: RunConfig, value: float, share: float, progress: bool) -> L2Trial:
+def _trial(
+    data: EncodedDataset,
+    sample: EncodedDataset,
+    config: RunConfig,
+    value: float,
+    checkpoint: Path | None,
+    progress: bool,
+) -> tuple[L2Trial, float]:
+    """One training on a sample of the data, and its seconds, those of an interrupted start included."""
+    started = time.perf_counter()
+    share = sample.num_rows("train") / data.num_rows("train")
     narrow = {"hidden_units": NARROW} if "hidden_units" in arguments(config.model) else {}
     model = build(config.model, sample.schema, **{**config.hparams, **narrow, "seed": config.seed})
     train = config.train.replace(
@@ -132,11 +165,12 @@ def _trial(sample: EncodedDataset, config: RunConfig, value: float, share: float
         compile=False,
     )
     with stage(f"sweep, embedding_l2 = {value:g}", progress):
-        result = fit(model, sample, train, progress=progress)
+        result = fit(model, sample, train, progress=progress, checkpoint=checkpoint)
     assert result.best_score is not None
-    return L2Trial(
+    trial = L2Trial(
         embedding_l2=value, score=result.best_score, best_epoch=result.best_epoch, epochs=len(result.history)
     )
+    return trial, time.perf_counter() - started + result.restored_seconds
 
 
 def describe_sweep(sweep: L2Sweep, monitor: str) -> str:
