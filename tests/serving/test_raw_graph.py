@@ -8,6 +8,7 @@ import importlib.util
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import threading
@@ -467,9 +468,45 @@ def test_typed_cells_are_encoded_as_embtrim_does(kind, cells, tmp_path):
         np.testing.assert_array_equal(alone.encode(frame)[0], expected, err_msg=repr(value))
 
 
+PLAIN_CELLS = {
+    "user": ["u1 é", None, "", "-999", "never seen"],
+    "item": [1000003, 0, None, -(2**63), 2**63 - 1, 10**18, -(10**18), 10**18 - 1, -5],
+    "count": [-999, None, 3, 499, 7_000_000],
+    "price": [1.5, None, float("nan"), 3, -2.25],
+    "amount": [10**17, -0.0, None],
+}
+
+
+@pytest.mark.parametrize("column", PLAIN_CELLS)
+@pytest.mark.parametrize("form", [list, np.array, lambda cells: pd.Series(cells, dtype=object)])
+def test_columns_of_plain_cells_become_inputs_as_single_cells_do(folder, monkeypatch, column, form):
+    alone, cells = standalone(folder), PLAIN_CELLS[column]
+    if form is np.array:
+        cells = [cell for cell in cells if cell is not None]
+    rows = {name: [None] * len(cells) for name in alone.columns} | {column: form(cells)}
+    quick = alone.graph_inputs(rows)
+    monkeypatch.setattr(alone, "_quick_input", lambda field, cells: None)
+    for name, values in alone.graph_inputs(rows).items():
+        assert quick[name].dtype == values.dtype, name
+        np.testing.assert_array_equal(quick[name], values, err_msg=name)
+
+
+def test_inputs_of_model_onnx_are_made_without_the_vocabulary(folder, tmp_path):
+    for name in ("encode.py", "manifest.json", "encoder"):
+        copy = shutil.copytree if (folder / name).is_dir() else shutil.copy
+        copy(folder / name, tmp_path / name)
+    expected = standalone(folder)
+    (tmp_path / "encoder" / "vocab.parquet").unlink()
+    rows = json.loads((folder / "golden.json").read_text())["rows"]
+    columns = {name: [row[name] for row in rows] for name in expected.columns}
+    for name, values in standalone(tmp_path).graph_inputs(columns).items():
+        np.testing.assert_array_equal(values, expected.graph_inputs(columns)[name], err_msg=name)
+
+
 def test_the_example_server_answers_as_predict_and_refuses_in_words(bundle, folder):
     path = Path(__file__).parents[2] / "examples" / "serve_http.py"
-    server = runpy.run_path(str(path))["make_server"](folder, 0)
+    example = runpy.run_path(str(path))
+    server = example["make_server"](*example["open_export"](folder), 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
 

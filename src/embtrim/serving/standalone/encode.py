@@ -1,4 +1,4 @@
-"""Raw values to what the exported model reads. It needs numpy, and polars or pyarrow to read vocab.parquet.
+"""Raw values to what the exported model reads. It needs numpy; for ids also polars or pyarrow, to read vocab.parquet.
 
     from encode import Encoder
 
@@ -18,6 +18,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ EXACT_FLOAT = 2.0**53
 
 _NUMBER = re.compile(r"[+-]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?|inf|infinity|nan)", re.ASCII | re.IGNORECASE)
 _PLAIN = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)", re.ASCII)
+_WHOLE = re.compile(r"0|-?[1-9]\d*", re.ASCII)  # as it is written in every exact kind
+_INTEGER = re.compile(r"-?\d{1,18}")
 _ISO = re.compile(
     r"\s*(?P<year>\d{4})-(?P<month>\d{1,2})-(?P<day>\d{1,2})"
     r"(?:(?:[Tt]|,?\s+|:)(?P<hour>\d{1,2}):(?P<minute>\d{2})(?::(?P<second>\d{2})(?:[.,](?P<digits>\d+))?)?"
@@ -63,16 +66,19 @@ class Encoder:
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         self.fields: list[dict[str, Any]] = schema["fields"]
         self.columns = list(dict.fromkeys(column_of(field) for field in self.fields))
-        self._nulls = {field["name"]: [*schema["nulls"], *field["nulls"]] for field in self.fields}
+        self._nulls = {field["name"]: (*schema["nulls"], *field["nulls"]) for field in self.fields}
         self._transforms = state.get("fields", {})
         self._inputs = manifest.get("raw_inputs", {})
         self._hash_maps: dict[str, np.ndarray] = {}
         if (encoder / "hash_maps.npz").exists():
             self._hash_maps = dict(np.load(encoder / "hash_maps.npz", allow_pickle=False))
-        self._tables = _tables(encoder / "vocab.parquet", state.get("unseen_ids", {}))
-        self._listings = {
-            f["name"]: self._listing(f) for f in self.fields if f["type"] != "dense" and not f["hash_size"]
-        }
+        self._vocabulary_file, self._unseen_ids = encoder / "vocab.parquet", state.get("unseen_ids", {})
+
+    @cached_property
+    def _listings(self) -> dict[str, tuple[dict[str, int], int, int]]:
+        """What each listed field finds in its vocabulary, which is read when ids are first asked for: model.onnx has its own."""
+        tables = _tables(self._vocabulary_file, self._unseen_ids)
+        return {f["name"]: self._listing(f, tables) for f in self.fields if f["type"] != "dense" and not f["hash_size"]}
 
     def encode(self, rows: Any) -> tuple[np.ndarray, np.ndarray | None]:
         """int32 ids (rows, columns of ids) and float32 dense values (rows, dense fields), None if no field is dense.
@@ -107,8 +113,13 @@ class Encoder:
         feeds = {}
         for field in self.fields:
             cells, entry = columns[column_of(field)], self._inputs[field["name"]]
-            if field["type"] in ("numeric", "dense"):
-                feeds[field["name"]] = np.array([self._number(field, cell) for cell in cells], np.float64)
+            quick = self._quick_input(field, cells)
+            known: dict[Any, Any] = {}  # what each distinct cell is to the graph
+            if quick is not None:
+                feeds[field["name"]] = quick
+            elif field["type"] in ("numeric", "dense"):
+                numbers = [_recalled(known, cell, self._number, field) for cell in cells]
+                feeds[field["name"]] = np.array(numbers, np.float64)
             elif field["type"] == "multi":
                 parts = [[self._value(field, part) or "" for part in self._parts(field, cell)] for cell in cells]
                 width = max([1, *map(len, parts)])
@@ -116,11 +127,38 @@ class Encoder:
                     -1, width
                 )
             else:
-                texts = [self._value(field, text_of(cell, field["kind"])) for cell in cells]
-                feeds[field["name"]] = _typed(texts, entry["dtype"], entry["missing"])
+                values = [_recalled(known, cell, self._cell, field) for cell in cells]
+                feeds[field["name"]] = np.array(values, object if entry["dtype"] == "string" else entry["dtype"])
         return feeds
 
     # --- cells --------------------------------------------------------------------------------------------------------
+
+    def _quick_input(self, field: Mapping[str, Any], cells: Sequence[Any]) -> np.ndarray | None:
+        """A column of plain texts, integers or floats as an input of the graph; None if it needs a look at each cell."""
+        types, nulls = {*map(type, cells)} - {type(None)}, self._nulls[field["name"]]
+        missing = self._inputs[field["name"]]["missing"]
+        match field["type"], field["kind"], self._inputs[field["name"]]["dtype"]:
+            case "categorical", "text", "string" if types <= {str} and not _brought_nulls("text", nulls)[1]:
+                return np.array([missing if cell is None or cell in nulls else cell for cell in cells], object)
+            case "categorical", "integer", "int64" if types <= {int, np.int64}:
+                given = np.array([0 if cell is None else cell for cell in cells])
+                if given.dtype != np.int64:
+                    return None
+                numbers = [
+                    int(null) for null in _brought_nulls("integer", nulls)[0] if null and _INTEGER.fullmatch(null)
+                ]
+                is_missing = np.array([cell is None for cell in cells]) | np.isin(given, numbers)
+                is_long = (given >= 10**18) | (given <= -(10**18))
+                return np.where(is_missing, missing, np.where(is_long, missing + 1, given))
+            case "numeric" | "dense", _, _ if types <= {int, float, np.int64, np.float64}:
+                given = np.array([math.nan if cell is None else cell for cell in cells], np.float64)
+                return None if np.isinf(given).any() else np.where(np.isin(given, null_numbers(nulls)), math.nan, given)
+        return None
+
+    def _cell(self, field: Mapping[str, Any], cell: Any) -> Any:
+        """A cell of a categorical field as its input of the graph takes it."""
+        entry = self._inputs[field["name"]]
+        return _typed(self._value(field, text_of(cell, field["kind"])), entry["dtype"], entry["missing"])
 
     def _id(self, field: Mapping[str, Any], cell: Any) -> int:
         if field["type"] == "numeric":
@@ -220,16 +258,19 @@ class Encoder:
         id_map = self._hash_maps.get(table_of(field))
         return value if id_map is None else int(id_map[value])
 
-    def _listing(self, field: Mapping[str, Any]) -> tuple[dict[str, int], int, int]:
+    def _listing(
+        self, field: Mapping[str, Any], tables: Mapping[str, tuple[dict[str, int], int, int]]
+    ) -> tuple[dict[str, int], int, int]:
         """What a field finds in its vocabulary: ids by text, the id of unseen values, and that of missing ones."""
-        by_text, unseen, missing = self._tables.get(table_of(field), ({}, OOV, OOV))
+        by_text, unseen, missing = tables.get(table_of(field), ({}, OOV, OOV))
         nulls = self._nulls[field["name"]]
-        kinds = {f["kind"] for f in self.fields if f["type"] != "dense" and table_of(f) == table_of(field)}
-        if field["type"] != "numeric" and len(kinds) > 1:  # each field reads the texts by its own kind
+        readers = [f for f in self.fields if f["type"] != "dense" and table_of(f) == table_of(field)]
+        if field["type"] != "numeric" and len({f["kind"] for f in readers}) > 1:  # each reads the texts by its own kind
             one = {text: brought_text(text, field["kind"], nulls) for text in by_text}
             by_text = {t: missing if o is None else by_text.get(o, unseen) for t, o in one.items()}
         if field["type"] == "categorical":
-            by_text = {**by_text, **dict.fromkeys(nulls, missing)}
+            by_text = by_text if len(readers) == 1 else dict(by_text)
+            by_text.update(dict.fromkeys(nulls, missing))
         return by_text, unseen, missing
 
 
@@ -319,26 +360,28 @@ def _vocabulary(path: Path) -> Iterator[tuple[str, str | None, int]]:
     return zip(frame["table"], frame["value"], frame["id"], strict=True)
 
 
-def _recalled(known: dict[Any, int], cell: Any, make: Any, field: Mapping[str, Any]) -> int:
+def _recalled(known: dict[Any, Any], cell: Any, make: Any, field: Mapping[str, Any]) -> Any:
     key = (type(cell), cell)  # 1, 1.0 and True are equal, and have different texts
-    if key not in known:
-        known[key] = make(field, cell)
-    return known[key]
+    try:
+        if key not in known:
+            known[key] = make(field, cell)
+        return known[key]
+    except TypeError:  # a cell that is a list, for which `make` has better words
+        return make(field, cell)
 
 
-def _typed(texts: Sequence[str | None], dtype: str, missing: Any) -> np.ndarray:
-    """Texts of values as an input of the graph."""
+def _typed(text: str | None, dtype: str, missing: Any) -> Any:
+    """The text of a value as an input of the graph."""
     if dtype == "string":
-        return np.array([missing if text is None else text for text in texts], object)
-    numbers = [None if text is None else number_of(text) for text in texts]
+        return missing if text is None else text
     if dtype == "float64":
         # A text that is not a number is not in the vocabulary, and neither is infinity.
-        pairs = zip(texts, numbers, strict=True)
-        return np.array([math.nan if t is None else math.inf if n is None else n for t, n in pairs], np.float64)
+        number = number_of(text)
+        return math.nan if text is None else math.inf if number is None else number
     # A text that is no integer of 64 bits is not in the vocabulary. Neither is the integer next to the missing one, which stands for it.
-    fits = [text is not None and re.fullmatch(r"-?\d{1,18}", text) for text in texts]
-    pairs = zip(texts, fits, strict=True)
-    return np.array([missing if t is None else int(t) if ok else missing + 1 for t, ok in pairs], np.int64)
+    if text is None:
+        return missing
+    return int(text) if _INTEGER.fullmatch(text) else missing + 1
 
 
 # --- values: docs/values.md of embtrim says the rules in words --------------------------------------------------------
@@ -400,21 +443,23 @@ def check_text(field: Mapping[str, Any], text: str) -> None:
     Raises:
         ValueError: It is a large number that has been a float, or has a zone where the field has none, or the reverse.
     """
-    kind, where = field["kind"], f"column {column_of(field)!r} holds {text!r}, which"
-    if kind in EXACT:
+    kind = field["kind"]
+    if kind in EXACT and re.search("[eE]" if kind == "decimal" else "[.eE]", text):
         number = number_of(text.strip())
-        if (
-            number is not None
-            and abs(number) >= EXACT_FLOAT
-            and re.search("[eE]" if kind == "decimal" else "[.eE]", text)
-        ):
-            raise ValueError(f"{where} may have lost its last digits as a floating-point number; give integers or text")
+        if number is not None and abs(number) >= EXACT_FLOAT:
+            raise ValueError(
+                f"{_where(field, text)} may have lost its last digits as a floating-point number; give integers or text"
+            )
     if kind in ("timestamp", "instant"):
         found = moment_of(text)
         if found is not None and found[2] != (kind == "instant"):
             raise ValueError(
-                f"{where} has {'no zone' if kind == 'instant' else 'a zone'}, unlike the times of training"
+                f"{_where(field, text)} has {'no zone' if kind == 'instant' else 'a zone'}, unlike the times of training"
             )
+
+
+def _where(field: Mapping[str, Any], text: str) -> str:
+    return f"column {column_of(field)!r} holds {text!r}, which"
 
 
 def brought_text(text: str, kind: str | None, nulls: Sequence[str]) -> str | None:
@@ -424,16 +469,28 @@ def brought_text(text: str, kind: str | None, nulls: Sequence[str]) -> str | Non
     result = numeric_text(text, kind) if kind in NUMBERS else text if kind == "text" else _of_kind(text, kind)
     if result is None or text in nulls or (kind != "text" and result.strip() in nulls):
         return None
+    brought, plain = _brought_nulls(kind, tuple(nulls))
     if kind in NUMBERS:
-        return None if result in [numeric_text(null, kind) for null in nulls] else result
-    if (number := _plain_number(text)) is not None and number in [_plain_number(null) for null in nulls]:
+        return None if result in brought else result
+    if plain and _plain_number(text) in plain:
         return None
-    return None if kind != "text" and result in [_of_kind(null, kind) for null in nulls] else result
+    return None if result in brought else result
+
+
+@lru_cache(maxsize=1024)
+def _brought_nulls(kind: str, nulls: tuple[str, ...]) -> tuple[set[str | None], set[str]]:
+    """Texts that mean "missing", brought to a kind, and as plain numbers for a kind that has no numbers."""
+    if kind in NUMBERS:
+        return {numeric_text(null, kind) for null in nulls}, set()
+    plain = {number for null in nulls if (number := _plain_number(null)) is not None}
+    return set() if kind == "text" else {_of_kind(null, kind) for null in nulls}, plain
 
 
 def numeric_text(text: str, kind: str) -> str | None:
     """A text of a number as the one text of a kind of numbers; NaN is None, other texts stay."""
     stripped = text.strip()
+    if kind in EXACT and _WHOLE.fullmatch(stripped):
+        return stripped
     number = number_of(stripped)
     if number is None:
         return {"true": "1", "false": "0"}.get(stripped.lower(), text)
@@ -452,7 +509,8 @@ def number_of(text: str | None) -> float | None:
     return float(text) if text is not None and _NUMBER.fullmatch(text) else None
 
 
-def null_numbers(nulls: Sequence[str]) -> list[float]:
+@lru_cache(maxsize=1024)
+def null_numbers(nulls: tuple[str, ...]) -> list[float]:
     """The finite numbers among texts that mean "missing"."""
     numbers = [number_of(null.strip()) for null in nulls]
     return [number for number in numbers if number is not None and math.isfinite(number)]
