@@ -191,6 +191,19 @@ def test_model_equals_its_formula(name, dense, batch_norm):
     np.testing.assert_allclose(model(ids, values).detach().numpy(), expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folded_model_gives_the_same_logits_without_norms(name):
+    schema = make_schema()
+    model = make_model(name, schema, dropout=0.3)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    folded, batch = model.folded(), make_batch(schema)
+    assert not any(isinstance(part, (torch.nn.BatchNorm1d, torch.nn.Dropout)) for part in folded.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(folded(*batch), model(*batch), rtol=1e-10, atol=1e-12)
+    assert folded.tables is model.tables
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
 def test_cross_only_models_have_no_deep_part():
     schema = make_schema()
     ids, values = make_batch(schema)

@@ -6,7 +6,7 @@ import pytest
 
 import embtrim
 from embtrim.errors import DataError
-from embtrim.models import FM
+from embtrim.models import FM, DeepFM
 from embtrim.schema import FieldSpec, Schema
 from embtrim.serving.bundle import Bundle, load_bundle, save
 from embtrim.serving.predicting import write_predictions
@@ -48,6 +48,25 @@ def test_formulas_of_a_log_are_texts_in_a_csv(bundle, tmp_path):
         "'=name", ["'=1+1", "'+x", "-5", "+1.5e3", "'@a", "'\ttab", "plain", "-1.217,5", None],
     )  # fmt: skip
     assert kept["raw.csv"] == kept["safe.parquet"] == ("=name", cells)
+
+
+@pytest.mark.parametrize("where", [None, "click >= 0 and user != 'u3'"])
+def test_a_log_on_disk_scores_as_its_rows_do(tmp_path, where):
+    rng = np.random.default_rng(0)
+    rows = {"click": rng.integers(0, 2, 20_000), "user": rng.integers(0, 9, 20_000), "price": rng.random(20_000)}
+    log = pl.DataFrame({**rows, "user": [f"u{user}" for user in rows["user"]]})
+    log.write_parquet(tmp_path / "log.parquet", row_group_size=9_000)
+    fields = (FieldSpec(name="user"), FieldSpec(name="price", type="dense", transform="standard"))
+    data = embtrim.encode(log, Schema(label="click", where=where, fields=fields), out=tmp_path / "data")
+    save(DeepFM(data.schema, embedding_dim=4, hidden_units=(16, 8), init_std=0.5), tmp_path / "bundle", data)
+    bundle = load_bundle(tmp_path / "bundle")
+    expected = np.concatenate([bundle.predict(log[start : start + 500]) for start in range(0, len(log), 500)])
+    assert len(np.unique(expected)) > 5_000
+    np.testing.assert_allclose(bundle.predict(log), expected, atol=1e-6)
+    write_predictions(bundle, tmp_path / "log.parquet", tmp_path / "scores.parquet", keep=["price"])
+    scores = pl.read_parquet(tmp_path / "scores.parquet")
+    assert scores["price"].equals(log["price"])
+    np.testing.assert_allclose(scores["score"].to_numpy(), expected, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -117,6 +117,18 @@ class MLP(nn.Sequential):
             layers.append(linear(width, num_outputs, generator))
         super().__init__(*layers)
 
+    def folded(self) -> nn.Sequential:
+        """The same function of the MLP in eval mode, with each BatchNorm folded into the Linear before it, and no Dropout."""
+        layers: list[nn.Module] = []
+        for layer in self:
+            if isinstance(layer, BatchNorm):
+                before = layers.pop()
+                assert isinstance(before, nn.Linear)
+                layers.append(nn.utils.fuse_linear_bn_eval(before, layer))
+            elif not isinstance(layer, nn.Dropout):
+                layers.append(layer)
+        return nn.Sequential(*layers)
+
 
 class FirstOrder(nn.Module):
     """The linear part: a bias, one weight per feature value (held by the tables), and one weight per dense field.

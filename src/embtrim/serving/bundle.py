@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from embtrim._version import __version__
 from embtrim.data.cells import number_columns, row_number
 from embtrim.data.dataset import EncodedDataset, Meta
-from embtrim.data.encoder import Encoder
+from embtrim.data.encoder import EncodedChunk, Encoder
 from embtrim.data.encoder_files import read_schema
 from embtrim.data.frames import as_polars
 from embtrim.data.log_file import START, Chunk
@@ -63,6 +63,9 @@ from embtrim.training.evaluation import rows_per_batch
 from embtrim.training.recoding import data_for
 
 logger = logging.getLogger(__name__)
+
+# Batch norms are folded for so many rows and more: to fold them takes as long as to score some hundred rows.
+FOLD_ROWS = 4_096
 
 
 class Bundle:
@@ -107,25 +110,46 @@ class Bundle:
             log = open_log(source, options)
             tally = self.tally(log)
             columns, numbers = self.columns_of(log)
-            for chunk in read_ahead(log.chunks(columns, numbers=numbers)):
-                yield self.predict_chunk(chunk, tally)
+            chunks = log.chunks(columns, numbers=numbers)
+            for encoded in read_ahead(self.encode_chunk(chunk, tally) for chunk in chunks):
+                yield self.score(encoded)
             self._warn(tally)
 
-    @torch.no_grad()
     def predict_chunk(self, rows: pl.DataFrame | Chunk, tally: Tally | None = None) -> np.ndarray:
-        """Probabilities of one chunk of raw rows; `tally` counts its values, if given.
+        """Probabilities of one chunk of raw rows; see `encode_chunk` and `score`."""
+        return self.score(self.encode_chunk(rows, tally))
 
-        Rows that the schema's `where` leaves out were not among those of training: they are scored, and not counted.
+    def encode_chunk(self, rows: pl.DataFrame | Chunk, tally: Tally | None = None) -> EncodedChunk:
+        """The ids and dense values of one chunk of raw rows; `tally` counts its values, if given.
+
+        Rows that the schema's `where` leaves out were not among those of training: they are encoded, and not counted.
         """
         kept_N = None if tally is None else self._counted(rows)
         if kept_N is None or kept_N.all():
-            return self._scores(rows, tally)
-        scores = np.empty(len(kept_N), np.float32)
+            return self.encoder.encode_chunk(rows, tally)
+        schema = self.encoder.schema
+        ids = np.empty((len(kept_N), schema.num_id_columns), np.int32)
+        dense = np.empty((len(kept_N), len(schema.dense_fields)), np.float32) if schema.dense_fields else None
         for is_counted in (True, False):
             places = np.flatnonzero(kept_N == is_counted)
             if len(places):
                 part = chunk_rows(rows, places) if isinstance(rows, Chunk) else rows[places]
-                scores[places] = self._scores(part, tally if is_counted else None)
+                encoded = self.encoder.encode_chunk(part, tally if is_counted else None)
+                ids[places] = encoded.ids
+                if dense is not None:
+                    dense[places] = encoded.dense
+        return EncodedChunk(ids, dense)
+
+    @torch.no_grad()
+    def score(self, rows: EncodedChunk) -> np.ndarray:
+        """Probabilities of encoded rows: float32 (N,)."""
+        scores = np.empty(len(rows), np.float32)
+        size = rows_per_batch(torch.device("cpu"))
+        model = self.model.folded() if len(rows) >= FOLD_ROWS else self.model
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            dense = None if rows.dense is None else torch.from_numpy(rows.dense[part])
+            scores[part] = model(torch.from_numpy(rows.ids[part]), dense).sigmoid().numpy()
         return scores
 
     def columns_of(self, log: RawLog) -> tuple[list[str], set[str]]:
@@ -145,16 +169,6 @@ class Bundle:
             return None
         chunk = rows if isinstance(rows, Chunk) else Chunk(rows, 0, row_number, 1.0, START)
         return holds(parse_rule(schema.where), chunk, schema.nulls).fill_null(False).to_numpy()
-
-    def _scores(self, rows: pl.DataFrame | Chunk, tally: Tally | None) -> np.ndarray:
-        encoded = self.encoder.encode_chunk(rows, tally)
-        scores = np.empty(len(encoded), np.float32)
-        size = rows_per_batch(torch.device("cpu"))
-        for start in range(0, len(encoded), size):
-            part = slice(start, start + size)
-            dense = None if encoded.dense is None else torch.from_numpy(encoded.dense[part])
-            scores[part] = self.model(torch.from_numpy(encoded.ids[part]), dense).sigmoid().numpy()
-        return scores
 
     def tally(self, log: RawLog | pl.DataFrame) -> Tally:
         """An empty tally for a log that this bundle scores."""

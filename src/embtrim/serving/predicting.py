@@ -97,15 +97,17 @@ def write_predictions(
         parts: list[Path] = []
         try:
             columns, numbers = bundle.columns_of(log)
-            for chunk in read_ahead(log.chunks([*columns, *keep], numbers=numbers - set(keep))):
+            chunks = log.chunks([*columns, *keep], numbers=numbers - set(keep))
+            for kept, done, encoded in read_ahead(
+                (chunk.frame.select(keep), chunk.done, bundle.encode_chunk(chunk, tally)) for chunk in chunks
+            ):
                 if not parts:
-                    _check_kept(chunk.frame.select(keep), out)
-                scores = pl.Series("score", bundle.predict_chunk(chunk, tally))
-                part = pl.DataFrame([*(chunk.frame[name] for name in keep), scores])
+                    _check_kept(kept, out)
+                part = pl.DataFrame([*kept, pl.Series("score", bundle.score(encoded))])
                 parts.append(folder / f"{len(parts):06d}.parquet")
                 part.write_parquet(parts[-1])
                 rows += len(part)
-                bar.update(rows, rows / max(chunk.done, 1e-9))
+                bar.update(rows, rows / max(done, 1e-9))
             whole = (
                 pl.scan_parquet(parts, glob=False)
                 if parts
