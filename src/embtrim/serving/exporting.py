@@ -179,10 +179,10 @@ def _write_encoder(encoder: Encoder, folder: Path, manifest: Manifest) -> None:
     """Write the files that turn raw values into ids, and for ONNX the graph that does; the manifest tells of them."""
     encoder.save(folder / "encoder")
     manifest["vocabulary_bytes"] = folder_bytes(folder / "encoder")
-    manifest["raw_inputs"] = raw_inputs(encoder)
     shutil.copy(STANDALONE / "encode.py", folder)
     if manifest["format"] == "onnx":
         _write_raw_graph(encoder, folder)
+    manifest["raw_inputs"] = raw_inputs(encoder)  # after the graph, which looks at all keys
 
 
 def _write_raw_graph(encoder: Encoder, folder: Path) -> None:

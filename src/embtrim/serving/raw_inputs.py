@@ -82,10 +82,8 @@ def dtype_of(encoder: Encoder, field: FieldSpec) -> Dtype:
         return "int64" if field.kind == "integer" and field.type == "categorical" else "string"
     if field.kind not in NUMBERS or field.type != "categorical":
         return "string"
-    found = _dtypes.setdefault(encoder, {})
-    if field.name not in found:  # looking at millions of keys takes seconds
-        found[field.name] = keys_of(encoder, field).dtype
-    return found[field.name]
+    noted = _dtypes.get(encoder, {}).get(field.name)
+    return noted or keys_of(encoder, field).dtype
 
 
 def missing_text(schema: Schema, field: FieldSpec) -> str:
@@ -94,7 +92,13 @@ def missing_text(schema: Schema, field: FieldSpec) -> str:
 
 
 def keys_of(encoder: Encoder, field: FieldSpec) -> Keys:
-    """The values of a listed categorical or multi field."""
+    """The values of a listed categorical or multi field; `dtype_of` recalls their type: to look at millions takes seconds."""
+    keys = _keys_of(encoder, field)
+    _dtypes.setdefault(encoder, {})[field.name] = keys.dtype
+    return keys
+
+
+def _keys_of(encoder: Encoder, field: FieldSpec) -> Keys:
     listing = encoder.listing(field)
     numbers = null_numbers(encoder.schema, field)
     if field.type == "categorical" and (keys := _number_keys(field, listing, numbers)) is not None:
