@@ -28,6 +28,7 @@ STAGES = {
     "data": ("embtrim.data.encoding.encode",),
     "training": (
         "embtrim.experiments.steps.fit",
+        "embtrim.experiments.sweep.fit",
         "embtrim.experiments.records.evaluate",
         "embtrim.experiments.steps.taught",
     ),
@@ -37,6 +38,7 @@ STAGES = {
     "compact": ("embtrim.experiments.steps.made_compact",),
     "quantise": ("embtrim.tables.storage.TableStorage.quantize_",),
     "save": ("embtrim.experiments.run.save",),
+    "free": ("embtrim.system.memory.release_free_memory",),
 }
 
 
@@ -77,6 +79,7 @@ def measured(num_fields: int, num_rows: int, method: str) -> dict[str, float]:
         return call
 
     switch("import")
+
     import embtrim
 
     homes = {name.rpartition(".")[0]: None for names in STAGES.values() for name in names}

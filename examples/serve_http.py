@@ -19,7 +19,9 @@ def open_export(export: Path) -> tuple[list[str], Callable[[dict], list[float]]]
     import onnxruntime
 
     encoder = runpy.run_path(str(export / "encode.py"))["Encoder"](export)
-    session = onnxruntime.InferenceSession(str(export / "model.onnx"))
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it takes cores from other requests
+    session = onnxruntime.InferenceSession(str(export / "model.onnx"), options)
     return encoder.columns, lambda columns: session.run(["score"], encoder.graph_inputs(columns))[0].tolist()
 
 
