@@ -17,6 +17,7 @@ import torch
 
 import bench
 import embtrim
+import fields
 import growth
 import measure
 import ours
