@@ -18,7 +18,7 @@ import polars as pl
 
 import embtrim
 from embtrim.system.folders import folder_bytes
-from embtrim.tasks.task import CTRTask
+from embtrim.tasks.ctr_task import CTRTask
 
 LOAD = """
 import sys

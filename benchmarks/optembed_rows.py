@@ -18,7 +18,7 @@ from embtrim.methods import OptEmbedConfig
 from embtrim.methods.optembed import row_margins, train_supernet
 from embtrim.models import build
 from embtrim.models.ctr_model import CTRModel
-from embtrim.tasks.task import CTRTask
+from embtrim.tasks.ctr_task import CTRTask
 from embtrim.training.evaluation import evaluate
 
 

@@ -20,7 +20,7 @@ from embtrim.experiments.grid import CompareConfig, resolve, run_config, setting
 from embtrim.experiments.steps import train_full
 from embtrim.methods import method_named
 from embtrim.system.memory import peak_memory
-from embtrim.tasks.task import CTRTask
+from embtrim.tasks.ctr_task import CTRTask
 
 
 def main() -> None:

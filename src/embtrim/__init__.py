@@ -39,8 +39,9 @@ if TYPE_CHECKING:
     from embtrim.serving.manifest import Manifest
     from embtrim.serving.updating import UpdateConfig, UpdateReport, update
     from embtrim.tables.logits import table_logits
+    from embtrim.tasks.ctr_task import CTRTask
     from embtrim.tasks.survey import Finding
-    from embtrim.tasks.task import CTRTask, Task
+    from embtrim.tasks.task import Task
     from embtrim.training.callbacks import Epoch
     from embtrim.training.evaluation import evaluate
     from embtrim.training.fitting import fit
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Budget": "plan.budget",
     "Bundle": "serving.bundle",
-    "CTRTask": "tasks.task",
+    "CTRTask": "tasks.ctr_task",
     "CompareConfig": "experiments.grid",
     "Comparison": "experiments.comparison",
     "EmbtrimError": "errors",

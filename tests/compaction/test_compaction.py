@@ -20,8 +20,9 @@ from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Block, TablePlan
 from embtrim.tables.embedding_tables import EmbeddingTables
+from embtrim.tasks.ctr_task import CTRTask
 from embtrim.tasks.survey import find_sites, site_plan
-from embtrim.tasks.task import CTRTask, Task
+from embtrim.tasks.task import Task
 from embtrim.testing.toys import ForeignModel, foreign_batches, foreign_task
 
 TABLE_MODELS = [name for name in MODELS if name != "lr"]

@@ -27,9 +27,10 @@ from embtrim.errors import EmbtrimError
 from embtrim.models import DCN, DLRM, FM, FNN, IPNN, DCNv2, DeepFM
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Alignment, Block
+from embtrim.tasks.ctr_task import CTRTask
 from embtrim.tasks.sharing import ALONE
 from embtrim.tasks.sites import weights_by_table
-from embtrim.tasks.task import CTRTask, Task
+from embtrim.tasks.task import Task
 from embtrim.testing.toys import TASKS, foreign_task, odd_task, pooled_task
 from embtrim.training.evaluation import predict_logits
 from embtrim.training.settings import TrainConfig

@@ -33,8 +33,9 @@ from embtrim.methods import (
 )
 from embtrim.plan.plan import SizePlan
 from embtrim.system.modules import copied, evaluating, unwrapped
+from embtrim.tasks.ctr_task import CTRTask
 from embtrim.tasks.survey import survey
-from embtrim.tasks.task import CTRTask, Task
+from embtrim.tasks.task import Task
 from embtrim.testing.toys import PooledModel, foreign_batches, pooled_task, zoo_task
 from embtrim.training.fitting import fit
 

@@ -26,7 +26,7 @@ from embtrim.methods.guided import RECOVERY, GuidedConfig, plan_within
 from embtrim.methods.readings import read
 from embtrim.plan.budget import AUTO, Budget, parse_or_auto
 from embtrim.plan.budget_limits import ROUNDED, amount_of
-from embtrim.tasks.task import CTRTask
+from embtrim.tasks.ctr_task import CTRTask
 from embtrim.testing.toys import foreign_task, planted_data
 from embtrim.training.settings import TrainConfig
 

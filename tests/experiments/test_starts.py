@@ -15,7 +15,7 @@ from embtrim.experiments.records import Trained, started_as
 from embtrim.experiments.run import run
 from embtrim.experiments.settings import RunConfig
 from embtrim.experiments.steps import compact_and_retrain, find_plan, shrink, train_full
-from embtrim.tasks.task import CTRTask
+from embtrim.tasks.ctr_task import CTRTask
 from embtrim.training.checkpoint import Checkpoint
 from embtrim.training.evaluation import evaluate
 from tests.experiments.grids import FM_RUN, interrupted, outcome

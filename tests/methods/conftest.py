@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from embtrim.tasks.task import CTRTask
+from embtrim.tasks.ctr_task import CTRTask
 from embtrim.testing.toys import (
     planted_task,
 )

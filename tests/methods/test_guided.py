@@ -14,7 +14,7 @@ from embtrim.methods.guided import Start, plan_within
 from embtrim.methods.readings import read
 from embtrim.models import DCN, FNN, DCNv2, DeepFM
 from embtrim.plan.budget import Budget
-from embtrim.tasks.task import CTRTask
+from embtrim.tasks.ctr_task import CTRTask
 from embtrim.testing.toys import TASKS, foreign_task, planted_data, zoo_task
 from embtrim.training.settings import Hooks, TrainConfig
 

@@ -21,7 +21,8 @@ from embtrim.methods.selection import lowest_threshold, rank_slots, slot_costs
 from embtrim.models import FNN, DeepFM
 from embtrim.plan.budget import Budget
 from embtrim.tables.row_optimizers import RowAdam
-from embtrim.tasks.task import CTRTask, Task
+from embtrim.tasks.ctr_task import CTRTask
+from embtrim.tasks.task import Task
 from embtrim.testing.checks import CHECKS
 from embtrim.testing.toys import ForeignModel, foreign_batches, foreign_task, planted_data, zoo_task
 from embtrim.training.fitting import fit

@@ -28,8 +28,9 @@ from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
 from embtrim.schema import OOV, Schema
 from embtrim.tables.embedding_tables import full_tables
+from embtrim.tasks.ctr_task import CTRTask
 from embtrim.tasks.sites import ModuleSite, TableSite, gate_sites
-from embtrim.tasks.task import CTRTask, Task
+from embtrim.tasks.task import Task
 from embtrim.testing.toys import ForeignModel, foreign_batches, planted_data
 from embtrim.training.evaluation import evaluate
 from embtrim.training.settings import TrainConfig

@@ -9,7 +9,7 @@ from embtrim.methods import (
     method_named,
     search,
 )
-from embtrim.tasks.task import CTRTask
+from embtrim.tasks.ctr_task import CTRTask
 from embtrim.testing.checks import check_planted, kept_shares
 from embtrim.testing.matrix import KEEPS_NOISE, matrix_configs, planted_cell
 

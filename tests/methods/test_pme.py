@@ -21,8 +21,8 @@ from embtrim.methods.value_sizes import Shares, bucket_scores, fill_sizes, sized
 from embtrim.models import FNN, DeepFM
 from embtrim.plan.plan import SizePlan
 from embtrim.schema import Schema
+from embtrim.tasks.ctr_task import CTRTask
 from embtrim.tasks.entries import normal_chunks
-from embtrim.tasks.task import CTRTask
 from embtrim.testing.checks import kept_shares
 from embtrim.testing.toys import (
     foreign_task,

@@ -33,7 +33,8 @@ from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Bits, Block, TablePlan, Target
 from embtrim.tables.embedding_tables import EmbeddingTables
 from embtrim.tables.packing import PackedRows
-from embtrim.tasks.task import CTRTask, Task
+from embtrim.tasks.ctr_task import CTRTask
+from embtrim.tasks.task import Task
 from embtrim.testing.toys import foreign_task, planted_data
 from embtrim.training.settings import TrainConfig
 

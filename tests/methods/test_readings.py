@@ -16,9 +16,10 @@ from embtrim.methods import readings as module
 from embtrim.methods.readings import CODE_LEVELS, ROW_SHARES, Curve, Readings, _edges, code_errors, read, row_energies
 from embtrim.tables.codes import as_coded, codes_of
 from embtrim.tables.packing import fit_codes
+from embtrim.tasks.ctr_task import CTRTask
 from embtrim.tasks.row_scores import RowScores
 from embtrim.tasks.sites import weights_by_table
-from embtrim.tasks.task import CTRTask, Task
+from embtrim.tasks.task import Task
 from embtrim.testing.toys import TASKS, foreign_task, zoo_task
 from embtrim.training.evaluation import predict_logits
 

@@ -22,8 +22,8 @@ from embtrim.plan.budget import Budget
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import TablePlan
 from embtrim.schema import Schema
+from embtrim.tasks.ctr_task import CTRTask
 from embtrim.tasks.row_scores import RowScores
-from embtrim.tasks.task import CTRTask
 from embtrim.testing.toys import (
     foreign_batches,
     foreign_task,

@@ -25,7 +25,8 @@ from embtrim.methods import (
 from embtrim.methods.registry import Implementation
 from embtrim.models import LR
 from embtrim.plan.budget import Budget
-from embtrim.tasks.task import CTRTask, Task
+from embtrim.tasks.ctr_task import CTRTask
+from embtrim.tasks.task import Task
 from embtrim.testing.toys import (
     ForeignModel,
     foreign_batches,

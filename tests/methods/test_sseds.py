@@ -13,7 +13,7 @@ from embtrim.methods import (
 from embtrim.methods.sseds import slot_gradients
 from embtrim.models import FNN, DeepFM
 from embtrim.schema import Schema
-from embtrim.tasks.task import CTRTask
+from embtrim.tasks.ctr_task import CTRTask
 from embtrim.testing.toys import (
     planted_data,
 )

@@ -30,7 +30,7 @@ from embtrim.schema import FieldSpec, Schema
 from embtrim.serving.bundle import load_bundle, save
 from embtrim.serving.exporting import export
 from embtrim.system.folders import folder_bytes
-from embtrim.tasks.task import CTRTask
+from embtrim.tasks.ctr_task import CTRTask
 from embtrim.testing.toys import foreign_task
 from embtrim.training.settings import TrainConfig
 

@@ -26,7 +26,7 @@ from embtrim.schema import OOV, FieldSpec, Schema
 from embtrim.serving.bundle import load_bundle, note_spread, save
 from embtrim.serving.bundle_files import contents_digest
 from embtrim.serving.model_card import model_card
-from embtrim.tasks.task import CTRTask
+from embtrim.tasks.ctr_task import CTRTask
 from embtrim.training.evaluation import predict_logits
 from embtrim.training.fitting import fit
 from embtrim.training.settings import TrainConfig

@@ -14,8 +14,9 @@ from embtrim.data.dataset import EncodedDataset, SplitArrays
 from embtrim.errors import ModelError
 from embtrim.models import DCNv2, DeepFM
 from embtrim.schema import Schema
+from embtrim.tasks.ctr_task import CTRTask
 from embtrim.tasks.sensitivity import sensitivities
-from embtrim.tasks.task import CTRTask, Task
+from embtrim.tasks.task import Task
 from embtrim.testing.toys import foreign_task
 from embtrim.training.settings import TrainConfig
 

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from embtrim.errors import ConfigError
 from embtrim.models import build
-from embtrim.tasks.task import CTRTask, Task
+from embtrim.tasks.ctr_task import CTRTask
+from embtrim.tasks.task import Task
 from embtrim.testing.toys import ForeignModel, foreign_batches
 from embtrim.training.callbacks import Epoch
 from embtrim.training.checkpoint import CheckpointFolder

@@ -20,7 +20,7 @@ from embtrim.models.deepfm import DeepFM
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Block
 from embtrim.serving.bundle import load_bundle, save
-from embtrim.tasks.task import CTRTask
+from embtrim.tasks.ctr_task import CTRTask
 from embtrim.training.evaluation import evaluate, predict_logits
 from embtrim.training.fitting import fit
 from embtrim.training.settings import TrainConfig

@@ -15,7 +15,8 @@ import embtrim
 from embtrim.errors import DataError
 from embtrim.methods import HardMaskConfig
 from embtrim.methods.hard_mask import MaskedSupernet
-from embtrim.tasks.task import CTRTask, Task
+from embtrim.tasks.ctr_task import CTRTask
+from embtrim.tasks.task import Task
 from embtrim.testing.toys import foreign_task, planted_task
 from embtrim.training import fitting
 from embtrim.training.checkpoint import Checkpoint, CheckpointFolder

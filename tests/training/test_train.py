@@ -21,7 +21,8 @@ from embtrim.errors import ConfigError, DataError, EmbtrimError
 from embtrim.methods import METHODS, PMEConfig, SSEDSConfig, search
 from embtrim.models import LR, MODELS, DeepFM, arguments, build
 from embtrim.schema import Schema
-from embtrim.tasks.task import CTRTask, Task
+from embtrim.tasks.ctr_task import CTRTask
+from embtrim.tasks.task import Task
 from embtrim.testing.checks import CHECKS
 from embtrim.testing.toys import foreign_task, zoo_task
 from embtrim.training import fitting

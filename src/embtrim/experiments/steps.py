@@ -36,7 +36,7 @@ from embtrim.system.progress import stage
 from embtrim.system.unfinished import claim
 from embtrim.tables.code_training import CodeGate
 from embtrim.tables.kernels import kernels_expected
-from embtrim.tasks.task import CTRTask
+from embtrim.tasks.ctr_task import CTRTask
 from embtrim.training.callbacks import Callback
 from embtrim.training.checkpoint import CheckpointFolder
 from embtrim.training.fitting import fit, training_settings

@@ -30,7 +30,8 @@ from embtrim.plan.budget import Budget
 from embtrim.plan.budget_limits import LEVELS
 from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Bits, Target
-from embtrim.tasks.task import CTRTask, Task, alignment_of
+from embtrim.tasks.ctr_task import CTRTask
+from embtrim.tasks.task import Task, alignment_of
 
 # How a compact model starts; see the module docstring.
 Start = Literal["low_rank", "scratch"]

@@ -33,9 +33,10 @@ from embtrim.plan.plan import SizePlan
 from embtrim.plan.table import Bits, Target
 from embtrim.system.modules import is_finite, left_as_found
 from embtrim.system.ranks import refuse_ranks
+from embtrim.tasks.ctr_task import CTRTask
 from embtrim.tasks.sites import ModuleSite, Site, weights_kept
 from embtrim.tasks.survey import Finding
-from embtrim.tasks.task import CTRTask, Task
+from embtrim.tasks.task import Task
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,8 @@ from embtrim.plan.budget_limits import full_limit
 from embtrim.plan.plan import PlanShape, SizePlan
 from embtrim.plan.table import Alignment, BlockShape, TableShape
 from embtrim.system.torch_private import has_forward_hooks
-from embtrim.tasks.task import CTRTask, Task
+from embtrim.tasks.ctr_task import CTRTask
+from embtrim.tasks.task import Task
 from embtrim.testing.toys import TASKS, noisy_task
 
 BUDGETS = ("80%", "30%", "12%", "500 params", "2500 bytes")

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from embtrim.data.dataset import EncodedDataset, SplitArrays
 from embtrim.models import FNN, DeepFM
 from embtrim.schema import PAD, FieldSpec, Schema
+from embtrim.tasks.ctr_task import CTRTask
 from embtrim.tasks.survey import Fields
-from embtrim.tasks.task import CTRTask, Task
+from embtrim.tasks.task import Task
 from embtrim.training.fitting import fit
 from embtrim.training.settings import TrainConfig
 
