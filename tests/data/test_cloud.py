@@ -5,6 +5,7 @@ import gzip
 import http.server
 import threading
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -83,6 +84,37 @@ def test_workers_of_an_engine_read_s3(store, tmp_path):
         assert remote.schema.fingerprint == alone.schema.fingerprint
         for name in ("train", "valid", "test"):
             assert ids(remote, name) == ids(alone, name)
+
+
+def test_parquet_of_s3_is_copied_by_row_groups_and_columns(store, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    columns = {"y": [0, 1] * 50_000, "a": rng.integers(0, 9, 100_000), "l": [[i, i + 1] for i in range(100_000)]}
+    frame = pl.DataFrame({**columns, "unread": rng.random((100_000, 4)).tolist(), "z": rng.random(100_000)})
+    frame.write_parquet(tmp_path / "log.parquet", row_group_size=10_000)
+    size = (tmp_path / "log.parquet").stat().st_size
+    store.put_file(str(tmp_path / "log.parquet"), "logs/groups.parquet")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    log, names, sizes = open_log("s3://logs/groups.parquet"), ["z", "y", "l"], []
+    read = s3fs.S3File._fetch_range
+    monkeypatch.setattr(s3fs.S3File, "_fetch_range", lambda file, a, b: sizes.append(b - a) or read(file, a, b))
+    chunks, most = [], 0
+    for chunk in log.chunks(names, chunk_bytes=1 << 19):
+        chunks.append(chunk)
+        blocks = [path.stat().st_blocks for path in (tmp_path / "temporary").iterdir()]
+        assert len(blocks) == 1
+        most = max(most, 512 * blocks[0])
+    assert len(chunks) > 10
+    assert pl.concat([chunk.frame for chunk in chunks]).equals(frame.select(names))
+    assert most < size / 8
+    assert sum(sizes) < size / 2
+    rest = log.chunks(names, chunk_bytes=1 << 19, start=chunks[6].end)
+    assert pl.concat([chunk.frame for chunk in rest]).equals(pl.concat([chunk.frame for chunk in chunks[7:]]))
+    next(log.chunks(names))
+    assert list((tmp_path / "temporary").iterdir()) == []
+    few = list(log.chunks(names, chunk_bytes=1 << 26))
+    assert len(few) == 1
+    assert few[0].frame.equals(frame.select(names))
 
 
 def test_parquet_of_s3_is_read_through_a_copy_that_goes_again(store, tmp_path, monkeypatch):

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import tempfile
 from collections.abc import Collection, Iterator
 from io import BytesIO
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import polars as pl
 
 from embtrim.data.log_file import Chunk, LogFile, Position, row_locator, rows_per_slice
+from embtrim.data.parquet_sizes import RowGroup, row_groups
 from embtrim.data.places import Place
 from embtrim.errors import DataError, first_line_of
+
+# Ranges of a remote file that lie closer are read together.
+_NEAR_BYTES = 1 << 16
 
 
 class FrameFile(LogFile):
@@ -70,18 +77,72 @@ class ParquetFile(LogFile):
         """Yield the rows in order; see `LogFile.chunks`."""
         # Slices of a scan, because the batches of polars's streaming engine read ahead by several hundred megabytes.
         step = rows_per_slice(len(columns), chunk_bytes)
-        with self.place.local() as path:
-            scan = pl.scan_parquet(path, glob=False, hive_partitioning=False)
-            first = start.offset
+        first = start.offset
+        for path, stop, num_rows in self._pieces(columns, first, step):
             try:
-                num_rows = int(scan.select(pl.len()).collect().item())
-                while first < num_rows:
-                    part = scan.select(columns).slice(first, step).collect()
+                scan = pl.scan_parquet(path, glob=False, hive_partitioning=False).select(columns)
+                while first < stop:
+                    part = scan.slice(first, min(step, stop - first)).collect()
                     end = first + part.height
                     yield Chunk(part, 0, row_locator(self.name, first), end / num_rows, Position(offset=end))
                     first = end
             except (pl.exceptions.PolarsError, OSError) as error:
                 raise DataError(f"{self.name} is damaged near row {first + 1:,} ({first_line_of(error)})") from None
+
+    def _pieces(self, columns: list[str], first: int, step: int) -> Iterator[tuple[Path, int, int]]:
+        """Files with the chosen columns from row `first` on, the row before which each of them stops, and the rows of all.
+
+        What lies behind a URL is copied some row groups at a time, of at least `step` rows together.
+        """
+        if self.place.remote is None or not self.place.size:  # some servers do not say how long a file is
+            with self.place.local() as path:
+                num_rows = self.num_rows()
+                yield path, num_rows, num_rows
+            return
+        end = _footer(self.place)
+        try:
+            groups = row_groups(end)
+        except ValueError as error:
+            raise DataError(f"{self.name} is not a readable parquet file ({error})") from None
+        num_rows = sum(group.num_rows for group in groups)
+        row, chosen = 0, []
+        for group in groups:
+            row += group.num_rows
+            if row > first:
+                chosen.append(group)
+            if chosen and (row == num_rows or sum(one.num_rows for one in chosen) >= step):
+                with self._copied(chosen, columns, end) as path:
+                    yield path, row, num_rows
+                chosen = []
+
+    @contextlib.contextmanager
+    def _copied(self, groups: list[RowGroup], columns: list[str], end: bytes) -> Iterator[Path]:
+        """A temporary file like the whole one, with holes in place of other row groups and columns."""
+        spans: list[tuple[int, int]] = []
+        for start, stop in sorted((a, b) for group in groups for name, a, b in group.ranges if name in columns):
+            if spans and start - spans[-1][1] <= _NEAR_BYTES:
+                spans[-1] = (spans[-1][0], max(stop, spans[-1][1]))
+            else:
+                spans.append((start, stop))
+        held = self.place.size - len(end)
+        spans = [(start, min(stop, held)) for start, stop in spans if start < held]
+        descriptor, name = tempfile.mkstemp(prefix="embtrim-", suffix=".parquet")
+        try:
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(b"PAR1")
+                    if spans:
+                        self.place.copy_ranges(spans, file)
+                    file.seek(held)
+                    file.write(end)
+            except OSError as error:
+                raise DataError(
+                    f"a part of {self.name} could not be copied to {tempfile.gettempdir()} ({error.strerror or error}); make "
+                    "room there, or set TMPDIR to another folder"
+                ) from None
+            yield Path(name)
+        finally:
+            os.unlink(name)
 
 
 def _footer(place: Place) -> bytes:

@@ -1,4 +1,4 @@
-"""How much a parquet file unpacks to, read from the headers of its pages: nothing is unpacked.
+"""Where a parquet file holds its columns, and how much it unpacks to, read from its headers: nothing is unpacked.
 
 A stranger's file of some kilobytes may unpack to gigabytes, and the footer may say otherwise. What a reader allocates for a
 page is what the page's own header claims, so the headers are added up. They are structs of thrift's compact protocol; see
@@ -8,6 +8,7 @@ parquet.thrift of the Parquet format for the numbers of the fields.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,9 +22,42 @@ _BYTES_PER_VALUE = 16  # a text in a frame has a view of 16 bytes, a number at m
 _MAGIC = b"PAR1"
 
 # Fields of parquet.thrift by number.
-_ROW_GROUPS, _COLUMNS, _META_DATA = 4, 1, 3
+_ROW_GROUPS, _COLUMNS, _NUM_ROWS, _META_DATA, _NAMES = 4, 1, 3, 3, 3
 _NUM_VALUES, _PACKED_BYTES, _DATA_START, _DICTIONARY_START = 5, 7, 9, 11
 _PAGE_BYTES, _PACKED_PAGE_BYTES, _PAGE_KINDS = 2, 3, (5, 7, 8)
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows that a parquet file holds together.
+
+    Attributes:
+        num_rows: The number of rows.
+        ranges: The column, start and end of each range of bytes; a nested column has several.
+    """
+
+    num_rows: int
+    ranges: tuple[tuple[str, int, int], ...]
+
+
+def row_groups(end: bytes) -> list[RowGroup]:
+    """The row groups of a parquet file, by the last bytes of the file, with its whole footer.
+
+    Raises:
+        ValueError: The footer is damaged.
+    """
+    try:
+        footer = _Struct(end[-8 - int.from_bytes(end[-8:-4], "little") : -8]).fields()
+        found = []
+        for group in footer[_ROW_GROUPS]:
+            chunks = [column[_META_DATA] for column in group[_COLUMNS]]
+            names = [chunk[_NAMES][0].decode() for chunk in chunks]
+            starts = [_start(chunk) for chunk in chunks]
+            ranges = [(n, s, s + c[_PACKED_BYTES]) for n, s, c in zip(names, starts, chunks, strict=True)]
+            found.append(RowGroup(group[_NUM_ROWS], tuple(ranges)))
+        return found
+    except (AttributeError, IndexError, KeyError, TypeError, OverflowError, RecursionError):
+        raise ValueError("its footer is damaged") from None
 
 
 def unpacked_bytes(path: Path) -> int:
@@ -62,9 +96,7 @@ def unpacked_bytes(path: Path) -> int:
 
 def _pages(file: BinaryIO, chunk: dict[int, Any]) -> Iterator[tuple[int, int]]:
     """Unpacked bytes and number of values of each page of a column chunk."""
-    place = min(chunk[_DATA_START], chunk.get(_DICTIONARY_START) or chunk[_DATA_START])
-    if place < 0:
-        raise IndexError("a page before the file")
+    place = _start(chunk)
     end = place + chunk[_PACKED_BYTES]
     while place < end:
         file.seek(place)
@@ -76,6 +108,14 @@ def _pages(file: BinaryIO, chunk: dict[int, Any]) -> Iterator[tuple[int, int]]:
             raise KeyError("a page of a negative size")
         yield fields[_PAGE_BYTES], max(0, sizes.get(1, 0))
         place += header.place + packed
+
+
+def _start(chunk: dict[int, Any]) -> int:
+    """The first byte of a column chunk."""
+    place = min(chunk[_DATA_START], chunk.get(_DICTIONARY_START) or chunk[_DATA_START])
+    if place < 0:
+        raise IndexError("a page before the file")
+    return place
 
 
 class _Struct:
@@ -90,7 +130,7 @@ class _Struct:
         self.place = 0
 
     def fields(self, depth: int = 0) -> dict[int, Any]:
-        """The values by the numbers of their fields; those of texts are left out."""
+        """The values by the numbers of their fields; texts are bytes."""
         if depth > _MAX_DEPTH:
             raise RecursionError
         found: dict[int, Any] = {}
@@ -109,7 +149,9 @@ class _Struct:
         if kind == 7:
             return self._skip(8)
         if kind == 8:
-            return self._skip(self._unsigned())
+            length = self._unsigned()
+            self._skip(length)
+            return self._content[self.place - length : self.place]
         if kind in (9, 10):
             head = self._byte()
             count = head >> 4 if head >> 4 < 15 else self._unsigned()

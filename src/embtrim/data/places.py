@@ -21,10 +21,10 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
@@ -93,6 +93,26 @@ class Place:
             yield Path(copy)
         finally:
             os.unlink(copy)
+
+    def copy_ranges(self, ranges: Iterable[tuple[int, int]], target: BinaryIO) -> None:
+        """Copy ranges of bytes, of start and end, from behind a URL to the same places of another file.
+
+        Raises:
+            UnreachableError: The server does not answer, or the file has fewer bytes.
+        """
+        with _reaching(self.name):
+            file = self.remote.open(self.path, "rb", cache_type="none")
+        with file:
+            for start, end in ranges:
+                target.seek(start)
+                while start < end:
+                    with _reaching(self.name):
+                        file.seek(start)
+                        part = file.read(min(end - start, _BLOCK_BYTES))
+                    if not part:
+                        raise UnreachableError(f"{self.name} ended at byte {start:,} of {self.size:,}; try again")
+                    target.write(part)
+                    start += len(part)
 
     def tail(self, num_bytes: int) -> bytes:
         """The last bytes of the file."""
