@@ -1,4 +1,4 @@
-"""Quantile edges."""
+"""Quantile edges, and the buckets of log2."""
 
 import json
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embtrim.data.encoder import Encoder
-from embtrim.data.transforms import quantile_edges
+from embtrim.data.transforms import bucket_numbers, noted_rounding, quantile_edges
 from embtrim.schema import FieldSpec
 from tests.data.small_logs import ids, schema_of
 
@@ -92,3 +92,23 @@ class TestNumbers:
         assert edges[0] == edges[1]  # for chunks of any size
         assert edges[0] == pytest.approx([10_000, 20_000, 30_000], abs=1_100)  # 5 std of a quartile of 5,000 rows
         assert edges[0] != [10_000, 20_000, 30_000]
+
+
+def test_log2_rounds_numbers_to_float32_where_data_note_it():
+    field, border = FieldSpec(name="n", type="numeric", transform="log2"), np.exp(2.0)
+    numbers = np.array(
+        [border * (1 - 1e-9), border * (1 + 1e-9), np.float32(border), 1.99999999, -3.00000001, -(2.0**31), 1e39]
+    )
+    new = bucket_numbers(numbers, field, noted_rounding(schema_of(field)))
+    assert new[:3].tolist() == [int(np.log(float(np.float32(border))) ** 2)] * 3
+    assert new[3:].tolist() == [2, -3, -(2**31) + 1, int(np.log(1e39) ** 2)]
+    assert bucket_numbers(numbers, field, {})[[0, 1, 3, 4]].tolist() == [3, 4, 1, -4]
+
+
+def test_new_data_note_the_rounding_of_log2(run):
+    frame = pl.DataFrame({"y": [0, 1, 0, 1], "n": [1.5, 7.389056, 9.0, 20.0]})
+    data = run(frame, schema_of(FieldSpec(name="n", type="numeric", transform="log2")))
+    assert Encoder.load(data.folder).transforms == {"n": {"rounded": "float32"}}
+    assert Encoder.load(data.folder).encode_chunk(frame.with_columns(pl.col("n").cast(pl.Float32))).ids.tolist() == ids(
+        data
+    )

@@ -78,7 +78,8 @@ class Encoder:
     Attributes:
         schema: The encoded schema, with sizes.
         vocabularies: By table, a frame with columns value, id and count; a hashed table has none.
-        transforms: By field, {"edges": [..]} for quantile buckets and {"mean": .., "std": ..} for standardised fields.
+        transforms: By field, {"edges": [..]} for quantile buckets, {"mean": .., "std": ..} for standardised fields and
+            {"rounded": "float32"} for log2 buckets.
         unseen_ids: By table, the id of values that are not in the vocabulary, if it is not OOV (0).
         hash_maps: By hashed table, an int32 map from hashed ids to the ids given out (see `with_id_maps`).
         columns: The raw columns that the fields read.

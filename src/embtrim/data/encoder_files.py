@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import polars as pl
@@ -31,11 +31,12 @@ MAP_RATIO, MAP_BYTES = 100, 256 << 20
 
 
 class Fitted(Entry):
-    """What a transform has learned: the edges of buckets, or mean and standard deviation."""
+    """What a transform has learned, edges of buckets or mean and standard deviation; or how numbers are rounded before it."""
 
     edges: list[FiniteFloat] | None = None
     mean: FiniteFloat | None = None
     std: FiniteFloat | None = Field(default=None, gt=0)
+    rounded: Literal["float32"] | None = None
 
 
 class State(Config):

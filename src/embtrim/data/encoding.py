@@ -48,6 +48,7 @@ from embtrim.data.profiling import finish_profile, note_training_rows, skipped_l
 from embtrim.data.read_options import ReadOptions
 from embtrim.data.reading import RawLog, Source, open_log
 from embtrim.data.splitting import Split, Splitter, check_splits, choose_split
+from embtrim.data.transforms import noted_rounding
 from embtrim.engines.engine import Engine
 from embtrim.engines.local import Local
 from embtrim.errors import DataError, EmbtrimError, shown
@@ -303,7 +304,7 @@ def _encode_logs(
         undecided: frozenset[str] = frozenset()
         if transforms is None:
             schema, undecided = kinds_of_log(schema, logs["train"])
-            transforms = _learned_transforms(passes, splitter, schema, work)
+            transforms = {**_learned_transforms(passes, splitter, schema, work), **noted_rounding(schema)}
         numbering = Numbering(schema, transforms, undecided)
         coded = passes.write_codes(numbering, splitter)
         num_rows = {name: sum(coded.blocks[name]) for name in SPLITS if name in coded.blocks}

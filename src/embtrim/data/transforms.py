@@ -1,7 +1,8 @@
 """Transforms of numbers: buckets of numeric fields, and the values of dense fields.
 
 log2: v > 2 -> floor(ln(v)^2), else floor(v), so negative numbers keep one bucket per unit; all below -2^31 + 1 share
-the last bucket. quantile:k: bucket i holds edge[i-1] <= v < edge[i]; edges lie between values, see `quantile_edges`.
+the last bucket. v is rounded to float32, so that a float64 number and its float32 are in one bucket; data encoded by earlier
+versions lack the note `rounded` and take v as it is. quantile:k: bucket i holds edge[i-1] <= v < edge[i]; edges lie between values, see `quantile_edges`.
 log1p: sign(v) ln(1 + |v|). standard: (v - mean) / std over the training rows that have a value; std is 1 if all are
 equal.
 
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from embtrim.schema import FieldSpec
+from embtrim.schema import FieldSpec, Schema
 
 MISSING_BUCKET = -(2**31)
 
@@ -30,6 +31,8 @@ def bucket_texts(buckets: pl.Series) -> pl.Series:
 def bucket_numbers(value_N: np.ndarray, field: FieldSpec, transforms: Mapping[str, Mapping[str, Any]]) -> np.ndarray:
     """The bucket of each float64 value of a numeric field: int32 (N,), MISSING_BUCKET for NaN."""
     if field.transform == "log2":
+        if "rounded" in transforms.get(field.name, {}):
+            value_N = _rounded(value_N)
         bucket_N = np.log(np.maximum(value_N, 2.0))
         bucket_N *= bucket_N
         np.copyto(bucket_N, np.maximum(value_N, MISSING_BUCKET + 1), where=value_N <= 2)
@@ -39,6 +42,18 @@ def bucket_numbers(value_N: np.ndarray, field: FieldSpec, transforms: Mapping[st
         bucket_N = np.searchsorted(edges, value_N, side="right").astype(float)
     bucket_N[np.isnan(value_N)] = MISSING_BUCKET
     return bucket_N.astype(np.int32)
+
+
+def noted_rounding(schema: Schema) -> dict[str, dict[str, Any]]:
+    """The note of new data that numbers are rounded to float32, by field whose transform takes them so."""
+    return {field.name: {"rounded": "float32"} for field in schema.fields if field.transform == "log2"}
+
+
+def _rounded(value_N: np.ndarray) -> np.ndarray:
+    """Numbers rounded to float32, as float64; numbers beyond float32 stay."""
+    with np.errstate(over="ignore"):
+        single_N = value_N.astype(np.float32).astype(float)
+    return np.where(np.isinf(single_N), value_N, single_N)
 
 
 def transformed(value_N: np.ndarray, field: FieldSpec, transforms: Mapping[str, Mapping[str, Any]]) -> np.ndarray:

@@ -180,6 +180,10 @@ def _ids_of_numbers(builder: _Builder, encoder: Encoder, field: FieldSpec) -> st
     """Ids of a numeric field: int64 (B,)."""
     numbers = _without_nulls(builder, encoder, field)
     if field.transform == "log2":
+        if "rounded" in encoder.transforms.get(field.name, {}):
+            single = builder.node("Cast", [numbers], to=TensorProto.FLOAT)
+            single = builder.node("Cast", [single], to=TensorProto.DOUBLE)
+            numbers = builder.node("Where", [builder.node("IsInf", [single]), numbers, single])
         two = builder.constant(2.0, np.float64)
         root = builder.node("Log", [builder.node("Max", [numbers, two])])
         least = builder.constant(MISSING_BUCKET + 1, np.float64)

@@ -238,6 +238,10 @@ class Encoder:
         if math.isnan(number):
             return MISSING_BUCKET
         if field["transform"] == "log2":
+            if "rounded" in self._transforms.get(field["name"], {}):
+                with np.errstate(over="ignore"):
+                    single = float(np.float32(number))
+                number = number if math.isinf(single) else single
             return math.floor(math.log(number) ** 2) if number > 2 else math.floor(max(number, MISSING_BUCKET + 1))
         # Bucket i holds edge[i-1] <= number < edge[i].
         return int(np.searchsorted(self._transforms[field["name"]]["edges"], number, side="right"))
