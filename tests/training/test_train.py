@@ -25,7 +25,7 @@ from embtrim.tasks.ctr_task import CTRTask
 from embtrim.tasks.task import Task
 from embtrim.testing.checks import CHECKS
 from embtrim.testing.toys import foreign_task, zoo_task
-from embtrim.training import fitting
+from embtrim.training import fitting, loop
 from embtrim.training.evaluation import evaluate, predict_logits, rarest_value_counts
 from embtrim.training.fitting import fit
 from embtrim.training.settings import Hooks, TrainConfig
@@ -127,6 +127,16 @@ class TestTasks:
         assert (result.best_epoch, result.best_score) == (best, self.SCORES[best - 1])
         assert torch.equal(task.model.user.weight, weights[best - 1])
         assert not torch.equal(weights[0], weights[best - 1])
+
+    def test_it_warns_where_few_steps_decide(self, caplog, monkeypatch):
+        for few, warns in ((100, True), (4, False)):
+            monkeypatch.setattr(loop, "FEW_STEPS", few)
+            caplog.clear()
+            task, _ = self.task()
+            result = task.fit(task.model, epochs=6, seed=0, patience=1)
+            said = f"at step {3 * task.num_batches('train')}, in epoch 3 of {task.num_batches('train')} steps each"
+            assert len(result.history) == 3
+            assert (said in caplog.text) == warns
 
     def test_without_patience_no_score_is_looked_at(self):
         task, weights = self.task()

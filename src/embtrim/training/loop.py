@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 # Steps between two looks at the losses: each look waits for the device.
 STEPS_PER_CHECK = 256
+# Early stopping before so many steps is worth a warning: Adam has moved no weight by more than a hundred learning rates.
+FEW_STEPS = 100
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -121,6 +123,12 @@ def run_epochs(
                     write_checkpoint(checkpoint, training, state)
                 raise
             if ended:
+                if position.step < FEW_STEPS and not training.hooks.keeps_start:
+                    logger.warning(
+                        "early stopping ended the training at step %d, in epoch %d of %d steps each; so few steps are uneven, "
+                        "and more of them may score higher: lower batch_size, or raise patience",
+                        *(position.step, epoch, position.step // epoch),
+                    )
                 break
 
 
