@@ -33,7 +33,7 @@ from embtrim.plan.table import BITS, BYTES_PER_SCALE, CODE_BITS
 from embtrim.system.modules import evaluating
 from embtrim.system.progress import tracked
 from embtrim.tables.codes import as_coded
-from embtrim.tables.kernels import kernels_for
+from embtrim.tables.kernels import kernels_to_read
 from embtrim.tables.kernels.torch import CHUNK_ROWS
 from embtrim.tables.packing import fit_codes, together
 from embtrim.tasks.row_scores import NOTHING, Cut, RowScores, key_bounds, nth_keys
@@ -462,7 +462,8 @@ def code_errors(
     else:
         scale_W, offset_W = codes or fitted_codes(values_VW, count_V, bits)
         weights = (uses if uses.ndim > 1 else uses[:, None]).to(values_VW)
-        errors_W = kernels_for(values_VW).code_errors(values_VW, scale_W[None], offset_W[None], bits, weights)[0].cpu()
+        kernels = kernels_to_read(values_VW, values_VW.numel())
+        errors_W = kernels.code_errors(values_VW, scale_W[None], offset_W[None], bits, weights)[0].cpu()
     return group.summed(errors_W).numpy()
 
 

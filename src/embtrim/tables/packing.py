@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from embtrim.errors import ModelError
 from embtrim.plan.table import CODE_BITS, bit_planes, row_bytes
 from embtrim.tables.codes import codes_of
-from embtrim.tables.kernels import kernels_for
+from embtrim.tables.kernels import kernels_to_read
 from embtrim.tables.kernels.torch import CHUNK_ROWS
 
 # Shares of the way from a column's mean to its largest and its smallest value that the codes may span; 1 clips nothing.
@@ -332,7 +332,8 @@ def fit_codes(
     # lerp is exact at weight 1, so the offset of a range that is not clipped is the smallest value itself.
     offset_KW = _rounded(torch.lerp(mean_W, low_W, clip_K1), up=False)
     scale_KW = _rounded((torch.lerp(mean_W, high_W, clip_K1) - offset_KW) / (2**bits - 1), up=True)
-    errors_KW = summed(kernels_for(values_NW).code_errors(values_NW, scale_KW, offset_KW, bits, weights))
+    kernels = kernels_to_read(values_NW, values_NW.numel())
+    errors_KW = summed(kernels.code_errors(values_NW, scale_KW, offset_KW, bits, weights))
     best_1W = errors_KW.nan_to_num(nan=torch.inf).argmin(0, keepdim=True)
     return scale_KW.gather(0, best_1W)[0], offset_KW.gather(0, best_1W)[0]
 

@@ -21,7 +21,7 @@ from embtrim.tables.kernels.torch import Distinct, Expansion
 
 logger = logging.getLogger(__name__)
 
-FEW_LOOKUPS = 1 << 15
+FEW = 1 << 15
 
 
 def kernels_for(weight: Tensor) -> ModuleType:
@@ -29,9 +29,9 @@ def kernels_for(weight: Tensor) -> ModuleType:
     return (_fused() or plain) if _may_fuse(weight) else plain
 
 
-def kernels_to_read(weight: Tensor, num_lookups: int) -> ModuleType:
-    """The kernels of that many lookups outside of training; few ones are over before numba is loaded."""
-    return plain if num_lookups < FEW_LOOKUPS else kernels_for(weight)
+def kernels_to_read(weight: Tensor, number: int) -> ModuleType:
+    """The kernels of so many lookups or values outside of training; few ones are over before numba is loaded."""
+    return plain if number < FEW else kernels_for(weight)
 
 
 def kernels_expected(weight: Tensor) -> str:
