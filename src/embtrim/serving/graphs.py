@@ -18,7 +18,7 @@ from torch.export.graph_signature import InputKind
 
 from embtrim.errors import EmbtrimError
 from embtrim.serving.served import Served, copy_for_export, named_tensors
-from embtrim.system.torch_private import ONNX_LOGGER, set_example_inputs, tree_map
+from embtrim.system.torch_private import ONNX_LOGGER, saved_from_where_they_lie, set_example_inputs, tree_map
 from embtrim.tables.gathered_bags import gather_bags
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def write_pt2(served: Served, folder: Path) -> None:
             program,
             tree_map(lambda x: x.new_zeros(()).expand(x.shape) if isinstance(x, Tensor) else x, program.example_inputs),
         )
-        torch.export.save(program, sink)
+        with saved_from_where_they_lie():
+            torch.export.save(program, sink)
         if sink.error is not None:
             raise sink.error
 
