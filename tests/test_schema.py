@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 
@@ -263,3 +264,9 @@ class TestDataset:
         path.write_bytes(path.read_bytes()[:-40])
         with pytest.raises(DataError, match="is damaged"):
             EncodedDataset.load(tmp_path / "d")
+
+
+def test_a_copy_of_a_model_shares_the_schema():
+    schema = Schema(label="y", fields=(FieldSpec(name="a", vocab_size=3),))
+    assert copy.deepcopy({"of": [schema]})["of"][0] is schema
+    assert schema.replace(label="z").label == "z"

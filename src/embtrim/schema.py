@@ -149,6 +149,10 @@ class Schema(Config):
     fields: tuple[FieldSpec, ...] = Field(min_length=1)
     vocabulary_digest: str | None = None
 
+    def __deepcopy__(self, memo: dict[int, object] | None = None) -> Schema:
+        """The schema itself, which cannot change: models hold it, and copies of them need no copy of a thousand fields."""
+        return self
+
     @model_validator(mode="after")
     def _check_fields(self) -> Schema:
         names = Counter(field.name for field in self.fields)

@@ -53,7 +53,8 @@ def _rounded(value_N: np.ndarray) -> np.ndarray:
     """Numbers rounded to float32, as float64; numbers beyond float32 stay."""
     with np.errstate(over="ignore"):
         single_N = value_N.astype(np.float32).astype(float)
-    return np.where(np.isinf(single_N), value_N, single_N)
+    is_beyond_N = np.isinf(single_N)
+    return np.where(is_beyond_N, value_N, single_N) if is_beyond_N.any() else single_N
 
 
 def transformed(value_N: np.ndarray, field: FieldSpec, transforms: Mapping[str, Mapping[str, Any]]) -> np.ndarray:
