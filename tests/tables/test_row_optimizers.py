@@ -15,6 +15,7 @@ from embtrim.schema import FieldSpec, Schema
 from embtrim.tables.embedding_tables import EmbeddingTables, full_tables
 from embtrim.tables.kernels.torch import strides
 from embtrim.tables.row_optimizers import RowAdagrad, RowAdam, RowSGD
+from tests.resident import peak_resident
 
 SIZES = (40, 7, 300)
 WIDTH = 4
@@ -448,6 +449,23 @@ def test_state_saved_is_state_loaded(name):
     assert optimizer.steps == 20
     assert torch.equal(again.weight, straight.weight)
     assert torch.equal(again.first_order, straight.first_order)
+
+
+def test_moments_of_rows_that_no_batch_reads_take_no_memory():
+    tables = make_tables((200_000,), width=32, first_order=False)
+    num_bytes = tables.weight.nbytes
+    made: list[RowAdam] = []
+
+    def train() -> None:
+        made.append(RowAdam(tables, lr=0.1))
+        tables(torch.arange(500, dtype=torch.int32)[:, None]).concat.sum().backward()
+        made[0].step()
+
+    small = make_tables()
+    RowAdam(small, lr=0.1)  # imports the kernels
+    small(torch.zeros(1, 3, dtype=torch.int32)).concat.sum().backward()
+    assert peak_resident(train) <= 0.3 * num_bytes
+    assert made[0].state["embedding_square"].count_nonzero() == 500 * 32
 
 
 def test_state_bytes_by_hand():

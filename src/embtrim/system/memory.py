@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -57,6 +58,13 @@ def _c_library(function: str, *arguments: int) -> None:
 def _loaded() -> ctypes.CDLL:
     """The C library; looking for it takes longer than a call."""
     return ctypes.CDLL(None)
+
+
+def zero_pages(num_bytes: int) -> mmap.mmap:
+    """Zeros, at least one byte, of which the system holds the pages that were written to: small ones, unlike NumPy's."""
+    if not hasattr(mmap, "MAP_PRIVATE"):  # pragma: no cover - Windows
+        return mmap.mmap(-1, num_bytes)
+    return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 class _Peak:

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from embtrim.errors import ConfigError, EmbtrimError, ModelError
+from embtrim.system.memory import zero_pages
 from embtrim.tables.embedding_tables import EmbeddingTables
 from embtrim.tables.kernels import kernels_for
 from embtrim.tables.kernels.torch import sum_rows
@@ -39,6 +40,8 @@ from embtrim.tables.storage import Lookup
 
 # Settling works in chunks of about this many elements, which bounds its memory.
 SETTLE_ELEMENTS = 1 << 20
+# Smaller states are written whole.
+LARGE_BYTES = 1 << 20
 
 L2Scope = Literal["table", "batch"]
 
@@ -379,7 +382,7 @@ class RowAdam(RowOptimizer):
     def _allocate(self) -> dict[str, Tensor]:
         weights = {"embedding": self.tables.weight, "first_order": self.tables.first_order}
         return {
-            f"{name}_{moment}": torch.zeros_like(weight, requires_grad=False)
+            f"{name}_{moment}": zeros_like(weight)
             for name, weight in weights.items()
             if weight is not None
             for moment in ("mean", "square")
@@ -501,6 +504,13 @@ class RowSGD(RowOptimizer):
 
     def _update(self, part: Part, rows_U: Tensor, grad_UW: Tensor) -> None:
         self._kernels.sgd_rows_(part.weight_RW, rows_U, grad_UW, lr=self.lr, decay=self._decay)
+
+
+def zeros_like(weight: Tensor) -> Tensor:
+    """Zeros for each value of a weight; pages of large ones on the CPU take memory once they are written to."""
+    if weight.device.type != "cpu" or weight.nbytes < LARGE_BYTES:
+        return torch.zeros_like(weight, requires_grad=False)
+    return torch.frombuffer(zero_pages(weight.nbytes), dtype=weight.dtype).view(weight.shape)
 
 
 def merge_lookups(
