@@ -59,7 +59,7 @@ CODE_LEVELS = tuple(bits for bits in BITS if bits <= CODE_BITS)
 ENERGY_PER_SEGMENT, LEAST_SEGMENT = 4.0, 8 * BYTES_PER_SCALE
 MOST_SEGMENTS = 8
 # Most rows by which scales are fitted for a reading.
-FITTED_ROWS = 262_144
+FITTED_ROWS = 65_536
 # Tables that hold this part of all bytes are also read alone, replaced by their mean.
 LARGE_PART = 0.02
 # A loss that counts as none: rates stay positive, so that of two plans without a loss the one of less error is better.

@@ -316,7 +316,7 @@ def fit_codes(
     if not num_rows:
         return values_NW.new_zeros(values_NW.shape[1]), values_NW.new_zeros(values_NW.shape[1])
     if len(values_NW):
-        low_W, high_W = torch.aminmax(values_NW, dim=0)
+        low_W, high_W = values_NW.amin(0), values_NW.amax(0)  # aminmax takes ten times as long
     else:
         low_W = values_NW.new_full((values_NW.shape[1],), torch.inf)
         high_W = -low_W
