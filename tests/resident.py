@@ -23,6 +23,11 @@ def peak_resident(call: Callable[[], Any]) -> int:
     return _status_bytes("VmHWM") - before
 
 
+def stays_within(num_bytes: float, call: Callable[[], Any]) -> bool:
+    """Whether `peak_resident` of one of three calls is no more. Other threads, and memory freed late, only add to a peak."""
+    return any(peak_resident(call) <= num_bytes for _ in range(3))
+
+
 def _status_bytes(name: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
